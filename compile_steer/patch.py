@@ -1,0 +1,96 @@
+"""What lowering yields: low-rank edits and biases by module name, before any file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compile_steer.errors import ArtifactError
+from compile_steer.layout import Layout
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W <- W + B A, with B [d_out, r] and A [r, d_in] in fp32."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def padded(self, rank: int) -> LowRank:
+        """The same edit with zero rows and columns up to `rank`."""
+        extra = rank - self.rank
+        if extra == 0:
+            return self
+        return LowRank(
+            torch.cat([self.B, self.B.new_zeros(self.B.shape[0], extra)], dim=1),
+            torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])], dim=0),
+        )
+
+
+@dataclass(frozen=True)
+class WeightPatch:
+    """Edits by the full name of the module in the causal language model.
+
+    `bias` [d_out] is added to the module's bias; `switches` are the config fields (False to True)
+    that make stock code build the biases where the checkpoint has none.
+    """
+
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
+    bias: Mapping[str, Tensor] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
+
+    @property
+    def max_rank(self) -> int:
+        return max((edit.rank for edit in self.low_rank.values()), default=0)
+
+    def require_finite(self) -> None:
+        """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""
+        bad = [n for n, e in self.low_rank.items() if not bool(torch.isfinite(e.B).all() and torch.isfinite(e.A).all())]
+        bad += [name for name, bias in self.bias.items() if not bool(torch.isfinite(bias).all())]
+        if bad:
+            raise ArtifactError(f"the compiled weights of {', '.join(bad)} are not finite; nothing was written.")
+
+
+def weight_delta(module: nn.Module, edit: LowRank) -> Tensor:
+    """B A in the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
+    delta = edit.B @ edit.A
+    return delta.T if isinstance(module, Conv1D) else delta
+
+
+@contextmanager
+def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
+    """Run `model` with `patch` on its modules' outputs, the weights untouched, inside the block."""
+    layout = Layout.of(model)
+    with ExitStack() as stack:
+        for name, edit in patch.low_rank.items():
+            module = layout.model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_low_rank_hook(edit)).remove)
+        for name, bias in patch.bias.items():
+            module = layout.model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
+        yield
+
+
+def _low_rank_hook(edit: LowRank) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
+
+    return hook
+
+
+def _bias_hook(bias: Tensor) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + bias.to(output)
+
+    return hook
