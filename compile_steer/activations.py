@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from compile_steer.hooks import LAST_PROMPT, RESPONSE
 from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Point, Site
+from compile_steer.progress import Tick
 
 Readout = Literal["response_mean", "last_prompt"]
 
@@ -25,7 +26,7 @@ def read_activations(
     *,
     point: Point,
     readout: Readout,
-    tick: Callable[[int], None] = lambda _n: None,
+    tick: Tick = lambda _n: None,
 ) -> Tensor:
     """Return [n_texts, n_layers, d_model] fp32: each text's activation at `point` of every block.
 

@@ -57,6 +57,11 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens
 
 
+def ended(loaded: Loaded, encoded: Encoded) -> bool:
+    """True if the continuation closed its turn by itself."""
+    return encoded.ids[-1] in _end_tokens(loaded) and len(encoded.ids) > encoded.n_prompt
+
+
 def response_text(loaded: Loaded, encoded: Encoded) -> str:
     """The continuation as text, without special tokens."""
     return str(loaded.tokenizer.decode(encoded.ids[encoded.n_prompt :], skip_special_tokens=True)).strip()

@@ -129,10 +129,8 @@ class Layout:
         block itself is returned and its input is to be hooked.
         """
         self.require(site)
-        if site.point == "resid_post":
-            return self.blocks[site.layer]
-        if site.point == "resid_pre":
-            return self.blocks[max(site.layer - 1, 0)]
+        if site.point in ("resid_pre", "resid_post"):
+            return self.blocks[site.changes_from]
         norm = self.family.attn_norm if site.point == "attn_out" else self.family.mlp_norm
         if norm is not None:
             return self.blocks[site.layer].get_submodule(norm)

@@ -170,7 +170,7 @@ def _not_loaded(reference: str, error: Exception) -> str:
         f"model '{reference}' cannot be loaded ({reason}) "
         "A hub model must be in the local cache or reachable: 'hf download ID' where there is a network, then copy "
         "the folder and name its path here (HF_HUB_OFFLINE=1 skips the attempt). "
-        f"Without any download: --model {EMBEDDED} ('make model')."
+        f"Without any download: --set model={EMBEDDED} ('make model')."
     )
 
 

@@ -47,6 +47,11 @@ class Site:
         if self.layer < 0:
             raise ArtifactError(f"layer {self.layer} is negative; blocks are counted from 0.")
 
+    @property
+    def changes_from(self) -> int:
+        """The block whose output an edit here is first part of."""
+        return max(self.layer - 1, 0) if self.point == "resid_pre" else self.layer
+
     def __str__(self) -> str:
         return f"{self.point} {self.layer}"
 
@@ -135,8 +140,8 @@ class Program:
 
     @property
     def first_layer(self) -> int:
-        """The first block whose output an active intervention can change."""
-        return min((i.site.layer for i in self.active), default=0)
+        """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
+        return min((i.site.changes_from for i in self.active), default=0)
 
     def scaled(self, factor: float, index: int | None = None) -> Program:
         """Multiply every coefficient, or only that of intervention `index`, by `factor`."""

@@ -1,0 +1,158 @@
+"""Extract: contrast pairs -> one candidate direction per block, and its shuffled-label controls.
+
+The direction of every method has the length of the mean difference at that block, so a coefficient
+means the same for all: 1 moves an activation by as much as the behaviour does on average.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch import Tensor
+
+from compile_steer.activations import read_activations
+from compile_steer.behaviour import Behaviour, Pair
+from compile_steer.errors import ArtifactError, RecipeError
+from compile_steer.files import save_tensors
+from compile_steer.models import Loaded
+from compile_steer.progress import Meter
+from compile_steer.program import Point, read_tensors
+from compile_steer.recipe import Extract, Method, Recipe
+
+_LOGISTIC_PENALTY = 1.0
+
+
+@dataclass(frozen=True)
+class Directions:
+    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model], as long."""
+
+    vectors: Tensor
+    shuffled: Tensor
+    model: str
+    revision: str
+    point: Point
+    inputs: str
+
+    def save(self, path: Path) -> None:
+        header = {"model": self.model, "revision": self.revision, "point": self.point, "inputs": self.inputs}
+        tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
+        save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> Directions:
+        """Raises `ArtifactError` for a missing, damaged or foreign file."""
+        tensors, metadata = read_tensors(path)
+        try:
+            header = json.loads(metadata["directions"])
+            return Directions(tensors["directions"], tensors["shuffled"], **header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds no directions. Make it with 'compile-steer extract'.") from error
+
+
+def extract(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter
+) -> Directions:
+    """Read both sides of the training pairs once and fit a direction at every block.
+
+    Raises:
+        RecipeError: too few pairs, or pairs whose sides are the same tokens at the read-out.
+        LayoutError: NaN activations.
+    """
+    options = recipe.extract
+    pairs = behaviour.train[: options.pairs]
+    if options.pairs is not None and len(behaviour.train) < options.pairs:
+        raise RecipeError(f"extract.pairs: {options.pairs} wanted, but data.train has {len(behaviour.train)}.")
+    _require_contrast(pairs, options)
+    with meter.phase("reading activations of all blocks", 2 * len(pairs)) as tick:
+        positive, negative = (
+            read_activations(loaded, side, point=options.point, readout=options.readout, tick=tick)
+            for side in ([p.positive for p in pairs], [p.negative for p in pairs])
+        )
+    vectors = fit(positive, negative, options.method)
+    if float(vectors.norm(dim=-1).min()) == 0.0:
+        raise RecipeError("the two sides of the pairs have equal activations; there is no direction between them.")
+    return Directions(
+        vectors,
+        shuffled_directions(positive, negative, options.method, options.shuffled, recipe.seed),
+        loaded.id,
+        loaded.revision,
+        options.point,
+        inputs,
+    )
+
+
+def _require_contrast(pairs: Sequence[Pair], options: Extract) -> None:
+    if options.readout == "last_prompt":
+        same = sum(p.positive.prompt == p.negative.prompt for p in pairs)
+        if same:
+            raise RecipeError(
+                f"extract.readout last_prompt: {same} of {len(pairs)} pairs ask the same prompt on both sides, so the "
+                "prompt's last token cannot tell them apart. Set data.positive_template (for example "
+                "'{prompt} Answer in lowercase.'), or read out response_mean."
+            )
+
+
+def fit(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
+    """[n, L, d] activations of both sides -> [L, d] directions, each as long as the mean difference there."""
+    mean = (positive - negative).mean(dim=0)
+    if method == "mean_difference":
+        return mean
+    find = _principal if method == "pca" else _logistic
+    units = torch.stack([find(positive[:, layer], negative[:, layer]) for layer in range(mean.shape[0])])
+    # A principal axis has no sign of its own: point it along the mean difference.
+    units = units * torch.where((units * mean).sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
+    return units * mean.norm(dim=-1, keepdim=True)
+
+
+def _principal(positive: Tensor, negative: Tensor) -> Tensor:
+    """First principal axis [d] of the pairs' differences taken in both directions, so that their mean is 0
+    and the common part of the differences is variance, not offset (Zou et al. 2310.01405, section 3.1)."""
+    _u, _s, axes = torch.linalg.svd(positive - negative, full_matrices=False)
+    return axes[0]
+
+
+def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
+    """Unit weights [d] of an L2-penalised logistic regression of the side on the pair's difference.
+
+    The intercept cancels in differences. With n pairs in d dimensions the weights lie in the span of the
+    differences D, so the problem is solved for their n coefficients a: w = D^T a (representer theorem).
+    """
+    differences = (positive - negative).double()
+    differences = differences / differences.norm(dim=-1).mean()
+    gram = (differences @ differences.T).numpy()
+
+    def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = gram @ a
+        value = np.logaddexp(0.0, -margins).mean() + 0.5 * _LOGISTIC_PENALTY / len(a) * a @ margins
+        gradient = gram @ (-expit(-margins) + _LOGISTIC_PENALTY * a) / len(a)
+        return float(value), gradient
+
+    found = minimize(loss, np.zeros(len(gram)), jac=True, method="L-BFGS-B")
+    weights = differences.T @ torch.from_numpy(cast(np.ndarray, found.x))
+    return (weights / weights.norm()).float()
+
+
+def shuffled_directions(positive: Tensor, negative: Tensor, method: Method, count: int, seed: int) -> Tensor:
+    """[count, L, d] directions from pairs of which a random half has its sides swapped, as long as the real one.
+
+    Exactly half, so that what the pairs have in common cancels and only their noise is left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = positive.shape[0]
+    length = (positive - negative).mean(dim=0).norm(dim=-1, keepdim=True)
+    result = []
+    for _ in range(count):
+        swap = torch.zeros(n, dtype=torch.bool)
+        swap[torch.randperm(n, generator=generator)[: n // 2]] = True
+        swap = swap.view(-1, 1, 1)
+        direction = fit(torch.where(swap, negative, positive), torch.where(swap, positive, negative), method)
+        result.append(direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-12) * length)
+    return torch.stack(result)

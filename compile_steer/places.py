@@ -1,0 +1,39 @@
+"""Where a run's artifacts lie below its output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """`vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`."""
+
+    out: Path
+    name: str
+
+    @property
+    def directions(self) -> Path:
+        """Candidate directions of every block, and their shuffled-label controls."""
+        return self.out / "vectors" / f"{self.name}.directions.safetensors"
+
+    @property
+    def program(self) -> Path:
+        """The chosen steering program: the vector."""
+        return self.out / "vectors" / f"{self.name}.safetensors"
+
+    @property
+    def validation(self) -> Path:
+        return self.out / "vectors" / f"{self.name}.validation.json"
+
+    @property
+    def report(self) -> Path:
+        """The whole run as one self-contained page."""
+        return self.out / f"{self.name}.html"
+
+    def adapter(self, backend: str) -> Path:
+        return self.out / "adapters" / f"{self.name}-{backend}"
+
+    def merged(self, backend: str, precision: str) -> Path:
+        return self.out / "merged" / f"{self.name}-{backend}-{precision}"

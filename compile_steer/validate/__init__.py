@@ -1,0 +1,9 @@
+"""Validate: candidate directions -> one steering program and a report that says whether to compile it.
+
+Layer and coefficient are chosen on the validation split and measured once on the test split.
+"""
+
+from compile_steer.validate.report import ValidationReport
+from compile_steer.validate.stage import validate
+
+__all__ = ["ValidationReport", "validate"]

@@ -1,0 +1,170 @@
+"""The stage: sweep on validation, then one measurement on test, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from compile_steer.activations import read_activations
+from compile_steer.behaviour import Behaviour, batches, encode
+from compile_steer.extract import Directions
+from compile_steer.hooks import PAD
+from compile_steer.metrics import bootstrap_mean
+from compile_steer.models import Loaded
+from compile_steer.program import Intervention, Program, Site
+from compile_steer.progress import Meter
+from compile_steer.recipe import Recipe
+from compile_steer.replay import run_span
+from compile_steer.scoring import contrast_scores, encode_pairs
+from compile_steer.validate.answers import Answers, answer
+from compile_steer.validate.controls import measure_controls, separability
+from compile_steer.validate.report import ValidationReport, judge
+from compile_steer.validate.shared import SharedPrefix
+from compile_steer.validate.sweep import Sweep, sweep
+
+
+def validate(
+    recipe: Recipe,
+    loaded: Loaded,
+    behaviour: Behaviour,
+    directions: Directions,
+    keep: Callable[[Program], str],
+    inputs: str,
+    meter: Meter,
+) -> ValidationReport:
+    """Choose the program, measure it on test data and judge it.
+
+    Args:
+        keep: writes the chosen program and returns its file's hash, for the report.
+        inputs: fingerprint of what the report depends on.
+
+    Raises:
+        RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
+    """
+    options = recipe.validate_
+
+    def make(layer: int, coefficient: float) -> Program:
+        site = Site(layer, directions.point)
+        add = Intervention(site, "add", directions.vectors[layer], coefficient, options.positions)
+        return Program((add,), loaded.id, loaded.revision)
+
+    swept = sweep(loaded, behaviour, options, make, meter)
+    program = make(swept.best.layer, swept.best.coefficient)
+    report = _measure(recipe, loaded, behaviour, directions, program, swept, meter)
+    verdict, reasons = judge(report, options)
+    return replace(report, verdict=verdict, reasons=reasons, program_hash=keep(program), inputs=inputs)
+
+
+def _measure(
+    recipe: Recipe,
+    loaded: Loaded,
+    behaviour: Behaviour,
+    directions: Directions,
+    program: Program,
+    swept: Sweep,
+    meter: Meter,
+) -> ValidationReport:
+    """Everything that is measured on test data, once. The verdict is left open."""
+    options, layer = recipe.validate_, swept.best.layer
+    n_pairs = len(behaviour.test)
+    with meter.phase("test: all pairs, neutral text", 1) as tick:
+        neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
+        shared = SharedPrefix(loaded, encode_pairs(loaded, behaviour.test) + neutral)
+        shared.advance(program.first_layer)
+        change = shared.under(program) - shared.base()
+        contrast = bootstrap_mean(contrast_scores(change[: 2 * n_pairs]), seed=recipe.seed)
+        tick(1)
+    total = options.random_directions + directions.shuffled.shape[0] + 2
+    with meter.phase("test: control directions", total) as tick:
+        controls = measure_controls(
+            loaded,
+            behaviour.test[: options.control_pairs],
+            program,
+            directions.shuffled[:, layer],
+            options.random_directions,
+            recipe.seed,
+            tick,
+        )
+    base, steered_answers, instructed = _answers(recipe, loaded, behaviour, program, meter)
+    with meter.phase("test: separability of held-out pairs", 2 * n_pairs) as tick:
+        positive, negative = (
+            read_activations(
+                loaded, side, point=directions.point, readout=recipe.extract.readout, tick=tick
+            )[:, layer]
+            for side in ([p.positive for p in behaviour.test], [p.negative for p in behaviour.test])
+        )
+    slopes = swept.slopes
+    return ValidationReport(
+        name=recipe.name,
+        layer=layer,
+        coefficient=swept.best.coefficient,
+        sweep=swept.cells,
+        contrast=contrast,
+        score_base=float(base.scores.mean()),
+        score_steered=float(steered_answers.scores.mean()),
+        score_effect=bootstrap_mean(steered_answers.scores - base.scores, seed=recipe.seed),
+        score_instructed=None if instructed is None else float(instructed.scores.mean()),
+        controls=controls,
+        separability=separability(positive, negative, directions.vectors[layer]),
+        steerability=float(slopes.mean()),
+        wrong_way=float((slopes < 0).mean()),
+        perplexity_ratio=float(np.exp(-change[2 * n_pairs :].mean())),
+        repetition_base=float(base.repetition.mean()),
+        repetition_steered=float(steered_answers.repetition.mean()),
+        ended_base=float(base.ended.mean()),
+        ended_steered=float(steered_answers.ended.mean()),
+        relative_dose=_relative_dose(loaded, behaviour, program),
+        samples=_samples(recipe, loaded, program),
+        program_hash="",
+        inputs="",
+        n_pairs=n_pairs,
+        n_prompts=len(base.texts),
+    )
+
+
+def _answers(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, program: Program, meter: Meter
+) -> tuple[Answers, Answers, Answers | None]:
+    """Test prompts answered by base, steered, and base asked with the instruction (if there is one)."""
+    options = recipe.validate_
+    prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
+    with meter.phase("test: answers of base and steered", 3 if options.instruction else 2) as tick:
+        base, steered_answers = answer(loaded, prompts, [None, program], options.score, options.max_new_tokens)
+        tick(2)
+        if not options.instruction:
+            return base, steered_answers, None
+        asked = [f"{prompt} {options.instruction}" for prompt in prompts]
+        (instructed,) = answer(loaded, asked, [None], options.score, options.max_new_tokens)
+        tick(1)
+    return base, steered_answers, instructed
+
+
+def _samples(recipe: Recipe, loaded: Loaded, program: Program) -> dict[str, str]:
+    """One prompt answered by base, steered, and steered too hard: what the dial does."""
+    options = recipe.validate_
+    programs = {"base": None, "steered": program, "too_high": program.scaled(recipe.too_high)}
+    found = answer(loaded, [recipe.ask], list(programs.values()), options.score, options.max_new_tokens)
+    return {name: one.texts[0] for name, one in zip(programs, found, strict=True)}
+
+
+def _relative_dose(loaded: Loaded, behaviour: Behaviour, program: Program) -> float:
+    """||c v|| over the median norm of the residual stream after the steered block, on neutral text.
+
+    The median, because the first token's norm is a hundred times the others' in many models.
+    """
+    (intervention,) = program.interventions
+    encoded = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
+    norms = []
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        after = intervention.site.changes_from + 1
+        with torch.no_grad():
+            hidden = run_span(
+                loaded.model, batch.input_ids, batch.attention_mask, stop=None if after == loaded.layout.n_layers else after
+            )
+        norms.append(hidden[batch.roles != PAD].float().norm(dim=-1).cpu())
+    dose = abs(intervention.coefficient) * float(intervention.vector.norm())
+    return dose / float(torch.cat(norms).median())
