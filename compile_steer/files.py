@@ -109,11 +109,15 @@ def save_json(path: Path, value: Any) -> None:
     save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files in sorted order."""
+def sha256(path: Path, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files in sorted order.
+
+    Args:
+        without: names of files in a folder that do not count (reports about the folder itself).
+    """
     if path.is_dir():
-        lines = [f"{file.relative_to(path)} {sha256(file)}\n" for file in sorted(path.rglob("*")) if file.is_file()]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in without]
+        return digest([[str(file.relative_to(path)), sha256(file)] for file in files])
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.errors import LayoutError, RecipeError
-from compile_steer.files import new_folder, sha256
+from compile_steer.files import digest, new_folder, sha256
 from compile_steer.layout import Layout
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -119,14 +119,7 @@ def weights_revision(folder: Path) -> str:
     if not files:
         raise RecipeError(f"model folder {folder} holds no .safetensors weights; only safetensors are read.")
     hashes = [sha256(file) for file in files]
-    return "sha256:" + (hashes[0] if len(hashes) == 1 else sha256_of(hashes))
-
-
-def sha256_of(parts: list[str]) -> str:
-    """One hash of several."""
-    import hashlib
-
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return "sha256:" + (hashes[0] if len(hashes) == 1 else digest(hashes))
 
 
 def embedded_model() -> Path:

@@ -2,21 +2,19 @@
 
 Stage by stage, for a writer W (d_in -> d_model) of a block k at or after the first intervened one, with
 x its input in the student (base plus what has been patched so far) and y = h_steered - h_student at the
-block's output:
+block's output, dW is the reduced-rank ridge solution of y ~ dW x over calibration tokens. Each stage
+corrects what the stages before it left over. For a constant shift at every position the target of the
+first stage is one vector, so its solution has rank 1 whatever rank is asked for.
 
-    min over dW of  E_w || y - dW x ||^2 + lambda * mean(diag G) * ||dW||^2,      rank(dW) <= r
-
-by reduced-rank ridge regression (Izenman 1975): G = sum w x x^T and C = sum w x y^T are accumulated in
-a stream, dW = C^T (G + lambda I)^-1, and the rank is cut in the metric of G. Memory: d_in^2 + d_in *
-d_model for the sums, and two hidden states a calibration token at the boundary of the current block;
-the wide activations inside a block are never kept. Each token passes each block once as the steered
-model and once per stage as the student, and no block above the last stage is run at all.
+Memory: d_in^2 + d_in * d_model for the sums, and two hidden states a calibration token at the boundary
+of the current block; the wide activations inside a block are never kept. No block above the last stage
+is run at all, and the language-model head never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,159 +22,185 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.behaviour import Batch, Encoded, batches
-from compile_steer.hooks import steered
+from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout, Writer, WriterKind
+from compile_steer.lower.job import Job
+from compile_steer.lower.regression import Sums, fit
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Program
 from compile_steer.replay import run_span
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _HELD_OUT_EVERY = 5
+_CORRECTION_RANK = 8
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One regression: the writer of block `first intervened + offset`, cut to `rank`."""
+    """One regression: a writer of block `layer`, cut to `rank`."""
 
-    offset: int
+    layer: int
     writer: WriterKind
     rank: int
 
 
 @dataclass
 class _Flow:
-    """Calibration tokens at the boundary of the current block: the steered model's and the student's."""
+    """A batch at the boundary of the current block, [batch, time, d_model] in both models."""
 
     batch: Batch
     teacher: Tensor
     student: Tensor
 
 
-@dataclass
-class _Sums:
-    """Sufficient statistics of one weighted regression, in float64."""
-
-    G: Tensor
-    C: Tensor
-    yy: Tensor
-
-    @staticmethod
-    def zeros(d_in: int, d_out: int, device: torch.device) -> _Sums:
-        options = {"dtype": torch.float64, "device": device}
-        return _Sums(torch.zeros(d_in, d_in, **options), torch.zeros(d_in, d_out, **options), torch.zeros((), **options))
-
-    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add tokens x [n, d_in], y [n, d_out] with weights [n]."""
-        weighted = x * weight.unsqueeze(1)
-        self.G += weighted.T @ x
-        self.C += weighted.T @ y
-        self.yy += (weight * y.square().sum(dim=1)).sum()
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.G + other.G, self.C + other.C, self.yy + other.yy)
-
-    def error(self, edit: LowRank) -> float:
-        """Sum w ||y - B A x||^2 over these tokens, from the sums alone."""
-        B, A = edit.B.double(), edit.A.double()
-        cross = (A @ self.C * B.T).sum()
-        return float(self.yy - 2 * cross + ((A @ self.G @ A.T) * (B.T @ B)).sum())
+def refusal(program: Program, layout: Layout) -> str | None:
+    """Why this backend cannot lower the (canonical) program, or None."""
+    if not program.interventions:
+        return "the program has no active intervention; there is nothing to compile"
+    return None
 
 
-def solve(sums: _Sums, rank: int, ridge: float) -> LowRank:
-    """The reduced-rank ridge solution B [d_out, r], A [r, d_in] in float64."""
-    d_in = sums.G.shape[0]
-    damped = sums.G + ridge * sums.G.diagonal().mean() * torch.eye(d_in, dtype=sums.G.dtype, device=sums.G.device)
-    full = torch.cholesky_solve(sums.C, torch.linalg.cholesky(damped)).T
-    # dW G dW^T = U S U^T: projecting on its top eigenvectors loses least of the fitted output.
-    _values, vectors = torch.linalg.eigh(full @ damped @ full.T)
-    basis = vectors[:, -rank:].flip(1)
-    return LowRank(basis, basis.T @ full)
+def lower(job: Job) -> WeightPatch:
+    """Return the patch after which the plain model imitates the program on calibration texts."""
+    stages = plan_stages(job)
+    with job.meter.phase("closed form: regression", len(job.regression_texts) * (2 + len(stages))) as tick:
+        return solve_stages(job.program, job.loaded, job.regression_texts, stages, tick)
 
 
-def lower(
-    program: Program,
-    loaded: Loaded,
-    texts: Sequence[Encoded],
-    stages: Sequence[Stage],
-    *,
-    tick: Callable[[int], None] = lambda _n: None,
+def plan_stages(job: Job) -> list[Stage]:
+    """The recipe's stages, or by default: the writers of each intervened block, then those of the next."""
+    first, n_layers = job.program.first_layer, job.loaded.layout.n_layers
+    if job.options.closed_form.stages is not None:
+        return [Stage(first + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
+    ranks: dict[tuple[int, WriterKind], int] = {}
+    for one in job.program.interventions:
+        block = one.site.changes_from
+        constant = one.operation == "add" and "all" in one.scopes
+        own: WriterKind = "attn" if one.site.point == "attn_out" else "mlp"
+        wanted = [(block, own, 1 if constant else _CORRECTION_RANK)]
+        if own == "attn" or not constant:
+            wanted.append((block, "mlp", _CORRECTION_RANK))
+        wanted += [(block + 1, "attn", _CORRECTION_RANK), (block + 1, "mlp", _CORRECTION_RANK)]
+        for layer, writer, rank in wanted:
+            if layer < n_layers:
+                ranks[layer, writer] = max(rank, ranks.get((layer, writer), 0))
+    return [Stage(layer, writer, ranks[layer, writer]) for layer, writer in sorted(ranks)]
+
+
+def solve_stages(
+    program: Program, loaded: Loaded, texts: Sequence[Encoded], stages: Sequence[Stage], tick: Any
 ) -> WeightPatch:
-    """Return the patch after which the plain model imitates `program` on `texts`."""
-    layout = loaded.layout
-    first = program.first_layer
-    low_rank: dict[str, LowRank] = {}
-    flows = _prefix(loaded, texts, first, tick)
-    last = max(stage.offset for stage in stages)
-    for offset in range(last + 1):
-        block = first + offset
-        if block >= layout.n_layers:
-            break
-        targets = [_advance(loaded, flow, block, program) for flow in flows]
-        for stage in (s for s in stages if s.offset == offset):
-            writer = layout.writer(block, stage.writer)
-            low_rank[writer.name] = _stage(loaded, flows, targets, writer, stage.rank, WeightPatch(dict(low_rank)))
-        if offset < last:
-            with applied(loaded.model, WeightPatch(low_rank)):
-                for flow, target in zip(flows, targets, strict=True):
-                    flow.student = _block(loaded, flow.batch, flow.student, block)
-                    flow.teacher = target
-    return WeightPatch(low_rank)
-
-
-def _prefix(loaded: Loaded, texts: Sequence[Encoded], first: int, tick: Callable[[int], None]) -> list[_Flow]:
+    """One pass over the blocks from the first intervened one to the last stage's, solving as it goes."""
+    first, last = program.first_layer, max(stage.layer for stage in stages)
+    solved: dict[str, LowRank] = {}
     flows = []
     for batch in batches(texts, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         with torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first)
-        flows.append(_Flow(batch, hidden, hidden))
-        tick(batch.n_tokens)
-    return flows
+            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
+        flows.append(_Flow(batch, hidden, hidden))  # type: ignore[arg-type]
+        tick(len(batch.rows))
+    for block in range(first, last + 1):
+        targets = []
+        for flow in flows:
+            with steered(loaded.model, program, roles=flow.batch.roles):
+                targets.append(_run_block(loaded, flow.batch, flow.teacher, block))
+        # Within a block the attention's writer comes before the MLP's, which sees what it changed.
+        for stage in sorted((s for s in stages if s.layer == block), key=lambda s: s.writer):
+            writer = loaded.layout.writer(block, stage.writer)
+            solved[writer.name] = _solve_stage(loaded, flows, targets, writer, stage.rank, solved, tick)
+        if block < last:
+            with applied(loaded.model, WeightPatch(solved)):
+                for flow, target in zip(flows, targets, strict=True):
+                    flow.student = _run_block(loaded, flow.batch, flow.student, block)
+                    flow.teacher = target
+    return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in solved.items()})
 
 
-def _block(loaded: Loaded, batch: Batch, hidden: Tensor, block: int) -> Tensor:
+def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor, block: int) -> Tensor:
+    stop = block + 1
     with torch.no_grad():
-        return run_span(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=block + 1, hidden=hidden)
+        return run_span(
+            loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=stop, hidden=hidden
+        )
 
 
-def _advance(loaded: Loaded, flow: _Flow, block: int, program: Program) -> Tensor:
-    with steered(loaded.model, program, roles=flow.batch.roles):
-        return _block(loaded, flow.batch, flow.teacher, block)
-
-
-def _stage(
-    loaded: Loaded, flows: Sequence[_Flow], targets: Sequence[Tensor], writer: Writer, rank: int, patch: WeightPatch
+def _solve_stage(
+    loaded: Loaded,
+    flows: Sequence[_Flow],
+    targets: Sequence[Tensor],
+    writer: Writer,
+    rank: int,
+    solved: dict[str, LowRank],
+    tick: Any,
 ) -> LowRank:
-    d_in = int(loaded.model.get_submodule(writer.name).weight.numel() // loaded.layout.d_model)
-    sums = [_Sums.zeros(d_in, loaded.layout.d_model, loaded.device) for _ in range(2)]
-    with applied(loaded.model, patch):
-        for n, (flow, target) in enumerate(zip(flows, targets, strict=True)):
-            with _caught_input(writer.module) as caught:
-                student = _block(loaded, flow.batch, flow.student, writer.layer)
-            real = flow.batch.attention_mask.bool()
-            x, y = caught[0][real].double(), (target - student)[real].double()
-            weight = WEIGHT(student[real].double())
-            held = torch.arange(x.shape[0]) // 64 % _HELD_OUT_EVERY == n % _HELD_OUT_EVERY
-            sums[0].add(x[~held], y[~held], weight[~held])
-            sums[1].add(x[held], y[held], weight[held])
-    fit, held_out = sums
-    errors = {ridge: held_out.error(solve(fit, rank, ridge)) for ridge in _RIDGES}
-    best = min(errors, key=lambda r: errors[r])
-    print(writer.name, rank, {r: round(e / float(held_out.yy), 5) for r, e in errors.items()}, best)
-    edit = solve(fit + held_out, rank, best)
-    return LowRank(edit.B.float(), edit.A.float())
+    layout = loaded.layout
+    d_in = int(writer.module.weight.numel()) // layout.d_model  # type: ignore[union-attr,operator]
+    channel = _Channel(layout, writer)
+    sums = [Sums.zeros(d_in, layout.d_model, loaded.device) for _ in range(2)]
+    with applied(loaded.model, WeightPatch(solved)):
+        for flow, target in zip(flows, targets, strict=True):
+            with _caught(writer.module) as caught:
+                student = _run_block(loaded, flow.batch, flow.student, writer.layer)
+            real = flow.batch.roles != PAD
+            x, written = caught[0][0][real].float(), caught[0][1][real].float()
+            y, weight = channel.pull_back((target - student)[real].float(), written, student[real].float())
+            rows = torch.tensor(flow.batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
+            held = rows % _HELD_OUT_EVERY == 0
+            for part, chosen in zip(sums, (~held, held), strict=True):
+                part.add(x[chosen], y[chosen], weight[chosen])
+            tick(len(flow.batch.rows))
+    return channel.push_forward(fit(sums[0], sums[1], rank))
 
-WEIGHT = lambda h: 1 / h.square().sum(1)
+
+class _Channel:
+    """How a writer's output enters the residual stream, linearised: h += g_t * (D z), z the output.
+
+    Pre-norm families: g = the residual multiplier, D = 1. Post-norm families: an RMS norm, g_t = 1/rms(z_t)
+    and D = its weights. The regression is done on D^-1-free coordinates with token weights that carry g_t,
+    so that the error that is minimised is the one in the stream.
+    """
+
+    def __init__(self, layout: Layout, writer: Writer) -> None:
+        self._multiplier = layout.residual_multiplier
+        norm_name = layout.family.attn_norm if writer.kind == "attn" else layout.family.mlp_norm
+        self._gain: Tensor | None = None
+        if norm_name is not None:
+            norm = layout.blocks[writer.layer].get_submodule(norm_name)
+            ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
+            with torch.no_grad():
+                # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
+                self._gain = norm(ones).float()
+
+    def pull_back(self, y: Tensor, written: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets and weights [n] for the regression, from the wanted change of the stream y [n, d_model].
+
+        Weight 1/||h||^2: the blocks above see the stream normalised, so an error counts relative to it; the
+        first token, whose norm is a hundred times the others', would otherwise rule the sums.
+        """
+        weight = 1.0 / stream.square().sum(dim=1).clamp(min=1e-12)
+        if self._gain is None:
+            return y / self._multiplier, weight
+        rms = written.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+        return y * rms, weight / rms.squeeze(1).square()
+
+    def push_forward(self, edit: LowRank) -> LowRank:
+        """The edit of the writer itself."""
+        if self._gain is None:
+            return edit
+        safe = torch.where(self._gain.abs() < 1e-3, torch.inf, self._gain)
+        return LowRank(edit.B / safe.double().unsqueeze(1), edit.A)
+
 
 @contextmanager
-def _caught_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    caught: list[Tensor] = []
+def _caught(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Input and output of `module` in the next pass, the patch's share of the output included."""
+    caught: list[tuple[Tensor, Tensor]] = []
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        caught.append((args[0], output))
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_hook(hook)
     try:
         yield caught
     finally:

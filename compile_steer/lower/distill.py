@@ -12,89 +12,123 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compile_steer.behaviour import Batch, Encoded, batches
-from compile_steer.hooks import steered
-from compile_steer.metrics import chunks, log_softmax
+from compile_steer.hooks import PAD, steered
+from compile_steer.layout import Layout
+from compile_steer.lower import closed_form
+from compile_steer.lower.job import Job
+from compile_steer.metrics import chunks, divergence, log_softmax
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Program
+from compile_steer.progress import Tick
+from compile_steer.recipe import Distill
 from compile_steer.replay import readout, run_span
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train: AdamW, linear warm-up over a tenth, cosine to zero."""
-
-    epochs: float
-    learning_rate: float
-    batch_tokens: int
-    seed: int
+_HELD_OUT_EVERY = 6
+_Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One batch with what the teacher and the prefix gave for it."""
+    """One batch with what the prefix [batch, time, d_model] and the teacher [n_tokens, d_model] gave for it."""
 
     batch: Batch
-    prefix: Tensor
+    prefix: Tensor | None
     teacher: Tensor
 
 
-def lower(
+def refusal(program: Program, layout: Layout) -> str | None:
+    """Why this backend cannot lower the (canonical) program, or None."""
+    return closed_form.refusal(program, layout)
+
+
+def lower(job: Job) -> WeightPatch:
+    """Return the start patch trained on the divergence, or the start itself if training made it worse."""
+    options = job.options.distill
+    if options.start == "closed_form":
+        start = closed_form.lower(job)
+    else:
+        start = random_patch(job.loaded.layout, job.program.first_layer, options.rank, job.seed)
+    texts = job.training_texts
+    with job.meter.phase("distill: forward KL", (1 + options.epochs) * len(texts)) as tick:
+        return train(job.program, job.loaded, texts, start, options, job.seed, tick)
+
+
+def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatch:
+    """LoRA's own start for every Linear of the blocks from `first` on: A random, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    edits = {}
+    for layer in range(first, layout.n_layers):
+        for name, module in layout.blocks[layer].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+                d_out, d_in = shape
+                A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
+                edits[f"{layout.family.blocks}.{layer}.{name}"] = LowRank(torch.zeros(d_out, rank), A)
+    return WeightPatch(edits)
+
+
+def train(
     program: Program,
     loaded: Loaded,
     texts: Sequence[Encoded],
     start: WeightPatch,
-    schedule: Schedule,
-    *,
-    tick: Callable[[int, float], None] = lambda _n, _loss: None,
+    options: Distill,
+    seed: int,
+    tick: Tick,
 ) -> WeightPatch:
-    """Return `start` trained until the plain model imitates `program` on `texts`.
+    """AdamW with linear warm-up over a tenth of the steps and cosine decay to zero.
 
-    Args:
-        start: the patch to begin from; its modules and ranks are what is trained.
-        tick: called after each step with the tokens done and the mean KL of the step, nats a token.
+    A sixth of the batches is held out; the start is returned where the result is not better on it.
     """
+    device = loaded.device
     factors = {
-        name: (nn.Parameter(edit.B.clone()), nn.Parameter(edit.A.clone())) for name, edit in start.low_rank.items()
+        name: (nn.Parameter(edit.B.to(device).clone()), nn.Parameter(edit.A.to(device).clone()))
+        for name, edit in start.low_rank.items()
     }
     patch = WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
     first = program.first_layer
-    items = list(_items(program, loaded, texts, first, schedule.batch_tokens))
-    steps = max(1, math.ceil(schedule.epochs * len(items)))
-    optimizer = torch.optim.AdamW(_groups(factors, schedule.learning_rate), weight_decay=0.0, betas=(0.9, 0.99))
+    items = []
+    for batch in batches(texts, int(loaded.tokenizer.pad_token_id), max_tokens=options.batch_tokens):
+        items.append(_item(program, loaded, batch.to(device), first))
+        tick(len(batch.rows))
+    random.Random(seed).shuffle(items)
+    held_out, items = items[::_HELD_OUT_EVERY], [item for n, item in enumerate(items) if n % _HELD_OUT_EVERY] or items
+    before = _mean_kl(loaded, held_out, first, start)
+
+    steps = max(1, math.ceil(options.epochs * len(items)))
+    optimizer = torch.optim.AdamW(_groups(factors, options.learning_rate), weight_decay=0.0, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
-    order = random.Random(schedule.seed)
-    queue: list[_Item] = []
-    for _step in range(steps):
-        if not queue:
-            queue = order.sample(items, len(items))
-        item = queue.pop()
+    parameters = [factor for pair in factors.values() for factor in pair]
+    for step in range(steps):
+        item = items[step % len(items)]
         optimizer.zero_grad()
         with applied(loaded.model, patch), torch.enable_grad():
-            loss = _backward(loaded, item, first)
-        nn.utils.clip_grad_norm_([p for pair in factors.values() for p in pair], 1.0)
+            _backward(loaded, item, first)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         rate.step()
-        tick(item.batch.n_tokens, loss)
-    return WeightPatch({name: LowRank(B.detach(), A.detach()) for name, (B, A) in factors.items()})
+        tick(len(item.batch.rows))
+    result = WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
+    return result if _mean_kl(loaded, held_out, first, result) < before else start
 
 
-def _groups(factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]], rate: float) -> list[dict[str, object]]:
-    """A group a factor: AdamW's step has the size of the rate whatever the gradient's, so it is taken
-    relative to each factor's own size (its root mean square)."""
+def _groups(factors: _Factors, rate: float) -> list[dict[str, object]]:
+    """A group a factor: AdamW's step has the size of the rate whatever the gradient's, so the rate is taken
+    relative to the factor's own root mean square (its partner's, for a factor that starts at zero)."""
     groups: list[dict[str, object]] = []
-    for pair in factors.values():
-        for factor in pair:
-            size = float(factor.detach().square().mean().sqrt())
-            groups.append({"params": [factor], "lr": rate * max(size, 1e-8)})
+    for B, A in factors.values():
+        sizes = [float(factor.detach().square().mean().sqrt()) for factor in (B, A)]
+        for factor, size, other in zip((B, A), sizes, reversed(sizes), strict=True):
+            groups.append({"params": [factor], "lr": rate * (size or other)})
     return groups
 
 
@@ -105,31 +139,42 @@ def _shape(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _items(
-    program: Program, loaded: Loaded, texts: Sequence[Encoded], first: int, batch_tokens: int
-) -> Iterator[_Item]:
-    for batch in batches(texts, int(loaded.tokenizer.pad_token_id), max_tokens=batch_tokens):
-        batch = batch.to(loaded.device)
-        with torch.no_grad():
-            prefix = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first)
-            with steered(loaded.model, program, roles=batch.roles):
-                teacher = run_span(loaded.model, batch.input_ids, batch.attention_mask, start=first, hidden=prefix)
-        yield _Item(batch, prefix, teacher[batch.attention_mask.bool()])
+def _item(program: Program, loaded: Loaded, batch: Batch, first: int) -> _Item:
+    ids, mask = batch.input_ids, batch.attention_mask
+    with torch.no_grad():
+        prefix = run_span(loaded.model, ids, mask, stop=first) if first else None
+        with steered(loaded.model, program, roles=batch.roles):
+            teacher = run_span(loaded.model, ids, mask, start=first, hidden=prefix)
+    return _Item(batch, prefix, teacher[batch.roles != PAD])
 
 
-def _backward(loaded: Loaded, item: _Item, first: int) -> float:
-    """Accumulate the gradient of the mean KL(teacher || student) over real tokens; returns the loss."""
+def _student(loaded: Loaded, item: _Item, first: int) -> Tensor:
+    """The student's final hidden states of the real tokens, [n_tokens, d_model]; its patch must be on."""
     batch = item.batch
     final = run_span(loaded.model, batch.input_ids, batch.attention_mask, start=first, hidden=item.prefix)
-    student = final[batch.attention_mask.bool()]
+    return final[batch.roles != PAD]
+
+
+def _backward(loaded: Loaded, item: _Item, first: int) -> None:
+    """Accumulate the gradient of the mean KL(teacher || student) over the batch's real tokens."""
+    student = _student(loaded, item, first)
     leaf = student.detach().requires_grad_()
-    total = 0.0
     for part in chunks(leaf.shape[0]):
         with torch.no_grad():
             log_p = log_softmax(readout(loaded.model, item.teacher[part]))
         log_q = log_softmax(readout(loaded.model, leaf[part]))
         loss = (log_p.exp() * (log_p - log_q)).sum() / leaf.shape[0]
         loss.backward()
-        total += float(loss.detach())
     student.backward(leaf.grad)
-    return total
+
+
+def _mean_kl(loaded: Loaded, items: Sequence[_Item], first: int, patch: WeightPatch) -> float:
+    """Mean KL(teacher || student) over the items' real tokens, nats a token."""
+    total = count = 0.0
+    for item in items:
+        with applied(loaded.model, patch), torch.no_grad():
+            student = _student(loaded, item, first)
+        found = divergence(loaded.model, item.teacher, loaded.model, student)
+        total += float(found.kl.sum())
+        count += len(found.kl)
+    return total / count

@@ -1,0 +1,99 @@
+"""A patch on disk: a stock PEFT folder for low-rank edits, a small safetensors file for biases.
+
+Adapters are written normalised (plain LoRA, alpha = rank with the scale in B, one rank that serving
+engines accept), because engines misread the richer kinds without a word. No stock adapter format holds
+a bias on a Linear that has none, so a bias patch is kept beside its provenance until it is merged.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from compile_steer.errors import ArtifactError
+from compile_steer.export.provenance import Provenance
+from compile_steer.files import new_folder
+from compile_steer.models import Loaded
+from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.program import read_tensors
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BIAS_FILE = "bias.safetensors"
+_PREFIX = "base_model.model."
+# Ranks that vLLM takes; llama.cpp and PEFT take any.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def write_patch(folder: Path, patch: WeightPatch, loaded: Loaded, provenance: Provenance, program: str) -> None:
+    """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
+
+    Args:
+        program: the program in words, for the card.
+    """
+    patch.require_finite()
+    with new_folder(folder) as new:
+        if patch.bias:
+            biases = {name: bias.contiguous().cpu() for name, bias in patch.bias.items()}
+            save_file(biases, str(new / BIAS_FILE), metadata={"switches": json.dumps(patch.switches)})
+        else:
+            _write_peft(new, patch, loaded)
+        provenance.write(new)
+        (new / "README.md").write_text(model_card(provenance, program), encoding="utf-8")
+
+
+def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
+    rank = next((r for r in _RANKS if r >= patch.max_rank), patch.max_rank)
+    modules = {name: loaded.layout.model.get_submodule(name) for name in patch.low_rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=sorted(patch.low_rank),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=loaded.id,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, edit in patch.low_rank.items():
+        full = edit.padded(rank)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()
+    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+
+
+def read_patch(folder: Path) -> WeightPatch:
+    """Read back a patch that `write_patch` wrote; raises `ArtifactError` for anything else."""
+    if (folder / BIAS_FILE).is_file():
+        tensors, metadata = read_tensors(folder / BIAS_FILE)
+        try:
+            return WeightPatch(bias=tensors, switches=tuple(json.loads(metadata["switches"])))
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(f"{folder / BIAS_FILE} is not a bias patch of compile_steer.") from error
+    tensors, _metadata = read_tensors(folder / ADAPTER_WEIGHTS)
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if config["lora_alpha"] != config["r"]:
+            raise ArtifactError(f"{folder}: alpha {config['lora_alpha']} differs from rank {config['r']}; not one of ours.")
+        names = sorted(key[len(_PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight"))
+        pairs = {n: (tensors[f"{_PREFIX}{n}.lora_B.weight"], tensors[f"{_PREFIX}{n}.lora_A.weight"]) for n in names}
+    except (OSError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{folder} is not a PEFT adapter that compile_steer wrote ({error}).") from error
+    if not names or 2 * len(names) != len(tensors):
+        raise ArtifactError(f"{folder / ADAPTER_WEIGHTS} does not hold pairs of lora_A and lora_B; compile again.")
+    return WeightPatch({name: LowRank(B, A) for name, (B, A) in pairs.items()})
+
+
+def model_card(provenance: Provenance, program: str) -> str:
+    """The folder's README: what it is, what it was made from, how to load it."""
+    environment = Environment(
+        loader=PackageLoader("compile_steer", "templates"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+    )
+    return environment.get_template("card.md").render(p=provenance, program=program)

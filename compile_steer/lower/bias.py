@@ -1,0 +1,57 @@
+"""`bias`: a constant shift at every position is a bias of the block's writer. Exact.
+
+    resid_post k: h + c v = h_mid + m * (W x + b),  b = c v / m,  m the family's residual multiplier
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compile_steer.layout import Layout, WriterKind
+from compile_steer.lower.job import Job
+from compile_steer.patch import WeightPatch
+from compile_steer.program import Intervention, Program, Site
+
+
+def refusal(program: Program, layout: Layout) -> str | None:
+    """Why this backend cannot hold the (canonical) program in stock weights, or None."""
+    for one in program.interventions:
+        reason = _refusal(one, layout)
+        if reason is not None:
+            return f"{one.operation} at {one.site}: {reason}"
+    return None
+
+
+def _refusal(one: Intervention, layout: Layout) -> str | None:
+    if one.operation != "add":
+        return f"a bias cannot {one.operation}; it only shifts"
+    if "all" not in one.scopes:
+        return f"a bias acts at every position, not at {one.positions} alone"
+    if one.site == Site(0, "resid_pre"):
+        return "no writer lies below block 0"
+    if layout.post_norm:
+        return f"{layout.model.config.model_type} normalises what its writers write, so a bias is not a shift of the stream"
+    kind = _writer(one)
+    if layout.bias_switch(kind) is None:
+        name = layout.writer(one.site.layer, kind).name
+        return f"needs a bias on {name}; {layout.model.config.model_type} has none"
+    return None
+
+
+def _writer(one: Intervention) -> WriterKind:
+    return "attn" if one.site.point == "attn_out" else "mlp"
+
+
+def lower(job: Job) -> WeightPatch:
+    """Return the biases and the config switches that make stock code build them."""
+    layout = job.loaded.layout
+    biases: dict[str, Tensor] = {}
+    switches: set[str] = set()
+    for one in job.program.interventions:
+        writer = layout.writer(one.site.layer, _writer(one))
+        shift = one.coefficient * one.vector.float() / layout.residual_multiplier
+        biases[writer.name] = biases[writer.name] + shift if writer.name in biases else shift
+        switch = layout.bias_switch(writer.kind)
+        if switch is not None and not layout.has_bias(writer):
+            switches.add(switch)
+    return WeightPatch(bias=biases, switches=tuple(sorted(switches)))

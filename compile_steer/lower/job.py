@@ -1,0 +1,66 @@
+"""What every backend is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from compile_steer.behaviour import Behaviour, Encoded
+from compile_steer.errors import RecipeError
+from compile_steer.generate import continue_prompts
+from compile_steer.hooks import steered
+from compile_steer.models import Loaded
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.recipe import Compile
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program to lower. The texts are the steered model's own, written when first asked for.
+
+    Closed form and distillation get different texts: on the same ones the gradient would see an error
+    that the regression has already fitted.
+    """
+
+    program: Program
+    loaded: Loaded
+    behaviour: Behaviour
+    options: Compile
+    seed: int
+    meter: Meter
+
+    @cached_property
+    def regression_texts(self) -> list[Encoded]:
+        """Steered continuations of the first `calibration.prompts` prompts, for the closed form."""
+        return self._continuations(0, self.options.calibration.prompts, "calibration texts")
+
+    @cached_property
+    def training_texts(self) -> list[Encoded]:
+        """Steered continuations of the `distill.prompts` prompts after those."""
+        first = self.options.calibration.prompts
+        return self._continuations(first, first + self.options.distill.prompts, "training texts")
+
+    def _continuations(self, start: int, stop: int, label: str) -> list[Encoded]:
+        """Sampled at temperature 1: the texts that the steered model itself would meet."""
+        prompts = self.behaviour.calibration
+        if len(prompts) < stop:
+            raise RecipeError(
+                f"compile: calibration.prompts and distill.prompts want {stop} prompts, data.calibration has "
+                f"{len(prompts)}. Lower one of them or add prompts."
+            )
+        found: list[Encoded] = []
+        size = self.options.calibration.batch
+        with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
+            for at in range(start, stop, size):
+                chosen = prompts[at : min(at + size, stop)]
+                with steered(self.loaded.model, self.program):
+                    found += continue_prompts(
+                        self.loaded,
+                        chosen,
+                        max_new_tokens=self.options.calibration.max_new_tokens,
+                        temperature=1.0,
+                        seed=self.seed + at,
+                    )
+                tick(len(chosen))
+        return found

@@ -1,0 +1,280 @@
+"""The walk from contrast pairs to verified weights: each function runs one span and leaves its artifact.
+
+A span whose artifact is there and was made from the same inputs is kept, so a run that was killed goes
+on where it stopped. Verification is never skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from compile_steer.behaviour import Behaviour, read_behaviour
+from compile_steer.errors import ArtifactError, CannotLower, RecipeError
+from compile_steer.export import PROVENANCE, Provenance, read_patch, write_merged, write_patch
+from compile_steer.export.adapter import model_card
+from compile_steer.extract import Directions, extract
+from compile_steer.files import digest, sha256
+from compile_steer.lower import BACKENDS, Job
+from compile_steer.models import Loaded, load
+from compile_steer.passes import canonical
+from compile_steer.patch import WeightPatch
+from compile_steer.places import Places
+from compile_steer.plan import Choice, plan
+from compile_steer.program import Program, read_tensors
+from compile_steer.progress import Meter
+from compile_steer.recipe import Recipe
+from compile_steer.validate import ValidationReport, validate
+from compile_steer.verify import PARITY, Parity, Reference, verify_artifact
+
+_MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with its model and data loaded: what every span needs."""
+
+    recipe: Recipe
+    places: Places
+    loaded: Loaded
+    behaviour: Behaviour
+    meter: Meter
+
+    @staticmethod
+    def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
+        """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
+        data = recipe.data
+        behaviour = read_behaviour(data.files(recipe.folder), data.positive_template, data.negative_template)
+        loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype)
+        return Run(recipe, Places(out, recipe.name), loaded, behaviour, meter)
+
+    def inputs(self, *sections: str, after: str = "") -> str:
+        """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
+        model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed]
+        return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
+
+
+def run_extract(run: Run) -> Directions:
+    """Directions of every block, from the training pairs."""
+    inputs = run.inputs("data", "extract")
+    if run.places.directions.is_file():
+        try:
+            kept = Directions.load(run.places.directions)
+            if kept.inputs == inputs:
+                return kept
+        except ArtifactError:
+            pass  # damaged or older: it is made again below, and replaced as a whole
+    directions = extract(run.recipe, run.loaded, run.behaviour, inputs, run.meter)
+    directions.save(run.places.directions)
+    return directions
+
+
+def run_validate(run: Run) -> ValidationReport:
+    """The chosen program and the report on it; extracts first if need be."""
+    directions = run_extract(run)
+    places = run.places
+    inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=sha256(places.directions))
+    if places.validation.is_file() and places.program.is_file():
+        try:
+            kept = ValidationReport.load(places.validation)
+            if kept.inputs == inputs and kept.program_hash == sha256(places.program):
+                return kept
+        except ArtifactError:
+            pass  # damaged or older: it is made again below, and replaced as a whole
+
+    def keep(program: Program) -> str:
+        program.save(places.program, {"recipe_sha256": run.recipe.hash})
+        return sha256(places.program)
+
+    report = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
+    report.save(places.validation)
+    return report
+
+
+def load_program(run: Run) -> Program:
+    """The program on disk, checked against the model; raises `ArtifactError`."""
+    program = Program.load(run.places.program)
+    run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
+    return program
+
+
+def _verdict(run: Run, force: bool) -> tuple[str, str]:
+    """(verdict, hash of the report) that allow a compile; raises `CannotLower` where only force does."""
+    path = run.places.validation
+    if not path.is_file():
+        if not force:
+            raise CannotLower(
+                f"{run.places.program} was never validated (no {path.name}). Run 'compile-steer validate' first, or "
+                "compile with --force; the artifact will say so."
+            )
+        return "none", ""
+    report = ValidationReport.load(path)
+    verdict = report.verdict if report.program_hash == sha256(run.places.program) else "none"
+    if verdict == "none" and not force:
+        raise CannotLower(f"{path} is about another program than {run.places.program}. Validate again, or use --force.")
+    if verdict == "fail" and not force:
+        reasons = "; ".join(report.reasons)
+        raise CannotLower(f"validation failed: {reasons}. Mend the direction, or compile with --force.")
+    return verdict, sha256(path)
+
+
+def run_plan(run: Run) -> list[Choice]:
+    """Which backends will run and why the others will not; raises `CannotLower`."""
+    return plan(canonical(load_program(run)), run.loaded.layout, run.recipe.compile.backends)
+
+
+def run_compile(run: Run, force: bool = False) -> list[Path]:
+    """Lower the program with every chosen backend; returns the folders of the patches."""
+    program = canonical(load_program(run))
+    verdict, report_hash = _verdict(run, force)
+    chosen = [choice.backend for choice in run_plan(run) if choice.chosen]
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    program_hash = sha256(run.places.program)
+    folders = []
+    for name in chosen:
+        folder = run.places.adapter(name)
+        folders.append(folder)
+        inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
+        if _kept(folder, inputs):
+            continue
+        if name != "bias":
+            _ = job.regression_texts  # written before the clock starts: every backend is given them
+        started = time.perf_counter()
+        patch = BACKENDS[name].lower(job)
+        origin = Provenance(
+            name=run.recipe.name,
+            backend=name,
+            form="bias" if patch.bias else "adapter",
+            model=run.loaded.id,
+            revision=run.loaded.revision,
+            program=run.places.program.name,
+            program_sha256=program_hash,
+            validation_sha256=report_hash,
+            verdict=verdict,
+            forced=force and verdict in ("fail", "none"),
+            recipe_sha256=run.recipe.hash,
+            data_sha256=run.behaviour.hashes,
+            seed=run.recipe.seed,
+            seconds=time.perf_counter() - started,
+            inputs=inputs,
+        )
+        write_patch(folder, patch, run.loaded, origin, program.describe())
+    return folders
+
+
+def _kept(folder: Path, inputs: str) -> bool:
+    """True if the artifact is whole and was made from the same inputs."""
+    try:
+        read_patch(folder)
+        return Provenance.read(folder).inputs == inputs
+    except ArtifactError:
+        return False
+
+
+def run_merge(run: Run) -> list[Path]:
+    """Merge every compiled patch at the precisions that the recipe verifies; returns the folders."""
+    program = load_program(run)
+    precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
+    folders = []
+    patches: list[tuple[Path, WeightPatch, Provenance]] = []
+    for choice in run_plan(run):
+        if choice.chosen:
+            folder = run.places.adapter(choice.backend)
+            patches.append((folder, read_patch(folder), Provenance.read(folder)))
+    with run.meter.phase("merging in fp32, one cast", len(patches) * len(precisions)) as tick:
+        for folder, patch, origin in patches:
+            parent = sha256(folder, without=(PARITY,))
+            for precision in precisions:
+                merged = run.places.merged(origin.backend, precision)
+                folders.append(merged)
+                now = origin.of(form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision]))
+                if not _same_provenance(merged, now):
+                    write_merged(merged, patch, run.loaded, precision, now, model_card(now, program.describe()))
+                tick(1)
+    return folders
+
+
+def _same_provenance(folder: Path, wanted: Provenance) -> bool:
+    try:
+        return (folder / "config.json").is_file() and Provenance.read(folder) == wanted
+    except ArtifactError:
+        return False
+
+
+def artifacts(run: Run) -> list[Path]:
+    """The folders that the recipe wants verified, in the plan's order."""
+    folders = []
+    for choice in run_plan(run):
+        if choice.chosen:
+            for form in run.recipe.verify.forms:
+                if form in _MERGED:
+                    folders.append(run.places.merged(choice.backend, _MERGED[form]))
+                elif choice.adapter_refusal is None:
+                    folders.append(run.places.adapter(choice.backend))
+    return folders
+
+
+def run_verify(run: Run, folders: Sequence[Path]) -> list[Parity]:
+    """Judge what is on disk; a parity.json is left beside each artifact. To be called in a fresh process."""
+    missing = [f"{folder} does not exist; run 'compile-steer compile' and 'merge'." for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ArtifactError(missing)
+    program = load_program(run)
+    reference = Reference(run.recipe, run.loaded, program, run.behaviour, run.meter)
+    found = []
+    with run.meter.phase("verifying artifacts from disk", len(folders)) as tick:
+        for folder in folders:
+            parity = verify_artifact(reference, folder, sha256(run.places.program), run.recipe.verify.gates)
+            parity.save(folder / PARITY)
+            found.append(parity)
+            tick(1)
+    return found
+
+
+def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> int:
+    """Run the judge as `compile-steer verify` in its own interpreter; returns its exit code.
+
+    Nothing that the compiler did to its model in memory can reach it: it sees only what is on disk.
+    """
+    command = [sys.executable, "-m", "compile_steer", "verify", str(recipe), "--out", str(out), "--quiet"]
+    for change in changes:
+        command += ["--set", change]
+    return subprocess.run(command, check=False).returncode
+
+
+def read_parities(run: Run) -> list[Parity]:
+    """The reports beside the artifacts, in the plan's order."""
+    return [Parity.load(folder / PARITY) for folder in artifacts(run)]
+
+
+def describe_artifact(path: Path) -> dict[str, object]:
+    """What an artifact of any kind says of itself, for `show`; raises `ArtifactError`."""
+    if path.is_dir():
+        found: dict[str, object] = {"kind": "artifact", "provenance": asdict(Provenance.read(path))}
+        if (path / PARITY).is_file():
+            found["parity"] = asdict(Parity.load(path / PARITY))
+        return found
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is not JSON ({error}).") from error
+        kind = "parity report" if "kl_share" in content else "validation report"
+        report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
+        return {"kind": kind, **asdict(report)}
+    _tensors, metadata = read_tensors(path)
+    if "directions" in metadata:
+        directions = Directions.load(path)
+        norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
+        return {"kind": "directions", "model": directions.model, "point": directions.point, "norms": norms}
+    program = Program.load(path)
+    lines = program.describe().splitlines()
+    return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}
+
+
+__all__ = ["PROVENANCE", "RecipeError", "Run"]

@@ -1,0 +1,7 @@
+"""Verify: is what is on disk the steered model? Reads artifacts as a user's stack would; imports no backend."""
+
+from compile_steer.verify.parity import PARITY, Parity
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import verify_artifact
+
+__all__ = ["PARITY", "Parity", "Reference", "verify_artifact"]

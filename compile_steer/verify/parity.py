@@ -1,0 +1,108 @@
+"""The judge's findings on one artifact, and the gates they must pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from compile_steer.errors import ArtifactError
+from compile_steer.files import save_json
+from compile_steer.recipe import Gates
+
+PARITY = "parity.json"
+# A compiled model that moves by more or less than this share of the steering has another dose, however
+# small its divergence: a share of KL grows only with the square of the dose's error.
+_DOSE_MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Compiled against steered. KL in nats a token; p is always the steered model's distribution.
+
+    `kl_*` and `top1_agreement` are over the positions that predict the response, in the steered model's own
+    sampled continuations of held-out prompts; `kl_prompt` over the prompt's. `kl_share` is over
+    KL(steered||base) at the same positions. `dose` is the least-squares factor of the compiled model's change of
+    the final hidden state on the steered model's. `recovery` is that of the log-probability contrast on
+    test pairs; `score_*` are generation scores on test prompts, their difference with a 90 % interval (TOST:
+    equivalent at 5 % where it lies inside the margin). `noise_kl` is what the artifact's precision costs the
+    steered model itself.
+    """
+
+    backend: str
+    form: str
+    exact: bool
+    kl_per_token: float
+    kl_rms: float
+    kl_p99: float
+    kl_share: float
+    kl_base: float
+    kl_prompt: float
+    top1_agreement: float
+    top1_base: float
+    noise_kl: float
+    noise_top1: float
+    hidden_error: float
+    dose: float
+    recovery: float | None
+    recovery_low: float | None
+    recovery_high: float | None
+    score_base: float
+    score_steered: float
+    score_compiled: float
+    score_difference_low: float
+    score_difference_high: float
+    score_equivalent: bool
+    repetition_steered: float
+    repetition_compiled: float
+    neutral_drift_steered: float
+    neutral_drift_compiled: float
+    same_tokens: bool
+    n_tokens: int
+    n_pairs: int
+    n_prompts: int
+    compile_seconds: float
+    sample: str
+    sha256: dict[str, str]
+    compute_dtype: str
+    passed: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        save_json(path, asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> Parity:
+        """Raises `ArtifactError` for a missing or damaged report."""
+        try:
+            return Parity(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{path} is not a parity report ({error}). Make it with 'compile-steer verify'.") from error
+
+
+def judge(parity: Parity, gates: Gates) -> list[str]:
+    """Every reason why the artifact is not the steered model; empty where it passes."""
+    # What the precision costs the steered model itself, the compiled one may cost too: twice, because the
+    # two roundings are independent.
+    allowed_kl = (gates.exact_kl if parity.exact else gates.share * parity.kl_base) + 2 * parity.noise_kl
+    wanted_top1 = (gates.exact_top1 if parity.exact else gates.top1) - 2 * (1 - parity.noise_top1)
+    reasons = []
+    if not parity.same_tokens:
+        reasons.append("the artifact's tokenizer splits held-out prompts differently from the base's")
+    if not parity.kl_per_token <= allowed_kl:
+        reasons.append(f"KL {parity.kl_per_token:.2e} nats a token (share {parity.kl_share:.2%}); at most {allowed_kl:.2e}")
+    if not parity.top1_agreement >= wanted_top1:
+        reasons.append(f"top-1 agreement {parity.top1_agreement:.2%}; at least {wanted_top1:.2%}")
+    if not abs(parity.dose - 1) <= _DOSE_MARGIN:
+        reasons.append(f"the dose is {parity.dose:.3f} of the steered model's; needed 1 +- {_DOSE_MARGIN:g}")
+    if parity.recovery is not None and parity.recovery_low is not None:
+        if not parity.recovery >= gates.recovery:
+            reasons.append(f"recovery {parity.recovery:.3f}; at least {gates.recovery:g}")
+        if not parity.recovery_low >= gates.recovery_low:
+            reasons.append(f"recovery's lower bound {parity.recovery_low:.3f}; at least {gates.recovery_low:g}")
+    else:
+        reasons.append("the steered model's score does not differ from the base's: nothing to recover")
+    allowed_drift = parity.neutral_drift_steered + gates.drift_margin
+    if not parity.neutral_drift_compiled <= allowed_drift:
+        reasons.append(f"drift on neutral text {parity.neutral_drift_compiled:.4f} nats a token; at most {allowed_drift:.4f}")
+    return reasons

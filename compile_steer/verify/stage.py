@@ -1,0 +1,159 @@
+"""Reload one artifact from disk and hold it against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compile_steer.behaviour import Text, encode
+from compile_steer.errors import ArtifactError
+from compile_steer.export import PROVENANCE, Provenance
+from compile_steer.files import digest, sha256
+from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
+from compile_steer.models import DTYPES, Loaded, quiet
+from compile_steer.recipe import Gates
+from compile_steer.verify.parity import PARITY, Parity, judge
+from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
+
+_EXACT_BACKENDS = frozenset({"bias"})
+_ROUNDED = {"merged-bf16": torch.bfloat16}
+
+
+def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gates: Gates) -> Parity:
+    """Measure the artifact at `folder` and judge it. A failed check is a result, not an exception.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, or belongs to another program or base.
+    """
+    origin = Provenance.read(folder)
+    _require_same_origin(origin, reference, folder, program_sha256)
+    artifact = open_artifact(folder, origin, reference.base)
+    states = final_states(artifact, reference.heldout)
+    found = reference.from_steered(artifact, states)
+    behaving = behave(artifact, reference.behaviour, reference.recipe)
+    neutral = final_states(artifact, reference.neutral)
+    noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
+    parity = _measure(reference, origin, states, found, behaving, noise)
+    parity = replace(
+        parity,
+        neutral_drift_compiled=reference.drift(artifact, neutral),
+        same_tokens=_same_tokens(reference, artifact),
+        sha256={
+            "artifact": sha256(folder, without=(PARITY, PROVENANCE, "README.md")),
+            "program": program_sha256,
+            "base": reference.base.revision,
+            "texts": digest([list(one.ids) for one in reference.heldout]),
+        },
+    )
+    reasons = judge(parity, gates)
+    return replace(parity, passed=not reasons, reasons=reasons)
+
+
+def _require_same_origin(origin: Provenance, reference: Reference, folder: Path, program_sha256: str) -> None:
+    problems = []
+    if origin.program_sha256 != program_sha256:
+        problems.append(
+            f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
+        )
+    if (origin.model, origin.revision) != (reference.base.id, reference.base.revision):
+        problems.append(
+            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {reference.base.id} at "
+            f"{reference.base.revision}."
+        )
+    if problems:
+        raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
+
+
+def open_artifact(folder: Path, origin: Provenance, base: Loaded) -> Loaded:
+    """Load an adapter through plain PEFT or a merged folder through plain transformers."""
+    dtype = base.model.dtype
+    try:
+        with quiet():
+            if origin.form == "adapter":
+                fresh = AutoModelForCausalLM.from_pretrained(base.source, dtype=dtype)
+                model = PeftModel.from_pretrained(fresh, str(folder))
+                tokenizer = base.tokenizer
+            else:
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again.") from error
+    model.to(base.device).eval().requires_grad_(False)
+    return Loaded(model, tokenizer, str(folder), "", str(folder))
+
+
+def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
+    return all(
+        encode(artifact.tokenizer, Text(prompt)) == encode(reference.base.tokenizer, Text(prompt))
+        for prompt in reference.behaviour.heldout
+    )
+
+
+def _measure(
+    reference: Reference,
+    origin: Provenance,
+    states: States,
+    found: Divergence,
+    behaving: Behaving,
+    noise: Divergence | None,
+) -> Parity:
+    counts = reference.steered_heldout.predicts
+    at_response, base_at = found.where(counts), reference.base_divergence.where(counts)
+    base, steered = reference.base_behaving, reference.steered_behaving
+    seed, gates = reference.recipe.seed, reference.recipe.verify.gates
+    recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=seed)
+    difference = bootstrap_mean(behaving.scores - steered.scores, seed=seed, confidence=0.90)
+    dose, error = _dose(
+        reference.base_heldout.hidden[counts], reference.steered_heldout.hidden[counts], states.hidden[counts]
+    )
+    return Parity(
+        backend=origin.backend,
+        form=origin.form,
+        exact=origin.backend in _EXACT_BACKENDS,
+        kl_per_token=at_response.mean,
+        kl_rms=at_response.rms,
+        kl_p99=at_response.p99,
+        kl_share=at_response.mean / base_at.mean,
+        kl_base=base_at.mean,
+        kl_prompt=found.where(~counts).mean,
+        top1_agreement=at_response.top1_agreement,
+        top1_base=base_at.top1_agreement,
+        noise_kl=0.0 if noise is None else noise.where(counts).mean,
+        noise_top1=1.0 if noise is None else noise.where(counts).top1_agreement,
+        hidden_error=error,
+        dose=dose,
+        recovery=None if recovery is None else recovery.value,
+        recovery_low=None if recovery is None else recovery.low,
+        recovery_high=None if recovery is None else recovery.high,
+        score_base=float(base.scores.mean()),
+        score_steered=float(steered.scores.mean()),
+        score_compiled=float(behaving.scores.mean()),
+        score_difference_low=difference.low,
+        score_difference_high=difference.high,
+        score_equivalent=bool(np.abs([difference.low, difference.high]).max() < gates.score_margin),
+        repetition_steered=float(steered.repetition.mean()),
+        repetition_compiled=float(behaving.repetition.mean()),
+        neutral_drift_steered=reference.neutral_drift,
+        neutral_drift_compiled=0.0,
+        same_tokens=True,
+        n_tokens=int(counts.sum()),
+        n_pairs=len(base.contrast),
+        n_prompts=len(base.scores),
+        compile_seconds=origin.seconds,
+        sample=behaving.sample,
+        sha256={},
+        compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
+    )
+
+
+def _dose(base: torch.Tensor, steered: torch.Tensor, compiled: torch.Tensor) -> tuple[float, float]:
+    """(factor, relative error) of the compiled change of the states [n, d] fitted on the steered change."""
+    wanted, got = (steered - base).double(), (compiled - base).double()
+    size = wanted.square().sum()
+    return float((wanted * got).sum() / size), float(((got - wanted).square().sum() / size).sqrt())
