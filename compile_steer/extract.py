@@ -6,10 +6,7 @@ means the same for all: 1 moves an activation by as much as the behaviour does o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -20,41 +17,13 @@ from torch import Tensor
 
 from compile_steer.activations import read_activations
 from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.errors import ArtifactError, RecipeError
-from compile_steer.files import save_tensors
+from compile_steer.directions import Directions
+from compile_steer.errors import RecipeError
 from compile_steer.models import Loaded
 from compile_steer.progress import Meter
-from compile_steer.program import Point, read_tensors
 from compile_steer.recipe import Extract, Method, Recipe
 
 _LOGISTIC_PENALTY = 1.0
-
-
-@dataclass(frozen=True)
-class Directions:
-    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model], as long."""
-
-    vectors: Tensor
-    shuffled: Tensor
-    model: str
-    revision: str
-    point: Point
-    inputs: str
-
-    def save(self, path: Path) -> None:
-        header = {"model": self.model, "revision": self.revision, "point": self.point, "inputs": self.inputs}
-        tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
-        save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
-
-    @staticmethod
-    def load(path: Path) -> Directions:
-        """Raises `ArtifactError` for a missing, damaged or foreign file."""
-        tensors, metadata = read_tensors(path)
-        try:
-            header = json.loads(metadata["directions"])
-            return Directions(tensors["directions"], tensors["shuffled"], **header)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} holds no directions. Make it with 'compile-steer extract'.") from error
 
 
 def extract(

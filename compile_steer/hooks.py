@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compile_steer.errors import ArtifactError
 from compile_steer.layout import Layout
-from compile_steer.program import Program, Scope, Site
+from compile_steer.program import Intervention, Program, Scope, Site
 
 # Roles of a token, [batch, time] int8. The last prompt token is a prompt token too.
 PAD, PROMPT, LAST_PROMPT, RESPONSE = 0, 1, 2, 3
@@ -93,10 +93,20 @@ class _Edit:
         return hidden + change
 
 
+def _groups(programs: Sequence[Program]) -> list[tuple[Intervention, ...]]:
+    """Interventions that run together. In a batch of programs a row with coefficient 0 is the base."""
+    if len(programs) == 1:
+        return [(one,) for one in programs[0].active]
+    shapes = [tuple(i for i in p.interventions if i.enabled) for p in programs]
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ArtifactError("programs that run as rows of one batch must have the same number of interventions.")
+    return list(zip(*shapes, strict=True))
+
+
 def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edit]]:
     """Turn one program, or a batch of programs of one shape, into edits in running order."""
     result = []
-    for group in zip(*(p.active for p in programs), strict=True):
+    for group in _groups(programs):
         first = group[0]
         if any((i.site, i.operation, i.scopes) != (first.site, first.operation, first.scopes) for i in group):
             raise ArtifactError("programs that run as rows of one batch must share sites, operations and positions.")

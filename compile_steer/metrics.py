@@ -28,10 +28,6 @@ class Divergence:
     def join(parts: list[Divergence]) -> Divergence:
         return Divergence(torch.cat([p.kl for p in parts]), torch.cat([p.same_top1 for p in parts]))
 
-    def where(self, chosen: Tensor) -> Divergence:
-        """The tokens where boolean `chosen` [n] holds."""
-        return Divergence(self.kl[chosen], self.same_top1[chosen])
-
     @property
     def mean(self) -> float:
         return float(self.kl.mean())

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compile_steer.behaviour import Behaviour, read_behaviour
-from compile_steer.errors import ArtifactError, CannotLower, RecipeError
-from compile_steer.export import PROVENANCE, Provenance, read_patch, write_merged, write_patch
-from compile_steer.export.adapter import model_card
-from compile_steer.extract import Directions, extract
+from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.directions import Directions
+from compile_steer.export import model_card, read_patch, write_merged, write_patch
+from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job
 from compile_steer.models import Loaded, load
@@ -28,6 +28,7 @@ from compile_steer.places import Places
 from compile_steer.plan import Choice, plan
 from compile_steer.program import Program, read_tensors
 from compile_steer.progress import Meter
+from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
 from compile_steer.validate import ValidationReport, validate
 from compile_steer.verify import PARITY, Parity, Reference, verify_artifact
@@ -276,5 +277,3 @@ def describe_artifact(path: Path) -> dict[str, object]:
     lines = program.describe().splitlines()
     return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}
 
-
-__all__ = ["PROVENANCE", "RecipeError", "Run"]

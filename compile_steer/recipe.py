@@ -66,6 +66,7 @@ class Validate(_Strict):
     coefficients: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     positions: str = "all"
     sweep_pairs: int = Field(24, ge=4)
+    sweep_neutral: int = Field(12, ge=4, description="neutral texts of the sweep; the test uses all")
     sweep_prompts: int = Field(12, ge=4)
     sweep_layers: int = Field(2, ge=1, description="how many of the best layers are also scored by generation")
     control_pairs: int = Field(24, ge=4)
@@ -106,7 +107,7 @@ class Calibration(_Strict):
 
     prompts: int = Field(180, ge=1)
     max_new_tokens: int = Field(48, ge=1)
-    batch: int = Field(60, ge=1)
+    batch: int = Field(96, ge=1, description="prompts continued at once")
 
 
 class ClosedFormStage(_Strict):
@@ -155,7 +156,9 @@ class Gates(_Strict):
 class Verify(_Strict):
     forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
     max_new_tokens: int = Field(48, ge=4)
-    prompts: int = Field(40, ge=8)
+    heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
+    pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
+    prompts: int = Field(32, ge=8, description="test prompts answered in full")
     gates: Gates = Gates()
 
 

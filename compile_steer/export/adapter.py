@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.errors import ArtifactError
-from compile_steer.export.provenance import Provenance
+from compile_steer.provenance import Provenance
 from compile_steer.files import new_folder
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.errors import ArtifactError
-from compile_steer.export.provenance import Provenance
+from compile_steer.provenance import Provenance
 from compile_steer.files import new_folder
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import WeightPatch, weight_delta

@@ -43,24 +43,26 @@ class Job:
 
     def _continuations(self, start: int, stop: int, label: str) -> list[Encoded]:
         """Sampled at temperature 1: the texts that the steered model itself would meet."""
-        prompts = self.behaviour.calibration
-        if len(prompts) < stop:
+        available = self.behaviour.calibration
+        if len(available) < stop:
             raise RecipeError(
                 f"compile: calibration.prompts and distill.prompts want {stop} prompts, data.calibration has "
-                f"{len(prompts)}. Lower one of them or add prompts."
+                f"{len(available)}. Lower one of them or add prompts."
             )
+        # By length, because a batch is padded to its longest prompt.
+        prompts = sorted(available[start:stop], key=len)
         found: list[Encoded] = []
         size = self.options.calibration.batch
         with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
-            for at in range(start, stop, size):
-                chosen = prompts[at : min(at + size, stop)]
+            for at in range(0, len(prompts), size):
+                chosen = prompts[at : at + size]
                 with steered(self.loaded.model, self.program):
                     found += continue_prompts(
                         self.loaded,
                         chosen,
                         max_new_tokens=self.options.calibration.max_new_tokens,
                         temperature=1.0,
-                        seed=self.seed + at,
+                        seed=self.seed + start + at,
                     )
                 tick(len(chosen))
         return found

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from compile_steer.activations import read_activations
+from compile_steer.answers import Answers, Request, answer
 from compile_steer.behaviour import Behaviour, batches, encode
-from compile_steer.extract import Directions
+from compile_steer.directions import Directions
 from compile_steer.hooks import PAD
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
@@ -19,7 +20,6 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
 from compile_steer.scoring import contrast_scores, encode_pairs
-from compile_steer.validate.answers import Answers, answer
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix
@@ -88,7 +88,7 @@ def _measure(
             recipe.seed,
             tick,
         )
-    base, steered_answers, instructed = _answers(recipe, loaded, behaviour, program, meter)
+    base, under, instructed, samples = _answers(recipe, loaded, behaviour, program, meter)
     with meter.phase("test: separability of held-out pairs", 2 * n_pairs) as tick:
         positive, negative = (
             read_activations(
@@ -104,8 +104,8 @@ def _measure(
         sweep=swept.cells,
         contrast=contrast,
         score_base=float(base.scores.mean()),
-        score_steered=float(steered_answers.scores.mean()),
-        score_effect=bootstrap_mean(steered_answers.scores - base.scores, seed=recipe.seed),
+        score_steered=float(under.scores.mean()),
+        score_effect=bootstrap_mean(under.scores - base.scores, seed=recipe.seed),
         score_instructed=None if instructed is None else float(instructed.scores.mean()),
         controls=controls,
         separability=separability(positive, negative, directions.vectors[layer]),
@@ -113,11 +113,11 @@ def _measure(
         wrong_way=float((slopes < 0).mean()),
         perplexity_ratio=float(np.exp(-change[2 * n_pairs :].mean())),
         repetition_base=float(base.repetition.mean()),
-        repetition_steered=float(steered_answers.repetition.mean()),
+        repetition_steered=float(under.repetition.mean()),
         ended_base=float(base.ended.mean()),
-        ended_steered=float(steered_answers.ended.mean()),
+        ended_steered=float(under.ended.mean()),
         relative_dose=_relative_dose(loaded, behaviour, program),
-        samples=_samples(recipe, loaded, program),
+        samples=samples,
         program_hash="",
         inputs="",
         n_pairs=n_pairs,
@@ -127,27 +127,20 @@ def _measure(
 
 def _answers(
     recipe: Recipe, loaded: Loaded, behaviour: Behaviour, program: Program, meter: Meter
-) -> tuple[Answers, Answers, Answers | None]:
-    """Test prompts answered by base, steered, and base asked with the instruction (if there is one)."""
+) -> tuple[Answers, Answers, Answers | None, dict[str, str]]:
+    """Test prompts answered by base, steered, and base asked with the instruction (if there is one); and one
+    prompt answered by base, steered, and steered too hard: what the dial does."""
     options = recipe.validate_
     prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
-    with meter.phase("test: answers of base and steered", 3 if options.instruction else 2) as tick:
-        base, steered_answers = answer(loaded, prompts, [None, program], options.score, options.max_new_tokens)
-        tick(2)
-        if not options.instruction:
-            return base, steered_answers, None
-        asked = [f"{prompt} {options.instruction}" for prompt in prompts]
-        (instructed,) = answer(loaded, asked, [None], options.score, options.max_new_tokens)
+    asked = [f"{prompt} {options.instruction}" for prompt in prompts] if options.instruction else []
+    dial = {"base": None, "steered": program, "too_high": program.scaled(recipe.too_high)}
+    requests = [Request(prompts), Request(prompts, program), Request(asked)]
+    requests += [Request([recipe.ask], setting) for setting in dial.values()]
+    with meter.phase("test: answers of base and steered", 1) as tick:
+        base, under, instructed, *samples = answer(loaded, requests, options.score, options.max_new_tokens)
         tick(1)
-    return base, steered_answers, instructed
-
-
-def _samples(recipe: Recipe, loaded: Loaded, program: Program) -> dict[str, str]:
-    """One prompt answered by base, steered, and steered too hard: what the dial does."""
-    options = recipe.validate_
-    programs = {"base": None, "steered": program, "too_high": program.scaled(recipe.too_high)}
-    found = answer(loaded, [recipe.ask], list(programs.values()), options.score, options.max_new_tokens)
-    return {name: one.texts[0] for name, one in zip(programs, found, strict=True)}
+    texts = {name: one.texts[0] for name, one in zip(dial, samples, strict=True)}
+    return base, under, instructed if asked else None, texts
 
 
 def _relative_dose(loaded: Loaded, behaviour: Behaviour, program: Program) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour, encode
 from compile_steer.errors import LayoutError, RecipeError
 from compile_steer.models import Loaded
@@ -14,7 +15,6 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Validate
 from compile_steer.scoring import contrast_scores, encode_pairs
-from compile_steer.validate.answers import answer
 from compile_steer.validate.report import Cell
 from compile_steer.validate.shared import SharedPrefix
 
@@ -62,7 +62,7 @@ def sweep(loaded: Loaded, behaviour: Behaviour, options: Validate, make: MakePro
     cells: list[Cell] = []
     effects: dict[tuple[int, float], np.ndarray] = {}
     texts = encode_pairs(loaded, behaviour.validation[:n_pairs])
-    neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
+    neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral[: options.sweep_neutral]]
     shared = SharedPrefix(loaded, texts + neutral)
     base = shared.base()
     with meter.phase("sweep: log-probability contrast", len(layers) * len(options.coefficients)) as tick:
@@ -89,14 +89,13 @@ def _answer_best_layers(
     for cell in coherent:
         strongest[cell.layer] = max(cell.contrast, strongest.get(cell.layer, -np.inf))
     layers = sorted(strongest, key=lambda layer: -strongest[layer])[: options.sweep_layers]
-    chosen = [cell for cell in coherent if cell.layer in layers]
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
     answered: dict[tuple[int, float], Cell] = {}
     with meter.phase("sweep: answers of the best layers", len(layers)) as tick:
         for layer in layers:
-            mine = [cell for cell in chosen if cell.layer == layer]
-            programs = [make(layer, cell.coefficient) for cell in mine]
-            found = answer(loaded, prompts, programs, options.score, options.max_new_tokens)
+            mine = [cell for cell in coherent if cell.layer == layer]
+            requests = [Request(prompts, make(layer, cell.coefficient)) for cell in mine]
+            found = answer(loaded, requests, options.score, options.max_new_tokens)
             for cell, one in zip(mine, found, strict=True):
                 answered[layer, cell.coefficient] = replace(
                     cell, score=float(one.scores.mean()), repetition=float(one.repetition.mean())

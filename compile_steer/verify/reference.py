@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Batch, Behaviour, Encoded, batches, encode
-from compile_steer.generate import continue_prompts, response_text
+from compile_steer.generate import continue_prompts
 from compile_steer.hooks import PAD, steered
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded, load
@@ -19,15 +20,18 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
-from compile_steer.scoring import contrast_scores, encode_pairs, mean_log_probabilities, repetition
+from compile_steer.scoring import contrast_scores, encode_pairs, mean_log_probabilities
 
 
 @dataclass(frozen=True)
 class States:
-    """Final hidden states of texts: `hidden` [n_tokens, d_model], and which tokens predict the response."""
+    """Final hidden states [n_tokens, d_model] at the positions that predict the response, and elsewhere.
 
-    hidden: Tensor
-    predicts: Tensor
+    Both matter, and apart: a chat template's tokens are the same in every prompt, so they flatter a mean.
+    """
+
+    response: Tensor
+    prompt: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,34 +50,36 @@ def _hooks(loaded: Loaded, program: Program | None, roles: Tensor | None = None)
 
 def final_states(loaded: Loaded, encoded: Sequence[Encoded], program: Program | None = None) -> States:
     """Run the whole model, hooked with `program` if given, and keep the real tokens' final hidden states."""
-    hidden, predicts = [], []
+    response, prompt = [], []
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         with _hooks(loaded, program, batch.roles), torch.no_grad():
             final = run_span(loaded.model, batch.input_ids, batch.attention_mask)
-        real = batch.roles != PAD
-        hidden.append(final[real])
-        predicts.append(batch.predicts_response[real].cpu())
-    return States(torch.cat(hidden), torch.cat(predicts))
+        counts = batch.predicts_response
+        response.append(final[counts])
+        prompt.append(final[~counts & (batch.roles != PAD)])
+    return States(torch.cat(response), torch.cat(prompt))
 
 
-def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, program: Program | None = None) -> Behaving:
-    """Score test pairs and answers to test prompts; free-running generation, greedy."""
-    scorer, n = recipe.validate_.score, recipe.verify.prompts
-    pairs = encode_pairs(loaded, behaviour.test)
-    prompts = [pair.prompt for pair in behaviour.test[:n]]
+def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, programs: Sequence[Program | None]) -> list[Behaving]:
+    """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
+    options = recipe.verify
+    pairs = encode_pairs(loaded, behaviour.test[: options.pairs])
+    prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
+    requests = [Request([*prompts, recipe.ask], program) for program in programs]
+    answers = answer(loaded, requests, recipe.validate_.score, options.max_new_tokens)
+    return [
+        Behaving(_contrast(loaded, pairs, program), one.scores[:-1], one.repetition[:-1], one.texts[-1])
+        for program, one in zip(programs, answers, strict=True)
+    ]
 
+
+def _contrast(loaded: Loaded, pairs: Sequence[Encoded], program: Program | None) -> np.ndarray:
     def final(batch: Batch) -> Tensor:
         with _hooks(loaded, program, batch.roles):
             return run_span(loaded.model, batch.input_ids, batch.attention_mask)
 
-    contrast = contrast_scores(mean_log_probabilities(loaded, pairs, final=final))
-    with _hooks(loaded, program):
-        answers = continue_prompts(loaded, [*prompts, recipe.ask], max_new_tokens=recipe.verify.max_new_tokens)
-    *texts, sample = [response_text(loaded, one) for one in answers]
-    return Behaving(
-        contrast, np.array([scorer.score(t) for t in texts]), np.array([repetition(t) for t in texts]), sample
-    )
+    return contrast_scores(mean_log_probabilities(loaded, pairs, final=final))
 
 
 class Reference:
@@ -81,11 +87,12 @@ class Reference:
 
     def __init__(self, recipe: Recipe, base: Loaded, program: Program, behaviour: Behaviour, meter: Meter) -> None:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
-        with meter.phase("reference: base and steered model", 5) as tick:
+        self._noise: dict[torch.dtype, Divergence] = {}
+        with meter.phase("reference: base and steered model", 4) as tick:
             with steered(base.model, program):
                 self.heldout = continue_prompts(
                     base,
-                    behaviour.heldout,
+                    behaviour.heldout[: recipe.verify.heldout],
                     max_new_tokens=recipe.verify.max_new_tokens,
                     temperature=1.0,
                     seed=recipe.seed + 1,
@@ -98,24 +105,27 @@ class Reference:
             self.base_divergence = self.from_steered(base, self.base_heldout)
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
-            self.base_behaving = behave(base, behaviour, recipe)
-            tick(1)
-            self.steered_behaving = behave(base, behaviour, recipe, program)
+            self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, [None, program])
             tick(1)
 
     def from_steered(self, other: Loaded, states: States) -> Divergence:
-        """KL(steered || other) of every held-out token."""
-        return divergence(self.base.model, self.steered_heldout.hidden, other.model, states.hidden)
+        """KL(steered || other) at the positions that predict the held-out responses."""
+        return divergence(self.base.model, self.steered_heldout.response, other.model, states.response)
+
+    def prompt_kl(self, other: Loaded, states: States) -> float:
+        """Mean KL(steered || other) over the other positions of the held-out texts, nats a token."""
+        return divergence(self.base.model, self.steered_heldout.prompt, other.model, states.prompt).mean
 
     def drift(self, other: Loaded, states: States) -> float:
         """Mean KL(base || other) over the neutral responses, nats a token."""
-        found = divergence(self.base.model, self.base_neutral.hidden, other.model, states.hidden)
-        return float(found.kl[states.predicts].mean())
+        return divergence(self.base.model, self.base_neutral.response, other.model, states.response).mean
 
     def precision_noise(self, dtype: torch.dtype) -> Divergence:
         """KL(steered || steered with the base's weights rounded to `dtype`) at the positions that count."""
-        rounded = load(self.recipe.model, device=str(self.base.device), dtype=self.recipe.dtype)
-        with torch.no_grad():
-            for parameter in rounded.model.parameters():
-                parameter.copy_(parameter.to(dtype))
-        return self.from_steered(rounded, final_states(rounded, self.heldout, self.program))
+        if dtype not in self._noise:
+            rounded = load(self.recipe.model, device=str(self.base.device), dtype=self.recipe.dtype)
+            with torch.no_grad():
+                for parameter in rounded.model.parameters():
+                    parameter.copy_(parameter.to(dtype))
+            self._noise[dtype] = self.from_steered(rounded, final_states(rounded, self.heldout, self.program))
+        return self._noise[dtype]

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.behaviour import Text, encode
 from compile_steer.errors import ArtifactError
-from compile_steer.export import PROVENANCE, Provenance
 from compile_steer.files import digest, sha256
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
-from compile_steer.models import DTYPES, Loaded, quiet
+from compile_steer.models import Loaded, quiet
+from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.recipe import Gates
 from compile_steer.verify.parity import PARITY, Parity, judge
 from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
@@ -35,12 +35,13 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     artifact = open_artifact(folder, origin, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
-    behaving = behave(artifact, reference.behaviour, reference.recipe)
+    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, [None])
     neutral = final_states(artifact, reference.neutral)
     noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
     parity = _measure(reference, origin, states, found, behaving, noise)
     parity = replace(
         parity,
+        kl_prompt=reference.prompt_kl(artifact, states),
         neutral_drift_compiled=reference.drift(artifact, neutral),
         same_tokens=_same_tokens(reference, artifact),
         sha256={
@@ -103,29 +104,28 @@ def _measure(
     behaving: Behaving,
     noise: Divergence | None,
 ) -> Parity:
-    counts = reference.steered_heldout.predicts
-    at_response, base_at = found.where(counts), reference.base_divergence.where(counts)
+    base_found = reference.base_divergence
     base, steered = reference.base_behaving, reference.steered_behaving
     seed, gates = reference.recipe.seed, reference.recipe.verify.gates
     recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=seed)
     difference = bootstrap_mean(behaving.scores - steered.scores, seed=seed, confidence=0.90)
     dose, error = _dose(
-        reference.base_heldout.hidden[counts], reference.steered_heldout.hidden[counts], states.hidden[counts]
+        reference.base_heldout.response, reference.steered_heldout.response, states.response
     )
     return Parity(
         backend=origin.backend,
         form=origin.form,
         exact=origin.backend in _EXACT_BACKENDS,
-        kl_per_token=at_response.mean,
-        kl_rms=at_response.rms,
-        kl_p99=at_response.p99,
-        kl_share=at_response.mean / base_at.mean,
-        kl_base=base_at.mean,
-        kl_prompt=found.where(~counts).mean,
-        top1_agreement=at_response.top1_agreement,
-        top1_base=base_at.top1_agreement,
-        noise_kl=0.0 if noise is None else noise.where(counts).mean,
-        noise_top1=1.0 if noise is None else noise.where(counts).top1_agreement,
+        kl_per_token=found.mean,
+        kl_rms=found.rms,
+        kl_p99=found.p99,
+        kl_share=found.mean / base_found.mean,
+        kl_base=base_found.mean,
+        kl_prompt=0.0,
+        top1_agreement=found.top1_agreement,
+        top1_base=base_found.top1_agreement,
+        noise_kl=0.0 if noise is None else noise.mean,
+        noise_top1=1.0 if noise is None else noise.top1_agreement,
         hidden_error=error,
         dose=dose,
         recovery=None if recovery is None else recovery.value,
@@ -142,7 +142,7 @@ def _measure(
         neutral_drift_steered=reference.neutral_drift,
         neutral_drift_compiled=0.0,
         same_tokens=True,
-        n_tokens=int(counts.sum()),
+        n_tokens=len(found.kl),
         n_pairs=len(base.contrast),
         n_prompts=len(base.scores),
         compile_seconds=origin.seconds,

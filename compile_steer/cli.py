@@ -1,0 +1,277 @@
+"""The command line: one command a span of the walk, and `run` for the whole of it.
+
+Exit codes: 0 done and passed; 1 a check ran and failed; 2 the input is unusable or the run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from click.exceptions import ClickException
+from rich.console import Console
+
+from compile_steer import pipeline
+from compile_steer.errors import CompileSteerError
+from compile_steer.pipeline import Run
+from compile_steer.progress import BarMeter, Meter
+from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.report import print_parities, print_plan, print_samples, print_validation, write_page
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Turn a steering vector into ordinary weights, and prove that they match.\n\n"
+    "Start with: **compile-steer run recipes/ocean.yaml**. It extracts a direction from contrast pairs, says on "
+    "held-out prompts whether it is worth anything, compiles it (bias, LoRA adapter, merged checkpoint) and judges "
+    "in a fresh process whether what is on disk behaves as the hooked model did.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for vectors/, adapters/ and merged/. [default: runs/NAME]")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override any recipe key: path.to.key=value. Repeatable.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (recipe key device).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (recipe key dtype).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random (recipe key seed).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for a program to read.")]
+Force = Annotated[bool, typer.Option(help="Compile in spite of a failed or missing validation; the artifact says so.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Progress bars only, no tables.")]
+
+
+class _Session:
+    """One command's recipe, output folder and consoles."""
+
+    def __init__(
+        self,
+        recipe: Path,
+        out: Path | None,
+        changes: list[str] | None,
+        device: str | None,
+        dtype: str | None,
+        seed: int | None,
+        as_json: bool,
+    ) -> None:
+        given = {"device": device, "dtype": dtype, "seed": seed}
+        self.path = recipe
+        self.changes = [*(changes or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+        self.recipe: Recipe = read_recipe(recipe, self.changes)
+        self.out = out or Path("runs") / self.recipe.name
+        self.as_json = as_json
+        # A program reads standard output, so what a person watches goes to standard error.
+        self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
+        self.meter: Meter = BarMeter(self.console)
+
+    def heading(self, text: str) -> None:
+        self.console.print(f"\n[bold blue]{text}[/bold blue]")
+
+    def open(self) -> Run:
+        return Run.open(self.recipe, self.out, self.meter)
+
+    def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
+        if self.as_json:
+            print(json.dumps(value, indent=2))
+        else:
+            show()
+
+
+@app.command()
+def extract(
+    recipe: RecipePath,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Read a direction off contrast pairs, at every block of the model in one pass."""
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    run = session.open()
+    pipeline.run_extract(run)
+    path = run.places.directions
+    session.finish(pipeline.describe_artifact(path), lambda: session.console.print(f"Directions: {path}"))
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Choose layer and coefficient on validation data, measure once on test data, and give a verdict.
+
+    Extracts first if that was not done. Exit code 1 if the verdict is not "pass".
+    """
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    report = pipeline.run_validate(session.open())
+    session.finish(asdict(report), lambda: print_validation(session.console, report))
+    raise typer.Exit(0 if report.verdict == "pass" else 1)
+
+
+@app.command("compile")
+def compile_(
+    recipe: RecipePath,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Turn the validated program into weights: a bias, or a LoRA adapter by regression or by distillation."""
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    run = session.open()
+    choices = pipeline.run_plan(run)
+    if not as_json:
+        print_plan(session.console, pipeline.load_program(run).describe(), choices)
+    folders = pipeline.run_compile(run, force)
+    session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Write stock checkpoints with the compiled weights summed in (fp32 sum, one cast)."""
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    folders = pipeline.run_merge(session.open())
+    session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
+
+
+@app.command()
+def verify(
+    recipe: RecipePath,
+    artifact: Annotated[
+        list[Path] | None, typer.Option(help="Folder to judge; by default all that the recipe makes. Repeatable.")
+    ] = None,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    only_bars: Quiet = False,
+) -> None:
+    """Reload what is on disk and hold it against the hooked model, on prompts nobody trained on.
+
+    Leaves a parity.json beside each artifact. Exit code 1 if any of them is not the steered model.
+    """
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    run = session.open()
+    parities = pipeline.run_verify(run, artifact or pipeline.artifacts(run))
+    shown = (lambda: None) if only_bars else lambda: print_parities(session.console, parities)
+    session.finish([asdict(parity) for parity in parities], shown)
+    raise typer.Exit(0 if all(parity.passed for parity in parities) else 1)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """The whole walk: extract, validate, compile, merge, verify in a fresh process, report.
+
+    What is there already and was made from the same inputs is kept, so a stopped run goes on where it was.
+    Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
+    """
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    session.heading(f"1  Is the direction worth compiling? ({session.recipe.model})")
+    opened = session.open()
+    report = pipeline.run_validate(opened)
+    print_validation(session.console, report)
+    if report.verdict == "fail" and not force:
+        session.finish({"validation": asdict(report), "parities": []})
+        raise typer.Exit(1)
+    session.heading("2  Into weights")
+    choices = pipeline.run_plan(opened)
+    program = pipeline.load_program(opened).describe()
+    print_plan(session.console, program, choices)
+    pipeline.run_compile(opened, force)
+    pipeline.run_merge(opened)
+    session.heading("3  Is what is on disk the steered model? (a fresh process)")
+    code = pipeline.verify_in_fresh_process(recipe, session.out, session.changes)
+    if code not in (0, 1):
+        raise typer.Exit(code)
+    parities = pipeline.read_parities(opened)
+    print_parities(session.console, parities)
+    print_samples(session.console, session.recipe.ask, report, parities, session.recipe.too_high)
+    write_page(opened.places.report, session.recipe, program, choices, report, parities)
+    session.console.print(f"\nArtifacts in {session.out}/, the whole run as a page in {opened.places.report}")
+    session.finish({"validation": asdict(report), "parities": [asdict(parity) for parity in parities]})
+    raise typer.Exit(code)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A program, directions, report, adapter or merged folder.")],
+    as_json: Json = False,
+) -> None:
+    """Say what an artifact is, what it was made from and how it was judged."""
+    found = pipeline.describe_artifact(path)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(found)
+
+
+def _list(session: _Session, folders: list[Path]) -> None:
+    for folder in folders:
+        session.console.print(f"  {folder}")
+
+
+def _stopped(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(problems: list[str] | tuple[str, ...]) -> NoReturn:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: every error that is the input's fault becomes a message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _stopped)
+    try:
+        code = app(standalone_mode=False)
+    except CompileSteerError as error:
+        _fail(error.problems)
+    except ClickException as error:
+        _fail([error.format_message()])
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(["stopped. Nothing half-written is left; the same command goes on where it was."])
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail([f"{error.strerror or error}{where}. Nothing half-written is left; free space or choose another --out."])
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

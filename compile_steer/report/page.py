@@ -1,0 +1,78 @@
+"""One self-contained HTML page for a run: no scripts, charts inline as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compile_steer.files import save_text
+from compile_steer.plan import Choice
+from compile_steer.recipe import Recipe
+from compile_steer.validate import ValidationReport
+from compile_steer.verify import Parity
+
+matplotlib.use("svg")
+from matplotlib.figure import Figure  # noqa: E402  (the backend is chosen before anything is drawn)
+
+
+def write_page(
+    path: Path,
+    recipe: Recipe,
+    program: str,
+    choices: Sequence[Choice],
+    report: ValidationReport,
+    parities: Sequence[Parity],
+) -> None:
+    """Write the page atomically."""
+    environment = Environment(
+        loader=PackageLoader("compile_steer", "templates"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template("page.html").render(
+        recipe=recipe,
+        program=program,
+        choices=choices,
+        report=report,
+        parities=parities,
+        charts=[_sweep_chart(report), _control_chart(report)],
+    )
+    save_text(path, page)
+
+
+def _sweep_chart(report: ValidationReport) -> str:
+    """Contrast and perplexity over the coefficient, a line a layer: the dose and its price."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for layer in sorted({cell.layer for cell in report.sweep}):
+        cells = sorted((c for c in report.sweep if c.layer == layer), key=lambda c: c.coefficient)
+        doses = [c.coefficient for c in cells]
+        left.plot(doses, [c.contrast for c in cells], marker="o", label=f"layer {layer}")
+        right.plot(doses, [c.perplexity_ratio for c in cells], marker="o")
+    left.set(xlabel="coefficient", ylabel="contrast, nats/token")
+    right.set(xlabel="coefficient", ylabel="neutral perplexity, x base")
+    left.legend(fontsize=7)
+    return _svg(figure)
+
+
+def _control_chart(report: ValidationReport) -> str:
+    """The effect among the effects of other directions of the same length."""
+    c = report.controls
+    figure = Figure(figsize=(8, 1.9), layout="constrained")
+    axes = figure.subplots()
+    groups = {"random": c.random, "shuffled labels": c.shuffled, "opposite sign": [c.opposite], "this direction": [c.effect]}
+    for row, values in enumerate(groups.values()):
+        axes.plot(values, [row] * len(values), "o", alpha=0.6)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.axvline(0, color="grey", linewidth=0.7)
+    axes.set(xlabel="change of log p(positive) - log p(negative), nats/token")
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    stream = StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,103 @@
+"""The run's findings as a person reads them in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from compile_steer.plan import Choice
+from compile_steer.validate import ValidationReport
+from compile_steer.verify import Parity
+
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def print_validation(console: Console, report: ValidationReport) -> None:
+    """The sweep and the verdict with its reasons."""
+    table = Table(title="Sweep on validation data", title_justify="left")
+    for heading in ("layer", "coefficient", "contrast, nats/token", "perplexity", "score", "repetition"):
+        table.add_column(heading, justify="right")
+    for cell in report.sweep:
+        chosen = (cell.layer, cell.coefficient) == (report.layer, report.coefficient)
+        table.add_row(
+            str(cell.layer),
+            f"{cell.coefficient:g}",
+            f"{cell.contrast:+.3f}",
+            f"x{cell.perplexity_ratio:.2f}",
+            "" if cell.score is None else f"{cell.score:.2f}",
+            "" if cell.repetition is None else f"{cell.repetition:.2f}",
+            style="bold green" if chosen else "",
+        )
+    console.print(table)
+    colour = _COLOURS[report.verdict]
+    console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
+    for reason in report.reasons:
+        console.print(f"  - {escape(reason)}")
+    asked = "" if report.score_instructed is None else f"; asking for it in the prompt scores {report.score_instructed:.2f}"
+    s = report.separability
+    console.print(
+        f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
+        f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
+        f"dose {report.relative_dose:.2f} of the stream's norm{asked}"
+    )
+
+
+def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> None:
+    """Every backend with why it runs or does not, and the forms it cannot ship."""
+    console.print(f"[bold]Plan[/bold] for {escape(program)}")
+    for choice in choices:
+        if choice.refusal is not None:
+            console.print(f"  {choice.backend:<12} [red]refused[/red]: {escape(choice.refusal)}")
+            continue
+        state = "[green]chosen[/green]" if choice.chosen else "legal, not asked for"
+        console.print(f"  {choice.backend:<12} {state}")
+        if choice.adapter_refusal is not None:
+            console.print(f"  {'':<12} as adapter [red]refused[/red]: {escape(choice.adapter_refusal)}")
+
+
+def print_parities(console: Console, parities: Sequence[Parity]) -> None:
+    """The table of every compiled artifact, and the reasons of those that failed."""
+    if not parities:
+        return
+    first = parities[0]
+    table = Table(
+        title=f"Compiled against steered, {first.n_tokens} held-out response tokens "
+        f"(KL(steered||base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%})",
+        title_justify="left",
+    )
+    for heading in ("artifact", "KL", "share", "top-1", "recovery [95 %]", "score", "drift", "seconds", ""):
+        table.add_column(heading, justify="left" if heading in ("artifact", "") else "right")
+    for p in parities:
+        recovery = "-" if p.recovery is None else f"{p.recovery:.3f} [{p.recovery_low:.3f}, {p.recovery_high:.3f}]"
+        table.add_row(
+            f"{p.backend} {p.form}",
+            f"{p.kl_per_token:.1e}",
+            f"{p.kl_share:.3%}",
+            f"{p.top1_agreement:.2%}",
+            recovery,
+            f"{p.score_compiled:.2f}",
+            f"{p.neutral_drift_compiled:.3f}",
+            f"{p.compile_seconds:.1f}",
+            "[green]passed[/green]" if p.passed else "[red]FAILED[/red]",
+        )
+    console.print(table)
+    console.print(
+        f"  score: base {first.score_base:.2f}, steered {first.score_steered:.2f}; "
+        f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
+    )
+    for p in parities:
+        for reason in p.reasons:
+            console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
+
+
+def print_samples(console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity], factor: float) -> None:
+    """One prompt answered by base, steered and compiled, and by a coefficient that is too high."""
+    console.print(f"[bold]{escape(ask)}[/bold]")
+    answers = [("base", report.samples["base"]), (f"steered, {report.coefficient:g}", report.samples["steered"])]
+    answers += [(f"compiled, {p.backend}", p.sample) for p in parities if p.form == "merged-fp32"]
+    too_high = f"steered, {report.coefficient * factor:g}: too high"
+    for name, text in [*answers, (too_high, report.samples["too_high"])]:
+        console.print(f"  [cyan]{name}[/cyan]: {escape(' '.join(text.split()))}")

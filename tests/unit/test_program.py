@@ -1,0 +1,329 @@
+"""The program: what it accepts, its algebra, and its life on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compile_steer.errors import ArtifactError
+from compile_steer.program import Intervention, Program, Site, parse_positions
+from tests.tiny import HIDDEN, REVISION, intervention, program, vector
+
+
+def three() -> Program:
+    """One intervention of each operation, at three sites."""
+    return program(
+        "llama",
+        intervention("add", "resid_pre", 2, positions="last_prompt+response", seed=1),
+        intervention("clamp", "attn_out", 1, positions="prompt", seed=2),
+        intervention("ablate", "mlp_out", 3, seed=3),
+    )
+
+
+def same(found: Program, wanted: Program) -> bool:
+    def values(one: Intervention) -> tuple[Any, ...]:
+        return one.site, one.operation, one.coefficient, one.positions, one.scopes, one.projection, one.enabled
+
+    return (
+        (found.model, found.revision) == (wanted.model, wanted.revision)
+        and [values(i) for i in found.interventions] == [values(i) for i in wanted.interventions]
+        and all(
+            torch.equal(a.vector, b.vector)
+            for a, b in zip(found.interventions, wanted.interventions, strict=True)
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(
+    ("text", "scopes"),
+    [
+        ("all", {"all"}),
+        ("response", {"response"}),
+        (" last_prompt + response ", {"last_prompt", "response"}),
+        ("prompt+response", {"all"}),
+        ("last_prompt+all", {"all"}),
+    ],
+)
+def test_positions_parse_and_what_covers_every_token_becomes_all(text: str, scopes: set[str]) -> None:
+    assert parse_positions(text) == scopes
+
+
+@pytest.mark.parametrize("text", ["", "responses", "all+", "last prompt"])
+def test_unknown_positions_are_refused_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ArtifactError, match="use all, prompt, response, last_prompt, joined by"):
+        parse_positions(text)
+
+
+# -------------------------------------------------------------------------------------- interventions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "rotate"}, "operation 'rotate' is unknown; use one of add, ablate, clamp"),
+        ({"vector": torch.ones(2, 3)}, r"shape \[2, 3\]"),
+        ({"vector": torch.arange(4)}, "torch.int64; needed"),
+        ({"vector": torch.tensor([1.0, math.nan])}, "NaN or infinity"),
+        ({"vector": torch.tensor([1.0, math.inf])}, "NaN or infinity"),
+        ({"operation": "ablate"}, "'ablate' needs a unit direction; found norm 2.5"),
+        ({"operation": "clamp", "projection": 2.0}, "'clamp' needs a unit direction; found norm 2.5"),
+        ({"operation": "clamp", "vector": vector(0, 1.0)}, "'clamp' needs a projection"),
+        ({"projection": 2.0}, "only 'clamp' takes one"),
+        ({"coefficient": math.nan}, "coefficient nan is not a finite number"),
+        ({"coefficient": math.inf}, "coefficient inf is not a finite number"),
+    ],
+)
+def test_an_intervention_that_cannot_run_is_refused(changes: dict[str, Any], message: str) -> None:
+    arguments = {"site": Site(1), "operation": "add", "vector": vector(0), **changes}
+    with pytest.raises(ArtifactError, match=message):
+        Intervention(**arguments)
+
+
+@pytest.mark.parametrize("projection", [math.nan, math.inf])
+def test_a_clamp_to_no_number_is_refused(projection: float) -> None:
+    with pytest.raises(ArtifactError, match="projection"):
+        Intervention(Site(1), "clamp", vector(0, 1.0), 0.7, projection=projection)
+
+
+def test_every_problem_of_an_intervention_is_told_at_once() -> None:
+    with pytest.raises(ArtifactError) as caught:
+        Intervention(Site(2, "mlp_out"), "ablate", vector(0), math.nan, projection=3.0)
+    assert len(caught.value.problems) == 3
+    assert all(problem.startswith("intervention at mlp_out 2: ") for problem in caught.value.problems)
+
+
+def test_a_site_below_the_first_block_or_at_no_known_point_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="layer -1 is negative"):
+        Site(-1)
+    with pytest.raises(ArtifactError, match="choose one of resid_pre, attn_out, mlp_out, resid_post"):
+        Site(1, "resid_mid")  # type: ignore[arg-type]
+
+
+def test_the_normal_form_of_each_operation_is_the_one_in_the_design() -> None:
+    add, ablate, clamp = (intervention(name, seed=4) for name in ("add", "ablate", "clamp"))  # type: ignore[arg-type]
+    basis, shift = add.normal_form()
+    assert basis is None
+    assert torch.equal(shift, add.vector)
+    basis, shift = ablate.normal_form()
+    assert basis is not None
+    assert torch.equal(basis[:, 0], ablate.vector)
+    assert not shift.any()
+    basis, shift = clamp.normal_form()
+    assert basis is not None
+    assert torch.equal(basis[:, 0], clamp.vector)
+    assert torch.equal(shift, -1.9 * clamp.vector)
+
+
+def test_a_description_names_dose_place_and_state() -> None:
+    text = three().toggled(1, False).describe().splitlines()
+    assert text[0] == "add +1.7 at resid_pre 2, positions last_prompt+response, ||c v|| = 4.25"
+    assert text[1] == "clamp (projection -1.9) +1.02 at attn_out 1, positions prompt [off]"
+    assert text[2] == "ablate (projection 0) +1.02 at mlp_out 3, positions all"
+
+
+# ------------------------------------------------------------------------------------------ algebra
+
+
+def test_a_program_scales_as_a_whole_or_by_one_intervention() -> None:
+    whole = 2.5 * three()
+    assert [i.coefficient for i in whole.interventions] == pytest.approx([4.25, 2.55, 2.55])
+    assert [i.coefficient for i in (three() * 2.5).interventions] == [i.coefficient for i in whole.interventions]
+    one = three().scaled(2.5, index=1)
+    assert [i.coefficient for i in one.interventions] == pytest.approx([1.7, 2.55, 1.02])
+    last = three().scaled(2.5, index=-1)
+    assert [i.coefficient for i in last.interventions] == pytest.approx([1.7, 1.02, 2.55])
+
+
+def test_minus_a_program_negates_its_coefficients_and_twice_is_the_program() -> None:
+    assert [i.coefficient for i in (-three()).interventions] == pytest.approx([-1.7, -1.02, -1.02])
+    assert same(-(-three()), three())
+
+
+def test_an_index_that_does_not_exist_is_an_error_and_not_ignored() -> None:
+    with pytest.raises(IndexError):
+        three().scaled(2.0, index=3)
+    with pytest.raises(IndexError):
+        three().toggled(3, False)
+
+
+def test_a_toggled_intervention_keeps_its_dose() -> None:
+    off = three().toggled(0, False)
+    assert [i.operation for i in off.active] == ["clamp", "ablate"]
+    assert off.interventions[0].coefficient == 1.7
+    assert same(off.toggled(0, True), three())
+
+
+def test_what_has_coefficient_zero_is_not_active() -> None:
+    assert [i.operation for i in three().scaled(0.0, index=1).active] == ["add", "ablate"]
+
+
+def test_a_sum_runs_the_left_program_first() -> None:
+    left, right = program("llama", intervention(seed=1)), program("llama", intervention("ablate", seed=2))
+    assert [i.operation for i in (left + right).interventions] == ["add", "ablate"]
+    assert [i.operation for i in (right + left).interventions] == ["ablate", "add"]
+
+
+def test_the_first_changed_block_is_the_one_below_an_edited_input() -> None:
+    assert program("llama", intervention("add", "resid_pre", 2), intervention("add", "mlp_out", 3)).first_layer == 1
+    assert program("llama", intervention("add", "resid_pre", 0)).first_layer == 0
+    assert program("llama", intervention(layer=1), intervention(layer=3)).toggled(0, False).first_layer == 3
+
+
+def test_interventions_of_different_widths_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"widths \[16, 32\]"):
+        program("llama", intervention(), Intervention(Site(2), "add", vector(1, width=16)))
+
+
+# -------------------------------------------------------------------------------------- another model
+
+
+def test_programs_of_two_models_do_not_add() -> None:
+    with pytest.raises(ArtifactError, match="made for model 'tiny-gpt2', not 'tiny-llama'"):
+        program("llama", intervention()) + program("gpt2", intervention())
+
+
+def test_another_revision_width_or_depth_is_refused_with_every_reason() -> None:
+    with pytest.raises(ArtifactError) as caught:
+        three().require("tiny-llama", "sha256:other", d_model=48, n_layers=3)
+    text = str(caught.value)
+    assert f"made for revision {REVISION} of 'tiny-llama'; found sha256:other" in text
+    assert text.count(f"has width {HIDDEN}; the model has 48") == 3
+    assert "layer 3 does not exist: the model has blocks 0 to 2" in text
+    assert caught.value.problems[-1].startswith("Extract the vector from this model")
+
+
+def test_the_model_it_was_made_for_is_accepted() -> None:
+    three().require("tiny-llama", REVISION, d_model=HIDDEN, n_layers=4)
+    with pytest.raises(ArtifactError):
+        three().require("tiny-llama", REVISION, d_model=HIDDEN, n_layers=3)
+
+
+# -------------------------------------------------------------------------------------------- disk
+
+
+def test_a_program_comes_back_from_disk_bit_by_bit(tmp_path: Path) -> None:
+    wanted = three().toggled(2, False).scaled(1 / 3)
+    wanted.save(tmp_path / "a.safetensors", {"recipe_sha256": "abc"})
+    assert same(Program.load(tmp_path / "a.safetensors"), wanted)
+
+
+def test_the_same_program_gives_the_same_file_so_that_hashes_of_hashes_hold(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    found = set()
+    for _ in range(12):
+        three().save(path, {"recipe_sha256": "abc"})
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
+def test_an_empty_program_comes_back_empty(tmp_path: Path) -> None:
+    program("llama").save(tmp_path / "a.safetensors")
+    assert same(Program.load(tmp_path / "a.safetensors"), program("llama"))
+
+
+def test_vectors_that_share_memory_are_saved_too(tmp_path: Path) -> None:
+    rows = torch.stack([vector(1), vector(2)])
+    views = program("llama", *(Intervention(Site(n), "add", rows[n], 1.7) for n in range(2)))
+    views.save(tmp_path / "views.safetensors")
+    assert same(Program.load(tmp_path / "views.safetensors"), views)
+    doubled = program("llama", intervention(seed=1)) + program("llama", intervention(seed=2))
+    doubled = doubled + doubled.scaled(-0.5)
+    doubled.save(tmp_path / "doubled.safetensors")
+    assert same(Program.load(tmp_path / "doubled.safetensors"), doubled)
+
+
+def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"none\.safetensors does not exist"):
+        Program.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.safetensors"
+    three().save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=r"a\.safetensors is damaged or not a safetensors file"):
+        Program.load(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("not tensors at all, but long enough for a header", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="damaged or not a safetensors file"):
+        Program.load(path)
+    save_file({"weight": torch.ones(3)}, str(path))
+    with pytest.raises(ArtifactError, match="safetensors, but not a steering program"):
+        Program.load(path)
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """Save a good program of one intervention, then change its header or the intervention's entry."""
+    entry = {
+        "layer": 2,
+        "point": "mlp_out",
+        "operation": "add",
+        "coefficient": 1.7,
+        "positions": "all",
+        "projection": None,
+        "enabled": True,
+        "tensor": "intervention.0",
+    }
+    header: dict[str, Any] = {"model": "tiny-llama", "revision": REVISION, "interventions": [entry]}
+    tensors = {"intervention.0": changes.pop("tensors", vector(0))}
+    for name, value in changes.items():
+        place = header if name in header else entry
+        if value is KeyError:
+            del place[name]
+        else:
+            place[name] = value
+    save_file(tensors, str(path), metadata={"program": json.dumps(header)})
+    return path
+
+
+def test_the_unchanged_rewritten_file_is_good(tmp_path: Path) -> None:
+    wanted = program("llama", intervention("add", "mlp_out", 2))
+    assert same(Program.load(rewritten(tmp_path / "a.safetensors")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "two"}, "metadata is damaged"),
+        ({"layer": KeyError}, "metadata is damaged"),
+        ({"model": KeyError}, "metadata is damaged"),
+        ({"interventions": KeyError}, "metadata is damaged"),
+        ({"interventions": 3}, "metadata is damaged"),
+        ({"interventions": ["x"]}, "metadata is damaged"),
+        ({"interventions": None}, "metadata is damaged"),
+        ({"tensor": "intervention.9"}, "tensor 'intervention.9' is named by the program but not in the file"),
+        ({"point": "resid_mid"}, "point 'resid_mid' is unknown"),
+        ({"layer": -2}, "layer -2 is negative"),
+        ({"operation": "rotate"}, "operation 'rotate' is unknown"),
+        ({"positions": "everywhere"}, "positions 'everywhere'"),
+        ({"coefficient": math.nan}, "coefficient nan"),
+        ({"tensors": torch.full((HIDDEN,), math.nan)}, "NaN or infinity"),
+        ({"tensors": torch.ones(2, HIDDEN)}, r"shape \[2, 32\]"),
+    ],
+)
+def test_a_damaged_header_or_tensor_is_refused_with_the_file_s_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = rewritten(tmp_path / "a.safetensors", **changes)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        Program.load(path)
+    assert all(str(path) in problem for problem in caught.value.problems)
+
+
+def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, str(tmp_path / "a.safetensors"), metadata={"program": "{"})
+    with pytest.raises(ArtifactError, match="metadata is damaged"):
+        Program.load(tmp_path / "a.safetensors")
