@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,13 @@ class Answers:
     ended: np.ndarray
 
 
+def _rows(loaded: Loaded, pattern: Program | None, programs: Sequence[Program | None]) -> AbstractContextManager[None]:
+    """Hooks with a program a row; the base is `pattern` at coefficient 0. No hooks where no row has a program."""
+    if pattern is None:
+        return nullcontext()
+    return steered(loaded.model, [pattern.scaled(0.0) if program is None else program for program in programs])
+
+
 def answer(loaded: Loaded, requests: Sequence[Request], scorer: Scorer, max_new_tokens: int) -> list[Answers]:
     """Answer every request; the programs must share sites, operations and positions."""
     rows = [(prompt, request.program) for request in requests for prompt in request.prompts]
@@ -43,11 +50,7 @@ def answer(loaded: Loaded, requests: Sequence[Request], scorer: Scorer, max_new_
     found = []
     for at in range(0, len(rows), _ROWS):
         part = rows[at : at + _ROWS]
-        if pattern is None:
-            hooks = nullcontext()
-        else:
-            hooks = steered(loaded.model, [pattern.scaled(0.0) if program is None else program for _p, program in part])
-        with hooks:
+        with _rows(loaded, pattern, [program for _prompt, program in part]):
             found += continue_prompts(loaded, [prompt for prompt, _p in part], max_new_tokens=max_new_tokens)
     texts = [response_text(loaded, one) for one in found]
     scores = np.array([scorer.score(text) for text in texts])

@@ -68,7 +68,9 @@ class Reader:
             return []
         rows = [row for n, line in enumerate(lines, 1) if line.strip() and (row := self._row(path, n, line, keys))]
         if not rows and not any(line.strip() for line in lines):
-            self.problems.append(f"data.{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}.")
+            self.problems.append(
+                f"data.{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}."
+            )
         self.hashes[name] = digest(rows)
         return rows
 
@@ -109,7 +111,9 @@ def read_behaviour(files: dict[str, Path], positive_template: str, negative_temp
     for name in SPLITS:
         same = [row["prompt"] for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
         if same and positive_template == negative_template:
-            reader.problems.append(f"data.{name}: positive and negative are the same text for '{same[0]}' ({len(same)} pairs).")
+            reader.problems.append(
+                f"data.{name}: positive and negative are the same text for '{same[0]}' ({len(same)} pairs)."
+            )
     if reader.problems:
         raise RecipeError(reader.problems)
 

@@ -26,9 +26,7 @@ from compile_steer.recipe import Extract, Method, Recipe
 _LOGISTIC_PENALTY = 1.0
 
 
-def extract(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter
-) -> Directions:
+def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
     """Read both sides of the training pairs once and fit a direction at every block.
 
     Raises:
@@ -71,20 +69,21 @@ def _require_contrast(pairs: Sequence[Pair], options: Extract) -> None:
 
 def fit(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
     """[n, L, d] activations of both sides -> [L, d] directions, each as long as the mean difference there."""
-    mean = (positive - negative).mean(dim=0)
+    mean: Tensor = (positive - negative).mean(dim=0)
     if method == "mean_difference":
         return mean
     find = _principal if method == "pca" else _logistic
-    units = torch.stack([find(positive[:, layer], negative[:, layer]) for layer in range(mean.shape[0])])
+    units: Tensor = torch.stack([find(positive[:, layer], negative[:, layer]) for layer in range(mean.shape[0])])
     # A principal axis has no sign of its own: point it along the mean difference.
     units = units * torch.where((units * mean).sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
-    return units * mean.norm(dim=-1, keepdim=True)
+    length: Tensor = mean.norm(dim=-1, keepdim=True)
+    return units * length
 
 
 def _principal(positive: Tensor, negative: Tensor) -> Tensor:
-    """First principal axis [d] of the pairs' differences taken in both directions, so that their mean is 0
-    and the common part of the differences is variance, not offset (Zou et al. 2310.01405, section 3.1)."""
-    _u, _s, axes = torch.linalg.svd(positive - negative, full_matrices=False)
+    """First principal axis [d] of the pairs' differences, not centred: taken in both directions their mean is
+    0, and what the differences have in common is variance, not offset (Zou et al. 2310.01405, section 3.1)."""
+    axes: Tensor = torch.linalg.svd(positive - negative, full_matrices=False)[2]
     return axes[0]
 
 
@@ -105,7 +104,7 @@ def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
         return float(value), gradient
 
     found = minimize(loss, np.zeros(len(gram)), jac=True, method="L-BFGS-B")
-    weights = differences.T @ torch.from_numpy(cast(np.ndarray, found.x))
+    weights: Tensor = differences.T @ torch.from_numpy(cast(np.ndarray, found.x))
     return (weights / weights.norm()).float()
 
 

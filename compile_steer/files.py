@@ -37,7 +37,7 @@ def new_file(path: Path) -> Iterator[Path]:
         # mkstemp makes private files; an artifact is as readable as the folder's other files.
         temporary.chmod(0o666 & ~_umask())
         _flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -64,17 +64,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 def _take_place(new: Path, path: Path) -> None:
     """Rename `new` to `path`; what was at `path` is left at `new` for the caller to delete."""
     if not path.exists():
-        os.replace(new, path)
+        new.replace(path)
         return
     libc = ctypes.CDLL(None, use_errno=True)
     exchange = getattr(libc, "renameat2", None)
-    if exchange is not None:
-        if exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE) == 0:
-            return
+    both = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path))
+    if exchange is not None and exchange(*both, _RENAME_EXCHANGE) == 0:
+        return
     # No atomic exchange on this system: two renames, the old one kept until the new one is in place.
     aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-    os.replace(path, aside / "old")
-    os.replace(new, path)
+    path.replace(aside / "old")
+    new.replace(path)
     shutil.rmtree(aside, ignore_errors=True)
 
 

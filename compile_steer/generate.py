@@ -26,7 +26,11 @@ def continue_prompts(
     for row, one in enumerate(encoded):
         input_ids[row, width - len(one.ids) :] = torch.tensor(one.ids)
         mask[row, width - len(one.ids) :] = 1
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         output = loaded.model.generate(
@@ -64,4 +68,4 @@ def ended(loaded: Loaded, encoded: Encoded) -> bool:
 
 def response_text(loaded: Loaded, encoded: Encoded) -> str:
     """The continuation as text, without special tokens."""
-    return str(loaded.tokenizer.decode(encoded.ids[encoded.n_prompt :], skip_special_tokens=True)).strip()
+    return str(loaded.tokenizer.decode(list(encoded.ids[encoded.n_prompt :]), skip_special_tokens=True)).strip()

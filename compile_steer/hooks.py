@@ -126,9 +126,7 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
 
 
 @contextmanager
-def steered(
-    model: nn.Module, program: Program | Sequence[Program], *, roles: Tensor | None = None
-) -> Iterator[None]:
+def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Tensor | None = None) -> Iterator[None]:
     """Run `model` under `program` inside the block.
 
     Args:
@@ -155,14 +153,18 @@ def steered(
         for site, edit in reversed(_edits(programs, layout)):
             module = layout.hook_module(site)
             if site == Site(0, "resid_pre"):
-                stack.callback(module.register_forward_pre_hook(_input_hook(edit, follow), with_kwargs=True, prepend=True).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(_input_hook(edit, follow), with_kwargs=True, prepend=True).remove
+                )
             else:
                 stack.callback(module.register_forward_hook(_output_hook(edit, follow), prepend=True).remove)
         yield
 
 
 def _input_hook(edit: _Edit, roles: _Roles) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (edit(args[0], roles), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"], roles)}

@@ -78,7 +78,8 @@ class Layout:
     @staticmethod
     def of(model: nn.Module) -> Layout:
         """Return the layout of a causal language model, also when PEFT has wrapped it; raises `LayoutError`."""
-        inner = cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)
+        unwrap = getattr(model, "get_base_model", None)
+        inner = model if unwrap is None else unwrap()
         family = FAMILIES.get(inner.config.model_type)
         if family is None:
             raise LayoutError(
@@ -90,7 +91,7 @@ class Layout:
     @property
     def backbone(self) -> nn.Module:
         """The model without its language-model head."""
-        return self.model.base_model
+        return cast(nn.Module, self.model.base_model)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -96,7 +96,7 @@ class Interval:
 
 def bootstrap_mean(values: np.ndarray, *, seed: int, confidence: float = 0.95) -> Interval:
     """The mean of [n] values with a bias-corrected bootstrap interval (Efron; scipy's BCa)."""
-    return _bootstrap((values,), lambda x, axis: np.mean(x, axis=axis), seed, confidence)
+    return _bootstrap((values,), lambda x, axis: np.asarray(np.mean(x, axis=axis)), seed, confidence)
 
 
 def bootstrap_recovery(
@@ -116,18 +116,21 @@ def bootstrap_recovery(
     return _bootstrap((base, steered, compiled), ratio, seed, confidence)
 
 
-def _bootstrap(samples: tuple[np.ndarray, ...], statistic: object, seed: int, confidence: float) -> Interval:
-    value = float(statistic(*samples, axis=0))  # type: ignore[operator]
+def _bootstrap(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int, confidence: float
+) -> Interval:
+    value = float(statistic(*samples, axis=0))
     if all(np.ptp(sample - samples[0]) == 0 for sample in samples) and np.ptp(samples[-1]) == 0:
-        return Interval(value, value, value)
+        return Interval(value, value, value)  # nothing to resample: scipy would answer NaN
+    paired = len(samples) > 1
     result = bootstrap(
         samples,
         statistic,
-        paired=len(samples) > 1,
+        paired=paired,
         vectorized=True,
         n_resamples=2000,
         confidence_level=confidence,
-        method="percentile" if len(samples) > 1 else "BCa",
+        method="percentile" if paired else "BCa",
         rng=np.random.default_rng(seed),
     )
     low, high = (float(bound) for bound in result.confidence_interval)

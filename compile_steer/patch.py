@@ -82,7 +82,7 @@ def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
 
 
 def _low_rank_hook(edit: LowRank) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
         return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 

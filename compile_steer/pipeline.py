@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compile_steer.behaviour import Behaviour, read_behaviour
-from compile_steer.errors import ArtifactError, CannotLower
 from compile_steer.directions import Directions
+from compile_steer.errors import ArtifactError, CannotLower
 from compile_steer.export import model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
@@ -193,7 +193,9 @@ def run_merge(run: Run) -> list[Path]:
             for precision in precisions:
                 merged = run.places.merged(origin.backend, precision)
                 folders.append(merged)
-                now = origin.of(form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision]))
+                now = origin.of(
+                    form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision])
+                )
                 if not _same_provenance(merged, now):
                     write_merged(merged, patch, run.loaded, precision, now, model_card(now, program.describe()))
                 tick(1)
@@ -222,7 +224,11 @@ def artifacts(run: Run) -> list[Path]:
 
 def run_verify(run: Run, folders: Sequence[Path]) -> list[Parity]:
     """Judge what is on disk; a parity.json is left beside each artifact. To be called in a fresh process."""
-    missing = [f"{folder} does not exist; run 'compile-steer compile' and 'merge'." for folder in folders if not folder.is_dir()]
+    missing = [
+        f"{folder} does not exist; run 'compile-steer compile' and 'merge'."
+        for folder in folders
+        if not folder.is_dir()
+    ]
     if missing:
         raise ArtifactError(missing)
     program = load_program(run)
@@ -276,4 +282,3 @@ def describe_artifact(path: Path) -> dict[str, object]:
     program = Program.load(path)
     lines = program.describe().splitlines()
     return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}
-

@@ -25,7 +25,9 @@ class Choice:
     def adapter_refusal(self) -> str | None:
         """Why the result cannot ship as a stock PEFT adapter, or None."""
         if self.backend in EXACT:
-            return "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
+            return (
+                "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
+            )
         return None
 
 

@@ -64,7 +64,9 @@ def parse_positions(text: str) -> frozenset[Scope]:
         raise ArtifactError(
             f"positions '{text}': {', '.join(sorted(unknown))} unknown; use {', '.join(SCOPES)}, joined by '+'."
         )
-    return frozenset(("all",)) if "all" in scopes or scopes >= {"prompt", "response"} else scopes  # type: ignore[arg-type]
+    if "all" in scopes or scopes >= {"prompt", "response"}:
+        return frozenset(("all",))
+    return frozenset(scope for scope in SCOPES if scope in scopes)
 
 
 @dataclass(frozen=True, eq=False)

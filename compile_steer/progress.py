@@ -15,7 +15,7 @@ class Meter:
     """Silent; also the interface of the visible one."""
 
     @contextmanager
-    def phase(self, label: str, total: float) -> Iterator[Tick]:
+    def phase(self, label: str, total: float) -> Iterator[Tick]:  # noqa: ARG002  (the interface)
         """A piece of work of `total` units; the yielded function is called with units just done."""
         yield lambda _done: None
 

@@ -119,6 +119,8 @@ class ClosedFormStage(_Strict):
 
 
 class ClosedForm(_Strict):
+    """Which writers are solved for, in which order of blocks."""
+
     stages: tuple[ClosedFormStage, ...] | None = Field(None, min_length=1, description="None: chosen by the program")
 
 
@@ -134,6 +136,8 @@ class Distill(_Strict):
 
 
 class Compile(_Strict):
+    """Backends, and the texts they are fitted to."""
+
     backends: tuple[BackendName, ...] | Literal["auto"] = "auto"
     calibration: Calibration = Calibration()
     closed_form: ClosedForm = ClosedForm()
@@ -154,10 +158,13 @@ class Gates(_Strict):
 
 
 class Verify(_Strict):
+    """Which forms are judged, on how much, and by which gates."""
+
     forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
     max_new_tokens: int = Field(48, ge=4)
     heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
     pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
+    neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
     gates: Gates = Gates()
 
@@ -205,7 +212,9 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     except YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} is {type(content).__name__}; needed: keys and values (see recipes/ocean.yaml).")
+        raise RecipeError(
+            f"recipe {path} is {type(content).__name__}; needed: keys and values (see recipes/ocean.yaml)."
+        )
     for change in changes:
         _apply(content, change)
     if "folder" in content:

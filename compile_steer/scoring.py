@@ -87,7 +87,7 @@ def encode_pairs(loaded: Loaded, pairs: Sequence[Pair]) -> list[Encoded]:
 def contrast_scores(log_probabilities: np.ndarray) -> np.ndarray:
     """[n] positive minus negative mean log-probability, from `mean_log_probabilities` of encoded pairs."""
     positive, negative = np.split(log_probabilities, 2)
-    return positive - negative
+    return np.asarray(positive - negative)
 
 
 def mean_log_probabilities(

@@ -173,6 +173,7 @@ class Padded:
 
     def rows(self, values: Tensor) -> list[Tensor]:
         """Split [batch, time, ...] into the rows' real tokens."""
+        assert values.shape[:2] == self.input_ids.shape
         return [row[mask.bool()] for row, mask in zip(values, self.attention_mask, strict=True)]
 
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.errors import ArtifactError
-from compile_steer.provenance import Provenance
 from compile_steer.files import new_folder
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import read_tensors
+from compile_steer.provenance import Provenance
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +81,9 @@ def read_patch(folder: Path) -> WeightPatch:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config["lora_alpha"] != config["r"]:
-            raise ArtifactError(f"{folder}: alpha {config['lora_alpha']} differs from rank {config['r']}; not one of ours.")
+            raise ArtifactError(
+                f"{folder}: alpha {config['lora_alpha']} differs from rank {config['r']}; not one of ours."
+            )
         names = sorted(key[len(_PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight"))
         pairs = {n: (tensors[f"{_PREFIX}{n}.lora_B.weight"], tensors[f"{_PREFIX}{n}.lora_A.weight"]) for n in names}
     except (OSError, KeyError, ValueError) as error:
@@ -94,6 +96,9 @@ def read_patch(folder: Path) -> WeightPatch:
 def model_card(provenance: Provenance, program: str) -> str:
     """The folder's README: what it is, what it was made from, how to load it."""
     environment = Environment(
-        loader=PackageLoader("compile_steer", "templates"), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+        loader=PackageLoader("compile_steer", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        autoescape=False,
     )
     return environment.get_template("card.md").render(p=provenance, program=program)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.errors import ArtifactError
-from compile_steer.provenance import Provenance
 from compile_steer.files import new_folder
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import WeightPatch, weight_delta
+from compile_steer.provenance import Provenance
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -53,7 +53,9 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
             weight = _module(model, name).weight
             delta = weight_delta(_module(model, name), edit)
             if delta.shape != weight.shape:
-                raise ArtifactError(f"the patch of {name} is {list(delta.shape)}, the base's weight {list(weight.shape)}.")
+                raise ArtifactError(
+                    f"the patch of {name} is {list(delta.shape)}, the base's weight {list(weight.shape)}."
+                )
             weight.add_(delta)
         for name, bias in patch.bias.items():
             held = _module(model, name).bias

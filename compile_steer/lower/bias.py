@@ -1,6 +1,6 @@
 """`bias`: a constant shift at every position is a bias of the block's writer. Exact.
 
-    resid_post k: h + c v = h_mid + m * (W x + b),  b = c v / m,  m the family's residual multiplier
+resid_post k: h + c v = h_mid + m * (W x + b),  b = c v / m,  m the family's residual multiplier
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class _Flow:
     student: Tensor
 
 
-def refusal(program: Program, layout: Layout) -> str | None:
+def refusal(program: Program, _layout: Layout) -> str | None:
     """Why this backend cannot lower the (canonical) program, or None."""
     if not program.interventions:
         return "the program has no active intervention; there is nothing to compile"
@@ -120,9 +120,7 @@ def solve_stages(
 def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor, block: int) -> Tensor:
     stop = block + 1
     with torch.no_grad():
-        return run_span(
-            loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=stop, hidden=hidden
-        )
+        return run_span(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=stop, hidden=hidden)
 
 
 def _solve_stage(
@@ -135,7 +133,7 @@ def _solve_stage(
     tick: Any,
 ) -> LowRank:
     layout = loaded.layout
-    d_in = int(writer.module.weight.numel()) // layout.d_model  # type: ignore[union-attr,operator]
+    d_in = int(writer.module.weight.numel()) // layout.d_model  # type: ignore[operator]
     channel = _Channel(layout, writer)
     sums = [Sums.zeros(d_in, layout.d_model, loaded.device) for _ in range(2)]
     with applied(loaded.model, WeightPatch(solved)):

@@ -16,7 +16,7 @@ from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
 
 matplotlib.use("svg")
-from matplotlib.figure import Figure  # noqa: E402  (the backend is chosen before anything is drawn)
+from matplotlib.figure import Figure
 
 
 def write_page(
@@ -62,7 +62,12 @@ def _control_chart(report: ValidationReport) -> str:
     c = report.controls
     figure = Figure(figsize=(8, 1.9), layout="constrained")
     axes = figure.subplots()
-    groups = {"random": c.random, "shuffled labels": c.shuffled, "opposite sign": [c.opposite], "this direction": [c.effect]}
+    groups = {
+        "random": c.random,
+        "shuffled labels": c.shuffled,
+        "opposite sign": [c.opposite],
+        "this direction": [c.effect],
+    }
     for row, values in enumerate(groups.values()):
         axes.plot(values, [row] * len(values), "o", alpha=0.6)
     axes.set_yticks(range(len(groups)), list(groups))

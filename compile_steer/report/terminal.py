@@ -36,7 +36,9 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
     for reason in report.reasons:
         console.print(f"  - {escape(reason)}")
-    asked = "" if report.score_instructed is None else f"; asking for it in the prompt scores {report.score_instructed:.2f}"
+    asked = (
+        "" if report.score_instructed is None else f"; asking for it in the prompt scores {report.score_instructed:.2f}"
+    )
     s = report.separability
     console.print(
         f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
@@ -93,7 +95,9 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 
 
-def print_samples(console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity], factor: float) -> None:
+def print_samples(
+    console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity], factor: float
+) -> None:
     """One prompt answered by base, steered and compiled, and by a coefficient that is too high."""
     console.print(f"[bold]{escape(ask)}[/bold]")
     answers = [("base", report.samples["base"]), (f"steered, {report.coefficient:g}", report.samples["steered"])]

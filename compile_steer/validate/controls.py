@@ -21,9 +21,7 @@ from compile_steer.validate.shared import SharedPrefix
 def with_vector(program: Program, vector: Tensor) -> Program:
     """`program` with every vector replaced by `vector` at the same length."""
     return Program(
-        tuple(
-            replace_intervention(i, vector=vector / vector.norm() * i.vector.norm()) for i in program.interventions
-        ),
+        tuple(replace_intervention(i, vector=vector / vector.norm() * i.vector.norm()) for i in program.interventions),
         program.model,
         program.revision,
     )

@@ -108,7 +108,9 @@ class ValidationReport:
                 }
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is not a validation report ({error}). Make it with 'compile-steer validate'.") from error
+            raise ArtifactError(
+                f"{path} is not a validation report ({error}). Make it with 'compile-steer validate'."
+            ) from error
 
 
 def judge(report: ValidationReport, options: Validate) -> tuple[Verdict, list[str]]:
@@ -172,5 +174,7 @@ def _doubts(report: ValidationReport) -> list[str]:
             f"{report.score_steered:.2f} ({report.score_effect}) on {report.n_prompts} prompts; add prompts or coefficient"
         )
     if report.controls.opposite >= 0:
-        found.append(f"the opposite sign moves the pairs the same way ({report.controls.opposite:.3f}): not one direction")
+        found.append(
+            f"the opposite sign moves the pairs the same way ({report.controls.opposite:.3f}): not one direction"
+        )
     return found

@@ -91,9 +91,7 @@ def _measure(
     base, under, instructed, samples = _answers(recipe, loaded, behaviour, program, meter)
     with meter.phase("test: separability of held-out pairs", 2 * n_pairs) as tick:
         positive, negative = (
-            read_activations(
-                loaded, side, point=directions.point, readout=recipe.extract.readout, tick=tick
-            )[:, layer]
+            read_activations(loaded, side, point=directions.point, readout=recipe.extract.readout, tick=tick)[:, layer]
             for side in ([p.positive for p in behaviour.test], [p.negative for p in behaviour.test])
         )
     slopes = swept.slopes
@@ -156,7 +154,10 @@ def _relative_dose(loaded: Loaded, behaviour: Behaviour, program: Program) -> fl
         after = intervention.site.changes_from + 1
         with torch.no_grad():
             hidden = run_span(
-                loaded.model, batch.input_ids, batch.attention_mask, stop=None if after == loaded.layout.n_layers else after
+                loaded.model,
+                batch.input_ids,
+                batch.attention_mask,
+                stop=None if after == loaded.layout.n_layers else after,
             )
         norms.append(hidden[batch.roles != PAD].float().norm(dim=-1).cpu())
     dose = abs(intervention.coefficient) * float(intervention.vector.norm())

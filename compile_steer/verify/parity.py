@@ -77,7 +77,9 @@ class Parity:
         try:
             return Parity(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{path} is not a parity report ({error}). Make it with 'compile-steer verify'.") from error
+            raise ArtifactError(
+                f"{path} is not a parity report ({error}). Make it with 'compile-steer verify'."
+            ) from error
 
 
 def judge(parity: Parity, gates: Gates) -> list[str]:
@@ -90,7 +92,9 @@ def judge(parity: Parity, gates: Gates) -> list[str]:
     if not parity.same_tokens:
         reasons.append("the artifact's tokenizer splits held-out prompts differently from the base's")
     if not parity.kl_per_token <= allowed_kl:
-        reasons.append(f"KL {parity.kl_per_token:.2e} nats a token (share {parity.kl_share:.2%}); at most {allowed_kl:.2e}")
+        reasons.append(
+            f"KL {parity.kl_per_token:.2e} nats a token (share {parity.kl_share:.2%}); at most {allowed_kl:.2e}"
+        )
     if not parity.top1_agreement >= wanted_top1:
         reasons.append(f"top-1 agreement {parity.top1_agreement:.2%}; at least {wanted_top1:.2%}")
     if not abs(parity.dose - 1) <= _DOSE_MARGIN:
@@ -104,5 +108,7 @@ def judge(parity: Parity, gates: Gates) -> list[str]:
         reasons.append("the steered model's score does not differ from the base's: nothing to recover")
     allowed_drift = parity.neutral_drift_steered + gates.drift_margin
     if not parity.neutral_drift_compiled <= allowed_drift:
-        reasons.append(f"drift on neutral text {parity.neutral_drift_compiled:.4f} nats a token; at most {allowed_drift:.4f}")
+        reasons.append(
+            f"drift on neutral text {parity.neutral_drift_compiled:.4f} nats a token; at most {allowed_drift:.4f}"
+        )
     return reasons

