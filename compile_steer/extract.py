@@ -105,7 +105,8 @@ def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
 
     found = minimize(loss, np.zeros(len(gram)), jac=True, method="L-BFGS-B")
     weights: Tensor = differences.T @ torch.from_numpy(cast(np.ndarray, found.x))
-    return (weights / weights.norm()).float()
+    unit: Tensor = weights / weights.norm()
+    return unit.float()
 
 
 def shuffled_directions(positive: Tensor, negative: Tensor, method: Method, count: int, seed: int) -> Tensor:

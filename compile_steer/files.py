@@ -29,7 +29,8 @@ _TEMPORARY = ".writing-"
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
+    _sweep(path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -47,7 +48,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path` as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    _sweep(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -61,6 +63,31 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _prefix() -> str:
+    return f"{_TEMPORARY}{os.getpid()}-"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`: temporaries whose process is gone."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        process = left.name.removeprefix(_TEMPORARY).split("-")[0]
+        if process.isdigit() and not _alive(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it exists, and is somebody else's
+    return True
+
+
 def _take_place(new: Path, path: Path) -> None:
     """Rename `new` to `path`; what was at `path` is left at `new` for the caller to delete."""
     if not path.exists():
@@ -72,7 +99,7 @@ def _take_place(new: Path, path: Path) -> None:
     if exchange is not None and exchange(*both, _RENAME_EXCHANGE) == 0:
         return
     # No atomic exchange on this system: two renames, the old one kept until the new one is in place.
-    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
     path.replace(aside / "old")
     new.replace(path)
     shutil.rmtree(aside, ignore_errors=True)

@@ -79,7 +79,7 @@ class Layout:
     def of(model: nn.Module) -> Layout:
         """Return the layout of a causal language model, also when PEFT has wrapped it; raises `LayoutError`."""
         unwrap = getattr(model, "get_base_model", None)
-        inner = model if unwrap is None else unwrap()
+        inner: PreTrainedModel = model if unwrap is None else unwrap()
         family = FAMILIES.get(inner.config.model_type)
         if family is None:
             raise LayoutError(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.errors import LayoutError, RecipeError
-from compile_steer.files import digest, new_folder, sha256
+from compile_steer.files import new_folder, sha256
 from compile_steer.layout import Layout
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -85,8 +91,9 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loa
     folder, revision = _locate(reference)
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            options = {"trust_remote_code": False, "local_files_only": revision is None and not _hub_reachable()}
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise RecipeError(_not_loaded(reference, error)) from error
     if tokenizer.pad_token_id is None:
@@ -96,6 +103,17 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loa
     model.to(target).eval().requires_grad_(False)
     Layout.of(model)
     return Loaded(model, tokenizer, reference, revision or f"hub:{model.config._commit_hash}", str(folder))
+
+
+def _hub_reachable() -> bool:
+    """False where the hub's host cannot be reached at all; its client would retry that for a minute."""
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((urlsplit(ENDPOINT).hostname or "", 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _locate(reference: str) -> tuple[str, str | None]:
@@ -117,12 +135,25 @@ def _locate(reference: str) -> tuple[str, str | None]:
 
 
 def weights_revision(folder: Path) -> str:
-    """A local folder's revision: the hash of its weight files' contents."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """A local folder's revision: the SHA-256 of its tensors by name, however they are spread over files."""
+    places = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as content:
+                places.update(dict.fromkeys(content.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(
+                f"model folder {folder}: {file.name} is damaged ({error}). Get the model again."
+            ) from error
+    if not places:
         raise RecipeError(f"model folder {folder} holds no .safetensors weights; only safetensors are read.")
-    hashes = [sha256(file) for file in files]
-    return "sha256:" + (hashes[0] if len(hashes) == 1 else digest(hashes))
+    whole = hashlib.sha256()
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as content:
+            tensor = content.get_tensor(name).contiguous()
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        whole.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return f"sha256:{whole.hexdigest()}"
 
 
 def embedded_model() -> Path:

@@ -1,0 +1,130 @@
+"""Scores of text, and log-probabilities of responses against a plain forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from compile_steer.behaviour import Batch, Pair, Text, encode
+from compile_steer.hooks import steered
+from compile_steer.replay import run_span
+from compile_steer.scoring import (
+    Keywords,
+    Length,
+    Lowercase,
+    Scorer,
+    contrast_scores,
+    encode_pairs,
+    mean_log_probabilities,
+    repetition,
+)
+from tests.tiny import intervention, loaded, program, texts
+
+
+def keywords(*patterns: str, absent: tuple[str, ...] = ()) -> Keywords:
+    return Keywords(kind="keywords", patterns=patterns, absent=absent)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("The SEA is near.", 1.0),
+        ("Many waves", 1.0),
+        ("I am seated.", 0.0),
+        ("", 0.0),
+        ("The sea, a pool.", 0.0),
+    ],
+)
+def test_keywords_ask_for_any_pattern_and_none_of_the_absent_ones(text: str, score: float) -> None:
+    assert keywords(r"\bsea\b", "waves?", absent=("pool",)).score(text) == score
+
+
+def test_a_curly_apostrophe_is_an_apostrophe() -> None:
+    assert keywords("don't").score("I don\N{RIGHT SINGLE QUOTATION MARK}t") == 1.0
+
+
+@pytest.mark.parametrize(("text", "score"), [("all low, 3!", 1.0), ("one Upper", 0.0), ("123 ?!", 0.0), ("", 0.0), ("É", 0.0)])
+def test_lowercase_needs_letters_and_no_upper_case(text: str, score: float) -> None:
+    assert Lowercase(kind="lowercase").score(text) == score
+
+
+@pytest.mark.parametrize(("text", "score"), [("", 0.0), (" \n", 0.0), ("one", 1.0), ("one  two\nthree", 1.0), ("a b c d", 0.0)])
+def test_length_counts_words_and_an_empty_answer_is_not_short(text: str, score: float) -> None:
+    assert Length(kind="length", max_words=3).score(text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("", 0.0), ("a b", 0.0), ("a b c d e", 0.0), ("a b c a b c", 0.25), ("A a a a a", 2 / 3), ("go " * 12, 0.9)],
+)
+def test_repetition_is_the_share_of_three_grams_seen_before(text: str, share: float) -> None:
+    assert repetition(text) == pytest.approx(share)
+
+
+def test_a_score_is_chosen_by_its_kind_and_bad_ones_are_refused() -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(Scorer)
+    assert isinstance(adapter.validate_python({"kind": "length", "max_words": 2}), Length)
+    for bad in (
+        {"kind": "keywords", "patterns": []},
+        {"kind": "keywords", "patterns": ["("]},
+        {"kind": "keywords", "patterns": ["a"], "absent": ["["]},
+        {"kind": "length", "max_words": 0},
+        {"kind": "lowercase", "max_words": 2},
+        {"kind": "vibes"},
+    ):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(bad)
+
+
+# -------------------------------------------------------------------------------- log-probabilities
+
+
+def mean_by_hand(ids: tuple[int, ...], n_prompt: int) -> float:
+    """Mean log-probability of the response tokens of one row, from the model's plain logits."""
+    model = loaded("gemma2").model
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
+    return float(np.mean([float(found[at - 1, ids[at]]) for at in range(n_prompt, len(ids))]))
+
+
+def test_mean_log_probabilities_are_those_of_each_text_alone_in_the_order_given() -> None:
+    rows = texts(((5, 4), (3, 9), (4, 1), (2, 6)))
+    wanted = [mean_by_hand(row.ids, row.n_prompt) for row in rows]
+    assert mean_log_probabilities(loaded("gemma2"), rows) == pytest.approx(wanted, abs=1e-5)
+    assert np.ptp(wanted) > 0.1
+
+
+def test_steered_final_states_are_scored_when_they_are_given() -> None:
+    one, rows = loaded("gemma2"), texts()
+    steering = program("gemma2", intervention(positions="response"))
+
+    def final(batch: Batch) -> torch.Tensor:
+        with steered(one.model, steering, roles=batch.roles):
+            return run_span(one.model, batch.input_ids, batch.attention_mask)
+
+    with steered(one.model, steering):
+        # Every pass is taken for a prompt here, so the response is left alone.
+        plain = mean_log_probabilities(one, rows)
+    found = mean_log_probabilities(one, rows, final=final)
+    assert plain == pytest.approx([mean_by_hand(row.ids, row.n_prompt) for row in rows], abs=1e-5)
+    # The first response token is predicted by the prompt, which 'response' leaves alone: the third row has two.
+    assert float(np.abs(found - plain).min()) > 1e-3
+
+
+def test_a_contrast_is_positive_minus_negative_of_each_pair_under_the_plain_prompt() -> None:
+    one = loaded("gemma2")
+    pairs = [
+        Pair(Text(f"w9 w{n} w8", "w20 w21"), Text(f"w{n}", f"w3{n} w40 w41"), f"w{n} w50") for n in (6, 7, 8)
+    ]
+    encoded = encode_pairs(one, pairs)
+    assert [e.n_prompt for e in encoded] == [2] * 6, "the plain prompt, not the template's"
+    assert encoded[1] == encode(one.tokenizer, Text("w7 w50", "w20 w21"))
+    assert encoded[4] == encode(one.tokenizer, Text("w7 w50", "w37 w40 w41"))
+    wanted = [
+        mean_by_hand((n, 50, 20, 21), 2) - mean_by_hand((n, 50, 30 + n, 40, 41), 2) for n in (6, 7, 8)
+    ]
+    assert contrast_scores(mean_log_probabilities(one, encoded)) == pytest.approx(wanted, abs=1e-5)
