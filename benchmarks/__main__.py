@@ -1,0 +1,251 @@
+"""The ocean program on the embedded model: every target with what was measured, in one run.
+
+Times are medians of interleaved repetitions, and ratios are against a limit measured in the same run: these
+machines are shared, so an absolute time means little.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from compile_steer.behaviour import batches
+from compile_steer.files import save_text, sha256
+from compile_steer.lower import Job, closed_form, distill
+from compile_steer.metrics import CHUNK_TOKENS, divergence
+from compile_steer.passes import canonical
+from compile_steer.patch import WeightPatch, applied
+from compile_steer.pipeline import Run, artifacts, load_program, run_compile, run_merge, run_verify
+from compile_steer.progress import BarMeter
+from compile_steer.recipe import read_recipe
+from compile_steer.replay import readout, run_span
+from compile_steer.verify import Parity, Reference
+from compile_steer.verify.reference import final_states
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = [
+    "compile.backends=[bias, closed_form, distill]",
+    "compile.calibration.prompts=160",
+    "compile.calibration.max_new_tokens=96",
+    "compile.distill.prompts=80",
+    "compile.distill.epochs=2",
+    "verify.heldout=48",
+    "verify.pairs=48",
+    "verify.neutral=30",
+    "verify.prompts=48",
+    "verify.max_new_tokens=48",
+]
+REPEATS = 3
+RANDOM_EPOCHS = (1.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    floor: str
+    aim: str
+    measured: str
+
+
+def main() -> None:
+    """Measure everything and write the page."""
+    console = Console(width=132)
+    recipe = read_recipe(ROOT / "recipes" / "ocean.yaml", SETTINGS)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        shutil.copytree(ROOT / "vectors", out / "vectors")
+        run = Run.open(recipe, out, BarMeter(console))
+        run_compile(run)
+        run_merge(run)
+        parities = {(p.backend, p.form): p for p in run_verify(run, artifacts(run))}
+        job = _job(run)
+        reference = Reference(recipe, run.loaded, load_program(run), run.behaviour, run.meter)
+        rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
+        rows += _throughput(run, out)
+        tokens = sum(len(text.ids) for text in job.regression_texts)
+        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program))
+    save_text(ROOT / "docs" / "BENCHMARKS.md", page)
+    console.print(page, markup=False)
+
+
+def _job(run: Run) -> Job:
+    recipe = run.recipe
+    return Job(canonical(load_program(run)), run.loaded, run.behaviour, recipe.compile, recipe.seed, run.meter)
+
+
+def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
+    bias = parities["bias", "merged-fp32"]
+    near, trained = parities["closed_form", "adapter"], parities["distill", "adapter"]
+    recovered = ", ".join(f"{p.backend} {p.recovery:.3f} [{p.recovery_low:.3f}" + "]" for p in (bias, near, trained))
+    return [
+        Row("`bias`, merged and reloaded: KL per token", "1e-6", "1e-8", f"{bias.kl_per_token:.1e}"),
+        Row("`bias`: top-1", "99.9 %", "", f"{bias.top1_agreement:.2%}"),
+        Row("`closed_form`: share of KL(steered‖base)", "1.0 %", "0.5 %", f"{near.kl_share:.3%}"),
+        Row("`closed_form`: top-1", "96 %", "", f"{near.top1_agreement:.2%}"),
+        Row("`distill` from the closed-form patch: share", "0.5 %", "0.2 %", f"{trained.kl_share:.3%}"),
+        Row("recovery of the behaviour score [lower bound]", "0.90", "0.95", recovered),
+    ]
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _medians(*works: Callable[[], object]) -> list[float]:
+    """The median seconds of each, run in turn A B A B ..., so that a drift of the machine hits all alike."""
+    times = [[_timed(work) for work in works] for _ in range(REPEATS)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def _forward(run: Run, job: Job) -> None:
+    """One plain pass over the calibration tokens, logits and all."""
+    model = run.loaded.model
+    for batch in batches(job.regression_texts, int(run.loaded.tokenizer.pad_token_id)):
+        with torch.no_grad():
+            hidden = run_span(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
+            for start in range(0, len(hidden), CHUNK_TOKENS):
+                readout(model, hidden[start : start + CHUNK_TOKENS])
+
+
+def _closed_form_cost(run: Run, job: Job) -> list[Row]:
+    writing = _timed(lambda: job.regression_texts)
+    forward, solving = _medians(lambda: _forward(run, job), lambda: closed_form.lower(job))
+    return [
+        Row(
+            "`closed_form`: compile time over one forward pass of its calibration tokens",
+            "3 x",
+            "2 x",
+            f"{solving / forward:.2f} x ({solving:.1f} s over {forward:.1f} s); "
+            f"{(solving + writing) / forward:.2f} x with writing the texts",
+        )
+    ]
+
+
+def _share(reference: Reference, patch: WeightPatch) -> float:
+    """Held-out share of a patch in memory."""
+    base = reference.base
+    with applied(base.model, patch):
+        states = final_states(base, reference.heldout)
+    found = divergence(base.model, reference.steered_heldout.response, base.model, states.response)
+    return found.mean / reference.base_divergence.mean
+
+
+def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
+    """Seconds until the held-out share is 2 %: regression against training from LoRA's own start."""
+    few = job.regression_texts[:40]
+    stages = [closed_form.Stage(job.program.first_layer, "mlp", 1)]
+    patches = []
+
+    def solve() -> None:
+        patches.append(closed_form.solve_stages(job.program, run.loaded, few, stages, lambda _n: None))
+
+    (seconds,) = _medians(solve)
+    reached = _share(reference, patches[-1])
+    texts = [*job.regression_texts, *job.training_texts]
+    arms = []
+    for epochs in RANDOM_EPOCHS:
+        options = run.recipe.compile.distill.model_copy(
+            update={"start": "random", "epochs": epochs, "learning_rate": 0.02, "batch_tokens": 512}
+        )
+        start = distill.random_patch(run.loaded.layout, job.program.first_layer, 8, run.recipe.seed)
+        trained: list[WeightPatch] = []
+
+        def train(options=options, start=start, trained=trained) -> None:  # type: ignore[no-untyped-def]
+            trained.append(
+                distill.train(job.program, run.loaded, texts, start, options, run.recipe.seed, lambda _n: None)
+            )
+
+        spent = _timed(train)
+        share = _share(reference, trained[0])
+        arms.append((spent, share))
+        if share <= 0.02:
+            break
+    spent, share = arms[-1]
+    more = "" if share <= 0.02 else "more than "
+    told = "; ".join(f"{arm_share:.1%} after {arm_spent:.0f} s" for arm_spent, arm_share in arms)
+    return [
+        Row(
+            "time to a 2 % share: `distill` from random init (r 8, all linear) over `closed_form`",
+            "30 x",
+            "100 x",
+            f"{more}{spent / seconds:.0f} x (random init: {told}; regression: {reached:.2%} after {seconds:.1f} s)",
+        )
+    ]
+
+
+def _throughput(run: Run, out: Path) -> list[Row]:
+    """Tokens a second of cached generation, merged over base, both loaded alike and run in turn."""
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged" / "ocean-bias-fp32", dtype=torch.float32).eval()
+    prompts = run.behaviour.heldout[:16]
+    plain = replace(run.loaded, model=merged)
+
+    def generate(loaded: object) -> None:
+        model, tokenizer = loaded.model, run.loaded.tokenizer  # type: ignore[attr-defined]
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)
+
+    generate(plain)
+    pairs = [(_timed(lambda: generate(run.loaded)), _timed(lambda: generate(plain))) for _ in range(7)]
+    ratio = statistics.median(base / other for base, other in pairs)
+    return [Row("throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}")]
+
+
+def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> str:
+    first = parities[0]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`; do not edit.",
+        "",
+        f"{date.today().isoformat()}, {_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, one seed. "
+        f"Program: `vectors/ocean.safetensors` (SHA-256 {program[:16]}), SmolLM2-135M-Instruct. Calibration: {tokens} tokens. Held out: "
+        f"{first.n_tokens} response tokens of the steered model's own continuations of {SETTINGS[5].split('=')[1]} prompts on "
+        f"other topics, where KL(steered‖base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%}; "
+        f"{first.n_pairs} test pairs.",
+        "",
+        "| | floor | aim | measured |",
+        "|---|---|---|---|",
+        *(f"| {row.what} | {row.floor} | {row.aim} | {row.measured} |" for row in rows),
+        "",
+        "Times are medians of runs in turn; random init is trained with AdamW at the usual LoRA rate, on all the texts.",
+        "",
+        "| artifact | KL | rms | p99 | share | top-1 | recovery | drift (steered's own) | seconds | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {p.backend} {p.form} | {p.kl_per_token:.1e} | {p.kl_rms:.1e} | {p.kl_p99:.1e} | {p.kl_share:.3%} | "
+            f"{p.top1_agreement:.2%} | {p.recovery:.3f} [{p.recovery_low:.3f}, {p.recovery_high:.3f}] | "
+            f"{p.neutral_drift_compiled:.3f} ({p.neutral_drift_steered:.3f}) | {p.compile_seconds:.1f} | "
+            f"{'passed' if p.passed else 'FAILED: ' + '; '.join(p.reasons)} |"
+            for p in parities
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Whatever a user gets wrong ends in a message, exit code 2, no traceback and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from compile_steer import cli
+from compile_steer.program import Intervention, Program, Site
+from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
+
+
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[int, str]:
+    """Run the command line in this process; returns the exit code and what went to standard error."""
+    monkeypatch.setattr(sys, "argv", ["compile-steer", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    return int(stopped.value.code or 0), said.err
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob(".writing-*")]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    def run(*arguments: str | Path) -> str:
+        code, said = call(capsys, monkeypatch, *arguments, "--out", tmp_path / "out")
+        assert code == 2, said
+        assert not leftovers(tmp_path)
+        return said
+
+    return run
+
+
+def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask) -> None:  # type: ignore[no-untyped-def]
+    said = ask("extract", RECIPE, "--set", "extract.methd=pca", "--set", "verify.gate.share=0.1", "--set", "seed=x")
+    assert "did you mean 'method'?" in said and "did you mean 'gates'?" in said and "seed: found 'x'" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("validate.layers=[12,30]", "30 not in this model, which has blocks 0 to 29"),
+        ("extract.point=resid_mid", "resid_mid"),
+        ("model=./nowhere", "no such folder"),
+        ("model=nowhere.gguf", "no such file"),
+        ("device=cuda:7", "cannot be used here"),
+        ("data.test=data/ocean/train.jsonl", "must not overlap"),
+        ("data.train=data/nothing.jsonl", "cannot be read"),
+        ("extract.readout=last_prompt", "positive_template"),
+        ("extract.pairs=500", "data.train has 60"),
+        ("validate.coefficients=[0]", "steers nothing"),
+        ("validate.positions=everywhere", "everywhere unknown"),
+    ],
+)
+def test_unusable_settings_are_refused_in_words(ask, change: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    assert words in ask("validate", RECIPE, "--set", change)
+
+
+def test_empty_and_broken_data_name_their_lines(ask, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "positive": "b"}\nnot json\n')
+    said = ask(
+        "extract",
+        RECIPE,
+        "--set",
+        f"data.train={tmp_path / 'empty.jsonl'}",
+        "--set",
+        f"data.test={tmp_path / 'broken.jsonl'}",
+    )
+    assert "empty.jsonl is empty" in said and "broken.jsonl:1" in said and "broken.jsonl:2: not JSON" in said
+
+
+def test_a_missing_hub_model_says_how_to_get_one(ask, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    said = ask("extract", RECIPE, "--set", "model=nobody/has-this-model")
+    assert "hf download" in said and "smollm2-135m-instruct" in said
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "foreign", "other width", "other model", "missing"])
+def test_a_program_that_does_not_belong_is_refused(
+    walk: Walk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(walk.out / "vectors", out / "vectors")
+    path = out / "vectors" / "ocean.safetensors"
+    program = Program.load(path)
+    if spoil == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif spoil == "foreign":
+        shutil.copy(walk.out / "adapters/ocean-closed_form/adapter_model.safetensors", path)
+    elif spoil == "missing":
+        path.unlink()
+    elif spoil == "other width":
+        Program((Intervention(Site(12), "add", torch.ones(768), 2.0),), program.model, program.revision).save(path)
+    else:
+        Program(program.interventions, "another/model", "hub:123").save(path)
+    code, said = call(capsys, monkeypatch, "compile", RECIPE, "--out", out)
+    expected = {"truncated": "damaged", "foreign": "not a steering program", "missing": "does not exist",
+                "other width": "width 768", "other model": "another/model"}  # fmt: skip
+    assert code == 2 and expected[spoil] in said
+    assert not (out / "adapters").exists()
+
+
+def test_a_damaged_adapter_is_refused_and_stays_as_it_was(
+    walk: Walk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(walk.out / "vectors", tmp_path / "vectors")
+    adapter = tmp_path / "adapters" / "ocean-closed_form"
+    shutil.copytree(walk.out / "adapters" / "ocean-closed_form", adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = weights.read_bytes()
+    code, said = call(capsys, monkeypatch, "verify", RECIPE, "--out", tmp_path, "--artifact", adapter)
+    assert code == 2 and "ocean-closed_form" in said
+    assert weights.read_bytes() == before
+
+
+def test_compiling_without_a_passing_validation_needs_force_and_is_recorded(walk: Walk, tmp_path: Path) -> None:
+    shutil.copytree(walk.out / "vectors", tmp_path / "vectors")
+    report = tmp_path / "vectors" / "ocean.validation.json"
+    content = json.loads(report.read_text())
+    report.write_text(json.dumps({**content, "verdict": "fail", "reasons": ["a random direction does as well"]}))
+    only_bias = ("--set", "compile.backends=[bias]", "--out", tmp_path)
+    refused = subprocess.run(
+        command("compile", RECIPE, *only_bias), capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert refused.returncode == 2 and "validation failed: a random direction" in refused.stderr
+    forced = subprocess.run(
+        command("compile", RECIPE, *only_bias, "--force"), capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert forced.returncode == 0, forced.stderr
+    origin = json.loads((tmp_path / "adapters/ocean-bias/compile_steer.json").read_text())
+    assert origin["forced"] is True and origin["verdict"] == "fail"
+    assert "in spite of it" in (tmp_path / "adapters/ocean-bias/README.md").read_text()
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A file where a folder must be: what a read-only place is to every user, root included.
+    (tmp_path / "out").write_text("in the way")
+    code, said = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path / "out", "--set", "extract.pairs=4")
+    assert code == 2 and "Nothing half-written is left" in said
+
+
+def test_a_full_disk_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device", "ocean.directions.safetensors")
+
+    monkeypatch.setattr("compile_steer.files.save_file", full)
+    code, said = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path, "--set", "extract.pairs=4")
+    assert code == 2 and "No space left on device" in said
+    assert list(tmp_path.rglob("*.safetensors")) == [] and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        command("validate", RECIPE, "--out", tmp_path),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    directions = tmp_path / "vectors" / "ocean.directions.safetensors"
+    for _ in range(1200):
+        if directions.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert directions.exists()
+    os.kill(process.pid, number)
+    _out, said = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 2 and "stopped" in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ocean.directions.safetensors"]

@@ -1,0 +1,104 @@
+"""The judge's own power on the real model: every planted fault is caught, an exact compile never flagged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compile_steer.export import read_patch, write_merged, write_patch
+from compile_steer.files import sha256
+from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.pipeline import Run, load_program
+from compile_steer.provenance import Provenance
+from compile_steer.verify import Parity, Reference, verify_artifact
+from tests.end_to_end.conftest import Walk
+
+Fault = Callable[[WeightPatch], WeightPatch]
+
+
+def scaled(factor: float) -> Fault:
+    def fault(patch: WeightPatch) -> WeightPatch:
+        return replace(
+            patch,
+            low_rank={name: LowRank(factor * edit.B, edit.A) for name, edit in patch.low_rank.items()},
+            bias={name: factor * bias for name, bias in patch.bias.items()},
+        )
+
+    return fault
+
+
+def moved(blocks: int) -> Fault:
+    """The same edits, each some blocks further on."""
+
+    def rename(name: str) -> str:
+        head, number, tail = name.split(".", 3)[:2], name.split(".", 3)[2], name.split(".", 3)[3]
+        return ".".join([*head, str(int(number) + blocks), tail])
+
+    def fault(patch: WeightPatch) -> WeightPatch:
+        return replace(
+            patch,
+            low_rank={rename(name): edit for name, edit in patch.low_rank.items()},
+            bias={rename(name): bias for name, bias in patch.bias.items()},
+        )
+
+    return fault
+
+
+FAULTS: dict[str, Fault] = {
+    "sign flipped": scaled(-1.0),
+    "one block late": moved(1),
+    "one block early": moved(-1),
+    "coefficient x1.1": scaled(1.1),
+    "coefficient x0.9": scaled(0.9),
+    "dropped": scaled(0.0),
+    "merged twice": scaled(2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(opened: Run) -> Reference:
+    return Reference(opened.recipe, opened.loaded, load_program(opened), opened.behaviour, opened.meter)
+
+
+def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
+    return verify_artifact(reference, folder, sha256(opened.places.program), opened.recipe.verify.gates)
+
+
+def faulty_bias(opened: Run, fault: Fault, folder: Path) -> Path:
+    source = opened.places.adapter("bias")
+    origin = Provenance.read(source).of(form="merged-fp32")
+    write_merged(folder, fault(read_patch(source)), opened.loaded, "fp32", origin, "")
+    return folder
+
+
+def faulty_adapter(opened: Run, fault: Fault, folder: Path) -> Path:
+    source = opened.places.adapter("closed_form")
+    write_patch(folder, fault(read_patch(source)), opened.loaded, Provenance.read(source), "")
+    return folder
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_bias_is_caught(walk: Walk, opened: Run, reference: Reference, tmp_path: Path, name: str) -> None:
+    parity = judged(opened, reference, faulty_bias(opened, FAULTS[name], tmp_path / "faulty"))
+    assert not parity.passed and parity.reasons, name
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_adapter_is_caught(walk: Walk, opened: Run, reference: Reference, tmp_path: Path, name: str) -> None:
+    parity = judged(opened, reference, faulty_adapter(opened, FAULTS[name], tmp_path / "faulty"))
+    assert not parity.passed and parity.reasons, name
+
+
+def test_the_untouched_artifacts_pass_the_same_judge(opened: Run, reference: Reference) -> None:
+    for folder in (opened.places.merged("bias", "fp32"), opened.places.adapter("closed_form")):
+        assert judged(opened, reference, folder).reasons == []
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_an_exact_compile_is_not_flagged_on_other_texts(opened: Run, seed: int) -> None:
+    other = replace(opened, recipe=opened.recipe.model_copy(update={"seed": seed}))
+    fresh = Reference(other.recipe, other.loaded, load_program(other), other.behaviour, other.meter)
+    assert judged(other, fresh, opened.places.merged("bias", "fp32")).reasons == []

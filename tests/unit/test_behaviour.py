@@ -1,0 +1,215 @@
+"""Data: every problem at once, disjoint splits, and how text becomes tokens and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from compile_steer.behaviour import SPLITS, Encoded, Text, batches, encode, pad, prompt_text, read_behaviour
+from compile_steer.errors import RecipeError
+from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
+from tests.tiny import BOS_ID, CHAT_TEMPLATE, PAD_ID, loaded, texts, tokenizer
+
+Row = dict[str, Any]
+
+
+def pair(prompt: str, positive: str | None = None, negative: str | None = None) -> Row:
+    return {"prompt": prompt, "positive": positive or f"{prompt} high", "negative": negative or f"{prompt} low"}
+
+
+def good() -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {name: [pair(f"{name} {n}") for n in range(2)] for name in SPLITS}
+    rows["neutral"] = [{"prompt": "neutral 0", "response": "plain"}]
+    return rows | {name: [{"prompt": f"{name} {n}"} for n in range(3)] for name in ("heldout", "calibration")}
+
+
+def write(folder: Path, rows: dict[str, list[Row]]) -> dict[str, Path]:
+    files = {}
+    for name, content in rows.items():
+        files[name] = folder / f"{name}.jsonl"
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in content]
+        files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+def problems(files: dict[str, Path], positive: str = "{prompt} Sing.", negative: str = "{prompt}") -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read_behaviour(files, positive, negative)
+    return list(caught.value.problems)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def test_good_data_is_read_with_its_templates_and_hashes(tmp_path: Path) -> None:
+    found = read_behaviour(write(tmp_path, good()), "{prompt} Sing.", "So: {prompt}")
+    assert [p.prompt for p in found.validation] == ["validation 0", "validation 1"]
+    assert found.test[1].positive == Text("test 1 Sing.", "test 1 high")
+    assert found.test[1].negative == Text("So: test 1", "test 1 low")
+    assert found.neutral == (Text("neutral 0", "plain"),)
+    assert (len(found.heldout), found.calibration[2]) == (3, "calibration 2")
+    assert set(found.hashes) == {*SPLITS, "neutral", "heldout", "calibration"}
+
+
+def test_a_hash_follows_the_content_and_not_the_layout_of_a_file(tmp_path: Path) -> None:
+    files = write(tmp_path, good())
+    before = read_behaviour(files, "{prompt}", "{prompt}").hashes
+    text = files["test"].read_text(encoding="utf-8")
+    files["test"].write_text("\n" + text.replace(": ", ":   ") + "\n\n", encoding="utf-8")
+    assert read_behaviour(files, "{prompt}", "{prompt}").hashes == before
+    files["test"].write_text(text.replace("high", "higher", 1), encoding="utf-8")
+    after = read_behaviour(files, "{prompt}", "{prompt}").hashes
+    assert {name for name in before if before[name] != after[name]} == {"test"}
+
+
+def test_every_problem_of_every_file_is_told_at_once(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {**good()}
+    rows["train"] = ["{not json", pair("a"), ["a", "list"], {"prompt": "b", "positive": "c"}]
+    rows["validation"] = [{**pair("d"), "note": "extra"}, pair("e", positive=" "), {**pair("f"), "negative": 3}]
+    rows["neutral"] = []
+    files = write(tmp_path, rows)
+    files["heldout"].unlink()
+    files["calibration"].write_bytes(b"\xff\xfe{}")
+    found = problems(files, positive="no place", negative="{prompt} and {prompt}")
+    expected = [
+        "train.jsonl:1: not JSON",
+        "train.jsonl:3: found list; needed the keys prompt, positive, negative",
+        "train.jsonl:4: found ['positive', 'prompt']; needed the keys",
+        "validation.jsonl:1: found ['negative', 'note', 'positive', 'prompt']; needed the keys",
+        "validation.jsonl:2: positive must be text that is not empty",
+        "validation.jsonl:3: negative must be text that is not empty",
+        "data.neutral: ",
+        "data.heldout: ",
+        "data.calibration: ",
+        "data.positive_template 'no place' must contain {prompt} exactly once",
+        "data.negative_template '{prompt} and {prompt}' must contain {prompt} exactly once",
+    ]
+    assert len(found) == len(expected)
+    for wanted, line in zip(expected, found, strict=True):
+        assert line.startswith(wanted)
+    assert "is empty; needed: one JSON object a line with prompt, response" in found[6]
+    assert "cannot be read (No such file or directory)" in found[7]
+    assert "cannot be read" in found[8]
+
+
+@pytest.mark.parametrize("other", ["validation", "test", "neutral", "heldout", "calibration"])
+def test_a_prompt_in_two_files_is_refused_whatever_its_case_and_spaces(tmp_path: Path, other: str) -> None:
+    rows = good()
+    rows[other][0]["prompt"] = "TRAIN \t 1"
+    (found,) = problems(write(tmp_path, rows))
+    assert found == f"data: the prompt 'TRAIN \t 1' is in both train and {other}; the splits must not overlap."
+
+
+def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:
+    rows = good()
+    rows["heldout"] += [{"prompt": "Heldout 0"}, {"prompt": "heldout  0"}]
+    (found,) = problems(write(tmp_path, rows))
+    assert found == "data.heldout: the prompt 'heldout 0' stands 3 times."
+
+
+def test_a_response_of_one_split_in_another_is_refused(tmp_path: Path) -> None:
+    rows = good()
+    rows["test"][1] = pair("another prompt", positive="Train 0 high")
+    (found,) = problems(write(tmp_path, rows))
+    assert "train" in found
+    assert "test" in found
+
+
+def test_sides_that_are_equal_are_refused_unless_the_templates_tell_them_apart(tmp_path: Path) -> None:
+    rows = good()
+    rows["train"] = [pair("a", "same", "same "), pair("b")]
+    files = write(tmp_path, rows)
+    (found,) = problems(files, positive="{prompt}")
+    assert found == "data.train: positive and negative are the same text for 'a' (1 pairs)."
+    assert read_behaviour(files, "{prompt} Sing.", "{prompt}").train[0].positive.response == "same"
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> None:
+    rows = good()
+    rows["test"] = [pair("one\N{LINE SEPARATOR}two\x85three"), pair("b")]
+    found = read_behaviour(write(tmp_path, rows), "{prompt}", "{prompt}")
+    assert found.test[0].prompt == "one\N{LINE SEPARATOR}two\x85three"
+
+
+# -------------------------------------------------------------------------------------------- tokens
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    found.chat_template = CHAT_TEMPLATE
+    return found
+
+
+def test_the_boundary_does_not_depend_on_the_response() -> None:
+    for tokens in (tokenizer(), chatting()):
+        responses = ("", "w7", "w8 w9", " w9")
+        encoded = [encode(tokens, Text("w20 w21", response)) for response in responses]
+        assert len({e.n_prompt for e in encoded}) == 1
+        prompt = encoded[0].ids
+        assert all(e.ids[: len(prompt)] == prompt for e in encoded)
+        assert [len(e.ids) - len(prompt) for e in encoded] == [0, 1, 2, 1]
+
+
+def test_a_chat_template_is_part_of_the_prompt_and_adds_no_token_twice() -> None:
+    assert prompt_text(chatting(), "w20") == "<s> user w20 assistant"
+    found = encode(chatting(), Text("w20", "w30"))
+    assert found == Encoded((BOS_ID, 4, 20, 5, 30), 4)
+    assert encode(tokenizer(), Text("w20", "w30")) == Encoded((20, 30), 1)
+
+
+def test_padding_marks_what_each_token_is() -> None:
+    rows = [Encoded((7, 8, 9), 2), Encoded((6,), 1), Encoded((5, 6, 7, 8), 1)]
+    batch = pad(rows, (2, 0, 1), PAD_ID)
+    assert batch.rows == (2, 0, 1)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [7, 8, 9, PAD_ID], [6, PAD_ID, PAD_ID, PAD_ID]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch.roles.tolist() == [
+        [LAST_PROMPT, RESPONSE, RESPONSE, RESPONSE],
+        [PROMPT, LAST_PROMPT, RESPONSE, PAD],
+        [LAST_PROMPT, PAD, PAD, PAD],
+    ]
+    assert batch.predicts_response.tolist() == [
+        [True, True, True, False],
+        [False, True, False, False],
+        [False, False, False, False],
+    ]
+    assert batch.n_tokens == 8
+
+
+def test_a_pad_token_inside_a_text_is_not_padding() -> None:
+    batch = pad([Encoded((7, PAD_ID, 9), 2)], (0,), PAD_ID)
+    assert batch.attention_mask.tolist() == [[1, 1, 1]]
+    assert batch.roles.tolist() == [[PROMPT, LAST_PROMPT, RESPONSE]]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 47, 10_000])
+def test_batches_hold_every_text_once_and_no_more_than_they_may(max_tokens: int) -> None:
+    rows = texts([(1 + n % 4, n % 9) for n in range(23)])
+    seen: list[int] = []
+    for batch in batches(rows, PAD_ID, max_tokens=max_tokens):
+        seen += batch.rows
+        assert batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1
+        for ids, mask, row in zip(batch.input_ids, batch.attention_mask, batch.rows, strict=True):
+            assert tuple(ids[mask.bool()].tolist()) == rows[row].ids
+    assert sorted(seen) == list(range(23))
+    lengths: Sequence[int] = [len(rows[row].ids) for row in seen]
+    assert list(lengths) == sorted(lengths), "texts of like length stand together"
+
+
+def test_nothing_to_batch_gives_no_batch() -> None:
+    assert list(batches([], PAD_ID)) == []
+
+
+def test_a_batch_keeps_its_rows_on_the_way_to_a_device() -> None:
+    batch = pad(texts(), (2, 0), int(loaded("llama").tokenizer.pad_token_id))
+    moved = batch.to(torch.device("meta"))
+    assert moved.rows == (2, 0)
+    assert {moved.input_ids.device.type, moved.attention_mask.device.type, moved.roles.device.type} == {"meta"}

@@ -1,0 +1,202 @@
+"""Recipes: what is refused, in which words, and what `--set` changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compile_steer.errors import RecipeError
+from compile_steer.recipe import Recipe, read_recipe
+
+GOOD = """\
+name: tiny
+model: some/model
+data:
+  train: a/train.jsonl
+  validation: validation.jsonl
+  test: test.jsonl
+  neutral: neutral.jsonl
+  heldout: heldout.jsonl
+  calibration: /abs/calibration.jsonl
+validate:
+  score: {kind: length, max_words: 12}
+  coefficients: [-0.5, 1, 2e0]
+compile:
+  backends: [closed_form, distill]
+  closed_form:
+    stages:
+      - {offset: 0, writer: mlp, rank: 1}
+      - {offset: 1, writer: attn, rank: 4}
+  distill:
+    learning_rate: 1e-5
+"""
+
+
+def read(folder: Path, text: str = GOOD, *changes: str) -> Recipe:
+    path = folder / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path, changes)
+
+
+def problems(folder: Path, text: str = GOOD, *changes: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(folder, text, *changes)
+    return list(caught.value.problems)
+
+
+def test_a_good_recipe_is_read_and_its_paths_are_relative_to_its_folder(tmp_path: Path) -> None:
+    found = read(tmp_path)
+    assert found.validate_.coefficients == (-0.5, 1.0, 2.0)
+    assert found.compile.closed_form.stages is not None
+    assert [(s.offset, s.writer, s.rank) for s in found.compile.closed_form.stages] == [(0, "mlp", 1), (1, "attn", 4)]
+    files = found.data.files(found.folder)
+    assert files["train"] == tmp_path / "a" / "train.jsonl"
+    assert files["calibration"] == Path("/abs/calibration.jsonl")
+    assert list(files) == ["train", "validation", "test", "neutral", "heldout", "calibration"]
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None:
+    assert read(tmp_path).compile.distill.learning_rate == 1e-5
+    assert read(tmp_path, GOOD, "verify.gates.exact_kl=3e-7").verify.gates.exact_kl == 3e-7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (("model: some", "modle: some"), "tiny.yaml: modle: unknown key; did you mean 'model'?"),
+        (("validate:", "validat:"), "tiny.yaml: validat: unknown key; did you mean 'validate'?"),
+        (("  neutral:", "  nuetral:"), "tiny.yaml: data.nuetral: unknown key; did you mean 'neutral'?"),
+        (("learning_rate:", "learnin_rate:"), "tiny.yaml: compile.distill.learnin_rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            ("max_words: 12", "max_wrds: 12"),
+            "tiny.yaml: validate.score.length.max_wrds: unknown key; did you mean 'max_words'?",
+        ),
+        (("offset: 0", "ofset: 0"), "tiny.yaml: compile.closed_form.stages.0.ofset: unknown key; did you mean 'offset'?"),
+    ],
+)
+def test_a_misspelt_key_is_answered_with_the_likely_one(tmp_path: Path, wrong: tuple[str, str], line: str) -> None:
+    assert line in problems(tmp_path, GOOD.replace(*wrong, 1))
+
+
+def test_a_key_unlike_any_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, GOOD + "verify: {zzz: 1}\n")
+    start = "tiny.yaml: verify.zzz: unknown key; known here: "
+    assert found.startswith(start)
+    known = found.removeprefix(start).removesuffix(".").split(", ")
+    assert {"forms", "gates", "heldout", "pairs"} <= set(known)
+    assert known == sorted(known)
+
+
+def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("  test: test.jsonl\n", "").replace("rank: 4", "rank: 0").replace("[-0.5, 1, 2e0]", "[1, 0]")
+    found = problems(tmp_path, text + "seed: many\nextract: {method: magic}\nspeed: 9\n")
+    assert sorted(line.split(": ")[1] for line in found) == [
+        "compile.closed_form.stages.1.rank",
+        "data.test",
+        "extract.method",
+        "seed",
+        "speed",
+        "validate.coefficients",
+    ]
+    by_key = {line.split(": ")[1]: line for line in found}
+    assert by_key["data.test"].endswith("missing.")
+    assert "found 0; input should be greater than or equal to 1." in by_key["compile.closed_form.stages.1.rank"]
+    assert "found 'many'; input should be a valid integer" in by_key["seed"]
+    assert "a coefficient of 0 steers nothing" in by_key["validate.coefficients"]
+    assert "'mean_difference', 'pca' or 'logistic'" in by_key["extract.method"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        (("name: tiny", "name: ../tiny"), "name"),
+        (("kind: length", "kind: vibes"), "validate.score"),
+        (("max_words: 12", "max_words: twelve"), "validate.score.length.max_words"),
+        (("[closed_form, distill]", "[closed_form, magic]"), "compile.backends"),
+        (("writer: mlp", "writer: head"), "compile.closed_form.stages.0.writer"),
+        (("coefficients:", "positions: everywhere\n  coefficients:"), "validate.positions"),
+        (("coefficients:", "layers: [3, -1]\n  coefficients:"), "validate.layers"),
+        (("coefficients:", "layers: []\n  coefficients:"), "validate.layers"),
+        (("coefficients:", "random_directions: 19\n  coefficients:"), "validate.random_directions"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_its_key(tmp_path: Path, wrong: tuple[str, str], key: str) -> None:
+    assert wrong[0] in GOOD
+    found = problems(tmp_path, GOOD.replace(*wrong, 1))
+    assert any(line.startswith(f"tiny.yaml: {key}") for line in found)
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, GOOD + "seed: 3\nseed: 4\n")
+    assert "is not valid YAML" in found
+    assert 'duplicate key "seed"' in found
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    assert "is not valid YAML" in problems(tmp_path, "a: [1, 2")[0]
+    assert "is list; needed: keys and values" in problems(tmp_path, "- a\n- b\n")[0]
+    assert "is NoneType; needed: keys and values" in problems(tmp_path, "")[0]
+    assert "folder: unknown key" in problems(tmp_path, GOOD + "folder: /tmp\n")[0]
+    with pytest.raises(RecipeError, match=r"none\.yaml cannot be read \(No such file or directory\)"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_set_changes_nested_values_lists_and_sections_that_were_not_there(tmp_path: Path) -> None:
+    changes = ("seed=7", "compile.distill.rank=3", "compile.backends=[bias]", "verify.gates.share=.05", "validate.layers=[3, 1]")
+    found = read(tmp_path, GOOD, *changes)
+    assert (found.seed, found.compile.distill.rank, found.compile.backends) == (7, 3, ("bias",))
+    assert found.verify.gates.share == 0.05
+    assert found.validate_.layers == (3, 1)
+    assert found.compile.distill.learning_rate == 1e-5, "its neighbours stay"
+
+
+def test_a_value_set_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD, "ask=Is a=b?").ask == "Is a=b?"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed", "needed: key.to.set=value"),
+        ("=3", "needed: key.to.set=value"),
+        ("seed=[1", "the value is not valid YAML"),
+        ("model.name=3", "'model' is a value, not a section"),
+        ("sed=3", "sed: unknown key; did you mean 'seed'?"),
+        ("compile.distill.epoch=3", "compile.distill.epoch: unknown key; did you mean 'epochs'?"),
+        ("seed=x", "seed: found 'x'; input should be a valid integer"),
+        ("folder=/tmp", "folder: unknown key"),
+    ],
+)
+def test_a_bad_set_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    assert message in "\n".join(problems(tmp_path, GOOD, change))
+
+
+def test_the_resolved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    found = read(tmp_path)
+    again = read(tmp_path, found.resolved())
+    assert again == found
+    assert "folder" not in found.resolved()
+
+
+def test_the_hash_follows_every_setting_but_not_the_folder(tmp_path: Path) -> None:
+    found = read(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert read(tmp_path / "other", GOOD).hash == found.hash
+    assert read(tmp_path, GOOD + "seed: 0  # the default\n").hash == found.hash
+    changed = {read(tmp_path, GOOD, change).hash for change in ("seed=1", "verify.gates.top1=.9", "ask=Who?")}
+    assert len(changed | {found.hash}) == 4
+
+
+def test_a_part_holds_the_named_sections_alone(tmp_path: Path) -> None:
+    found = read(tmp_path).part("extract", "validate")
+    assert list(found) == ["extract", "validate"]
+    assert found["validate"]["score"] == {"kind": "length", "max_words": 12}
+
+
+def test_the_shipped_recipes_can_be_read() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = read_recipe(path)
+        assert all(file.is_file() for file in recipe.data.files(recipe.folder).values())
