@@ -37,13 +37,15 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     for reason in report.reasons:
         console.print(f"  - {escape(reason)}")
     asked = (
-        "" if report.score_instructed is None else f"; asking for it in the prompt scores {report.score_instructed:.2f}"
+        ""
+        if report.scores.instructed is None
+        else f"; asking for it in the prompt scores {report.scores.instructed:.2f}"
     )
     s = report.separability
     console.print(
         f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
-        f"dose {report.relative_dose:.2f} of the stream's norm{asked}"
+        f"dose {report.coherence.relative_dose:.2f} of the stream's norm{asked}"
     )
 
 

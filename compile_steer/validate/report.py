@@ -59,6 +59,29 @@ class Separability:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Mean generation score of test prompts: base, steered, asked for in the prompt; and the paired change."""
+
+    base: float
+    steered: float
+    instructed: float | None
+    effect: Interval
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """What steering costs: neutral perplexity over the base's, repeated 3-grams, answers that ended by
+    themselves, and ||c v|| over the median norm of the stream."""
+
+    perplexity_ratio: float
+    repetition_base: float
+    repetition_steered: float
+    ended_base: float
+    ended_steered: float
+    relative_dose: float
+
+
+@dataclass(frozen=True)
 class ValidationReport:
     """Everything measured on validation (the sweep) and once on test (the rest)."""
 
@@ -67,20 +90,12 @@ class ValidationReport:
     coefficient: float
     sweep: list[Cell]
     contrast: Interval
-    score_base: float
-    score_steered: float
-    score_effect: Interval
-    score_instructed: float | None
+    scores: Scores
     controls: Controls
     separability: Separability
     steerability: float
     wrong_way: float
-    perplexity_ratio: float
-    repetition_base: float
-    repetition_steered: float
-    ended_base: float
-    ended_steered: float
-    relative_dose: float
+    coherence: Coherence
     samples: dict[str, str]
     program_hash: str
     inputs: str
@@ -102,7 +117,8 @@ class ValidationReport:
                     **content,
                     "sweep": [Cell(**cell) for cell in content["sweep"]],
                     "contrast": Interval(**content["contrast"]),
-                    "score_effect": Interval(**content["score_effect"]),
+                    "scores": Scores(**{**content["scores"], "effect": Interval(**content["scores"]["effect"])}),
+                    "coherence": Coherence(**content["coherence"]),
                     "controls": Controls(**content["controls"]),
                     "separability": Separability(**content["separability"]),
                 }
@@ -126,9 +142,9 @@ def judge(report: ValidationReport, options: Validate) -> tuple[Verdict, list[st
         f"on {report.n_pairs} test pairs steering moves log p(positive) - log p(negative) by {report.contrast} nats a token",
         f"{len(c.random)} random directions of the same norm move it by at most {max(c.random):.3f} (p = {c.p_value:.3f}), "
         f"{len(c.shuffled)} from shuffled labels by at most {max(c.shuffled):.3f}, the opposite sign by {c.opposite:.3f}",
-        f"on {report.n_prompts} test prompts the score goes from {report.score_base:.2f} to {report.score_steered:.2f} "
-        f"(change {report.score_effect})",
-        f"neutral perplexity x{report.perplexity_ratio:.2f}, repetition {report.repetition_steered:.2f}",
+        f"on {report.n_prompts} test prompts the score goes from {report.scores.base:.2f} to {report.scores.steered:.2f} "
+        f"(change {report.scores.effect})",
+        f"neutral perplexity x{report.coherence.perplexity_ratio:.2f}, repetition {report.coherence.repetition_steered:.2f}",
     ]
 
 
@@ -147,18 +163,18 @@ def _failures(report: ValidationReport, options: Validate) -> list[str]:
             f"directions from shuffled labels do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): "
             "the pairs do not carry the behaviour"
         )
-    if report.perplexity_ratio > options.max_perplexity_ratio:
+    if report.coherence.perplexity_ratio > options.max_perplexity_ratio:
         found.append(
-            f"neutral text becomes {report.perplexity_ratio:.2f}x as perplexing (at most {options.max_perplexity_ratio:g}): "
+            f"neutral text becomes {report.coherence.perplexity_ratio:.2f}x as perplexing (at most {options.max_perplexity_ratio:g}): "
             "use a smaller coefficient"
         )
-    if report.repetition_steered > max(options.max_repetition, report.repetition_base):
+    if report.coherence.repetition_steered > max(options.max_repetition, report.coherence.repetition_base):
         found.append(
-            f"the steered model repeats itself: {report.repetition_steered:.2f} of its 3-grams (base "
-            f"{report.repetition_base:.2f}, at most {options.max_repetition:g}); use a smaller coefficient"
+            f"the steered model repeats itself: {report.coherence.repetition_steered:.2f} of its 3-grams (base "
+            f"{report.coherence.repetition_base:.2f}, at most {options.max_repetition:g}); use a smaller coefficient"
         )
-    if report.score_steered < options.min_score:
-        found.append(f"the score on test prompts is {report.score_steered:.2f}, below {options.min_score:g}")
+    if report.scores.steered < options.min_score:
+        found.append(f"the score on test prompts is {report.scores.steered:.2f}, below {options.min_score:g}")
     return found
 
 
@@ -168,10 +184,10 @@ def _doubts(report: ValidationReport) -> list[str]:
         found.append(
             f"the interval of the effect holds 0 on {report.n_pairs} pairs: {report.contrast} nats a token; add test pairs"
         )
-    if report.score_effect.low <= 0:
+    if report.scores.effect.low <= 0:
         found.append(
-            f"the answers themselves do not change for certain: score {report.score_base:.2f} to "
-            f"{report.score_steered:.2f} ({report.score_effect}) on {report.n_prompts} prompts; add prompts or coefficient"
+            f"the answers themselves do not change for certain: score {report.scores.base:.2f} to "
+            f"{report.scores.steered:.2f} ({report.scores.effect}) on {report.n_prompts} prompts; add prompts or coefficient"
         )
     if report.controls.opposite >= 0:
         found.append(

@@ -13,7 +13,7 @@ from compile_steer.answers import Answers, Request, answer
 from compile_steer.behaviour import Behaviour, batches, encode
 from compile_steer.directions import Directions
 from compile_steer.hooks import PAD
-from compile_steer.metrics import bootstrap_mean
+from compile_steer.metrics import Interval, bootstrap_mean
 from compile_steer.models import Loaded
 from compile_steer.program import Intervention, Program, Site
 from compile_steer.progress import Meter
@@ -21,7 +21,7 @@ from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
 from compile_steer.scoring import contrast_scores, encode_pairs
 from compile_steer.validate.controls import measure_controls, separability
-from compile_steer.validate.report import ValidationReport, judge
+from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix
 from compile_steer.validate.sweep import Sweep, sweep
 
@@ -68,59 +68,77 @@ def _measure(
     meter: Meter,
 ) -> ValidationReport:
     """Everything that is measured on test data, once. The verdict is left open."""
-    options, layer = recipe.validate_, swept.best.layer
-    n_pairs = len(behaviour.test)
-    with meter.phase("test: all pairs, neutral text", 1) as tick:
-        neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
-        shared = SharedPrefix(loaded, encode_pairs(loaded, behaviour.test) + neutral)
-        shared.advance(program.first_layer)
-        change = shared.under(program) - shared.base()
-        contrast = bootstrap_mean(contrast_scores(change[: 2 * n_pairs]), seed=recipe.seed)
-        tick(1)
-    total = options.random_directions + directions.shuffled.shape[0] + 2
-    with meter.phase("test: control directions", total) as tick:
-        controls = measure_controls(
-            loaded,
-            behaviour.test[: options.control_pairs],
-            program,
-            directions.shuffled[:, layer],
-            options.random_directions,
-            recipe.seed,
-            tick,
-        )
+    layer, slopes = swept.best.layer, swept.slopes
+    contrast, perplexity_ratio = _effect(recipe, loaded, behaviour, program, meter)
+    controls = _controls(recipe, loaded, behaviour, directions, program, meter)
     base, under, instructed, samples = _answers(recipe, loaded, behaviour, program, meter)
-    with meter.phase("test: separability of held-out pairs", 2 * n_pairs) as tick:
-        positive, negative = (
-            read_activations(loaded, side, point=directions.point, readout=recipe.extract.readout, tick=tick)[:, layer]
-            for side in ([p.positive for p in behaviour.test], [p.negative for p in behaviour.test])
-        )
-    slopes = swept.slopes
     return ValidationReport(
         name=recipe.name,
         layer=layer,
         coefficient=swept.best.coefficient,
         sweep=swept.cells,
         contrast=contrast,
-        score_base=float(base.scores.mean()),
-        score_steered=float(under.scores.mean()),
-        score_effect=bootstrap_mean(under.scores - base.scores, seed=recipe.seed),
-        score_instructed=None if instructed is None else float(instructed.scores.mean()),
+        scores=Scores(
+            base=float(base.scores.mean()),
+            steered=float(under.scores.mean()),
+            instructed=None if instructed is None else float(instructed.scores.mean()),
+            effect=bootstrap_mean(under.scores - base.scores, seed=recipe.seed),
+        ),
         controls=controls,
-        separability=separability(positive, negative, directions.vectors[layer]),
+        separability=_separability(recipe, loaded, behaviour, directions, layer, meter),
         steerability=float(slopes.mean()),
         wrong_way=float((slopes < 0).mean()),
-        perplexity_ratio=float(np.exp(-change[2 * n_pairs :].mean())),
-        repetition_base=float(base.repetition.mean()),
-        repetition_steered=float(under.repetition.mean()),
-        ended_base=float(base.ended.mean()),
-        ended_steered=float(under.ended.mean()),
-        relative_dose=_relative_dose(loaded, behaviour, program),
+        coherence=Coherence(
+            perplexity_ratio=perplexity_ratio,
+            repetition_base=float(base.repetition.mean()),
+            repetition_steered=float(under.repetition.mean()),
+            ended_base=float(base.ended.mean()),
+            ended_steered=float(under.ended.mean()),
+            relative_dose=_relative_dose(loaded, behaviour, program),
+        ),
         samples=samples,
         program_hash="",
         inputs="",
-        n_pairs=n_pairs,
+        n_pairs=len(behaviour.test),
         n_prompts=len(base.texts),
     )
+
+
+def _effect(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, program: Program, meter: Meter
+) -> tuple[Interval, float]:
+    """The mean contrast effect on all test pairs with its interval, and the perplexity ratio on neutral text."""
+    n_pairs = len(behaviour.test)
+    with meter.phase("test: all pairs, neutral text", 1) as tick:
+        neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
+        shared = SharedPrefix(loaded, encode_pairs(loaded, behaviour.test) + neutral)
+        shared.advance(program.first_layer)
+        change = shared.under(program) - shared.base()
+        tick(1)
+    effect = bootstrap_mean(contrast_scores(change[: 2 * n_pairs]), seed=recipe.seed)
+    return effect, float(np.exp(-change[2 * n_pairs :].mean()))
+
+
+def _controls(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, program: Program, meter: Meter
+) -> Controls:
+    options, (intervention,) = recipe.validate_, program.interventions
+    shuffled = directions.shuffled[:, intervention.site.layer]
+    pairs = behaviour.test[: options.control_pairs]
+    with meter.phase("test: control directions", options.random_directions + len(shuffled) + 2) as tick:
+        return measure_controls(loaded, pairs, program, shuffled, options.random_directions, recipe.seed, tick)
+
+
+def _separability(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, layer: int, meter: Meter
+) -> Separability:
+    sides = [p.positive for p in behaviour.test], [p.negative for p in behaviour.test]
+    readout, point = recipe.extract.readout, directions.point
+    with meter.phase("test: separability of held-out pairs", 2 * len(behaviour.test)) as tick:
+        positive, negative = (
+            read_activations(loaded, side, point=point, readout=readout, tick=tick)[:, layer] for side in sides
+        )
+    return separability(positive, negative, directions.vectors[layer])
 
 
 def _answers(

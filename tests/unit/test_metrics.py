@@ -61,7 +61,7 @@ def test_two_models_are_compared_chunk_by_chunk_over_all_tokens() -> None:
     wanted = functional.kl_div(log_q.double(), log_p.double(), reduction="none", log_target=True).sum(dim=-1)
     assert torch.allclose(found.kl, wanted, rtol=1e-4)
     assert torch.equal(found.same_top1, log_p.argmax(dim=-1) == log_q.argmax(dim=-1))
-    assert 0.0 < float(wanted.min())
+    assert float(wanted.min()) > 0.0
 
 
 def test_the_summaries_of_a_divergence_are_those_of_its_tokens() -> None:
