@@ -1,5 +1,52 @@
-"""`python -m compile_steer`."""
+"""The entry point: every error that is the input's fault becomes a message and exit code 2, never a traceback.
 
-from compile_steer.cli import main
+Nothing heavy is imported before the signal handlers are in place, so that Ctrl-C in the seconds that torch
+takes to load ends as quietly as later.
+"""
 
-main()
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from compile_steer.errors import CompileSteerError
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which the command-line library turns into exit code 1."""
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise _Stopped
+
+
+def _fail(problems: Sequence[str]) -> NoReturn:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        from compile_steer.cli import app  # noqa: PLC0415  (see above)
+
+        app()
+    except CompileSteerError as error:
+        _fail(error.problems)
+    except _Stopped:
+        _fail(["stopped. Nothing half-written is left; the same command goes on where it was."])
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail([f"{error.strerror or error}{where}. Nothing half-written is left; free space or choose another --out."])
+
+
+if __name__ == "__main__":
+    main()

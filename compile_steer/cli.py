@@ -1,25 +1,22 @@
 """The command line: one command a span of the walk, and `run` for the whole of it.
 
 Exit codes: 0 done and passed; 1 a check ran and failed; 2 the input is unusable or the run was stopped.
+Errors become messages in `compile_steer.__main__`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from click.exceptions import ClickException
 from rich.console import Console
 
 from compile_steer import pipeline
-from compile_steer.errors import CompileSteerError
 from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
@@ -28,6 +25,7 @@ from compile_steer.report import print_parities, print_plan, print_samples, prin
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Turn a steering vector into ordinary weights, and prove that they match.\n\n"
     "Start with: **compile-steer run recipes/ocean.yaml**. It extracts a direction from contrast pairs, says on "
@@ -242,36 +240,3 @@ def show(
 def _list(session: _Session, folders: list[Path]) -> None:
     for folder in folders:
         session.console.print(f"  {folder}")
-
-
-def _stopped(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _fail(problems: list[str] | tuple[str, ...]) -> NoReturn:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    sys.stderr.flush()
-    sys.exit(2)
-
-
-def main() -> None:
-    """Entry point: every error that is the input's fault becomes a message and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _stopped)
-    try:
-        code = app(standalone_mode=False)
-    except CompileSteerError as error:
-        _fail(error.problems)
-    except ClickException as error:
-        _fail([error.format_message()])
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(["stopped. Nothing half-written is left; the same command goes on where it was."])
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        _fail([f"{error.strerror or error}{where}. Nothing half-written is left; free space or choose another --out."])
-    sys.exit(code or 0)
-
-
-if __name__ == "__main__":
-    main()

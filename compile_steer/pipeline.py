@@ -224,19 +224,21 @@ def artifacts(run: Run) -> list[Path]:
 
 def run_verify(run: Run, folders: Sequence[Path]) -> list[Parity]:
     """Judge what is on disk; a parity.json is left beside each artifact. To be called in a fresh process."""
-    missing = [
-        f"{folder} does not exist; run 'compile-steer compile' and 'merge'."
-        for folder in folders
-        if not folder.is_dir()
-    ]
-    if missing:
-        raise ArtifactError(missing)
     program = load_program(run)
+    program_hash = sha256(run.places.program)
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            require_same_origin(folder, run.loaded, program_hash)
+        except ArtifactError as error:
+            problems += error.problems
+    if problems:
+        raise ArtifactError(problems)
     reference = Reference(run.recipe, run.loaded, program, run.behaviour, run.meter)
     found = []
     with run.meter.phase("verifying artifacts from disk", len(folders)) as tick:
         for folder in folders:
-            parity = verify_artifact(reference, folder, sha256(run.places.program), run.recipe.verify.gates)
+            parity = verify_artifact(reference, folder, program_hash, run.recipe.verify.gates)
             parity.save(folder / PARITY)
             found.append(parity)
             tick(1)

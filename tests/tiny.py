@@ -57,7 +57,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_COMMON, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": None},
-    "gpt2": {**_SPECIAL, "vocab_size": VOCAB, "n_embd": HIDDEN, "n_inner": FFN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+    "gpt2": {
+        **_SPECIAL,
+        "vocab_size": VOCAB,
+        "n_embd": HIDDEN,
+        "n_inner": FFN,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 64,
+    },
     "gpt_neox": _COMMON,
     "gemma2": {**_GROUPED, **_SLIDING},
     "gemma3_text": {**_GROUPED, **_SLIDING},
@@ -83,7 +91,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": PAD_ID, "<s>": BOS_ID, "</s>": EOS_ID, "<unk>": UNK_ID, "user": 4, "assistant": 5}
     words |= {f"w{n}": n for n in range(6, VOCAB)}
     raw = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    raw.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -194,7 +202,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 def vector(seed: int, norm: float = 2.5, width: int = HIDDEN) -> Tensor:
     """A random vector of the given length."""
     random = torch.randn(width, generator=torch.Generator().manual_seed(1000 + seed))
-    return norm * random / random.norm()
+    found: Tensor = norm * random / random.norm()
+    return found
 
 
 def intervention(
@@ -274,7 +283,7 @@ def captured(family: str, model: nn.Module) -> Iterator[Streams]:
 
     def keep_input(into: dict[int, Tensor], layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            into[layer] = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            into[layer] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 

@@ -2,6 +2,6 @@
 
 from compile_steer.verify.parity import PARITY, Parity
 from compile_steer.verify.reference import Reference
-from compile_steer.verify.stage import verify_artifact
+from compile_steer.verify.stage import require_same_origin, verify_artifact
 
-__all__ = ["PARITY", "Parity", "Reference", "verify_artifact"]
+__all__ = ["PARITY", "Parity", "Reference", "require_same_origin", "verify_artifact"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.behaviour import Text, encode
@@ -30,8 +31,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     Raises:
         ArtifactError: the artifact is missing, damaged, or belongs to another program or base.
     """
-    origin = Provenance.read(folder)
-    _require_same_origin(origin, reference, folder, program_sha256)
+    origin = require_same_origin(folder, reference.base, program_sha256)
     artifact = open_artifact(folder, origin, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
@@ -55,19 +55,22 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     return replace(parity, passed=not reasons, reasons=reasons)
 
 
-def _require_same_origin(origin: Provenance, reference: Reference, folder: Path, program_sha256: str) -> None:
+def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Provenance:
+    """The artifact's provenance; raises `ArtifactError` if it is of another program or base."""
+    origin = Provenance.read(folder)
     problems = []
     if origin.program_sha256 != program_sha256:
         problems.append(
             f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
         )
-    if (origin.model, origin.revision) != (reference.base.id, reference.base.revision):
+    if (origin.model, origin.revision) != (base.id, base.revision):
         problems.append(
-            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {reference.base.id} at "
-            f"{reference.base.revision}."
+            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {base.id} at "
+            f"{base.revision}."
         )
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
+    return origin
 
 
 def open_artifact(folder: Path, origin: Provenance, base: Loaded) -> Loaded:
@@ -82,7 +85,7 @@ def open_artifact(folder: Path, origin: Provenance, base: Loaded) -> Loaded:
             else:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
                 tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
             f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."

@@ -164,7 +164,9 @@ def test_what_is_not_finite_is_not_written_over_what_is(saved: Save, tmp_path: P
 
 
 def adapter_of(folder: Path, one: Loaded) -> Path:
-    return write(folder, WeightPatch({"model.layers.1.mlp.down_proj": LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 48))}), one)
+    return write(
+        folder, WeightPatch({"model.layers.1.mlp.down_proj": LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 48))}), one
+    )
 
 
 @pytest.mark.parametrize(

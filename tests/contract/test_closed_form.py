@@ -89,7 +89,15 @@ def test_the_default_stages_take_most_of_the_divergence_away(
 
 @pytest.mark.parametrize(
     ("family", "wanted"),
-    [("llama", 0.1), ("gpt2", 0.01), ("gemma2", 0.36), ("granite", 0.05), ("phi", 0.03), ("gpt_neox", 0.03), ("phi3", 0.12)],
+    [
+        ("llama", 0.1),
+        ("gpt2", 0.01),
+        ("gemma2", 0.36),
+        ("granite", 0.05),
+        ("phi", 0.03),
+        ("gpt_neox", 0.03),
+        ("phi3", 0.12),
+    ],
 )
 def test_the_last_block_s_output_is_matched_before_the_final_norm(family: str, wanted: float) -> None:
     one = loaded(family)
@@ -243,12 +251,12 @@ def test_training_from_a_random_patch_lowers_the_divergence_on_texts_it_never_sa
     assert share(one, steering, found) < wanted
 
 
-def test_training_goes_on_from_the_closed_form() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention(positions="response"))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_training_goes_on_from_the_closed_form(family: str) -> None:
+    one, steering = loaded(family), steering_of(family, intervention())
     start = solve(one, steering, plan_stages(job(one, steering)))
-    before = share(one, steering, start)
     found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
-    assert share(one, steering, found) < 0.9 * before
+    assert share(one, steering, found) < 0.92 * share(one, steering, start)
 
 
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
@@ -267,7 +275,9 @@ def test_training_is_the_same_for_the_same_seed_and_leaves_model_and_start_alone
     first, second = (train(one, steering, start, short) for _ in range(2))
     assert all(torch.equal(first.low_rank[name].B, second.low_rank[name].B) for name in copy)
     assert any(bool(first.low_rank[name].B.any()) for name in copy)
-    assert all(torch.equal(start.low_rank[n].B, B) and torch.equal(start.low_rank[n].A, A) for n, (B, A) in copy.items())
+    assert all(
+        torch.equal(start.low_rank[n].B, B) and torch.equal(start.low_rank[n].A, A) for n, (B, A) in copy.items()
+    )
     assert n_hooks(one.model) == before
     assert torch.equal(logits(one.model, batch), base)
     assert not any(parameter.grad is not None for parameter in one.model.parameters())

@@ -152,7 +152,9 @@ def must_equal_hooks(one: Loaded, steering: Program, folder: Path) -> WeightPatc
 
 def legal_points(family: str) -> list[Point]:
     layout = loaded(family).layout
-    return [p for p in POINTS if bias.refusal(canonical(program(family, intervention("add", p, LAYER))), layout) is None]
+    return [
+        p for p in POINTS if bias.refusal(canonical(program(family, intervention("add", p, LAYER))), layout) is None
+    ]
 
 
 @pytest.mark.parametrize(("family", "point"), EVERYWHERE)
@@ -198,7 +200,10 @@ def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path
 
 
 def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
-    for points, switches in ((["mlp_out"], ("mlp_bias",)), (["attn_out", "resid_post"], ("attention_bias", "mlp_bias"))):
+    for points, switches in (
+        (["mlp_out"], ("mlp_bias",)),
+        (["attn_out", "resid_post"], ("attention_bias", "mlp_bias")),
+    ):
         steering = program("llama", *(intervention("add", point, 1) for point in points))  # type: ignore[arg-type]
         assert bias.lower(job(saved("llama"), steering)).switches == switches
     assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).switches == ()
@@ -268,9 +273,15 @@ def test_the_golden_file_is_what_the_design_says() -> None:
 def test_a_patch_for_other_modules_or_widths_is_refused(saved: Save) -> None:
     source = saved("gpt2").source
     for patch, message in (
-        (WeightPatch(bias={"transformer.h.9.mlp.c_proj": vector(0)}), r"h\.9\.mlp\.c_proj, which the base does not have"),
+        (
+            WeightPatch(bias={"transformer.h.9.mlp.c_proj": vector(0)}),
+            r"h\.9\.mlp\.c_proj, which the base does not have",
+        ),
         (WeightPatch(bias={"transformer.h.1.mlp.c_proj": vector(0, width=31)}), "no bias of width 31"),
-        (WeightPatch(bias={"transformer.h.1.mlp.c_proj": vector(0) / 0}), "NaN or infinity in transformer.h.1.mlp.c_proj"),
+        (
+            WeightPatch(bias={"transformer.h.1.mlp.c_proj": vector(0) / 0}),
+            "NaN or infinity in transformer.h.1.mlp.c_proj",
+        ),
     ):
         with pytest.raises(ArtifactError, match=message):
             merged_model(source, patch)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer import cli
+from compile_steer.__main__ import main
 from compile_steer.program import Intervention, Program, Site
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
@@ -25,7 +25,7 @@ def call(
     """Run the command line in this process; returns the exit code and what went to standard error."""
     monkeypatch.setattr(sys, "argv", ["compile-steer", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out
     return int(stopped.value.code or 0), said.err

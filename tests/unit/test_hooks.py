@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,7 +83,8 @@ def llama_by_hand(model: nn.Module, ids: Tensor, edits: Edits) -> Tensor:
         h = at(layer, "resid_pre", h)
         x = norm(h, name + "input_layernorm.weight")
         q, k, v = (
-            (x @ weights[f"{name}self_attn.{kind}_proj.weight"].T).view(time, -1, size).transpose(0, 1) for kind in "qkv"
+            (x @ weights[f"{name}self_attn.{kind}_proj.weight"].T).view(time, -1, size).transpose(0, 1)
+            for kind in "qkv"
         )
         q, k = rotate(q), rotate(k)
         k, v = (each.repeat_interleave(heads // groups, dim=0) for each in (k, v))
@@ -112,11 +114,15 @@ def test_each_operation_at_each_point_is_the_hand_written_one(operation: Operati
     row = texts()[1]
     for layer in (0, 2, LAYERS - 1):
         one = intervention(operation, point, layer)
-        by_hand = llama_by_hand(model, torch.tensor(row.ids), {(layer, point): lambda h, one=one: edit(one, h)})
+        by_hand = llama_by_hand(model, torch.tensor(row.ids), {(layer, point): partial(edit, one)})
         with steered(model, program("llama", one)):
             found = logits(model, Padded.of([row], "right"))
         assert relative_error(found, by_hand) < 1e-5
         assert relative_error(logits(model, Padded.of([row], "right")), by_hand) > 1e-3
+
+
+def in_turn(first: Intervention, second: Intervention, h: Tensor) -> Tensor:
+    return edit(second, edit(first, h))
 
 
 def test_several_edits_at_a_site_run_in_the_program_s_order() -> None:
@@ -124,11 +130,8 @@ def test_several_edits_at_a_site_run_in_the_program_s_order() -> None:
     row = texts()[1]
     push, stop = intervention(seed=1), intervention("clamp", seed=1)  # the same direction: they do not commute
     for first, second in ((push, stop), (stop, push)):
-        by_hand = llama_by_hand(
-            model,
-            torch.tensor(row.ids),
-            {(1, "resid_post"): lambda h, a=first, b=second: edit(b, edit(a, h))},
-        )
+        both = partial(in_turn, first, second)
+        by_hand = llama_by_hand(model, torch.tensor(row.ids), {(1, "resid_post"): both})
         with steered(model, program("llama", first, second)):
             assert relative_error(logits(model, Padded.of([row], "right")), by_hand) < 1e-5
 
@@ -140,7 +143,7 @@ def test_a_block_s_output_is_edited_before_the_next_block_s_input() -> None:
     by_hand = llama_by_hand(
         model,
         torch.tensor(row.ids),
-        {(1, "resid_post"): lambda h: edit(push, h), (2, "resid_pre"): lambda h: edit(stop, h)},
+        {(1, "resid_post"): partial(edit, push), (2, "resid_pre"): partial(edit, stop)},
     )
     for order in ((push, stop), (stop, push)):
         with steered(model, program("llama", *order)):
@@ -374,7 +377,12 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
 
 def opt() -> nn.Module:
     config = OPTConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
     )
     model: nn.Module = OPTForCausalLM(config)
     return model

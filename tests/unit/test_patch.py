@@ -81,7 +81,10 @@ def test_an_applied_patch_leaves_no_hook_even_after_an_error() -> None:
     one = loaded("gpt2")
     before = n_hooks(one.model)
     patch = random_patch(one)
-    with pytest.raises(ZeroDivisionError), applied(one.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})):
+    with (
+        pytest.raises(ZeroDivisionError),
+        applied(one.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})),
+    ):
         assert n_hooks(one.model) == before + len(patch.low_rank) + 1
         raise ZeroDivisionError
     assert n_hooks(one.model) == before

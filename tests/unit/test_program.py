@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from compile_steer.errors import ArtifactError
-from compile_steer.program import Intervention, Program, Site, parse_positions
+from compile_steer.program import OPERATIONS, Intervention, Program, Site, parse_positions
 from tests.tiny import HIDDEN, REVISION, intervention, program, vector
 
 
@@ -33,10 +33,7 @@ def same(found: Program, wanted: Program) -> bool:
     return (
         (found.model, found.revision) == (wanted.model, wanted.revision)
         and [values(i) for i in found.interventions] == [values(i) for i in wanted.interventions]
-        and all(
-            torch.equal(a.vector, b.vector)
-            for a, b in zip(found.interventions, wanted.interventions, strict=True)
-        )
+        and all(torch.equal(a.vector, b.vector) for a, b in zip(found.interventions, wanted.interventions, strict=True))
     )
 
 
@@ -109,7 +106,7 @@ def test_a_site_below_the_first_block_or_at_no_known_point_is_refused() -> None:
 
 
 def test_the_normal_form_of_each_operation_is_the_one_in_the_design() -> None:
-    add, ablate, clamp = (intervention(name, seed=4) for name in ("add", "ablate", "clamp"))  # type: ignore[arg-type]
+    add, ablate, clamp = (intervention(name, seed=4) for name in OPERATIONS)
     basis, shift = add.normal_form()
     assert basis is None
     assert torch.equal(shift, add.vector)

@@ -67,12 +67,18 @@ def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None
         (("model: some", "modle: some"), "tiny.yaml: modle: unknown key; did you mean 'model'?"),
         (("validate:", "validat:"), "tiny.yaml: validat: unknown key; did you mean 'validate'?"),
         (("  neutral:", "  nuetral:"), "tiny.yaml: data.nuetral: unknown key; did you mean 'neutral'?"),
-        (("learning_rate:", "learnin_rate:"), "tiny.yaml: compile.distill.learnin_rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            ("learning_rate:", "learnin_rate:"),
+            "tiny.yaml: compile.distill.learnin_rate: unknown key; did you mean 'learning_rate'?",
+        ),
         (
             ("max_words: 12", "max_wrds: 12"),
             "tiny.yaml: validate.score.length.max_wrds: unknown key; did you mean 'max_words'?",
         ),
-        (("offset: 0", "ofset: 0"), "tiny.yaml: compile.closed_form.stages.0.ofset: unknown key; did you mean 'offset'?"),
+        (
+            ("offset: 0", "ofset: 0"),
+            "tiny.yaml: compile.closed_form.stages.0.ofset: unknown key; did you mean 'offset'?",
+        ),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_likely_one(tmp_path: Path, wrong: tuple[str, str], line: str) -> None:
@@ -143,7 +149,13 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_set_changes_nested_values_lists_and_sections_that_were_not_there(tmp_path: Path) -> None:
-    changes = ("seed=7", "compile.distill.rank=3", "compile.backends=[bias]", "verify.gates.share=.05", "validate.layers=[3, 1]")
+    changes = (
+        "seed=7",
+        "compile.distill.rank=3",
+        "compile.backends=[bias]",
+        "verify.gates.share=.05",
+        "validate.layers=[3, 1]",
+    )
     found = read(tmp_path, GOOD, *changes)
     assert (found.seed, found.compile.distill.rank, found.compile.backends) == (7, 3, ("bias",))
     assert found.verify.gates.share == 0.05

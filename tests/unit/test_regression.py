@@ -113,7 +113,8 @@ def test_the_error_from_the_sums_is_the_error_from_the_data() -> None:
     generator = torch.Generator().manual_seed(5)
     for rank in (1, 3):
         edit = LowRank(
-            torch.randn(D_OUT, rank, generator=generator).double(), torch.randn(rank, D_IN, generator=generator).double()
+            torch.randn(D_OUT, rank, generator=generator).double(),
+            torch.randn(rank, D_IN, generator=generator).double(),
         )
         assert problem.sums.error(edit) == pytest.approx(problem.objective(0.0)(full(edit)), rel=1e-5)
 

@@ -47,12 +47,16 @@ def test_a_curly_apostrophe_is_an_apostrophe() -> None:
     assert keywords("don't").score("I don\N{RIGHT SINGLE QUOTATION MARK}t") == 1.0
 
 
-@pytest.mark.parametrize(("text", "score"), [("all low, 3!", 1.0), ("one Upper", 0.0), ("123 ?!", 0.0), ("", 0.0), ("É", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "score"), [("all low, 3!", 1.0), ("one Upper", 0.0), ("123 ?!", 0.0), ("", 0.0), ("É", 0.0)]
+)
 def test_lowercase_needs_letters_and_no_upper_case(text: str, score: float) -> None:
     assert Lowercase(kind="lowercase").score(text) == score
 
 
-@pytest.mark.parametrize(("text", "score"), [("", 0.0), (" \n", 0.0), ("one", 1.0), ("one  two\nthree", 1.0), ("a b c d", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "score"), [("", 0.0), (" \n", 0.0), ("one", 1.0), ("one  two\nthree", 1.0), ("a b c d", 0.0)]
+)
 def test_length_counts_words_and_an_empty_answer_is_not_short(text: str, score: float) -> None:
     assert Length(kind="length", max_words=3).score(text) == score
 
@@ -117,14 +121,10 @@ def test_steered_final_states_are_scored_when_they_are_given() -> None:
 
 def test_a_contrast_is_positive_minus_negative_of_each_pair_under_the_plain_prompt() -> None:
     one = loaded("gemma2")
-    pairs = [
-        Pair(Text(f"w9 w{n} w8", "w20 w21"), Text(f"w{n}", f"w3{n} w40 w41"), f"w{n} w50") for n in (6, 7, 8)
-    ]
+    pairs = [Pair(Text(f"w9 w{n} w8", "w20 w21"), Text(f"w{n}", f"w3{n} w40 w41"), f"w{n} w50") for n in (6, 7, 8)]
     encoded = encode_pairs(one, pairs)
     assert [e.n_prompt for e in encoded] == [2] * 6, "the plain prompt, not the template's"
     assert encoded[1] == encode(one.tokenizer, Text("w7 w50", "w20 w21"))
     assert encoded[4] == encode(one.tokenizer, Text("w7 w50", "w37 w40 w41"))
-    wanted = [
-        mean_by_hand((n, 50, 20, 21), 2) - mean_by_hand((n, 50, 30 + n, 40, 41), 2) for n in (6, 7, 8)
-    ]
+    wanted = [mean_by_hand((n, 50, 20, 21), 2) - mean_by_hand((n, 50, 30 + n, 40, 41), 2) for n in (6, 7, 8)]
     assert contrast_scores(mean_log_probabilities(one, encoded)) == pytest.approx(wanted, abs=1e-5)

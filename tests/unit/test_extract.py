@@ -1,0 +1,216 @@
+"""Activations against plain captures, and directions against what each method is defined as."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compile_steer.activations import read_activations
+from compile_steer.behaviour import Behaviour, Pair, Text, encode
+from compile_steer.directions import Directions
+from compile_steer.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.extract import extract, fit, shuffled_directions
+from compile_steer.program import POINTS, Point, Site
+from compile_steer.progress import Meter
+from compile_steer.recipe import Extract, Method, Recipe
+from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
+
+TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
+METHODS: tuple[Method, ...] = ("mean_difference", "pca", "logistic")
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_the_captured_ones_averaged_over_the_tokens_read(family: str, point: Point) -> None:
+    one = loaded(family)
+    mean_of = read_activations(one, TEXTS, point=point, readout="response_mean")
+    last_of = read_activations(one, TEXTS, point=point, readout="last_prompt")
+    for row, text in enumerate(TEXTS):
+        encoded = encode(one.tokenizer, text)
+        with captured(family, one.model) as streams:
+            logits(one.model, Padded.of([encoded], "right"))
+        for layer in range(LAYERS):
+            states = streams.at(Site(layer, point))[0]
+            mean, last = states[encoded.n_prompt :].mean(dim=0), states[encoded.n_prompt - 1]
+            size = float(states.abs().max())
+            assert torch.allclose(mean_of[row, layer], mean, atol=2e-5 * size)
+            assert torch.allclose(last_of[row, layer], last, atol=2e-5 * size)
+
+
+def test_reading_ticks_once_a_text_and_leaves_no_hook() -> None:
+    one = loaded("gpt2")
+    done: list[float] = []
+    before = n_hooks(one.model)
+    read_activations(one, TEXTS, point="mlp_out", readout="response_mean", tick=done.append)
+    assert sum(done) == len(TEXTS)
+    assert n_hooks(one.model) == before
+
+
+def test_the_first_block_whose_activations_are_not_finite_is_named() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(torch.inf)
+    broken = replace(loaded("llama"), model=model)
+    with pytest.raises(LayoutError, match="resid_post 2 are NaN or infinite. Load the model in float32"):
+        read_activations(broken, TEXTS, point="resid_post", readout="response_mean")
+
+
+# -------------------------------------------------------------------------------------- directions
+
+
+def sides(n: int = 14, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations [n, 2, d] of both sides that differ along a known unit direction, by 2 and 5 at the two layers."""
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=generator), dim=0)
+    length = torch.tensor([2.0, 5.0])[None, :, None] * (1 + 0.5 * torch.rand(n, 1, 1, generator=generator))
+    negative = 3.0 * torch.randn(n, 2, HIDDEN, generator=generator)
+    return negative + length * unit + noise * torch.randn(n, 2, HIDDEN, generator=generator), negative, unit
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_the_direction_with_its_sign_at_the_mean_difference_s_length(method: Method) -> None:
+    positive, negative, unit = sides()
+    found = fit(positive, negative, method)
+    mean = (positive - negative).mean(dim=0)
+    assert torch.allclose(found.norm(dim=-1), mean.norm(dim=-1), rtol=1e-5)
+    assert bool((torch.nn.functional.cosine_similarity(found, unit.expand(2, -1)) > 0.97).all())
+    assert torch.allclose(fit(negative, positive, method), -found, atol=1e-4)
+
+
+def test_the_mean_difference_is_what_its_name_says() -> None:
+    positive, negative, _unit = sides(noise=2.0)
+    assert torch.allclose(
+        fit(positive, negative, "mean_difference"), positive.mean(dim=0) - negative.mean(dim=0), atol=1e-5
+    )
+
+
+def test_pca_is_the_axis_of_the_largest_second_moment_of_the_differences() -> None:
+    positive, negative, _unit = sides(noise=2.0)
+    found = fit(positive, negative, "pca")
+    for layer in range(2):
+        differences = (positive - negative)[:, layer].double()
+        values, vectors = torch.linalg.eigh(differences.T @ differences)
+        cosine = torch.nn.functional.cosine_similarity(found[layer].double(), vectors[:, -1], dim=0)
+        assert float(values[-1]) > float(values[-2])
+        assert abs(float(cosine)) > 0.9999
+
+
+def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
+    positive, negative, _unit = sides(noise=2.0)
+    found = fit(positive, negative, "logistic")[0].double()
+    differences = (positive - negative)[:, 0].double()
+    differences = differences / differences.norm(dim=-1).mean()
+
+    def loss(weights: Tensor) -> Tensor:
+        return (
+            torch.nn.functional.softplus(-(differences @ weights)).mean()
+            + 0.5 / len(differences) * weights.square().sum()
+        )
+
+    weights = torch.zeros(HIDDEN, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(weights)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert float(torch.nn.functional.cosine_similarity(found, weights.detach(), dim=0)) > 0.9999
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shuffled_labels_keep_the_length_and_lose_the_direction(method: Method) -> None:
+    positive, negative, unit = sides(noise=1.0)
+    found = shuffled_directions(positive, negative, method, 5, seed=3)
+    assert tuple(found.shape) == (5, 2, HIDDEN)
+    length = (positive - negative).mean(dim=0).norm(dim=-1)
+    assert torch.allclose(found.norm(dim=-1), length.expand(5, 2), rtol=1e-4)
+    assert torch.equal(found, shuffled_directions(positive, negative, method, 5, seed=3))
+    assert not torch.allclose(found, shuffled_directions(positive, negative, method, 5, seed=4))
+    if method != "pca":  # an axis does not care for the sides
+        real = torch.nn.functional.cosine_similarity(fit(positive, negative, method), unit.expand(2, -1)).min()
+        assert float((found @ unit / length).abs().max()) < 0.7 * float(real)
+
+
+# -------------------------------------------------------------------------------------------- stage
+
+
+def recipe(**options: object) -> Recipe:
+    names = ("train", "validation", "test", "neutral", "heldout", "calibration")
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": "tiny",
+            "seed": 3,
+            "data": {name: f"{name}.jsonl" for name in names},
+            "validate": {"score": {"kind": "lowercase"}},
+            "extract": Extract.model_validate(options).model_dump(),
+            "folder": Path(),
+        }
+    )
+
+
+def behaviour(*pairs: Pair) -> Behaviour:
+    return Behaviour(pairs, (), (), (), (), (), {})
+
+
+PAIRS = tuple(Pair(Text(f"w{n} w60 w8", f"w4{n} w50"), Text(f"w{n} w70 w8", f"w5{n}"), f"w{n}") for n in range(6, 10))
+
+
+def test_extraction_fits_each_block_on_the_pairs_asked_for_and_comes_back_from_disk(tmp_path: Path) -> None:
+    one = loaded("granite")
+    options = {"pairs": 3, "point": "mlp_out", "method": "pca", "shuffled": 6}
+    found = extract(recipe(**options), one, behaviour(*PAIRS), "inputs", Meter())
+    positive, negative = (
+        read_activations(one, side, point="mlp_out", readout="response_mean")
+        for side in ([p.positive for p in PAIRS[:3]], [p.negative for p in PAIRS[:3]])
+    )
+    assert torch.allclose(found.vectors, fit(positive, negative, "pca"), atol=1e-5)
+    assert torch.allclose(found.shuffled, shuffled_directions(positive, negative, "pca", 6, 3), atol=1e-4)
+    assert (found.model, found.revision, found.point, found.inputs) == (one.id, one.revision, "mlp_out", "inputs")
+    found.save(tmp_path / "a.safetensors")
+    again = Directions.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.vectors, found.vectors)
+    assert torch.equal(again.shuffled, found.shuffled)
+    assert replace(again, vectors=found.vectors, shuffled=found.shuffled) == found
+
+
+def test_directions_that_are_no_directions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for metadata in ({}, {"directions": "{"}, {"directions": "{}"}, {"directions": '{"x": 1}'}):
+        save_file({"directions": torch.ones(2, 3), "shuffled": torch.ones(1, 2, 3)}, str(path), metadata=metadata)
+        with pytest.raises(ArtifactError, match="holds no directions. Make it with 'compile-steer extract'"):
+            Directions.load(path)
+
+
+def test_more_pairs_than_there_are_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"extract\.pairs: 9 wanted, but data\.train has 4"):
+        extract(recipe(pairs=9), loaded("llama"), behaviour(*PAIRS), "", Meter())
+
+
+def test_the_same_prompt_on_both_sides_cannot_be_read_at_its_last_token() -> None:
+    same = [replace(p, negative=Text(p.positive.prompt, "w50")) for p in PAIRS[:2]]
+    with pytest.raises(RecipeError, match="2 of 4 pairs ask the same prompt on both sides"):
+        extract(recipe(readout="last_prompt"), loaded("llama"), behaviour(*same, *PAIRS[2:]), "", Meter())
+
+
+def test_sides_that_are_the_same_text_have_no_direction() -> None:
+    same = [replace(p, negative=p.positive) for p in PAIRS]
+    with pytest.raises(RecipeError, match="there is no direction between them"):
+        extract(recipe(), loaded("llama"), behaviour(*same), "", Meter())
+
+
+def test_equal_embeddings_below_do_not_hide_the_directions_above() -> None:
+    """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
+    found = extract(recipe(point="resid_pre", readout="last_prompt"), loaded("llama"), behaviour(*PAIRS), "", Meter())
+    assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1

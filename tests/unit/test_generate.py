@@ -1,0 +1,108 @@
+"""Continuing prompts: in batches of any lengths, under hooks, and up to the end of the turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from compile_steer.behaviour import Encoded, Text, encode
+from compile_steer.generate import continue_prompts, ended, response_text
+from compile_steer.hooks import steered
+from compile_steer.models import Loaded
+from tests.tiny import EOS_ID, build, intervention, loaded, program
+
+PROMPTS = ("w20 w21 w22 w23 w24", "w30", "w40 w41 w42")
+
+
+def unending(family: str) -> Loaded:
+    """A model of its own without an end-of-turn token in its settings."""
+    model = build(family)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return replace(loaded(family), model=model)
+
+
+def greedy_by_hand(one: Loaded, prompt: str, steps: int) -> tuple[int, ...]:
+    ids = list(encode(one.tokenizer, Text(prompt)).ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(one.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return tuple(ids)
+
+
+def test_a_batch_of_prompts_is_continued_as_each_alone() -> None:
+    for family in ("llama", "gpt2", "gemma2"):
+        one = unending(family)
+        found = continue_prompts(one, PROMPTS, max_new_tokens=6)
+        assert [e.n_prompt for e in found] == [5, 1, 3]
+        for prompt, encoded in zip(PROMPTS, found, strict=True):
+            wanted = greedy_by_hand(one, prompt, 6)
+            cut = wanted.index(EOS_ID) + 1 if EOS_ID in wanted else len(wanted)
+            assert encoded.ids == wanted[:cut]
+
+
+def test_hooks_that_are_on_act_on_the_continuation() -> None:
+    one = unending("llama")
+    steering = program("llama", intervention(positions="last_prompt+response", coefficient=6.0))
+    with steered(one.model, steering):
+        found = continue_prompts(one, PROMPTS, max_new_tokens=6)
+        alone = [continue_prompts(one, [prompt], max_new_tokens=6)[0] for prompt in PROMPTS]
+    assert found == alone
+    assert found != continue_prompts(one, PROMPTS, max_new_tokens=6)
+
+
+def test_sampling_follows_the_seed_and_does_not_need_the_seed_before_it() -> None:
+    one = unending("llama")
+
+    def sample(seed: int) -> list[Encoded]:
+        return continue_prompts(one, PROMPTS, max_new_tokens=8, temperature=1.0, seed=seed)
+
+    first, other = sample(3), sample(4)
+    torch.manual_seed(99)
+    assert sample(3) == first
+    assert other != first
+    assert first != continue_prompts(one, PROMPTS, max_new_tokens=8)
+
+
+def test_sampling_ignores_what_the_checkpoint_would_cut_off_the_distribution() -> None:
+    """A tiny model's most likely token is far from certain, so 'top_k 1' in its settings would show."""
+    one = unending("llama")
+    assert one.model.generation_config is not None
+    one.model.generation_config.top_k = 1
+    one.model.generation_config.top_p = 0.01
+    found = continue_prompts(one, PROMPTS * 4, max_new_tokens=4, temperature=1.0, seed=0)
+    assert len({e.ids for e in found}) > len(PROMPTS)
+
+
+def test_a_continuation_ends_with_its_first_end_of_turn() -> None:
+    one = unending("llama")
+    assert one.model.generation_config is not None
+
+    def sample() -> list[Encoded]:
+        return continue_prompts(one, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
+
+    whole = sample()
+    assert not any(ended(one, encoded) for encoded in whole)
+    first = whole[0].ids[5:]
+    at = next(n for n in range(2, 6) if first[n] not in first[:n])
+    stop = first[at]
+    one.model.generation_config.eos_token_id = [stop, EOS_ID]
+    found = sample()
+    for before, after in zip(whole, found, strict=True):
+        new = before.ids[before.n_prompt :]
+        wanted = new[: new.index(stop) + 1] if stop in new else new
+        assert after.ids[after.n_prompt :] == wanted
+        assert ended(one, after) == (stop in new)
+    assert len(found[0].ids) == 5 + at + 1
+    assert len({len(e.ids) - e.n_prompt for e in found}) > 1
+
+
+def test_a_prompt_that_ends_like_a_turn_has_not_ended_one() -> None:
+    one = loaded("llama")
+    assert not ended(one, Encoded((7, EOS_ID), 2))
+    assert ended(one, Encoded((7, EOS_ID), 1))
+
+
+def test_the_response_is_text_without_special_tokens() -> None:
+    assert response_text(loaded("llama"), Encoded((20, 30, 31, EOS_ID), 1)) == "w30 w31"

@@ -1,0 +1,126 @@
+"""Loading: what a local folder must be, its revision, and what a layout knows of a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compile_steer.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.layout import Layout
+from compile_steer.models import Loaded, choose_device, load, weights_revision
+from compile_steer.program import Site
+from tests.tiny import (
+    FAMILIES,
+    FFN,
+    HIDDEN,
+    LAYERS,
+    Padded,
+    build,
+    intervention,
+    loaded,
+    logits,
+    program,
+    texts,
+    tokenizer,
+)
+
+
+@pytest.fixture
+def folder(saved: Callable[[str], Loaded], tmp_path: Path) -> Path:
+    """A model folder with its tokenizer, of this test's own."""
+    copy = tmp_path / "model"
+    shutil.copytree(saved("llama").source, copy)
+    tokenizer().save_pretrained(copy)
+    return copy
+
+
+def test_a_local_folder_is_loaded_frozen_in_evaluation_mode(folder: Path) -> None:
+    found = load(str(folder), device="cpu")
+    inputs = Padded.of(texts(), "left")
+    assert torch.equal(logits(found.model, inputs), logits(loaded("llama").model, inputs))
+    assert not found.model.training
+    assert not any(p.requires_grad for p in found.model.parameters())
+    assert found.tokenizer("w7 w9")["input_ids"] == [7, 9]
+    assert (found.id, found.source) == (str(folder), str(folder))
+    assert load(str(folder), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_the_revision_of_a_folder_follows_its_weights_and_not_its_name(folder: Path, tmp_path: Path) -> None:
+    first = weights_revision(folder)
+    assert first.startswith("sha256:")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert weights_revision(copy) == first == load(str(copy), device="cpu").revision
+    build("llama", seed=1).save_pretrained(copy)
+    assert weights_revision(copy) != first
+
+
+def test_what_is_no_model_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    for reference, message in (
+        ("./nowhere", "no such folder; needed: a folder with config.json and weights"),
+        ("./nowhere.gguf", "no such file"),
+        (str(tmp_path), "has no config.json"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load(reference, device="cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="safetensors"):
+        load(str(folder), device="cpu")
+
+
+def test_damaged_weights_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises((RecipeError, ArtifactError), match="model"):
+        load(str(folder), device="cpu")
+
+
+def test_an_unknown_dtype_or_device_is_refused() -> None:
+    with pytest.raises(RecipeError, match="dtype 'int8' is unknown; use float32, bfloat16, float16"):
+        load("./anything", dtype="int8")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(RecipeError, match=f"device '{name}' cannot be used here"):
+            choose_device(name)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
+    one = loaded(family)
+    layout = one.layout
+    assert (layout.n_layers, layout.d_model) == (LAYERS, HIDDEN)
+    for kind, d_in in (("attn", None), ("mlp", FFN)):
+        writer = layout.writer(2, kind)  # type: ignore[arg-type]
+        assert one.model.get_submodule(writer.name) is writer.module
+        weight = writer.module.weight
+        assert isinstance(weight, nn.Parameter)
+        assert weight.numel() % HIDDEN == 0
+        assert d_in is None or weight.numel() == HIDDEN * d_in
+    assert layout.post_norm == (family in ("gemma2", "gemma3_text", "olmo2"))
+    assert layout.residual_multiplier == (0.37 if family == "granite" else 1.0)
+
+
+def test_a_layout_refuses_sites_and_programs_the_model_does_not_have() -> None:
+    layout = loaded("llama").layout
+    with pytest.raises(LayoutError, match="layer 4 does not exist in this model; it has blocks 0 to 3"):
+        layout.hook_module(Site(4))
+    with pytest.raises(ArtifactError, match="made for model 'tiny-gpt2', not 'tiny-llama'"):
+        layout.require_program(program("gpt2", intervention()), "tiny-llama", loaded("llama").revision)
+    layout.require_program(program("llama", intervention()), "tiny-llama", loaded("llama").revision)
+
+
+def test_the_layout_of_a_wrapped_model_is_the_inner_one_s() -> None:
+    class Wrapped(nn.Module):
+        def get_base_model(self) -> PreTrainedModel:
+            return loaded("gpt2").model
+
+    assert Layout.of(Wrapped()).model is loaded("gpt2").model

@@ -1,0 +1,88 @@
+"""Passes keep what a program does; the plan says what can lower it, and why the rest cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compile_steer.errors import CannotLower
+from compile_steer.passes import canonical, drop_inactive, input_to_output, merge_shifts
+from compile_steer.plan import plan
+from compile_steer.program import Program
+from tests.tiny import intervention, loaded, program
+
+
+def sites(found: Program) -> list[str]:
+    return [f"{i.operation} {i.site}" for i in found.interventions]
+
+
+def test_what_is_off_or_zero_is_dropped() -> None:
+    steering = program("llama", intervention(layer=0), intervention(layer=1), intervention(layer=2))
+    assert sites(drop_inactive(steering.toggled(0, False).scaled(0.0, 2))) == ["add resid_post 1"]
+
+
+def test_the_input_of_a_block_is_the_output_of_the_one_below_but_the_first_has_none_below() -> None:
+    steering = program("llama", intervention(point="resid_pre", layer=0), intervention("ablate", "resid_pre", 3))
+    assert sites(input_to_output(steering)) == ["add resid_pre 0", "ablate resid_post 2"]
+
+
+def test_shifts_that_meet_are_one_shift_with_their_sum() -> None:
+    first, second = intervention(seed=1, coefficient=1.7), intervention(seed=2, coefficient=-0.6)
+    (found,) = merge_shifts(program("llama", first, second)).interventions
+    assert found.coefficient == 1.0
+    assert torch.allclose(found.vector, 1.7 * first.vector - 0.6 * second.vector)
+
+
+def test_shifts_apart_in_place_positions_or_order_stay_apart() -> None:
+    for other in (intervention(layer=2), intervention(point="mlp_out"), intervention(positions="response")):
+        assert len(merge_shifts(program("llama", intervention(seed=1), other)).interventions) == 2
+    between = program("llama", intervention(seed=1), intervention("clamp", seed=1), intervention(seed=2))
+    assert sites(merge_shifts(between)) == ["add resid_post 1", "clamp resid_post 1", "add resid_post 1"]
+
+
+def test_positions_that_mean_the_same_meet() -> None:
+    steering = program("llama", intervention(positions="prompt+response"), intervention(positions="all", seed=2))
+    assert len(merge_shifts(steering).interventions) == 1
+
+
+def test_a_block_s_output_is_edited_before_what_was_the_next_block_s_input() -> None:
+    steering = program("llama", intervention("clamp", "resid_pre", 2), intervention("add", "resid_post", 1))
+    assert sites(canonical(steering)) == ["add resid_post 1", "clamp resid_post 1"]
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def test_auto_takes_the_first_backend_that_does_not_refuse() -> None:
+    exact = plan(program("llama", intervention()), loaded("llama").layout, "auto")
+    assert [(c.backend, c.chosen) for c in exact] == [("bias", True), ("closed_form", False), ("distill", False)]
+    solved = plan(program("gemma2", intervention()), loaded("gemma2").layout, "auto")
+    assert [(c.backend, c.chosen) for c in solved] == [("bias", False), ("closed_form", True), ("distill", False)]
+    assert "normalises" in (solved[0].refusal or "")
+    assert solved[1].refusal is None
+
+
+def test_pinned_backends_are_chosen_together() -> None:
+    found = plan(program("llama", intervention()), loaded("llama").layout, ("bias", "distill"))
+    assert [c.backend for c in found if c.chosen] == ["bias", "distill"]
+
+
+def test_a_pinned_backend_that_refuses_is_an_error_with_its_reason_and_what_to_use() -> None:
+    steering = program("llama", intervention(positions="response"))
+    with pytest.raises(CannotLower) as caught:
+        plan(steering, loaded("llama").layout, ("closed_form", "bias"))
+    assert caught.value.problems == (
+        "bias: add at resid_post 1: a bias acts at every position, not at response alone.",
+        "Use compile.backends: closed_form, distill or auto.",
+    )
+
+
+def test_an_empty_program_cannot_be_lowered_by_any_backend() -> None:
+    with pytest.raises(CannotLower, match="nothing to compile"):
+        plan(canonical(program("llama", intervention(coefficient=0.0))), loaded("llama").layout, "auto")
+
+
+def test_a_bias_does_not_ship_as_an_adapter() -> None:
+    choices = plan(program("llama", intervention()), loaded("llama").layout, "auto")
+    assert [c.adapter_refusal is None for c in choices] == [False, True, True]
+    assert "merged checkpoint only" in (choices[0].adapter_refusal or "")
