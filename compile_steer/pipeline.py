@@ -31,7 +31,7 @@ from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
 from compile_steer.validate import ValidationReport, validate
-from compile_steer.verify import PARITY, Parity, Reference, verify_artifact
+from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
 

@@ -33,6 +33,7 @@ from compile_steer.replay import run_span
 
 _HELD_OUT_EVERY = 5
 _CORRECTION_RANK = 8
+_CORRECTION_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def lower(job: Job) -> WeightPatch:
 
 
 def plan_stages(job: Job) -> list[Stage]:
-    """The recipe's stages, or by default: the writers of each intervened block, then those of the next."""
+    """The recipe's stages, or by default: the writers of each intervened block, then those of the next few."""
     first, n_layers = job.program.first_layer, job.loaded.layout.n_layers
     if job.options.closed_form.stages is not None:
         return [Stage(first + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
@@ -80,7 +81,8 @@ def plan_stages(job: Job) -> list[Stage]:
         wanted = [(block, own, 1 if constant else _CORRECTION_RANK)]
         if own == "attn" or not constant:
             wanted.append((block, "mlp", _CORRECTION_RANK))
-        wanted += [(block + 1, "attn", _CORRECTION_RANK), (block + 1, "mlp", _CORRECTION_RANK)]
+        for after in range(block + 1, block + 1 + _CORRECTION_BLOCKS):
+            wanted += [(after, "attn", _CORRECTION_RANK), (after, "mlp", _CORRECTION_RANK)]
         for layer, writer, rank in wanted:
             if layer < n_layers:
                 ranks[layer, writer] = max(rank, ranks.get((layer, writer), 0))
