@@ -222,8 +222,8 @@ def artifacts(run: Run) -> list[Path]:
     return folders
 
 
-def run_verify(run: Run, folders: Sequence[Path]) -> list[Parity]:
-    """Judge what is on disk; a parity.json is left beside each artifact. To be called in a fresh process."""
+def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
+    """Judge what is on disk; with `save` a parity.json is left beside each artifact."""
     program = load_program(run)
     program_hash = sha256(run.places.program)
     problems: list[str] = []
@@ -239,7 +239,8 @@ def run_verify(run: Run, folders: Sequence[Path]) -> list[Parity]:
     with run.meter.phase("verifying artifacts from disk", len(folders)) as tick:
         for folder in folders:
             parity = verify_artifact(reference, folder, program_hash, run.recipe.verify.gates)
-            parity.save(folder / PARITY)
+            if save:
+                parity.save(folder / PARITY)
             found.append(parity)
             tick(1)
     return found
