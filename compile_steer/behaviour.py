@@ -62,7 +62,7 @@ class Reader:
     def rows(self, name: str, path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
         """The rows of one file; a row with a missing, extra, empty or non-text field is a problem."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             self.problems.append(f"data.{name}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).")
             return []
@@ -143,7 +143,13 @@ def _key(text: str) -> str:
 
 
 def _repeats(files: dict[str, list[dict[str, str]]]) -> Iterator[str]:
-    """A line for each prompt that stands twice, within a file or across files."""
+    """A line for each prompt that stands twice, within a file or across files, and for each response across splits."""
+    answers: dict[str, str] = {}
+    for name in SPLITS:
+        for text in {_key(row[side]) for row in files[name] for side in ("positive", "negative")}:
+            before = answers.setdefault(text, name)
+            if before != name:
+                yield f"data: the response '{text}' is in both {before} and {name}; the splits must not overlap."
     seen: dict[str, str] = {}
     for name, rows in files.items():
         for row in rows:

@@ -44,7 +44,7 @@ def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, m
             for side in ([p.positive for p in pairs], [p.negative for p in pairs])
         )
     vectors = fit(positive, negative, options.method)
-    if float(vectors.norm(dim=-1).min()) == 0.0:
+    if float(vectors.norm(dim=-1).max()) == 0.0:
         raise RecipeError("the two sides of the pairs have equal activations; there is no direction between them.")
     return Directions(
         vectors,

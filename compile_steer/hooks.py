@@ -83,6 +83,10 @@ class _Edit:
     scopes: frozenset[Scope]
 
     def __call__(self, hidden: Tensor, roles: _Roles) -> Tensor:
+        if self.shift.ndim == 3 and self.shift.shape[0] != hidden.shape[0]:
+            raise ArtifactError(
+                f"{self.shift.shape[0]} programs for a batch of {hidden.shape[0]} rows; needed: one for all, or one a row."
+            )
         change = self.shift.to(hidden)
         if self.basis is not None:
             basis = self.basis.to(hidden)

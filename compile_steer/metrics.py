@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -96,7 +97,10 @@ class Interval:
 
 def bootstrap_mean(values: np.ndarray, *, seed: int, confidence: float = 0.95) -> Interval:
     """The mean of [n] values with a bias-corrected bootstrap interval (Efron; scipy's BCa)."""
-    return _bootstrap((values,), lambda x, axis: np.asarray(np.mean(x, axis=axis)), seed, confidence)
+    found = _bootstrap((values,), lambda x, axis: np.asarray(np.mean(x, axis=axis)), seed, confidence)
+    if found is None:
+        raise ValueError("a mean of finite values has a finite interval")
+    return found
 
 
 def bootstrap_recovery(
@@ -104,7 +108,8 @@ def bootstrap_recovery(
 ) -> Interval | None:
     """(compiled - base) / (steered - base) of mean scores [n], resampled over prompts.
 
-    None where the steered score does not differ from the base's, so that there is nothing to recover.
+    None where the steered score does not differ from the base's, on the whole or in some resamples: there is
+    then nothing to recover for certain.
     """
     if math.isclose(float(np.mean(steered - base)), 0.0, abs_tol=1e-9):
         return None
@@ -118,20 +123,28 @@ def bootstrap_recovery(
 
 def _bootstrap(
     samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int, confidence: float
-) -> Interval:
+) -> Interval | None:
+    """None where no finite interval exists: some resamples have no value."""
     value = float(statistic(*samples, axis=0))
     if all(np.ptp(sample - samples[0]) == 0 for sample in samples) and np.ptp(samples[-1]) == 0:
         return Interval(value, value, value)  # nothing to resample: scipy would answer NaN
     paired = len(samples) > 1
-    result = bootstrap(
-        samples,
-        statistic,
-        paired=paired,
-        vectorized=True,
-        n_resamples=2000,
-        confidence_level=confidence,
-        method="percentile" if paired else "BCa",
-        rng=np.random.default_rng(seed),
-    )
-    low, high = (float(bound) for bound in result.confidence_interval)
-    return Interval(value, low if math.isfinite(low) else value, high if math.isfinite(high) else value)
+    # BCa cannot correct what has no skew to measure (then scipy answers NaN); plain percentiles can.
+    methods: tuple[Literal["BCa", "percentile"], ...] = ("percentile",) if paired else ("BCa", "percentile")
+    for method in methods:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = bootstrap(
+                samples,
+                statistic,
+                paired=paired,
+                vectorized=True,
+                n_resamples=2000,
+                confidence_level=confidence,
+                method=method,
+                rng=np.random.default_rng(seed),
+            )
+        low, high = (float(bound) for bound in result.confidence_interval)
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(value, low, high)
+    return None

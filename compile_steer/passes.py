@@ -13,12 +13,13 @@ def drop_inactive(program: Program) -> Program:
 
 
 def input_to_output(program: Program) -> Program:
-    """The input of block k > 0 is the output of block k-1."""
+    """The input of block k > 0 is the output of block k-1; edits of that output itself still come first."""
+    ordered = sorted(program.interventions, key=lambda i: i.site.point == "resid_pre")
     moved = tuple(
         replace_intervention(i, site=Site(i.site.layer - 1, "resid_post"))
         if i.site.point == "resid_pre" and i.site.layer > 0
         else i
-        for i in program.interventions
+        for i in ordered
     )
     return replace(program, interventions=moved)
 

@@ -11,6 +11,7 @@ coefficient c is therefore a dial that is 0 for "off" and linear for every opera
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,8 +102,10 @@ class Intervention:
             yield "the vector holds NaN or infinity; extract it again (see 'dtype' if the model overflows)."
         elif self.operation != "add" and abs(float(self.vector.norm()) - 1.0) > _UNIT_TOLERANCE:
             yield f"'{self.operation}' needs a unit direction; found norm {float(self.vector.norm()):.4g}."
-        if not torch.isfinite(torch.tensor(self.coefficient)):
+        if not math.isfinite(self.coefficient):
             yield f"coefficient {self.coefficient} is not a finite number."
+        if self.projection is not None and not math.isfinite(self.projection):
+            yield f"projection {self.projection} is not a finite number."
         if (self.operation == "clamp") != (self.projection is not None):
             yield "'clamp' needs a projection, and only 'clamp' takes one."
 
@@ -192,9 +195,13 @@ class Program:
         return "\n".join(i.describe() for i in self.interventions) or "(empty program)"
 
     def save(self, path: Path, extra: dict[str, str] | None = None) -> None:
-        """Write safetensors with the JSON list of interventions under metadata key `program`."""
-        tensors = {f"intervention.{n}": i.vector.float().contiguous() for n, i in enumerate(self.interventions)}
+        """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` beside it.
+
+        One metadata key only: several are written in no fixed order, and equal programs must be equal files.
+        """
+        tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
         header = {
+            **(extra or {}),
             "model": self.model,
             "revision": self.revision,
             "interventions": [
@@ -211,7 +218,7 @@ class Program:
                 for n, i in enumerate(self.interventions)
             ],
         }
-        save_tensors(path, tensors, {"program": json.dumps(header, sort_keys=True), **(extra or {})})
+        save_tensors(path, tensors, {"program": json.dumps(header, sort_keys=True)})
 
     @staticmethod
     def load(path: Path) -> Program:

@@ -7,10 +7,10 @@ relative to the recipe's own folder.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
@@ -261,13 +261,21 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _keys(steps: Sequence[str]) -> list[str]:
-    """The keys that are known in the section at `steps`."""
-    model: Any = Recipe
+    """The keys that are known in the section at `steps`, through lists and tagged choices."""
+    sections: list[type[BaseModel]] = [Recipe]
     for step in steps:
-        fields: Mapping[str, Any] = getattr(model, "model_fields", {})
-        field = next((f for name, f in fields.items() if step in (name, f.alias)), None)
-        if field is None:
-            return []
-        model = field.annotation
-    fields = getattr(model, "model_fields", {})
-    return [f.alias or name for name, f in fields.items() if name != "folder"]
+        fields = [f for s in sections for name, f in s.model_fields.items() if step in (name, f.alias)]
+        if fields:
+            sections = [section for field in fields for section in _sections(field.annotation)]
+        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind
+            sections = [
+                s for s in sections if "kind" in s.model_fields and step in get_args(s.model_fields["kind"].annotation)
+            ]
+    return [f.alias or name for s in sections for name, f in s.model_fields.items() if name != "folder"]
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections(argument)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from compile_steer.layout import Layout
 
@@ -45,7 +45,7 @@ def run_span(
     Args:
         input_ids, attention_mask: [batch, time], right-padded.
         start: the first block to run; above 0 it receives `hidden`, [batch, time, d_model].
-        stop: the block before which to stop; None runs to the end and applies the final norm.
+        stop: the block before which to stop; the number of blocks stops before the final norm, None after it.
 
     Hooks that are on (a program, a patch) act inside the span as they would in a full pass.
     """
@@ -72,6 +72,8 @@ def run_span(
         for index, block in enumerate(blocks):
             if not start <= index < end:
                 stack.enter_context(_forward_replaced(block, catch if index == end else hand_on))
+        if stop == len(blocks):
+            stack.callback(blocks[-1].register_forward_hook(lambda _m, _a, output: caught.append(output)).remove)
         if start > 0:
             handle = blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
@@ -82,7 +84,7 @@ def run_span(
 def readout(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [n, vocab] of final hidden states [n, d_model], with the family's own scaling and soft cap."""
     layout = Layout.of(model)
-    final = BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
+    final = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.unsqueeze(0))
     with _forward_replaced(layout.backbone, lambda *_args, **_kwargs: final):
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         logits: Tensor = layout.model(input_ids=token, use_cache=False).logits

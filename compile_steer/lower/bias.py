@@ -8,13 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from compile_steer.layout import Layout, WriterKind
-from compile_steer.lower.job import Job
+from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program, Site
 
 
 def refusal(program: Program, layout: Layout) -> str | None:
     """Why this backend cannot hold the (canonical) program in stock weights, or None."""
+    if not program.interventions:
+        return NOTHING_ACTIVE
     for one in program.interventions:
         reason = _refusal(one, layout)
         if reason is not None:
@@ -32,9 +34,9 @@ def _refusal(one: Intervention, layout: Layout) -> str | None:
     if layout.post_norm:
         return f"{layout.model.config.model_type} normalises what its writers write, so a bias is not a shift of the stream"
     kind = _writer(one)
-    if layout.bias_switch(kind) is None:
-        name = layout.writer(one.site.layer, kind).name
-        return f"needs a bias on {name}; {layout.model.config.model_type} has none"
+    writer, switch = layout.writer(one.site.layer, kind), layout.bias_switch(kind)
+    if switch is None or (switch == "native" and not layout.has_bias(writer)):
+        return f"needs a bias on {writer.name}; {layout.model.config.model_type} has none"
     return None
 
 

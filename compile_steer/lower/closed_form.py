@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.behaviour import Batch, Encoded, batches
+from compile_steer.errors import CannotLower
 from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout, Writer, WriterKind
-from compile_steer.lower.job import Job
+from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied
@@ -57,7 +58,7 @@ class _Flow:
 def refusal(program: Program, _layout: Layout) -> str | None:
     """Why this backend cannot lower the (canonical) program, or None."""
     if not program.interventions:
-        return "the program has no active intervention; there is nothing to compile"
+        return NOTHING_ACTIVE
     return None
 
 
@@ -94,6 +95,7 @@ def solve_stages(
 ) -> WeightPatch:
     """One pass over the blocks from the first intervened one to the last stage's, solving as it goes."""
     first, last = program.first_layer, max(stage.layer for stage in stages)
+    _require_stages(stages, loaded.layout.n_layers)
     solved: dict[str, LowRank] = {}
     flows = []
     for batch in batches(texts, int(loaded.tokenizer.pad_token_id)):
@@ -117,6 +119,18 @@ def solve_stages(
                     flow.student = _run_block(loaded, flow.batch, flow.student, block)
                     flow.teacher = target
     return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in solved.items()})
+
+
+def _require_stages(stages: Sequence[Stage], n_layers: int) -> None:
+    problems = [
+        f"stage {s.writer} of block {s.layer}: the model has blocks 0 to {n_layers - 1}."
+        for s in stages
+        if s.layer >= n_layers
+    ]
+    places = [(stage.layer, stage.writer) for stage in stages]
+    problems += [f"stage {w} of block {k} is named twice." for k, w in sorted(set(places)) if places.count((k, w)) > 1]
+    if problems:
+        raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
 def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor, block: int) -> Tensor:

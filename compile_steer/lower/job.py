@@ -14,6 +14,8 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Compile
 
+NOTHING_ACTIVE = "the program has no active intervention; there is nothing to compile"
+
 
 @dataclass(frozen=True)
 class Job:

@@ -63,5 +63,7 @@ def solve(sums: Sums, rank: int, ridge: float) -> LowRank:
 
 def fit(train: Sums, held_out: Sums, rank: int) -> LowRank:
     """Choose the ridge by the error on held-out sums, then solve on all of them."""
+    if float(train.G.trace()) == 0.0 or float(held_out.G.trace()) == 0.0:
+        return solve(train + held_out, rank, RIDGES[-1])  # too few texts to choose by: the safest
     ridge = min(RIDGES, key=lambda r: held_out.error(solve(train, rank, r)))
     return solve(train + held_out, rank, ridge)
