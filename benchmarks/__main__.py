@@ -224,7 +224,7 @@ def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program:
         "|---|---|---|---|",
         *(f"| {row.what} | {row.floor} | {row.aim} | {row.measured} |" for row in rows),
         "",
-        "Times are medians of runs in turn; random init is trained with AdamW at LoRA's usual rate, on the regression's 40 texts and 70 more.",
+        "Times are medians of runs in turn; random init is trained with AdamW on the regression's 40 texts and 70 more.",
         "",
         "| artifact | KL | rms | p99 | share | top-1 | recovery | drift (steered's own) | seconds | |",
         "|---|---|---|---|---|---|---|---|---|---|",
