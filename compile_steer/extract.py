@@ -94,7 +94,10 @@ def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
     differences D, so the problem is solved for their n coefficients a: w = D^T a (representer theorem).
     """
     differences = (positive - negative).double()
-    differences = differences / differences.norm(dim=-1).mean()
+    size = differences.norm(dim=-1).mean()
+    if float(size) == 0.0:  # the sides are equal here (block 0's input under one last token, say)
+        return torch.zeros_like(positive[0])
+    differences = differences / size
     gram = (differences @ differences.T).numpy()
 
     def loss(a: np.ndarray) -> tuple[float, np.ndarray]:

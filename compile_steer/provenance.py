@@ -23,8 +23,8 @@ class Provenance:
     """What an artifact was made from.
 
     `verdict` is the validation's ('none' if the program was never validated), `forced` whether it was
-    compiled against it. `calibration` holds token counts and hashes of the texts the compiler saw;
-    `parent` is the hash of the adapter that a merged checkpoint came from.
+    compiled against it. `seconds`: of lowering, the calibration texts written before. `parent` is the hash of
+    the adapter that a merged checkpoint came from.
     """
 
     name: str

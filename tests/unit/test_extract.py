@@ -103,6 +103,15 @@ def test_pca_is_the_axis_of_the_largest_second_moment_of_the_differences() -> No
         assert abs(float(cosine)) > 0.9999
 
 
+def test_the_sign_is_the_mean_difference_s_even_if_the_first_pair_goes_the_other_way() -> None:
+    positive, negative, unit = sides()
+    positive[0], negative[0] = negative[0].clone(), positive[0].clone()
+    axis = torch.linalg.svd((positive - negative)[:, 1], full_matrices=False)[2][0]
+    assert float(axis @ unit) < -0.9, "the raw axis must point the wrong way here"
+    for method in METHODS:
+        assert float(fit(positive, negative, method)[1] @ unit) > 1.0
+
+
 def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
     positive, negative, _unit = sides(noise=2.0)
     found = fit(positive, negative, "logistic")[0].double()
@@ -210,7 +219,11 @@ def test_sides_that_are_the_same_text_have_no_direction() -> None:
         extract(recipe(), loaded("llama"), behaviour(*same), "", Meter())
 
 
-def test_equal_embeddings_below_do_not_hide_the_directions_above() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_embeddings_below_do_not_hide_the_directions_above(method: Method) -> None:
     """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
-    found = extract(recipe(point="resid_pre", readout="last_prompt"), loaded("llama"), behaviour(*PAIRS), "", Meter())
+    options = recipe(point="resid_pre", readout="last_prompt", method=method)
+    found = extract(options, loaded("llama"), behaviour(*PAIRS), "", Meter())
     assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1
+    assert bool(torch.isfinite(found.vectors).all())
+    assert bool(torch.isfinite(found.shuffled).all())
