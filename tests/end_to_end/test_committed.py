@@ -25,7 +25,7 @@ def test_the_committed_vector_is_the_one_that_was_validated() -> None:
 
 
 def test_the_committed_adapter_is_small_and_of_that_vector() -> None:
-    assert (ADAPTER / "adapter_model.safetensors").stat().st_size < 10_000
+    assert (ADAPTER / "adapter_model.safetensors").stat().st_size < 25_000
     assert Provenance.read(ADAPTER).program_sha256 == sha256(PLACES.program)
 
 
