@@ -48,11 +48,11 @@ class Stage:
 
 @dataclass
 class _Flow:
-    """A batch at the boundary of the current block, [batch, time, d_model] in both models."""
+    """A batch at the boundary of the current block, [batch, time, d_model] in both models; None before block 0."""
 
     batch: Batch
-    teacher: Tensor
-    student: Tensor
+    teacher: Tensor | None
+    student: Tensor | None
 
 
 def refusal(program: Program, _layout: Layout) -> str | None:
@@ -102,7 +102,7 @@ def solve_stages(
         batch = batch.to(loaded.device)
         with torch.no_grad():
             hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
-        flows.append(_Flow(batch, hidden, hidden))  # type: ignore[arg-type]
+        flows.append(_Flow(batch, hidden, hidden))
         tick(len(batch.rows))
     for block in range(first, last + 1):
         targets = []
@@ -133,7 +133,7 @@ def _require_stages(stages: Sequence[Stage], n_layers: int) -> None:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor, block: int) -> Tensor:
+def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
     stop = block + 1
     with torch.no_grad():
         return run_span(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=stop, hidden=hidden)
