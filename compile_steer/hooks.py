@@ -44,19 +44,34 @@ def prompt_roles(attention_mask: Tensor) -> Tensor:
 
 
 class _Roles:
-    """Follows the model's forward passes and says what each token of the current one is."""
+    """Follows the model's forward passes and says what each token of the current one is.
+
+    A pass that goes on from a cache is the response. Without a cache, so is what a pass appends to the
+    ids of the prompt before it, which is how `generate(use_cache=False)` runs.
+    """
 
     def __init__(self, explicit: Tensor | None) -> None:
         self._explicit = explicit
         self._past = 0
         self._mask: Tensor | None = None
+        self._prompt: Tensor | None = None
 
-    def observe(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self._past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask")
         # generate() may hand over a prepared 4-d mask; the 2-d one is what tells padding.
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self._past == 0 and not self._goes_on(ids):
+            self._prompt = ids
+
+    def _goes_on(self, ids: Tensor | None) -> bool:
+        """True if `ids` begin with the last prompt's."""
+        before = self._prompt
+        if ids is None or before is None or ids.shape[0] != before.shape[0] or ids.shape[1] <= before.shape[1]:
+            return False
+        return torch.equal(ids[:, : before.shape[1]], before)
 
     def current(self, hidden: Tensor) -> Tensor:
         batch, time = hidden.shape[:2]
@@ -69,8 +84,10 @@ class _Roles:
             return self._explicit.to(hidden.device)
         if self._past > 0:
             return torch.full((batch, time), RESPONSE, dtype=torch.int8, device=hidden.device)
-        mask = torch.ones(batch, time, device=hidden.device) if self._mask is None else self._mask
-        return prompt_roles(mask.to(hidden.device))
+        width = time if self._prompt is None else self._prompt.shape[1]
+        mask = torch.ones(batch, time, device=hidden.device) if self._mask is None else self._mask.to(hidden.device)
+        said = torch.full((batch, time - width), RESPONSE, dtype=torch.int8, device=hidden.device)
+        return torch.cat([prompt_roles(mask[:, :width]), said], dim=1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,12 @@ class WeightPatch:
         bad += [name for name, bias in self.bias.items() if not bool(torch.isfinite(bias).all())]
         if bad:
             raise ArtifactError(f"the compiled weights of {', '.join(bad)} are not finite; nothing was written.")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a Linear, or of GPT-2's Conv1D, which stores the transpose."""
+    rows, columns = cast(Tensor, module.weight).shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def weight_delta(module: nn.Module, edit: LowRank) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -71,6 +72,6 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
 
 def _module(model: nn.Module, name: str) -> nn.Linear:
     try:
-        return model.get_submodule(name)  # type: ignore[return-value]
+        return cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
     except AttributeError as error:
         raise ArtifactError(f"the patch edits {name}, which the base does not have.") from error

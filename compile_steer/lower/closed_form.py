@@ -28,7 +28,7 @@ from compile_steer.layout import Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
 from compile_steer.replay import run_span
 
@@ -149,7 +149,7 @@ def _solve_stage(
     tick: Any,
 ) -> LowRank:
     layout = loaded.layout
-    d_in = int(writer.module.weight.numel()) // layout.d_model  # type: ignore[operator]
+    _d_model, d_in = linear_shape(writer.module)
     channel = _Channel(layout, writer)
     sums = [Sums.zeros(d_in, layout.d_model, loaded.device) for _ in range(2)]
     with applied(loaded.model, WeightPatch(solved)):

@@ -26,7 +26,7 @@ from compile_steer.lower import closed_form
 from compile_steer.lower.job import Job
 from compile_steer.metrics import chunks, divergence, log_softmax
 from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
 from compile_steer.progress import Tick
 from compile_steer.recipe import Distill
@@ -69,8 +69,7 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatc
     for layer in range(first, layout.n_layers):
         for name, module in layout.blocks[layer].named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
-                d_out, d_in = shape
+                d_out, d_in = linear_shape(module)
                 A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
                 edits[f"{layout.family.blocks}.{layer}.{name}"] = LowRank(torch.zeros(d_out, rank), A)
     return WeightPatch(edits)

@@ -18,11 +18,11 @@ from compile_steer.lower import Job, closed_form, distill
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
 from compile_steer.models import Loaded
 from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch, applied
+from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile, Distill
-from tests.tiny import LAYERS, Padded, intervention, loaded, logits, n_hooks, program, texts
+from tests.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks, program, texts
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite")
 
@@ -231,6 +231,26 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
 
 
 # ------------------------------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
+def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
+    """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
+    layout = loaded(family).layout
+    channel = closed_form._Channel(layout, layout.writer(1, "mlp"))
+    written, stream, wanted, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
+    y, weight = channel.pull_back(wanted, written, stream)
+    # The edit is diag(edit) in the regression's own coordinates; push_forward gives what the writer really adds.
+    real = torch.stack(
+        [channel.push_forward(LowRank(row.double().unsqueeze(1), torch.ones(1, 1))).B[:, 0] for row in edit]
+    )
+    if layout.post_norm:
+        gain = layout.blocks[1].get_submodule("post_feedforward_layernorm")(torch.ones(HIDDEN))
+        moved = gain * real / written.square().mean(dim=1, keepdim=True).sqrt()
+    else:
+        moved = layout.residual_multiplier * real
+    found = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
+    assert torch.allclose(found.double(), (wanted - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
 
 
 OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)

@@ -249,8 +249,8 @@ def test_left_and_right_padding_and_single_rows_agree(family: str) -> None:
 # -------------------------------------------------------------------------------- cached generation
 
 
-def generated(model: Any, prompts: Padded, steps: int) -> tuple[Tensor, Tensor]:
-    """Greedy tokens [batch, steps] and their raw logits [batch, steps, vocab], through the cache."""
+def generated(model: Any, prompts: Padded, steps: int, *, use_cache: bool = True) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [batch, steps] and their raw logits [batch, steps, vocab]."""
     output = model.generate(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
@@ -260,6 +260,7 @@ def generated(model: Any, prompts: Padded, steps: int) -> tuple[Tensor, Tensor]:
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=0,
+        use_cache=use_cache,
     )
     return output.sequences[:, -steps:], torch.stack(output.logits, dim=1)
 
@@ -273,6 +274,9 @@ def test_cached_generation_is_one_pass_over_all_with_explicit_roles(family: str)
         steering = mixed(family, positions)
         with steered(model, steering):
             tokens, cached = generated(model, prompts, steps)
+            again, uncached = generated(model, prompts, steps, use_cache=False)
+        assert torch.equal(again, tokens)
+        assert relative_error(uncached, cached) < 2e-5
         whole = Padded(
             torch.cat([prompts.input_ids, tokens], dim=1),
             torch.cat([prompts.attention_mask, torch.ones_like(tokens)], dim=1),
