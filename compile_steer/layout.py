@@ -13,6 +13,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compile_steer.errors import LayoutError
 from compile_steer.program import Intervention, Program, Site
@@ -121,6 +122,12 @@ class Layout:
         relative = self.family.attn if kind == "attn" else self.family.mlp
         name = f"{self.family.blocks}.{layer}.{relative}"
         return Writer(layer, kind, name, self.model.get_submodule(name))
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """Every Linear (or Conv1D) of a block, by its full name in the causal language model."""
+        prefix = f"{self.family.blocks}.{layer}"
+        modules = self.blocks[layer].named_modules()
+        return {f"{prefix}.{name}": module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
 
     def hook_module(self, site: Site) -> nn.Module:
         """The module whose output is the activation at `site`.

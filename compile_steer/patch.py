@@ -26,6 +26,9 @@ class LowRank:
     def rank(self) -> int:
         return int(self.A.shape[0])
 
+    def to(self, device: torch.device) -> LowRank:
+        return LowRank(self.B.to(device), self.A.to(device))
+
     def padded(self, rank: int) -> LowRank:
         """The same edit with zero rows and columns up to `rank`."""
         extra = rank - self.rank

@@ -125,12 +125,17 @@ class ClosedForm(_Strict):
 
 
 class Distill(_Strict):
-    """Training on the divergence; `start` random trains rank-`rank` edits of all Linears from the block on."""
+    """Training: each intervened block on its own output, then end to end on the divergence.
+
+    `start` random is the baseline: rank-`rank` edits of all Linears from the block on, on the divergence alone.
+    """
 
     start: Literal["closed_form", "random"] = "closed_form"
     rank: int = Field(8, ge=1)
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
-    epochs: float = Field(2.0, gt=0)
+    block_epochs: float = Field(30.0, ge=0, description="passes of one block's own training; 0: closed form alone")
+    block_learning_rate: float = Field(0.3, gt=0)
+    epochs: float = Field(2.0, gt=0, description="passes of the training on the divergence")
     learning_rate: float = Field(0.02, gt=0)
     batch_tokens: int = Field(1024, ge=64)
 

@@ -6,14 +6,12 @@ block's output, dW is the reduced-rank ridge solution of y ~ dW x over calibrati
 corrects what the stages before it left over. For a constant shift at every position the target of the
 first stage is one vector, so its solution has rank 1 whatever rank is asked for.
 
-Memory: d_in^2 + d_in * d_model for the sums, and two hidden states a calibration token at the boundary
-of the current block; the wide activations inside a block are never kept. No block above the last stage
-is run at all, and the language-model head never.
+Memory: d_in^2 + d_in * d_model for the sums, and what the walk over the blocks keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.behaviour import Batch, Encoded, batches
+from compile_steer.behaviour import Encoded
 from compile_steer.errors import CannotLower
-from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.lower.regression import Sums, fit
+from compile_steer.lower.walk import Walk, run_block
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
-from compile_steer.replay import run_span
+from compile_steer.progress import Tick
 
 _HELD_OUT_EVERY = 5
 _CORRECTION_RANK = 8
 _CORRECTION_BLOCKS = 3
+
+Refine = Callable[[Walk, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,6 @@ class Stage:
     layer: int
     writer: WriterKind
     rank: int
-
-
-@dataclass
-class _Flow:
-    """A batch at the boundary of the current block, [batch, time, d_model] in both models; None before block 0."""
-
-    batch: Batch
-    teacher: Tensor | None
-    student: Tensor | None
 
 
 def refusal(program: Program, _layout: Layout) -> str | None:
@@ -65,7 +56,7 @@ def refusal(program: Program, _layout: Layout) -> str | None:
 def lower(job: Job) -> WeightPatch:
     """Return the patch after which the plain model imitates the program on calibration texts."""
     stages = plan_stages(job)
-    with job.meter.phase("closed form: regression", len(job.regression_texts) * (2 + len(stages))) as tick:
+    with job.meter.phase("closed form: regression", len(job.regression_texts) * (1 + len(stages))) as tick:
         return solve_stages(job.program, job.loaded, job.regression_texts, stages, tick)
 
 
@@ -91,34 +82,34 @@ def plan_stages(job: Job) -> list[Stage]:
 
 
 def solve_stages(
-    program: Program, loaded: Loaded, texts: Sequence[Encoded], stages: Sequence[Stage], tick: Any
+    program: Program,
+    loaded: Loaded,
+    texts: Sequence[Encoded],
+    stages: Sequence[Stage],
+    tick: Tick,
+    *,
+    refine: Refine | None = None,
+    max_tokens: int = 4096,
 ) -> WeightPatch:
-    """One pass over the blocks from the first intervened one to the last stage's, solving as it goes."""
-    first, last = program.first_layer, max(stage.layer for stage in stages)
+    """One pass over the blocks from the first intervened one to the last stage's, solving as it goes.
+
+    Args:
+        refine: called after the regressions of each block; what it puts into `walk.solved` counts.
+    """
     _require_stages(stages, loaded.layout.n_layers)
-    solved: dict[str, LowRank] = {}
-    flows = []
-    for batch in batches(texts, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
-        with torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
-        flows.append(_Flow(batch, hidden, hidden))
-        tick(len(batch.rows))
-    for block in range(first, last + 1):
-        targets = []
-        for flow in flows:
-            with steered(loaded.model, program, roles=flow.batch.roles):
-                targets.append(_run_block(loaded, flow.batch, flow.teacher, block))
+    walk = Walk.start(program, loaded, texts, max_tokens, tick)
+    last = max(stage.layer for stage in stages)
+    for block in range(program.first_layer, last + 1):
+        walk.aim(block)
         # Within a block the attention's writer comes before the MLP's, which sees what it changed.
         for stage in sorted((s for s in stages if s.layer == block), key=lambda s: s.writer):
             writer = loaded.layout.writer(block, stage.writer)
-            solved[writer.name] = _solve_stage(loaded, flows, targets, writer, stage.rank, solved, tick)
+            walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, tick)
+        if refine is not None:
+            refine(walk, block)
         if block < last:
-            with applied(loaded.model, WeightPatch(solved)):
-                for flow, target in zip(flows, targets, strict=True):
-                    flow.student = _run_block(loaded, flow.batch, flow.student, block)
-                    flow.teacher = target
-    return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in solved.items()})
+            walk.advance(block)
+    return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in walk.solved.items()})
 
 
 def _require_stages(stages: Sequence[Stage], n_layers: int) -> None:
@@ -133,32 +124,18 @@ def _require_stages(stages: Sequence[Stage], n_layers: int) -> None:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def _run_block(loaded: Loaded, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
-    stop = block + 1
-    with torch.no_grad():
-        return run_span(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=stop, hidden=hidden)
-
-
-def _solve_stage(
-    loaded: Loaded,
-    flows: Sequence[_Flow],
-    targets: Sequence[Tensor],
-    writer: Writer,
-    rank: int,
-    solved: dict[str, LowRank],
-    tick: Any,
-) -> LowRank:
-    layout = loaded.layout
+def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
+    loaded = walk.loaded
     _d_model, d_in = linear_shape(writer.module)
-    channel = _Channel(layout, writer)
-    sums = [Sums.zeros(d_in, layout.d_model, loaded.device) for _ in range(2)]
-    with applied(loaded.model, WeightPatch(solved)):
-        for flow, target in zip(flows, targets, strict=True):
+    channel = _Channel(loaded.layout, writer)
+    sums = [Sums.zeros(d_in, loaded.layout.d_model, loaded.device) for _ in range(2)]
+    with applied(loaded.model, walk.patch), torch.no_grad():
+        for flow in walk.flows:
             with _caught(writer.module) as caught:
-                student = _run_block(loaded, flow.batch, flow.student, writer.layer)
-            real = flow.batch.roles != PAD
+                student = run_block(loaded, flow.batch, flow.student, writer.layer)
+            real = flow.real
             x, written = caught[0][0][real].float(), caught[0][1][real].float()
-            y, weight = channel.pull_back((target - student)[real].float(), written, student[real].float())
+            y, weight = channel.pull_back((flow.target - student)[real].float(), written, student[real].float())
             rows = torch.tensor(flow.batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
             held = rows % _HELD_OUT_EVERY == 0
             for part, chosen in zip(sums, (~held, held), strict=True):

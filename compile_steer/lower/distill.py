@@ -12,28 +12,26 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from compile_steer.behaviour import Batch, Encoded, batches
 from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout
 from compile_steer.lower import closed_form
+from compile_steer.lower.block_fit import fit_block, held_out_split, optimizer_of, random_edits, trainable
 from compile_steer.lower.job import Job
+from compile_steer.lower.walk import Walk
 from compile_steer.metrics import chunks, divergence, log_softmax
 from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
+from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Program
 from compile_steer.progress import Tick
 from compile_steer.recipe import Distill
 from compile_steer.replay import readout, run_span
-
-_HELD_OUT_EVERY = 6
-_Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def lower(job: Job) -> WeightPatch:
     """Return the start patch trained on the divergence, or the start itself if training made it worse."""
     options = job.options.distill
     if options.start == "closed_form":
-        start = closed_form.lower(job)
+        start = fitted_patch(job)
     else:
         start = random_patch(job.loaded.layout, job.program.first_layer, options.rank, job.seed)
     texts = job.training_texts
@@ -62,16 +60,36 @@ def lower(job: Job) -> WeightPatch:
         return train(job.program, job.loaded, texts, start, options, job.seed, tick)
 
 
+def fitted_patch(job: Job) -> WeightPatch:
+    """The closed form's walk, with every intervened block trained on its own output before the next is solved."""
+    options, texts = job.options.distill, job.regression_texts
+    stages = closed_form.plan_stages(job)
+    blocks = {one.site.changes_from for one in job.program.interventions}
+    units = 1 + len(stages) + options.block_epochs * len(blocks)
+    with job.meter.phase("distill: block by block", units * len(texts)) as tick:
+
+        def refine(walk: Walk, block: int) -> None:
+            if block in blocks and options.block_epochs > 0:
+                fit_block(
+                    walk,
+                    block,
+                    rank=options.rank,
+                    epochs=options.block_epochs,
+                    rate=options.block_learning_rate,
+                    seed=job.seed,
+                    tick=tick,
+                )
+
+        return closed_form.solve_stages(
+            job.program, job.loaded, texts, stages, tick, refine=refine, max_tokens=options.batch_tokens
+        )
+
+
 def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatch:
-    """LoRA's own start for every Linear of the blocks from `first` on: A random, B zero."""
-    generator = torch.Generator().manual_seed(seed)
-    edits = {}
-    for layer in range(first, layout.n_layers):
-        for name, module in layout.blocks[layer].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                d_out, d_in = linear_shape(module)
-                A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
-                edits[f"{layout.family.blocks}.{layer}.{name}"] = LowRank(torch.zeros(d_out, rank), A)
+    """LoRA's own start for every Linear of the blocks from `first` on."""
+    edits: dict[str, LowRank] = {}
+    for block in range(first, layout.n_layers):
+        edits.update(random_edits(layout, block, rank, seed))
     return WeightPatch(edits)
 
 
@@ -84,15 +102,10 @@ def train(
     seed: int,
     tick: Tick,
 ) -> WeightPatch:
-    """AdamW with linear warm-up over a tenth of the steps and cosine decay to zero.
-
-    A sixth of the batches is held out; the start is returned where the result is not better on it.
-    """
+    """Forward KL, end to end. A sixth of the batches is held out; the start is returned where the result is
+    not better on it."""
     device = loaded.device
-    factors = {
-        name: (nn.Parameter(edit.B.to(device).clone()), nn.Parameter(edit.A.to(device).clone()))
-        for name, edit in start.low_rank.items()
-    }
+    factors = trainable(start.low_rank, device)
     patch = WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
     first = program.first_layer
     items = []
@@ -100,12 +113,11 @@ def train(
         items.append(_item(program, loaded, batch.to(device), first))
         tick(len(batch.rows))
     random.Random(seed).shuffle(items)
-    held_out, items = items[::_HELD_OUT_EVERY], [item for n, item in enumerate(items) if n % _HELD_OUT_EVERY] or items
+    held_out, items = held_out_split(items)
     before = _mean_kl(loaded, held_out, first, start)
 
     steps = max(1, math.ceil(options.epochs * len(items)))
-    optimizer = torch.optim.AdamW(_groups(factors, options.learning_rate), weight_decay=0.0, betas=(0.9, 0.99))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
+    optimizer, schedule = optimizer_of(factors, options.learning_rate, steps)
     parameters = [factor for pair in factors.values() for factor in pair]
     for step in range(steps):
         item = items[step % len(items)]
@@ -114,28 +126,10 @@ def train(
             _backward(loaded, item, first)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        rate.step()
+        schedule.step()
         tick(len(item.batch.rows))
     result = WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
     return result if _mean_kl(loaded, held_out, first, result) < before else start
-
-
-def _groups(factors: _Factors, rate: float) -> list[dict[str, object]]:
-    """A group a factor: AdamW's step has the size of the rate whatever the gradient's, so the rate is taken
-    relative to the factor's own root mean square (its partner's, for a factor that starts at zero)."""
-    groups: list[dict[str, object]] = []
-    for B, A in factors.values():
-        sizes = [float(factor.detach().square().mean().sqrt()) for factor in (B, A)]
-        for factor, size, other in zip((B, A), sizes, reversed(sizes), strict=True):
-            groups.append({"params": [factor], "lr": rate * (size or other)})
-    return groups
-
-
-def _shape(step: int, steps: int) -> float:
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def _item(program: Program, loaded: Loaded, batch: Batch, first: int) -> _Item:

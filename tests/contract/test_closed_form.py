@@ -256,6 +256,9 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
 OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
 
 
+ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
+
+
 def train(one: Loaded, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
     return distill.train(steering, one, TRAINING, start, options, 0, lambda _done: None)
 
@@ -277,6 +280,28 @@ def test_training_goes_on_from_the_closed_form(family: str) -> None:
     start = solve(one, steering, plan_stages(job(one, steering)))
     found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
     assert share(one, steering, found) < 0.92 * share(one, steering, start)
+
+
+@pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
+def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
+    one, steering = loaded(family), steering_of(family, intervention())
+    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
+    task = job(one, steering, options)
+    task.__dict__["regression_texts"] = CALIBRATION
+    before = share(one, steering, closed_form.lower(task))
+    fitted = distill.fitted_patch(task)
+    assert share(one, steering, fitted) < factor * before
+    assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
+    assert n_hooks(one.model) == 0
+
+
+def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
+    task = job(one, steering, options)
+    task.__dict__["regression_texts"] = CALIBRATION
+    fitted, solved = distill.fitted_patch(task), closed_form.lower(task)
+    assert fitted.low_rank.keys() == solved.low_rank.keys()
 
 
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
