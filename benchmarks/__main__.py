@@ -38,10 +38,10 @@ from compile_steer.verify.reference import final_states
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",
-    "compile.calibration.prompts=160",
+    "compile.calibration.prompts=200",
     "compile.calibration.max_new_tokens=80",
-    "compile.distill.prompts=70",
-    "compile.distill.epochs=2",
+    "compile.distill.prompts=40",
+    "compile.distill.block_steps=1000",
     "verify.heldout=48",
     "verify.pairs=48",
     "verify.neutral=30",
@@ -49,7 +49,7 @@ SETTINGS = [
     "verify.max_new_tokens=48",
 ]
 REPEATS = 3
-RANDOM_EPOCHS = 4.0
+RANDOM_EPOCHS = 3.0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from compile_steer.program import Program, read_tensors
 from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
-from compile_steer.validate import ValidationReport, validate
+from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
@@ -77,6 +77,7 @@ def run_extract(run: Run) -> Directions:
 
 def run_validate(run: Run) -> ValidationReport:
     """The chosen program and the report on it; extracts first if need be."""
+    choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
     directions = run_extract(run)
     places = run.places
     inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=sha256(places.directions))

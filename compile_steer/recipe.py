@@ -133,7 +133,8 @@ class Distill(_Strict):
     start: Literal["closed_form", "random"] = "closed_form"
     rank: int = Field(8, ge=1)
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
-    block_epochs: float = Field(30.0, ge=0, description="passes of one block's own training; 0: closed form alone")
+    block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
+    block_batch_tokens: int = Field(512, ge=64)
     block_learning_rate: float = Field(0.3, gt=0)
     epochs: float = Field(2.0, gt=0, description="passes of the training on the divergence")
     learning_rate: float = Field(0.02, gt=0)

@@ -30,12 +30,12 @@ Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 _HELD_OUT_EVERY = 6
 
 
-def fit_block(walk: Walk, block: int, *, rank: int, epochs: float, rate: float, seed: int, tick: Tick) -> None:
+def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, seed: int, tick: Tick) -> None:
     """Put the trained edits of `block` into `walk.solved`, unless they are no better on held-out batches.
 
     Args:
         rank: of every edit; those that are there already are the start, filled up to it.
-        epochs: passes over the walk's texts.
+        steps: of AdamW, a batch of the walk each.
         rate: AdamW's, relative to each factor's root mean square.
     """
     layout = walk.loaded.layout
@@ -51,7 +51,6 @@ def fit_block(walk: Walk, block: int, *, rank: int, epochs: float, rate: float, 
     random.Random(seed).shuffle(flows)
     held_out, seen = held_out_split(flows)
 
-    steps = max(1, math.ceil(epochs * len(seen)))
     optimizer, schedule = optimizer_of(factors, rate, steps)
     with applied(walk.loaded.model, patch), torch.enable_grad():
         for step in range(steps):
@@ -63,7 +62,7 @@ def fit_block(walk: Walk, block: int, *, rank: int, epochs: float, rate: float, 
             (error / size).backward()
             optimizer.step()
             schedule.step()
-            tick(len(flow.batch.rows))
+            tick(1)
     if _relative_error(walk, held_out, block, patch) < _relative_error(walk, held_out, block, before):
         walk.solved.update({name: LowRank(B.detach(), A.detach()) for name, (B, A) in factors.items()})
 

@@ -65,23 +65,23 @@ def fitted_patch(job: Job) -> WeightPatch:
     options, texts = job.options.distill, job.regression_texts
     stages = closed_form.plan_stages(job)
     blocks = {one.site.changes_from for one in job.program.interventions}
-    units = 1 + len(stages) + options.block_epochs * len(blocks)
-    with job.meter.phase("distill: block by block", units * len(texts)) as tick:
+    total = (1 + len(stages)) * len(texts) + options.block_steps * len(blocks)
+    with job.meter.phase("distill: block by block", total) as tick:
 
         def refine(walk: Walk, block: int) -> None:
-            if block in blocks and options.block_epochs > 0:
+            if block in blocks and options.block_steps > 0:
                 fit_block(
                     walk,
                     block,
                     rank=options.rank,
-                    epochs=options.block_epochs,
+                    steps=options.block_steps,
                     rate=options.block_learning_rate,
                     seed=job.seed,
                     tick=tick,
                 )
 
         return closed_form.solve_stages(
-            job.program, job.loaded, texts, stages, tick, refine=refine, max_tokens=options.batch_tokens
+            job.program, job.loaded, texts, stages, tick, refine=refine, max_tokens=options.block_batch_tokens
         )
 
 

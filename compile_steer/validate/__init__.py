@@ -5,5 +5,6 @@ Layer and coefficient are chosen on the validation split and measured once on th
 
 from compile_steer.validate.report import ValidationReport
 from compile_steer.validate.stage import validate
+from compile_steer.validate.sweep import choose_layers
 
-__all__ = ["ValidationReport", "validate"]
+__all__ = ["ValidationReport", "choose_layers", "validate"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.behaviour import Text, encode
@@ -56,7 +56,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
 
 
 def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Provenance:
-    """The artifact's provenance; raises `ArtifactError` if it is of another program or base."""
+    """The artifact's provenance; raises `ArtifactError` if it is of another program or base, or damaged."""
     origin = Provenance.read(folder)
     problems = []
     if origin.program_sha256 != program_sha256:
@@ -68,6 +68,12 @@ def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Prov
             f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {base.id} at "
             f"{base.revision}."
         )
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file} is damaged ({error}).")
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin

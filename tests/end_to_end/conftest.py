@@ -30,6 +30,7 @@ SMALL = [
     "compile.calibration.prompts=72",
     "compile.calibration.max_new_tokens=32",
     "compile.distill.prompts=8",
+    "compile.distill.block_steps=60",
     "verify.heldout=12",
     "verify.pairs=12",
     "verify.neutral=8",

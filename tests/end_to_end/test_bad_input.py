@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_nothing(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
-        command("validate", RECIPE, "--out", tmp_path),
+        command("validate", RECIPE, "--out", tmp_path, "--set", "extract.pairs=8"),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
