@@ -9,7 +9,7 @@ the writer is not a shift of the stream.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +26,8 @@ class Family:
     """Names, relative to a block, and how stock code of the family comes to hold a writer's bias.
 
     `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config switch
-    that adds it, or None (stock code has no place for it).
+    that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
+    block 0, by their full names.
     """
 
     blocks: str
@@ -36,10 +37,11 @@ class Family:
     mlp_bias: str | None = None
     attn_norm: str | None = None
     mlp_norm: str | None = None
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
 
 
-_LLAMA_NAMES = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-_POST_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+_LLAMA_NAMES: dict[str, Any] = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+_POST_NORMS: dict[str, Any] = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 
 # Read off each family's stock modelling code; tests/contract builds every one and compares with hooks.
 FAMILIES: dict[str, Family] = {
@@ -53,8 +55,17 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(**_LLAMA_NAMES, **_POST_NORMS),
     "gemma3_text": Family(**_LLAMA_NAMES, **_POST_NORMS),
     "olmo2": Family(**_LLAMA_NAMES, **_POST_NORMS),
-    "gpt2": Family("transformer.h", "attn.c_proj", "mlp.c_proj", "native", "native"),
-    "gpt_neox": Family("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", "native", "native"),
+    "gpt2": Family(
+        "transformer.h",
+        "attn.c_proj",
+        "mlp.c_proj",
+        "native",
+        "native",
+        embeddings=("transformer.wte", "transformer.wpe"),
+    ),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", "native", "native", embeddings=("gpt_neox.embed_in",)
+    ),
     "phi": Family("model.layers", "self_attn.dense", "mlp.fc2", "native", "native"),
 }
 
@@ -111,6 +122,12 @@ class Layout:
     def post_norm(self) -> bool:
         """True where a norm stands between the writers and the residual stream."""
         return self.family.mlp_norm is not None
+
+    @property
+    def tied(self) -> bool:
+        """True where the language-model head is the token embedding itself."""
+        head = self.model.get_output_embeddings()
+        return head is not None and head.weight is self.model.get_input_embeddings().weight
 
     @property
     def residual_multiplier(self) -> float:

@@ -45,12 +45,16 @@ class WeightPatch:
     """Edits by the full name of the module in the causal language model.
 
     `bias` [d_out] is added to the module's bias; `switches` are the config fields (False to True)
-    that make stock code build the biases where the checkpoint has none.
+    that make stock code build the biases where the checkpoint has none. `untie` gives the language-model
+    head its own copy of the embeddings before they are edited. `architecture` is the stock family that the
+    checkpoint is rewritten as ('' for its own).
     """
 
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     bias: Mapping[str, Tensor] = field(default_factory=dict)
     switches: tuple[str, ...] = ()
+    untie: bool = False
+    architecture: str = ""
 
     @property
     def max_rank(self) -> int:
@@ -91,8 +95,10 @@ def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
 
 
 def _low_rank_hook(edit: LowRank) -> Any:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
+        if isinstance(module, nn.Embedding):  # W is [tokens, d_model] there, and x the tokens
+            return output + edit.B.to(output)[x] @ edit.A.to(output)
         return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 
     return hook

@@ -17,10 +17,10 @@ from pathlib import Path
 from compile_steer.behaviour import Behaviour, read_behaviour
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import model_card, read_patch, write_merged, write_patch
+from compile_steer.export import is_adapter, model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
-from compile_steer.lower import BACKENDS, Job
+from compile_steer.lower import BACKENDS, FITTED, Job
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
@@ -144,14 +144,14 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
         if _kept(folder, inputs):
             continue
-        if name != "bias":
+        if name in FITTED:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
         patch = BACKENDS[name].lower(job)
         origin = Provenance(
             name=run.recipe.name,
             backend=name,
-            form="bias" if patch.bias else "adapter",
+            form="adapter" if is_adapter(patch, run.loaded) else "patch",
             model=run.loaded.id,
             revision=run.loaded.revision,
             program=run.places.program.name,

@@ -8,27 +8,22 @@ from typing import Literal
 
 from compile_steer.errors import CannotLower
 from compile_steer.layout import Layout
-from compile_steer.lower import BACKENDS, EXACT
+from compile_steer.lower import BACKENDS
 from compile_steer.program import Program
 from compile_steer.recipe import BackendName
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One backend's standing: `refusal` is None where it is legal; `chosen` if it will run."""
+    """One backend's standing: `refusal` is None where it is legal; `chosen` if it will run.
+
+    `adapter_refusal` is why the result cannot ship as a stock PEFT adapter, or None.
+    """
 
     backend: str
     refusal: str | None
     chosen: bool
-
-    @property
-    def adapter_refusal(self) -> str | None:
-        """Why the result cannot ship as a stock PEFT adapter, or None."""
-        if self.backend in EXACT:
-            return (
-                "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
-            )
-        return None
+    adapter_refusal: str | None
 
 
 def plan(program: Program, layout: Layout, wanted: Sequence[BackendName] | Literal["auto"]) -> list[Choice]:
@@ -45,4 +40,12 @@ def plan(program: Program, layout: Layout, wanted: Sequence[BackendName] | Liter
         lines = [f"{name}: {refusals[name]}." for name in (blocked or refusals)]
         use = f"Use compile.backends: {', '.join(legal)} or auto." if legal else "Change the program."
         raise CannotLower([*lines, use])
-    return [Choice(name, refusals[name], name in chosen) for name in BACKENDS]
+    return [
+        Choice(
+            name,
+            refusals[name],
+            name in chosen,
+            backend.adapter_refusal(program, layout) if refusals[name] is None else None,
+        )
+        for name, backend in BACKENDS.items()
+    ]

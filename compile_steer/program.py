@@ -125,6 +125,15 @@ class Intervention:
         return f"{name} {self.coefficient:+g} at {self.site}, positions {self.positions}{norm}{off}"
 
 
+def ablate_everywhere(direction: Tensor, n_layers: int, coefficient: float = 1.0) -> tuple[Intervention, ...]:
+    """Ablate a unit `direction` [d_model] at the embeddings and at every write to the stream of `n_layers` blocks.
+
+    With coefficient 1 the stream then never holds it, at any point (Arditi et al. 2406.11717).
+    """
+    sites = [Site(0, "resid_pre"), *(Site(k, point) for k in range(n_layers) for point in ("attn_out", "mlp_out"))]
+    return tuple(Intervention(site, "ablate", direction, coefficient) for site in sites)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A tuple of interventions for one model. `model` and `revision` name what it was made for."""
@@ -191,8 +200,13 @@ class Program:
             raise ArtifactError([*problems, "Extract the vector from this model, or load the one it was made for."])
 
     def describe(self) -> str:
-        """The program as text, one intervention a line."""
-        return "\n".join(i.describe() for i in self.interventions) or "(empty program)"
+        """The program as text: one intervention a line, one line for a long run that differs in the site alone."""
+        lines = [i.describe() for i in self.interventions]
+        kinds = {line.replace(f" at {i.site},", ",") for line, i in zip(lines, self.interventions, strict=True)}
+        if len(lines) > 8 and len(kinds) == 1:
+            first, last = self.interventions[0].site, self.interventions[-1].site
+            return f"{kinds.pop()}: at {len(lines)} sites from {first} to {last}"
+        return "\n".join(lines) or "(empty program)"
 
     def save(self, path: Path, extra: dict[str, str] | None = None) -> None:
         """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` beside it.

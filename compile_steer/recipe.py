@@ -22,7 +22,7 @@ from compile_steer.files import digest
 from compile_steer.program import Point, parse_positions
 from compile_steer.scoring import Scorer
 
-BackendName = Literal["bias", "closed_form", "distill"]
+BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill"]
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 Method = Literal["mean_difference", "pca", "logistic"]
 

@@ -1,8 +1,9 @@
-"""A patch on disk: a stock PEFT folder for low-rank edits, a small safetensors file for biases.
+"""A patch on disk: a stock PEFT folder for low-rank edits of Linears, a small safetensors file for the rest.
 
 Adapters are written normalised (plain LoRA, alpha = rank with the scale in B, one rank that serving
 engines accept), because engines misread the richer kinds without a word. No stock adapter format holds
-a bias on a Linear that has none, so a bias patch is kept beside its provenance until it is merged.
+a bias on a Linear that has none, or another architecture: such a patch is kept beside its provenance until it
+is merged.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from compile_steer.provenance import Provenance
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-BIAS_FILE = "bias.safetensors"
+PATCH_FILE = "patch.safetensors"
 _PREFIX = "base_model.model."
 # Ranks that vLLM takes; llama.cpp and PEFT take any.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -38,13 +39,42 @@ def write_patch(folder: Path, patch: WeightPatch, loaded: Loaded, provenance: Pr
     """
     patch.require_finite()
     with new_folder(folder) as new:
-        if patch.bias:
-            biases = {name: bias.contiguous().cpu() for name, bias in patch.bias.items()}
-            save_file(biases, str(new / BIAS_FILE), metadata={"switches": json.dumps(patch.switches)})
-        else:
+        if is_adapter(patch, loaded):
             _write_peft(new, patch, loaded)
+        else:
+            _write_parts(new / PATCH_FILE, patch)
         provenance.write(new)
         (new / "README.md").write_text(model_card(provenance, program), encoding="utf-8")
+
+
+def is_adapter(patch: WeightPatch, loaded: Loaded) -> bool:
+    """True if a plain LoRA holds the whole patch."""
+    embeddings = set(loaded.layout.family.embeddings)
+    return not (patch.bias or patch.switches or patch.untie or patch.architecture or embeddings & set(patch.low_rank))
+
+
+def _write_parts(path: Path, patch: WeightPatch) -> None:
+    """Biases as NAME.bias, low-rank edits as NAME.A and NAME.B, the rest as JSON under metadata key `patch`."""
+    tensors = {f"{name}.bias": bias for name, bias in patch.bias.items()}
+    for name, edit in patch.low_rank.items():
+        tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
+    header = {"switches": list(patch.switches), "untie": patch.untie, "architecture": patch.architecture}
+    # clone: factors may be views of each other's storage
+    whole = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
+    save_file(whole, str(path), metadata={"patch": json.dumps(header)})
+
+
+def _read_parts(path: Path) -> WeightPatch:
+    tensors, metadata = read_tensors(path)
+    try:
+        header = json.loads(metadata["patch"])
+        low_rank = {
+            n[:-2]: LowRank(tensors[f"{n[:-2]}.B"], tensor) for n, tensor in tensors.items() if n.endswith(".A")
+        }
+        biases = {n.removesuffix(".bias"): tensor for n, tensor in tensors.items() if n.endswith(".bias")}
+        return WeightPatch(low_rank, biases, tuple(header["switches"]), bool(header["untie"]), header["architecture"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
 
 
 def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
@@ -71,12 +101,8 @@ def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
 
 def read_patch(folder: Path) -> WeightPatch:
     """Read back a patch that `write_patch` wrote; raises `ArtifactError` for anything else."""
-    if (folder / BIAS_FILE).is_file():
-        tensors, metadata = read_tensors(folder / BIAS_FILE)
-        try:
-            return WeightPatch(bias=tensors, switches=tuple(json.loads(metadata["switches"])))
-        except (KeyError, ValueError) as error:
-            raise ArtifactError(f"{folder / BIAS_FILE} is not a bias patch of compile_steer.") from error
+    if (folder / PATCH_FILE).is_file():
+        return _read_parts(folder / PATCH_FILE)
     tensors, _metadata = read_tensors(folder / ADAPTER_WEIGHTS)
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import new_folder
@@ -35,21 +35,9 @@ def write_merged(
 
 
 def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
-    """The base at `source` in fp32 with `patch` in its weights."""
-    with quiet():
-        config = AutoConfig.from_pretrained(source)
-        for switch in patch.switches:
-            setattr(config, switch, True)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    # What the checkpoint lacks is what the switches brought in: biases, which start at zero.
-    unexpected = [name for name in loading["missing_keys"] if not (patch.switches and name.endswith(".bias"))]
-    if unexpected:
-        raise ArtifactError(f"the base at {source} lacks weights: {', '.join(sorted(unexpected)[:3])} ...")
+    """The base at `source` in fp32 with `patch` in its weights; raises `ArtifactError`."""
+    model = _prepared_base(source, patch)
     with torch.no_grad():
-        for name in loading["missing_keys"]:
-            model.get_parameter(name).zero_()
         for name, edit in patch.low_rank.items():
             weight = _module(model, name).weight
             delta = weight_delta(_module(model, name), edit)
@@ -59,15 +47,58 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
                 )
             weight.add_(delta)
         for name, bias in patch.bias.items():
-            held = _module(model, name).bias
+            held = getattr(_module(model, name), "bias", None)
             if held is None or held.shape != bias.shape:
                 raise ArtifactError(f"the base has no bias of width {bias.shape[0]} on {name}.")
             held.add_(bias)
     for name in (*patch.low_rank, *patch.bias):
         if not all(bool(torch.isfinite(p).all()) for p in _module(model, name).parameters()):
             raise ArtifactError(f"merging gives NaN or infinity in {name}; nothing was written.")
-    merged: PreTrainedModel = model
-    return merged
+    return model
+
+
+def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:
+    """The base with room for the patch: its architecture, its biases (zero), a head of its own."""
+    with quiet():
+        config = AutoConfig.from_pretrained(source)
+        if patch.architecture:
+            config = rewritten_config(config, patch.architecture)
+        for switch in patch.switches:
+            setattr(config, switch, True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    # What the checkpoint lacks is what the switches brought in: biases, which start at zero.
+    room = bool(patch.switches or patch.architecture)
+    lacking = [name for name in loading["missing_keys"] if not (room and name.endswith(".bias"))]
+    if lacking:
+        raise ArtifactError(f"the base at {source} lacks weights: {', '.join(sorted(lacking)[:3])} ...")
+    if patch.architecture and loading["unexpected_keys"]:
+        names = ", ".join(sorted(loading["unexpected_keys"])[:3])
+        raise ArtifactError(f"{type(model).__name__} has no place for {names} of the base at {source}.")
+    with torch.no_grad():
+        for name in loading["missing_keys"]:
+            model.get_parameter(name).zero_()
+        if patch.untie:
+            model.config.tie_word_embeddings = False
+            model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.clone())
+    prepared: PreTrainedModel = model
+    return prepared
+
+
+def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedConfig:
+    """The config of `architecture` that computes what `config`'s own family does, without a bias but those it has.
+
+    Every field that both families have is carried over; what is the family's own name stays behind.
+    """
+    target = AutoConfig.for_model(architecture)
+    own = {"model_type", "architectures", "transformers_version"}
+    shared = {key: value for key, value in config.to_dict().items() if hasattr(target, key) and key not in own}
+    heads = config.num_attention_heads
+    shared["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Qwen2's query, key and value have biases without a switch; the target's switch stands for the output's too.
+    shared["attention_bias"] = config.model_type == "qwen2"
+    return AutoConfig.for_model(architecture, **shared)
 
 
 def _module(model: nn.Module, name: str) -> nn.Linear:

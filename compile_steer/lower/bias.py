@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compile_steer.layout import Layout, WriterKind
+from compile_steer.layout import Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program, Site
@@ -18,15 +18,16 @@ def refusal(program: Program, layout: Layout) -> str | None:
     if not program.interventions:
         return NOTHING_ACTIVE
     for one in program.interventions:
-        reason = _refusal(one, layout)
+        reason = (
+            shift_refusal(one, layout) if one.operation == "add" else f"a bias cannot {one.operation}; it only shifts"
+        )
         if reason is not None:
             return f"{one.operation} at {one.site}: {reason}"
     return None
 
 
-def _refusal(one: Intervention, layout: Layout) -> str | None:
-    if one.operation != "add":
-        return f"a bias cannot {one.operation}; it only shifts"
+def shift_refusal(one: Intervention, layout: Layout) -> str | None:
+    """Why no stock bias can hold the shift of one intervention, or None."""
     if "all" not in one.scopes:
         return f"a bias acts at every position, not at {one.positions} alone"
     if one.site == Site(0, "resid_pre"):
@@ -44,16 +45,29 @@ def _writer(one: Intervention) -> WriterKind:
     return "attn" if one.site.point == "attn_out" else "mlp"
 
 
-def lower(job: Job) -> WeightPatch:
+def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
+    """Why the result cannot ship as a stock PEFT adapter."""
+    return "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
+
+
+def switches_for(layout: Layout, writer: Writer) -> set[str]:
+    """The config switch that makes stock code build that writer's bias, where the model has none yet."""
+    switch = layout.bias_switch(writer.kind)
+    return set() if switch is None or layout.has_bias(writer) else {switch}
+
+
+def shifts(program: Program, layout: Layout) -> WeightPatch:
     """Return the biases and the config switches that make stock code build them."""
-    layout = job.loaded.layout
     biases: dict[str, Tensor] = {}
     switches: set[str] = set()
-    for one in job.program.interventions:
+    for one in program.interventions:
         writer = layout.writer(one.site.layer, _writer(one))
         shift = one.coefficient * one.vector.float() / layout.residual_multiplier
         biases[writer.name] = biases[writer.name] + shift if writer.name in biases else shift
-        switch = layout.bias_switch(writer.kind)
-        if switch is not None and not layout.has_bias(writer):
-            switches.add(switch)
+        switches |= switches_for(layout, writer)
     return WeightPatch(bias=biases, switches=tuple(sorted(switches)))
+
+
+def lower(job: Job) -> WeightPatch:
+    """Return the biases that hold the program."""
+    return shifts(job.program, job.loaded.layout)

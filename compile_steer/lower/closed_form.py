@@ -53,6 +53,11 @@ def refusal(program: Program, _layout: Layout) -> str | None:
     return None
 
 
+def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
+    """None: low-rank edits of Linears are what a LoRA is."""
+    return None
+
+
 def lower(job: Job) -> WeightPatch:
     """Return the patch after which the plain model imitates the program on calibration texts."""
     stages = plan_stages(job)

@@ -48,6 +48,11 @@ def refusal(program: Program, layout: Layout) -> str | None:
     return closed_form.refusal(program, layout)
 
 
+def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
+    """None: low-rank edits of Linears are what a LoRA is."""
+    return None
+
+
 def lower(job: Job) -> WeightPatch:
     """Return the start patch trained on the divergence, or the start itself if training made it worse."""
     options = job.options.distill

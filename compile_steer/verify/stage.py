@@ -21,7 +21,7 @@ from compile_steer.recipe import Gates
 from compile_steer.verify.parity import PARITY, Parity, judge
 from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
 
-_EXACT_BACKENDS = frozenset({"bias"})
+_EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 _ROUNDED = {"merged-bf16": torch.bfloat16}
 
 

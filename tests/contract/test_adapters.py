@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_merged, write_patch
-from compile_steer.export.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BIAS_FILE
+from compile_steer.export.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE
 from compile_steer.export.merged import merged_model
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import LowRank, WeightPatch, applied
@@ -207,9 +207,9 @@ def test_damaged_adapter_weights_are_refused(saved: Save, tmp_path: Path, damage
         read_patch(tmp_path / "adapter")
 
 
-def test_a_foreign_bias_file_is_refused(tmp_path: Path) -> None:
-    save_file({"x": torch.ones(2)}, str(tmp_path / BIAS_FILE))
-    with pytest.raises(ArtifactError, match="not a bias patch of compile_steer"):
+def test_a_foreign_patch_file_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, str(tmp_path / PATCH_FILE))
+    with pytest.raises(ArtifactError, match="not a patch of compile_steer"):
         read_patch(tmp_path)
 
 

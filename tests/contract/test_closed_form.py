@@ -5,61 +5,26 @@ Random models are harder than trained ones: the inputs of a gated MLP's writer h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch.nn import functional
 
-from compile_steer.behaviour import Behaviour, Encoded
 from compile_steer.errors import CompileSteerError
-from compile_steer.hooks import steered
-from compile_steer.lower import Job, closed_form, distill
+from compile_steer.lower import closed_form, distill
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
-from compile_steer.models import Loaded
-from compile_steer.passes import canonical
-from compile_steer.patch import LowRank, WeightPatch, applied
-from compile_steer.program import Intervention, Program
-from compile_steer.progress import Meter
-from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile, Distill
-from tests.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks, program, texts
-
-FAMILIES = ("llama", "gpt2", "gemma2", "granite")
-
-
-def several(count: int, seed: int) -> list[Encoded]:
-    return texts([(4 + n % 5, 12 + n % 7) for n in range(count)], seed=seed)
-
-
-CALIBRATION, HELD_OUT, TRAINING = several(60, 1), several(20, 2), several(40, 3)
-
-
-def steering_of(family: str, *interventions: Intervention) -> Program:
-    return canonical(program(family, *interventions))
-
-
-def job(one: Loaded, steering: Program, options: Compile | None = None) -> Job:
-    nothing = Behaviour((), (), (), (), (), (), {})
-    return Job(steering, one, nothing, options or Compile(), 0, Meter())
-
-
-def solve(one: Loaded, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
-    return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None)
-
-
-def kl(one: Loaded, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
-    """Mean KL(steered || patched) in nats a token, from whole passes with explicit roles."""
-    batch = Padded.of(rows, "right")
-    with steered(one.model, steering, roles=batch.roles):
-        wanted = logits(one.model, batch).double().log_softmax(dim=-1)
-    with applied(one.model, patch):
-        found = logits(one.model, batch).double().log_softmax(dim=-1)
-    return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
-
-
-def share(one: Loaded, steering: Program, patch: WeightPatch) -> float:
-    return kl(one, steering, patch) / kl(one, steering, WeightPatch())
-
+from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.program import Intervention
+from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile
+from tests.contract.fitting import (
+    FAMILIES,
+    HELD_OUT,
+    TRAINING,
+    job,
+    kl,
+    share,
+    solve,
+    steering_of,
+)
+from tests.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
 
 # --------------------------------------------------------------------------------------- closed form
 
@@ -230,9 +195,6 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
         assert backend.refusal(steering_of("llama", intervention()), loaded("llama").layout) is None
 
 
-# ------------------------------------------------------------------------------------- distillation
-
-
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
     """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
@@ -251,95 +213,3 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
         moved = layout.residual_multiplier * real
     found = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
     assert torch.allclose(found.double(), (wanted - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
-
-
-OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
-
-
-ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
-
-
-def train(one: Loaded, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
-    return distill.train(steering, one, TRAINING, start, options, 0, lambda _done: None)
-
-
-@pytest.mark.parametrize(("family", "wanted"), [("llama", 0.25), ("gpt2", 0.25), ("gemma2", 0.4), ("granite", 0.2)])
-def test_training_from_a_random_patch_lowers_the_divergence_on_texts_it_never_saw(family: str, wanted: float) -> None:
-    one = loaded(family)
-    steering = steering_of(family, intervention(positions="all"))
-    start = distill.random_patch(one.layout, 1, OPTIONS.rank, seed=0)
-    assert share(one, steering, start) == pytest.approx(1.0), "a random start is the base"
-    found = train(one, steering, start)
-    assert {name: edit.rank for name, edit in found.low_rank.items()} == dict.fromkeys(start.low_rank, OPTIONS.rank)
-    assert share(one, steering, found) < wanted
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_training_goes_on_from_the_closed_form(family: str) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
-    start = solve(one, steering, plan_stages(job(one, steering)))
-    found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
-    assert share(one, steering, found) < 0.92 * share(one, steering, start)
-
-
-@pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
-def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
-    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
-    task = job(one, steering, options)
-    task.__dict__["regression_texts"] = CALIBRATION
-    before = share(one, steering, closed_form.lower(task))
-    fitted = distill.fitted_patch(task)
-    assert share(one, steering, fitted) < factor * before
-    assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
-    assert n_hooks(one.model) == 0
-
-
-def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
-    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
-    task = job(one, steering, options)
-    task.__dict__["regression_texts"] = CALIBRATION
-    fitted, solved = distill.fitted_patch(task), closed_form.lower(task)
-    assert fitted.low_rank.keys() == solved.low_rank.keys()
-
-
-def test_training_that_makes_things_worse_gives_the_start_back() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
-    start = solve(one, steering, plan_stages(job(one, steering)))
-    assert train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 50.0})) is start
-
-
-def test_training_is_the_same_for_the_same_seed_and_leaves_model_and_start_alone() -> None:
-    one, steering = loaded("granite"), steering_of("granite", intervention("ablate", "attn_out", 1))
-    start = distill.random_patch(one.layout, 1, 2, seed=4)
-    copy = {name: (edit.B.clone(), edit.A.clone()) for name, edit in start.low_rank.items()}
-    batch = Padded.of(HELD_OUT, "right")
-    before, base = n_hooks(one.model), logits(one.model, batch)
-    short = OPTIONS.model_copy(update={"epochs": 0.5})
-    first, second = (train(one, steering, start, short) for _ in range(2))
-    assert all(torch.equal(first.low_rank[name].B, second.low_rank[name].B) for name in copy)
-    assert any(bool(first.low_rank[name].B.any()) for name in copy)
-    assert all(
-        torch.equal(start.low_rank[n].B, B) and torch.equal(start.low_rank[n].A, A) for n, (B, A) in copy.items()
-    )
-    assert n_hooks(one.model) == before
-    assert torch.equal(logits(one.model, batch), base)
-    assert not any(parameter.grad is not None for parameter in one.model.parameters())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothing_yet(family: str) -> None:
-    one = loaded(family)
-    patch = distill.random_patch(one.layout, 2, 3, seed=0)
-    per_block = 4 if family == "gpt2" else 7
-    assert len(patch.low_rank) == 2 * per_block
-    assert all(".2." in name or ".3." in name for name in patch.low_rank)
-    batch = Padded.of(HELD_OUT, "right")
-    base = logits(one.model, batch)
-    with applied(one.model, patch):
-        assert torch.equal(logits(one.model, batch), base)
-    assert all(bool(edit.A.any()) and not bool(edit.B.any()) for edit in patch.low_rank.values())
-    other = distill.random_patch(one.layout, 2, 3, seed=1)
-    name = sorted(patch.low_rank)[0]
-    assert not torch.equal(patch.low_rank[name].A, other.low_rank[name].A)

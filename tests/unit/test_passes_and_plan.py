@@ -55,11 +55,15 @@ def test_a_block_s_output_is_edited_before_what_was_the_next_block_s_input() -> 
 
 def test_auto_takes_the_first_backend_that_does_not_refuse() -> None:
     exact = plan(program("llama", intervention()), loaded("llama").layout, "auto")
-    assert [(c.backend, c.chosen) for c in exact] == [("bias", True), ("closed_form", False), ("distill", False)]
+    assert [c.backend for c in exact if c.chosen] == ["bias"]
+    assert [c.backend for c in exact] == ["bias", "orthogonalise", "retarget", "closed_form", "distill"]
     solved = plan(program("gemma2", intervention()), loaded("gemma2").layout, "auto")
-    assert [(c.backend, c.chosen) for c in solved] == [("bias", False), ("closed_form", True), ("distill", False)]
+    assert [c.backend for c in solved if c.chosen] == ["closed_form"]
     assert "normalises" in (solved[0].refusal or "")
-    assert solved[1].refusal is None
+    rewritten = plan(program("mistral", intervention()), loaded("mistral").layout, "auto")
+    assert [c.backend for c in rewritten if c.chosen] == ["retarget"]
+    ablated = program("mistral", intervention("ablate", "mlp_out"))
+    assert [c.backend for c in plan(ablated, loaded("mistral").layout, "auto") if c.chosen] == ["orthogonalise"]
 
 
 def test_pinned_backends_are_chosen_together() -> None:
@@ -83,6 +87,17 @@ def test_an_empty_program_cannot_be_lowered_by_any_backend() -> None:
 
 
 def test_a_bias_does_not_ship_as_an_adapter() -> None:
-    choices = plan(program("llama", intervention()), loaded("llama").layout, "auto")
-    assert [c.adapter_refusal is None for c in choices] == [False, True, True]
-    assert "merged checkpoint only" in (choices[0].adapter_refusal or "")
+    choices = {c.backend: c for c in plan(program("llama", intervention()), loaded("llama").layout, "auto")}
+    assert "merged checkpoint only" in (choices["bias"].adapter_refusal or "")
+    assert choices["closed_form"].adapter_refusal is None
+
+
+def test_an_ablation_of_writers_ships_as_an_adapter_unless_a_bias_or_the_embeddings_change_too() -> None:
+    for family, one, ships in (
+        ("llama", intervention("ablate", "mlp_out"), True),
+        ("gpt2", intervention("ablate", "mlp_out"), False),
+        ("llama", intervention("clamp", "mlp_out"), False),
+        ("llama", intervention("ablate", "resid_pre", 0), False),
+    ):
+        choices = plan(program(family, one), loaded(family).layout, ("orthogonalise",))
+        assert [c.adapter_refusal is None for c in choices if c.chosen] == [ships]

@@ -1,0 +1,55 @@
+"""Texts and measures that the tests of the fitted backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.nn import functional
+
+from compile_steer.behaviour import Behaviour, Encoded
+from compile_steer.hooks import steered
+from compile_steer.lower import Job
+from compile_steer.lower.closed_form import Stage, solve_stages
+from compile_steer.models import Loaded
+from compile_steer.passes import canonical
+from compile_steer.patch import WeightPatch, applied
+from compile_steer.program import Intervention, Program
+from compile_steer.progress import Meter
+from compile_steer.recipe import Compile
+from tests.tiny import Padded, logits, program, texts
+
+FAMILIES = ("llama", "gpt2", "gemma2", "granite")
+
+
+def several(count: int, seed: int) -> list[Encoded]:
+    return texts([(4 + n % 5, 12 + n % 7) for n in range(count)], seed=seed)
+
+
+CALIBRATION, HELD_OUT, TRAINING = several(60, 1), several(20, 2), several(40, 3)
+
+
+def steering_of(family: str, *interventions: Intervention) -> Program:
+    return canonical(program(family, *interventions))
+
+
+def job(one: Loaded, steering: Program, options: Compile | None = None) -> Job:
+    nothing = Behaviour((), (), (), (), (), (), {})
+    return Job(steering, one, nothing, options or Compile(), 0, Meter())
+
+
+def solve(one: Loaded, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
+    return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None)
+
+
+def kl(one: Loaded, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
+    """Mean KL(steered || patched) in nats a token, from whole passes with explicit roles."""
+    batch = Padded.of(rows, "right")
+    with steered(one.model, steering, roles=batch.roles):
+        wanted = logits(one.model, batch).double().log_softmax(dim=-1)
+    with applied(one.model, patch):
+        found = logits(one.model, batch).double().log_softmax(dim=-1)
+    return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
+
+def share(one: Loaded, steering: Program, patch: WeightPatch) -> float:
+    return kl(one, steering, patch) / kl(one, steering, WeightPatch())

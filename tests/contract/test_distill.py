@@ -1,0 +1,115 @@
+"""Training on tiny models: what it adds to the regression, what it must leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compile_steer.lower import closed_form, distill
+from compile_steer.lower.closed_form import plan_stages
+from compile_steer.models import Loaded
+from compile_steer.patch import WeightPatch, applied
+from compile_steer.program import Program
+from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile, Distill
+from tests.contract.fitting import (
+    CALIBRATION,
+    FAMILIES,
+    HELD_OUT,
+    TRAINING,
+    job,
+    share,
+    solve,
+    steering_of,
+)
+from tests.tiny import Padded, intervention, loaded, logits, n_hooks
+
+OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
+
+
+ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
+
+
+def train(one: Loaded, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
+    return distill.train(steering, one, TRAINING, start, options, 0, lambda _done: None)
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("llama", 0.25), ("gpt2", 0.25), ("gemma2", 0.4), ("granite", 0.2)])
+def test_training_from_a_random_patch_lowers_the_divergence_on_texts_it_never_saw(family: str, wanted: float) -> None:
+    one = loaded(family)
+    steering = steering_of(family, intervention(positions="all"))
+    start = distill.random_patch(one.layout, 1, OPTIONS.rank, seed=0)
+    assert share(one, steering, start) == pytest.approx(1.0), "a random start is the base"
+    found = train(one, steering, start)
+    assert {name: edit.rank for name, edit in found.low_rank.items()} == dict.fromkeys(start.low_rank, OPTIONS.rank)
+    assert share(one, steering, found) < wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_training_goes_on_from_the_closed_form(family: str) -> None:
+    one, steering = loaded(family), steering_of(family, intervention())
+    start = solve(one, steering, plan_stages(job(one, steering)))
+    found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
+    assert share(one, steering, found) < 0.92 * share(one, steering, start)
+
+
+@pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
+def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
+    one, steering = loaded(family), steering_of(family, intervention())
+    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
+    task = job(one, steering, options)
+    task.__dict__["regression_texts"] = CALIBRATION
+    before = share(one, steering, closed_form.lower(task))
+    fitted = distill.fitted_patch(task)
+    assert share(one, steering, fitted) < factor * before
+    assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
+    assert n_hooks(one.model) == 0
+
+
+def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
+    task = job(one, steering, options)
+    task.__dict__["regression_texts"] = CALIBRATION
+    fitted, solved = distill.fitted_patch(task), closed_form.lower(task)
+    assert fitted.low_rank.keys() == solved.low_rank.keys()
+
+
+def test_training_that_makes_things_worse_gives_the_start_back() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    start = solve(one, steering, plan_stages(job(one, steering)))
+    assert train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 50.0})) is start
+
+
+def test_training_is_the_same_for_the_same_seed_and_leaves_model_and_start_alone() -> None:
+    one, steering = loaded("granite"), steering_of("granite", intervention("ablate", "attn_out", 1))
+    start = distill.random_patch(one.layout, 1, 2, seed=4)
+    copy = {name: (edit.B.clone(), edit.A.clone()) for name, edit in start.low_rank.items()}
+    batch = Padded.of(HELD_OUT, "right")
+    before, base = n_hooks(one.model), logits(one.model, batch)
+    short = OPTIONS.model_copy(update={"epochs": 0.5})
+    first, second = (train(one, steering, start, short) for _ in range(2))
+    assert all(torch.equal(first.low_rank[name].B, second.low_rank[name].B) for name in copy)
+    assert any(bool(first.low_rank[name].B.any()) for name in copy)
+    assert all(
+        torch.equal(start.low_rank[n].B, B) and torch.equal(start.low_rank[n].A, A) for n, (B, A) in copy.items()
+    )
+    assert n_hooks(one.model) == before
+    assert torch.equal(logits(one.model, batch), base)
+    assert not any(parameter.grad is not None for parameter in one.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothing_yet(family: str) -> None:
+    one = loaded(family)
+    patch = distill.random_patch(one.layout, 2, 3, seed=0)
+    per_block = 4 if family == "gpt2" else 7
+    assert len(patch.low_rank) == 2 * per_block
+    assert all(".2." in name or ".3." in name for name in patch.low_rank)
+    batch = Padded.of(HELD_OUT, "right")
+    base = logits(one.model, batch)
+    with applied(one.model, patch):
+        assert torch.equal(logits(one.model, batch), base)
+    assert all(bool(edit.A.any()) and not bool(edit.B.any()) for edit in patch.low_rank.values())
+    other = distill.random_patch(one.layout, 2, 3, seed=1)
+    name = sorted(patch.low_rank)[0]
+    assert not torch.equal(patch.low_rank[name].A, other.low_rank[name].A)

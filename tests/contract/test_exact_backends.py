@@ -1,0 +1,247 @@
+"""The exact backends on every family: merged, saved and reloaded by stock transformers, they equal the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compile_steer.behaviour import Behaviour
+from compile_steer.errors import ArtifactError
+from compile_steer.export.merged import merged_model
+from compile_steer.hooks import steered
+from compile_steer.layout import Layout
+from compile_steer.lower import Job, bias, orthogonalise, retarget
+from compile_steer.models import Loaded, quiet
+from compile_steer.passes import canonical
+from compile_steer.patch import WeightPatch
+from compile_steer.program import POINTS, Point, Program, ablate_everywhere
+from compile_steer.progress import Meter
+from compile_steer.recipe import Compile
+from tests.tiny import (
+    FAMILIES,
+    LAYERS,
+    Padded,
+    build,
+    captured,
+    intervention,
+    loaded,
+    logits,
+    program,
+    relative_error,
+    texts,
+    vector,
+)
+
+LAYER = 2
+EVERYWHERE = [(family, point) for family in FAMILIES for point in POINTS]
+Save = Callable[[str], Loaded]
+
+
+# --------------------------------------------------------------------------------- the bias backend
+
+
+def job(one: Loaded, steering: Program) -> Job:
+    nothing = Behaviour((), (), (), (), (), (), {})
+    return Job(canonical(steering), one, nothing, Compile(), 0, Meter())
+
+
+def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> torch.nn.Module:
+    """The merged checkpoint as a user's plain transformers would load it."""
+    merged = merged_model(one.source, patch)
+    with quiet():
+        merged.save_pretrained(folder)
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    found: torch.nn.Module = model.eval()
+    return found
+
+
+def must_equal_hooks(one: Loaded, steering: Program, folder: Path, backend: ModuleType = bias) -> WeightPatch:
+    """Lower, merge, save and reload; compare with the hooks on both padding sides and through the cache."""
+    assert backend.refusal(canonical(steering), one.layout) is None
+    patch: WeightPatch = backend.lower(job(one, steering))
+    compiled = reloaded(one, patch, folder)
+    for side in ("left", "right"):
+        inputs = Padded.of(texts(), side)
+        with steered(one.model, steering):
+            wanted = logits(one.model, inputs)
+        assert relative_error(logits(compiled, inputs), wanted) < 1e-5
+        assert relative_error(logits(one.model, inputs), wanted) > 1e-3
+    prompts = Padded.of(texts(((5, 0), (2, 0), (4, 0))), "left")
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    ids = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
+    with steered(one.model, steering):
+        wanted_tokens = one.model.generate(**ids, **settings)
+    assert torch.equal(compiled.generate(**ids, **settings), wanted_tokens)  # type: ignore[operator]
+    return patch
+
+
+def legal_points(family: str) -> list[Point]:
+    layout = loaded(family).layout
+    return [
+        p for p in POINTS if bias.refusal(canonical(program(family, intervention("add", p, LAYER))), layout) is None
+    ]
+
+
+@pytest.mark.parametrize(("family", "point"), EVERYWHERE)
+def test_where_a_bias_is_legal_the_reloaded_checkpoint_equals_the_hooks(
+    family: str, point: Point, saved: Save, tmp_path: Path
+) -> None:
+    steering = program(family, intervention("add", point, LAYER))
+    if point not in legal_points(family):
+        assert bias.refusal(canonical(steering), saved(family).layout)
+        return
+    patch = must_equal_hooks(saved(family), steering, tmp_path / "merged")
+    assert len(patch.bias) == 1
+    assert not patch.low_rank
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if legal_points(family)])
+def test_several_shifts_share_biases_and_equal_the_hooks(family: str, saved: Save, tmp_path: Path) -> None:
+    points = legal_points(family)
+    several = [intervention("add", p, 1 + n % 2, coefficient=1.1 + n, seed=n) for n, p in enumerate(points)]
+    several += [intervention("add", points[-1], LAYERS - 1, coefficient=-0.7, seed=9)]
+    several += [intervention("add", points[0], 1, coefficient=-0.9, seed=8)]  # onto the first one's own bias
+    patch = must_equal_hooks(saved(family), program(family, *several), tmp_path / "merged")
+    assert 1 < len(patch.bias) < len(several) or len(points) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_checkpoint_that_has_biases_already_keeps_them(family: str, tmp_path: Path) -> None:
+    switches = {"attention_bias": True} | ({"mlp_bias": True} if family == "llama" else {})
+    model = build(family, **switches)
+    model.save_pretrained(tmp_path / "base")
+    one = replace(loaded(family), model=model, source=str(tmp_path / "base"))
+    steering = program(family, *(intervention("add", point, 1) for point in legal_points(family)))
+    patch = must_equal_hooks(one, steering, tmp_path / "merged")
+    assert patch.switches == ()
+
+
+def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path: Path) -> None:
+    model = build("gpt_neox", use_parallel_residual=False)
+    model.save_pretrained(tmp_path / "base")
+    one = replace(loaded("gpt_neox"), model=model, source=str(tmp_path / "base"))
+    steering = program("gpt_neox", *(intervention("add", point, 1, seed=n) for n, point in enumerate(POINTS)))
+    must_equal_hooks(one, steering, tmp_path / "merged")
+
+
+def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
+    for points, switches in (
+        (["mlp_out"], ("mlp_bias",)),
+        (["attn_out", "resid_post"], ("attention_bias", "mlp_bias")),
+    ):
+        steering = program("llama", *(intervention("add", point, 1) for point in points))  # type: ignore[arg-type]
+        assert bias.lower(job(saved("llama"), steering)).switches == switches
+    assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).switches == ()
+
+
+def test_a_family_whose_checkpoint_lacks_its_biases_is_refused_before_any_work() -> None:
+    model = build("gpt_neox", attention_bias=False)
+    steering = canonical(program("gpt_neox", intervention("add", "attn_out", 1)))
+    assert bias.refusal(steering, loaded("gpt_neox").layout) is None
+    found = bias.refusal(steering, Layout.of(model))
+    assert found is not None
+    assert "attention.dense" in found
+
+
+def test_one_illegal_intervention_refuses_the_whole_program_and_names_itself() -> None:
+    steering = program("llama", intervention(layer=1), intervention("ablate", "mlp_out", 3))
+    found = bias.refusal(canonical(steering), loaded("llama").layout)
+    assert found == "ablate at mlp_out 3: a bias cannot ablate; it only shifts"
+
+
+def test_nothing_lies_below_the_first_block() -> None:
+    steering = canonical(program("gpt2", intervention("add", "resid_pre", 0)))
+    assert bias.refusal(steering, loaded("gpt2").layout) == "add at resid_pre 0: no writer lies below block 0"
+
+
+# ------------------------------------------------------------------- the other two exact backends
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not loaded(f).layout.post_norm])
+def test_ablating_writers_in_the_weights_equals_the_hooks(family: str, saved: Save, tmp_path: Path) -> None:
+    """Several ablations on one writer, in order; with the adds and clamps that the family's biases allow."""
+    several = [
+        intervention("ablate", "attn_out", 1, seed=1),
+        intervention("ablate", "mlp_out", 2, seed=2),
+        intervention("ablate", "mlp_out", 2, coefficient=0.9, seed=3),
+    ]
+    layout = loaded(family).layout
+    for more in (intervention("clamp", "mlp_out", 2, seed=4), intervention("add", "attn_out", 1, seed=5)):
+        if orthogonalise.refusal(canonical(program(family, *several, more)), layout) is None:
+            several.append(more)
+    patch = must_equal_hooks(saved(family), program(family, *several), tmp_path / "merged", orthogonalise)
+    assert {edit.rank for edit in patch.low_rank.values()} >= {1}
+    assert max(edit.rank for edit in patch.low_rank.values()) >= 2
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not loaded(f).layout.post_norm])
+@pytest.mark.parametrize("coefficient", [1.0, 0.6])
+def test_ablating_everywhere_is_exact_and_the_stream_never_holds_the_direction(
+    family: str, coefficient: float, saved: Save, tmp_path: Path
+) -> None:
+    one = saved(family)
+    steering = program(family, *ablate_everywhere(vector(3, 1.0), LAYERS, coefficient))
+    patch = must_equal_hooks(one, steering, tmp_path / "merged", orthogonalise)
+    assert patch.untie == one.layout.tied
+    assert len(steering.describe().splitlines()) == 1
+    compiled = reloaded(one, patch, tmp_path / "again")
+    inputs = Padded.of(texts(), "right")
+    with captured(family, compiled) as streams:
+        logits(compiled, inputs)
+    real = inputs.attention_mask.bool()
+    for state in (*streams.before.values(), *streams.after.values()):
+        held = (state[real] @ vector(3, 1.0)).abs().max() / state[real].norm(dim=-1).max()
+        assert (float(held) < 1e-5) == (coefficient == 1.0)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_rewritten_checkpoint_is_the_same_function_and_then_holds_the_shifts(
+    family: str, saved: Save, tmp_path: Path
+) -> None:
+    one = saved(family)
+    inputs = Padded.of(texts(), "left")
+    empty = reloaded(one, WeightPatch(architecture="llama", switches=("mlp_bias",)), tmp_path / "plain")
+    assert type(empty).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(empty, inputs), logits(one.model, inputs)), "nothing added, no bit changed"
+    several = [intervention("add", p, 1 + n % 2, seed=n) for n, p in enumerate(POINTS)]
+    patch = must_equal_hooks(one, program(family, *several), tmp_path / "merged", retarget)
+    assert patch.switches == ("attention_bias", "mlp_bias")
+
+
+def test_a_window_that_acts_is_not_rewritten_away() -> None:
+    steering = canonical(program("mistral", intervention()))
+    for window, refused in ((6, True), (64, False), (None, False)):
+        layout = Layout.of(build("mistral", sliding_window=window))
+        assert (retarget.refusal(steering, layout) is not None) == refused
+    assert "not one of the families" in (retarget.refusal(steering, loaded("llama").layout) or "")
+
+
+# ------------------------------------------------------------------------------------------- merging
+
+
+def test_a_patch_for_other_modules_or_widths_is_refused(saved: Save) -> None:
+    source = saved("gpt2").source
+    for patch, message in (
+        (
+            WeightPatch(bias={"transformer.h.9.mlp.c_proj": vector(0)}),
+            r"h\.9\.mlp\.c_proj, which the base does not have",
+        ),
+        (WeightPatch(bias={"transformer.h.1.mlp.c_proj": vector(0, width=31)}), "no bias of width 31"),
+        (
+            WeightPatch(bias={"transformer.h.1.mlp.c_proj": vector(0) / 0}),
+            "NaN or infinity in transformer.h.1.mlp.c_proj",
+        ),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            merged_model(source, patch)
+    with pytest.raises(ArtifactError, match=r"no bias of width 32 on model\.layers\.1\.mlp\.down_proj"):
+        merged_model(saved("mistral").source, WeightPatch(bias={"model.layers.1.mlp.down_proj": vector(0)}))
