@@ -54,12 +54,12 @@ def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> Non
     console.print(f"[bold]Plan[/bold] for {escape(program)}")
     for choice in choices:
         if choice.refusal is not None:
-            console.print(f"  {choice.backend:<12} [red]refused[/red]: {escape(choice.refusal)}")
+            console.print(f"  {choice.backend:<14} [red]refused[/red]: {escape(choice.refusal)}")
             continue
         state = "[green]chosen[/green]" if choice.chosen else "legal, not asked for"
-        console.print(f"  {choice.backend:<12} {state}")
+        console.print(f"  {choice.backend:<14} {state}")
         if choice.adapter_refusal is not None:
-            console.print(f"  {'':<12} as adapter [red]refused[/red]: {escape(choice.adapter_refusal)}")
+            console.print(f"  {'':<14} as adapter [red]refused[/red]: {escape(choice.adapter_refusal)}")
 
 
 def print_parities(console: Console, parities: Sequence[Parity]) -> None:
