@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from benchmarks import programs
 from compile_steer.behaviour import batches
 from compile_steer.files import save_text, sha256
 from compile_steer.lower import Job, closed_form, distill
@@ -77,8 +78,9 @@ def main() -> None:
         reference = Reference(recipe, run.loaded, load_program(run), run.behaviour, run.meter)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
+        every = programs.table(run)
         tokens = sum(len(text.ids) for text in job.regression_texts)
-        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program))
+        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program), every)
     save_text(ROOT / "docs" / "BENCHMARKS.md", page)
     console.print(page, markup=False)
 
@@ -200,7 +202,9 @@ def _throughput(run: Run, out: Path) -> list[Row]:
     return [Row("throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}")]
 
 
-def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> str:
+def _page(
+    rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str, programs_table: Sequence[str]
+) -> str:
     first = parities[0]
     lines = [
         "# Benchmarks",
@@ -229,6 +233,12 @@ def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program:
             f"{'passed' if p.passed else 'FAILED: ' + '; '.join(p.reasons)} |"
             for p in parities
         ),
+        "",
+        "## Every kind of program",
+        "",
+        f"The direction of block {programs.BLOCK}; each program's texts are its own. The exact ones are merged in memory.",
+        "",
+        *programs_table,
         "",
     ]
     return "\n".join(lines)
