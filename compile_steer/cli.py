@@ -17,10 +17,18 @@ import typer
 from rich.console import Console
 
 from compile_steer import pipeline
+from compile_steer.describe import describe_artifact
 from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.report import print_parities, print_plan, print_samples, print_validation, write_page
+from compile_steer.report import (
+    print_decompiled,
+    print_parities,
+    print_plan,
+    print_samples,
+    print_validation,
+    write_page,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -95,7 +103,7 @@ def extract(
     run = session.open()
     pipeline.run_extract(run)
     path = run.places.directions
-    session.finish(pipeline.describe_artifact(path), lambda: session.console.print(f"Directions: {path}"))
+    session.finish(describe_artifact(path), lambda: session.console.print(f"Directions: {path}"))
 
 
 @app.command()
@@ -224,13 +232,35 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command("decompile")
+def decompile_(
+    recipe: RecipePath,
+    artifact: Annotated[Path, typer.Option(help="An adapter for the recipe's model, or a fine-tuned copy of it.")],
+    out: Out = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Read a steering program off an adapter or fine-tuned checkpoint, and say how much of it that explains.
+
+    The way back from weights to vectors; ours or anybody's. Leaves vectors/NAME.decompiled.safetensors.
+    """
+    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
+    opened = session.open()
+    found = pipeline.run_decompile(opened, artifact)
+    known = pipeline.load_program(opened) if opened.places.program.is_file() else None
+    session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
+
+
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A program, directions, report, adapter or merged folder.")],
     as_json: Json = False,
 ) -> None:
     """Say what an artifact is, what it was made from and how it was judged."""
-    found = pipeline.describe_artifact(path)
+    found = describe_artifact(path)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

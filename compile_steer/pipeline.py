@@ -6,15 +6,15 @@ on where it stopped. Verification is never skipped.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from compile_steer.behaviour import Behaviour, read_behaviour
+from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower
 from compile_steer.export import is_adapter, model_card, read_patch, write_merged, write_patch
@@ -26,10 +26,11 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.places import Places
 from compile_steer.plan import Choice, plan
-from compile_steer.program import Program, read_tensors
+from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
+from compile_steer.reload import reload
 from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
 
@@ -263,26 +264,8 @@ def read_parities(run: Run) -> list[Parity]:
     return [Parity.load(folder / PARITY) for folder in artifacts(run)]
 
 
-def describe_artifact(path: Path) -> dict[str, object]:
-    """What an artifact of any kind says of itself, for `show`; raises `ArtifactError`."""
-    if path.is_dir():
-        found: dict[str, object] = {"kind": "artifact", "provenance": asdict(Provenance.read(path))}
-        if (path / PARITY).is_file():
-            found["parity"] = asdict(Parity.load(path / PARITY))
-        return found
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is not JSON ({error}).") from error
-        kind = "parity report" if "kl_share" in content else "validation report"
-        report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
-        return {"kind": kind, **asdict(report)}
-    _tensors, metadata = read_tensors(path)
-    if "directions" in metadata:
-        directions = Directions.load(path)
-        norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
-        return {"kind": "directions", "model": directions.model, "point": directions.point, "norms": norms}
-    program = Program.load(path)
-    lines = program.describe().splitlines()
-    return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}
+def run_decompile(run: Run, folder: Path) -> Decompiled:
+    """The program that explains the artifact at `folder` best, left beside the recipe's own."""
+    found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.meter)
+    found.save(run.places.decompiled, run.places.decompiled.with_suffix(".json"))
+    return found

@@ -28,6 +28,11 @@ class Places:
         return self.out / "vectors" / f"{self.name}.validation.json"
 
     @property
+    def decompiled(self) -> Path:
+        """The program that was read off an artifact; what it explains is in the JSON of the same name."""
+        return self.out / "vectors" / f"{self.name}.decompiled.safetensors"
+
+    @property
     def report(self) -> Path:
         """The whole run as one self-contained page."""
         return self.out / f"{self.name}.html"

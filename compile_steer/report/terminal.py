@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.nn.functional import cosine_similarity
 
+from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
+from compile_steer.program import Program
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
 
@@ -107,3 +110,22 @@ def print_samples(
     too_high = f"steered, {report.coefficient * factor:g}: too high"
     for name, text in [*answers, (too_high, report.samples["too_high"])]:
         console.print(f"  [cyan]{name}[/cyan]: {escape(' '.join(text.split()))}")
+
+
+def print_decompiled(console: Console, found: Decompiled, known: Program | None) -> None:
+    """The blocks that were changed, beside the program that is known, if any."""
+    table = Table(title="What the artifact's blocks were changed to do", title_justify="left")
+    for heading in ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector"):
+        table.add_column(heading, justify="right")
+    wanted = {i.site.layer: i.vector for i in known.active if i.site.point == "resid_post"} if known else {}
+    for block, one in zip(found.blocks, found.program.interventions, strict=True):
+        beside = wanted.get(block.layer)
+        same = "" if beside is None else f"{float(cosine_similarity(one.vector, beside, dim=0)):.4f}"
+        table.add_row(
+            str(block.layer), f"{block.norm:.3g}", f"{block.relative_size:.2%}", f"{block.explained:.1%}", same
+        )
+    console.print(table)
+    console.print(
+        f"Adding these constants explains {found.explained:.1%} of KL(artifact||base) on neutral text "
+        f"({found.kl_base:.3g} nats a token, {found.kl_left:.3g} left)."
+    )

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.behaviour import Text, encode
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest, sha256
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
-from compile_steer.models import Loaded, quiet
+from compile_steer.models import Loaded
 from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.recipe import Gates
+from compile_steer.reload import reload
 from compile_steer.verify.parity import PARITY, Parity, judge
 from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
 
@@ -32,7 +31,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         ArtifactError: the artifact is missing, damaged, or belongs to another program or base.
     """
     origin = require_same_origin(folder, reference.base, program_sha256)
-    artifact = open_artifact(folder, origin, reference.base)
+    artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
     (behaving,) = behave(artifact, reference.behaviour, reference.recipe, [None])
@@ -77,27 +76,6 @@ def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Prov
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin
-
-
-def open_artifact(folder: Path, origin: Provenance, base: Loaded) -> Loaded:
-    """Load an adapter through plain PEFT or a merged folder through plain transformers."""
-    dtype = base.model.dtype
-    try:
-        with quiet():
-            if origin.form == "adapter":
-                fresh = AutoModelForCausalLM.from_pretrained(base.source, dtype=dtype)
-                model = PeftModel.from_pretrained(fresh, str(folder))
-                tokenizer = base.tokenizer
-            else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(
-            f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
-        ) from error
-    model.to(base.device).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, str(folder), "", str(folder))
 
 
 def _same_tokens(reference: Reference, artifact: Loaded) -> bool:

@@ -1,0 +1,85 @@
+"""From weights back to vectors: what was compiled is read off again, and what no vector explains is said so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from compile_steer.behaviour import Behaviour, Pair, Text
+from compile_steer.decompile import Decompiled, decompile
+from compile_steer.errors import ArtifactError
+from compile_steer.export.merged import merged_model
+from compile_steer.lower import bias
+from compile_steer.models import Loaded
+from compile_steer.passes import canonical
+from compile_steer.patch import WeightPatch
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from tests.tiny import build, intervention, loaded, program, random_patch
+
+Save = Callable[[str], Loaded]
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(f"w{n}" for n in torch.randint(6, 97, (count,), generator=torch.Generator().manual_seed(seed)))
+
+
+PAIRS = tuple(Pair(Text(words(n, 4), words(n + 50, 9)), Text(words(n, 4), words(n + 90, 7)), "") for n in range(12))
+BEHAVIOUR = Behaviour(PAIRS, (), (), tuple(Text(words(n, 3), words(n + 9, 8)) for n in range(200, 208)), (), (), {})
+
+
+def compiled(one: Loaded, patch: WeightPatch) -> Loaded:
+    return replace(one, model=merged_model(one.source, patch).eval().requires_grad_(False), id="compiled")
+
+
+def read_off(one: Loaded, other: Loaded) -> Decompiled:
+    return decompile(one, other, BEHAVIOUR, Meter())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "gpt_neox"])
+def test_compile_then_decompile_gives_the_directions_back(family: str, saved: Save) -> None:
+    one = saved(family)
+    steering = canonical(
+        program(family, intervention(layer=1, seed=1), intervention("add", "mlp_out", 3, coefficient=-0.8, seed=2))
+    )
+    assert bias.refusal(steering, one.layout) is None
+    found = read_off(one, compiled(one, bias.shifts(steering, one.layout)))
+    assert [i.site.layer for i in found.program.interventions] == [1, 3]
+    for got, wanted in zip(found.program.interventions, steering.interventions, strict=True):
+        # What a sublayer writes reaches the stream times the family's residual multiplier, points are of the stream.
+        assert float(cosine_similarity(got.vector, wanted.coefficient * wanted.vector, dim=0)) > 0.9999
+        assert float(got.vector.norm()) == pytest.approx(
+            abs(wanted.coefficient) * float(wanted.vector.norm()), rel=1e-3
+        )
+    assert all(block.explained > 0.9999 for block in found.blocks)
+    assert found.explained > 0.9999
+
+
+def test_a_change_that_is_no_constant_is_not_called_one(saved: Save) -> None:
+    one = saved("llama")
+    found = read_off(one, compiled(one, random_patch(one)))
+    assert [i.site.layer for i in found.program.interventions] == [1, 2]
+    assert all(block.explained < 0.6 for block in found.blocks)
+    assert found.explained < 0.6
+
+
+def test_the_base_itself_and_another_shape_are_refused(saved: Save) -> None:
+    one = saved("llama")
+    with pytest.raises(ArtifactError, match="nothing to decompile"):
+        read_off(one, compiled(one, WeightPatch()))
+    other = replace(loaded("llama"), model=build("llama", num_hidden_layers=2), id="shallow")
+    with pytest.raises(ArtifactError, match="shallow has 2 blocks of width 32, the base 4 of 32"):
+        read_off(one, other)
+
+
+def test_the_program_it_leaves_is_one_that_loads(saved: Save, tmp_path: Path) -> None:
+    one = saved("llama")
+    found = read_off(one, compiled(one, bias.shifts(program("llama", intervention()), one.layout)))
+    found.save(tmp_path / "found.safetensors", tmp_path / "found.json")
+    again = Program.load(tmp_path / "found.safetensors")
+    assert torch.equal(again.interventions[0].vector, found.program.interventions[0].vector)
