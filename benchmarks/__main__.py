@@ -19,7 +19,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import machine
-from compile_steer.behaviour import batches
 from compile_steer.files import save_text, sha256
 from compile_steer.lower import Job, closed_form, distill
 from compile_steer.metrics import CHUNK_TOKENS, divergence
@@ -30,6 +29,7 @@ from compile_steer.pipeline import Run, artifacts, load_program, run_compile, ru
 from compile_steer.progress import BarMeter
 from compile_steer.recipe import read_recipe
 from compile_steer.replay import readout, run_span
+from compile_steer.tokens import batches
 from compile_steer.verify import Parity, Reference
 from compile_steer.verify.reference import final_states
 
@@ -184,11 +184,11 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
 def _throughput(run: Run, out: Path) -> list[Row]:
     """Tokens a second of cached generation, merged over base, both loaded alike and run in turn."""
     merged = AutoModelForCausalLM.from_pretrained(out / "merged" / "ocean-bias-fp32", dtype=torch.float32).eval()
-    prompts = run.behaviour.heldout[:16]
+    prompts = [text.prompt for text in run.behaviour.heldout[:16]]
     plain = replace(run.loaded, model=merged)
 
     def generate(loaded: Loaded) -> None:
-        inputs = loaded.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+        inputs = loaded.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         with torch.no_grad():
             loaded.model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)
 

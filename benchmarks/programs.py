@@ -18,12 +18,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import machine
-from compile_steer.behaviour import Encoded, encode
 from compile_steer.directions import Directions
 from compile_steer.export.merged import merged_model
 from compile_steer.files import save_text
 from compile_steer.generate import continue_prompts
-from compile_steer.hooks import steered
 from compile_steer.lower import BACKENDS, Job
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded
@@ -34,6 +32,7 @@ from compile_steer.program import Intervention, Program, Site, ablate_everywhere
 from compile_steer.progress import BarMeter
 from compile_steer.recipe import read_recipe
 from compile_steer.replay import run_span
+from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.reference import final_states
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,8 +104,7 @@ class Measure:
     def of(run: Run, program: Program) -> Measure:
         loaded = run.loaded
         prompts = run.behaviour.heldout[:HELD_OUT]
-        with steered(loaded.model, program):
-            texts = continue_prompts(loaded, prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
+        texts = continue_prompts(loaded, prompts, program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
         wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
         return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compile_steer.behaviour import Batch, Text, batches, encode
 from compile_steer.errors import LayoutError
 from compile_steer.hooks import LAST_PROMPT, RESPONSE
 from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Point, Site
 from compile_steer.progress import Tick
+from compile_steer.tokens import Batch, Text, batches, encode
 
 Readout = Literal["response_mean", "last_prompt"]
 

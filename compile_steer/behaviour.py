@@ -1,29 +1,18 @@
-"""A behaviour's data: contrast pairs in three disjoint splits, prompts, and how text becomes tokens."""
+"""A behaviour's data: contrast pairs in three disjoint splits, and prompts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import Any
 
 from compile_steer.errors import RecipeError
 from compile_steer.files import digest
-from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
+from compile_steer.tokens import Text
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A user prompt and the assistant's response to it (empty where only the prompt matters)."""
-
-    prompt: str
-    response: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,8 +36,8 @@ class Behaviour:
     validation: tuple[Pair, ...]
     test: tuple[Pair, ...]
     neutral: tuple[Text, ...]
-    heldout: tuple[str, ...]
-    calibration: tuple[str, ...]
+    heldout: tuple[Text, ...]
+    calibration: tuple[Text, ...]
     hashes: dict[str, str]
 
 
@@ -59,14 +48,20 @@ class Reader:
         self.problems: list[str] = []
         self.hashes: dict[str, str] = {}
 
-    def rows(self, name: str, path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
-        """The rows of one file; a row with a missing, extra, empty or non-text field is a problem."""
+    def rows(self, name: str, path: Path, keys: Sequence[str], *, turns: bool = False) -> list[dict[str, Any]]:
+        """The rows of one file; a row with a missing, extra, empty or non-text field is a problem.
+
+        Args:
+            turns: rows may have a `history`, a list of [user, assistant] texts.
+        """
         try:
             lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             self.problems.append(f"data.{name}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).")
             return []
-        rows = [row for n, line in enumerate(lines, 1) if line.strip() and (row := self._row(path, n, line, keys))]
+        rows = [
+            row for n, line in enumerate(lines, 1) if line.strip() and (row := self._row(path, n, line, keys, turns))
+        ]
         if not rows and not any(line.strip() for line in lines):
             self.problems.append(
                 f"data.{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}."
@@ -74,12 +69,18 @@ class Reader:
         self.hashes[name] = digest(rows)
         return rows
 
-    def _row(self, path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str] | None:
+    def _row(self, path: Path, number: int, line: str, keys: Sequence[str], turns: bool) -> dict[str, Any] | None:
         where = f"{path.name}:{number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             self.problems.append(f"{where}: not JSON ({error.msg}).")
+            return None
+        history = row.pop("history", []) if turns and isinstance(row, dict) else []
+        if not _is_history(history):
+            self.problems.append(
+                f"{where}: history must be a list of [user, assistant] pairs of texts that are not empty."
+            )
             return None
         if not isinstance(row, dict) or set(row) != set(keys):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -89,7 +90,14 @@ class Reader:
         if bad:
             self.problems.append(f"{where}: {', '.join(bad)} must be text that is not empty.")
             return None
-        return {key: row[key] for key in keys}
+        return {key: row[key] for key in keys} | ({"history": history} if history else {})
+
+
+def _is_history(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) and said.strip() for said in turn)
+        for turn in value
+    )
 
 
 def read_behaviour(files: dict[str, Path], positive_template: str, negative_template: str) -> Behaviour:
@@ -102,8 +110,8 @@ def read_behaviour(files: dict[str, Path], positive_template: str, negative_temp
     """
     reader = Reader()
     rows = {name: reader.rows(name, files[name], ("prompt", "positive", "negative")) for name in SPLITS}
-    neutral = reader.rows("neutral", files["neutral"], ("prompt", "response"))
-    prompts = {name: reader.rows(name, files[name], ("prompt",)) for name in ("heldout", "calibration")}
+    neutral = reader.rows("neutral", files["neutral"], ("prompt", "response"), turns=True)
+    prompts = {name: reader.rows(name, files[name], ("prompt",), turns=True) for name in ("heldout", "calibration")}
     reader.problems += _repeats({**rows, "neutral": neutral, **prompts})
     for name, template in (("positive", positive_template), ("negative", negative_template)):
         if template.count("{prompt}") != 1:
@@ -131,18 +139,23 @@ def read_behaviour(files: dict[str, Path], positive_template: str, negative_temp
         pairs("train"),
         pairs("validation"),
         pairs("test"),
-        tuple(Text(row["prompt"], row["response"]) for row in neutral),
-        tuple(row["prompt"] for row in prompts["heldout"]),
-        tuple(row["prompt"] for row in prompts["calibration"]),
+        tuple(map(_text, neutral)),
+        tuple(map(_text, prompts["heldout"])),
+        tuple(map(_text, prompts["calibration"])),
         reader.hashes,
     )
+
+
+def _text(row: dict[str, Any]) -> Text:
+    history = tuple((user, assistant) for user, assistant in row.get("history", []))
+    return Text(row["prompt"], row.get("response", ""), history)
 
 
 def _key(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _repeats(files: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+def _repeats(files: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """A line for each prompt that stands twice, within a file or across files, and for each response across splits."""
     answers: dict[str, str] = {}
     for name in SPLITS:
@@ -159,86 +172,3 @@ def _repeats(files: dict[str, list[dict[str, str]]]) -> Iterator[str]:
         keys = [_key(row["prompt"]) for row in rows]
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             yield f"data.{name}: the prompt '{key}' stands {keys.count(key)} times."
-
-
-# ---------------------------------------------------------------------------------------------- tokens
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one conversation; the first `n_prompt` are the prompt, template tokens included."""
-
-    ids: tuple[int, ...]
-    n_prompt: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A right-padded batch, and where each row came from. All tensors are [batch, time]."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    roles: Tensor
-    rows: tuple[int, ...]
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.roles.to(device), self.rows)
-
-    @property
-    def predicts_response(self) -> Tensor:
-        """Boolean [batch, time]: positions whose next token belongs to the response."""
-        following = torch.zeros_like(self.roles, dtype=torch.bool)
-        following[:, :-1] = self.roles[:, 1:] == RESPONSE
-        return following
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.attention_mask.sum())
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as the model is asked it: through the chat template, or as it is for a plain model."""
-    if tokenizer.chat_template is None:
-        return prompt
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return str(text)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
-    """Tokenise prompt and response apart, so that the boundary is the same whatever the response."""
-    # A chat template writes its special tokens itself; a plain prompt needs the tokenizer's own.
-    special = tokenizer.chat_template is None
-    prompt = tokenizer(prompt_text(tokenizer, text.prompt), add_special_tokens=special)["input_ids"]
-    joint = "" if tokenizer.chat_template is not None or not text.response or text.response[0].isspace() else " "
-    response = tokenizer(joint + text.response, add_special_tokens=False)["input_ids"] if text.response else []
-    return Encoded((*prompt, *response), len(prompt))
-
-
-def batches(encoded: Sequence[Encoded], pad_id: int, *, max_tokens: int = 4096) -> Iterator[Batch]:
-    """Right-padded batches of similar length, each of at most `max_tokens` padded tokens."""
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
-    group: list[int] = []
-    for index in order:
-        if group and (len(group) + 1) * len(encoded[index].ids) > max_tokens:
-            yield pad(encoded, group, pad_id)
-            group = []
-        group.append(index)
-    if group:
-        yield pad(encoded, group, pad_id)
-
-
-def pad(encoded: Sequence[Encoded], rows: Iterable[int], pad_id: int) -> Batch:
-    """One right-padded batch of the chosen rows."""
-    chosen = tuple(rows)
-    time = max(len(encoded[row].ids) for row in chosen)
-    input_ids = torch.full((len(chosen), time), pad_id, dtype=torch.long)
-    roles = torch.full((len(chosen), time), PAD, dtype=torch.int8)
-    for at, row in enumerate(chosen):
-        one = encoded[row]
-        input_ids[at, : len(one.ids)] = torch.tensor(one.ids)
-        roles[at, : one.n_prompt] = PROMPT
-        roles[at, one.n_prompt - 1] = LAST_PROMPT
-        roles[at, one.n_prompt : len(one.ids)] = RESPONSE
-    return Batch(input_ids, (roles != PAD).long(), roles, chosen)

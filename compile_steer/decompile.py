@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.behaviour import Batch, Behaviour, Encoded, Text, batches, encode
+from compile_steer.behaviour import Behaviour
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_json
 from compile_steer.hooks import PAD, steered
@@ -25,6 +25,7 @@ from compile_steer.models import Loaded
 from compile_steer.program import Intervention, Program, Site
 from compile_steer.progress import Meter
 from compile_steer.replay import run_span
+from compile_steer.tokens import Batch, Encoded, Text, batches, encode
 
 # A block that changes its output by less than this, relative to the stream, was not touched.
 _UNTOUCHED = 1e-6

@@ -1,49 +1,61 @@
-"""Continue prompts with whatever hooks are on: greedy or sampled, one seed, left-padded batches."""
+"""Continue prompts, steered or with whatever hooks are on: greedy or sampled, one seed, left-padded batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
-from compile_steer.behaviour import Encoded, Text, encode
+from compile_steer.hooks import PAD, steered
 from compile_steer.models import Loaded
+from compile_steer.program import Program
+from compile_steer.tokens import Encoded, Text, encode
 
 
 def continue_prompts(
-    loaded: Loaded, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    loaded: Loaded,
+    prompts: Sequence[Text],
+    program: Program | Sequence[Program] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Encoded]:
     """Continue each prompt; returns prompt and continuation as tokens, cut after the end of the turn.
 
     Args:
+        prompts: conversations up to the response; a response that is there is left out.
+        program: what steers the model meanwhile: one for all, one a prompt, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
     """
-    tokenizer = loaded.tokenizer
-    encoded = [encode(tokenizer, Text(prompt)) for prompt in prompts]
+    encoded = [encode(loaded.tokenizer, replace(prompt, response="")) for prompt in prompts]
+    pad_id = int(loaded.tokenizer.pad_token_id)
     width = max(len(one.ids) for one in encoded)
-    input_ids = torch.full((len(encoded), width), int(tokenizer.pad_token_id), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
+    input_ids = torch.full((len(encoded), width), pad_id, dtype=torch.long)
+    roles = torch.full((len(encoded), width), PAD, dtype=torch.int8)
     for row, one in enumerate(encoded):
         input_ids[row, width - len(one.ids) :] = torch.tensor(one.ids)
-        mask[row, width - len(one.ids) :] = 1
+        roles[row, width - len(one.ids) :] = torch.tensor(one.roles, dtype=torch.int8)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0
         else {"do_sample": False}
     )
+    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles.to(loaded.device))
     torch.manual_seed(seed)
-    with torch.no_grad():
+    with hooks, torch.no_grad():
         output = loaded.model.generate(
             input_ids=input_ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
+            attention_mask=(roles != PAD).long().to(loaded.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_id,
             **sampling,
         )
     ends = _end_tokens(loaded)
     return [
-        Encoded((*one.ids, *_until_end(output[row, width:].tolist(), ends)), one.n_prompt)
-        for row, one in enumerate(encoded)
+        replace(one, ids=(*one.ids, *_until_end(output[row, width:].tolist(), ends))) for row, one in enumerate(encoded)
     ]
 
 

@@ -76,12 +76,17 @@ class _Roles:
     def current(self, hidden: Tensor) -> Tensor:
         batch, time = hidden.shape[:2]
         if self._explicit is not None:
-            if self._explicit.shape != (batch, time):
+            explicit = self._explicit.to(hidden.device)
+            if self._past == 0 and self._prompt is not None and time > explicit.shape[1] == self._prompt.shape[1]:
+                return torch.cat([explicit, explicit.new_full((batch, time - explicit.shape[1]), RESPONSE)], dim=1)
+            if self._past > 0 and explicit.shape[1] <= self._past:
+                return explicit.new_full((batch, time), RESPONSE)
+            if explicit.shape != (batch, time):
                 raise ArtifactError(
                     f"roles are {list(self._explicit.shape)} but the model runs {[batch, time]}; "
                     "give the roles of exactly this batch, or none to have them inferred."
                 )
-            return self._explicit.to(hidden.device)
+            return explicit
         if self._past > 0:
             return torch.full((batch, time), RESPONSE, dtype=torch.int8, device=hidden.device)
         width = time if self._prompt is None else self._prompt.shape[1]
@@ -154,9 +159,9 @@ def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Te
         model: a causal language model of a known family (PEFT-wrapped or not).
         program: one program for every row, or one per row of the batch (same sites, `add` only), which
             is how a sweep runs many coefficients or directions at once.
-        roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch. Without them a
-            pass that starts a cache is a prompt and what follows through the cache is the response,
-            which is what `generate` does.
+        roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
+            that `generate` is given (earlier turns of the assistant are responses too); what follows them is
+            the response. Without them a pass that starts a cache is all prompt.
 
     Raises:
         LayoutError: the model lacks a site. ArtifactError: another width, or rows that do not match.

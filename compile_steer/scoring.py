@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compile_steer.behaviour import Batch, Encoded, Pair, Text, batches, encode
+from compile_steer.behaviour import Pair
 from compile_steer.metrics import chunks, log_softmax
 from compile_steer.models import Loaded
 from compile_steer.replay import readout, run_span
+from compile_steer.tokens import Batch, Encoded, Text, batches, encode
 
 
 class _Strict(BaseModel):

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.behaviour import Encoded
 from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import Intervention, OperationName, Point, Program, Site
+from compile_steer.tokens import Encoded
 
 VOCAB, HIDDEN, FFN, LAYERS = 97, 32, 48, 4
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 REVISION = "sha256:tiny"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant{% endif %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
 
 _SPECIAL: dict[str, Any] = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
@@ -95,6 +95,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    """The same with a chat template."""
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    found.chat_template = CHAT_TEMPLATE
+    return found
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.behaviour import Encoded
 from compile_steer.errors import CannotLower
 from compile_steer.layout import Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
@@ -29,6 +28,7 @@ from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
 from compile_steer.progress import Tick
+from compile_steer.tokens import Encoded
 
 _HELD_OUT_EVERY = 5
 _CORRECTION_RANK = 8

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compile_steer.behaviour import Batch, Encoded, batches
 from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout
 from compile_steer.lower import closed_form
@@ -32,6 +31,7 @@ from compile_steer.program import Program
 from compile_steer.progress import Tick
 from compile_steer.recipe import Distill
 from compile_steer.replay import readout, run_span
+from compile_steer.tokens import Batch, Encoded, batches
 
 
 @dataclass(frozen=True)

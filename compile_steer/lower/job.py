@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from compile_steer.behaviour import Behaviour, Encoded
+from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.generate import continue_prompts
-from compile_steer.hooks import steered
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Compile
+from compile_steer.tokens import Encoded, Text
 
 NOTHING_ACTIVE = "the program has no active intervention; there is nothing to compile"
+
+
+def _length(text: Text) -> int:
+    return sum(map(len, (text.prompt, *(said for turn in text.history for said in turn))))
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,19 @@ class Job:
                 f"{len(available)}. Lower one of them or add prompts."
             )
         # By length, because a batch is padded to its longest prompt.
-        prompts = sorted(available[start:stop], key=len)
+        prompts = sorted(available[start:stop], key=_length)
         found: list[Encoded] = []
         size = self.options.calibration.batch
         with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
             for at in range(0, len(prompts), size):
                 chosen = prompts[at : at + size]
-                with steered(self.loaded.model, self.program):
-                    found += continue_prompts(
-                        self.loaded,
-                        chosen,
-                        max_new_tokens=self.options.calibration.max_new_tokens,
-                        temperature=1.0,
-                        seed=self.seed + start + at,
-                    )
+                found += continue_prompts(
+                    self.loaded,
+                    chosen,
+                    self.program,
+                    max_new_tokens=self.options.calibration.max_new_tokens,
+                    temperature=1.0,
+                    seed=self.seed + start + at,
+                )
                 tick(len(chosen))
         return found

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compile_steer.behaviour import Batch, Encoded, batches
 from compile_steer.hooks import PAD, steered
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Program
 from compile_steer.progress import Tick
 from compile_steer.replay import run_span
+from compile_steer.tokens import Batch, Encoded, batches
 
 
 @dataclass

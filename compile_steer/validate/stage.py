@@ -10,7 +10,7 @@ import torch
 
 from compile_steer.activations import read_activations
 from compile_steer.answers import Answers, Request, answer
-from compile_steer.behaviour import Behaviour, batches, encode
+from compile_steer.behaviour import Behaviour
 from compile_steer.directions import Directions
 from compile_steer.hooks import PAD
 from compile_steer.metrics import Interval, bootstrap_mean
@@ -20,6 +20,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
 from compile_steer.scoring import contrast_scores, encode_pairs
+from compile_steer.tokens import batches, encode
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Batch, Behaviour, Encoded, batches, encode
+from compile_steer.behaviour import Behaviour
 from compile_steer.generate import continue_prompts
 from compile_steer.hooks import PAD, steered
 from compile_steer.metrics import Divergence, divergence
@@ -21,6 +21,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
 from compile_steer.scoring import contrast_scores, encode_pairs, mean_log_probabilities
+from compile_steer.tokens import Batch, Encoded, batches, encode
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,14 @@ class Reference:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
         self._noise: dict[torch.dtype, Divergence] = {}
         with meter.phase("reference: base and steered model", 4) as tick:
-            with steered(base.model, program):
-                self.heldout = continue_prompts(
-                    base,
-                    behaviour.heldout[: recipe.verify.heldout],
-                    max_new_tokens=recipe.verify.max_new_tokens,
-                    temperature=1.0,
-                    seed=recipe.seed + 1,
-                )
+            self.heldout = continue_prompts(
+                base,
+                behaviour.heldout[: recipe.verify.heldout],
+                program,
+                max_new_tokens=recipe.verify.max_new_tokens,
+                temperature=1.0,
+                seed=recipe.seed + 1,
+            )
             tick(1)
             self.neutral = [encode(base.tokenizer, text) for text in behaviour.neutral[: recipe.verify.neutral]]
             self.base_heldout, self.steered_heldout = (final_states(base, self.heldout, p) for p in (None, program))

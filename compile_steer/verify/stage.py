@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compile_steer.behaviour import Text, encode
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest, sha256
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
@@ -17,6 +16,7 @@ from compile_steer.models import Loaded
 from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.recipe import Gates
 from compile_steer.reload import reload
+from compile_steer.tokens import encode
 from compile_steer.verify.parity import PARITY, Parity, judge
 from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
 
@@ -80,7 +80,7 @@ def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Prov
 
 def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
     return all(
-        encode(artifact.tokenizer, Text(prompt)) == encode(reference.base.tokenizer, Text(prompt))
+        encode(artifact.tokenizer, prompt) == encode(reference.base.tokenizer, prompt)
         for prompt in reference.behaviour.heldout
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.behaviour import Behaviour, Encoded
+from compile_steer.behaviour import Behaviour
 from compile_steer.hooks import steered
 from compile_steer.lower import Job
 from compile_steer.lower.closed_form import Stage, solve_stages
@@ -16,6 +16,7 @@ from compile_steer.patch import WeightPatch, applied
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Compile
+from compile_steer.tokens import Encoded
 from tests.tiny import Padded, logits, program, texts
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite")

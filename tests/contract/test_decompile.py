@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from compile_steer.behaviour import Behaviour, Pair, Text
+from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.errors import ArtifactError
 from compile_steer.export.merged import merged_model
@@ -20,6 +20,7 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Program
 from compile_steer.progress import Meter
+from compile_steer.tokens import Text
 from tests.tiny import build, intervention, loaded, program, random_patch
 
 Save = Callable[[str], Loaded]

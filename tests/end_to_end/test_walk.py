@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from compile_steer.behaviour import Text, encode, pad
 from compile_steer.hooks import steered
 from compile_steer.pipeline import Run, load_program
 from compile_steer.program import Program
+from compile_steer.tokens import encode, pad
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
 FIELDS = {
@@ -84,7 +85,7 @@ def _plain_logits(kind: str, base: str, folder: Path, ids: torch.Tensor, tmp_pat
 
 
 def test_stock_libraries_load_the_results_without_compile_steer(walk: Walk, opened: Run, tmp_path: Path) -> None:
-    batch = pad([encode(opened.loaded.tokenizer, Text(opened.behaviour.heldout[0], "The sea."))], [0], 0)
+    batch = pad([encode(opened.loaded.tokenizer, replace(opened.behaviour.heldout[0], response="The sea."))], [0], 0)
     with torch.no_grad():
         base = opened.loaded.model(input_ids=batch.input_ids).logits
         with steered(opened.loaded.model, load_program(opened), roles=batch.roles):

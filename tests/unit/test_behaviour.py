@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from compile_steer.behaviour import SPLITS, Encoded, Text, batches, encode, pad, prompt_text, read_behaviour
+from compile_steer.behaviour import SPLITS, read_behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from tests.tiny import BOS_ID, CHAT_TEMPLATE, PAD_ID, loaded, texts, tokenizer
+from compile_steer.tokens import Encoded, Text, batches, encode, pad, prompt_text
+from tests.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
 
 Row = dict[str, Any]
 
@@ -53,7 +53,7 @@ def test_good_data_is_read_with_its_templates_and_hashes(tmp_path: Path) -> None
     assert found.test[1].positive == Text("test 1 Sing.", "test 1 high")
     assert found.test[1].negative == Text("So: test 1", "test 1 low")
     assert found.neutral == (Text("neutral 0", "plain"),)
-    assert (len(found.heldout), found.calibration[2]) == (3, "calibration 2")
+    assert (len(found.heldout), found.calibration[2].prompt) == (3, "calibration 2")
     assert set(found.hashes) == {*SPLITS, "neutral", "heldout", "calibration"}
 
 
@@ -140,14 +140,6 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> 
 # -------------------------------------------------------------------------------------------- tokens
 
 
-def chatting() -> PreTrainedTokenizerFast:
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    found.chat_template = CHAT_TEMPLATE
-    return found
-
-
 def test_the_boundary_does_not_depend_on_the_response() -> None:
     for tokens in (tokenizer(), chatting()):
         responses = ("", "w7", "w8 w9", " w9")
@@ -159,10 +151,47 @@ def test_the_boundary_does_not_depend_on_the_response() -> None:
 
 
 def test_a_chat_template_is_part_of_the_prompt_and_adds_no_token_twice() -> None:
-    assert prompt_text(chatting(), "w20") == "<s> user w20 assistant"
+    assert prompt_text(chatting(), Text("w20")) == "<s> user w20 <s> assistant "
     found = encode(chatting(), Text("w20", "w30"))
-    assert found == Encoded((BOS_ID, 4, 20, 5, 30), 4)
+    assert found == Encoded((BOS_ID, 4, 20, BOS_ID, 5, 30), 5)
     assert encode(tokenizer(), Text("w20", "w30")) == Encoded((20, 30), 1)
+
+
+def test_every_turn_of_the_assistant_is_a_response_and_the_token_before_it_the_last_of_its_prompt() -> None:
+    talk = Text("w20", "w21 w22", history=(("w30", "w31 w32 w33"), ("w34 w35", "w36")))
+    found = encode(chatting(), talk)
+    said = [chatting().convert_ids_to_tokens(token) for token in found.ids]
+    roles = dict(zip(range(len(said)), found.roles, strict=True))
+    assert [said[n] for n, role in roles.items() if role == RESPONSE] == ["w31", "w32", "w33", "w36", "w21", "w22"]
+    assert [said[n] for n, role in roles.items() if role == LAST_PROMPT] == ["assistant"] * 3
+    assert [said[start:stop] for start, stop in found.earlier] == [["w31", "w32", "w33"], ["w36"]]
+    batch = pad([found, encode(chatting(), Text("w20"))], (0, 1), PAD_ID)
+    assert batch.roles[0].tolist() == found.roles
+    following = [said[n + 1] for n in batch.predicts_response[0].nonzero()[:, 0].tolist()]
+    assert following == ["w31", "w32", "w33", "w36", "w21", "w22"]
+
+
+def test_turns_that_cannot_be_told_apart_are_refused() -> None:
+    talk = Text("w20", history=(("w30", "w31"),))
+    with pytest.raises(RecipeError, match="needs a model with a chat template"):
+        encode(tokenizer(), talk)
+    forgetful = chatting()
+    forgetful.chat_template = "<s> {{ messages | length }} {{ messages[-1]['content'] }} assistant"
+    with pytest.raises(RecipeError, match="rewrites earlier turns"):
+        encode(forgetful, talk)
+
+
+def test_a_history_is_read_and_checked(tmp_path: Path) -> None:
+    rows = good()
+    rows["heldout"][0]["history"] = [["hello", "good day"]]
+    assert read_behaviour(write(tmp_path, rows), "{prompt}", "{prompt}").heldout[0].history == (("hello", "good day"),)
+    for bad in ("hello", [["hello"]], [["hello", ""]], [["hello", 3]]):
+        rows["heldout"][0]["history"] = bad
+        (found,) = problems(write(tmp_path, rows))
+        assert "history must be a list of [user, assistant] pairs" in found
+    rows["heldout"][0].pop("history")
+    rows["train"][0]["history"] = [["hello", "good day"]]
+    assert "needed the keys" in problems(write(tmp_path, rows))[0]
 
 
 def test_padding_marks_what_each_token_is() -> None:

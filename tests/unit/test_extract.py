@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compile_steer.activations import read_activations
-from compile_steer.behaviour import Behaviour, Pair, Text, encode
+from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.extract import extract, fit, shuffled_directions
 from compile_steer.program import POINTS, Point, Site
 from compile_steer.progress import Meter
 from compile_steer.recipe import Extract, Method, Recipe
+from compile_steer.tokens import Text, encode
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 
 TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]

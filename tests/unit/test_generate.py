@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from compile_steer.behaviour import Encoded, Text, encode
 from compile_steer.generate import continue_prompts, ended, response_text
 from compile_steer.hooks import steered
 from compile_steer.models import Loaded
-from tests.tiny import EOS_ID, build, intervention, loaded, program
+from compile_steer.tokens import Encoded, Text, encode, pad
+from tests.tiny import EOS_ID, build, chatting, intervention, loaded, program
 
-PROMPTS = ("w20 w21 w22 w23 w24", "w30", "w40 w41 w42")
+PROMPTS = (Text("w20 w21 w22 w23 w24"), Text("w30"), Text("w40 w41 w42"))
 
 
 def unending(family: str) -> Loaded:
@@ -23,8 +24,8 @@ def unending(family: str) -> Loaded:
     return replace(loaded(family), model=model)
 
 
-def greedy_by_hand(one: Loaded, prompt: str, steps: int) -> tuple[int, ...]:
-    ids = list(encode(one.tokenizer, Text(prompt)).ids)
+def greedy_by_hand(one: Loaded, prompt: Text, steps: int) -> tuple[int, ...]:
+    ids = list(encode(one.tokenizer, prompt).ids)
     for _ in range(steps):
         with torch.no_grad():
             ids.append(int(one.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -47,7 +48,7 @@ def test_hooks_that_are_on_act_on_the_continuation() -> None:
     steering = program("llama", intervention(positions="last_prompt+response", coefficient=6.0))
     with steered(one.model, steering):
         found = continue_prompts(one, PROMPTS, max_new_tokens=6)
-        alone = [continue_prompts(one, [prompt], max_new_tokens=6)[0] for prompt in PROMPTS]
+    alone = [continue_prompts(one, [prompt], steering, max_new_tokens=6)[0] for prompt in PROMPTS]
     assert found == alone
     assert found != continue_prompts(one, PROMPTS, max_new_tokens=6)
 
@@ -106,3 +107,25 @@ def test_a_prompt_that_ends_like_a_turn_has_not_ended_one() -> None:
 
 def test_the_response_is_text_without_special_tokens() -> None:
     assert response_text(loaded("llama"), Encoded((20, 30, 31, EOS_ID), 1)) == "w30 w31"
+
+
+@pytest.mark.parametrize("positions", ["prompt", "response", "last_prompt"])
+def test_earlier_turns_of_the_assistant_are_responses_while_it_answers_the_last(positions: str) -> None:
+    """Generation under hooks is greedy decoding by whole passes with the conversation's explicit roles."""
+    one = replace(unending("llama"), tokenizer=chatting())
+    steering = program("llama", intervention(positions=positions, coefficient=6.0))
+    talks = [
+        Text("w20 w21", history=(("w30", "w31 w32 w33"), ("w34 w35", "w36"))),
+        Text("w40 w41 w42 w43"),
+    ]
+    found = continue_prompts(one, talks, steering, max_new_tokens=5)
+    for talk, said in zip(talks, found, strict=True):
+        encoded = encode(one.tokenizer, talk)
+        assert (said.n_prompt, said.earlier) == (encoded.n_prompt, encoded.earlier)
+        for _ in range(5):
+            batch = pad([encoded], [0], 0)
+            with steered(one.model, steering, roles=batch.roles), torch.no_grad():
+                token = int(one.model(input_ids=batch.input_ids).logits[0, -1].argmax())
+            encoded = replace(encoded, ids=(*encoded.ids, token))
+        assert said.ids == encoded.ids[: len(said.ids)]
+        assert len(said.ids) == len(encoded.ids) or said.ids[-1] == EOS_ID

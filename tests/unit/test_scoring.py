@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from compile_steer.behaviour import Batch, Pair, Text, encode
+from compile_steer.behaviour import Pair
 from compile_steer.hooks import steered
 from compile_steer.replay import run_span
 from compile_steer.scoring import (
@@ -22,6 +22,7 @@ from compile_steer.scoring import (
     mean_log_probabilities,
     repetition,
 )
+from compile_steer.tokens import Batch, Text, encode
 from tests.tiny import intervention, loaded, program, texts
 
 
