@@ -37,7 +37,12 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     kind = _writer(one)
     writer, switch = layout.writer(one.site.layer, kind), layout.bias_switch(kind)
     if switch is None or (switch == "native" and not layout.has_bias(writer)):
-        return f"needs a bias on {writer.name}; {layout.model.config.model_type} has none"
+        other: WriterKind = "attn" if kind == "mlp" else "mlp"
+        point = "attn_out" if other == "attn" else "mlp_out"
+        instead = (
+            "" if layout.bias_switch(other) is None else f", but could hold a shift of {point} (extract.point: {point})"
+        )
+        return f"needs a bias on {writer.name}; {layout.model.config.model_type} has none{instead}"
     return None
 
 
