@@ -101,7 +101,7 @@ def solve_stages(
     Args:
         refine: called after the regressions of each block; what it puts into `walk.solved` counts.
     """
-    _require_stages(stages, loaded.layout.n_layers)
+    _require_stages(stages, loaded.layout)
     walk = Walk.start(program, loaded, texts, max_tokens, tick)
     last = max(stage.layer for stage in stages)
     for block in range(program.first_layer, last + 1):
@@ -117,11 +117,17 @@ def solve_stages(
     return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in walk.solved.items()})
 
 
-def _require_stages(stages: Sequence[Stage], n_layers: int) -> None:
+def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
+    n_layers = layout.n_layers
     problems = [
         f"stage {s.writer} of block {s.layer}: the model has blocks 0 to {n_layers - 1}."
         for s in stages
         if s.layer >= n_layers
+    ]
+    problems += [
+        f"stage {s.writer} of block {s.layer}: rank {s.rank} is above what its matrix can have."
+        for s in stages
+        if s.layer < n_layers and s.rank > min(linear_shape(layout.writer(s.layer, s.writer).module))
     ]
     places = [(stage.layer, stage.writer) for stage in stages]
     problems += [f"stage {w} of block {k} is named twice." for k, w in sorted(set(places)) if places.count((k, w)) > 1]

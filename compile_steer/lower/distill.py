@@ -1,4 +1,7 @@
-"""`distill`: a low-rank patch trained on the divergence from the steered model.
+"""`distill`: a low-rank patch trained to be the steered model, block by block and then end to end.
+
+First the closed form's walk, in which each intervened block is also trained on its own output (`block_fit`): that is
+where the error is made, and a step there costs a fraction of a full one. Then the divergence itself, end to end.
 
 Teacher and student are the same weights: the teacher runs with the hooks on, the student with the
 patch on. Below the first intervened block they compute the same thing, so that prefix is run once a
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compile_steer.errors import CannotLower
 from compile_steer.hooks import PAD, steered
 from compile_steer.layout import Layout
 from compile_steer.lower import closed_form
@@ -26,7 +30,7 @@ from compile_steer.lower.job import Job
 from compile_steer.lower.walk import Walk
 from compile_steer.metrics import chunks, divergence, log_softmax
 from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
 from compile_steer.progress import Tick
 from compile_steer.recipe import Distill
@@ -56,6 +60,7 @@ def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
 def lower(job: Job) -> WeightPatch:
     """Return the start patch trained on the divergence, or the start itself if training made it worse."""
     options = job.options.distill
+    _require_rank(job.loaded.layout, job.program.first_layer, options.rank)
     if options.start == "closed_form":
         start = fitted_patch(job)
     else:
@@ -88,6 +93,13 @@ def fitted_patch(job: Job) -> WeightPatch:
         return closed_form.solve_stages(
             job.program, job.loaded, texts, stages, tick, refine=refine, max_tokens=options.block_batch_tokens
         )
+
+
+def _require_rank(layout: Layout, block: int, rank: int) -> None:
+    for name, module in layout.linears(block).items():
+        if rank > min(linear_shape(module)):
+            d_out, d_in = linear_shape(module)
+            raise CannotLower(f"compile.distill.rank {rank} is above what {name} ({d_out} x {d_in}) can have.")
 
 
 def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatch:

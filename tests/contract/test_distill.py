@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_steer.errors import CannotLower
 from compile_steer.lower import closed_form, distill
 from compile_steer.lower.closed_form import plan_stages
 from compile_steer.models import Loaded
@@ -113,3 +114,12 @@ def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothin
     other = distill.random_patch(one.layout, 2, 3, seed=1)
     name = sorted(patch.low_rank)[0]
     assert not torch.equal(patch.low_rank[name].A, other.low_rank[name].A)
+
+
+def test_a_rank_that_no_matrix_can_have_is_refused_before_any_text_is_written() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    wide = Compile(distill=OPTIONS.model_copy(update={"rank": 25}))
+    with pytest.raises(CannotLower, match=r"rank 25 is above what model\.layers\.1\.self_attn\.k_proj \(24 x 32\)"):
+        distill.lower(job(one, steering, wide))
+    with pytest.raises(CannotLower, match="stage mlp of block 1: rank 33 is above"):
+        solve(one, steering, [closed_form.Stage(1, "mlp", 33)])
