@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from compile_steer.decompile import decompile
+from compile_steer.describe import describe_artifact
 from compile_steer.hooks import steered
 from compile_steer.pipeline import Run, load_program
 from compile_steer.program import Program
+from compile_steer.reload import reload
 from compile_steer.tokens import encode, pad
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
@@ -143,12 +146,34 @@ def test_the_page_is_self_contained_and_tells_the_verdict(walk: Walk) -> None:
     assert "<script" not in page and 'src="' not in page
 
 
-@pytest.mark.parametrize("name", ["vectors/ocean.safetensors", "vectors/ocean.validation.json", "adapters/ocean-bias"])
-def test_show_describes_every_kind_of_artifact(walk: Walk, name: str) -> None:
+def test_show_describes_every_kind_of_artifact(walk: Walk) -> None:
     done = subprocess.run(
-        command("show", walk.out / name, "--json", small=False), capture_output=True, text=True, check=True
+        command("show", walk.out / "adapters/ocean-bias", "--json", small=False),
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert json.loads(done.stdout)["kind"] in {"program", "validation report", "artifact"}
+    assert json.loads(done.stdout)["provenance"]["backend"] == "bias"
+    kinds = {
+        "vectors/ocean.safetensors": "program",
+        "vectors/ocean.directions.safetensors": "directions",
+        "vectors/ocean.validation.json": "validation report",
+        "adapters/ocean-closed_form/parity.json": "parity report",
+    }
+    assert {name: describe_artifact(walk.out / name)["kind"] for name in kinds} == kinds
+
+
+@pytest.mark.parametrize(("name", "cosine"), [("adapters/ocean-closed_form", 0.99), ("merged/ocean-bias-fp32", 0.9999)])
+def test_decompiling_what_was_compiled_gives_the_direction_back(
+    walk: Walk, opened: Run, name: str, cosine: float
+) -> None:
+    few = replace(opened.behaviour, train=opened.behaviour.train[:12], neutral=opened.behaviour.neutral[:6])
+    found = decompile(opened.loaded, reload(walk.out / name, opened.loaded), few, opened.meter)
+    (wanted,) = load_program(opened).interventions
+    (got,) = [i for i in found.program.interventions if i.site.layer == wanted.site.layer]
+    assert float(torch.cosine_similarity(got.vector, wanted.vector, dim=0)) > cosine
+    assert float(got.vector.norm()) == pytest.approx(wanted.coefficient * float(wanted.vector.norm()), rel=0.05)
+    assert found.explained > 0.95
 
 
 def test_a_program_survives_saving_bit_for_bit(walk: Walk, tmp_path: Path) -> None:
