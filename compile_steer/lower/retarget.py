@@ -21,6 +21,8 @@ _TARGET = "llama"
 def refusal(program: Program, layout: Layout) -> str | None:
     """Why the model cannot be rewritten so that a bias holds the (canonical) program, or None."""
     config = layout.model.config
+    if config.model_type == _TARGET:
+        return f"it is {_TARGET} already"
     if config.model_type not in _SOURCES:
         return f"{config.model_type} is not one of the families that {_TARGET}'s stock code computes ({', '.join(_SOURCES)})"
     window = getattr(config, "sliding_window", None)

@@ -222,7 +222,8 @@ def test_a_window_that_acts_is_not_rewritten_away() -> None:
     for window, refused in ((6, True), (64, False), (None, False)):
         layout = Layout.of(build("mistral", sliding_window=window))
         assert (retarget.refusal(steering, layout) is not None) == refused
-    assert "not one of the families" in (retarget.refusal(steering, loaded("llama").layout) or "")
+    assert "not one of the families" in (retarget.refusal(steering, loaded("gpt2").layout) or "")
+    assert retarget.refusal(steering, loaded("llama").layout) == "it is llama already"
 
 
 # ------------------------------------------------------------------------------------------- merging
