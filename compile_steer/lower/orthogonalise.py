@@ -91,7 +91,8 @@ def lower(job: Job) -> WeightPatch:
     layout = job.loaded.layout
     edited: dict[str, _Affine] = {}
     switches: set[str] = set()
-    for one in job.program.interventions:
+    # A shift of the block's output comes after what happens at its sublayers, whatever the program's order.
+    for one in sorted(job.program.interventions, key=lambda one: one.site.point == "resid_post"):
         kind = _kind(one)
         names = layout.family.embeddings if one.site == _EMBEDDINGS else (layout.writer(one.site.layer, kind).name,)
         basis, shift = one.normal_form()
