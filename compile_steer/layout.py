@@ -19,6 +19,7 @@ from compile_steer.errors import LayoutError
 from compile_steer.program import Intervention, Program, Site
 
 WriterKind = Literal["attn", "mlp"]
+EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Family:
 
     `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config switch
     that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
-    block 0, by their full names.
+    block 0, by their full names. With `experts` the MLP is a mixture: `mlp` names it whole, and no one matrix
+    of it writes the stream.
     """
 
     blocks: str
@@ -38,6 +40,7 @@ class Family:
     attn_norm: str | None = None
     mlp_norm: str | None = None
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    experts: bool = False
 
 
 _LLAMA_NAMES: dict[str, Any] = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
@@ -49,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
     "granite": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
     "qwen3": Family(**_LLAMA_NAMES, attn_bias="attention_bias"),
+    "qwen3_moe": Family("model.layers", "self_attn.o_proj", "mlp", attn_bias="attention_bias", experts=True),
     "qwen2": Family(**_LLAMA_NAMES),
     "mistral": Family(**_LLAMA_NAMES),
     "phi3": Family(**_LLAMA_NAMES),
@@ -134,8 +138,15 @@ class Layout:
         """What the family multiplies a sublayer's output by before adding it (Granite); 1 elsewhere."""
         return float(getattr(self.model.config, "residual_multiplier", 1.0))
 
+    @property
+    def writer_kinds(self) -> tuple[WriterKind, ...]:
+        """The sublayers whose output one matrix writes: a mixture of experts has none."""
+        return ("attn",) if self.family.experts else ("attn", "mlp")
+
     def writer(self, layer: int, kind: WriterKind) -> Writer:
-        """The attention's or the MLP's writer of a block."""
+        """The attention's or the MLP's writer of a block; raises `LayoutError` where there is no one writer."""
+        if kind not in self.writer_kinds:
+            raise LayoutError(f"the MLP of {self.model.config.model_type} is {EXPERTS}.")
         relative = self.family.attn if kind == "attn" else self.family.mlp
         name = f"{self.family.blocks}.{layer}.{relative}"
         return Writer(layer, kind, name, self.model.get_submodule(name))
@@ -159,7 +170,7 @@ class Layout:
         norm = self.family.attn_norm if site.point == "attn_out" else self.family.mlp_norm
         if norm is not None:
             return self.blocks[site.layer].get_submodule(norm)
-        return self.writer(site.layer, "attn" if site.point == "attn_out" else "mlp").module
+        return self.blocks[site.layer].get_submodule(self.family.attn if site.point == "attn_out" else self.family.mlp)
 
     def require(self, site: Site) -> None:
         """Raise `LayoutError` if the model lacks that block."""

@@ -85,6 +85,7 @@ def readout(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [n, vocab] of final hidden states [n, d_model], with the family's own scaling and soft cap."""
     layout = Layout.of(model)
     final = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.unsqueeze(0))
+    final.router_logits = None  # read by the heads of mixtures of experts
     with _forward_replaced(layout.backbone, lambda *_args, **_kwargs: final):
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         logits: Tensor = layout.model(input_ids=token, use_cache=False).logits

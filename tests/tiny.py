@@ -79,6 +79,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {**_COMMON, "num_key_value_heads": 2},
     "smollm3": {**_COMMON, "num_key_value_heads": 2},
+    "qwen3_moe": {
+        **_GROUPED,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "phi": {**_COMMON, "num_key_value_heads": 2},
     "phi3": {**_COMMON, "num_key_value_heads": 2, "original_max_position_embeddings": 64},
 }
@@ -126,6 +133,8 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                 elif isinstance(module, nn.Embedding):
                     shared = torch.randn(parameter.shape[1], generator=generator)
                     parameter.copy_(0.4 * shared + 0.6 * normal(parameter))
+                elif parameter.ndim == 3:  # experts, [n_experts, d_out, d_in]
+                    parameter.copy_(normal(parameter) / parameter.shape[2] ** 0.5)
                 else:
                     assert name == "weight", f"unforeseen parameter {name} of {type(module).__name__}"
                     d_in = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[1]
@@ -254,7 +263,9 @@ def edit(one: Intervention, activation: Tensor) -> Tensor:
 # The module whose input is the residual stream between the attention and the MLP; None where both
 # sublayers read the block's input and are added at once.
 MIDSTREAM: dict[str, str | None] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "granite", "smollm3", "phi3"), "post_attention_layernorm"),
+    **dict.fromkeys(
+        ("llama", "qwen2", "qwen3", "mistral", "granite", "smollm3", "phi3", "qwen3_moe"), "post_attention_layernorm"
+    ),
     **dict.fromkeys(("gemma2", "gemma3_text"), "pre_feedforward_layernorm"),
     "gpt2": "ln_2",
     "olmo2": "mlp",

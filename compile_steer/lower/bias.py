@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compile_steer.layout import Layout, Writer, WriterKind
+from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program, Site
@@ -35,6 +35,12 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     if layout.post_norm:
         return f"{layout.model.config.model_type} normalises what its writers write, so a bias is not a shift of the stream"
     kind = _writer(one)
+    if kind not in layout.writer_kinds:
+        point = "attn_out"
+        instead = (
+            "" if layout.bias_switch("attn") is None else f" (a shift of {point} could be held: extract.point: {point})"
+        )
+        return f"the MLP is {EXPERTS}{instead}"
     writer, switch = layout.writer(one.site.layer, kind), layout.bias_switch(kind)
     if switch is None or (switch == "native" and not layout.has_bias(writer)):
         other: WriterKind = "attn" if kind == "mlp" else "mlp"

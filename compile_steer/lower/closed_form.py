@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.errors import CannotLower
-from compile_steer.layout import Layout, Writer, WriterKind
+from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.lower.walk import Walk, run_block
@@ -67,21 +67,21 @@ def lower(job: Job) -> WeightPatch:
 
 def plan_stages(job: Job) -> list[Stage]:
     """The recipe's stages, or by default: the writers of each intervened block, then those of the next few."""
-    first, n_layers = job.program.first_layer, job.loaded.layout.n_layers
+    first, n_layers, kinds = job.program.first_layer, job.loaded.layout.n_layers, job.loaded.layout.writer_kinds
     if job.options.closed_form.stages is not None:
         return [Stage(first + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
     ranks: dict[tuple[int, WriterKind], int] = {}
     for one in job.program.interventions:
         block = one.site.changes_from
         constant = one.operation == "add" and "all" in one.scopes
-        own: WriterKind = "attn" if one.site.point == "attn_out" else "mlp"
+        own: WriterKind = "attn" if one.site.point == "attn_out" or kinds == ("attn",) else "mlp"
         wanted = [(block, own, 1 if constant else _CORRECTION_RANK)]
         if own == "attn" or not constant:
             wanted.append((block, "mlp", _CORRECTION_RANK))
         for after in range(block + 1, block + 1 + _CORRECTION_BLOCKS):
             wanted += [(after, "attn", _CORRECTION_RANK), (after, "mlp", _CORRECTION_RANK)]
         for layer, writer, rank in wanted:
-            if layer < n_layers:
+            if layer < n_layers and writer in kinds:
                 ranks[layer, writer] = max(rank, ranks.get((layer, writer), 0))
     return [Stage(layer, writer, ranks[layer, writer]) for layer, writer in sorted(ranks)]
 
@@ -125,9 +125,14 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
         if s.layer >= n_layers
     ]
     problems += [
+        f"stage mlp of block {s.layer}: the MLP is {EXPERTS}." for s in stages if s.writer not in layout.writer_kinds
+    ]
+    problems += [
         f"stage {s.writer} of block {s.layer}: rank {s.rank} is above what its matrix can have."
         for s in stages
-        if s.layer < n_layers and s.rank > min(linear_shape(layout.writer(s.layer, s.writer).module))
+        if s.layer < n_layers
+        and s.writer in layout.writer_kinds
+        and s.rank > min(linear_shape(layout.writer(s.layer, s.writer).module))
     ]
     places = [(stage.layer, stage.writer) for stage in stages]
     problems += [f"stage {w} of block {k} is named twice." for k, w in sorted(set(places)) if places.count((k, w)) > 1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.layout import Layout, WriterKind
+from compile_steer.layout import EXPERTS, Layout, WriterKind
 from compile_steer.lower import bias
 from compile_steer.lower.job import NOTHING_ACTIVE, Job
 from compile_steer.patch import LowRank, WeightPatch
@@ -38,10 +38,10 @@ def refusal(program: Program, layout: Layout) -> str | None:
 
 
 def _refusal(one: Intervention, layout: Layout) -> str | None:
-    if "all" not in one.scopes:
-        return f"weights act at every position, not at {one.positions} alone"
     if one.operation == "add":
         return bias.shift_refusal(one, layout)
+    if "all" not in one.scopes:
+        return f"weights act at every position, not at {one.positions} alone"
     if one.site == _EMBEDDINGS:
         return (
             None
@@ -50,8 +50,9 @@ def _refusal(one: Intervention, layout: Layout) -> str | None:
         )
     if one.site.point in ("resid_pre", "resid_post"):
         return "the stream there is a sum of many writers; ablate at every one of them (see ablate_everywhere)"
-    if layout.post_norm:
-        return f"{layout.model.config.model_type} normalises what its writers write"
+    if layout.post_norm or _kind(one) not in layout.writer_kinds:
+        family = layout.model.config.model_type
+        return f"{family} normalises what its writers write" if layout.post_norm else f"the MLP is {EXPERTS}"
     return bias.shift_refusal(one, layout) if one.operation == "clamp" else None
 
 

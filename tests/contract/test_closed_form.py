@@ -213,3 +213,12 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
         moved = layout.residual_multiplier * real
     found = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
     assert torch.allclose(found.double(), (wanted - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
+
+
+def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
+    one, steering = loaded("qwen3_moe"), steering_of("qwen3_moe", intervention())
+    stages = plan_stages(job(one, steering))
+    assert {stage.writer for stage in stages} == {"attn"}
+    assert share(one, steering, solve(one, steering, stages)) < 0.8
+    with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
+        solve(one, steering, [Stage(1, "mlp", 2)])

@@ -98,8 +98,9 @@ def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
     one = loaded(family)
     layout = one.layout
     assert (layout.n_layers, layout.d_model) == (LAYERS, HIDDEN)
-    for kind, d_in in (("attn", None), ("mlp", FFN)):
-        writer = layout.writer(2, kind)  # type: ignore[arg-type]
+    for kind in layout.writer_kinds:
+        d_in = FFN if kind == "mlp" else None
+        writer = layout.writer(2, kind)
         assert one.model.get_submodule(writer.name) is writer.module
         weight = writer.module.weight
         assert isinstance(weight, nn.Parameter)
@@ -107,6 +108,13 @@ def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
         assert d_in is None or weight.numel() == HIDDEN * d_in
     assert layout.post_norm == (family in ("gemma2", "gemma3_text", "olmo2"))
     assert layout.residual_multiplier == (0.37 if family == "granite" else 1.0)
+
+
+def test_a_mixture_of_experts_has_no_one_writer_in_its_mlp() -> None:
+    layout = loaded("qwen3_moe").layout
+    assert layout.writer_kinds == ("attn",)
+    with pytest.raises(LayoutError, match="the MLP of qwen3_moe is a mixture of experts"):
+        layout.writer(2, "mlp")
 
 
 def test_a_layout_refuses_sites_and_programs_the_model_does_not_have() -> None:
