@@ -6,6 +6,8 @@ Errors become messages in `compile_steer.__main__`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -53,17 +55,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Progress bars only, no tab
 
 
 class _Session:
-    """One command's recipe, output folder and consoles."""
+    """One command's recipe, output folder and consoles; its arguments are options of every command on a recipe."""
 
     def __init__(
         self,
-        recipe: Path,
-        out: Path | None,
-        changes: list[str] | None,
-        device: str | None,
-        dtype: str | None,
-        seed: int | None,
-        as_json: bool,
+        *,
+        recipe: RecipePath,
+        out: Out = None,
+        changes: Set = None,
+        device: Device = None,
+        dtype: Dtype = None,
+        seed: Seed = None,
+        as_json: Json = False,
     ) -> None:
         given = {"device": device, "dtype": dtype, "seed": seed}
         self.path = recipe
@@ -88,18 +91,25 @@ class _Session:
             show()
 
 
+class _Command:
+    """A function of a session as a command: the options that make a session, then the function's own."""
+
+    def __init__(self, work: Callable[..., None]) -> None:
+        functools.update_wrapper(self, work)
+        self._work = work
+        shared, own = (list(inspect.signature(one, eval_str=True).parameters.values()) for one in (_Session, work))
+        self._shared = [parameter.name for parameter in shared]
+        self.__signature__ = inspect.Signature([*shared, *own[1:]])  # what typer reads
+
+    def __call__(self, **given: Any) -> None:
+        session = _Session(**{name: given.pop(name) for name in self._shared})
+        self._work(session, **given)
+
+
 @app.command()
-def extract(
-    recipe: RecipePath,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_Command
+def extract(session: _Session) -> None:
     """Read a direction off contrast pairs, at every block of the model in one pass."""
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     run = session.open()
     pipeline.run_extract(run)
     path = run.places.directions
@@ -107,81 +117,51 @@ def extract(
 
 
 @app.command()
-def validate(
-    recipe: RecipePath,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_Command
+def validate(session: _Session) -> None:
     """Choose layer and coefficient on validation data, measure once on test data, and give a verdict.
 
     Extracts first if that was not done. Exit code 1 if the verdict is not "pass".
     """
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     report = pipeline.run_validate(session.open())
     session.finish(asdict(report), lambda: print_validation(session.console, report))
     raise typer.Exit(0 if report.verdict == "pass" else 1)
 
 
 @app.command("compile")
-def compile_(
-    recipe: RecipePath,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-    force: Force = False,
-) -> None:
+@_Command
+def compile_(session: _Session, *, force: Force = False) -> None:
     """Turn the validated program into weights: a bias, or a LoRA adapter by regression or by distillation."""
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     run = session.open()
     choices = pipeline.run_plan(run)
-    if not as_json:
+    if not session.as_json:
         print_plan(session.console, pipeline.load_program(run).describe(), choices)
     folders = pipeline.run_compile(run, force)
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 
 @app.command()
-def merge(
-    recipe: RecipePath,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_Command
+def merge(session: _Session) -> None:
     """Write stock checkpoints with the compiled weights summed in (fp32 sum, one cast)."""
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     folders = pipeline.run_merge(session.open())
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 
 @app.command()
+@_Command
 def verify(
-    recipe: RecipePath,
+    session: _Session,
+    *,
     artifact: Annotated[
         list[Path] | None, typer.Option(help="Folder to judge; by default all that the recipe makes. Repeatable.")
     ] = None,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
     only_bars: Quiet = False,
 ) -> None:
     """Reload what is on disk and hold it against the hooked model, on prompts nobody trained on.
 
     Leaves a parity.json beside each artifact. Exit code 1 if any of them is not the steered model.
     """
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     run = session.open()
     parities = pipeline.run_verify(run, artifact or pipeline.artifacts(run))
     shown = (lambda: None) if only_bars else lambda: print_parities(session.console, parities)
@@ -190,22 +170,13 @@ def verify(
 
 
 @app.command()
-def run(
-    recipe: RecipePath,
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-    force: Force = False,
-) -> None:
+@_Command
+def run(session: _Session, *, force: Force = False) -> None:
     """The whole walk: extract, validate, compile, merge, verify in a fresh process, report.
 
     What is there already and was made from the same inputs is kept, so a stopped run goes on where it was.
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     session.heading(f"1  Is the direction worth compiling? ({session.recipe.model})")
     opened = session.open()
     report = pipeline.run_validate(opened)
@@ -220,7 +191,7 @@ def run(
     pipeline.run_compile(opened, force)
     pipeline.run_merge(opened)
     session.heading("3  Is what is on disk the steered model? (a fresh process)")
-    code = pipeline.verify_in_fresh_process(recipe, session.out, session.changes)
+    code = pipeline.verify_in_fresh_process(session.path, session.out, session.changes)
     if code not in (0, 1):
         raise typer.Exit(code)
     parities = pipeline.read_parities(opened)
@@ -233,21 +204,16 @@ def run(
 
 
 @app.command("decompile")
+@_Command
 def decompile_(
-    recipe: RecipePath,
+    session: _Session,
+    *,
     artifact: Annotated[Path, typer.Option(help="An adapter for the recipe's model, or a fine-tuned copy of it.")],
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
 ) -> None:
     """Read a steering program off an adapter or fine-tuned checkpoint, and say how much of it that explains.
 
     The way back from weights to vectors; ours or anybody's. Leaves vectors/NAME.decompiled.safetensors.
     """
-    session = _Session(recipe, out, changes, device, dtype, seed, as_json)
     opened = session.open()
     found = pipeline.run_decompile(opened, artifact)
     known = pipeline.load_program(opened) if opened.places.program.is_file() else None
