@@ -20,7 +20,7 @@ from compile_steer.errors import ArtifactError, CannotLower
 from compile_steer.export import is_adapter, model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
-from compile_steer.lower import BACKENDS, FITTED, Job
+from compile_steer.lower import BACKENDS, Job
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
@@ -145,7 +145,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
         if _kept(folder, inputs):
             continue
-        if name in FITTED:
+        if BACKENDS[name].fitted:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
         patch = BACKENDS[name].lower(job)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Intervention, OperationName, Point, Program, Site
+from compile_steer.program import POINTS, Intervention, OperationName, Point, Program, Site
 from compile_steer.tokens import Encoded
 
 VOCAB, HIDDEN, FFN, LAYERS = 97, 32, 48, 4
@@ -90,6 +90,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {**_COMMON, "num_key_value_heads": 2, "original_max_position_embeddings": 64},
 }
 FAMILIES = tuple(sorted(CONFIGS))
+LAYER = 2  # neither the first nor the last
+EVERYWHERE = [(family, point) for family in FAMILIES for point in POINTS]
 
 
 @cache

@@ -1,22 +1,40 @@
-"""Lower: a steering program -> a WeightPatch. Every backend is three functions:
+"""Lower: a steering program -> a WeightPatch."""
 
-refusal(program, layout) -> why the canonical program cannot be lowered so, or None (decided before any work);
-adapter_refusal(program, layout) -> why the result cannot ship as a stock PEFT adapter, or None;
-lower(job) -> WeightPatch.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from compile_steer.lower import bias, closed_form, distill, orthogonalise, retarget
-from compile_steer.lower.job import Job
+from compile_steer.lower.job import Job, Refusal, first_refusal
+from compile_steer.patch import WeightPatch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to lower.
+
+    `refusal` says why the canonical program cannot be lowered so, or None (decided before any work);
+    `adapter_refusal` why the result cannot ship as a stock PEFT adapter, or None. A `fitted` backend is given texts of
+    the steered model; the others are exact.
+    """
+
+    refusal: Refusal
+    adapter_refusal: Refusal
+    lower: Callable[[Job], WeightPatch]
+    fitted: bool
+
+
+def _fitted_lora(lower: Callable[[Job], WeightPatch]) -> Backend:
+    """Low-rank edits of Linears, which can be fitted to any program, and are what a LoRA is."""
+    return Backend(first_refusal, lambda *_: None, lower, fitted=True)
+
 
 # Exact first: a plan that may choose takes the first that does not refuse.
 BACKENDS = {
-    "bias": bias,
-    "orthogonalise": orthogonalise,
-    "retarget": retarget,
-    "closed_form": closed_form,
-    "distill": distill,
+    "bias": Backend(bias.refusal, bias.adapter_refusal, bias.lower, fitted=False),
+    "orthogonalise": Backend(orthogonalise.refusal, orthogonalise.adapter_refusal, orthogonalise.lower, fitted=False),
+    "retarget": Backend(retarget.refusal, retarget.adapter_refusal, retarget.lower, fitted=False),
+    "closed_form": _fitted_lora(closed_form.lower),
+    "distill": _fitted_lora(distill.lower),
 }
-# What is fitted to texts of the steered model; the others are exact.
-FITTED = frozenset({"closed_form", "distill"})
 
-__all__ = ["BACKENDS", "FITTED", "Job"]
+__all__ = ["BACKENDS", "Backend", "Job"]

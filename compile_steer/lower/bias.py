@@ -8,22 +8,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
-from compile_steer.lower.job import NOTHING_ACTIVE, Job
+from compile_steer.lower.job import Job, first_refusal
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program, Site
 
 
 def refusal(program: Program, layout: Layout) -> str | None:
     """Why this backend cannot hold the (canonical) program in stock weights, or None."""
-    if not program.interventions:
-        return NOTHING_ACTIVE
-    for one in program.interventions:
-        reason = (
-            shift_refusal(one, layout) if one.operation == "add" else f"a bias cannot {one.operation}; it only shifts"
-        )
-        if reason is not None:
-            return f"{one.operation} at {one.site}: {reason}"
-    return None
+    return first_refusal(program, layout, _refusal)
+
+
+def _refusal(one: Intervention, layout: Layout) -> str | None:
+    return shift_refusal(one, layout) if one.operation == "add" else f"a bias cannot {one.operation}; it only shifts"
 
 
 def shift_refusal(one: Intervention, layout: Layout) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compile_steer.errors import CannotLower
 from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
-from compile_steer.lower.job import NOTHING_ACTIVE, Job
+from compile_steer.lower.job import Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.lower.walk import Walk, run_block
 from compile_steer.models import Loaded
@@ -44,18 +44,6 @@ class Stage:
     layer: int
     writer: WriterKind
     rank: int
-
-
-def refusal(program: Program, _layout: Layout) -> str | None:
-    """Why this backend cannot lower the (canonical) program, or None."""
-    if not program.interventions:
-        return NOTHING_ACTIVE
-    return None
-
-
-def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
-    """None: low-rank edits of Linears are what a LoRA is."""
-    return None
 
 
 def lower(job: Job) -> WeightPatch:

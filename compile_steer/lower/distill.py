@@ -47,16 +47,6 @@ class _Item:
     teacher: Tensor
 
 
-def refusal(program: Program, layout: Layout) -> str | None:
-    """Why this backend cannot lower the (canonical) program, or None."""
-    return closed_form.refusal(program, layout)
-
-
-def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
-    """None: low-rank edits of Linears are what a LoRA is."""
-    return None
-
-
 def lower(job: Job) -> WeightPatch:
     """Return the start patch trained on the divergence, or the start itself if training made it worse."""
     options = job.options.distill

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.generate import continue_prompts
+from compile_steer.layout import Layout
 from compile_steer.models import Loaded
-from compile_steer.program import Program
+from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Compile
 from compile_steer.tokens import Encoded, Text
 
-NOTHING_ACTIVE = "the program has no active intervention; there is nothing to compile"
+Refusal = Callable[[Program, Layout], str | None]
+
+
+def first_refusal(
+    program: Program, layout: Layout, why: Callable[[Intervention, Layout], str | None] = lambda *_: None
+) -> str | None:
+    """The first intervention's reason `why` not, with its name; an empty program is refused; else None."""
+    if not program.interventions:
+        return "the program has no active intervention; there is nothing to compile"
+    for one in program.interventions:
+        reason = why(one, layout)
+        if reason is not None:
+            return f"{one.operation} at {one.site}: {reason}"
+    return None
 
 
 def _length(text: Text) -> int:

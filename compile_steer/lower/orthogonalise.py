@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.layout import EXPERTS, Layout, WriterKind
 from compile_steer.lower import bias
-from compile_steer.lower.job import NOTHING_ACTIVE, Job
+from compile_steer.lower.job import Job, first_refusal
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import Intervention, Program, Site
 
@@ -26,15 +26,9 @@ _EMBEDDINGS = Site(0, "resid_pre")
 
 def refusal(program: Program, layout: Layout) -> str | None:
     """Why this backend cannot hold the (canonical) program in stock weights, or None."""
-    if not program.interventions:
-        return NOTHING_ACTIVE
-    if all(one.operation == "add" for one in program.interventions):
+    if program.interventions and all(one.operation == "add" for one in program.interventions):
         return "there is nothing to ablate; a shift is a bias"
-    for one in program.interventions:
-        reason = _refusal(one, layout)
-        if reason is not None:
-            return f"{one.operation} at {one.site}: {reason}"
-    return None
+    return first_refusal(program, layout, _refusal)
 
 
 def _refusal(one: Intervention, layout: Layout) -> str | None:

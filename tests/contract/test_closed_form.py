@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compile_steer.errors import CompileSteerError
-from compile_steer.lower import closed_form, distill
+from compile_steer.lower import BACKENDS, closed_form
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import Intervention
@@ -190,9 +190,9 @@ def test_a_stage_of_the_recipe_above_the_last_block_is_refused() -> None:
 def test_an_empty_program_is_refused_before_any_work() -> None:
     empty = steering_of("llama", intervention(coefficient=0.0))
     assert not empty.interventions
-    for backend in (closed_form, distill):
-        assert "nothing to compile" in (backend.refusal(empty, loaded("llama").layout) or "")
-        assert backend.refusal(steering_of("llama", intervention()), loaded("llama").layout) is None
+    for name in ("closed_form", "distill"):
+        assert "nothing to compile" in (BACKENDS[name].refusal(empty, loaded("llama").layout) or "")
+        assert BACKENDS[name].refusal(steering_of("llama", intervention()), loaded("llama").layout) is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import ArtifactError
 from compile_steer.export.merged import merged_model
 from compile_steer.hooks import steered
 from compile_steer.layout import Layout
-from compile_steer.lower import Job, bias, orthogonalise, retarget
+from compile_steer.lower import BACKENDS, Job, bias, orthogonalise, retarget
 from compile_steer.models import Loaded, quiet
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
@@ -24,7 +23,9 @@ from compile_steer.program import POINTS, Point, Program, ablate_everywhere
 from compile_steer.progress import Meter
 from compile_steer.recipe import Compile
 from tests.tiny import (
+    EVERYWHERE,
     FAMILIES,
+    LAYER,
     LAYERS,
     Padded,
     build,
@@ -38,8 +39,6 @@ from tests.tiny import (
     vector,
 )
 
-LAYER = 2
-EVERYWHERE = [(family, point) for family in FAMILIES for point in POINTS]
 Save = Callable[[str], Loaded]
 # Every writer of these families is a matrix whose output is added to the stream as it is.
 PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in loaded(f).layout.writer_kinds]
@@ -53,7 +52,7 @@ def job(one: Loaded, steering: Program) -> Job:
     return Job(canonical(steering), one, nothing, Compile(), 0, Meter())
 
 
-def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> torch.nn.Module:
+def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> PreTrainedModel:
     """The merged checkpoint as a user's plain transformers would load it."""
     merged = merged_model(one.source, patch)
     with quiet():
@@ -62,14 +61,15 @@ def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> torch.nn.Module:
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert not loading["mismatched_keys"]
-    found: torch.nn.Module = model.eval()
+    found: PreTrainedModel = model.eval()
     return found
 
 
-def must_equal_hooks(one: Loaded, steering: Program, folder: Path, backend: ModuleType = bias) -> WeightPatch:
+def must_equal_hooks(one: Loaded, steering: Program, folder: Path, name: str = "bias") -> WeightPatch:
     """Lower, merge, save and reload; compare with the hooks on both padding sides and through the cache."""
+    backend = BACKENDS[name]
     assert backend.refusal(canonical(steering), one.layout) is None
-    patch: WeightPatch = backend.lower(job(one, steering))
+    patch = backend.lower(job(one, steering))
     compiled = reloaded(one, patch, folder)
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
@@ -82,7 +82,7 @@ def must_equal_hooks(one: Loaded, steering: Program, folder: Path, backend: Modu
     ids = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
     with steered(one.model, steering):
         wanted_tokens = one.model.generate(**ids, **settings)
-    assert torch.equal(compiled.generate(**ids, **settings), wanted_tokens)  # type: ignore[operator]
+    assert torch.equal(compiled.generate(**ids, **settings), wanted_tokens)
     return patch
 
 
@@ -136,11 +136,12 @@ def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path
 
 
 def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
-    for points, switches in (
-        (["mlp_out"], ("mlp_bias",)),
-        (["attn_out", "resid_post"], ("attention_bias", "mlp_bias")),
-    ):
-        steering = program("llama", *(intervention("add", point, 1) for point in points))  # type: ignore[arg-type]
+    cases: list[tuple[tuple[Point, ...], tuple[str, ...]]] = [
+        (("mlp_out",), ("mlp_bias",)),
+        (("attn_out", "resid_post"), ("attention_bias", "mlp_bias")),
+    ]
+    for points, switches in cases:
+        steering = program("llama", *(intervention("add", point, 1) for point in points))
         assert bias.lower(job(saved("llama"), steering)).switches == switches
     assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).switches == ()
 
@@ -183,7 +184,7 @@ def test_ablating_writers_in_the_weights_equals_the_hooks(family: str, saved: Sa
     for more in (intervention("clamp", "mlp_out", 2, seed=4), intervention("add", "attn_out", 1, seed=5)):
         if orthogonalise.refusal(canonical(program(family, *several, more)), layout) is None:
             several.append(more)
-    patch = must_equal_hooks(saved(family), program(family, *several), tmp_path / "merged", orthogonalise)
+    patch = must_equal_hooks(saved(family), program(family, *several), tmp_path / "merged", "orthogonalise")
     assert {edit.rank for edit in patch.low_rank.values()} >= {1}
     assert max(edit.rank for edit in patch.low_rank.values()) >= 2
 
@@ -195,7 +196,7 @@ def test_ablating_everywhere_is_exact_and_the_stream_never_holds_the_direction(
 ) -> None:
     one = saved(family)
     steering = program(family, *ablate_everywhere(vector(3, 1.0), LAYERS, coefficient))
-    patch = must_equal_hooks(one, steering, tmp_path / "merged", orthogonalise)
+    patch = must_equal_hooks(one, steering, tmp_path / "merged", "orthogonalise")
     assert patch.untie == one.layout.tied
     assert len(steering.describe().splitlines()) == 1
     compiled = reloaded(one, patch, tmp_path / "again")
@@ -218,7 +219,7 @@ def test_a_rewritten_checkpoint_is_the_same_function_and_then_holds_the_shifts(
     assert type(empty).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(empty, inputs), logits(one.model, inputs)), "nothing added, no bit changed"
     several = [intervention("add", p, 1 + n % 2, seed=n) for n, p in enumerate(POINTS)]
-    patch = must_equal_hooks(one, program(family, *several), tmp_path / "merged", retarget)
+    patch = must_equal_hooks(one, program(family, *several), tmp_path / "merged", "retarget")
     assert patch.switches == ("attention_bias", "mlp_bias")
 
 

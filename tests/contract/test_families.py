@@ -18,7 +18,9 @@ from compile_steer.lower import BACKENDS
 from compile_steer.passes import canonical
 from compile_steer.program import OPERATIONS, POINTS, Intervention, Point
 from tests.tiny import (
+    EVERYWHERE,
     FAMILIES,
+    LAYER,
     MIDSTREAM,
     Padded,
     captured,
@@ -32,8 +34,6 @@ from tests.tiny import (
 )
 
 GOLDEN = Path(__file__).with_name("refusals.txt")
-LAYER = 2
-EVERYWHERE = [(family, point) for family in FAMILIES for point in POINTS]
 
 
 def test_every_known_family_is_tested_here() -> None:
