@@ -21,7 +21,8 @@ from compile_steer.directions import Directions
 from compile_steer.errors import RecipeError
 from compile_steer.models import Loaded
 from compile_steer.progress import Meter
-from compile_steer.recipe import Extract, Method, Recipe
+from compile_steer.recipe import Recipe
+from compile_steer.settings import Extract, Method
 
 _LOGISTIC_PENALTY = 1.0
 

@@ -10,7 +10,7 @@ from compile_steer.errors import CannotLower
 from compile_steer.layout import Layout
 from compile_steer.lower import BACKENDS
 from compile_steer.program import Program
-from compile_steer.recipe import BackendName
+from compile_steer.settings import BackendName
 
 
 @dataclass(frozen=True)

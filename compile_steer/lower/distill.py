@@ -33,8 +33,8 @@ from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
 from compile_steer.progress import Tick
-from compile_steer.recipe import Distill
 from compile_steer.replay import readout, run_span
+from compile_steer.settings import Distill
 from compile_steer.tokens import Batch, Encoded, batches
 
 

@@ -13,7 +13,7 @@ from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
-from compile_steer.recipe import Compile
+from compile_steer.settings import Compile
 from compile_steer.tokens import Encoded, Text
 
 Refusal = Callable[[Program, Layout], str | None]

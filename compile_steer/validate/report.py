@@ -10,7 +10,7 @@ from typing import Any, Literal
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_json
 from compile_steer.metrics import Interval
-from compile_steer.recipe import Validate
+from compile_steer.settings import Validate
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 _SIGNIFICANCE = 0.05

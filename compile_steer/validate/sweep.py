@@ -13,8 +13,8 @@ from compile_steer.errors import LayoutError, RecipeError
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
-from compile_steer.recipe import Validate
 from compile_steer.scoring import contrast_scores, encode_pairs
+from compile_steer.settings import Validate
 from compile_steer.tokens import encode
 from compile_steer.validate.report import Cell
 from compile_steer.validate.shared import SharedPrefix

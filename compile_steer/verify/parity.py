@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_json
-from compile_steer.recipe import Gates
+from compile_steer.settings import Gates
 
 PARITY = "parity.json"
 # A compiled model that moves by more or less than this share of the steering has another dose, however

@@ -14,8 +14,8 @@ from compile_steer.files import digest, sha256
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
 from compile_steer.models import Loaded
 from compile_steer.provenance import PROVENANCE, Provenance
-from compile_steer.recipe import Gates
 from compile_steer.reload import reload
+from compile_steer.settings import Gates
 from compile_steer.tokens import encode
 from compile_steer.verify.parity import PARITY, Parity, judge
 from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states

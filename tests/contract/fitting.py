@@ -15,7 +15,7 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
-from compile_steer.recipe import Compile
+from compile_steer.settings import Compile
 from compile_steer.tokens import Encoded
 from tests.tiny import Padded, logits, program, texts
 

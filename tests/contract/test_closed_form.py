@@ -13,7 +13,7 @@ from compile_steer.lower import BACKENDS, closed_form
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import Intervention
-from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile
+from compile_steer.settings import ClosedForm, ClosedFormStage, Compile
 from tests.contract.fitting import (
     FAMILIES,
     HELD_OUT,

@@ -11,7 +11,7 @@ from compile_steer.lower.closed_form import plan_stages
 from compile_steer.models import Loaded
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.program import Program
-from compile_steer.recipe import ClosedForm, ClosedFormStage, Compile, Distill
+from compile_steer.settings import ClosedForm, ClosedFormStage, Compile, Distill
 from tests.contract.fitting import (
     CALIBRATION,
     FAMILIES,

@@ -21,7 +21,7 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.program import POINTS, Point, Program, ablate_everywhere
 from compile_steer.progress import Meter
-from compile_steer.recipe import Compile
+from compile_steer.settings import Compile
 from tests.tiny import (
     EVERYWHERE,
     FAMILIES,

@@ -17,7 +17,8 @@ from compile_steer.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.extract import extract, fit, shuffled_directions
 from compile_steer.program import POINTS, Point, Site
 from compile_steer.progress import Meter
-from compile_steer.recipe import Extract, Method, Recipe
+from compile_steer.recipe import Recipe
+from compile_steer.settings import Extract, Method
 from compile_steer.tokens import Text, encode
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 

@@ -1,0 +1,167 @@
+"""The sections of a recipe: every option of every stage, with its type and its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from compile_steer.activations import Readout
+from compile_steer.errors import ArtifactError
+from compile_steer.program import Point, parse_positions
+from compile_steer.scoring import Scorer
+
+BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill"]
+Form = Literal["adapter", "merged-fp32", "merged-bf16"]
+Method = Literal["mean_difference", "pca", "logistic"]
+
+
+class Section(BaseModel):
+    """Keys that are not known are errors, and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """JSONL files; see the recipes for one line of each."""
+
+    train: Path
+    validation: Path
+    test: Path
+    neutral: Path
+    heldout: Path
+    calibration: Path
+    positive_template: str = "{prompt}"
+    negative_template: str = "{prompt}"
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        names = ("train", "validation", "test", "neutral", "heldout", "calibration")
+        return {name: folder / getattr(self, name) for name in names}
+
+
+class Extract(Section):
+    """How a direction is read off contrast pairs."""
+
+    method: Method = "mean_difference"
+    readout: Readout = "response_mean"
+    point: Point = "resid_post"
+    pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs")
+    shuffled: int = Field(5, ge=5, description="directions from shuffled labels, as controls")
+
+
+class Validate(Section):
+    """The sweep on validation data, and what the test must show."""
+
+    score: Scorer
+    layers: tuple[int, ...] | Literal["auto"] = "auto"
+    coefficients: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
+    positions: str = "all"
+    sweep_pairs: int = Field(24, ge=4)
+    sweep_neutral: int = Field(12, ge=4, description="neutral texts of the sweep; the test uses all")
+    sweep_prompts: int = Field(12, ge=4)
+    sweep_layers: int = Field(2, ge=1, description="how many of the best layers are also scored by generation")
+    control_pairs: int = Field(24, ge=4)
+    prompts: int = Field(32, ge=8, description="test prompts answered in full")
+    max_new_tokens: int = Field(40, ge=4)
+    random_directions: int = Field(20, ge=20)
+    max_perplexity_ratio: float = Field(1.5, gt=1)
+    max_repetition: float = Field(0.2, gt=0, lt=1)
+    min_score: float = Field(0.0, ge=0, le=1, description="the least generation score that is worth compiling")
+    instruction: str = Field("", description="what one would ask instead of steering: the prompt-only baseline")
+
+    @field_validator("coefficients")
+    @classmethod
+    def _nonzero(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value == 0 for value in values):
+            raise ValueError("a coefficient of 0 steers nothing; the base is measured anyway")
+        return values
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if layers == () or (isinstance(layers, tuple) and min(layers) < 0):
+            raise ValueError("give block numbers from 0 on, or 'auto'")
+        return layers
+
+    @field_validator("positions")
+    @classmethod
+    def _parses(cls, positions: str) -> str:
+        try:
+            parse_positions(positions)
+        except ArtifactError as error:
+            raise ValueError(str(error)) from error
+        return positions
+
+
+class Calibration(Section):
+    """The texts that the compiler sees: the steered model's own continuations of calibration prompts."""
+
+    prompts: int = Field(180, ge=1)
+    max_new_tokens: int = Field(48, ge=1)
+    batch: int = Field(96, ge=1, description="prompts continued at once")
+
+
+class ClosedFormStage(Section):
+    """One regression: a writer of the block `offset` after the first intervened one, cut to `rank`."""
+
+    offset: int = Field(ge=0)
+    writer: Literal["attn", "mlp"]
+    rank: int = Field(ge=1)
+
+
+class ClosedForm(Section):
+    """Which writers are solved for, in which order of blocks."""
+
+    stages: tuple[ClosedFormStage, ...] | None = Field(None, min_length=1, description="None: chosen by the program")
+
+
+class Distill(Section):
+    """Training: each intervened block on its own output, then end to end on the divergence.
+
+    `start` random is the baseline: rank-`rank` edits of all Linears from the block on, on the divergence alone.
+    """
+
+    start: Literal["closed_form", "random"] = "closed_form"
+    rank: int = Field(8, ge=1)
+    prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
+    block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
+    block_batch_tokens: int = Field(512, ge=64)
+    block_learning_rate: float = Field(0.3, gt=0)
+    epochs: float = Field(2.0, gt=0, description="passes of the training on the divergence")
+    learning_rate: float = Field(0.02, gt=0)
+    batch_tokens: int = Field(1024, ge=64)
+
+
+class Compile(Section):
+    """Backends, and the texts they are fitted to."""
+
+    backends: tuple[BackendName, ...] | Literal["auto"] = "auto"
+    calibration: Calibration = Calibration()
+    closed_form: ClosedForm = ClosedForm()
+    distill: Distill = Distill()
+
+
+class Gates(Section):
+    """What a compiled artifact must reach (nats a token; shares of KL(steered||base))."""
+
+    exact_kl: float = Field(1e-6, gt=0)
+    exact_top1: float = Field(0.999, gt=0, le=1)
+    share: float = Field(0.02, gt=0)
+    top1: float = Field(0.95, gt=0, le=1)
+    recovery: float = Field(0.95, gt=0)
+    recovery_low: float = Field(0.90, gt=0)
+    drift_margin: float = Field(0.01, ge=0)
+    score_margin: float = Field(0.1, gt=0)
+
+
+class Verify(Section):
+    """Which forms are judged, on how much, and by which gates."""
+
+    forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
+    max_new_tokens: int = Field(48, ge=4)
+    heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
+    pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
+    neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
+    prompts: int = Field(32, ge=8, description="test prompts answered in full")
+    gates: Gates = Gates()
