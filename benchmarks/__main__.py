@@ -152,20 +152,20 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
     patches = []
 
     def solve() -> None:
-        patches.append(closed_form.solve_stages(job.program, run.loaded, few, stages, lambda _n: None))
+        patches.append(closed_form.solve_stages(job.program, run.loaded, few, stages, lambda _n: None).patch)
 
     (seconds,) = _medians(solve)
     reached = _share(reference, patches[-1])
     # Random init gets every text of both: more than the regression and the trained patch had.
     texts = [*job.regression_texts, *job.training_texts]
-    options = run.recipe.compile.distill.model_copy(
-        update={"start": "random", "epochs": RANDOM_EPOCHS, "learning_rate": 0.02, "batch_tokens": 1024}
-    )
+    plain = {"start": "random", "epochs": RANDOM_EPOCHS, "learning_rate": 0.02, "batch_tokens": 1024}
+    options = run.recipe.compile.model_copy(update={"distill": run.recipe.compile.distill.model_copy(update=plain)})
+    random = replace(job, options=options)
     start = distill.random_patch(run.loaded.layout, job.program.first_layer, 8, run.recipe.seed)
     trained: list[WeightPatch] = []
 
     def train() -> None:
-        trained.append(distill.train(job.program, run.loaded, texts, start, options, run.recipe.seed, lambda _n: None))
+        trained.append(distill.distil(random, texts, start, lambda _n: None))
 
     spent = _timed(train)
     share = _share(reference, trained[0])

@@ -23,14 +23,28 @@ def continue_prompts(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Encoded]:
-    """Continue each prompt; returns prompt and continuation as tokens, cut after the end of the turn.
+    """Continue conversations up to the response; a response that is there is left out. See `continue_encoded`."""
+    encoded = [encode(loaded.tokenizer, replace(prompt, response="")) for prompt in prompts]
+    return continue_encoded(loaded, encoded, program, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def continue_encoded(
+    loaded: Loaded,
+    texts: Sequence[Encoded],
+    program: Program | Sequence[Program] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Encoded]:
+    """Continue each text's prompt; returns prompt and continuation as tokens, cut after the end of the turn.
 
     Args:
-        prompts: conversations up to the response; a response that is there is left out.
+        texts: what stands after a prompt is left out.
         program: what steers the model meanwhile: one for all, one a prompt, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
     """
-    encoded = [encode(loaded.tokenizer, replace(prompt, response="")) for prompt in prompts]
+    encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     pad_id = int(loaded.tokenizer.pad_token_id)
     width = max(len(one.ids) for one in encoded)
     input_ids = torch.full((len(encoded), width), pad_id, dtype=torch.long)

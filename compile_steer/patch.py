@@ -60,6 +60,11 @@ class WeightPatch:
     def max_rank(self) -> int:
         return max((edit.rank for edit in self.low_rank.values()), default=0)
 
+    def first_layer(self, layout: Layout) -> int:
+        """The first block that is edited; the number of blocks where none is."""
+        edited = {*self.low_rank, *self.bias}
+        return next((k for k in range(layout.n_layers) if edited & layout.linears(k).keys()), layout.n_layers)
+
     def require_finite(self) -> None:
         """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""
         bad = [n for n, e in self.low_rank.items() if not bool(torch.isfinite(e.B).all() and torch.isfinite(e.A).all())]

@@ -6,6 +6,7 @@ on where it stopped. Verification is never skipped.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -17,10 +18,10 @@ from compile_steer.behaviour import Behaviour, read_behaviour
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import is_adapter, model_card, read_patch, write_merged, write_patch
+from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
-from compile_steer.lower import BACKENDS, Job
+from compile_steer.lower import BACKENDS, Job, Work
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
@@ -136,8 +137,9 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     program = canonical(load_program(run))
     verdict, report_hash = _verdict(run, force)
     chosen = [choice.backend for choice in run_plan(run) if choice.chosen]
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
     program_hash = sha256(run.places.program)
+    work = Work(run.places.work, run.inputs("data", "compile", after=program_hash))
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter, work)
     folders = []
     for name in chosen:
         folder = run.places.adapter(name)
@@ -148,6 +150,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         if BACKENDS[name].fitted:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
+        job.curves.clear()
         patch = BACKENDS[name].lower(job)
         origin = Provenance(
             name=run.recipe.name,
@@ -166,7 +169,8 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
             seconds=time.perf_counter() - started,
             inputs=inputs,
         )
-        write_patch(folder, patch, run.loaded, origin, program.describe())
+        write_patch(folder, patch, run.loaded, origin, program.describe(), job.curves)
+    work.clear()
     return folders
 
 
@@ -262,6 +266,16 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
 def read_parities(run: Run) -> list[Parity]:
     """The reports beside the artifacts, in the plan's order."""
     return [Parity.load(folder / PARITY) for folder in artifacts(run)]
+
+
+def read_curves(run: Run) -> dict[str, dict[str, list[float]]]:
+    """The losses that the backends of the plan left beside their weights, by 'BACKEND, WHAT'."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for choice in run_plan(run):
+        path = run.places.adapter(choice.backend) / CURVES
+        if choice.chosen and path.is_file():
+            found |= {f"{choice.backend}, {what}": one for what, one in json.loads(path.read_text("utf-8")).items()}
+    return found
 
 
 def run_decompile(run: Run, folder: Path) -> Decompiled:

@@ -37,6 +37,11 @@ class Places:
         """The whole run as one self-contained page."""
         return self.out / f"{self.name}.html"
 
+    @property
+    def work(self) -> Path:
+        """What the backends keep while they run; gone when all are done."""
+        return self.out / "work" / self.name
+
     def adapter(self, backend: str) -> Path:
         return self.out / "adapters" / f"{self.name}-{backend}"
 

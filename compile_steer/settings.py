@@ -116,10 +116,26 @@ class ClosedForm(Section):
     stages: tuple[ClosedFormStage, ...] | None = Field(None, min_length=1, description="None: chosen by the program")
 
 
-class Distill(Section):
-    """Training: each intervened block on its own output, then end to end on the divergence.
+class Training(Section):
+    """Training end to end: what is minimised, for how long, and within which memory."""
 
-    `start` random is the baseline: rank-`rank` edits of all Linears from the block on, on the divergence alone.
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = "forward_kl"
+    epochs: float = Field(2.0, gt=0, description="passes over the training texts")
+    learning_rate: float = Field(0.02, gt=0)
+    batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
+    accumulate: int = Field(1, ge=1, description="batches to a step")
+    checkpoint_blocks: bool = Field(False, description="keep each block's input alone, compute the rest again")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's matrix products")
+    neutral_weight: float = Field(
+        0.0, ge=0, description="of being further from the base, on its own texts, than steering is"
+    )
+    save_every: int = Field(50, ge=1, description="steps after which the state is kept, to go on from")
+
+
+class Distill(Training):
+    """Training: each intervened block on its own output, then end to end.
+
+    `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
     """
 
     start: Literal["closed_form", "random"] = "closed_form"
@@ -128,9 +144,6 @@ class Distill(Section):
     block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
     block_batch_tokens: int = Field(512, ge=64)
     block_learning_rate: float = Field(0.3, gt=0)
-    epochs: float = Field(2.0, gt=0, description="passes of the training on the divergence")
-    learning_rate: float = Field(0.02, gt=0)
-    batch_tokens: int = Field(1024, ge=64)
 
 
 class Compile(Section):

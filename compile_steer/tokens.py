@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Encoded:
     ids: tuple[int, ...]
     n_prompt: int
     earlier: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Encoded:
+        """The inverse of `dataclasses.asdict` through JSON, which knows no tuples."""
+        return Encoded(tuple(value["ids"]), value["n_prompt"], tuple((start, stop) for start, stop in value["earlier"]))
 
     @property
     def roles(self) -> list[int]:

@@ -1,6 +1,6 @@
 """Export: a WeightPatch -> files that stock libraries load, each with its chain of origin."""
 
-from compile_steer.export.adapter import is_adapter, model_card, read_patch, write_patch
+from compile_steer.export.adapter import CURVES, is_adapter, model_card, read_patch, write_patch
 from compile_steer.export.merged import write_merged
 
-__all__ = ["is_adapter", "model_card", "read_patch", "write_merged", "write_patch"]
+__all__ = ["CURVES", "is_adapter", "model_card", "read_patch", "write_merged", "write_patch"]

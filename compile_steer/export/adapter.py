@@ -9,7 +9,10 @@ is merged.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
@@ -26,16 +29,25 @@ from compile_steer.provenance import Provenance
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PATCH_FILE = "patch.safetensors"
+CURVES = "training.json"
 _PREFIX = "base_model.model."
 # Ranks that vLLM takes; llama.cpp and PEFT take any.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def write_patch(folder: Path, patch: WeightPatch, loaded: Loaded, provenance: Provenance, program: str) -> None:
+def write_patch(
+    folder: Path,
+    patch: WeightPatch,
+    loaded: Loaded,
+    provenance: Provenance,
+    program: str,
+    curves: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
 
     Args:
         program: the program in words, for the card.
+        curves: losses by what was trained, kept beside the weights.
     """
     patch.require_finite()
     with new_folder(folder) as new:
@@ -43,6 +55,8 @@ def write_patch(folder: Path, patch: WeightPatch, loaded: Loaded, provenance: Pr
             _write_peft(new, patch, loaded)
         else:
             _write_parts(new / PATCH_FILE, patch)
+        if curves:
+            (new / CURVES).write_text(json.dumps(curves) + "\n", encoding="utf-8")
         provenance.write(new)
         (new / "README.md").write_text(model_card(provenance, program), encoding="utf-8")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from compile_steer.lower import bias, closed_form, distill, orthogonalise, retarget
 from compile_steer.lower.job import Job, Refusal, first_refusal
+from compile_steer.lower.work import Work
 from compile_steer.patch import WeightPatch
 
 
@@ -37,4 +38,4 @@ BACKENDS = {
     "distill": _fitted_lora(distill.lower),
 }
 
-__all__ = ["BACKENDS", "Backend", "Job"]
+__all__ = ["BACKENDS", "Backend", "Job", "Work"]

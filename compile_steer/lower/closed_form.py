@@ -24,6 +24,7 @@ from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
 from compile_steer.lower.job import Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.lower.walk import Walk, run_block
+from compile_steer.lower.work import NOWHERE, Work
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.program import Program
@@ -50,7 +51,7 @@ def lower(job: Job) -> WeightPatch:
     """Return the patch after which the plain model imitates the program on calibration texts."""
     stages = plan_stages(job)
     with job.meter.phase("closed form: regression", len(job.regression_texts) * (1 + len(stages))) as tick:
-        return solve_stages(job.program, job.loaded, job.regression_texts, stages, tick)
+        return solve_stages(job.program, job.loaded, job.regression_texts, stages, tick, work=job.work).patch
 
 
 def plan_stages(job: Job) -> list[Stage]:
@@ -83,26 +84,32 @@ def solve_stages(
     *,
     refine: Refine | None = None,
     max_tokens: int = 4096,
-) -> WeightPatch:
+    work: Work = NOWHERE,
+    name: str = "closed_form",
+) -> Walk:
     """One pass over the blocks from the first intervened one to the last stage's, solving as it goes.
 
     Args:
         refine: called after the regressions of each block; what it puts into `walk.solved` counts.
+        work: where, under `name`, what is solved is kept after each block, and found again.
     """
     _require_stages(stages, loaded.layout)
     walk = Walk.start(program, loaded, texts, max_tokens, tick)
     last = max(stage.layer for stage in stages)
+    kept = walk.restore(work, name)
     for block in range(program.first_layer, last + 1):
         walk.aim(block)
-        # Within a block the attention's writer comes before the MLP's, which sees what it changed.
-        for stage in sorted((s for s in stages if s.layer == block), key=lambda s: s.writer):
-            writer = loaded.layout.writer(block, stage.writer)
-            walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, tick)
-        if refine is not None:
-            refine(walk, block)
+        if block >= kept:
+            # Within a block the attention's writer comes before the MLP's, which sees what it changed.
+            for stage in sorted((s for s in stages if s.layer == block), key=lambda s: s.writer):
+                writer = loaded.layout.writer(block, stage.writer)
+                walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, tick)
+            if refine is not None:
+                refine(walk, block)
+            walk.keep(work, name, block + 1)
         if block < last:
             walk.advance(block)
-    return WeightPatch({name: LowRank(edit.B.float(), edit.A.float()) for name, edit in walk.solved.items()})
+    return walk
 
 
 def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
@@ -145,7 +152,8 @@ def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
             for part, chosen in zip(sums, (~held, held), strict=True):
                 part.add(x[chosen], y[chosen], weight[chosen])
             tick(len(flow.batch.rows))
-    return channel.push_forward(fit(sums[0], sums[1], rank))
+    edit = channel.push_forward(fit(sums[0], sums[1], rank))
+    return LowRank(edit.B.float(), edit.A.float())
 
 
 class _Channel:

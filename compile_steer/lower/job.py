@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_prompts
+from compile_steer.generate import continue_encoded
 from compile_steer.layout import Layout
+from compile_steer.lower.work import NOWHERE, Curve, Work
 from compile_steer.models import Loaded
 from compile_steer.program import Intervention, Program
-from compile_steer.progress import Meter
+from compile_steer.progress import Meter, Tick
 from compile_steer.settings import Compile
-from compile_steer.tokens import Encoded, Text
+from compile_steer.tokens import Encoded, Text, encode
 
 Refusal = Callable[[Program, Layout], str | None]
 
@@ -41,7 +42,7 @@ class Job:
     """One program to lower. The texts are the steered model's own, written when first asked for.
 
     Closed form and distillation get different texts: on the same ones the gradient would see an error
-    that the regression has already fitted.
+    that the regression has already fitted. `work` is where a backend keeps its state, `curves` what it recorded.
     """
 
     program: Program
@@ -50,6 +51,8 @@ class Job:
     options: Compile
     seed: int
     meter: Meter
+    work: Work = NOWHERE
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     @cached_property
     def regression_texts(self) -> list[Encoded]:
@@ -70,20 +73,30 @@ class Job:
                 f"compile: calibration.prompts and distill.prompts want {stop} prompts, data.calibration has "
                 f"{len(available)}. Lower one of them or add prompts."
             )
+        kept = self.work.kept(label)
+        if kept is not None:
+            return [Encoded.from_json(one) for one in kept[1]]
         # By length, because a batch is padded to its longest prompt.
-        prompts = sorted(available[start:stop], key=_length)
+        prompts = [encode(self.loaded.tokenizer, text) for text in sorted(available[start:stop], key=_length)]
+        with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
+            found = self.write(prompts, self.program, self.seed + start, tick)
+        self.work.keep(label, {}, [asdict(one) for one in found])
+        return found
+
+    def write(
+        self, prompts: Sequence[Encoded], program: Program | None, seed: int, tick: Tick = lambda _n: None
+    ) -> list[Encoded]:
+        """Continue the prompts at temperature 1, under `program` or with whatever is on."""
         found: list[Encoded] = []
         size = self.options.calibration.batch
-        with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
-            for at in range(0, len(prompts), size):
-                chosen = prompts[at : at + size]
-                found += continue_prompts(
-                    self.loaded,
-                    chosen,
-                    self.program,
-                    max_new_tokens=self.options.calibration.max_new_tokens,
-                    temperature=1.0,
-                    seed=self.seed + start + at,
-                )
-                tick(len(chosen))
+        for at in range(0, len(prompts), size):
+            found += continue_encoded(
+                self.loaded,
+                prompts[at : at + size],
+                program,
+                max_new_tokens=self.options.calibration.max_new_tokens,
+                temperature=1.0,
+                seed=seed + at,
+            )
+            tick(len(found[at:]))
         return found

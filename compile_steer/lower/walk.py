@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.hooks import PAD, steered
+from compile_steer.lower.work import Curve, Work
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch, applied
 from compile_steer.program import Program
@@ -46,12 +47,13 @@ def run_block(loaded: Loaded, batch: Batch, hidden: Tensor | None, block: int) -
 
 @dataclass
 class Walk:
-    """The state of a walk: `solved` holds the edits so far, by module name."""
+    """The state of a walk: the edits so far by module name, and the curves of what was trained on the way."""
 
     program: Program
     loaded: Loaded
     flows: list[Flow]
     solved: dict[str, LowRank] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     @staticmethod
     def start(program: Program, loaded: Loaded, texts: Sequence[Encoded], max_tokens: int, tick: Tick) -> Walk:
@@ -69,6 +71,25 @@ class Walk:
     @property
     def patch(self) -> WeightPatch:
         return WeightPatch(dict(self.solved))
+
+    def keep(self, work: Work, name: str, block: int) -> None:
+        """Keep what is solved, before `block`."""
+        tensors = {f"{part}.{module}": getattr(edit, part) for module, edit in self.solved.items() for part in "BA"}
+        work.keep(name, tensors, {"block": block, "curves": self.curves})
+
+    def restore(self, work: Work, name: str) -> int:
+        """Take over what was kept; returns the block that it goes on with, 0 where nothing was kept."""
+        found = work.kept(name)
+        if found is None:
+            return 0
+        tensors, state = found
+        for place in tensors:
+            if place.startswith("B."):
+                module = place[2:]
+                edit = LowRank(tensors[place], tensors[f"A.{module}"])
+                self.solved[module] = edit.to(self.loaded.device)
+        self.curves.update(state["curves"])
+        return int(state["block"])
 
     def aim(self, block: int) -> None:
         """Run the teacher through `block`."""

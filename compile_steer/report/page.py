@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -26,8 +26,9 @@ def write_page(
     choices: Sequence[Choice],
     report: ValidationReport,
     parities: Sequence[Parity],
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
-    """Write the page atomically."""
+    """Write the page atomically; `curves` holds the losses of each thing that was trained."""
     environment = Environment(
         loader=PackageLoader("compile_steer", "templates"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
@@ -38,6 +39,7 @@ def write_page(
         report=report,
         parities=parities,
         charts=[_sweep_chart(report), _control_chart(report)],
+        training=_loss_chart(curves) if curves else "",
     )
     save_text(path, page)
 
@@ -73,6 +75,15 @@ def _control_chart(report: ValidationReport) -> str:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.axvline(0, color="grey", linewidth=0.7)
     axes.set(xlabel="change of log p(positive) - log p(negative), nats/token")
+    return _svg(figure)
+
+
+def _loss_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """The loss of every step, a panel each."""
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        axes.plot(curve["loss"], linewidth=0.8)
+        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
     return _svg(figure)
 
 

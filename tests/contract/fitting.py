@@ -39,7 +39,7 @@ def job(one: Loaded, steering: Program, options: Compile | None = None) -> Job:
 
 
 def solve(one: Loaded, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
-    return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None)
+    return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None).patch
 
 
 def kl(one: Loaded, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:

@@ -128,7 +128,7 @@ def test_one_text_is_enough_or_refused_in_words() -> None:
     one = loaded("llama")
     steering = steering_of("llama", intervention())
     try:
-        patch = solve_stages(steering, one, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None)
+        patch = solve_stages(steering, one, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None).patch
     except CompileSteerError as error:
         assert "calibration" in str(error)
     else:

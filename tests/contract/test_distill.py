@@ -31,7 +31,7 @@ ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),)
 
 
 def train(one: Loaded, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
-    return distill.train(steering, one, TRAINING, start, options, 0, lambda _done: None)
+    return distill.distil(job(one, steering, Compile(distill=options)), TRAINING, start, lambda _done: None)
 
 
 @pytest.mark.parametrize(("family", "wanted"), [("llama", 0.25), ("gpt2", 0.25), ("gemma2", 0.4), ("granite", 0.2)])

@@ -1,0 +1,93 @@
+"""What teacher and student do not share: the blocks from the first edited one on, over batches whose prefix is kept.
+
+Teacher and student are the same weights: the teacher runs with the hooks on, the student with the patch on. Below
+the first block that either changes they compute the same thing, so that prefix is run once a text and kept, and so
+is what the teacher hands on; what is repeated is the student's suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from compile_steer.hooks import PAD, steered
+from compile_steer.lower.walk import run_block
+from compile_steer.metrics import divergence
+from compile_steer.models import Loaded
+from compile_steer.patch import WeightPatch, applied
+from compile_steer.program import Program
+from compile_steer.replay import run_span
+from compile_steer.tokens import Batch, Encoded, batches
+
+
+@dataclass(frozen=True)
+class Item:
+    """One batch with what the prefix [batch, time, d_model] and the teacher [n_tokens, d_model] gave for it."""
+
+    batch: Batch
+    prefix: Tensor | None
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """Blocks `first` to `stop` - 1 (None: all, and the final norm).
+
+    With `checkpointing` the student keeps each block's input alone and computes the rest again for the gradient; with
+    `dtype` bfloat16 its matrix products are rounded (autocast), its patch is not.
+    """
+
+    loaded: Loaded
+    program: Program
+    first: int
+    stop: int | None = None
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def items(self, texts: Sequence[Encoded], max_tokens: int) -> list[Item]:
+        """The texts in batches, with the teacher's states."""
+        found = batches(texts, int(self.loaded.tokenizer.pad_token_id), max_tokens=max_tokens)
+        return [self.item(batch.to(self.loaded.device)) for batch in found]
+
+    def item(self, batch: Batch) -> Item:
+        """One batch, its prefix and what the teacher hands on."""
+        model, ids, mask = self.loaded.model, batch.input_ids, batch.attention_mask
+        with torch.no_grad():
+            prefix = run_span(model, ids, mask, stop=self.first) if self.first else None
+            with steered(model, self.program, roles=batch.roles):
+                teacher = run_span(model, ids, mask, start=self.first, stop=self.stop, hidden=prefix)
+        return Item(batch, prefix, teacher[batch.roles != PAD])
+
+    def student(self, item: Item) -> Tensor:
+        """What the student hands on for the real tokens, [n_tokens, d_model]; its patch must be on."""
+        batch = item.batch
+        with torch.autocast(self.loaded.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            handed_on = self._in_pieces(item) if self.checkpointing else self._run(batch, item.prefix, self.first)
+        return handed_on[batch.roles != PAD]
+
+    def _run(self, batch: Batch, hidden: Tensor | None, start: int) -> Tensor:
+        model = self.loaded.model
+        return run_span(model, batch.input_ids, batch.attention_mask, start=start, stop=self.stop, hidden=hidden)
+
+    def _in_pieces(self, item: Item) -> Tensor:
+        hidden = item.prefix
+        last = (self.loaded.layout.n_layers if self.stop is None else self.stop) - 1
+        for block in range(self.first, last):
+            hidden = checkpoint(run_block, self.loaded, item.batch, hidden, block, use_reentrant=False)
+        return cast(Tensor, checkpoint(self._run, item.batch, hidden, last, use_reentrant=False))
+
+    def mean_kl(self, items: Sequence[Item], patch: WeightPatch) -> float:
+        """Mean KL(teacher || student) over the items' real tokens, nats a token; the suffix must reach the end."""
+        total = count = 0.0
+        for item in items:
+            with applied(self.loaded.model, patch), torch.no_grad():
+                student = self.student(item)
+            found = divergence(self.loaded.model, item.teacher, self.loaded.model, student)
+            total += float(found.kl.sum())
+            count += len(found.kl)
+        return total / count

@@ -1,0 +1,212 @@
+"""Training end to end on tiny models: every objective, its memory-saving forms, and going on after a stop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compile_steer.hooks import steered
+from compile_steer.lower import Job, Work, distill
+from compile_steer.lower.objective import OBJECTIVES
+from compile_steer.lower.optimise import adamw, trainable, worn
+from compile_steer.lower.suffix import Suffix
+from compile_steer.lower.train import train
+from compile_steer.models import Loaded
+from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.program import Program
+from compile_steer.settings import Calibration, Compile, Distill
+from compile_steer.tokens import Encoded
+from tests.contract.fitting import CALIBRATION, HELD_OUT, TRAINING, job, share, steering_of
+from tests.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
+
+OPTIONS = Distill(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
+
+
+def task(one: Loaded, steering: Program, **changes: Any) -> Job:
+    options = Compile(calibration=Calibration(prompts=1, max_new_tokens=8), distill=OPTIONS.model_copy(update=changes))
+    return job(one, steering, options)
+
+
+def trained(work: Job, start: WeightPatch, texts: list[Encoded] = TRAINING) -> WeightPatch:
+    return distill.distil(work, texts, start, lambda _done: None)
+
+
+def random_start(one: Loaded, first: int = 1) -> WeightPatch:
+    return distill.random_patch(one.layout, first, OPTIONS.rank, seed=0)
+
+
+def same(a: WeightPatch, b: WeightPatch, tolerance: float = 0.0) -> bool:
+    return all(
+        bool((a.low_rank[n].B - b.low_rank[n].B).abs().max() <= tolerance)
+        and bool((a.low_rank[n].A - b.low_rank[n].A).abs().max() <= tolerance)
+        for n in a.low_rank
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("objective", "wanted"),
+    [("forward_kl", 0.4), ("reverse_kl", 0.6), ("jensen_shannon", 0.5), ("hidden", 0.6), ("likelihood", 0.97)],
+)
+def test_every_objective_brings_the_student_nearer(family: str, objective: str, wanted: float) -> None:
+    one, steering = loaded(family), steering_of(family, intervention(positions="all"))
+    texts = TRAINING
+    if objective == "likelihood":  # a sampled token says something only where it was sampled from the steered model
+        prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in [*CALIBRATION, *TRAINING]]
+        texts = task(one, steering).write(prompts, steering, seed=1)
+    before, hooks = logits(one.model, Padded.of(HELD_OUT, "right")), n_hooks(one.model)
+    work = task(one, steering, objective=objective)
+    found = trained(work, random_start(one), texts)
+    assert share(one, steering, found) < wanted
+    assert n_hooks(one.model) == hooks
+    assert torch.equal(logits(one.model, Padded.of(HELD_OUT, "right")), before), "the base is as it was"
+    curve = work.curves["distill"]
+    assert curve["held_out_kl"][1] < curve["held_out_kl"][0]
+    assert len(curve["loss"]) > 4
+
+
+def test_the_losses_are_what_they_are_called() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    batch = Padded.of(HELD_OUT[:3], "right")
+    with steered(one.model, steering, roles=batch.roles):
+        log_p = logits(one.model, batch).double().log_softmax(dim=-1)
+    log_q = logits(one.model, batch).double().log_softmax(dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+    m = (p + q) / 2
+    wanted = {
+        "forward_kl": (p * (log_p - log_q)).sum(-1).mean(),
+        "reverse_kl": (q * (log_q - log_p)).sum(-1).mean(),
+        "jensen_shannon": (0.5 * (p * (log_p - m.log()) + q * (log_q - m.log())).sum(-1)).mean(),
+    }
+    (item,) = Suffix(one, steering, first=1).items(HELD_OUT[:3], 4096)
+    for name, value in wanted.items():
+        student = Suffix(one, steering, first=1).student(item).requires_grad_()
+        found = OBJECTIVES[name].backward(one.model, item.teacher, student, 1.0)
+        assert found == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_saving_memory_gives_the_same_gradient(family: str) -> None:
+    one, steering = loaded(family), steering_of(family, intervention(positions="response"))
+    start = random_start(one, 0)
+    plain, saving = (trained(task(one, steering, checkpoint_blocks=on), start) for on in (False, True))
+    assert same(plain, saving, 1e-5)
+    rough = trained(task(one, steering, precision="bfloat16"), start)
+    assert not same(plain, rough, 1e-5)
+    assert abs(share(one, steering, rough) - share(one, steering, plain)) < 0.1
+
+
+def test_several_small_batches_to_a_step_are_fewer_steps() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one_a_step, three_a_step = task(one, steering), task(one, steering, accumulate=3)
+    trained(one_a_step, random_start(one))
+    found = trained(three_a_step, random_start(one))
+    steps = len(one_a_step.curves["distill"]["loss"])
+    assert len(three_a_step.curves["distill"]["loss"]) in {steps // 3, steps // 3 + 1, 4 * (-(-(steps // 4) // 3))}
+    assert share(one, steering, found) < 1.0
+
+
+class Stopped(Exception):
+    """What a kill is to a test."""
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
+def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, tmp_path: Path) -> None:
+    one, steering = loaded("granite"), steering_of("granite", intervention("ablate", "attn_out", 1))
+    settings = {"objective": objective, "save_every": 3, "epochs": 3}
+    whole = task(one, steering, **settings)
+    wanted = trained(whole, random_start(one))
+
+    seen = 0.0
+
+    def stop(done: float) -> None:
+        nonlocal seen
+        seen += done
+        if seen > 1.6 * len(TRAINING):
+            raise Stopped
+
+    kept = replace(task(one, steering, **settings), work=Work(tmp_path, "inputs"))
+    with pytest.raises(Stopped):
+        distill.distil(kept, TRAINING, random_start(one), stop)
+    again = replace(task(one, steering, **settings), work=Work(tmp_path, "inputs"))
+    steps: list[float] = []
+    found = distill.distil(again, TRAINING, random_start(one), steps.append)
+    assert same(found, wanted), "bit by bit"
+    assert again.curves == whole.curves
+    assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin anew"
+    other = replace(task(one, steering, **settings), work=Work(tmp_path, "other inputs"))
+    assert other.work.kept("distill") is None
+
+
+def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention(layer=0))
+    settings = {"start": "closed_form", "block_steps": 20}
+
+    def run(work: Work) -> tuple[Job, WeightPatch]:
+        doing = replace(task(one, steering, **settings), work=work)
+        doing.__dict__["regression_texts"] = CALIBRATION
+        return doing, distill.fitted_patch(doing)
+
+    whole, wanted = run(Work())
+    doing, _patch = run(Work(tmp_path, "x"))
+    _tensors, state = doing.work.kept("distill.blocks") or ({}, {})
+    assert state["block"] == one.layout.n_layers
+    # As if it had been killed after the first two blocks.
+    early = {n: e for n, e in wanted.low_rank.items() if ".0." in n or ".1." in n}
+    tensors = {f"{part}.{n}": getattr(e, part) for n, e in early.items() for part in "BA"}
+    doing.work.keep("distill.blocks", tensors, {"block": 2, "curves": state["curves"]})
+    again, found = run(Work(tmp_path, "x"))
+    assert same(found, wanted)
+    assert again.curves == whole.curves
+
+
+def test_neutral_text_holds_the_student_near_the_base() -> None:
+    """A student that starts far from the base on its own texts comes nearer with the penalty than without."""
+    one, steering = loaded("llama"), steering_of("llama", intervention(positions="response", coefficient=0.4))
+    prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
+    drift = []
+    for weight in (0.0, 20.0):
+        work = task(one, steering, neutral_weight=weight, epochs=2, objective="hidden")
+        factors = trainable(random_patch(one, ranks=(3,)).low_rank, one.device)
+        train(
+            work,
+            CALIBRATION,
+            worn(factors),
+            adamw(factors, 0.03),
+            work.options.distill,
+            "distill",
+            lambda _done: None,
+        )
+        batch = Padded.of(work.write(prompts, None, seed=3), "right")
+        base = logits(one.model, batch).double().log_softmax(-1)
+        with applied(one.model, worn(factors)), torch.no_grad():
+            found = logits(one.model, batch).double().log_softmax(-1)
+        drift.append(float((base.exp() * (base - found)).sum(-1).mean()))
+    assert drift[1] < 0.8 * drift[0]
+
+
+def test_what_is_kept_is_found_for_the_same_inputs_alone(tmp_path: Path) -> None:
+    work = Work(tmp_path, "a")
+    work.keep("texts", {"x": torch.ones(2)}, [1, 2])
+    tensors, state = work.kept("texts") or ({}, None)
+    assert state == [1, 2]
+    assert torch.equal(tensors["x"], torch.ones(2))
+    assert Work(tmp_path, "b").kept("texts") is None
+    (tmp_path / "texts.safetensors").write_bytes(b"cut")
+    assert work.kept("texts") is None
+    work.clear()
+    assert not tmp_path.exists()
+    Work().keep("texts", {}, 1)
+    assert Work().kept("texts") is None
+
+
+def test_a_patch_knows_the_first_block_it_edits() -> None:
+    layout = loaded("gpt2").layout
+    edit = LowRank(torch.zeros(32, 1), torch.zeros(1, 32))
+    assert WeightPatch({"transformer.h.2.attn.c_proj": edit}).first_layer(layout) == 2
+    assert WeightPatch().first_layer(layout) == layout.n_layers
+    assert WeightPatch(bias={"transformer.h.1.mlp.c_proj": torch.zeros(32)}).first_layer(layout) == 1
