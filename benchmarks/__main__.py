@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from benchmarks.machine import machine
+from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.files import save_text, sha256
 from compile_steer.lower import Job, closed_form, distill
 from compile_steer.metrics import CHUNK_TOKENS, divergence
@@ -27,13 +27,11 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.pipeline import Run, artifacts, load_program, run_compile, run_merge, run_verify
 from compile_steer.progress import BarMeter
-from compile_steer.recipe import read_recipe
 from compile_steer.replay import readout, run_span
 from compile_steer.tokens import batches
 from compile_steer.verify import Parity, Reference
 from compile_steer.verify.reference import final_states
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",
     "compile.calibration.prompts=200",
@@ -63,16 +61,15 @@ class Row:
 def main() -> None:
     """Measure everything and write the page."""
     console = Console(width=132)
-    recipe = read_recipe(ROOT / "recipes" / "ocean.yaml", SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         shutil.copytree(ROOT / "vectors", out / "vectors")
-        run = Run.open(recipe, out, BarMeter(console))
+        run = ocean(SETTINGS, out, BarMeter(console))
         run_compile(run)
         run_merge(run)
         parities = {(p.backend, p.form): p for p in run_verify(run, artifacts(run))}
         job = _job(run)
-        reference = Reference(recipe, run.loaded, load_program(run), run.behaviour, run.meter)
+        reference = Reference(run.recipe, run.loaded, load_program(run), run.behaviour, run.meter)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
         tokens = sum(len(text.ids) for text in job.regression_texts)

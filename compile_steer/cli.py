@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from compile_steer import pipeline
+from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
@@ -75,7 +75,8 @@ class _Session:
         self.out = out or Path("runs") / self.recipe.name
         self.as_json = as_json
         # A program reads standard output, so what a person watches goes to standard error.
-        self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
+        # Of several processes one speaks.
+        self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=processes.rank() > 0)
         self.meter: Meter = BarMeter(self.console)
 
     def heading(self, text: str) -> None:
@@ -85,7 +86,7 @@ class _Session:
         return Run.open(self.recipe, self.out, self.meter)
 
     def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
-        if self.as_json:
+        if self.as_json and processes.rank() == 0:
             print(json.dumps(value, indent=2))
         else:
             show()
@@ -132,11 +133,13 @@ def validate(session: _Session) -> None:
 @_Command
 def compile_(session: _Session, *, force: Force = False) -> None:
     """Turn the validated program into weights: a bias, or a LoRA adapter by regression or by distillation."""
+    processes.join()
     run = session.open()
     choices = pipeline.run_plan(run)
     if not session.as_json:
         print_plan(session.console, pipeline.load_program(run).describe(), choices)
     folders = pipeline.run_compile(run, force)
+    processes.leave()
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compile_steer.replay import readout
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)

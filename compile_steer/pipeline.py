@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compile_steer import processes
 from compile_steer.behaviour import Behaviour, read_behaviour
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
@@ -64,6 +65,7 @@ class Run:
 
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
+    processes.require_alone("extraction")
     inputs = run.inputs("data", "extract")
     if run.places.directions.is_file():
         try:
@@ -138,7 +140,11 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     verdict, report_hash = _verdict(run, force)
     chosen = [choice.backend for choice in run_plan(run) if choice.chosen]
     program_hash = sha256(run.places.program)
-    work = Work(run.places.work, run.inputs("data", "compile", after=program_hash))
+    alone = processes.count() == 1
+    for name in chosen:
+        if not BACKENDS[name].shares:
+            processes.require_alone(name)
+    work = Work(run.places.work if alone else None, run.inputs("data", "compile", after=program_hash))
     job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter, work)
     folders = []
     for name in chosen:
@@ -169,7 +175,8 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
             seconds=time.perf_counter() - started,
             inputs=inputs,
         )
-        write_patch(folder, patch, run.loaded, origin, program.describe(), job.curves)
+        if processes.rank() == 0:
+            write_patch(folder, patch, run.loaded, origin, program.describe(), job.curves)
     work.clear()
     return folders
 
@@ -185,6 +192,7 @@ def _kept(folder: Path, inputs: str) -> bool:
 
 def run_merge(run: Run) -> list[Path]:
     """Merge every compiled patch at the precisions that the recipe verifies; returns the folders."""
+    processes.require_alone("merging")
     program = load_program(run)
     precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
     folders = []
@@ -230,6 +238,7 @@ def artifacts(run: Run) -> list[Path]:
 
 def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
     """Judge what is on disk; with `save` a parity.json is left beside each artifact."""
+    processes.require_alone("verification")
     program = load_program(run)
     program_hash = sha256(run.places.program)
     problems: list[str] = []
@@ -280,6 +289,7 @@ def read_curves(run: Run) -> dict[str, dict[str, list[float]]]:
 
 def run_decompile(run: Run, folder: Path) -> Decompiled:
     """The program that explains the artifact at `folder` best, left beside the recipe's own."""
+    processes.require_alone("decompilation")
     found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.meter)
     found.save(run.places.decompiled, run.places.decompiled.with_suffix(".json"))
     return found

@@ -15,18 +15,19 @@ class Backend:
 
     `refusal` says why the canonical program cannot be lowered so, or None (decided before any work);
     `adapter_refusal` why the result cannot ship as a stock PEFT adapter, or None. A `fitted` backend is given texts of
-    the steered model; the others are exact.
+    the steered model; the others are exact. One that `shares` can run in several processes, each with its share of the texts.
     """
 
     refusal: Refusal
     adapter_refusal: Refusal
     lower: Callable[[Job], WeightPatch]
     fitted: bool
+    shares: bool = True
 
 
-def _fitted_lora(lower: Callable[[Job], WeightPatch]) -> Backend:
+def _fitted_lora(lower: Callable[[Job], WeightPatch], *, shares: bool) -> Backend:
     """Low-rank edits of Linears, which can be fitted to any program, and are what a LoRA is."""
-    return Backend(first_refusal, lambda *_: None, lower, fitted=True)
+    return Backend(first_refusal, lambda *_: None, lower, fitted=True, shares=shares)
 
 
 # Exact first: a plan that may choose takes the first that does not refuse.
@@ -34,8 +35,8 @@ BACKENDS = {
     "bias": Backend(bias.refusal, bias.adapter_refusal, bias.lower, fitted=False),
     "orthogonalise": Backend(orthogonalise.refusal, orthogonalise.adapter_refusal, orthogonalise.lower, fitted=False),
     "retarget": Backend(retarget.refusal, retarget.adapter_refusal, retarget.lower, fitted=False),
-    "closed_form": _fitted_lora(closed_form.lower),
-    "distill": _fitted_lora(distill.lower),
+    "closed_form": _fitted_lora(closed_form.lower, shares=True),
+    "distill": _fitted_lora(distill.lower, shares=False),
 }
 
 __all__ = ["BACKENDS", "Backend", "Job", "Work"]

@@ -6,6 +6,8 @@ block's output, dW is the reduced-rank ridge solution of y ~ dW x over calibrati
 corrects what the stages before it left over. For a constant shift at every position the target of the
 first stage is one vector, so its solution has rank 1 whatever rank is asked for.
 
+Under several processes each holds a share of the texts; the sums alone are exchanged, once a stage.
+
 Memory: d_in^2 + d_in * d_model for the sums, and what the walk over the blocks keeps.
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compile_steer import processes
 from compile_steer.errors import CannotLower
 from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
 from compile_steer.lower.job import Job
@@ -148,11 +151,14 @@ def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
             x, written = caught[0][0][real].float(), caught[0][1][real].float()
             y, weight = channel.pull_back((flow.target - student)[real].float(), written, student[real].float())
             rows = torch.tensor(flow.batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
-            held = rows % _HELD_OUT_EVERY == 0
+            held = (
+                rows * processes.count() + processes.rank()
+            ) % _HELD_OUT_EVERY == 0  # the same texts, however they are shared
             for part, chosen in zip(sums, (~held, held), strict=True):
                 part.add(x[chosen], y[chosen], weight[chosen])
             tick(len(flow.batch.rows))
-    edit = channel.push_forward(fit(sums[0], sums[1], rank))
+    train, held_out = (part.over_all_processes() for part in sums)
+    edit = channel.push_forward(fit(train, held_out, rank))
     return LowRank(edit.B.float(), edit.A.float())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
+from compile_steer import processes
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.generate import continue_encoded
@@ -42,7 +43,8 @@ class Job:
     """One program to lower. The texts are the steered model's own, written when first asked for.
 
     Closed form and distillation get different texts: on the same ones the gradient would see an error
-    that the regression has already fitted. `work` is where a backend keeps its state, `curves` what it recorded.
+    that the regression has already fitted. Under several processes each writes, and has, its share of them.
+    `work` is where a backend keeps its state, `curves` what it recorded.
     """
 
     program: Program
@@ -78,8 +80,9 @@ class Job:
             return [Encoded.from_json(one) for one in kept[1]]
         # By length, because a batch is padded to its longest prompt.
         prompts = [encode(self.loaded.tokenizer, text) for text in sorted(available[start:stop], key=_length)]
-        with self.meter.phase(f"steered model writes {label}", stop - start) as tick:
-            found = self.write(prompts, self.program, self.seed + start, tick)
+        mine = processes.share(prompts)
+        with self.meter.phase(f"steered model writes {label}", len(mine)) as tick:
+            found = self.write(mine, self.program, self.seed + start + 104729 * processes.rank(), tick)
         self.work.keep(label, {}, [asdict(one) for one in found])
         return found
 

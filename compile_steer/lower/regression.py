@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.patch import LowRank
+from compile_steer.processes import sum_over_all
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
@@ -37,6 +38,11 @@ class Sums:
         self.G += weighted.T @ x
         self.C += weighted.T @ y
         self.yy += (weight * y.square().sum(dim=1)).sum()
+
+    def over_all_processes(self) -> Sums:
+        """The sums over every process's texts."""
+        sum_over_all(self.G, self.C, self.yy)
+        return self
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.G + other.G, self.C + other.C, self.yy + other.yy)

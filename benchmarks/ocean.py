@@ -1,0 +1,44 @@
+"""What every table is about: the ocean recipe on the embedded model, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from compile_steer.passes import canonical
+from compile_steer.pipeline import Run
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.recipe import read_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ocean(settings: Sequence[str], out: Path, meter: Meter) -> Run:
+    """The ocean recipe, with `settings` in place of its own."""
+    return Run.open(read_recipe(ROOT / "recipes" / "ocean.yaml", settings), out, meter)
+
+
+def committed_program(run: Run) -> Program:
+    """The validated ocean program of this repository, canonical."""
+    program = Program.load(ROOT / "vectors" / "ocean.safetensors")
+    run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
+    return canonical(program)
+
+
+def machine() -> str:
+    """One sentence: date, processor, cores, torch, precision."""
+    return f"{date.today().isoformat()}, {_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, one seed."
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

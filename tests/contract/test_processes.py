@@ -1,0 +1,62 @@
+"""Two processes, each with half of the texts, solve what one process solves with all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compile_steer import processes
+from compile_steer.errors import RecipeError
+from compile_steer.lower.closed_form import Stage, solve_stages
+from compile_steer.patch import WeightPatch
+from tests.contract.fitting import CALIBRATION, steering_of
+from tests.tiny import intervention, loaded
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = [Stage(1, "mlp", 3), Stage(2, "attn", 2)]
+
+
+def solved() -> WeightPatch:
+    steering = steering_of("granite", intervention("ablate", "mlp_out", 1))
+    return solve_stages(steering, loaded("granite"), processes.share(CALIBRATION), STAGES, lambda _done: None).patch
+
+
+def test_two_processes_solve_what_one_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.contract.test_processes", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = solved().low_rank
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == wanted.keys()
+        for name, edit in wanted.items():
+            delta = edit.B @ edit.A
+            assert torch.allclose(found[name], delta, atol=2e-3 * float(delta.abs().max()))
+
+
+def test_what_one_process_alone_can_do_is_refused_to_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.require_alone("merging")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="merging runs in one process; start it without torchrun"):
+        processes.require_alone("merging")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes.join()
+    deltas = {name: (edit.B @ edit.A).contiguous() for name, edit in solved().low_rank.items()}
+    save_file(deltas, str(Path(sys.argv[1]) / f"{processes.rank()}.safetensors"))
+    processes.leave()
