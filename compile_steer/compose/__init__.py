@@ -3,7 +3,7 @@
 A judge: it loads what is on disk through stock PEFT and imports no backend.
 """
 
-from compile_steer.compose.findings import Composition, Fit, Interplay, Row
+from compile_steer.compose.findings import Composition
 from compile_steer.compose.stage import JOINT, STACKED, Member, measure, summed
 
-__all__ = ["JOINT", "STACKED", "Composition", "Fit", "Interplay", "Member", "Row", "measure", "summed"]
+__all__ = ["JOINT", "STACKED", "Composition", "Member", "measure", "summed"]
