@@ -92,8 +92,9 @@ def measure(
     """Hold the members' adapters, and the composed ones in `folders` (stacked, joint), against all programs' hooks.
 
     Raises:
-        ArtifactError: an adapter cannot be loaded. RecipeError: no prompt is left that no compile saw.
+        ArtifactError: an adapter cannot be loaded. RecipeError: no prompt, or no test pair, is left that no compile saw.
     """
+    pairs = [_test_pairs(base, members, one) for one in members]
     scene = _Scene(base, members, folders)
     dials = tuple(one.dial for one in members)
     texts = _texts(base, members, summed(members, dials), meter)
@@ -114,7 +115,7 @@ def measure(
         names=[one.name for one in members],
         dials=list(dials),
         backend=backend,
-        matrix=_matrix(scene, members, alone, meter),
+        matrix=_matrix(scene, members, pairs, alone, meter),
         artifacts=artifacts,
         settings=settings,
         stacked_from_loaded=scene.divergence(loaded[0], shipped[STACKED]).mean,
@@ -163,21 +164,34 @@ def _fit(scene: _Scene, dials: tuple[float, ...], hooked: Tensor, compiled: Tens
     return Fit(dials, found.mean, scene.divergence(hooked, plain).mean, found.top1_agreement)
 
 
-def _matrix(scene: _Scene, members: Sequence[Member], alone: Sequence[tuple[float, ...]], meter: Meter) -> list[Row]:
+def _test_pairs(base: Loaded, members: Sequence[Member], one: Member) -> list[Encoded]:
+    """Both sides of a member's own test pairs, but those whose prompt a compile has seen; raises `RecipeError`."""
+    met = _calibrated(members)
+    fresh = [pair for pair in one.behaviour.test if pair.prompt not in met][: one.recipe.verify.pairs]
+    if not fresh:
+        raise RecipeError(f"data.test: every prompt of {one.name} is among a recipe's calibration prompts.")
+    return encode_pairs(base, fresh)
+
+
+def _matrix(
+    scene: _Scene,
+    members: Sequence[Member],
+    pairs: Sequence[Sequence[Encoded]],
+    alone: Sequence[tuple[float, ...]],
+    meter: Meter,
+) -> list[Row]:
     """A row a behaviour, a column a way to run."""
     everything = summed(members, [one.dial for one in members])
     ways: dict[str, Way] = {f"hooks {m.name}": summed(members, on) for m, on in zip(members, alone, strict=True)}
     ways |= {"hooks all": everything}
     ways |= {f"adapter {m.name}": _on(on) for m, on in zip(members, alone, strict=True)}
     ways |= {STACKED: {STACKED: 1.0}, JOINT: {JOINT: 1.0}}
-    met, rows = _calibrated(members), []
+    rows = []
     with meter.phase("the interference matrix", len(members) * (1 + len(ways))) as tick:
-        for one in members:
-            fresh = [pair for pair in one.behaviour.test if pair.prompt not in met][: one.recipe.verify.pairs]
-            pairs = encode_pairs(scene.base, fresh)
+        for one, own in zip(members, pairs, strict=True):
             found = {}
             for label, way in {"base": None, **ways}.items():
-                found[label] = scene.contrast(pairs, way)
+                found[label] = scene.contrast(own, way)
                 tick(1)
             plain = found.pop("base")
             changes = {label: values - plain for label, values in found.items()}

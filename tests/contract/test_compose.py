@@ -36,6 +36,7 @@ from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.reload import reload_adapters, switch
 from compile_steer.several import Several, run_compose
+from compile_steer.tokens import Text
 from tests.contract.fitting import solve
 from tests.contract.test_adapters import origin
 from tests.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts
@@ -294,6 +295,10 @@ def test_prompts_that_another_compile_has_seen_are_not_judged_on(bench: Bench, t
     ]
     with pytest.raises(CompileSteerError, match=r"data\.heldout: every prompt is among"):
         measure(bench.base, nothing, "", folders, Meter())
+    prompts = tuple(Text(pair.prompt) for pair in first.behaviour.test)
+    met = replace(second, behaviour=replace(data, calibration=prompts))
+    with pytest.raises(CompileSteerError, match=r"data\.test: every prompt of high\.tide is among"):
+        measure(bench.base, [first, met], "", folders, Meter())
 
 
 # -------------------------------------------------------------------------------------------------- refusals
