@@ -23,6 +23,7 @@ from compile_steer.files import save_text, sha256
 from compile_steer.lower import Job, closed_form, distill
 from compile_steer.metrics import CHUNK_TOKENS, divergence
 from compile_steer.models import Loaded
+from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.pipeline import Run, artifacts, load_program, run_compile, run_merge, run_verify
@@ -30,7 +31,6 @@ from compile_steer.progress import BarMeter
 from compile_steer.replay import readout, run_span
 from compile_steer.tokens import batches
 from compile_steer.verify import Parity, Reference
-from compile_steer.verify.reference import final_states
 
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",

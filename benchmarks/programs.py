@@ -26,6 +26,7 @@ from compile_steer.generate import continue_prompts
 from compile_steer.lower import BACKENDS, Job, distill
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded
+from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.pipeline import Run, run_extract
@@ -33,7 +34,6 @@ from compile_steer.program import Intervention, Program, Site, ablate_everywhere
 from compile_steer.progress import BarMeter
 from compile_steer.replay import run_span
 from compile_steer.tokens import Encoded, encode
-from compile_steer.verify.reference import final_states
 
 SETTINGS = [
     "compile.calibration.prompts=120",

@@ -24,6 +24,7 @@ from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.report import (
+    print_composition,
     print_decompiled,
     print_parities,
     print_plan,
@@ -31,6 +32,7 @@ from compile_steer.report import (
     print_validation,
     write_page,
 )
+from compile_steer.several import Several, joined, run_compose
 
 app = typer.Typer(
     add_completion=False,
@@ -222,6 +224,33 @@ def decompile_(
     found = pipeline.run_decompile(opened, artifact)
     known = pipeline.load_program(opened) if opened.places.program.is_file() else None
     session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
+
+
+@app.command("compose")
+def compose_(
+    recipes: Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")],
+    backend: Annotated[str, typer.Option(help="Whose adapters are put together.")] = "closed_form",
+    dial: Annotated[list[float] | None, typer.Option(help="Factor of each program, in order. [default: 1]")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME.")] = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Folder for composed/. [default: RUNS/NAME1+NAME2]")] = None,
+    changes: Set = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Put several compiled programs into one adapter, stacked and compiled jointly, and say how they interfere.
+
+    Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
+    adapter is not the model under all hooks at once.
+    """
+    session = functools.partial(_Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
+    sessions = [session(recipe=path) for path in recipes]
+    first, read = sessions[0], [one.recipe for one in sessions]
+    place = out or runs / joined(read)
+    found = run_compose(Several.open(read, dial or [], backend, runs, place, first.meter))
+    first.finish(found.summary(), lambda: print_composition(first.console, found))
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()

@@ -26,6 +26,8 @@ def describe_artifact(path: Path) -> dict[str, object]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} is not JSON ({error}).") from error
+        if "matrix" in content:
+            return {"kind": "composition", **content}
         kind = "parity report" if "kl_share" in content else "validation report"
         report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
         return {"kind": kind, **asdict(report)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -39,6 +39,10 @@ class LowRank:
             torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])], dim=0),
         )
 
+    def beside(self, other: LowRank) -> LowRank:
+        """B A + B' A' as one edit of rank r + r'."""
+        return LowRank(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
+
 
 @dataclass(frozen=True)
 class WeightPatch:
@@ -64,6 +68,30 @@ class WeightPatch:
         """The first block that is edited; the number of blocks where none is."""
         edited = {*self.low_rank, *self.bias}
         return next((k for k in range(layout.n_layers) if edited & layout.linears(k).keys()), layout.n_layers)
+
+    def __mul__(self, factor: float) -> WeightPatch:
+        """The same change of the weights, `factor` times as large."""
+        low_rank = {name: LowRank(factor * edit.B, edit.A) for name, edit in self.low_rank.items()}
+        return replace(self, low_rank=low_rank, bias={name: factor * bias for name, bias in self.bias.items()})
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: WeightPatch) -> WeightPatch:
+        """Both changes at once, exactly: ranks add up, and so do biases.
+
+        Raises:
+            ArtifactError: the two rewrite the checkpoint as different architectures.
+        """
+        if self.architecture != other.architecture:
+            names = " and ".join(f"'{one.architecture or 'its own'}'" for one in (self, other))
+            raise ArtifactError(f"patches for the architectures {names} do not add up; compile both the same way.")
+        low_rank, bias = dict(self.low_rank), dict(self.bias)
+        for name, edit in other.low_rank.items():
+            low_rank[name] = low_rank[name].beside(edit) if name in low_rank else edit
+        for name, shift in other.bias.items():
+            bias[name] = bias[name] + shift if name in bias else shift
+        switches = tuple(sorted({*self.switches, *other.switches}))
+        return WeightPatch(low_rank, bias, switches, self.untie or other.untie, self.architecture)
 
     def require_finite(self) -> None:
         """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""

@@ -151,7 +151,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         folder = run.places.adapter(name)
         folders.append(folder)
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
-        if _kept(folder, inputs):
+        if is_kept(folder, inputs):
             continue
         if BACKENDS[name].fitted:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
@@ -181,7 +181,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     return folders
 
 
-def _kept(folder: Path, inputs: str) -> bool:
+def is_kept(folder: Path, inputs: str) -> bool:
     """True if the artifact is whole and was made from the same inputs."""
     try:
         read_patch(folder)
@@ -244,7 +244,7 @@ def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Par
     problems: list[str] = []
     for folder in folders:
         try:
-            require_same_origin(folder, run.loaded, program_hash)
+            require_same_origin(folder, run.loaded.id, run.loaded.revision, program_hash)
         except ArtifactError as error:
             problems += error.problems
     if problems:

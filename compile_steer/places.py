@@ -8,7 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """`vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`."""
+    """`vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
+
+    Of several programs at once NAME is all their names, joined by '+'; what they are compiled into is in `composed/`.
+    """
 
     out: Path
     name: str
@@ -44,6 +47,13 @@ class Places:
 
     def adapter(self, backend: str) -> Path:
         return self.out / "adapters" / f"{self.name}-{backend}"
+
+    def composed(self, backend: str, way: str) -> Path:
+        return self.out / "composed" / f"{self.name}-{backend}-{way}"
+
+    def composition(self, backend: str) -> Path:
+        """How several programs and their adapters get on with each other."""
+        return self.out / "composed" / f"{self.name}-{backend}.json"
 
     def merged(self, backend: str, precision: str) -> Path:
         return self.out / "merged" / f"{self.name}-{backend}-{precision}"

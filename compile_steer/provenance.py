@@ -24,7 +24,8 @@ class Provenance:
 
     `verdict` is the validation's ('none' if the program was never validated), `forced` whether it was
     compiled against it. `seconds`: of lowering, the calibration texts written before. `parent` is the hash of
-    the adapter that a merged checkpoint came from.
+    the adapter that a merged checkpoint came from; `members` are the hashes of the adapters that a composition
+    was made of, by their names and dials.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Provenance:
     seconds: float
     inputs: str
     parent: str = ""
+    members: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     def of(self, **changes: Any) -> Provenance:

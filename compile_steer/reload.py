@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,20 +22,56 @@ def reload(folder: Path, base: Loaded) -> Loaded:
     Raises:
         ArtifactError: there is no such thing, it is damaged, or the adapter is for other modules or widths.
     """
-    dtype = base.model.dtype
+    with _stock_errors(folder):
+        if (folder / "adapter_config.json").is_file():
+            model = PeftModel.from_pretrained(_fresh(base), str(folder))
+            tokenizer = base.tokenizer
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.to(base.device).eval().requires_grad_(False)
+    return Loaded(model, tokenizer, str(folder), "", str(folder))
+
+
+def reload_adapters(folders: Mapping[str, Path], base: Loaded) -> Loaded:
+    """Load several adapters, by name, on one fresh copy of `base`; `switch` says which of them are on.
+
+    Raises:
+        ArtifactError: as `reload` does.
+    """
+    model: Any = None
+    for name, folder in folders.items():
+        with _stock_errors(folder):
+            if model is None:
+                model = PeftModel.from_pretrained(_fresh(base), str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), adapter_name=name)
+    model.to(base.device).eval().requires_grad_(False)
+    return Loaded(model, base.tokenizer, "adapters", "", base.source)
+
+
+def switch(adapters: Loaded, dials: Mapping[str, float]) -> None:
+    """Have the adapters named in `dials` on, each times its dial, and the others off."""
+    wrapped: Any = adapters.model
+    wrapped.base_model.set_adapter(list(dials), inference_mode=True)
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            for name, dial in dials.items():
+                module.set_scale(name, dial)
+
+
+def _fresh(base: Loaded) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)
+
+
+@contextmanager
+def _stock_errors(folder: Path) -> Iterator[None]:
+    """What stock libraries raise for an artifact that they cannot load, as one `ArtifactError`."""
     try:
         with quiet():
-            if (folder / "adapter_config.json").is_file():
-                fresh = AutoModelForCausalLM.from_pretrained(base.source, dtype=dtype)
-                model = PeftModel.from_pretrained(fresh, str(folder))
-                tokenizer = base.tokenizer
-            else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+            yield
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
             f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
         ) from error
-    model.to(base.device).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, str(folder), "", str(folder))

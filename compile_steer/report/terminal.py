@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn.functional import cosine_similarity
 
+from compile_steer.compose import Composition
 from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
 from compile_steer.program import Program
@@ -129,3 +130,38 @@ def print_decompiled(console: Console, found: Decompiled, known: Program | None)
         f"Adding these constants explains {found.explained:.1%} of KL(artifact||base) on neutral text "
         f"({found.kl_base:.3g} nats a token, {found.kl_left:.3g} left)."
     )
+
+
+def print_composition(console: Console, found: Composition) -> None:
+    """The interference matrix, what is shipped, each dial, and how much of the error is the compile's."""
+    pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in found.matrix)
+    table = Table(
+        title=f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})", title_justify="left"
+    )
+    table.add_column("switched on")
+    for row in found.matrix:
+        table.add_column(f"on {row.behaviour} [95 %]", justify="right")
+    for label in found.matrix[0].effects:
+        table.add_row(label, *(f"{row.effects[label]}" for row in found.matrix))
+    for kind in found.matrix[0].cross:
+        table.add_row(f"{kind}: all less the sum", *(f"{row.cross[kind]}" for row in found.matrix), style="dim")
+    for way in found.matrix[0].missed:
+        table.add_row(f"{way} less hooks", *(f"{row.missed[way]}" for row in found.matrix), style="dim")
+    console.print(table)
+    title = f"Adapters against hooks, {found.n_tokens} held-out response tokens written under all hooks"
+    dials = Table(title=title, title_justify="left")
+    for heading in ("adapters", f"dials of {', '.join(found.names)}", "KL", "KL(hooks||base)", "share", "top-1"):
+        dials.add_column(heading, justify="left" if heading == "adapters" else "right")
+    for name, fit in [*found.artifacts.items(), *(("loaded at once", fit) for fit in found.settings)]:
+        share = "-" if fit.share is None else f"{fit.share:.2%}"
+        setting = ", ".join(f"{dial:g}" for dial in fit.dials)
+        dials.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", share, f"{fit.top1:.2%}")
+    console.print(dials)
+    i = found.interplay
+    console.print(
+        f"  final states, relative to what the programs change one by one: the programs' own interference {i.programs:.3f}; "
+        f"errors: adapters alone, summed {i.alone:.3f}; stacked {i.stacked:.3f}, of it only when together {i.cross:.3f}; "
+        f"joint {i.joint:.3f}\n  KL(adapters loaded at once||stacked) = {found.stacked_from_loaded:.1e} nats/token"
+    )
+    for reason in found.reasons:
+        console.print(f"  [red]FAILED[/red] {escape(reason)}")

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
 from compile_steer.generate import continue_prompts
-from compile_steer.hooks import PAD, steered
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded, load
+from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.replay import run_span
-from compile_steer.scoring import contrast_scores, encode_pairs, mean_log_probabilities
-from compile_steer.tokens import Batch, Encoded, batches, encode
-
-
-@dataclass(frozen=True)
-class States:
-    """Final hidden states [n_tokens, d_model] at the positions that predict the response, and elsewhere.
-
-    Both matter, and apart: a chat template's tokens are the same in every prompt, so they flatter a mean.
-    """
-
-    response: Tensor
-    prompt: Tensor
+from compile_steer.scoring import encode_pairs
+from compile_steer.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -45,23 +31,6 @@ class Behaving:
     sample: str
 
 
-def _hooks(loaded: Loaded, program: Program | None, roles: Tensor | None = None) -> AbstractContextManager[None]:
-    return nullcontext() if program is None else steered(loaded.model, program, roles=roles)
-
-
-def final_states(loaded: Loaded, encoded: Sequence[Encoded], program: Program | None = None) -> States:
-    """Run the whole model, hooked with `program` if given, and keep the real tokens' final hidden states."""
-    response, prompt = [], []
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
-        with _hooks(loaded, program, batch.roles), torch.no_grad():
-            final = run_span(loaded.model, batch.input_ids, batch.attention_mask)
-        counts = batch.predicts_response
-        response.append(final[counts])
-        prompt.append(final[~counts & (batch.roles != PAD)])
-    return States(torch.cat(response), torch.cat(prompt))
-
-
 def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, programs: Sequence[Program | None]) -> list[Behaving]:
     """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
     options = recipe.verify
@@ -70,17 +39,9 @@ def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, programs: Seque
     requests = [Request([*prompts, recipe.ask], program) for program in programs]
     answers = answer(loaded, requests, recipe.validate_.score, options.max_new_tokens)
     return [
-        Behaving(_contrast(loaded, pairs, program), one.scores[:-1], one.repetition[:-1], one.texts[-1])
+        Behaving(contrast(loaded, pairs, program), one.scores[:-1], one.repetition[:-1], one.texts[-1])
         for program, one in zip(programs, answers, strict=True)
     ]
-
-
-def _contrast(loaded: Loaded, pairs: Sequence[Encoded], program: Program | None) -> np.ndarray:
-    def final(batch: Batch) -> Tensor:
-        with _hooks(loaded, program, batch.roles):
-            return run_span(loaded.model, batch.input_ids, batch.attention_mask)
-
-    return contrast_scores(mean_log_probabilities(loaded, pairs, final=final))
 
 
 class Reference:

@@ -13,12 +13,13 @@ from compile_steer.errors import ArtifactError
 from compile_steer.files import digest, sha256
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
 from compile_steer.models import Loaded
+from compile_steer.observe import States, final_states
 from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
 from compile_steer.verify.parity import PARITY, Parity, judge
-from compile_steer.verify.reference import Behaving, Reference, States, behave, final_states
+from compile_steer.verify.reference import Behaving, Reference, behave
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 _ROUNDED = {"merged-bf16": torch.bfloat16}
@@ -30,7 +31,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     Raises:
         ArtifactError: the artifact is missing, damaged, or belongs to another program or base.
     """
-    origin = require_same_origin(folder, reference.base, program_sha256)
+    origin = require_same_origin(folder, reference.base.id, reference.base.revision, program_sha256)
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
@@ -54,7 +55,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     return replace(parity, passed=not reasons, reasons=reasons)
 
 
-def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Provenance:
+def require_same_origin(folder: Path, model: str, revision: str, program_sha256: str) -> Provenance:
     """The artifact's provenance; raises `ArtifactError` if it is of another program or base, or damaged."""
     origin = Provenance.read(folder)
     problems = []
@@ -62,10 +63,9 @@ def require_same_origin(folder: Path, base: Loaded, program_sha256: str) -> Prov
         problems.append(
             f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
         )
-    if (origin.model, origin.revision) != (base.id, base.revision):
+    if (origin.model, origin.revision) != (model, revision):
         problems.append(
-            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {base.id} at "
-            f"{base.revision}."
+            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}."
         )
     for file in sorted(folder.glob("*.safetensors")):
         try:

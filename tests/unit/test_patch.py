@@ -117,3 +117,29 @@ def test_every_module_that_is_not_finite_is_named() -> None:
     with pytest.raises(ArtifactError, match=r"a\.nan, b\.inf, c\.bias are not finite"):
         patch.require_finite()
     WeightPatch({"good": good}, {"fine": vector(2)}).require_finite()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_sum_of_scaled_patches_makes_the_sum_of_their_changes(family: str) -> None:
+    one = loaded(family)
+    first, second = (
+        replace(random_patch(one, ranks=ranks, seed=seed), bias=biases(family))
+        for seed, ranks in enumerate(((2, 3), (1,)))
+    )
+    second = replace(second, low_rank=dict(list(second.low_rank.items())[1:]), switches=("mlp_bias",), untie=True)
+    total = 0.4 * first + second * -1.7
+    assert set(total.low_rank) == set(first.low_rank)
+    for name, edit in total.low_rank.items():
+        wanted = 0.4 * (first.low_rank[name].B @ first.low_rank[name].A)
+        if name in second.low_rank:
+            wanted -= 1.7 * (second.low_rank[name].B @ second.low_rank[name].A)
+            assert edit.rank == first.low_rank[name].rank + 1
+        assert torch.allclose(edit.B @ edit.A, wanted, atol=1e-5)
+    assert all(torch.allclose(total.bias[name], (0.4 - 1.7) * shift) for name, shift in first.bias.items())
+    assert (total.switches, total.untie) == (("mlp_bias",), True)
+    assert (first.switches, first.untie) == ((), False)
+
+
+def test_patches_for_different_architectures_do_not_add_up() -> None:
+    with pytest.raises(ArtifactError, match="the architectures 'its own' and 'llama' do not add up"):
+        WeightPatch({"a": low_rank()}) + WeightPatch(architecture="llama")

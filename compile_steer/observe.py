@@ -1,0 +1,56 @@
+"""What a model computes on given texts, under a program or as it is: the measurements that judges share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compile_steer.hooks import PAD, steered
+from compile_steer.models import Loaded
+from compile_steer.program import Program
+from compile_steer.replay import run_span
+from compile_steer.scoring import contrast_scores, mean_log_probabilities
+from compile_steer.tokens import Batch, Encoded, batches
+
+
+@dataclass(frozen=True)
+class States:
+    """Final hidden states [n_tokens, d_model] at the positions that predict the response, and elsewhere.
+
+    Both matter, and apart: a chat template's tokens are the same in every prompt, so they flatter a mean.
+    """
+
+    response: Tensor
+    prompt: Tensor
+
+
+def _hooks(loaded: Loaded, program: Program | None, roles: Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if program is None else steered(loaded.model, program, roles=roles)
+
+
+def final_states(loaded: Loaded, encoded: Sequence[Encoded], program: Program | None = None) -> States:
+    """Run the whole model, hooked with `program` if given, and keep the real tokens' final hidden states."""
+    response, prompt = [], []
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        with _hooks(loaded, program, batch.roles), torch.no_grad():
+            final = run_span(loaded.model, batch.input_ids, batch.attention_mask)
+        counts = batch.predicts_response
+        response.append(final[counts])
+        prompt.append(final[~counts & (batch.roles != PAD)])
+    return States(torch.cat(response), torch.cat(prompt))
+
+
+def contrast(loaded: Loaded, pairs: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
+    """log p(positive) - log p(negative) of each of n encoded pairs, [n] in nats a token, hooked with `program` if given."""
+
+    def final(batch: Batch) -> Tensor:
+        with _hooks(loaded, program, batch.roles):
+            return run_span(loaded.model, batch.input_ids, batch.attention_mask)
+
+    return contrast_scores(mean_log_probabilities(loaded, pairs, final=final))
