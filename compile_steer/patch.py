@@ -1,4 +1,4 @@
-"""What lowering yields: low-rank edits and biases by module name, before any file format."""
+"""What lowering yields: changes of weights and biases by module name, before any file format."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class WeightPatch:
     `bias` [d_out] is added to the module's bias; `switches` are the config fields (False to True)
     that make stock code build the biases where the checkpoint has none. `untie` gives the language-model
     head its own copy of the embeddings before they are edited. `architecture` is the stock family that the
-    checkpoint is rewritten as ('' for its own).
+    checkpoint is rewritten as ('' for its own). `dense` is added to the module's weight, whose shape and
+    orientation it has.
     """
 
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class WeightPatch:
     switches: tuple[str, ...] = ()
     untie: bool = False
     architecture: str = ""
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -63,7 +65,8 @@ class WeightPatch:
     def require_finite(self) -> None:
         """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""
         bad = [n for n, e in self.low_rank.items() if not bool(torch.isfinite(e.B).all() and torch.isfinite(e.A).all())]
-        bad += [name for name, bias in self.bias.items() if not bool(torch.isfinite(bias).all())]
+        whole = (*self.bias.items(), *self.dense.items())
+        bad += [name for name, change in whole if not bool(torch.isfinite(change).all())]
         if bad:
             raise ArtifactError(f"the compiled weights of {', '.join(bad)} are not finite; nothing was written.")
 
@@ -75,9 +78,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_delta(module: nn.Module, edit: LowRank) -> Tensor:
-    """B A in the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
-    delta = edit.B @ edit.A
-    return delta.T if isinstance(module, Conv1D) else delta
+    """B A in the orientation of `module.weight`."""
+    return turned(module, edit.B @ edit.A)
+
+
+def turned(module: nn.Module, matrix: Tensor) -> Tensor:
+    """[d_out, d_in] <-> the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
+    return matrix.T if isinstance(module, Conv1D) else matrix
 
 
 @contextmanager
@@ -91,6 +98,9 @@ def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
         for name, bias in patch.bias.items():
             module = layout.model.get_submodule(name)
             stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
+        for name, delta in patch.dense.items():
+            module = layout.model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_dense_hook(delta)).remove)
         yield
 
 
@@ -107,5 +117,14 @@ def _low_rank_hook(edit: LowRank) -> Any:
 def _bias_hook(bias: Tensor) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + bias.to(output)
+
+    return hook
+
+
+def _dense_hook(delta: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return output + delta.to(output)[args[0]]
+        return output + args[0] @ turned(module, delta.to(output)).T
 
     return hook
