@@ -143,12 +143,14 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         folder = run.places.adapter(name)
         folders.append(folder)
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
-        if _kept(folder, inputs):
+        kept = _kept(folder, inputs)
+        if kept is not None:
+            job.finished[name] = kept
             continue
         if BACKENDS[name].fitted:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
-        patch = BACKENDS[name].lower(job)
+        patch = job.finished[name] = BACKENDS[name].lower(job)
         origin = Provenance(
             name=run.recipe.name,
             backend=name,
@@ -170,13 +172,12 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     return folders
 
 
-def _kept(folder: Path, inputs: str) -> bool:
-    """True if the artifact is whole and was made from the same inputs."""
+def _kept(folder: Path, inputs: str) -> WeightPatch | None:
+    """The patch on disk, if it is whole and was made from the same inputs."""
     try:
-        read_patch(folder)
-        return Provenance.read(folder).inputs == inputs
+        return read_patch(folder) if Provenance.read(folder).inputs == inputs else None
     except ArtifactError:
-        return False
+        return None
 
 
 def run_merge(run: Run) -> list[Path]:

@@ -12,7 +12,7 @@ from compile_steer.errors import ArtifactError
 from compile_steer.program import Point, parse_positions
 from compile_steer.scoring import Scorer
 
-BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill"]
+BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 Method = Literal["mean_difference", "pca", "logistic"]
 
@@ -133,6 +133,23 @@ class Distill(Section):
     batch_tokens: int = Field(1024, ge=64)
 
 
+class Full(Section):
+    """Whole weights trained end to end on the divergence, on the texts of the closed form and of `distill`.
+
+    `cut_rank` is `full_cut`'s: the result as a LoRA.
+    """
+
+    optimizer: Literal["apollo", "adamw"] = "apollo"
+    modules: tuple[str, ...] = Field(
+        (), description="endings of module names, as mlp.down_proj; none: every Linear from the first steered block on"
+    )
+    epochs: float = Field(2.0, gt=0)
+    learning_rate: float = Field(0.01, gt=0, description="relative to the root mean square of each weight")
+    batch_tokens: int = Field(1024, ge=64)
+    apollo_rank: int = Field(8, ge=1, description="of the optimizer's random subspace; 1: APOLLO-Mini")
+    cut_rank: int = Field(8, ge=1)
+
+
 class Compile(Section):
     """Backends, and the texts they are fitted to."""
 
@@ -140,6 +157,7 @@ class Compile(Section):
     calibration: Calibration = Calibration()
     closed_form: ClosedForm = ClosedForm()
     distill: Distill = Distill()
+    full: Full = Full()
 
 
 class Gates(Section):

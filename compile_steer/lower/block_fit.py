@@ -27,6 +27,7 @@ from compile_steer.progress import Tick
 T = TypeVar("T")
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
+BETAS = (0.9, 0.99)
 _HELD_OUT_EVERY = 6
 
 
@@ -104,7 +105,7 @@ def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, t
 def optimizer_of(
     factors: Factors, rate: float, steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with linear warm-up over a tenth of the steps and cosine decay to zero.
+    """AdamW with its schedule.
 
     AdamW's step has the size of the rate whatever the gradient's, so the rate is taken relative to each
     factor's own root mean square (its partner's, for a factor that starts at zero).
@@ -114,7 +115,12 @@ def optimizer_of(
         sizes = [float(factor.detach().square().mean().sqrt()) for factor in (B, A)]
         for factor, size, other in zip((B, A), sizes, reversed(sizes), strict=True):
             groups.append({"params": [factor], "lr": rate * (size or other)})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+    return optimizer, schedule_of(optimizer, steps)
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a tenth of the steps and cosine decay to zero."""
     warm = max(1, steps // 10)
 
     def shape(step: int) -> float:
@@ -122,7 +128,7 @@ def optimizer_of(
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
 
 
 def _error(walk: Walk, flow: Flow, block: int) -> tuple[Tensor, Tensor]:

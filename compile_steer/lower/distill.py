@@ -39,7 +39,7 @@ from compile_steer.tokens import Batch, Encoded, batches
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One batch with what the prefix [batch, time, d_model] and the teacher [n_tokens, d_model] gave for it."""
 
     batch: Batch
@@ -117,11 +117,11 @@ def train(
     first = program.first_layer
     items = []
     for batch in batches(texts, int(loaded.tokenizer.pad_token_id), max_tokens=options.batch_tokens):
-        items.append(_item(program, loaded, batch.to(device), first))
+        items.append(prepared(program, loaded, batch.to(device), first))
         tick(len(batch.rows))
     random.Random(seed).shuffle(items)
     held_out, items = held_out_split(items)
-    before = _mean_kl(loaded, held_out, first, start)
+    before = mean_kl(loaded, held_out, first, start)
 
     steps = max(1, math.ceil(options.epochs * len(items)))
     optimizer, schedule = optimizer_of(factors, options.learning_rate, steps)
@@ -130,32 +130,33 @@ def train(
         item = items[step % len(items)]
         optimizer.zero_grad()
         with applied(loaded.model, patch), torch.enable_grad():
-            _backward(loaded, item, first)
+            backward(loaded, item, first)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         tick(len(item.batch.rows))
     result = WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
-    return result if _mean_kl(loaded, held_out, first, result) < before else start
+    return result if mean_kl(loaded, held_out, first, result) < before else start
 
 
-def _item(program: Program, loaded: Loaded, batch: Batch, first: int) -> _Item:
+def prepared(program: Program, loaded: Loaded, batch: Batch, first: int) -> Item:
+    """Run the shared prefix and the teacher over one batch."""
     ids, mask = batch.input_ids, batch.attention_mask
     with torch.no_grad():
         prefix = run_span(loaded.model, ids, mask, stop=first) if first else None
         with steered(loaded.model, program, roles=batch.roles):
             teacher = run_span(loaded.model, ids, mask, start=first, hidden=prefix)
-    return _Item(batch, prefix, teacher[batch.roles != PAD])
+    return Item(batch, prefix, teacher[batch.roles != PAD])
 
 
-def _student(loaded: Loaded, item: _Item, first: int) -> Tensor:
+def _student(loaded: Loaded, item: Item, first: int) -> Tensor:
     """The student's final hidden states of the real tokens, [n_tokens, d_model]; its patch must be on."""
     batch = item.batch
     final = run_span(loaded.model, batch.input_ids, batch.attention_mask, start=first, hidden=item.prefix)
     return final[batch.roles != PAD]
 
 
-def _backward(loaded: Loaded, item: _Item, first: int) -> None:
+def backward(loaded: Loaded, item: Item, first: int) -> None:
     """Accumulate the gradient of the mean KL(teacher || student) over the batch's real tokens."""
     student = _student(loaded, item, first)
     leaf = student.detach().requires_grad_()
@@ -168,7 +169,7 @@ def _backward(loaded: Loaded, item: _Item, first: int) -> None:
     student.backward(leaf.grad)
 
 
-def _mean_kl(loaded: Loaded, items: Sequence[_Item], first: int, patch: WeightPatch) -> float:
+def mean_kl(loaded: Loaded, items: Sequence[Item], first: int, patch: WeightPatch) -> float:
     """Mean KL(teacher || student) over the items' real tokens, nats a token."""
     total = count = 0.0
     for item in items:

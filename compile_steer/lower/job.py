@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from compile_steer.behaviour import Behaviour
@@ -11,6 +11,7 @@ from compile_steer.errors import RecipeError
 from compile_steer.generate import continue_prompts
 from compile_steer.layout import Layout
 from compile_steer.models import Loaded
+from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
 from compile_steer.settings import Compile
@@ -41,7 +42,7 @@ class Job:
     """One program to lower. The texts are the steered model's own, written when first asked for.
 
     Closed form and distillation get different texts: on the same ones the gradient would see an error
-    that the regression has already fitted.
+    that the regression has already fitted. `finished` are the patches of backends that ran before, by name.
     """
 
     program: Program
@@ -50,6 +51,7 @@ class Job:
     options: Compile
     seed: int
     meter: Meter
+    finished: dict[str, WeightPatch] = field(default_factory=dict)
 
     @cached_property
     def regression_texts(self) -> list[Encoded]:
