@@ -23,10 +23,12 @@ from compile_steer.describe import describe_artifact
 from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_decompiled,
     print_parities,
     print_plan,
+    print_recombined,
     print_samples,
     print_validation,
     write_page,
@@ -218,6 +220,28 @@ def decompile_(
     found = pipeline.run_decompile(opened, artifact)
     known = pipeline.load_program(opened) if opened.places.program.is_file() else None
     session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
+
+
+@app.command("task-vector")
+@_Command
+def task_vector(
+    session: _Session,
+    *,
+    artifact: Annotated[Path, typer.Option(help="Folder of a compiled patch or adapter.")],
+    scale: Annotated[float, typer.Option(help="Factor on it; -1 takes away what it gives.")] = 1.0,
+    add: Annotated[list[Path] | None, typer.Option(help="Folder of another patch, added as it is. Repeatable.")] = None,
+    cut: Annotated[int | None, typer.Option(help="Cut every matrix to this rank, for a stock LoRA adapter.")] = None,
+    to: Annotated[str, typer.Option(help="The new patch is adapters/NAME-TO.")] = "task_vector",
+) -> None:
+    """Scale, negate, add and cut what was compiled, as arithmetic on weights; and say what is in it.
+
+    W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
+    """
+    opened = session.open()
+    known = pipeline.load_program(opened) if opened.places.program.is_file() else None
+    wanted = Recombination(artifact, scale, tuple(add or ()), cut, to)
+    found = recombine(wanted, opened.loaded, opened.places, known)
+    session.finish(found.summary(), lambda: print_recombined(session.console, found))
 
 
 @app.command()

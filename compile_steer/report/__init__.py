@@ -1,6 +1,21 @@
 """Report: what a run found, in a terminal and as one self-contained page."""
 
 from compile_steer.report.page import write_page
-from compile_steer.report.terminal import print_decompiled, print_parities, print_plan, print_samples, print_validation
+from compile_steer.report.terminal import (
+    print_decompiled,
+    print_parities,
+    print_plan,
+    print_recombined,
+    print_samples,
+    print_validation,
+)
 
-__all__ = ["print_decompiled", "print_parities", "print_plan", "print_samples", "print_validation", "write_page"]
+__all__ = [
+    "print_decompiled",
+    "print_parities",
+    "print_plan",
+    "print_recombined",
+    "print_samples",
+    "print_validation",
+    "write_page",
+]
