@@ -133,7 +133,7 @@ def validate(session: _Session) -> None:
 @app.command("compile")
 @_Command
 def compile_(session: _Session, *, force: Force = False) -> None:
-    """Turn the validated program into weights: a bias, or a LoRA adapter by regression or by distillation."""
+    """Turn the validated program into weights: a bias, a LoRA by regression or distillation, or a task vector."""
     run = session.open()
     choices = pipeline.run_plan(run)
     if not session.as_json:
@@ -144,9 +144,15 @@ def compile_(session: _Session, *, force: Force = False) -> None:
 
 @app.command()
 @_Command
-def merge(session: _Session) -> None:
+def merge(
+    session: _Session,
+    *,
+    artifact: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a patch; by default all that the recipe makes. Repeatable.")
+    ] = None,
+) -> None:
     """Write stock checkpoints with the compiled weights summed in (fp32 sum, one cast)."""
-    folders = pipeline.run_merge(session.open())
+    folders = pipeline.run_merge(session.open(), artifact or ())
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 

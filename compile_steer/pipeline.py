@@ -180,16 +180,23 @@ def _kept(folder: Path, inputs: str) -> WeightPatch | None:
         return None
 
 
-def run_merge(run: Run) -> list[Path]:
-    """Merge every compiled patch at the precisions that the recipe verifies; returns the folders."""
+def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
+    """Merge every compiled patch, or the `given` ones, at the precisions that the recipe verifies; returns the folders.
+
+    Raises:
+        ArtifactError: a given folder holds no patch, or one of another base.
+    """
     program = load_program(run)
     precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
     folders = []
     patches: list[tuple[Path, WeightPatch, Provenance]] = []
-    for choice in run_plan(run):
-        if choice.chosen:
-            folder = run.places.adapter(choice.backend)
-            patches.append((folder, read_patch(folder), Provenance.read(folder)))
+    chosen = given or [run.places.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
+    for folder in chosen:
+        origin = Provenance.read(folder)
+        problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
+        if problems:
+            raise ArtifactError(problems)
+        patches.append((folder, read_patch(folder), origin))
     with run.meter.phase("merging in fp32, one cast", len(patches) * len(precisions)) as tick:
         for folder, patch, origin in patches:
             parent = sha256(folder, without=(PARITY,))
@@ -200,7 +207,8 @@ def run_merge(run: Run) -> list[Path]:
                     form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision])
                 )
                 if not _same_provenance(merged, now):
-                    write_merged(merged, patch, run.loaded, precision, now, model_card(now, program.describe()))
+                    card = model_card(now, now.recombined or program.describe())
+                    write_merged(merged, patch, run.loaded, precision, now, card)
                 tick(1)
     return folders
 

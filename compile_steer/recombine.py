@@ -32,7 +32,7 @@ class Recombination:
     name: str
 
     def describe(self) -> str:
-        """In words, for the card."""
+        """In words."""
         parts = [f"{self.factor:g} x {self.artifact.name}", *(folder.name for folder in self.others)]
         return " + ".join(parts) + (f", cut to rank {self.rank}" if self.rank else "")
 
@@ -67,7 +67,7 @@ def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Pr
     for one in (wanted.artifact, *wanted.others):
         try:
             origin = Provenance.read(one)
-            problems += _foreign(one, origin, loaded)
+            problems += origin.foreign(one, loaded.id, loaded.revision)
             patches.append(read_patch(one))
             origins.append(origin)
         except ArtifactError as error:
@@ -100,15 +100,6 @@ def _problems(wanted: Recombination, folder: Path) -> list[str]:
     return problems
 
 
-def _foreign(folder: Path, origin: Provenance, loaded: Loaded) -> list[str]:
-    if (origin.model, origin.revision) == (loaded.id, loaded.revision):
-        return []
-    return [
-        f"{folder} changes {origin.model}, revision {origin.revision}; the recipe's base is {loaded.id}, revision "
-        f"{loaded.revision}. A task vector belongs to the base that it was made from."
-    ]
-
-
 def _origin(wanted: Recombination, origins: Sequence[Provenance], form: str, name: str) -> Provenance:
     """The first patch's origin, without the claims that hold no longer: nothing validated this combination."""
     parents = [sha256(folder, without=(PARITY,)) for folder in (wanted.artifact, *wanted.others)]
@@ -123,4 +114,5 @@ def _origin(wanted: Recombination, origins: Sequence[Provenance], form: str, nam
         seconds=0.0,
         inputs=digest([parents, wanted.factor, wanted.rank]),
         parent=" ".join(parents),
+        recombined=wanted.describe(),
     )

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from compile_steer.__main__ import main
+from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_patch
 from compile_steer.files import sha256
 from compile_steer.lower import full
 from compile_steer.models import Loaded, load
-from compile_steer.patch import LowRank, WeightPatch, weight_delta
+from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
 from compile_steer.pipeline import Run, artifacts, run_compile, run_merge
 from compile_steer.places import Places
 from compile_steer.program import Program
@@ -106,9 +107,19 @@ def test_scaled_and_added_and_cut_on_disk(
     assert torch.allclose(patch.dense[DOWN], whole)
     assert torch.equal(patch.low_rank[DOWN].A, read_patch(three).low_rank[DOWN].A)
     left = Provenance.read(places.adapter("mix"))
+    assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
     assert left.parent.split() == [sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
-    assert "-1 x ocean-one + ocean-two + ocean-three" in (places.adapter("mix") / "README.md").read_text("utf-8")
+    (merged,) = run_merge(Run.open(recipe(base), places.out, Meter()), [places.adapter("mix")])
+    for folder in (places.adapter("mix"), merged):
+        card = (folder / "README.md").read_text("utf-8")
+        assert left.recombined in card
+        assert "Arithmetic on compiled task vectors" in card
+        assert "behaves as" not in card
+    batch = Padded.of(texts(), "left")
+    with applied(base.model, patch):
+        wanted = logits(base.model, batch)
+    assert relative_error(logits(reload(merged, base).model, batch), wanted) < 1e-5
 
     code, said, _ = call("--artifact", places.adapter("mix"), "--cut", "5")
     assert code == 0
@@ -138,6 +149,9 @@ def test_every_problem_is_named_at_once(
     ):
         assert words in said
     assert read_patch(one).dense
+    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
+        run_merge(Run.open(recipe(base), places.out, Meter()), [other])
     code, _, said = call("--artifact", one, "--to", "full")
     assert code == 2
     assert "'full' cannot be the new name" in said
