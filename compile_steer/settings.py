@@ -144,7 +144,7 @@ class Full(Section):
         (), description="endings of module names, as mlp.down_proj; none: every Linear from the first steered block on"
     )
     epochs: float = Field(2.0, gt=0)
-    learning_rate: float = Field(0.01, gt=0, description="relative to the root mean square of each weight")
+    learning_rate: float = Field(0.001, gt=0, description="relative to the root mean square of each weight")
     batch_tokens: int = Field(1024, ge=64)
     apollo_rank: int = Field(8, ge=1, description="of the optimizer's random subspace; 1: APOLLO-Mini")
     cut_rank: int = Field(8, ge=1)
