@@ -114,9 +114,9 @@ class Measure:
     base: Divergence
 
     @staticmethod
-    def of(run: Run, program: Program) -> Measure:
+    def of(run: Run, program: Program, count: int = HELD_OUT) -> Measure:
         loaded = run.loaded
-        prompts = run.behaviour.heldout[:HELD_OUT]
+        prompts = run.behaviour.heldout[:count]
         texts = continue_prompts(loaded, prompts, program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
         wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
         return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))

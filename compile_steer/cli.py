@@ -23,11 +23,13 @@ from compile_steer.describe import describe_artifact
 from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
     print_decompiled,
     print_parities,
     print_plan,
+    print_recombined,
     print_samples,
     print_validation,
     write_page,
@@ -134,7 +136,7 @@ def validate(session: _Session) -> None:
 @app.command("compile")
 @_Command
 def compile_(session: _Session, *, force: Force = False) -> None:
-    """Turn the validated program into weights: a bias, or a LoRA adapter by regression or by distillation."""
+    """Turn the validated program into weights: a bias, a LoRA by regression or distillation, or a task vector."""
     processes.join()
     run = session.open()
     choices = pipeline.run_plan(run)
@@ -147,9 +149,15 @@ def compile_(session: _Session, *, force: Force = False) -> None:
 
 @app.command()
 @_Command
-def merge(session: _Session) -> None:
+def merge(
+    session: _Session,
+    *,
+    artifact: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a patch; by default all that the recipe makes. Repeatable.")
+    ] = None,
+) -> None:
     """Write stock checkpoints with the compiled weights summed in (fp32 sum, one cast)."""
-    folders = pipeline.run_merge(session.open())
+    folders = pipeline.run_merge(session.open(), artifact or ())
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 
@@ -251,6 +259,28 @@ def compose_(
     found = run_compose(Several.open(read, dial or [], backend, runs, place, first.meter))
     first.finish(found.summary(), lambda: print_composition(first.console, found))
     raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command("task-vector")
+@_Command
+def task_vector(
+    session: _Session,
+    *,
+    artifact: Annotated[Path, typer.Option(help="Folder of a compiled patch or adapter.")],
+    scale: Annotated[float, typer.Option(help="Factor on it; -1 takes away what it gives.")] = 1.0,
+    add: Annotated[list[Path] | None, typer.Option(help="Folder of another patch, added as it is. Repeatable.")] = None,
+    cut: Annotated[int | None, typer.Option(help="Cut every matrix to this rank, for a stock LoRA adapter.")] = None,
+    to: Annotated[str, typer.Option(help="The new patch is adapters/NAME-TO.")] = "task_vector",
+) -> None:
+    """Scale, negate, add and cut what was compiled, as arithmetic on weights; and say what is in it.
+
+    W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
+    """
+    opened = session.open()
+    known = pipeline.load_program(opened) if opened.places.program.is_file() else None
+    wanted = Recombination(artifact, scale, tuple(add or ()), cut, to)
+    found = recombine(wanted, opened.loaded, opened.places, known)
+    session.finish(found.summary(), lambda: print_recombined(session.console, found))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What lowering yields: low-rank edits and biases by module name, before any file format."""
+"""What lowering yields: changes of weights and biases by module name, before any file format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class WeightPatch:
     `bias` [d_out] is added to the module's bias; `switches` are the config fields (False to True)
     that make stock code build the biases where the checkpoint has none. `untie` gives the language-model
     head its own copy of the embeddings before they are edited. `architecture` is the stock family that the
-    checkpoint is rewritten as ('' for its own).
+    checkpoint is rewritten as ('' for its own). `dense` is added to the module's weight, whose shape and
+    orientation it has.
     """
 
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class WeightPatch:
     switches: tuple[str, ...] = ()
     untie: bool = False
     architecture: str = ""
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -66,39 +68,64 @@ class WeightPatch:
 
     def first_layer(self, layout: Layout) -> int:
         """The first block that is edited; the number of blocks where none is."""
-        edited = {*self.low_rank, *self.bias}
+        edited = {*self.low_rank, *self.bias, *self.dense}
         return next((k for k in range(layout.n_layers) if edited & layout.linears(k).keys()), layout.n_layers)
 
     def __mul__(self, factor: float) -> WeightPatch:
-        """The same change of the weights, `factor` times as large."""
+        """The same change of the weights, `factor` times as large; -1 takes away what the patch gives."""
         low_rank = {name: LowRank(factor * edit.B, edit.A) for name, edit in self.low_rank.items()}
-        return replace(self, low_rank=low_rank, bias={name: factor * bias for name, bias in self.bias.items()})
+        bias = {name: factor * change for name, change in self.bias.items()}
+        dense = {name: factor * change for name, change in self.dense.items()}
+        return replace(self, low_rank=low_rank, bias=bias, dense=dense)
 
     __rmul__ = __mul__
 
     def __add__(self, other: WeightPatch) -> WeightPatch:
-        """Both changes at once, exactly: ranks add up, and so do biases.
+        """Both changes at once, exactly: ranks add up, and so do biases and whole weights.
 
         Raises:
-            ArtifactError: the two rewrite the checkpoint as different architectures.
+            ArtifactError: the two rewrite the checkpoint as different architectures, or differ in shape.
         """
-        if self.architecture != other.architecture:
-            names = " and ".join(f"'{one.architecture or 'its own'}'" for one in (self, other))
-            raise ArtifactError(f"patches for the architectures {names} do not add up; compile both the same way.")
-        low_rank, bias = dict(self.low_rank), dict(self.bias)
+        architectures = sorted({self.architecture, other.architecture} - {""})
+        mine, yours = self._shapes(), other._shapes()
+        problems = [
+            f"{name} is {list(mine[name])} in one patch and {list(yours[name])} in the other."
+            for name in sorted(mine.keys() & yours.keys())
+            if mine[name] != yours[name]
+        ]
+        if len(architectures) > 1:
+            problems.append(f"one patch rewrites the base as {architectures[0]}, the other as {architectures[1]}.")
+        if problems:
+            raise ArtifactError([*problems, "Only patches of the same base can be added."])
+        low_rank = dict(self.low_rank)
         for name, edit in other.low_rank.items():
             low_rank[name] = low_rank[name].beside(edit) if name in low_rank else edit
-        for name, shift in other.bias.items():
-            bias[name] = bias[name] + shift if name in bias else shift
-        switches = tuple(sorted({*self.switches, *other.switches}))
-        return WeightPatch(low_rank, bias, switches, self.untie or other.untie, self.architecture)
+        return WeightPatch(
+            low_rank,
+            _sums(self.bias, other.bias),
+            tuple(sorted({*self.switches, *other.switches})),
+            self.untie or other.untie,
+            "".join(architectures),
+            _sums(self.dense, other.dense),
+        )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {f"{name} (low rank)": (len(edit.B), edit.A.shape[1]) for name, edit in self.low_rank.items()}
+        biases = {f"{name} (bias)": tuple(change.shape) for name, change in self.bias.items()}
+        return {**shapes, **biases, **{name: tuple(change.shape) for name, change in self.dense.items()}}
 
     def require_finite(self) -> None:
         """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""
         bad = [n for n, e in self.low_rank.items() if not bool(torch.isfinite(e.B).all() and torch.isfinite(e.A).all())]
-        bad += [name for name, bias in self.bias.items() if not bool(torch.isfinite(bias).all())]
+        whole = (*self.bias.items(), *self.dense.items())
+        bad += [name for name, change in whole if not bool(torch.isfinite(change).all())]
         if bad:
             raise ArtifactError(f"the compiled weights of {', '.join(bad)} are not finite; nothing was written.")
+
+
+def _sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    shared = {name: one[name] + other[name] for name in one.keys() & other.keys()}
+    return {**one, **other, **shared}
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -108,9 +135,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_delta(module: nn.Module, edit: LowRank) -> Tensor:
-    """B A in the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
-    delta = edit.B @ edit.A
-    return delta.T if isinstance(module, Conv1D) else delta
+    """B A in the orientation of `module.weight`."""
+    return turned(module, edit.B @ edit.A)
+
+
+def turned(module: nn.Module, matrix: Tensor) -> Tensor:
+    """[d_out, d_in] <-> the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
+    return matrix.T if isinstance(module, Conv1D) else matrix
 
 
 @contextmanager
@@ -124,6 +155,9 @@ def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
         for name, bias in patch.bias.items():
             module = layout.model.get_submodule(name)
             stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
+        for name, delta in patch.dense.items():
+            module = layout.model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_dense_hook(delta)).remove)
         yield
 
 
@@ -140,5 +174,14 @@ def _low_rank_hook(edit: LowRank) -> Any:
 def _bias_hook(bias: Tensor) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + bias.to(output)
+
+    return hook
+
+
+def _dense_hook(delta: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return output + delta.to(output)[args[0]]
+        return output + args[0] @ turned(module, delta.to(output)).T
 
     return hook

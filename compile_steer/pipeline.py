@@ -151,13 +151,15 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         folder = run.places.adapter(name)
         folders.append(folder)
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
-        if is_kept(folder, inputs):
+        kept = kept_patch(folder, inputs)
+        if kept is not None:
+            job.finished[name] = kept
             continue
         if BACKENDS[name].fitted:
             _ = job.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
         job.curves.clear()
-        patch = BACKENDS[name].lower(job)
+        patch = job.finished[name] = BACKENDS[name].lower(job)
         origin = Provenance(
             name=run.recipe.name,
             backend=name,
@@ -181,26 +183,32 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     return folders
 
 
-def is_kept(folder: Path, inputs: str) -> bool:
-    """True if the artifact is whole and was made from the same inputs."""
+def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:
+    """The patch on disk, if it is whole and was made from the same inputs."""
     try:
-        read_patch(folder)
-        return Provenance.read(folder).inputs == inputs
+        return read_patch(folder) if Provenance.read(folder).inputs == inputs else None
     except ArtifactError:
-        return False
+        return None
 
 
-def run_merge(run: Run) -> list[Path]:
-    """Merge every compiled patch at the precisions that the recipe verifies; returns the folders."""
+def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
+    """Merge every compiled patch, or the `given` ones, at the precisions that the recipe verifies; returns the folders.
+
+    Raises:
+        ArtifactError: a given folder holds no patch, or one of another base.
+    """
     processes.require_alone("merging")
     program = load_program(run)
     precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
     folders = []
     patches: list[tuple[Path, WeightPatch, Provenance]] = []
-    for choice in run_plan(run):
-        if choice.chosen:
-            folder = run.places.adapter(choice.backend)
-            patches.append((folder, read_patch(folder), Provenance.read(folder)))
+    chosen = given or [run.places.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
+    for folder in chosen:
+        origin = Provenance.read(folder)
+        problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
+        if problems:
+            raise ArtifactError(problems)
+        patches.append((folder, read_patch(folder), origin))
     with run.meter.phase("merging in fp32, one cast", len(patches) * len(precisions)) as tick:
         for folder, patch, origin in patches:
             parent = sha256(folder, without=(PARITY,))
@@ -211,7 +219,8 @@ def run_merge(run: Run) -> list[Path]:
                     form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision])
                 )
                 if not _same_provenance(merged, now):
-                    write_merged(merged, patch, run.loaded, precision, now, model_card(now, program.describe()))
+                    card = model_card(now, now.recombined or program.describe())
+                    write_merged(merged, patch, run.loaded, precision, now, card)
                 tick(1)
     return folders
 

@@ -24,7 +24,8 @@ class Provenance:
 
     `verdict` is the validation's ('none' if the program was never validated), `forced` whether it was
     compiled against it. `seconds`: of lowering, the calibration texts written before. `parent` is the hash of
-    the adapter that a merged checkpoint came from; `members` are the hashes of the adapters that a composition
+    the adapter that a merged checkpoint came from, or the hashes of the patches that a task vector was made from,
+    and `recombined` the arithmetic on these in words. `members` are the hashes of the adapters that a composition
     was made of, by their names and dials.
     """
 
@@ -45,10 +46,20 @@ class Provenance:
     inputs: str
     parent: str = ""
     members: dict[str, str] = field(default_factory=dict)
+    recombined: str = ""
     versions: dict[str, str] = field(default_factory=versions)
 
     def of(self, **changes: Any) -> Provenance:
         return replace(self, **changes)
+
+    def foreign(self, folder: Path, model: str, revision: str) -> list[str]:
+        """What is wrong, if `folder` (whose origin this is) changes another base than that."""
+        if (self.model, self.revision) == (model, revision):
+            return []
+        return [
+            f"{folder} changes {self.model}, revision {self.revision}; the recipe's base is {model}, revision {revision}. "
+            "A task vector belongs to the base that it was made from."
+        ]
 
     def write(self, folder: Path) -> None:
         (folder / PROVENANCE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

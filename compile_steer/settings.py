@@ -12,7 +12,7 @@ from compile_steer.errors import ArtifactError
 from compile_steer.program import Point, parse_positions
 from compile_steer.scoring import Scorer
 
-BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill"]
+BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 Method = Literal["mean_difference", "pca", "logistic"]
 
@@ -117,9 +117,8 @@ class ClosedForm(Section):
 
 
 class Training(Section):
-    """Training end to end: what is minimised, for how long, and within which memory."""
+    """Training end to end: for how long, and within which memory."""
 
-    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = "forward_kl"
     epochs: float = Field(2.0, gt=0, description="passes over the training texts")
     learning_rate: float = Field(0.02, gt=0)
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
@@ -138,12 +137,29 @@ class Distill(Training):
     `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
     """
 
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = "forward_kl"
     start: Literal["closed_form", "random"] = "closed_form"
     rank: int = Field(8, ge=1)
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
     block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
     block_batch_tokens: int = Field(512, ge=64)
     block_learning_rate: float = Field(0.3, gt=0)
+
+
+class Full(Training):
+    """Whole weights trained end to end, on the texts of the closed form and of `distill`.
+
+    `cut_rank` is `full_cut`'s: the result as a LoRA.
+    """
+
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden"] = "forward_kl"
+    optimizer: Literal["apollo", "adamw"] = "apollo"
+    modules: tuple[str, ...] = Field(
+        (), description="endings of module names, as mlp.down_proj; none: every Linear from the first steered block on"
+    )
+    learning_rate: float = Field(0.001, gt=0, description="relative to the root mean square of each weight")
+    apollo_rank: int = Field(8, ge=1, description="of the optimizer's random subspace; 1: APOLLO-Mini")
+    cut_rank: int = Field(8, ge=1)
 
 
 class Compile(Section):
@@ -153,6 +169,7 @@ class Compile(Section):
     calibration: Calibration = Calibration()
     closed_form: ClosedForm = ClosedForm()
     distill: Distill = Distill()
+    full: Full = Full()
 
 
 class Gates(Section):

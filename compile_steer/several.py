@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+from compile_steer import processes
 from compile_steer.behaviour import read_behaviour
 from compile_steer.compose import JOINT, STACKED, Composition, Member, measure, summed
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
@@ -18,7 +19,7 @@ from compile_steer.lower import BACKENDS, Job
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
-from compile_steer.pipeline import is_kept
+from compile_steer.pipeline import kept_patch
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
@@ -136,6 +137,7 @@ def run_compose(several: Several) -> Composition:
     Raises:
         CannotLower: the backend cannot express the sum as an adapter.
     """
+    processes.require_alone("composition")
     places, backend = several.places, several.backend
     program = summed(several.members, [one.dial for one in several.members])
     _require_legal(several, program)
@@ -143,7 +145,7 @@ def run_compose(several: Several) -> Composition:
     folders = {way: places.composed(backend, way) for way in (STACKED, JOINT)}
     for way, folder in folders.items():
         origin = _origin(several, way, sha256(places.program))
-        if is_kept(folder, origin.inputs):
+        if kept_patch(folder, origin.inputs) is not None:
             continue
         started = time.perf_counter()
         patch = _stack(several) if way == STACKED else _compile(several, program)

@@ -1,9 +1,9 @@
-"""A patch on disk: a stock PEFT folder for low-rank edits of Linears, a small safetensors file for the rest.
+"""A patch on disk: a stock PEFT folder for low-rank edits of Linears, a safetensors file for the rest.
 
 Adapters are written normalised (plain LoRA, alpha = rank with the scale in B, one rank that serving
 engines accept), because engines misread the richer kinds without a word. No stock adapter format holds
-a bias on a Linear that has none, or another architecture: such a patch is kept beside its provenance until it
-is merged.
+a bias on a Linear that has none, a change of full rank, or another architecture: such a patch is kept beside its
+provenance until it is merged.
 """
 
 from __future__ import annotations
@@ -64,12 +64,15 @@ def write_patch(
 def is_adapter(patch: WeightPatch, loaded: Loaded) -> bool:
     """True if a plain LoRA holds the whole patch."""
     embeddings = set(loaded.layout.family.embeddings)
-    return not (patch.bias or patch.switches or patch.untie or patch.architecture or embeddings & set(patch.low_rank))
+    rest = patch.bias or patch.dense or patch.switches or patch.untie or patch.architecture
+    return not (rest or embeddings & set(patch.low_rank))
 
 
 def _write_parts(path: Path, patch: WeightPatch) -> None:
-    """Biases as NAME.bias, low-rank edits as NAME.A and NAME.B, the rest as JSON under metadata key `patch`."""
+    """Biases as NAME.bias, whole changes as NAME.weight, low-rank edits as NAME.A and NAME.B, the rest as JSON
+    under metadata key `patch`."""
     tensors = {f"{name}.bias": bias for name, bias in patch.bias.items()}
+    tensors |= {f"{name}.weight": delta for name, delta in patch.dense.items()}
     for name, edit in patch.low_rank.items():
         tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
     header = {"switches": list(patch.switches), "untie": patch.untie, "architecture": patch.architecture}
@@ -86,7 +89,10 @@ def _read_parts(path: Path) -> WeightPatch:
             n[:-2]: LowRank(tensors[f"{n[:-2]}.B"], tensor) for n, tensor in tensors.items() if n.endswith(".A")
         }
         biases = {n.removesuffix(".bias"): tensor for n, tensor in tensors.items() if n.endswith(".bias")}
-        return WeightPatch(low_rank, biases, tuple(header["switches"]), bool(header["untie"]), header["architecture"])
+        dense = {n.removesuffix(".weight"): tensor for n, tensor in tensors.items() if n.endswith(".weight")}
+        return WeightPatch(
+            low_rank, biases, tuple(header["switches"]), bool(header["untie"]), header["architecture"], dense
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
 

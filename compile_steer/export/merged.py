@@ -1,12 +1,13 @@
-"""A merged checkpoint: W + B A (and biases) summed in fp32, cast once, saved as a stock folder."""
+"""A merged checkpoint: W + B A (or whole changes, and biases) summed in fp32, cast once, saved as a stock folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compile_steer.errors import ArtifactError
@@ -38,9 +39,8 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base at `source` in fp32 with `patch` in its weights; raises `ArtifactError`."""
     model = _prepared_base(source, patch)
     with torch.no_grad():
-        for name, edit in patch.low_rank.items():
+        for name, delta in _deltas(model, patch):
             weight = _module(model, name).weight
-            delta = weight_delta(_module(model, name), edit)
             if delta.shape != weight.shape:
                 raise ArtifactError(
                     f"the patch of {name} is {list(delta.shape)}, the base's weight {list(weight.shape)}."
@@ -51,10 +51,17 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
             if held is None or held.shape != bias.shape:
                 raise ArtifactError(f"the base has no bias of width {bias.shape[0]} on {name}.")
             held.add_(bias)
-    for name in (*patch.low_rank, *patch.bias):
+    for name in (*patch.low_rank, *patch.dense, *patch.bias):
         if not all(bool(torch.isfinite(p).all()) for p in _module(model, name).parameters()):
             raise ArtifactError(f"merging gives NaN or infinity in {name}; nothing was written.")
     return model
+
+
+def _deltas(model: nn.Module, patch: WeightPatch) -> Iterator[tuple[str, Tensor]]:
+    """What is added to weights, by module name, in their own orientation."""
+    for name, edit in patch.low_rank.items():
+        yield name, weight_delta(_module(model, name), edit)
+    yield from patch.dense.items()
 
 
 def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:

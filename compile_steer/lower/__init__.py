@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compile_steer.lower import bias, closed_form, distill, orthogonalise, retarget
+from compile_steer.lower import bias, closed_form, distill, full, orthogonalise, retarget
 from compile_steer.lower.job import Job, Refusal, first_refusal
 from compile_steer.lower.work import Work
 from compile_steer.patch import WeightPatch
@@ -37,6 +37,8 @@ BACKENDS = {
     "retarget": Backend(retarget.refusal, retarget.adapter_refusal, retarget.lower, fitted=False),
     "closed_form": _fitted_lora(closed_form.lower, shares=True),
     "distill": _fitted_lora(distill.lower, shares=False),
+    "full": Backend(first_refusal, full.adapter_refusal, full.lower, fitted=True, shares=False),
+    "full_cut": _fitted_lora(full.lower_cut, shares=False),
 }
 
 __all__ = ["BACKENDS", "Backend", "Job", "Work"]

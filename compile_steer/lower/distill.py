@@ -46,7 +46,7 @@ def distil(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) -
         return likelihood.train(job, texts, start, tick)
     factors = trainable(start.low_rank, job.loaded.device)
     optimizer = adamw(factors, options.learning_rate)
-    before, after = train(job, texts, worn(factors), optimizer, options, "distill", tick)
+    before, after = train(job, texts, worn(factors), optimizer, options, options.objective, "distill", tick)
     trained = {name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()}
     return WeightPatch(trained) if after < before else start
 

@@ -13,6 +13,7 @@ from compile_steer.generate import continue_encoded
 from compile_steer.layout import Layout
 from compile_steer.lower.work import NOWHERE, Curve, Work
 from compile_steer.models import Loaded
+from compile_steer.patch import WeightPatch
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter, Tick
 from compile_steer.settings import Compile
@@ -44,7 +45,8 @@ class Job:
 
     Closed form and distillation get different texts: on the same ones the gradient would see an error
     that the regression has already fitted. Under several processes each writes, and has, its share of them.
-    `work` is where a backend keeps its state, `curves` what it recorded.
+    `finished` are the patches of backends that ran before, by name; `work` is where a backend keeps its state, `curves`
+    what it recorded.
     """
 
     program: Program
@@ -55,6 +57,7 @@ class Job:
     meter: Meter
     work: Work = NOWHERE
     curves: dict[str, Curve] = field(default_factory=dict)
+    finished: dict[str, WeightPatch] = field(default_factory=dict)
 
     @cached_property
     def regression_texts(self) -> list[Encoded]:

@@ -14,6 +14,7 @@ from compile_steer.patch import LowRank, WeightPatch
 T = TypeVar("T")
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
+BETAS = (0.9, 0.99)
 _HELD_OUT_EVERY = 6
 
 
@@ -44,7 +45,7 @@ def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
         sizes = [float(factor.detach().square().mean().sqrt()) for factor in (B, A)]
         for factor, size, other in zip((B, A), sizes, reversed(sizes), strict=True):
             groups.append({"params": [factor], "lr": rate * (size or other)})
-    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:

@@ -33,6 +33,7 @@ def train(
     patch: WeightPatch,
     optimizer: torch.optim.Optimizer,
     options: Training,
+    objective: str,
     name: str,
     tick: Tick,
 ) -> tuple[float, float]:
@@ -41,10 +42,11 @@ def train(
     Args:
         texts: of the steered model; where the objective is on-policy the student continues their prompts anew.
         patch: on live parameters, those of `optimizer`.
+        objective: a name in `OBJECTIVES`.
         name: under which the state is kept and the curve is recorded.
         tick: called with the number of texts just seen.
     """
-    run = _Run(job, texts, patch, optimizer, options)
+    run = _Run(job, texts, patch, optimizer, options, OBJECTIVES[objective])
     before = run.measure()
     step, losses = _restore(job, name, optimizer)
     while step < run.steps:
@@ -91,9 +93,9 @@ class _Run:
         patch: WeightPatch,
         optimizer: torch.optim.Optimizer,
         options: Training,
+        objective: Objective,
     ) -> None:
-        self.job, self.patch, self.optimizer, self.options = job, patch, optimizer, options
-        self.objective: Objective = OBJECTIVES[options.objective]
+        self.job, self.patch, self.optimizer, self.options, self.objective = job, patch, optimizer, options, objective
         parts = Batches.of(job, texts, patch, options.batch_tokens)
         self._whole, self._held_out, self._texts = parts.whole, parts.held_out, parts.texts
         end = None if self.objective.at_end else 1 + max(one.site.changes_from for one in job.program.interventions)

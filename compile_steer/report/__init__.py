@@ -6,6 +6,7 @@ from compile_steer.report.terminal import (
     print_decompiled,
     print_parities,
     print_plan,
+    print_recombined,
     print_samples,
     print_validation,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "print_decompiled",
     "print_parities",
     "print_plan",
+    "print_recombined",
     "print_samples",
     "print_validation",
     "write_page",

@@ -13,6 +13,7 @@ from compile_steer.compose import Composition
 from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
 from compile_steer.program import Program
+from compile_steer.recombine import Recombined
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
 
@@ -165,3 +166,16 @@ def print_composition(console: Console, found: Composition) -> None:
     )
     for reason in found.reasons:
         console.print(f"  [red]FAILED[/red] {escape(reason)}")
+
+
+def print_recombined(console: Console, found: Recombined) -> None:
+    """The matrices of a task vector, and where it lies."""
+    table = Table(title="What the task vector changes", title_justify="left")
+    for heading in ("matrix", "norm", "stable rank", "rank of 99 %", "cosine with the vector"):
+        table.add_column(heading, justify="left" if heading == "matrix" else "right")
+    for one in found.matrices:
+        cosine = "" if one.cosine is None else f"{one.cosine:.3f}"
+        table.add_row(one.name, f"{one.norm:.3g}", f"{one.stable_rank:.2f}", str(one.rank_99), cosine)
+    if found.matrices:
+        console.print(table)
+    console.print(f"Written as {found.form}: {found.folder}", soft_wrap=True)

@@ -170,7 +170,7 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
     prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
     drift = []
     for weight in (0.0, 20.0):
-        work = task(one, steering, neutral_weight=weight, epochs=2, objective="hidden")
+        work = task(one, steering, neutral_weight=weight, epochs=2)
         factors = trainable(random_patch(one, ranks=(3,)).low_rank, one.device)
         train(
             work,
@@ -178,6 +178,7 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
             worn(factors),
             adamw(factors, 0.03),
             work.options.distill,
+            "hidden",
             "distill",
             lambda _done: None,
         )

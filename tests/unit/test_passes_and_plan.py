@@ -56,7 +56,8 @@ def test_a_block_s_output_is_edited_before_what_was_the_next_block_s_input() -> 
 def test_auto_takes_the_first_backend_that_does_not_refuse() -> None:
     exact = plan(program("llama", intervention()), loaded("llama").layout, "auto")
     assert [c.backend for c in exact if c.chosen] == ["bias"]
-    assert [c.backend for c in exact] == ["bias", "orthogonalise", "retarget", "closed_form", "distill"]
+    exact_first = ["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
+    assert [c.backend for c in exact] == exact_first
     solved = plan(program("gemma2", intervention()), loaded("gemma2").layout, "auto")
     assert [c.backend for c in solved if c.chosen] == ["closed_form"]
     assert "normalises" in (solved[0].refusal or "")
@@ -77,7 +78,7 @@ def test_a_pinned_backend_that_refuses_is_an_error_with_its_reason_and_what_to_u
         plan(steering, loaded("llama").layout, ("closed_form", "bias"))
     assert caught.value.problems == (
         "bias: add at resid_post 1: a bias acts at every position, not at response alone.",
-        "Use compile.backends: closed_form, distill or auto.",
+        "Use compile.backends: closed_form, distill, full, full_cut or auto.",
     )
 
 

@@ -1,0 +1,199 @@
+"""From patches on disk to a new one, as the command line does it; and the walk that leaves them there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compile_steer.__main__ import main
+from compile_steer.errors import ArtifactError
+from compile_steer.export import read_patch, write_patch
+from compile_steer.files import sha256
+from compile_steer.lower import full
+from compile_steer.models import Loaded, load
+from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.pipeline import Run, artifacts, run_compile, run_merge
+from compile_steer.places import Places
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.provenance import Provenance
+from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.reload import reload
+from tests.contract.test_adapters import origin
+from tests.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ocean.yaml"
+DOWN = "model.layers.1.mlp.down_proj"
+SETTINGS = [
+    "compile.backends=[full, full_cut]",
+    "compile.calibration.prompts=10",
+    "compile.calibration.max_new_tokens=6",
+    "compile.distill.prompts=5",
+    "compile.full.optimizer=adamw",
+    "compile.full.learning_rate=0.02",
+    "compile.full.batch_tokens=64",
+    "compile.full.modules=[mlp.down_proj]",
+    "compile.full.cut_rank=3",
+    "verify.forms=[adapter, merged-fp32]",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """The tiny model with its tokenizer in a folder that a recipe can name."""
+    folder = tmp_path_factory.mktemp("base")
+    loaded("llama").model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return load(str(folder), device="cpu")
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(tmp_path / "out", "ocean")
+
+
+def recipe(base: Loaded, *changes: str) -> Recipe:
+    return read_recipe(RECIPE, [f"model={base.id}", "device=cpu", *SETTINGS, *changes])
+
+
+def dense(seed: int) -> WeightPatch:
+    return WeightPatch(dense={DOWN: torch.randn(32, 48, generator=torch.Generator().manual_seed(seed))})
+
+
+def write(places: Places, name: str, patch: WeightPatch, base: Loaded) -> Path:
+    folder = places.adapter(name)
+    write_patch(folder, patch, base, origin(base), "add +1.7 at resid_post 1")
+    return folder
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Loaded, places: Places
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `compile-steer task-vector`: exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        line = ["compile-steer", "task-vector", RECIPE, "--set", f"model={base.id}", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--out", places.out, *arguments])])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
+
+    return run
+
+
+def test_scaled_and_added_and_cut_on_disk(
+    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+) -> None:
+    one, two = write(places, "one", dense(1), base), write(places, "two", dense(2), base)
+    three = write(places, "three", random_patch(base), base)
+    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    code, said, _ = call("--artifact", one, "--scale", "-1", "--add", two, "--add", three, "--to", "mix", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert (found["folder"], found["form"]) == (str(places.adapter("mix")), "patch")
+    reports = {matrix["name"]: matrix for matrix in found["matrices"]}
+    assert len(reports) == 14
+    assert all(matrix["cosine"] is not None for matrix in reports.values())
+    patch = read_patch(places.adapter("mix"))
+    whole = dense(2).dense[DOWN] - dense(1).dense[DOWN]
+    assert torch.allclose(patch.dense[DOWN], whole)
+    assert torch.equal(patch.low_rank[DOWN].A, read_patch(three).low_rank[DOWN].A)
+    left = Provenance.read(places.adapter("mix"))
+    assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
+    assert left.parent.split() == [sha256(folder) for folder in (one, two, three)]
+    assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
+    (merged,) = run_merge(Run.open(recipe(base), places.out, Meter()), [places.adapter("mix")])
+    for folder in (places.adapter("mix"), merged):
+        card = (folder / "README.md").read_text("utf-8")
+        assert left.recombined in card
+        assert "Arithmetic on compiled task vectors" in card
+        assert "behaves as" not in card
+    batch = Padded.of(texts(), "left")
+    with applied(base.model, patch):
+        wanted = logits(base.model, batch)
+    assert relative_error(logits(reload(merged, base).model, batch), wanted) < 1e-5
+
+    code, said, _ = call("--artifact", places.adapter("mix"), "--cut", "5")
+    assert code == 0
+    assert "Written as adapter" in said
+    small = read_patch(places.adapter("task_vector")).low_rank[DOWN]
+    everything = whole + weight_delta(base.model.get_submodule(DOWN), patch.low_rank[DOWN])
+    wanted = torch.linalg.svdvals(everything)[5:].norm()
+    assert float((everything - small.B @ small.A).norm()) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_every_problem_is_named_at_once(
+    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+) -> None:
+    one = write(places, "one", dense(1), base)
+    other = places.adapter("other")
+    write_patch(other, dense(2), base, origin(base).of(model="some/model", revision="r7"), "add")
+    code, _, said = call(
+        "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
+    )
+    assert code == 2
+    assert f"other changes some/model, revision r7; the recipe's base is {base.id}, revision {base.revision}" in said
+    for words in (
+        "nowhere does not exist",
+        "the factor is nan",
+        "to cut to is 0",
+        "one is read from and would be replaced",
+    ):
+        assert words in said
+    assert read_patch(one).dense
+    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
+        run_merge(Run.open(recipe(base), places.out, Meter()), [other])
+    code, _, said = call("--artifact", one, "--to", "full")
+    assert code == 2
+    assert "'full' cannot be the new name" in said
+
+
+def test_two_rewritten_families_cannot_be_added(
+    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+) -> None:
+    patches = [WeightPatch(bias={DOWN: torch.ones(32)}, architecture=name) for name in ("llama", "granite")]
+    one, two = (write(places, patch.architecture, patch, base) for patch in patches)
+    code, _, said = call("--artifact", one, "--add", two)
+    assert code == 2
+    assert "one patch is for the base rewritten as granite, the other as llama" in said
+
+
+def test_the_walk_trains_once_for_both_backends_and_again_never(
+    base: Loaded, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, train = [], full.train
+
+    def counted(*given: Any) -> tuple[float, float]:
+        trained.append(given)
+        return train(*given)
+
+    monkeypatch.setattr(full, "train", counted)
+    run = Run.open(recipe(base), places.out, Meter())
+    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    whole, small = run_compile(run, force=True)
+    assert len(trained) == 1
+    assert list(read_patch(whole).dense) == list(read_patch(small).low_rank)
+    small.joinpath("compile_steer.json").unlink()
+    assert run_compile(run, force=True) == [whole, small]
+    assert len(trained) == 1, "the whole was kept, the cut made from it"
+
+    assert [folder.name for folder in artifacts(run)] == [
+        "ocean-full-fp32", "ocean-full_cut", "ocean-full_cut-fp32",
+    ]  # fmt: skip
+    run_merge(run)
+    batch = Padded.of(texts(), "right")
+    adapted, merged = (reload(folder, base) for folder in artifacts(run)[1:])
+    assert relative_error(logits(merged.model, batch), logits(adapted.model, batch)) < 1e-5
+    edit: LowRank = read_patch(small).low_rank[DOWN]
+    best = torch.linalg.svdvals(read_patch(whole).dense[DOWN])[3:].norm()
+    left = read_patch(whole).dense[DOWN] - edit.B @ edit.A
+    assert float(left.norm()) == pytest.approx(float(best), rel=1e-3)
