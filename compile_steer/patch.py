@@ -94,7 +94,9 @@ class WeightPatch:
             if mine[name] != yours[name]
         ]
         if len(architectures) > 1:
-            problems.append(f"one patch rewrites the base as {architectures[0]}, the other as {architectures[1]}.")
+            problems.append(
+                f"one patch is for the base rewritten as {architectures[0]}, the other as {architectures[1]}."
+            )
         if problems:
             raise ArtifactError([*problems, "Only patches of the same base can be added."])
         low_rank = dict(self.low_rank)

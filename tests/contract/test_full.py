@@ -113,7 +113,7 @@ def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.Monk
     one, steering = loaded("llama"), steering_of("llama", intervention())
     ready = task(one, steering)
     ready.finished["full"] = WeightPatch(dense={"model.layers.1.mlp.down_proj": torch.randn(32, 48)})
-    monkeypatch.setattr(full, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("compile_steer.lower.full.train", lambda *_: pytest.fail("trained again"))
     assert list(BACKENDS["full_cut"].lower(ready).low_rank) == ["model.layers.1.mlp.down_proj"]
 
 

@@ -15,7 +15,7 @@ from compile_steer.__main__ import main
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_patch
 from compile_steer.files import sha256
-from compile_steer.lower import full
+from compile_steer.lower.train import train
 from compile_steer.models import Loaded, load
 from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
 from compile_steer.pipeline import Run, artifacts, run_compile, run_merge
@@ -170,13 +170,13 @@ def test_two_rewritten_families_cannot_be_added(
 def test_the_walk_trains_once_for_both_backends_and_again_never(
     base: Loaded, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, train = [], full.train
+    trained: list[tuple[Any, ...]] = []
 
     def counted(*given: Any) -> tuple[float, float]:
         trained.append(given)
         return train(*given)
 
-    monkeypatch.setattr(full, "train", counted)
+    monkeypatch.setattr("compile_steer.lower.full.train", counted)
     run = Run.open(recipe(base), places.out, Meter())
     Program((intervention(),), base.id, base.revision).save(places.program, {})
     whole, small = run_compile(run, force=True)

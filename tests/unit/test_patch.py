@@ -138,8 +138,3 @@ def test_a_sum_of_scaled_patches_makes_the_sum_of_their_changes(family: str) -> 
     assert all(torch.allclose(total.bias[name], (0.4 - 1.7) * shift) for name, shift in first.bias.items())
     assert (total.switches, total.untie) == (("mlp_bias",), True)
     assert (first.switches, first.untie) == ((), False)
-
-
-def test_patches_for_different_architectures_do_not_add_up() -> None:
-    with pytest.raises(ArtifactError, match="the architectures 'its own' and 'llama' do not add up"):
-        WeightPatch({"a": low_rank()}) + WeightPatch(architecture="llama")
