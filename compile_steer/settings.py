@@ -113,7 +113,11 @@ class ClosedFormStage(Section):
 class ClosedForm(Section):
     """Which writers are solved for, in which order of blocks."""
 
-    stages: tuple[ClosedFormStage, ...] | None = Field(None, min_length=1, description="None: chosen by the program")
+    stages: tuple[ClosedFormStage, ...] | None = Field(
+        None,
+        min_length=1,
+        description="within a block in this order, a writer named again is solved anew; None: by the program",
+    )
 
 
 class Training(Section):

@@ -58,24 +58,30 @@ def lower(job: Job) -> WeightPatch:
 
 
 def plan_stages(job: Job) -> list[Stage]:
-    """The recipe's stages, or by default: the writers of each intervened block, then those of the next few."""
-    first, n_layers, kinds = job.program.first_layer, job.loaded.layout.n_layers, job.loaded.layout.writer_kinds
+    """The recipe's stages, or by default those of each intervened block, then those of the next few.
+
+    In an intervened block the MLP's writer comes first and makes the change; the attention's corrects a small rest, which
+    the block's own nonlinearity hardly sees (the other way round the MLP would answer to the whole change); then the first
+    is solved anew beside it. A change of what the attention writes is made there, and the MLP's writer mends its answer.
+    """
+    program, layout = job.program, job.loaded.layout
     if job.options.closed_form.stages is not None:
-        return [Stage(first + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
-    ranks: dict[tuple[int, WriterKind], int] = {}
-    for one in job.program.interventions:
-        block = one.site.changes_from
-        constant = one.operation == "add" and "all" in one.scopes
-        own: WriterKind = "attn" if one.site.point == "attn_out" or kinds == ("attn",) else "mlp"
-        wanted = [(block, own, 1 if constant else _CORRECTION_RANK)]
-        if own == "attn" or not constant:
-            wanted.append((block, "mlp", _CORRECTION_RANK))
-        for after in range(block + 1, block + 1 + _CORRECTION_BLOCKS):
-            wanted += [(after, "attn", _CORRECTION_RANK), (after, "mlp", _CORRECTION_RANK)]
-        for layer, writer, rank in wanted:
-            if layer < n_layers and writer in kinds:
-                ranks[layer, writer] = max(rank, ranks.get((layer, writer), 0))
-    return [Stage(layer, writer, ranks[layer, writer]) for layer, writer in sorted(ranks)]
+        return [Stage(program.first_layer + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
+    intervened = {one.site.changes_from for one in program.interventions}
+    later = {block + n for block in intervened for n in range(1, _CORRECTION_BLOCKS + 1)} - intervened
+    found = []
+    for block in sorted({*intervened, *later}):
+        here = [one for one in program.interventions if one.site.changes_from == block]
+        constant = bool(here) and all(one.operation == "add" and "all" in one.scopes for one in here)
+        rank = 1 if constant else _CORRECTION_RANK
+        order: list[tuple[WriterKind, int]] = [("attn", _CORRECTION_RANK), ("mlp", _CORRECTION_RANK)]
+        if any(one.site.point == "attn_out" for one in here):
+            order = [("attn", rank), ("mlp", _CORRECTION_RANK)]
+        elif here:
+            order = [("mlp", rank), ("attn", rank), ("mlp", _CORRECTION_RANK)]
+        if block < layout.n_layers:
+            found += [Stage(block, writer, r) for writer, r in order if writer in layout.writer_kinds]
+    return found
 
 
 def solve_stages(
@@ -93,6 +99,8 @@ def solve_stages(
     """One pass over the blocks from the first intervened one to the last stage's, solving as it goes.
 
     Args:
+        stages: in any order of blocks; within a block they are solved as they stand, and a writer that stands there
+            again is solved anew.
         refine: called after the regressions of each block; what it puts into `walk.solved` counts.
         work: where, under `name`, what is solved is kept after each block, and found again.
     """
@@ -103,9 +111,9 @@ def solve_stages(
     for block in range(program.first_layer, last + 1):
         walk.aim(block)
         if block >= kept:
-            # Within a block the attention's writer comes before the MLP's, which sees what it changed.
-            for stage in sorted((s for s in stages if s.layer == block), key=lambda s: s.writer):
+            for stage in (stage for stage in stages if stage.layer == block):
                 writer = loaded.layout.writer(block, stage.writer)
+                walk.solved.pop(writer.name, None)
                 walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, tick)
             if refine is not None:
                 refine(walk, block)
@@ -132,8 +140,6 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
         and s.writer in layout.writer_kinds
         and s.rank > min(linear_shape(layout.writer(s.layer, s.writer).module))
     ]
-    places = [(stage.layer, stage.writer) for stage in stages]
-    problems += [f"stage {w} of block {k} is named twice." for k, w in sorted(set(places)) if places.count((k, w)) > 1]
     if problems:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 

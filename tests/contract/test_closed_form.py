@@ -136,16 +136,14 @@ def test_one_text_is_enough_or_refused_in_words() -> None:
         assert kl(one, steering, patch, TRAINING[:1]) < kl(one, steering, WeightPatch(), TRAINING[:1])
 
 
-def test_a_writer_that_is_solved_twice_is_refused_or_keeps_both_solutions() -> None:
-    one = loaded("gpt2")
-    steering = steering_of("gpt2", intervention())
-    once = share(one, steering, solve(one, steering, [Stage(1, "mlp", 2)]))
-    try:
-        twice = share(one, steering, solve(one, steering, [Stage(1, "mlp", 2), Stage(1, "mlp", 2)]))
-    except CompileSteerError as error:
-        assert "twice" in str(error)
-    else:
-        assert twice < 1.1 * once
+def test_a_writer_that_is_named_again_is_solved_anew() -> None:
+    one, steering = loaded("gpt2"), steering_of("gpt2", intervention())
+    twice = solve(one, steering, [Stage(1, "mlp", 1), Stage(1, "attn", 1), Stage(1, "mlp", 3)])
+    assert sorted(edit.rank for edit in twice.low_rank.values()) == [1, 3]
+    once = solve(one, steering, [Stage(1, "mlp", 2)])
+    again = solve(one, steering, [Stage(1, "mlp", 7), Stage(1, "mlp", 2)])
+    for name, edit in once.low_rank.items():
+        assert torch.equal(again.low_rank[name].B @ again.low_rank[name].A, edit.B @ edit.A)
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -158,17 +156,23 @@ def planned(*interventions: Intervention, options: Compile | None = None) -> lis
 
 def test_the_default_stages_follow_the_program() -> None:
     following = [(2, "attn", 8), (2, "mlp", 8), (3, "attn", 8), (3, "mlp", 8)]
-    assert planned(intervention("add", "resid_post", 1)) == [(1, "mlp", 1), *following]
-    assert planned(intervention("add", "resid_pre", 2)) == [(1, "mlp", 1), *following]
+    assert planned(intervention("add", "resid_post", 1)) == [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), *following]
+    assert planned(intervention("add", "resid_pre", 2)) == [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), *following]
     assert planned(intervention("add", "attn_out", 1)) == [(1, "attn", 1), (1, "mlp", 8), *following]
-    assert planned(intervention("add", "mlp_out", 1, positions="response")) == [(1, "mlp", 8), *following]
-    assert planned(intervention("ablate", "mlp_out", 1)) == [(1, "mlp", 8), *following]
+    assert planned(intervention("add", "mlp_out", 1, positions="response")) == [
+        (1, "mlp", 8),
+        (1, "attn", 8),
+        (1, "mlp", 8),
+        *following,
+    ]
+    assert planned(intervention("ablate", "mlp_out", 1)) == [(1, "mlp", 8), (1, "attn", 8), (1, "mlp", 8), *following]
 
 
-def test_no_default_stage_lies_above_the_last_block_and_none_stands_twice() -> None:
-    assert planned(intervention(layer=3)) == [(3, "mlp", 1)]
+def test_no_default_stage_lies_above_the_last_block() -> None:
+    assert planned(intervention(layer=3)) == [(3, "mlp", 1), (3, "attn", 1), (3, "mlp", 8)]
     both = planned(intervention(layer=1), intervention("ablate", layer=2))
-    assert both == [(1, "mlp", 1), (2, "attn", 8), (2, "mlp", 8), (3, "attn", 8), (3, "mlp", 8)]
+    own = [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), (2, "mlp", 8), (2, "attn", 8), (2, "mlp", 8)]
+    assert both == [*own, (3, "attn", 8), (3, "mlp", 8)]
 
 
 def stages_of(*stages: ClosedFormStage) -> Compile:

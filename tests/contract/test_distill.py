@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compile_steer.errors import CannotLower
+from compile_steer.layout import WriterKind
 from compile_steer.lower import closed_form, distill
-from compile_steer.lower.closed_form import plan_stages
+from compile_steer.lower.closed_form import Stage, plan_stages
 from compile_steer.models import Loaded
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.program import Program
@@ -26,7 +27,7 @@ from tests.tiny import Padded, intervention, loaded, logits, n_hooks
 
 OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
 
-
+KINDS: tuple[WriterKind, ...] = ("attn", "mlp")
 ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
 
 
@@ -48,7 +49,7 @@ def test_training_from_a_random_patch_lowers_the_divergence_on_texts_it_never_sa
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_training_goes_on_from_the_closed_form(family: str) -> None:
     one, steering = loaded(family), steering_of(family, intervention())
-    start = solve(one, steering, plan_stages(job(one, steering)))
+    start = solve(one, steering, [Stage(1, "mlp", 1), *(Stage(k, kind, 8) for k in (2, 3) for kind in KINDS)])
     found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
     assert share(one, steering, found) < 0.92 * share(one, steering, start)
 
