@@ -57,6 +57,7 @@ PEERS: dict[str, dict[str, object]] = {
     "likelihood (TRL)": {"objective": "likelihood"},
     "LoRRA": {"objective": "hidden"},
 }
+BESIDE_PEERS = ("add, all positions, one block", "add, response only")
 PEER_SETTINGS = {"start": "random", "learning_rate": 0.02, "batch_tokens": 1024, "epochs": 2.0}
 RANK, LORRA_STEPS = 8, 70
 PEERS_SAY = (
@@ -148,10 +149,10 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
         share = left.mean / measure.base.mean
         cells.append(f"{target:.1%} | {share:.2%} | {left.top1_agreement:.1%} | {seconds:.0f}")
         peers.append(_line(name, f"`{backend}`", left, measure, seconds))
-    for peer, changes in PEERS.items():
+    for peer, changes in PEERS.items() if name in BESIDE_PEERS else ():
         patch, seconds = _timed(partial(_peer, job, texts, peer, changes))
         peers.append(_line(name, peer, measure.patched(patch), measure, seconds))
-    return f"| {name} | {measure.base.mean:.3f} | {' | '.join(cells)} |", peers
+    return f"| {name} | {measure.base.mean:.3f} | {' | '.join(cells)} |", peers if name in BESIDE_PEERS else []
 
 
 def _line(name: str, what: str, left: Divergence, measure: Measure, seconds: float) -> str:
