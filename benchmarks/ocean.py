@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from compile_steer.passes import canonical
-from compile_steer.pipeline import Run
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import read_recipe
+from compile_steer.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,10 +29,11 @@ from compile_steer.models import Loaded
 from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
-from compile_steer.pipeline import Run, run_extract
+from compile_steer.pipeline import run_extract
 from compile_steer.program import Intervention, Program, Site, ablate_everywhere
 from compile_steer.progress import BarMeter
 from compile_steer.replay import run_span
+from compile_steer.run import Run
 from compile_steer.tokens import Encoded, encode
 
 SETTINGS = [

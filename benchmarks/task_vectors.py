@@ -20,8 +20,8 @@ from benchmarks.ocean import committed_program, ocean
 from benchmarks.programs import Measure
 from compile_steer.errors import CannotLower
 from compile_steer.lower import Job, full
-from compile_steer.pipeline import Run
 from compile_steer.progress import Meter
+from compile_steer.run import Run
 from compile_steer.settings import Full
 from compile_steer.task_vector import cut, look_into
 

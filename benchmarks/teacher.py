@@ -25,7 +25,8 @@ from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from benchmarks.ocean import ROOT, committed_program, ocean
+from benchmarks.ocean import ROOT, committed_program, machine, ocean
+from compile_steer.files import save_text
 from compile_steer.hooks import steered
 from compile_steer.lower import Job, distill
 from compile_steer.progress import Meter
@@ -160,7 +161,19 @@ def compare() -> list[str]:
 def main() -> None:
     """One arm, or the comparison."""
     if len(sys.argv) == 1:
-        print("\n".join(compare()))
+        page = [
+            "# One copy of the weights, or two",
+            "",
+            "Written by `make bench`; do not edit.",
+            "",
+            f"{machine()} SmolLM2-135M-Instruct, the committed ocean program, {EPOCHS} epochs, batches of {ROWS} texts (TRL) or 1,024 "
+            "tokens. Each arm is a process of its own; both see the same texts, and TRL's trainer has its generation replaced by them.",
+            "",
+            *compare(),
+            "",
+        ]
+        save_text(ROOT / "docs" / "TEACHER.md", "\n".join(page))
+        print("\n".join(page))
         return
     texts = [Encoded.from_json(one) for one in json.loads(Path(sys.argv[2]).read_text())]
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,6 @@ from rich.console import Console
 
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
-from compile_steer.pipeline import Run
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.recombine import Recombination, recombine
@@ -34,6 +33,7 @@ from compile_steer.report import (
     print_validation,
     write_page,
 )
+from compile_steer.run import Run, load_program
 from compile_steer.several import Several, joined, run_compose
 
 app = typer.Typer(
@@ -141,7 +141,7 @@ def compile_(session: _Session, *, force: Force = False) -> None:
     run = session.open()
     choices = pipeline.run_plan(run)
     if not session.as_json:
-        print_plan(session.console, pipeline.load_program(run).describe(), choices)
+        print_plan(session.console, load_program(run).describe(), choices)
     folders = pipeline.run_compile(run, force)
     processes.leave()
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
@@ -199,7 +199,7 @@ def run(session: _Session, *, force: Force = False) -> None:
         raise typer.Exit(1)
     session.heading("2  Into weights")
     choices = pipeline.run_plan(opened)
-    program = pipeline.load_program(opened).describe()
+    program = load_program(opened).describe()
     print_plan(session.console, program, choices)
     pipeline.run_compile(opened, force)
     pipeline.run_merge(opened)
@@ -230,7 +230,7 @@ def decompile_(
     """
     opened = session.open()
     found = pipeline.run_decompile(opened, artifact)
-    known = pipeline.load_program(opened) if opened.places.program.is_file() else None
+    known = load_program(opened) if opened.places.program.is_file() else None
     session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
 
 
@@ -277,7 +277,7 @@ def task_vector(
     W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
     """
     opened = session.open()
-    known = pipeline.load_program(opened) if opened.places.program.is_file() else None
+    known = load_program(opened) if opened.places.program.is_file() else None
     wanted = Recombination(artifact, scale, tuple(add or ()), cut, to)
     found = recombine(wanted, opened.loaded, opened.places, known)
     session.finish(found.summary(), lambda: print_recombined(session.console, found))

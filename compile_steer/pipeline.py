@@ -11,11 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from compile_steer import processes
-from compile_steer.behaviour import Behaviour, read_behaviour
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower
@@ -23,44 +21,17 @@ from compile_steer.export import CURVES, is_adapter, model_card, read_patch, wri
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job, Work
-from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
-from compile_steer.places import Places
 from compile_steer.plan import Choice, plan
 from compile_steer.program import Program
-from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
-from compile_steer.recipe import Recipe
 from compile_steer.reload import reload
+from compile_steer.run import Run, load_program
 from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe with its model and data loaded: what every span needs."""
-
-    recipe: Recipe
-    places: Places
-    loaded: Loaded
-    behaviour: Behaviour
-    meter: Meter
-
-    @staticmethod
-    def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
-        """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
-        data = recipe.data
-        behaviour = read_behaviour(data.files(recipe.folder), data.positive_template, data.negative_template)
-        loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype)
-        return Run(recipe, Places(out, recipe.name), loaded, behaviour, meter)
-
-    def inputs(self, *sections: str, after: str = "") -> str:
-        """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
-        model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed]
-        return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
 
 
 def run_extract(run: Run) -> Directions:
@@ -100,13 +71,6 @@ def run_validate(run: Run) -> ValidationReport:
     report = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
     report.save(places.validation)
     return report
-
-
-def load_program(run: Run) -> Program:
-    """The program on disk, checked against the model; raises `ArtifactError`."""
-    program = Program.load(run.places.program)
-    run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
-    return program
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:

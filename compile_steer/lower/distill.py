@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compile_steer.errors import CannotLower
 from compile_steer.layout import Layout
 from compile_steer.lower import closed_form, likelihood
 from compile_steer.lower.block_fit import fit_block, random_edits
 from compile_steer.lower.job import Job
-from compile_steer.lower.optimise import adamw, trainable, worn
+from compile_steer.lower.optimise import adamw, require_rank, trainable, worn
 from compile_steer.lower.train import train
 from compile_steer.lower.walk import Walk
-from compile_steer.patch import LowRank, WeightPatch, linear_shape
+from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.progress import Tick
 from compile_steer.tokens import Encoded
 
@@ -24,7 +23,7 @@ from compile_steer.tokens import Encoded
 def lower(job: Job) -> WeightPatch:
     """Return the start patch trained end to end, or the start itself if training made it worse."""
     options = job.options.distill
-    _require_rank(job.loaded.layout, job.program.first_layer, options.rank)
+    require_rank(job.loaded.layout, job.program.first_layer, options.rank, "compile.distill.rank")
     if options.objective == "likelihood":
         likelihood.require_trl()
     if options.start == "closed_form":
@@ -84,13 +83,6 @@ def fitted_patch(job: Job) -> WeightPatch:
         )
     job.curves.update(walk.curves)
     return walk.patch
-
-
-def _require_rank(layout: Layout, block: int, rank: int) -> None:
-    for name, module in layout.linears(block).items():
-        if rank > min(linear_shape(module)):
-            d_out, d_in = linear_shape(module)
-            raise CannotLower(f"compile.distill.rank {rank} is above what {name} ({d_out} x {d_in}) can have.")
 
 
 def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatch:

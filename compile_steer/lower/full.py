@@ -17,7 +17,7 @@ from compile_steer.errors import CannotLower
 from compile_steer.layout import Layout
 from compile_steer.lower.apollo import Apollo
 from compile_steer.lower.job import Job
-from compile_steer.lower.optimise import BETAS
+from compile_steer.lower.optimise import BETAS, require_rank
 from compile_steer.lower.train import train
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Program
@@ -56,6 +56,7 @@ def lower(job: Job) -> WeightPatch:
 
 def lower_cut(job: Job) -> WeightPatch:
     """Return the task vector cut to `cut_rank`; trains only where `full` has not run."""
+    require_rank(job.loaded.layout, job.program.first_layer, job.options.full.cut_rank, "compile.full.cut_rank")
     whole = job.finished.get("full") or lower(job)
     return cut(whole, job.options.full.cut_rank, job.loaded.layout)
 

@@ -9,7 +9,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.errors import CannotLower
+from compile_steer.layout import Layout
+from compile_steer.patch import LowRank, WeightPatch, linear_shape
 
 T = TypeVar("T")
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
@@ -21,6 +23,14 @@ _HELD_OUT_EVERY = 6
 def held_out_split(items: Sequence[T]) -> tuple[list[T], list[T]]:
     """(held out, seen): a sixth is held out; a single item is both."""
     return list(items[::_HELD_OUT_EVERY]), [one for n, one in enumerate(items) if n % _HELD_OUT_EVERY] or list(items)
+
+
+def require_rank(layout: Layout, block: int, rank: int, key: str) -> None:
+    """Raise `CannotLower` where a Linear of the block cannot have the rank that the recipe's `key` asks for."""
+    for name, module in layout.linears(block).items():
+        if rank > min(linear_shape(module)):
+            d_out, d_in = linear_shape(module)
+            raise CannotLower(f"{key} {rank} is above what {name} ({d_out} x {d_in}) can have.")
 
 
 def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

@@ -117,6 +117,12 @@ def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.Monk
     assert list(BACKENDS["full_cut"].lower(ready).low_rank) == ["model.layers.1.mlp.down_proj"]
 
 
+def test_a_cut_above_the_matrices_is_refused_before_any_training() -> None:
+    one, steering = loaded("llama"), steering_of("llama", intervention())
+    with pytest.raises(CannotLower, match=r"compile.full.cut_rank 33 is above what model\.layers\.1\."):
+        full.lower_cut(task(one, steering, OPTIONS.model_copy(update={"cut_rank": 33})))
+
+
 def test_whole_changes_that_are_not_finite_or_do_not_fit_are_refused(saved: Save, tmp_path: Path) -> None:
     one, name = saved("llama"), "model.layers.1.mlp.down_proj"
     broken = torch.zeros(32, 48)

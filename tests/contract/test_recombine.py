@@ -18,13 +18,14 @@ from compile_steer.files import sha256
 from compile_steer.lower.train import train
 from compile_steer.models import Loaded, load
 from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
-from compile_steer.pipeline import Run, artifacts, run_compile, run_merge
+from compile_steer.pipeline import artifacts, run_compile, run_merge
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.reload import reload
+from compile_steer.run import Run
 from tests.contract.test_adapters import origin
 from tests.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from compile_steer.pipeline import Run
 from compile_steer.places import Places
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
@@ -43,6 +43,13 @@ def command(*arguments: str | Path, small: bool = True) -> list[str]:
     """The command line in a process of its own."""
     sets = [part for change in SMALL for part in ("--set", change)] if small else []
     return [sys.executable, "-m", "compile_steer", *map(str, arguments), *sets]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All that look at the walk run in one worker, so that it is walked once."""
+    for item in items:
+        if "end_to_end" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("walk"))
 
 
 @dataclass(frozen=True)

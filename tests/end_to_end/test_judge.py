@@ -11,8 +11,8 @@ import pytest
 from compile_steer.export import read_patch, write_merged, write_patch
 from compile_steer.files import sha256
 from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.pipeline import Run, load_program
 from compile_steer.provenance import Provenance
+from compile_steer.run import Run, load_program
 from compile_steer.verify import Parity, Reference, verify_artifact
 from tests.end_to_end.conftest import Walk
 

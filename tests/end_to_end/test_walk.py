@@ -14,9 +14,9 @@ import torch
 from compile_steer.decompile import decompile
 from compile_steer.describe import describe_artifact
 from compile_steer.hooks import steered
-from compile_steer.pipeline import Run, load_program
 from compile_steer.program import Program
 from compile_steer.reload import reload
+from compile_steer.run import Run, load_program
 from compile_steer.tokens import encode, pad
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 

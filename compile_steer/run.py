@@ -1,0 +1,45 @@
+"""A run: a recipe with its model and data loaded, and the program that lies in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compile_steer.behaviour import Behaviour, read_behaviour
+from compile_steer.files import digest
+from compile_steer.models import Loaded, load
+from compile_steer.places import Places
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with its model and data loaded: what every span needs."""
+
+    recipe: Recipe
+    places: Places
+    loaded: Loaded
+    behaviour: Behaviour
+    meter: Meter
+
+    @staticmethod
+    def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
+        """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
+        data = recipe.data
+        behaviour = read_behaviour(data.files(recipe.folder), data.positive_template, data.negative_template)
+        loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype)
+        return Run(recipe, Places(out, recipe.name), loaded, behaviour, meter)
+
+    def inputs(self, *sections: str, after: str = "") -> str:
+        """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
+        model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed]
+        return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
+
+
+def load_program(run: Run) -> Program:
+    """The program on disk, checked against the model; raises `ArtifactError`."""
+    program = Program.load(run.places.program)
+    run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
+    return program
