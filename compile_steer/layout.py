@@ -29,7 +29,8 @@ class Family:
     `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config switch
     that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
     block 0, by their full names. With `experts` the MLP is a mixture: `mlp` names it whole, and no one matrix
-    of it writes the stream.
+    of it writes the stream. `expert_bias` is then the parameter [n_experts, d_model] that each expert adds, where the
+    router's weights sum to 1, so that the same row for all is a shift of the stream.
     """
 
     blocks: str
@@ -41,6 +42,7 @@ class Family:
     mlp_norm: str | None = None
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     experts: bool = False
+    expert_bias: str | None = None
 
 
 _LLAMA_NAMES: dict[str, Any] = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
@@ -53,6 +55,14 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
     "qwen3": Family(**_LLAMA_NAMES, attn_bias="attention_bias"),
     "qwen3_moe": Family("model.layers", "self_attn.o_proj", "mlp", attn_bias="attention_bias", experts=True),
+    "gpt_oss": Family(
+        "model.layers",
+        "self_attn.o_proj",
+        "mlp",
+        attn_bias="attention_bias",
+        experts=True,
+        expert_bias="mlp.experts.down_proj_bias",
+    ),
     "qwen2": Family(**_LLAMA_NAMES),
     "mistral": Family(**_LLAMA_NAMES),
     "phi3": Family(**_LLAMA_NAMES),
@@ -182,6 +192,11 @@ class Layout:
     def require_program(self, program: Program, model: str, revision: str) -> None:
         """Raise `ArtifactError` unless `program` was made for this very model."""
         program.require(model, revision, self.d_model, self.n_layers)
+
+    def expert_bias(self, layer: int) -> str | None:
+        """The full name of the parameter that shifts what a mixture of experts writes, or None."""
+        relative = self.family.expert_bias
+        return None if relative is None else f"{self.family.blocks}.{layer}.{relative}"
 
     def bias_switch(self, kind: WriterKind) -> str | None:
         """'native', the config switch that gives that writer a bias, or None."""

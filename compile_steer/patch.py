@@ -48,7 +48,8 @@ class LowRank:
 class WeightPatch:
     """Edits by the full name of the module in the causal language model.
 
-    `bias` [d_out] is added to the module's bias; `switches` are the config fields (False to True)
+    `bias` [d_out] is added to the module's bias, or, where the name is a parameter's, to each row of it (a mixture of
+    experts); `switches` are the config fields (False to True)
     that make stock code build the biases where the checkpoint has none. `untie` gives the language-model
     head its own copy of the embeddings before they are edited. `architecture` is the stock family that the
     checkpoint is rewritten as ('' for its own). `dense` is added to the module's weight, whose shape and
@@ -155,12 +156,18 @@ def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
             module = layout.model.get_submodule(name)
             stack.callback(module.register_forward_hook(_low_rank_hook(edit)).remove)
         for name, bias in patch.bias.items():
-            module = layout.model.get_submodule(name)
+            module = _shifted(layout.model, name)
             stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
         for name, delta in patch.dense.items():
             module = layout.model.get_submodule(name)
             stack.callback(module.register_forward_hook(_dense_hook(delta)).remove)
         yield
+
+
+def _shifted(model: nn.Module, name: str) -> nn.Module:
+    """The module whose output a bias shifts: the named one, or the mixture whose parameter is named."""
+    named = name in dict(model.named_modules())
+    return model.get_submodule(name if named else name.rpartition(".")[0])
 
 
 def _low_rank_hook(edit: LowRank) -> Any:

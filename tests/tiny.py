@@ -79,6 +79,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {**_COMMON, "num_key_value_heads": 2},
     "smollm3": {**_COMMON, "num_key_value_heads": 2},
+    "gpt_oss": {
+        **_GROUPED,
+        "intermediate_size": 24,
+        "num_local_experts": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+    },
     "qwen3_moe": {
         **_GROUPED,
         "num_experts": 5,
@@ -130,11 +139,15 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 1:  # norm weights about 1 (Gemma's about 0) and biases about 0
+                if name in ("bias", "sinks"):  # some are drawn when the model is made, from no seed of ours
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+                elif parameter.ndim == 1:  # norm weights about 1 (Gemma's about 0) and biases about 0
                     parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
                 elif isinstance(module, nn.Embedding):
                     shared = torch.randn(parameter.shape[1], generator=generator)
                     parameter.copy_(0.4 * shared + 0.6 * normal(parameter))
+                elif name.endswith("_bias"):  # of experts, [n_experts, d_out]
+                    parameter.copy_(normal(parameter) / 4)
                 elif parameter.ndim == 3:  # experts, [n_experts, d_out, d_in]
                     parameter.copy_(normal(parameter) / parameter.shape[2] ** 0.5)
                 else:
@@ -266,7 +279,8 @@ def edit(one: Intervention, activation: Tensor) -> Tensor:
 # sublayers read the block's input and are added at once.
 MIDSTREAM: dict[str, str | None] = {
     **dict.fromkeys(
-        ("llama", "qwen2", "qwen3", "mistral", "granite", "smollm3", "phi3", "qwen3_moe"), "post_attention_layernorm"
+        ("llama", "qwen2", "qwen3", "mistral", "granite", "smollm3", "phi3", "qwen3_moe", "gpt_oss"),
+        "post_attention_layernorm",
     ),
     **dict.fromkeys(("gemma2", "gemma3_text"), "pre_feedforward_layernorm"),
     "gpt2": "ln_2",

@@ -47,12 +47,13 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
                 )
             weight.add_(delta)
         for name, bias in patch.bias.items():
-            held = getattr(_module(model, name), "bias", None)
-            if held is None or held.shape != bias.shape:
+            held = _bias(model, name)
+            if held is None or held.shape[-1:] != bias.shape:
                 raise ArtifactError(f"the base has no bias of width {bias.shape[0]} on {name}.")
             held.add_(bias)
     for name in (*patch.low_rank, *patch.dense, *patch.bias):
-        if not all(bool(torch.isfinite(p).all()) for p in _module(model, name).parameters()):
+        edited = [p for place, p in model.named_parameters() if f"{place}.".startswith(f"{name}.")]
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in edited):
             raise ArtifactError(f"merging gives NaN or infinity in {name}; nothing was written.")
     return model
 
@@ -106,6 +107,14 @@ def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedC
     # Qwen2's query, key and value have biases without a switch; the target's switch stands for the output's too.
     shared["attention_bias"] = config.model_type == "qwen2"
     return AutoConfig.for_model(architecture, **shared)
+
+
+def _bias(model: nn.Module, name: str) -> Tensor | None:
+    """The bias of the module of that name, or the parameter itself where a parameter is named; None where it has none."""
+    parameter = dict(model.named_parameters()).get(name)
+    if parameter is not None:
+        return parameter
+    return cast("Tensor | None", getattr(_module(model, name), "bias", None))
 
 
 def _module(model: nn.Module, name: str) -> nn.Linear:

@@ -1,6 +1,8 @@
 """`bias`: a constant shift at every position is a bias of the block's writer. Exact.
 
 resid_post k: h + c v = h_mid + m * (W x + b),  b = c v / m,  m the family's residual multiplier
+
+In a mixture of experts whose router's weights sum to 1 it is the same b in every expert: sum_e w_e (f_e(x) + b).
 """
 
 from __future__ import annotations
@@ -31,12 +33,19 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     if layout.post_norm:
         return f"{layout.model.config.model_type} normalises what its writers write, so a bias is not a shift of the stream"
     kind = _writer(one)
-    if kind not in layout.writer_kinds:
+    if kind in layout.writer_kinds:
+        return _writer_refusal(one, layout, kind)
+    if layout.family.expert_bias is None:
         point = "attn_out"
         instead = (
             "" if layout.bias_switch("attn") is None else f" (a shift of {point} could be held: extract.point: {point})"
         )
         return f"the MLP is {EXPERTS}{instead}"
+    return None
+
+
+def _writer_refusal(one: Intervention, layout: Layout, kind: WriterKind) -> str | None:
+    """Why the matrix that writes there has no stock bias, or None."""
     writer, switch = layout.writer(one.site.layer, kind), layout.bias_switch(kind)
     if switch is None or (switch == "native" and not layout.has_bias(writer)):
         other: WriterKind = "attn" if kind == "mlp" else "mlp"
@@ -68,10 +77,13 @@ def shifts(program: Program, layout: Layout) -> WeightPatch:
     biases: dict[str, Tensor] = {}
     switches: set[str] = set()
     for one in program.interventions:
-        writer = layout.writer(one.site.layer, _writer(one))
+        kind, name = _writer(one), layout.expert_bias(one.site.layer)
+        if kind in layout.writer_kinds or name is None:
+            writer = layout.writer(one.site.layer, kind)
+            name = writer.name
+            switches |= switches_for(layout, writer)
         shift = one.coefficient * one.vector.float() / layout.residual_multiplier
-        biases[writer.name] = biases[writer.name] + shift if writer.name in biases else shift
-        switches |= switches_for(layout, writer)
+        biases[name] = biases[name] + shift if name in biases else shift
     return WeightPatch(bias=biases, switches=tuple(sorted(switches)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.errors import RecipeError
@@ -118,5 +119,6 @@ def _fit(job: Job, wrapped: PeftModel, factors: Factors, texts: Sequence[Encoded
             processing_class=job.loaded.tokenizer,
             optimizers=(adamw(factors, options.learning_rate), None),
         )
+        trainer.remove_callback(PrinterCallback)  # the losses are returned, not printed
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -33,7 +33,8 @@ def refusal(program: Program, layout: Layout) -> str | None:
 
 def _refusal(one: Intervention, layout: Layout) -> str | None:
     if one.operation == "add":
-        return bias.shift_refusal(one, layout)
+        held = one.site == _EMBEDDINGS or _kind(one) in layout.writer_kinds
+        return bias.shift_refusal(one, layout) if held else f"the MLP is {EXPERTS}"
     if "all" not in one.scopes:
         return f"weights act at every position, not at {one.positions} alone"
     if one.site == _EMBEDDINGS:
