@@ -58,7 +58,7 @@ PEERS: dict[str, dict[str, object]] = {
     "likelihood (TRL)": {"objective": "likelihood"},
     "LoRRA": {"objective": "hidden"},
 }
-BESIDE_PEERS = ("add, all positions, one block", "add, response only")
+BESIDE_PEERS = ("add, all positions, one block",)
 PEER_SETTINGS = {"start": "random", "learning_rate": 0.02, "batch_tokens": 1024, "epochs": 2.0}
 RANK, LORRA_STEPS = 8, 70
 PEERS_SAY = (
@@ -176,8 +176,8 @@ def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, obje
     return distill.distil(replace(job, options=options), texts, start, lambda _done: None)
 
 
-def table(run: Run) -> Sequence[str]:
-    """The lines of the tables, measured now."""
+def table(run: Run, say: Callable[[str], None]) -> Sequence[str]:
+    """The lines of the tables, measured now; `say` is told each as it is there."""
     found = programs(run, run_extract(run))
     lines = [
         "| program | KL(steered‖base) | `closed_form`: target | measured | top-1 | s | then `distill`: target | measured | top-1 | s |",
@@ -191,6 +191,7 @@ def table(run: Run) -> Sequence[str]:
         line, peers = fitted(run, name, found[name])
         lines.append(line)
         everybody += peers
+        say("\n".join([line, *peers]))
     for name, backend in EXACT.items():
         job = Job(found[name], run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
         measure = Measure.of(run, found[name])
@@ -206,7 +207,7 @@ def main() -> None:
     """Measure every program and write the page."""
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
-        lines = table(ocean(SETTINGS, Path(folder), BarMeter(console)))
+        lines = table(ocean(SETTINGS, Path(folder), BarMeter(console)), partial(console.print, markup=False))
     settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
     page = [
         "# Every kind of program",

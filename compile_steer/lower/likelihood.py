@@ -6,6 +6,7 @@ divergence sees the whole distribution.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Sequence
@@ -42,15 +43,9 @@ def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) ->
     parts = Batches.of(job, texts, start, options.batch_tokens)
     before = parts.whole.mean_kl(parts.held_out, start)
     wrapped = _wrapped(job, start)
-    try:
-        factors = {name: _factors(wrapped, name) for name in start.low_rank}
-        losses = _fit(job, wrapped, factors, parts.texts)
-        trained = WeightPatch(
-            {name: LowRank(B.detach().cpu().clone(), A.detach().cpu().clone()) for name, (B, A) in factors.items()}
-        )
-    finally:
-        wrapped.unload()
-        job.loaded.model.eval().requires_grad_(False)
+    factors = {name: _factors(wrapped, name) for name in start.low_rank}
+    losses = _fit(job, wrapped, factors, parts.texts)
+    trained = WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
     tick(options.epochs * len(texts))
     after = parts.whole.mean_kl(parts.held_out, trained)
     job.curves["distill"] = {"loss": losses, "held_out_kl": [before, after]}
@@ -58,7 +53,7 @@ def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) ->
 
 
 def _wrapped(job: Job, start: WeightPatch) -> PeftModel:
-    """The model with `start` as a trainable LoRA in it."""
+    """A copy of the model with `start` as a trainable LoRA in it; a trainer leaves marks on the model that it is given."""
     modules = [job.loaded.layout.model.get_submodule(name) for name in start.low_rank]
     config = LoraConfig(
         r=start.max_rank,
@@ -67,7 +62,7 @@ def _wrapped(job: Job, start: WeightPatch) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules),
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(job.loaded.model, config)
+    wrapped = get_peft_model(copy.deepcopy(job.loaded.model), config)
     with torch.no_grad():
         for name, edit in start.low_rank.items():
             full = edit.padded(start.max_rank)

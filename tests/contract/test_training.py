@@ -59,10 +59,12 @@ def test_every_objective_brings_the_student_nearer(family: str, objective: str, 
         prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in [*CALIBRATION, *TRAINING]]
         texts = task(one, steering).write(prompts, steering, seed=1)
     before, hooks = logits(one.model, Padded.of(HELD_OUT, "right")), n_hooks(one.model)
+    config, forward = one.model.config.to_dict(), one.model.__dict__.get("forward")
     work = task(one, steering, objective=objective)
     found = trained(work, random_start(one), texts)
     assert share(one, steering, found) < wanted
     assert n_hooks(one.model) == hooks
+    assert (one.model.config.to_dict(), one.model.__dict__.get("forward")) == (config, forward)
     assert torch.equal(logits(one.model, Padded.of(HELD_OUT, "right")), before), "the base is as it was"
     curve = work.curves["distill"]
     assert curve["held_out_kl"][1] < curve["held_out_kl"][0]
