@@ -45,6 +45,7 @@ def command(*arguments: str | Path, small: bool = True) -> list[str]:
     return [sys.executable, "-m", "compile_steer", *map(str, arguments), *sets]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All that look at the walk run in one worker, so that it is walked once."""
     for item in items:

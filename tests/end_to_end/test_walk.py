@@ -140,6 +140,15 @@ def test_what_is_there_is_kept_and_the_rest_is_made_again(walk: Walk) -> None:
     assert len(json.loads(done.stdout)) == 3
 
 
+def test_the_losses_stay_and_what_was_kept_to_go_on_from_does_not(walk: Walk) -> None:
+    curves = json.loads((walk.out / "adapters/ocean-distill/training.json").read_text())
+    (block,) = [name for name in curves if name.startswith("block ")]
+    assert len(curves[block]["loss"]) == 60
+    assert len(curves["distill"]["held_out_kl"]) == 2
+    assert f"distill, {block}" in walk.places.report.read_text()
+    assert not walk.places.work.exists()
+
+
 def test_the_page_is_self_contained_and_tells_the_verdict(walk: Walk) -> None:
     page = walk.places.report.read_text()
     assert "<svg" in page and "closed_form merged-bf16" in page and "What are you?" in page
