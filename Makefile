@@ -7,13 +7,20 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test check lint types imports bench model golden clean
+.PHONY: demo test test-end-to-end test-parts check lint types imports bench model golden clean
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
+# Side by side: each is one thread most of the time.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(MAKE) --no-print-directory --jobs=2 test-end-to-end test-parts
+
+test-end-to-end: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/end_to_end
+
+test-parts: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/unit tests/contract tests/property
 
 check: lint types imports test
 

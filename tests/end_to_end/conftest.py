@@ -45,14 +45,6 @@ def command(*arguments: str | Path, small: bool = True) -> list[str]:
     return [sys.executable, "-m", "compile_steer", *map(str, arguments), *sets]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that look at the walk run in one worker, so that it is walked once."""
-    for item in items:
-        if "end_to_end" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("walk"))
-
-
 @dataclass(frozen=True)
 class Walk:
     """What `compile-steer run` returned and left."""
