@@ -37,8 +37,8 @@ from compile_steer.run import Run
 from compile_steer.tokens import Encoded, encode
 
 SETTINGS = [
-    "compile.calibration.prompts=120",
-    "compile.calibration.max_new_tokens=72",
+    "compile.calibration.prompts=200",
+    "compile.calibration.max_new_tokens=80",
     "compile.distill.prompts=12",
     "compile.distill.block_steps=600",
 ]
@@ -58,7 +58,7 @@ PEERS: dict[str, dict[str, object]] = {
     "likelihood (TRL)": {"objective": "likelihood"},
     "LoRRA": {"objective": "hidden"},
 }
-BESIDE_PEERS = ("add, all positions, one block",)
+BESIDE_PEERS = ("add, all positions, one block", "add, response only")
 PEER_SETTINGS = {"start": "random", "learning_rate": 0.02, "batch_tokens": 1024, "epochs": 2.0}
 RANK, LORRA_STEPS = 8, 70
 PEERS_SAY = (
