@@ -10,7 +10,7 @@ import numpy as np
 from compile_steer.generate import continue_prompts, ended, response_text
 from compile_steer.models import Loaded
 from compile_steer.program import Program
-from compile_steer.scoring import Scorer, repetition
+from compile_steer.scoring import Reply, Score, repetition
 from compile_steer.tokens import Text
 
 # Decoding reads every weight once a step whatever the batch, so wide batches are nearly free.
@@ -35,7 +35,7 @@ class Answers:
     ended: np.ndarray
 
 
-def answer(loaded: Loaded, requests: Sequence[Request], scorer: Scorer, max_new_tokens: int) -> list[Answers]:
+def answer(loaded: Loaded, requests: Sequence[Request], score: Score, max_new_tokens: int) -> list[Answers]:
     """Answer every request; the programs must share sites, operations and positions."""
     rows = [(prompt, request.program) for request in requests for prompt in request.prompts]
     pattern = next((program for _prompt, program in rows if program is not None), None)
@@ -47,9 +47,12 @@ def answer(loaded: Loaded, requests: Sequence[Request], scorer: Scorer, max_new_
         prompts = [Text(prompt) for prompt, _program in part]
         found += continue_prompts(loaded, prompts, under, max_new_tokens=max_new_tokens)
     texts = [response_text(loaded, one) for one in found]
-    scores = np.array([scorer.score(text) for text in texts])
-    repeats = np.array([repetition(text) for text in texts])
     closed = np.array([float(ended(loaded, one)) for one in found])
+    replies = [
+        Reply(prompt, text, bool(end)) for (prompt, _program), text, end in zip(rows, texts, closed, strict=True)
+    ]
+    scores = score(replies)
+    repeats = np.array([repetition(text) for text in texts])
     result, start = [], 0
     for request in requests:
         mine = slice(start, start + len(request.prompts))

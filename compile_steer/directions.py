@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_tensors
-from compile_steer.program import Point, read_tensors
+from compile_steer.program import Intervention, Point, Program, Site, read_tensors
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,11 @@ class Directions:
     revision: str
     point: Point
     inputs: str
+
+    def program(self, layer: int, coefficient: float, positions: str) -> Program:
+        """The program that adds `coefficient` times the direction of block `layer` there."""
+        add = Intervention(Site(layer, self.point), "add", self.vectors[layer], coefficient, positions)
+        return Program((add,), self.model, self.revision)
 
     def save(self, path: Path) -> None:
         header = {"model": self.model, "revision": self.revision, "point": self.point, "inputs": self.inputs}

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compile_steer.contrast import contrast_scores, mean_log_probabilities
 from compile_steer.hooks import PAD, steered
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.replay import run_span
-from compile_steer.scoring import contrast_scores, mean_log_probabilities
 from compile_steer.tokens import Batch, Encoded, batches
 
 

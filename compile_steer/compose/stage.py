@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.compose.findings import Composition, Fit, Interplay, Row
+from compile_steer.contrast import encode_pairs
 from compile_steer.errors import RecipeError
 from compile_steer.files import digest, sha256
 from compile_steer.generate import continue_prompts
@@ -27,7 +28,6 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.reload import reload_adapters, switch
-from compile_steer.scoring import encode_pairs
 from compile_steer.tokens import Encoded
 
 STACKED, JOINT = "stacked", "joint"

@@ -10,10 +10,10 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from compile_steer.behaviour import Pair
+from compile_steer.contrast import contrast_scores, encode_pairs
 from compile_steer.models import Loaded
 from compile_steer.program import Program, replace_intervention
 from compile_steer.progress import Tick
-from compile_steer.scoring import contrast_scores, encode_pairs
 from compile_steer.validate.report import Controls, Separability
 from compile_steer.validate.shared import SharedPrefix
 

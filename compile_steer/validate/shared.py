@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compile_steer.contrast import mean_log_probabilities
 from compile_steer.hooks import steered
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.replay import run_span
-from compile_steer.scoring import mean_log_probabilities
 from compile_steer.tokens import Batch, Encoded, batches
 
 

@@ -11,15 +11,15 @@ import torch
 from compile_steer.activations import read_activations
 from compile_steer.answers import Answers, Request, answer
 from compile_steer.behaviour import Behaviour
+from compile_steer.contrast import contrast_scores, encode_pairs
 from compile_steer.directions import Directions
 from compile_steer.hooks import PAD
 from compile_steer.metrics import Interval, bootstrap_mean
 from compile_steer.models import Loaded
-from compile_steer.program import Intervention, Program, Site
+from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
-from compile_steer.scoring import contrast_scores, encode_pairs
 from compile_steer.tokens import batches, encode
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
@@ -48,9 +48,7 @@ def validate(
     options = recipe.validate_
 
     def make(layer: int, coefficient: float) -> Program:
-        site = Site(layer, directions.point)
-        add = Intervention(site, "add", directions.vectors[layer], coefficient, options.positions)
-        return Program((add,), loaded.id, loaded.revision)
+        return directions.program(layer, coefficient, options.positions)
 
     swept = sweep(loaded, behaviour, options, make, meter)
     program = make(swept.best.layer, swept.best.coefficient)
@@ -154,7 +152,9 @@ def _answers(
     requests = [Request(prompts), Request(prompts, program), Request(asked)]
     requests += [Request([recipe.ask], setting) for setting in dial.values()]
     with meter.phase("test: answers of base and steered", 1) as tick:
-        base, under, instructed, *samples = answer(loaded, requests, options.score, options.max_new_tokens)
+        base, under, instructed, *samples = answer(
+            loaded, requests, options.score.bind(loaded, behaviour), options.max_new_tokens
+        )
         tick(1)
     texts = {name: one.texts[0] for name, one in zip(dial, samples, strict=True)}
     return base, under, instructed if asked else None, texts

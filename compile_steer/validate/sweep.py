@@ -9,11 +9,11 @@ import numpy as np
 
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
+from compile_steer.contrast import contrast_scores, encode_pairs
 from compile_steer.errors import LayoutError, RecipeError
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
-from compile_steer.scoring import contrast_scores, encode_pairs
 from compile_steer.settings import Validate
 from compile_steer.tokens import encode
 from compile_steer.validate.report import Cell
@@ -92,11 +92,12 @@ def _answer_best_layers(
     layers = sorted(strongest, key=lambda layer: -strongest[layer])[: options.sweep_layers]
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
     answered: dict[tuple[int, float], Cell] = {}
+    score = options.score.bind(loaded, behaviour)
     with meter.phase("sweep: answers of the best layers", len(layers)) as tick:
         for layer in layers:
             mine = [cell for cell in coherent if cell.layer == layer]
             requests = [Request(prompts, make(layer, cell.coefficient)) for cell in mine]
-            found = answer(loaded, requests, options.score, options.max_new_tokens)
+            found = answer(loaded, requests, score, options.max_new_tokens)
             for cell, one in zip(mine, found, strict=True):
                 answered[layer, cell.coefficient] = replace(
                     cell, score=float(one.scores.mean()), repetition=float(one.repetition.mean())

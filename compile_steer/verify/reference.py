@@ -10,6 +10,7 @@ import torch
 
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
+from compile_steer.contrast import encode_pairs
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded, load
@@ -17,7 +18,6 @@ from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.scoring import encode_pairs
 from compile_steer.tokens import encode
 
 
@@ -37,7 +37,8 @@ def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, programs: Seque
     pairs = encode_pairs(loaded, behaviour.test[: options.pairs])
     prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
     requests = [Request([*prompts, recipe.ask], program) for program in programs]
-    answers = answer(loaded, requests, recipe.validate_.score, options.max_new_tokens)
+    score = recipe.validate_.score.bind(loaded, behaviour)
+    answers = answer(loaded, requests, score, options.max_new_tokens)
     return [
         Behaving(contrast(loaded, pairs, program), one.scores[:-1], one.repetition[:-1], one.texts[-1])
         for program, one in zip(programs, answers, strict=True)

@@ -10,18 +10,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.behaviour import Pair
+from compile_steer.contrast import contrast_scores, encode_pairs, mean_log_probabilities
 from compile_steer.hooks import steered
 from compile_steer.replay import run_span
-from compile_steer.scoring import (
-    Keywords,
-    Length,
-    Lowercase,
-    Scorer,
-    contrast_scores,
-    encode_pairs,
-    mean_log_probabilities,
-    repetition,
-)
+from compile_steer.scoring import Keywords, Length, Lowercase, Scorer, repetition
 from compile_steer.tokens import Batch, Text, encode
 from tests.tiny import intervention, loaded, program, texts
 

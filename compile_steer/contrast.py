@@ -1,78 +1,17 @@
-"""How much of a behaviour a text shows (0 to 1), and how much more likely the model finds it (nats)."""
+"""How much more likely the model finds what shows a behaviour (nats a token)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compile_steer.behaviour import Pair
 from compile_steer.metrics import chunks, log_softmax
 from compile_steer.models import Loaded
 from compile_steer.replay import readout, run_span
 from compile_steer.tokens import Batch, Encoded, Text, batches, encode
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Keywords(_Strict):
-    """1 if any of `patterns` (regular expressions, case ignored) occurs and none of `absent` does."""
-
-    kind: Literal["keywords"]
-    patterns: tuple[str, ...] = Field(min_length=1)
-    absent: tuple[str, ...] = ()
-
-    @field_validator("patterns", "absent")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression ({error})") from error
-        return patterns
-
-    def score(self, text: str) -> float:
-        plain = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-        found = any(re.search(p, plain, re.IGNORECASE) for p in self.patterns)
-        spoiled = any(re.search(p, plain, re.IGNORECASE) for p in self.absent)
-        return float(found and not spoiled)
-
-
-class Lowercase(_Strict):
-    """1 if the text has letters and none of them is upper case."""
-
-    kind: Literal["lowercase"]
-
-    def score(self, text: str) -> float:
-        letters = [c for c in text if c.isalpha()]
-        return float(bool(letters) and not any(c.isupper() for c in letters))
-
-
-class Length(_Strict):
-    """1 if the text has at least one and at most `max_words` words."""
-
-    kind: Literal["length"]
-    max_words: int = Field(gt=0)
-
-    def score(self, text: str) -> float:
-        return float(1 <= len(text.split()) <= self.max_words)
-
-
-Scorer = Annotated[Keywords | Lowercase | Length, Field(discriminator="kind")]
-
-
-def repetition(text: str) -> float:
-    """Share of a text's word 3-grams that stood in it before (above .2 is broken); 0 for short texts."""
-    words = text.lower().split()
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def encode_pairs(loaded: Loaded, pairs: Sequence[Pair]) -> list[Encoded]:

@@ -1,0 +1,46 @@
+"""What a scorer is given, and what it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from compile_steer.behaviour import Behaviour
+from compile_steer.models import Loaded
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said to a prompt, and whether it ended its turn by itself."""
+
+    prompt: str
+    text: str
+    ended: bool
+
+
+Score = Callable[[Sequence[Reply]], np.ndarray]
+"""[n] replies -> [n] in 0 to 1: how much of the behaviour each shows."""
+
+
+class ScorerBase(BaseModel, ABC):
+    """A section of the recipe that says how replies are scored. Keys that are not known are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @abstractmethod
+    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+        """The score itself, with what it needs of model and data; raises `RecipeError` for what cannot be scored."""
+
+
+class TextScorer(ScorerBase):
+    """A scorer of the text alone."""
+
+    @abstractmethod
+    def score(self, text: str) -> float: ...
+
+    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the text says it all)
+        return lambda replies: np.array([self.score(reply.text) for reply in replies])
