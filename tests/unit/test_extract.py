@@ -14,7 +14,8 @@ from compile_steer.activations import read_activations
 from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.extract import extract, fit, shuffled_directions
+from compile_steer.extract import extract
+from compile_steer.extract.from_pairs import fit, shuffled_directions
 from compile_steer.program import POINTS, Point, Site
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe

@@ -1,0 +1,5 @@
+"""Extract: training data -> candidate directions, one a block, and their shuffled-label controls."""
+
+from compile_steer.extract.stage import extract
+
+__all__ = ["extract"]
