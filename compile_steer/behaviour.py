@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,29 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A multiple-choice item: the user's whole prompt, choices included; the letters to choose from; which is right."""
+
+    prompt: str
+    letters: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of IFEval's verifiable constraints by its id ("punctuation:no_comma"), and its arguments."""
+
+    id: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Behaviour:
     """All data of one behaviour. The splits share no prompt and no response, checked when read.
 
     `neutral` texts measure drift and perplexity, `heldout` prompts (other topics) are for verification
-    alone, `calibration` prompts are what the compiler may see besides the training pairs.
+    alone, `calibration` prompts are what the compiler may see besides the training pairs. By plain prompt:
+    `questions` where the data are multiple choice, `checks` where they name what an answer must satisfy.
     """
 
     train: tuple[Pair, ...]
@@ -39,6 +57,8 @@ class Behaviour:
     heldout: tuple[Text, ...]
     calibration: tuple[Text, ...]
     hashes: dict[str, str]
+    questions: Mapping[str, Question] = field(default_factory=dict)
+    checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
 
 
 class Reader:
