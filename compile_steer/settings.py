@@ -127,7 +127,9 @@ class Training(Section):
     learning_rate: float = Field(0.02, gt=0)
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
     accumulate: int = Field(1, ge=1, description="batches to a step")
-    checkpoint_blocks: bool = Field(False, description="keep each block's input alone, compute the rest again")
+    recompute_every: int = Field(
+        2, ge=0, description="of one block in so many, compute again for the gradient instead of keeping; 0: of none"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's matrix products")
     neutral_weight: float = Field(
         0.0, ge=0, description="of being further from the base, on its own texts, than steering is"
