@@ -181,7 +181,8 @@ def table(run: Run, say: Callable[[str], None]) -> Sequence[str]:
     """The lines of the tables, measured now; `say` is told each as it is there."""
     found = programs(run, run_extract(run))
     lines = [
-        "| program | KL(steered‖base) | `closed_form`: target | measured | top-1 | CPU s | then `distill`: target | measured | top-1 | CPU s |",
+        "| program | KL(steered‖base) | `closed_form`: target | measured | top-1 | CPU s "
+        "| then `distill`: target | measured | top-1 | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     everybody = [
