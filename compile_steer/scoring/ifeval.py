@@ -26,8 +26,8 @@ class IFEval(ScorerBase):
 
     The checkers of Zhou et al. (2311.07911); `loose` also accepts a reply that satisfies a constraint without its first
     line, its last line or its asterisks. Wrong where the letter of a constraint is not its sense: no comma is easy
-    in a loop of one word, a required word may be denied, and a text whose language cannot be told passes as any
-    language. An empty reply is 0.
+    in a loop of one word, a required word may be denied or stand within another, and a language is guessed: of a few words wrongly, and
+    where there are none any language passes. An empty reply is 0.
     """
 
     kind: Literal["ifeval"]
