@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compile_steer.activations import Readout
 from compile_steer.errors import ArtifactError
@@ -83,6 +83,13 @@ class Validate(Section):
         if layers == () or (isinstance(layers, tuple) and min(layers) < 0):
             raise ValueError("give block numbers from 0 on, or 'auto'")
         return layers
+
+    @model_validator(mode="after")
+    def _reaches_the_choice(self) -> Self:
+        parts = self.score.all_of if self.score.kind == "all" else (self.score,)
+        if any(part.kind == "choice" for part in parts) and parse_positions(self.positions) == {"response"}:
+            raise ValueError("a choice is made at the prompt's last token, which positions 'response' do not steer")
+        return self
 
     @field_validator("positions")
     @classmethod

@@ -20,7 +20,8 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.replay import run_span
-from compile_steer.tokens import batches, encode
+from compile_steer.scoring import require_discrimination
+from compile_steer.tokens import Text, batches, encode
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix
@@ -43,9 +44,11 @@ def validate(
         inputs: fingerprint of what the report depends on.
 
     Raises:
-        RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
+        RecipeError: the score cannot tell the two sides apart, or no cell of the sweep is coherent.
+        LayoutError: a layer is not in the model.
     """
     options = recipe.validate_
+    require_discrimination(options.score, loaded, behaviour)
 
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
@@ -147,17 +150,17 @@ def _answers(
     prompt answered by base, steered, and steered too hard: what the dial does."""
     options = recipe.validate_
     prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
-    asked = [f"{prompt} {options.instruction}" for prompt in prompts] if options.instruction else []
     dial = {"base": None, "steered": program, "too_high": program.scaled(recipe.too_high)}
-    requests = [Request(prompts), Request(prompts, program), Request(asked)]
-    requests += [Request([recipe.ask], setting) for setting in dial.values()]
+    requests = [Request(prompts), Request(prompts, program)]
+    requests.append(Request(prompts if options.instruction else [], ask=lambda p: Text(f"{p} {options.instruction}")))
+    requests += [Request([recipe.ask], setting, scored=False) for setting in dial.values()]
     with meter.phase("test: answers of base and steered", 1) as tick:
         base, under, instructed, *samples = answer(
-            loaded, requests, options.score.bind(loaded, behaviour), options.max_new_tokens
+            loaded, requests, options.score.bind(loaded, behaviour), options.max_new_tokens, behaviour.questions
         )
         tick(1)
     texts = {name: one.texts[0] for name, one in zip(dial, samples, strict=True)}
-    return base, under, instructed if asked else None, texts
+    return base, under, instructed if options.instruction else None, texts
 
 
 def _relative_dose(loaded: Loaded, behaviour: Behaviour, program: Program) -> float:

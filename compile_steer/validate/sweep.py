@@ -97,7 +97,7 @@ def _answer_best_layers(
         for layer in layers:
             mine = [cell for cell in coherent if cell.layer == layer]
             requests = [Request(prompts, make(layer, cell.coefficient)) for cell in mine]
-            found = answer(loaded, requests, score, options.max_new_tokens)
+            found = answer(loaded, requests, score, options.max_new_tokens, behaviour.questions)
             for cell, one in zip(mine, found, strict=True):
                 answered[layer, cell.coefficient] = replace(
                     cell, score=float(one.scores.mean()), repetition=float(one.repetition.mean())

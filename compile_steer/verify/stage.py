@@ -35,7 +35,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
-    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, [None])
+    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
     neutral = final_states(artifact, reference.neutral)
     noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
     parity = _measure(reference, origin, states, found, behaving, noise)

@@ -85,6 +85,53 @@ def test_a_misspelt_key_is_answered_with_the_likely_one(tmp_path: Path, wrong: t
     assert line in problems(tmp_path, GOOD.replace(*wrong, 1))
 
 
+_PARTS = "score: {kind: all, all_of: [{kind: lowercase}, {kind: keywords, patterns: [sea]}]}"
+
+
+@pytest.mark.parametrize(
+    ("score", "line"),
+    [
+        (
+            _PARTS.replace("patterns", "patern"),
+            "validate.score.all.all_of.1.keywords.patern: unknown key; did you mean 'patterns'?",
+        ),
+        (_PARTS.replace("patterns: [sea]", "absent: [sea]"), "validate.score.all.all_of.1.keywords.patterns: missing."),
+        (_PARTS.replace("all_of", "al_of"), "validate.score.all.al_of: unknown key; did you mean 'all_of'?"),
+        ("score: {kind: repetition, mx: .3}", "validate.score.repetition.mx: unknown key; did you mean 'max'?"),
+        (
+            "score: {kind: judge, base_ur: 'http://localhost'}",
+            "validate.score.judge.base_ur: unknown key; did you mean 'base_url'?",
+        ),
+        ("score: {kind: ended, max: 3}", "validate.score.ended.max: unknown key; known here: kind."),
+    ],
+)
+def test_a_misspelt_key_of_a_scorer_is_answered_in_its_own_terms(tmp_path: Path, score: str, line: str) -> None:
+    assert f"tiny.yaml: {line}" in problems(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score))
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        ("score: {kind: keyword}", "does not match any of the expected tags: 'keywords', 'lowercase', 'length'"),
+        ("score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}", "validate.score.all.all_of.1: found"),
+        ("score: {kind: length}", "give max_words, min_words, or both"),
+        ("score: {max_words: 3}", "unable to extract tag using discriminator 'kind'"),
+        ("score: {kind: choice}\n  positions: response", "a choice is made at the prompt's last token"),
+        (
+            "score: {kind: all, all_of: [{kind: ended}, {kind: choice}]}\n  positions: response",
+            "a choice is made at the prompt's last token",
+        ),
+    ],
+)
+def test_a_scorer_that_cannot_be_is_refused_in_words(tmp_path: Path, score: str, words: str) -> None:
+    assert words in "\n".join(problems(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)))
+
+
+def test_a_choice_may_be_steered_where_it_is_made(tmp_path: Path) -> None:
+    score = "score: {kind: choice}\n  positions: last_prompt+response"
+    assert read(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)).validate_.score.kind == "choice"
+
+
 def test_a_key_unlike_any_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, GOOD + "verify: {zzz: 1}\n")
     start = "tiny.yaml: verify.zzz: unknown key; known here: "
@@ -203,7 +250,7 @@ def test_the_hash_follows_every_setting_but_not_the_folder(tmp_path: Path) -> No
 def test_a_part_holds_the_named_sections_alone(tmp_path: Path) -> None:
     found = read(tmp_path).part("extract", "validate")
     assert list(found) == ["extract", "validate"]
-    assert found["validate"]["score"] == {"kind": "length", "max_words": 12}
+    assert found["validate"]["score"] == {"kind": "length", "min_words": 1, "max_words": 12}
 
 
 def test_the_shipped_recipes_can_be_read() -> None:
