@@ -24,7 +24,7 @@ from compile_steer.tokens import batches, encode
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix
-from compile_steer.validate.sweep import Sweep, sweep
+from compile_steer.validate.sweep import Sweep, sweep, with_directions
 
 
 def validate(
@@ -45,7 +45,7 @@ def validate(
     Raises:
         RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
     """
-    options = recipe.validate_
+    options = with_directions(recipe.validate_, directions)
 
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
