@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.errors import LayoutError
-from compile_steer.hooks import LAST_PROMPT, RESPONSE
+from compile_steer.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Point, Site
@@ -56,6 +56,20 @@ def read_activations(
             "(--dtype float32); if they stay so, its weights are damaged."
         )
     return result
+
+
+def median_norms(loaded: Loaded, texts: Sequence[Text], point: Point) -> Tensor:
+    """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`.
+
+    The median, because the first token's norm is a hundred times the others' in many models.
+    """
+    encoded = [encode(loaded.tokenizer, text) for text in texts]
+    norms: list[Tensor] = []
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        states = _capture(loaded.layout, batch, point)
+        norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
+    return torch.cat(norms, dim=1).median(dim=1).values
 
 
 def _readout_weights(batch: Batch, readout: Readout) -> Tensor:

@@ -34,6 +34,11 @@ class Directions:
     projections: Tensor | None = None
     joint: bool = False
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a direction."""
+        return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
+
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
         """The candidate of block `layer`, or of `EVERY_BLOCK`, with the dial at `coefficient`."""
         layers = range(self.vectors.shape[0]) if layer == EVERY_BLOCK else [layer]

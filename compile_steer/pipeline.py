@@ -18,7 +18,7 @@ from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower
 from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
-from compile_steer.extract import extract
+from compile_steer.extract import extract, source
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job, Work
 from compile_steer.passes import canonical
@@ -37,7 +37,7 @@ _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
     processes.require_alone("extraction")
-    inputs = run.inputs("data", "extract")
+    inputs = run.inputs("data", "extract", after=source(run.recipe))
     if run.places.directions.is_file():
         try:
             kept = Directions.load(run.places.directions)

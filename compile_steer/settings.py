@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,7 +14,9 @@ from compile_steer.scoring import Scorer
 
 BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
-Method = Literal["mean_difference", "pca", "logistic"]
+PairMethod = Literal["mean_difference", "pca", "logistic"]
+ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]
+Method = PairMethod | ChoiceMethod | Literal["feature"]
 
 
 class Section(BaseModel):
@@ -41,13 +43,47 @@ class Data(Section):
 
 
 class Extract(Section):
-    """How a direction is read off contrast pairs."""
+    """How a direction is found: from contrast pairs, from labelled questions, or in a file; and what it is for."""
 
     method: Method = "mean_difference"
     readout: Readout = "response_mean"
     point: Point = "resid_post"
-    pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs")
+    pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs, or questions")
     shuffled: int = Field(5, ge=5, description="directions from shuffled labels, as controls")
+    operation: Literal["add", "clamp"] = Field(
+        "add", description="clamp: give the projection on the direction the value that the positive side has"
+    )
+    length: Literal["own", "unit", "stream"] = Field(
+        "own",
+        description="of the direction, what a coefficient of 1 adds: the method's, 1, or the stream's median norm",
+    )
+    off_by_one: bool = Field(
+        False, description="read each block's input for its output, as the published code of PAS does"
+    )
+    file: Path | None = Field(
+        None, description="of method feature: a SAELens folder, or a feature's JSON of Neuronpedia"
+    )
+    index: int | None = Field(None, ge=0, description="which feature of a SAELens folder")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = []
+        feature = self.method == "feature"
+        if feature and self.file is None:
+            problems.append("method feature needs extract.file: a SAELens folder, or a feature's JSON of Neuronpedia")
+        if not feature and (self.file is not None or self.index is not None):
+            problems.append(f"file and index are of method feature; method {self.method} reads activations")
+        if feature and self.operation == "clamp":
+            problems.append("a clamp needs the activations of a positive side; a feature has none: use operation add")
+        if self.operation == "clamp" and self.length != "own":
+            problems.append("a clamp has no length: what it sets is the projection; leave out extract.length")
+        if self.off_by_one and (feature or self.point != "resid_post"):
+            problems.append("off_by_one is about activations at resid_post")
+        if self.method in get_args(ChoiceMethod) and self.readout != "response_mean":
+            problems.append(f"method {self.method} reads the letter that is the response: use readout response_mean")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Validate(Section):

@@ -25,7 +25,7 @@ from compile_steer.tokens import Text, batches, encode
 from compile_steer.validate.controls import measure_controls, separability
 from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
 from compile_steer.validate.shared import SharedPrefix
-from compile_steer.validate.sweep import Sweep, sweep
+from compile_steer.validate.sweep import Sweep, sweep, with_directions
 
 
 def validate(
@@ -47,7 +47,7 @@ def validate(
         RecipeError: the score cannot tell the two sides apart, or no cell of the sweep is coherent.
         LayoutError: a layer is not in the model.
     """
-    options = recipe.validate_
+    options = with_directions(recipe.validate_, directions)
     require_discrimination(options.score, loaded, behaviour)
 
     def make(layer: int, coefficient: float) -> Program:

@@ -10,6 +10,7 @@ import numpy as np
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
 from compile_steer.contrast import contrast_scores, encode_pairs
+from compile_steer.directions import Directions
 from compile_steer.errors import LayoutError, RecipeError
 from compile_steer.models import Loaded
 from compile_steer.program import Program
@@ -51,6 +52,21 @@ def choose_layers(options: Validate, n_layers: int) -> list[int]:
             "Name other layers, or 'auto'."
         )
     return sorted(set(map(int, options.layers)))
+
+
+def with_directions(options: Validate, directions: Directions) -> Validate:
+    """The options, their layers among those that have a direction (a feature has one); raises `RecipeError`."""
+    available = set(directions.layers)
+    if directions.joint or len(available) == len(directions.vectors):
+        return options
+    layers = choose_layers(options, len(directions.vectors))
+    missing = [layer for layer in layers if layer not in available]
+    if missing and options.layers != "auto":
+        raise RecipeError(
+            f"validate.layers: {', '.join(map(str, missing))} without a direction; there is one for "
+            f"{', '.join(map(str, sorted(available)))}. Name these, or 'auto'."
+        )
+    return options.model_copy(update={"layers": tuple(available.intersection(layers) or sorted(available))})
 
 
 def sweep(loaded: Loaded, behaviour: Behaviour, options: Validate, make: MakeProgram, meter: Meter) -> Sweep:
