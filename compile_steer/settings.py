@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -21,23 +20,6 @@ class Section(BaseModel):
     """Keys that are not known are errors, and values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(Section):
-    """JSONL files; see the recipes for one line of each."""
-
-    train: Path
-    validation: Path
-    test: Path
-    neutral: Path
-    heldout: Path
-    calibration: Path
-    positive_template: str = "{prompt}"
-    negative_template: str = "{prompt}"
-
-    def files(self, folder: Path) -> dict[str, Path]:
-        names = ("train", "validation", "test", "neutral", "heldout", "calibration")
-        return {name: folder / getattr(self, name) for name in names}
 
 
 class Extract(Section):
