@@ -16,7 +16,7 @@ from pathlib import Path
 from compile_steer import processes
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
-from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract, source
 from compile_steer.files import digest, sha256
@@ -30,8 +30,19 @@ from compile_steer.reload import reload
 from compile_steer.run import Run, load_program
 from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
+from compile_steer.write import WritingReport
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
+
+
+def run_write(run: Run) -> WritingReport:
+    """What came of the pairs that the model wrote when the run was opened; raises `RecipeError` if it wrote none."""
+    if run.recipe.data.writing is None:
+        raise RecipeError(
+            f"data.kind {run.recipe.data.kind}: its rows have their responses, there is nothing to write. The model "
+            "writes the pairs of kind: written and kind: instructions."
+        )
+    return WritingReport.load(run.places.writing)
 
 
 def run_extract(run: Run) -> Directions:

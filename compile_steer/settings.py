@@ -25,23 +25,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Data(Section):
-    """JSONL files; see the recipes for one line of each."""
-
-    train: Path
-    validation: Path
-    test: Path
-    neutral: Path
-    heldout: Path
-    calibration: Path
-    positive_template: str = "{prompt}"
-    negative_template: str = "{prompt}"
-
-    def files(self, folder: Path) -> dict[str, Path]:
-        names = ("train", "validation", "test", "neutral", "heldout", "calibration")
-        return {name: folder / getattr(self, name) for name in names}
-
-
 class Extract(Section):
     """How a direction is found: from contrast pairs, from labelled questions, or in a file; and what it is for."""
 

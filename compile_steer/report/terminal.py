@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,7 @@ from compile_steer.program import Program
 from compile_steer.recombine import Recombined
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
+from compile_steer.write import WritingReport
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
@@ -52,6 +54,13 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
         f"dose {report.coherence.relative_dose:.2f} of the stream's norm{asked}"
     )
+
+
+def print_writing(console: Console, report: WritingReport, folder: Path) -> None:
+    """What came of the pairs that the model wrote, a line a split."""
+    for name, split in report.splits.items():
+        console.print(f"{name}: {escape(split.describe())}; {split.written} answers written")
+    console.print(f"Pairs: {folder}")
 
 
 def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from compile_steer.behaviour import read_behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import read_recipe
-from compile_steer.behaviour import read_behaviour
 from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.tokens import encode
