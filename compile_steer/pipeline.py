@@ -21,6 +21,7 @@ from compile_steer.export import CURVES, is_adapter, model_card, read_patch, wri
 from compile_steer.extract import extract
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job, Work
+from compile_steer.models import revision_of
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.plan import Choice, plan
@@ -37,7 +38,12 @@ _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
     processes.require_alone("extraction")
-    inputs = run.inputs("data", "extract")
+    options = run.recipe.extract
+    # Vectors are trained at the positions where they will act; a sibling may change under its name.
+    after = run.recipe.validate_.positions if options.method == "trained" else ""
+    if options.model is not None:
+        after += f" {revision_of(options.model)}"
+    inputs = run.inputs("data", "extract", after=after)
     if run.places.directions.is_file():
         try:
             kept = Directions.load(run.places.directions)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compile_steer.activations import Readout
 from compile_steer.errors import ArtifactError
@@ -40,14 +40,62 @@ class Data(Section):
         return {name: folder / getattr(self, name) for name in names}
 
 
-class Extract(Section):
-    """How a direction is read off contrast pairs."""
+class Trained(Section):
+    """Vectors of many blocks at once, trained by AdamW while the model is frozen.
 
-    method: Method = "mean_difference"
+    Rates and penalties count lengths in the stream's own norm at each block, so they mean the same for every model.
+    """
+
+    loss: Literal["likelihood", "bipo"] = Field(
+        "likelihood", description="of the positive responses; or of the preference for them, in both directions (BiPO)"
+    )
+    layers: tuple[int, ...] | Literal["all"] = Field("all", description="the blocks that get a vector each")
+    beside: tuple[Point, ...] = Field(
+        (), description="other points of these blocks that get one too, beside extract.point"
+    )
+    start: Literal["zero", "mean_difference"] = "zero"
+    epochs: int = Field(8, ge=1, description="passes over the pairs; the best on a held-out sixth is kept")
+    learning_rate: float = Field(0.02, gt=0, description="how far a step moves a vector, in norms of the stream")
+    batch_tokens: int = Field(512, ge=64, description="padded tokens of a batch, one step each")
+    l2: float = Field(0.05, ge=0, description="times the sum of the vectors' squared relative norms; 0: they explode")
+    beta: float = Field(0.1, gt=0, description="of bipo: how sharply a preference counts")
+
+    @field_validator("layers")
+    @classmethod
+    def _blocks(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("give block numbers from 0 on, each once, or 'all'")
+        return layers
+
+
+class Extract(Section):
+    """How a direction is read off contrast pairs, or trained on them."""
+
+    method: Literal[Method, "trained"] = "mean_difference"
+    model: str | None = Field(
+        None, description="another model of the same shape and tokenizer to take the directions from, for the recipe's"
+    )
     readout: Readout = "response_mean"
     point: Point = "resid_post"
     pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs")
-    shuffled: int = Field(5, ge=5, description="directions from shuffled labels, as controls")
+    shuffled: int = Field(
+        5, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
+    )
+    trained: Trained = Trained()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = []
+        if self.method != "trained":
+            if self.shuffled < 5:
+                problems.append(f"shuffled {self.shuffled} is too few for method {self.method}; 5 or more cost nothing")
+            if self.trained != Trained():
+                problems.append(f"trained: these options are of method trained, not of {self.method}")
+        if self.point in self.trained.beside or len(set(self.trained.beside)) < len(self.trained.beside):
+            problems.append(f"trained.beside names a point twice (extract.point is {self.point})")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Validate(Section):
