@@ -38,7 +38,12 @@ def describe_artifact(path: Path) -> dict[str, object]:
     if "directions" in metadata:
         directions = Directions.load(path)
         norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
-        return {"kind": "directions", "model": directions.model, "point": directions.point, "norms": norms}
+        told: dict[str, object] = {"kind": "directions", "model": directions.model, "point": directions.point}
+        if directions.source is not None:
+            told["source"] = asdict(directions.source)
+        if directions.curves:
+            told["curves"] = dict(directions.curves)
+        return {**told, "norms": norms}
     program = Program.load(path)
     lines = program.describe().splitlines()
     return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,18 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_tensors
-from compile_steer.program import Intervention, Point, Program, Site, read_tensors
+from compile_steer.program import POINTS, Intervention, Point, Program, Site, read_tensors
 
 EVERY_BLOCK = -1
+_BESIDE = "beside."
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that directions were taken from, where it is not the one that they are for."""
+
+    model: str
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class Directions:
 
     `operation` is what they are for; a clamp gives h.u the value `projections` [n_layers] of its block. Of `joint`
     directions one program holds all blocks' at once, under the layer `EVERY_BLOCK`; otherwise each is a candidate.
+    `beside` are those of other points of the same blocks, [1 + n, n_layers, d_model], the controls after the first.
+    `curves`: what training measured, an epoch a number.
     """
 
     vectors: Tensor
@@ -33,6 +45,9 @@ class Directions:
     operation: Literal["add", "clamp"] = "add"
     projections: Tensor | None = None
     joint: bool = False
+    beside: Mapping[Point, Tensor] = field(default_factory=dict)
+    source: Source | None = None
+    curves: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -40,10 +55,19 @@ class Directions:
         return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
 
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
-        """The candidate of block `layer`, or of `EVERY_BLOCK`, with the dial at `coefficient`."""
-        layers = range(self.vectors.shape[0]) if layer == EVERY_BLOCK else [layer]
-        parts = tuple(self._intervention(k, coefficient, positions) for k in layers)
-        return Program(parts, self.model, self.revision)
+        """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`."""
+        layers = [layer]
+        if layer == EVERY_BLOCK:
+            layers = [k for k in range(self.vectors.shape[0]) if bool(self.vectors[k].any())]
+        parts = [self._intervention(k, coefficient, positions) for k in layers]
+        for point, vectors in self.beside.items():
+            parts += [Intervention(Site(k, point), "add", vectors[0, k], coefficient, positions) for k in layers]
+        return Program(tuple(parts), self.model, self.revision)
+
+    def control(self, index: int) -> Directions:
+        """The directions of shuffled labels number `index` in the place of the real ones."""
+        beside = {point: vectors[[index + 1]] for point, vectors in self.beside.items()}
+        return replace(self, vectors=self.shuffled[index], shuffled=self.shuffled[:0], beside=beside)
 
     def _intervention(self, layer: int, coefficient: float, positions: str) -> Intervention:
         site, vector = Site(layer, self.point), self.vectors[layer]
@@ -62,8 +86,11 @@ class Directions:
             "inputs": self.inputs,
             "operation": self.operation,
             "joint": self.joint,
+            "source": None if self.source is None else asdict(self.source),
+            "curves": dict(self.curves),
         }
         tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
+        tensors |= {f"{_BESIDE}{point}": vectors.contiguous() for point, vectors in self.beside.items()}
         if self.projections is not None:
             tensors["projections"] = self.projections.contiguous()
         save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
@@ -75,6 +102,14 @@ class Directions:
         try:
             header = json.loads(metadata["directions"])
             vectors, shuffled = tensors["directions"], tensors["shuffled"]
-            return Directions(vectors, shuffled, projections=tensors.get("projections"), **header)
+            source = header.pop("source")
+            return Directions(
+                vectors,
+                shuffled,
+                projections=tensors.get("projections"),
+                beside={p: tensors[f"{_BESIDE}{p}"] for p in POINTS if f"{_BESIDE}{p}" in tensors},
+                source=None if source is None else Source(**source),
+                **header,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} holds no directions. Make it with 'compile-steer extract'.") from error

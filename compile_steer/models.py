@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import socket
 import warnings
@@ -76,13 +77,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
+def load(reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None) -> Loaded:
     """Load model and tokenizer in evaluation mode.
 
     Args:
         reference: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
         dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
+        prompt_format: how a prompt is put to the model in the place of its chat template ("User: {prompt}\\nAssistant:\\n").
 
     Raises:
         RecipeError: the model is not there, or the device or dtype cannot be had. LayoutError: the
@@ -102,9 +104,30 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32") -> Loa
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
+    if prompt_format is not None:
+        tokenizer.chat_template = completion_template(prompt_format, tokenizer)
     model.to(target).eval().requires_grad_(False)
     Layout.of(model)
     return Loaded(model, tokenizer, reference, revision, folder)
+
+
+def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template (Jinja) that puts prompts as plain text; a past turn is closed by the tokenizer's own end.
+
+    As a template it goes wherever the tokenizer goes: a merged checkpoint is asked as it was trained.
+    """
+    before, after = (json.dumps(part, ensure_ascii=False) for part in prompt_format.split("{prompt}"))
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return (
+        ("{{ bos_token }}" if begins else "") + "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ message['content'] + eos_token }}{{ '\\n' }}"
+        "{% else %}{{ " + before + " + message['content'] + " + after + " }}{% endif %}{% endfor %}"
+    )
+
+
+def revision_of(reference: str) -> str:
+    """The revision of a model without loading it; raises `RecipeError` where it is not there."""
+    return _locate(reference)[1]
 
 
 def _from_hub(reference: str) -> str:

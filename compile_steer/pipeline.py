@@ -21,6 +21,7 @@ from compile_steer.export import CURVES, is_adapter, model_card, read_patch, wri
 from compile_steer.extract import extract, source
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job, Work
+from compile_steer.models import revision_of
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.plan import Choice, plan
@@ -45,10 +46,17 @@ def run_write(run: Run) -> WritingReport:
     return WritingReport.load(run.places.writing)
 
 
+def _extracted_from(run: Run) -> str:
+    """What directions depend on beside recipe, data and model: a file, a sibling, the positions they are trained for."""
+    options = run.recipe.extract
+    positions = run.recipe.validate_.positions if options.method == "trained" else ""
+    return f"{source(run.recipe)} {positions} {'' if options.model is None else revision_of(options.model)}"
+
+
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
     processes.require_alone("extraction")
-    inputs = run.inputs("data", "extract", after=source(run.recipe))
+    inputs = run.inputs("data", "extract", after=_extracted_from(run))
     if run.places.directions.is_file():
         try:
             kept = Directions.load(run.places.directions)

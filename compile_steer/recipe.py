@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -27,6 +27,9 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     model: str
+    prompt_format: str | None = Field(
+        None, description="how a prompt is put to the model in the place of its chat template (a base model has none)"
+    )
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -38,6 +41,16 @@ class Recipe(Section):
     compile: Compile = Compile()
     verify: Verify = Verify()
     folder: Path = Field(exclude=True)
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _holds_prompt(cls, prompt_format: str | None) -> str | None:
+        if prompt_format is not None and (prompt_format.count("{prompt}") != 1 or not prompt_format.endswith("\n")):
+            raise ValueError(
+                "needed: {prompt} once, and a line break at the end, where the response begins "
+                '("User: {prompt}\\nAssistant:\\n")'
+            )
+        return prompt_format
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named sections as JSON, for fingerprints."""

@@ -30,12 +30,13 @@ class Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
         places = Places(out, recipe.name)
         asked = recipe.data.read(recipe.folder)
-        loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype)
+        loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
         return Run(recipe, places, loaded, answered(recipe, loaded, asked, places, meter), meter)
 
     def inputs(self, *sections: str, after: str = "") -> str:
         """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
-        model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed]
+        asked = self.recipe.prompt_format
+        model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed, asked]
         return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
 
 

@@ -16,7 +16,7 @@ BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "disti
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 PairMethod = Literal["mean_difference", "pca", "logistic"]
 ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]
-Method = PairMethod | ChoiceMethod | Literal["feature"]
+Method = PairMethod | ChoiceMethod | Literal["trained", "feature"]
 
 
 class Section(BaseModel):
@@ -25,14 +25,47 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Trained(Section):
+    """Vectors of many blocks at once, trained by AdamW while the model is frozen.
+
+    Rates and penalties count lengths in the stream's own norm at each block, so they mean the same for every model.
+    """
+
+    loss: Literal["likelihood", "bipo"] = Field(
+        "likelihood", description="of the positive responses; or of the preference for them, in both directions (BiPO)"
+    )
+    layers: tuple[int, ...] | Literal["all"] = Field("all", description="the blocks that get a vector each")
+    beside: tuple[Point, ...] = Field(
+        (), description="other points of these blocks that get one too, beside extract.point"
+    )
+    start: Literal["zero", "mean_difference"] = "zero"
+    epochs: int = Field(8, ge=1, description="passes over the pairs; the best on a held-out sixth is kept")
+    learning_rate: float = Field(0.02, gt=0, description="how far a step moves a vector, in norms of the stream")
+    batch_tokens: int = Field(512, ge=64, description="padded tokens of a batch, one step each")
+    l2: float = Field(0.05, ge=0, description="times the sum of the vectors' squared relative norms; 0: they explode")
+    beta: float = Field(0.1, gt=0, description="of bipo: how sharply a preference counts")
+
+    @field_validator("layers")
+    @classmethod
+    def _blocks(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("give block numbers from 0 on, each once, or 'all'")
+        return layers
+
+
 class Extract(Section):
-    """How a direction is found: from contrast pairs, from labelled questions, or in a file; and what it is for."""
+    """How a direction is found: from contrast pairs, labelled questions, training, or a file; and what it is for."""
 
     method: Method = "mean_difference"
+    model: str | None = Field(
+        None, description="another model of the same shape and tokenizer to take the directions from, for the recipe's"
+    )
     readout: Readout = "response_mean"
     point: Point = "resid_post"
     pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs, or questions")
-    shuffled: int = Field(5, ge=5, description="directions from shuffled labels, as controls")
+    shuffled: int = Field(
+        5, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
+    )
     operation: Literal["add", "clamp"] = Field(
         "add", description="clamp: give the projection on the direction the value that the positive side has"
     )
@@ -47,23 +80,44 @@ class Extract(Section):
         None, description="of method feature: a SAELens folder, or a feature's JSON of Neuronpedia"
     )
     index: int | None = Field(None, ge=0, description="which feature of a SAELens folder")
+    trained: Trained = Trained()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        problems = []
-        feature = self.method == "feature"
-        if feature and self.file is None:
-            problems.append("method feature needs extract.file: a SAELens folder, or a feature's JSON of Neuronpedia")
-        if not feature and (self.file is not None or self.index is not None):
-            problems.append(f"file and index are of method feature; method {self.method} reads activations")
-        if feature and self.operation == "clamp":
-            problems.append("a clamp needs the activations of a positive side; a feature has none: use operation add")
-        if self.operation == "clamp" and self.length != "own":
-            problems.append("a clamp has no length: what it sets is the projection; leave out extract.length")
-        if self.off_by_one and (feature or self.point != "resid_post"):
-            problems.append("off_by_one is about activations at resid_post")
-        if self.method in get_args(ChoiceMethod) and self.readout != "response_mean":
-            problems.append(f"method {self.method} reads the letter that is the response: use readout response_mean")
+        own = self.length == "own"
+        clashes = {
+            f"file and index are of method feature; method {self.method} reads activations": (
+                self.method != "feature" and (self.file is not None or self.index is not None)
+            ),
+            "method feature needs extract.file: a SAELens folder, or a feature's JSON of Neuronpedia": (
+                self.method == "feature" and self.file is None
+            ),
+            f"a clamp needs the activations of a positive side; method {self.method} has none: use operation add": (
+                self.method in ("feature", "trained") and self.operation == "clamp"
+            ),
+            "a clamp has no length: what it sets is the projection; leave out extract.length": (
+                self.operation == "clamp" and not own
+            ),
+            "off_by_one is about activations at resid_post": (
+                self.off_by_one and (self.method in ("feature", "trained") or self.point != "resid_post")
+            ),
+            f"method {self.method} reads the letter that is the response: use readout response_mean": (
+                self.method in get_args(ChoiceMethod) and self.readout != "response_mean"
+            ),
+            f"shuffled {self.shuffled} is too few for method {self.method}; 5 or more cost nothing": (
+                self.method != "trained" and self.shuffled < 5
+            ),
+            f"trained: these options are of method trained, not of {self.method}": (
+                self.method != "trained" and self.trained != Trained()
+            ),
+            "method trained makes vectors of its own length; leave out extract.length": (
+                self.method == "trained" and not own
+            ),
+            f"trained.beside names a point twice (extract.point is {self.point})": (
+                len({self.point, *self.trained.beside}) <= len(self.trained.beside)
+            ),
+        }
+        problems = [message for message, clash in clashes.items() if clash]
         if problems:
             raise ValueError("; ".join(problems))
         return self

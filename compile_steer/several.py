@@ -63,7 +63,7 @@ class Several:
         if problems:
             raise ArtifactError(problems)
         first = recipes[0]
-        loaded = load(first.model, device=first.device, dtype=first.dtype)
+        loaded = load(first.model, device=first.device, dtype=first.dtype, prompt_format=first.prompt_format)
         for one in members:
             loaded.layout.require_program(one.program, loaded.id, loaded.revision)
         members = tuple(
@@ -96,7 +96,7 @@ def _disagreements(recipes: Sequence[Recipe], dials: Sequence[float], backend: s
             yield f"compose: a dial of {dial:g} is no program; leave that recipe out."
     if backend not in BACKENDS:
         yield f"compose: backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}."
-    for key in ("model", "dtype", "device"):
+    for key in ("model", "prompt_format", "dtype", "device"):
         values = {recipe.name: getattr(recipe, key) for recipe in recipes}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"'{value}' ({name})" for name, value in values.items())

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from compile_steer.activations import median_norms, read_activations
 from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.directions import Directions
+from compile_steer.directions import Directions, Source
 from compile_steer.errors import RecipeError
 from compile_steer.extract import choices, features
 from compile_steer.extract.found import Found
 from compile_steer.extract.from_pairs import fit, shuffled_directions
+from compile_steer.extract.sibling import load_sibling
+from compile_steer.extract.trained import trained_directions
 from compile_steer.files import sha256
 from compile_steer.models import Loaded
 from compile_steer.program import Point
@@ -24,15 +26,28 @@ from compile_steer.tokens import Text
 
 
 def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
-    """Find a direction at every block by the recipe's method, at the length and for the operation it names.
+    """Find directions by the recipe's method, on the recipe's model or on the sibling that it names.
 
     Raises:
-        RecipeError: too few pairs or questions, pairs whose sides are the same tokens at the read-out, or
-            questions that the model gets all right or all wrong.
+        RecipeError: too few pairs or questions, pairs whose sides are the same tokens at the read-out, questions
+            that the model gets all right or all wrong, or a training that failed.
         ArtifactError: a feature's file is not there, damaged, or of another width.
-        LayoutError: NaN activations.
+        LayoutError: NaN activations, or a sibling of another shape.
     """
+    if recipe.extract.model is None:
+        return _extract(recipe, loaded, behaviour, inputs, meter)
+    sibling = load_sibling(recipe.extract.model, loaded, recipe.dtype)
+    found = _extract(recipe, sibling, behaviour, inputs, meter)
+    source = Source(sibling.id, sibling.revision)
+    return replace(found, model=loaded.id, revision=loaded.revision, source=source)
+
+
+def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
+    """Find a direction at every block, at the length and for the operation that the recipe names."""
     options = recipe.extract
+    if options.method == "trained":
+        _require_count(options, len(behaviour.train), "pairs")
+        return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, meter)
     point: Point = options.point
     match options.method:
         case "feature":

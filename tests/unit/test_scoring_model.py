@@ -83,7 +83,9 @@ def test_ended_is_what_the_reply_says_even_of_nothing() -> None:
 
 # ---------------------------------------------------------------------------------------- classifier
 
-SEA = [(f"The waves of the {w} roll to the shore {w}.", f"The plan of the {w} goes to the office {w}.") for w in "abcdefgh"]
+SEA = [
+    (f"The waves of the {w} roll to the shore {w}.", f"The plan of the {w} goes to the office {w}.") for w in "abcdefgh"
+]
 HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll ashore.", "The office plans."),
             ("On the shore.", "In the office."), ("The waves.", "The plans.")]  # fmt: skip
 
@@ -102,7 +104,9 @@ def test_a_classifier_that_cannot_tell_is_refused_with_its_number() -> None:
     random = np.random.default_rng(3)
     words = [" ".join(f"w{n}" for n in random.integers(0, 40, 12)) for _ in range(80)]
     noise = list(zip(words[:40], words[40:], strict=True))
-    with pytest.raises(RecipeError, match=r"cannot tell the two sides .* AUROC 0\.[3-6]\d on its 40 responses; needed 0\.7"):
+    with pytest.raises(
+        RecipeError, match=r"cannot tell the two sides .* AUROC 0\.[3-6]\d on its 40 responses; needed 0\.7"
+    ):
         scorer(kind="classifier").bind(MODEL, behaviour(noise[:20], noise[20:]))
     with pytest.raises(RecipeError, match=r"AUROC 0\.00"):
         scorer(kind="classifier").bind(MODEL, behaviour([(n, p) for p, n in HELD_OUT], SEA))
@@ -200,11 +204,23 @@ def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kind": "keywords", "patterns": ["desert"]}, "gives 0.00 to all 6 texts of data.validation, on both sides: it never"),
-        ({"kind": "length", "max_words": 99}, "gives 1.00 to all 6 texts of data.validation, on both sides: it always fires"),
-        ({"kind": "keywords", "patterns": ["road", "^the hill"]}, "more than the positive ones, 0.67 against 0.00 on average"),
+        (
+            {"kind": "keywords", "patterns": ["desert"]},
+            "gives 0.00 to all 6 texts of data.validation, on both sides: it never",
+        ),
+        (
+            {"kind": "length", "max_words": 99},
+            "gives 1.00 to all 6 texts of data.validation, on both sides: it always fires",
+        ),
+        (
+            {"kind": "keywords", "patterns": ["road", "^the hill"]},
+            "more than the positive ones, 0.67 against 0.00 on average",
+        ),
         ({"kind": "repetition"}, "it always fires"),
-        ({"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "keywords", "patterns": ["desert"]}]}, "it never fires"),
+        (
+            {"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "keywords", "patterns": ["desert"]}]},
+            "it never fires",
+        ),
         (
             {
                 "kind": "all",
@@ -229,7 +245,10 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
         ({"kind": "ended"}, "whether a model ends its turn is not in the texts"),
         ({"kind": "choice"}, "a choice is the model's"),
         (_JUDGE, "cost requests"),
-        ({"kind": "all", "all_of": [{"kind": "ended"}, _JUDGE]}, "not in the texts of the data; a judge's answers cost"),
+        (
+            {"kind": "all", "all_of": [{"kind": "ended"}, _JUDGE]},
+            "not in the texts of the data; a judge's answers cost",
+        ),
     ],
 )
 def test_what_texts_cannot_tell_is_skipped_with_the_reason(settings: dict[str, Any], words: str) -> None:
