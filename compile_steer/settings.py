@@ -16,7 +16,7 @@ BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "disti
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 PairMethod = Literal["mean_difference", "pca", "logistic"]
 ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]
-Method = PairMethod | ChoiceMethod | Literal["trained", "feature"]
+Method = Literal[PairMethod, ChoiceMethod, "trained", "feature"]
 
 
 class Section(BaseModel):

@@ -95,16 +95,16 @@ _PARTS = "score: {kind: all, all_of: [{kind: lowercase}, {kind: keywords, patter
     [
         (
             _PARTS.replace("patterns", "patern"),
-            "validate.score.all.all_of.1.keywords.patern: unknown key; did you mean 'patterns'?",
+            "validate.score.all_of.1.patern: unknown key; did you mean 'patterns'?",
         ),
-        (_PARTS.replace("patterns: [sea]", "absent: [sea]"), "validate.score.all.all_of.1.keywords.patterns: missing."),
-        (_PARTS.replace("all_of", "al_of"), "validate.score.all.al_of: unknown key; did you mean 'all_of'?"),
-        ("score: {kind: repetition, mx: .3}", "validate.score.repetition.mx: unknown key; did you mean 'max'?"),
+        (_PARTS.replace("patterns: [sea]", "absent: [sea]"), "validate.score.all_of.1.patterns: missing."),
+        (_PARTS.replace("all_of", "al_of"), "validate.score.al_of: unknown key; did you mean 'all_of'?"),
+        ("score: {kind: repetition, mx: .3}", "validate.score.mx: unknown key; did you mean 'max'?"),
         (
             "score: {kind: judge, base_ur: 'http://localhost'}",
-            "validate.score.judge.base_ur: unknown key; did you mean 'base_url'?",
+            "validate.score.base_ur: unknown key; did you mean 'base_url'?",
         ),
-        ("score: {kind: ended, max: 3}", "validate.score.ended.max: unknown key; known here: kind."),
+        ("score: {kind: ended, max: 3}", "validate.score.max: unknown key; known here: kind."),
     ],
 )
 def test_a_misspelt_key_of_a_scorer_is_answered_in_its_own_terms(tmp_path: Path, score: str, line: str) -> None:
@@ -115,7 +115,7 @@ def test_a_misspelt_key_of_a_scorer_is_answered_in_its_own_terms(tmp_path: Path,
     ("score", "words"),
     [
         ("score: {kind: keyword}", "does not match any of the expected tags: 'keywords', 'lowercase', 'length'"),
-        ("score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}", "validate.score.all.all_of.1: found"),
+        ("score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}", "validate.score.all_of.1: found"),
         ("score: {kind: length}", "give max_words, min_words, or both"),
         ("score: {max_words: 3}", "unable to extract tag using discriminator 'kind'"),
         ("score: {kind: choice}\n  positions: response", "a choice is made at the prompt's last token"),
