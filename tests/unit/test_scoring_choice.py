@@ -44,7 +44,9 @@ def chosen_by_hand(question: Question, under: Program | None, said: str | None =
 
 
 def right(questions: Mapping[str, Question]) -> Score:
-    return lambda given: np.array([float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in given])
+    return lambda given: np.array(
+        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in given]
+    )
 
 
 def test_questions_are_chosen_as_each_alone_under_each_row_s_program() -> None:
@@ -114,7 +116,9 @@ def test_the_score_is_whether_the_letter_is_right() -> None:
 
 
 def test_data_that_are_no_questions_are_refused() -> None:
-    with pytest.raises(RecipeError, match="1 of the 3 prompts .* no multiple-choice questions, the first 'validation 2'"):
+    with pytest.raises(
+        RecipeError, match="1 of the 3 prompts .* no multiple-choice questions, the first 'validation 2'"
+    ):
         scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 3, questions=items([0, 1])))
     with pytest.raises(RecipeError, match="'A' is unknown"):
         scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 2, questions=items([0, 1], ("A", "w20"))))
@@ -131,7 +135,7 @@ def test_a_model_that_always_says_one_letter_scores_that_letter_s_share_and_all_
 
 def test_a_vector_that_favours_a_letter_is_seen_in_the_choice() -> None:
     """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
-    head = MODEL.model.get_output_embeddings().weight  # type: ignore[union-attr]
+    head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
     one = intervention(layer=3, positions="last_prompt", coefficient=60.0)
     pushed = Program((replace_intervention(one, vector=towards / towards.norm()),), STEERING.model, REVISION)

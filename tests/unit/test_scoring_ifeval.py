@@ -64,18 +64,24 @@ def test_loose_forgives_asterisks() -> None:
 def test_a_prompt_s_own_constraints_must_all_hold() -> None:
     checks = {
         "validation 0": (Check(COMMA), Check("keywords:existence", (("keywords", ["reef"]),))),
-        "test 0": (Check("length_constraints:number_words", (("num_words", 3), ("relation", "less than"), ("letter", None))),),
+        "test 0": (
+            Check("length_constraints:number_words", (("num_words", 3), ("relation", "less than"), ("letter", None))),
+        ),
     }
     data = behaviour([("p", "n")], test=[("p", "n")], checks=checks)
     score = scorer(kind="ifeval").bind(MODEL, data)
     assert list(score(replies("A reef", "A reef, a hill", "A hill"))) == [1.0, 0.0, 0.0]
     assert list(score(replies("two words", "now three words", prompt="test 0"))) == [1.0, 0.0]
     one = scorer(kind="ifeval", id=COMMA).bind(MODEL, data)
-    assert list(one(replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], "the recipe's in place of the data's"
+    assert list(one(replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], (
+        "the recipe's in place of the data's"
+    )
 
 
 def test_prompts_without_constraints_are_refused() -> None:
-    data = behaviour([("p", "n"), ("p", "n")], test=[("p", "n")], checks={"validation 0": (Check(COMMA),), "test 0": ()})
+    data = behaviour(
+        [("p", "n"), ("p", "n")], test=[("p", "n")], checks={"validation 0": (Check(COMMA),), "test 0": ()}
+    )
     with pytest.raises(RecipeError, match="2 of the 3 prompts .* name no constraint, the first 'validation 1'"):
         scorer(kind="ifeval").bind(MODEL, data)
 
@@ -90,11 +96,19 @@ def refusal(id: str, **arguments: Any) -> str:
     ("id", "arguments", "words"),
     [
         ("punctuation:no_coma", {}, "unknown constraint 'punctuation:no_coma'; known are change_case:"),
-        ("keywords:existence", {}, "keywords:existence needs every argument, in its range: its arguments are keywords; found {}"),
+        (
+            "keywords:existence",
+            {},
+            "keywords:existence needs every argument, in its range: its arguments are keywords; found {}",
+        ),
         ("keywords:existence", {"keywords": "reef"}, "needs a list of words as keywords; found 'reef'"),
         ("keywords:existence", {"keywords": ["("]}, "cannot be used with {'keywords': ['(']}"),
         ("keywords:existence", {"words": ["a"]}, "unexpected keyword argument 'words'"),
-        ("length_constraints:number_words", {"num_words": 5}, "its arguments are num_words, relation; found {'num_words': 5}"),
+        (
+            "length_constraints:number_words",
+            {"num_words": 5},
+            "its arguments are num_words, relation; found {'num_words': 5}",
+        ),
         ("length_constraints:number_words", {"num_words": 5, "relation": "about"}, "relation"),
         (
             "keywords:letter_frequency",
@@ -141,8 +155,8 @@ def test_a_missing_library_is_refused_with_its_extra(monkeypatch: pytest.MonkeyP
 def test_scoring_is_deterministic_and_leaves_the_random_state_alone() -> None:
     random.seed(11)
     before = random.getstate()
-    text = "Il mare is wide und la mer est grande y el mar"  # of many languages: the detector draws
-    found = {scores(text, "language:response_language", language=one) for one in ("it",) for _ in range(12)}
+    # The detector draws n-grams: without a seed it takes these words for English about every third time.
+    found = {scores("all small letters here", "language:response_language", language="en") for _ in range(40)}
     assert len(found) == 1
     refusal("keywords:frequency")
     assert random.getstate() == before
