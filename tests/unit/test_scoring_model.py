@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from compile_steer.behaviour import read_behaviour
+from compile_steer.behaviour import Question, read_behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
@@ -190,8 +190,11 @@ def test_all_says_nothing_of_one_part_where_another_never_fires() -> None:
 SIDES = [("the sea and sun", "the hill"), ("a hill by the sea", "a sea"), ("the river", "the road")]
 
 
+QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in range(len(SIDES))}
+
+
 def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
-    return require_discrimination(scorer(**settings), MODEL, behaviour(sides))
+    return require_discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
 def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
@@ -253,10 +256,21 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
         ),
     ],
 )
-def test_what_texts_cannot_tell_is_skipped_with_the_reason(settings: dict[str, Any], words: str) -> None:
+def test_what_texts_cannot_tell_is_skipped_with_the_reason(
+    settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
     one = found(**settings)
     assert words in one.skipped
     assert (one.positive, one.negative, one.auroc) == (None, None, None)
+
+
+def test_what_cannot_be_scored_at_all_is_refused_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
+        found(**_JUDGE, api_key_env="GRADER_KEY")
+    with pytest.raises(RecipeError, match="no multiple-choice questions"):
+        found([*SIDES, ("more", "than asked")], kind="choice")
 
 
 def test_pairs_without_responses_of_their_own_are_skipped() -> None:
