@@ -32,6 +32,7 @@ def require_discrimination(scorer: ScorerBase, loaded: Loaded, behaviour: Behavi
     Raises:
         RecipeError: every text has the same score, or the negative ones have a higher mean; and what `bind` raises.
     """
+    score = scorer.bind(loaded, behaviour)  # what cannot be scored at all is refused here as well
     able = scorer.on_texts()
     if isinstance(able, str):
         return Discrimination(skipped=able)
@@ -40,7 +41,9 @@ def require_discrimination(scorer: ScorerBase, loaded: Loaded, behaviour: Behavi
         return Discrimination(skipped="the two sides of the pairs have the same responses, or none")
     texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
     texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
-    positive, negative = np.split(able.bind(loaded, behaviour)(texts), 2)
+    if able is not scorer:
+        score = able.bind(loaded, behaviour)
+    positive, negative = np.split(score(texts), 2)
     if np.ptp([*positive, *negative]) == 0:
         how = {0.0: "it never fires", 1.0: "it always fires"}.get(float(positive[0]), "it sees no difference")
         raise RecipeError(

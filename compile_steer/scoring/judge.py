@@ -131,7 +131,7 @@ class _Bench:
                 nonsense.append(answer)
         if nonsense:
             raise RecipeError(
-                f"validate.score judge: for {len(nonsense)} replies {self._judge.model} did not answer with "
+                f"validate.score judge: for {len(nonsense)} of {len(spoken)} replies {self._judge.model} did not answer with "
                 f"{self._judge.wanted}, asked twice each; the first answer: '{nonsense[0][:200]}'. Say in "
                 "validate.score.prompt what to answer with, or give it more answer_tokens. What it judged is kept in "
                 f"{self._ledger.path}."

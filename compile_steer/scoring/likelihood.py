@@ -12,42 +12,56 @@ from compile_steer.behaviour import Behaviour
 from compile_steer.contrast import mean_log_probabilities
 from compile_steer.models import Loaded
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
-from compile_steer.tokens import Text, encode
+from compile_steer.tokens import Encoded, Text, encode
 
 
 class Perplexity(ScorerBase):
-    """1 if the reply's perplexity under the base, given its prompt, is at most `max` and at least `min`.
+    """1 if the reply's perplexity under the base is within its limits, 0 for an empty reply: a guard.
 
-    Text that is too predictable is a loop: Stolfo et al. (2410.12877) call a text degenerate below 2.5. They read
-    the text alone with GPT-2; here the base reads it after its prompt, to which its own greedy answers are
-    predictable too, so a `min` belongs well below theirs. Wrong for fluent text: what is false, off the subject or
-    against the behaviour is as probable as what is right. An empty reply is 0.
+    `max` is for the reply after its prompt: what the base would hardly say. `min` is for the reply alone, because
+    after its prompt a model's own greedy answer is predictable too: Stolfo et al. (2410.12877) call a text degenerate
+    below 2.5. Wrong for fluent text: what is false, off the subject or without the behaviour is as probable as what
+    is right; and a loop of rare words is not predictable to a small model.
     """
 
     kind: Literal["perplexity"]
-    max: float = Field(gt=1)
-    min: float = Field(1.0, ge=1)
+    max: float | None = Field(None, gt=1)
+    min: float | None = Field(None, gt=1)
 
     @model_validator(mode="after")
-    def _leaves_room(self) -> Self:
-        if self.min >= self.max:
-            raise ValueError(f"no perplexity is at least {self.min:g} and at most {self.max:g}")
+    def _says_something(self) -> Self:
+        if self.max is None and self.min is None:
+            raise ValueError("give max, min, or both")
         return self
 
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the model says it all)
         def score(replies: Sequence[Reply]) -> np.ndarray:
-            found = perplexities(loaded, replies)
-            return ((found >= self.min) & (found <= self.max)).astype(float)
+            good = np.array([bool(reply.text.strip()) for reply in replies])
+            if self.max is not None:
+                good &= perplexities(loaded, replies) <= self.max
+            if self.min is not None:
+                good &= perplexities(loaded, replies, alone=True) >= self.min
+            return good.astype(float)
 
         return score
 
+    def on_texts(self) -> str:
+        return "the perplexity of a model's replies is not that of texts that somebody else wrote"
 
-def perplexities(loaded: Loaded, replies: Sequence[Reply]) -> np.ndarray:
-    """Perplexity of each reply's text given its prompt, [n]; infinite where there is no text."""
+
+def perplexities(loaded: Loaded, replies: Sequence[Reply], *, alone: bool = False) -> np.ndarray:
+    """Perplexity [n] of each reply's text after its prompt, or `alone`; infinite where there is no text."""
+    tokenizer = loaded.tokenizer
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def encoded(reply: Reply) -> Encoded:
+        if not alone:
+            return encode(tokenizer, Text(reply.prompt, reply.text))
+        return Encoded((start, *tokenizer(reply.text, add_special_tokens=False)["input_ids"]), 1)
+
     result = np.full(len(replies), np.inf)
     said = [index for index, reply in enumerate(replies) if reply.text.strip()]
-    encoded = [encode(loaded.tokenizer, Text(replies[index].prompt, replies[index].text)) for index in said]
-    result[said] = np.exp(-mean_log_probabilities(loaded, encoded))
+    result[said] = np.exp(-mean_log_probabilities(loaded, [encoded(replies[index]) for index in said]))
     return result
 
 

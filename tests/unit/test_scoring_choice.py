@@ -135,7 +135,7 @@ def test_a_model_that_always_says_one_letter_scores_that_letter_s_share_and_all_
 
 def test_a_vector_that_favours_a_letter_is_seen_in_the_choice() -> None:
     """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
-    head = MODEL.model.get_output_embeddings().weight  # type: ignore[union-attr]
+    head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
     one = intervention(layer=3, positions="last_prompt", coefficient=60.0)
     pushed = Program((replace_intervention(one, vector=towards / towards.norm()),), STEERING.model, REVISION)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from compile_steer.behaviour import Question, read_behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
 from compile_steer.scoring.likelihood import perplexities
-from compile_steer.tokens import encode
+from compile_steer.tokens import Text, encode
 from tests.scored import behaviour, replies, scorer
 from tests.tiny import VOCAB, loaded, tokenizer
 
@@ -30,6 +31,7 @@ def scores(one: ScorerBase, *texts: str, **how: Any) -> list[float]:
 
 
 def perplexity_by_hand(prompt: str, text: str) -> float:
+    """Of the words of `text` after those of `prompt`, from the model's plain logits."""
     words = tokenizer()(f"{prompt} {text}")["input_ids"]
     start = len(tokenizer()(prompt)["input_ids"])
     with torch.no_grad():
@@ -39,7 +41,7 @@ def perplexity_by_hand(prompt: str, text: str) -> float:
 
 def greedy(prompt: str, count: int) -> str:
     """What the model itself says: the most predictable text there is."""
-    ids = list(encode(MODEL.tokenizer, replies_text(prompt)).ids)
+    ids = list(encode(MODEL.tokenizer, Text(prompt)).ids)
     start = len(ids)
     for _ in range(count):
         with torch.no_grad():
@@ -47,25 +49,25 @@ def greedy(prompt: str, count: int) -> str:
     return " ".join(f"w{n}" for n in ids[start:])
 
 
-def replies_text(prompt: str) -> Any:
-    from compile_steer.tokens import Text
-
-    return Text(prompt)
-
-
-def test_a_perplexity_is_the_text_s_after_its_prompt_and_within_the_limits() -> None:
-    texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5)]
-    wanted = [perplexity_by_hand("w8 w50", text) for text in texts]
-    assert list(perplexities(MODEL, replies(*texts, prompt="w8 w50"))) == pytest.approx(wanted, rel=1e-4)
-    low, middle, high = sorted(wanted)
-    between = scorer(kind="perplexity", min=(low + middle) / 2, max=(middle + high) / 2)
-    assert scores(between, *texts, prompt="w8 w50") == [float(one == middle) for one in wanted]
-    below = scorer(kind="perplexity", max=(middle + high) / 2)
-    assert scores(below, *texts, prompt="w8 w50") == [float(one != high) for one in wanted]
+def test_the_upper_limit_is_for_the_text_after_its_prompt_and_the_lower_for_the_text_alone() -> None:
+    texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5), "w11 w12 w90 w33"]
+    after = [perplexity_by_hand("w8 w50", text) for text in texts]
+    alone = [perplexity_by_hand("<s>", text) for text in texts]
+    said = replies(*texts, prompt="w8 w50")
+    assert list(perplexities(MODEL, said)) == pytest.approx(after, rel=1e-4)
+    assert list(perplexities(MODEL, said, alone=True)) == pytest.approx(alone, rel=1e-4)
+    assert np.argsort(after).tolist() != np.argsort(alone).tolist(), "otherwise the two could be exchanged unseen"
+    high, low = sum(sorted(after)[1:3]) / 2, sum(sorted(alone)[1:3]) / 2
+    below, above = [one <= high for one in after], [one >= low for one in alone]
+    assert scores(scorer(kind="perplexity", max=high), *texts, prompt="w8 w50") == below
+    assert scores(scorer(kind="perplexity", min=low), *texts, prompt="w8 w50") == above
+    both = [a and b for a, b in zip(below, above, strict=True)]
+    assert scores(scorer(kind="perplexity", min=low, max=high), *texts, prompt="w8 w50") == both
 
 
 def test_an_empty_text_has_no_perplexity_to_be_good() -> None:
     assert scores(scorer(kind="perplexity", max=1e9), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
+    assert scores(scorer(kind="perplexity", min=1.001), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
 
 
 def test_perplexity_calls_what_the_model_itself_would_say_good_whatever_it_says() -> None:
@@ -92,8 +94,7 @@ HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll asho
 def test_a_classifier_learns_the_sides_of_the_training_pairs() -> None:
     score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
     found = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
-    assert found[0] > 0.6
-    assert 0.4 > found[1] > 0.0
+    assert found[0] > 0.6 and 0.0 < found[1] < 0.4
     assert list(found[2:]) == [0.0, 0.0]
     assert score([]).shape == (0,)
     again = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
@@ -153,8 +154,7 @@ def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_cla
     sides = [("w20 w9 w30", "w20 w40 w30"), ("w9 w50", "w51 w50 w60 w61"), ("w8 w8 w9", "w8 w8 w70")]
     sea = scorer(kind="classifier", model=str(sequence_classifier), label="sea")
     found = sea.bind(MODEL, behaviour(sides))(replies("w33 w9 w12 w70", "w33 w13"))
-    assert found[0] > 0.8
-    assert found[1] < 0.2
+    assert found[0] > 0.8 and found[1] < 0.2
     land = Classifier(kind="classifier", model=str(sequence_classifier), label="land")
     with pytest.raises(RecipeError, match=r"cannot tell .* AUROC 0\.0"):
         land.bind(MODEL, behaviour(sides))
@@ -190,13 +190,16 @@ def test_all_says_nothing_of_one_part_where_another_never_fires() -> None:
 SIDES = [("the sea and sun", "the hill"), ("a hill by the sea", "a sea"), ("the river", "the road")]
 
 
+QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in range(len(SIDES))}
+
+
 def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
-    return require_discrimination(scorer(**settings), MODEL, behaviour(sides))
+    return require_discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
 def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
     one = found(kind="keywords", patterns=["sea"])
-    assert (one.positive, one.negative) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert one.positive == pytest.approx(2 / 3) and one.negative == pytest.approx(1 / 3)
     # Of the 9 pairs of a positive and a negative text, 4 are in order, 4 ties count half, 1 is the wrong way.
     assert one.auroc == pytest.approx((4 + 4 / 2) / 9)
     assert one.skipped == ""
@@ -245,6 +248,7 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
     [
         ({"kind": "ended"}, "whether a model ends its turn is not in the texts"),
         ({"kind": "choice"}, "a choice is the model's"),
+        ({"kind": "perplexity", "max": 30}, "is not that of texts that somebody else wrote"),
         (_JUDGE, "cost requests"),
         (
             {"kind": "all", "all_of": [{"kind": "ended"}, _JUDGE]},
@@ -252,10 +256,21 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
         ),
     ],
 )
-def test_what_texts_cannot_tell_is_skipped_with_the_reason(settings: dict[str, Any], words: str) -> None:
+def test_what_texts_cannot_tell_is_skipped_with_the_reason(
+    settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
     one = found(**settings)
     assert words in one.skipped
     assert (one.positive, one.negative, one.auroc) == (None, None, None)
+
+
+def test_what_cannot_be_scored_at_all_is_refused_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
+        found(**_JUDGE, api_key_env="GRADER_KEY")
+    with pytest.raises(RecipeError, match="no multiple-choice questions"):
+        found([*SIDES, ("more", "than asked")], kind="choice")
 
 
 def test_pairs_without_responses_of_their_own_are_skipped() -> None:
@@ -266,7 +281,7 @@ def test_pairs_without_responses_of_their_own_are_skipped() -> None:
 def test_the_parts_of_all_that_texts_can_tell_are_judged_together() -> None:
     parts = [{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "min_words": 3}]
     one = found(kind="all", all_of=parts)
-    assert (one.positive, one.negative) == (pytest.approx(2 / 3), 0.0)
+    assert one.positive == pytest.approx(2 / 3) and one.negative == 0.0
     alone = found(kind="all", all_of=[{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}])
     assert alone == found(kind="keywords", patterns=["sea"])
 
