@@ -205,7 +205,10 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
 
     def behaviour(test: list[tuple[str, str]], ask: str = "w50") -> Behaviour:
         pairs = tuple(Pair(Text(f"w7 {ask}", one), Text("w7 w50", other), "w7") for one, other in test)
-        train = (Pair(Text("w8", "w20"), Text("w8", "w30"), "w8"), Pair(Text("w9", "Heard"), Text("w9", "unheard"), "w9"))
+        train = (
+            Pair(Text("w8", "w20"), Text("w8", "w30"), "w8"),
+            Pair(Text("w9", "Heard"), Text("w9", "unheard"), "w9"),
+        )
         return Behaviour(train, (), pairs, (), (), (), {})
 
     pairs = [("w20", "w21"), ("w30  w31", "w30\tw31"), ("one thing", "another thing")]
