@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compile_steer import processes
+from compile_steer.behaviour import require_distinct
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
@@ -56,6 +57,7 @@ def _extracted_from(run: Run) -> str:
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
     processes.require_alone("extraction")
+    require_distinct(run.loaded.tokenizer, run.behaviour)
     inputs = run.inputs("data", "extract", after=_extracted_from(run))
     if run.places.directions.is_file():
         try:

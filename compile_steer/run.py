@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from compile_steer.behaviour import Behaviour, require_distinct
+from compile_steer.behaviour import Behaviour
 from compile_steer.files import digest
 from compile_steer.models import Loaded, load
 from compile_steer.places import Places
@@ -41,15 +41,9 @@ class Run:
 
 
 def answered(recipe: Recipe, loaded: Loaded, asked: Behaviour, places: Places, meter: Meter) -> Behaviour:
-    """The recipe's data with the responses that the model is to write, checked against its tokenizer.
-
-    Raises:
-        RecipeError: the sides of a pair are the same to the model, or too few pairs can be written.
-    """
+    """The recipe's data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
     options = recipe.data.writing
-    behaviour = asked if options is None else write(recipe, options, loaded, asked, places, meter)
-    require_distinct(loaded.tokenizer, behaviour)
-    return behaviour
+    return asked if options is None else write(recipe, options, loaded, asked, places, meter)
 
 
 def load_program(run: Run) -> Program:

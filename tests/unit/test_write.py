@@ -19,7 +19,7 @@ from compile_steer.behaviour import SPLITS, Behaviour, Write
 from compile_steer.errors import ArtifactError, RecipeError
 from compile_steer.generate import continue_prompts, response_text
 from compile_steer.models import Loaded
-from compile_steer.pipeline import run_write
+from compile_steer.pipeline import run_extract, run_write
 from compile_steer.places import Places
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
@@ -253,6 +253,27 @@ def test_an_open_run_has_its_pairs_and_a_damaged_report_is_no_report(
         run_write(run)
     again = Run.open(run.recipe, run.places.out, Meter())
     assert again.behaviour == run.behaviour
+
+
+def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand, so that there is nothing to write; the tokenizer drops spaces."""
+    loaded = speaker()
+    monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: loaded)
+    one = recipe(tmp_path)
+    rows = {name: [{**row, "positive": f"{name} said", "negative": f"{name}  said"} for row in lines(tmp_path / f"{name}.jsonl")]
+            for name in SPLITS}  # fmt: skip
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
+    plain = {**one.data.model_dump(exclude={"kind", "write"}), "positive_template": "{prompt}"}
+    run = Run.open(Recipe.model_validate({**one.model_dump(by_alias=True), "data": plain, "folder": tmp_path}),
+                   tmp_path / "out", Meter())  # fmt: skip
+    with pytest.raises(RecipeError, match=f"the two sides of {N} of {N} pairs are the same tokens"):
+        run_extract(run)
+    with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
+        run_write(run)
+    assert not run.places.out.exists()
 
 
 def test_a_report_says_what_is_most_frequent_first() -> None:
