@@ -110,7 +110,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
     assert "found 0; input should be greater than or equal to 1." in by_key["compile.closed_form.stages.1.rank"]
     assert "found 'many'; input should be a valid integer" in by_key["seed"]
     assert "a coefficient of 0 steers nothing" in by_key["validate.coefficients"]
-    assert "'mean_difference', 'pca' or 'logistic'" in by_key["extract.method"]
+    assert "'mean_difference', 'pca', 'logistic' or 'trained'" in by_key["extract.method"]
 
 
 @pytest.mark.parametrize(
