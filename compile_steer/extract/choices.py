@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compile_steer.activations import read_activations
+from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Question
 from compile_steer.errors import RecipeError
 from compile_steer.extract.found import Found, as_long_as
 from compile_steer.models import Loaded
 from compile_steer.program import Point
 from compile_steer.progress import Tick
-from compile_steer.replay import readout, run_span
 from compile_steer.settings import ChoiceMethod
-from compile_steer.tokens import Text, batches, encode
+from compile_steer.tokens import Text
 
 _LEAST = 2  # one item of a kind cannot be shuffled
 
@@ -37,30 +38,11 @@ class Item:
 
 
 def choose(loaded: Loaded, questions: Sequence[Question]) -> list[int]:
-    """The letter that the model finds likeliest for each question, as an index; hooks that are on act."""
-    letters = [_letter_tokens(loaded, question) for question in questions]
-    prompts = [encode(loaded.tokenizer, Text(question.prompt)) for question in questions]
-    chosen = [0] * len(questions)
-    for batch in batches(prompts, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
-        with torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask)
-            logits = readout(loaded.model, hidden[torch.arange(len(batch.rows)), batch.attention_mask.sum(dim=1) - 1])
-        for row, scores in zip(batch.rows, logits, strict=True):
-            chosen[row] = int(scores[letters[row]].argmax())
-    return chosen
-
-
-def _letter_tokens(loaded: Loaded, question: Question) -> list[int]:
-    """The token of each letter as an answer; raises `RecipeError` where they are not one each."""
-    n_prompt = encode(loaded.tokenizer, Text(question.prompt)).n_prompt
-    answers = [encode(loaded.tokenizer, Text(question.prompt, letter)).ids[n_prompt:] for letter in question.letters]
-    if any(len(answer) != 1 for answer in answers) or len(set(answers)) < len(answers):
-        raise RecipeError(
-            f"data.train: the letters {', '.join(question.letters)} of '{question.prompt[:60]}' must be one token each, "
-            "all different, in this model; use letters as A, B, C."
-        )
-    return [answer[0] for answer in answers]
+    """The letter that the model finds likeliest for each question, as an index; raises `RecipeError` for bad letters."""
+    asked = Request([question.prompt for question in questions], scored=False)
+    by_prompt = {question.prompt: question for question in questions}
+    (found,) = answer(loaded, [asked], lambda replies: np.zeros(len(replies)), 1, by_prompt)
+    return [question.letters.index(letter) for question, letter in zip(questions, found.texts, strict=True)]
 
 
 def read_items(loaded: Loaded, questions: Sequence[Question], point: Point, tick: Tick) -> list[Item]:

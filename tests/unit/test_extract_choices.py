@@ -185,7 +185,7 @@ def test_what_are_no_questions_is_refused() -> None:
         extract(recipe(method="pasf", pairs=30), one, behaviour(questions()), "", Meter())
     for letters in (("w30 w31", "w41"), ("nothing", "else")):  # two tokens; one and the same
         asked = [question(n, n % 2, letters) for n in range(4)]
-        with pytest.raises(RecipeError, match="must be one token each, all different"):
+        with pytest.raises(RecipeError, match="needs letters that are one token each"):
             extract(recipe(method="pasf"), one, behaviour(asked), "", Meter())
 
 
