@@ -119,9 +119,11 @@ def _keys(steps: Sequence[str]) -> list[str]:
         fields = [f for s in sections for name, f in s.model_fields.items() if step in (name, f.alias)]
         if fields:
             sections = [section for field in fields for section in _sections(field.annotation)]
-        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind
+        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind if it has one
             sections = [
-                s for s in sections if "kind" in s.model_fields and step in get_args(s.model_fields["kind"].annotation)
+                s
+                for s in sections
+                if "kind" not in s.model_fields or step in get_args(s.model_fields["kind"].annotation)
             ]
     return [f.alias or name for s in sections for name, f in s.model_fields.items() if name != "folder"]
 
