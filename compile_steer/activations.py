@@ -45,7 +45,7 @@ def read_activations(
         batch = batch.to(loaded.device)
         weights = _readout_weights(batch, readout)
         rows = torch.tensor(batch.rows)
-        for layer, hidden in enumerate(_capture(layout, batch, point)):
+        for layer, hidden in enumerate(capture(layout, batch, point)):
             result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
         tick(len(batch.rows))
     finite = torch.isfinite(result).all(dim=(0, 2))
@@ -67,7 +67,7 @@ def median_norms(loaded: Loaded, texts: Sequence[Text], point: Point) -> Tensor:
     norms: list[Tensor] = []
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
-        states = _capture(loaded.layout, batch, point)
+        states = capture(loaded.layout, batch, point)
         norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
     return torch.cat(norms, dim=1).median(dim=1).values
 
@@ -78,7 +78,7 @@ def _readout_weights(batch: Batch, readout: Readout) -> Tensor:
     return chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def _capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
+def capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
     """One pass through the backbone; the activation at `point` of each block, [batch, time, d_model]."""
     caught: dict[int, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():

@@ -20,7 +20,7 @@ from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
 from compile_steer.extract import extract, source
-from compile_steer.files import digest, sha256
+from compile_steer.files import digest, save_text, sha256
 from compile_steer.lower import BACKENDS, Job, Work
 from compile_steer.models import revision_of
 from compile_steer.passes import canonical
@@ -76,7 +76,10 @@ def run_validate(run: Run) -> ValidationReport:
     choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
     directions = run_extract(run)
     places = run.places
-    inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=sha256(places.directions))
+    mismatched = run.recipe.validate_.mismatched
+    others = [] if mismatched is None else [_file_hash(run.recipe.folder / mismatched)]
+    after = digest([sha256(places.directions), *others])
+    inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=after)
     if places.validation.is_file() and places.program.is_file():
         try:
             kept = ValidationReport.load(places.validation)
@@ -89,9 +92,15 @@ def run_validate(run: Run) -> ValidationReport:
         program.save(places.program, {"recipe_sha256": run.recipe.hash})
         return sha256(places.program)
 
-    report = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
+    report, rows = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
+    save_text(places.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report.save(places.validation)
     return report
+
+
+def _file_hash(path: Path) -> str:
+    """Empty where there is no such file: what reads it says so."""
+    return sha256(path) if path.is_file() else ""
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:

@@ -40,6 +40,11 @@ class Places:
         return self.out / "vectors" / f"{self.name}.validation.json"
 
     @property
+    def prompts(self) -> Path:
+        """What every test pair and prompt did, a JSON object a line: for those who look."""
+        return self.out / "vectors" / f"{self.name}.prompts.jsonl"
+
+    @property
     def decompiled(self) -> Path:
         """The program that was read off an artifact; what it explains is in the JSON of the same name."""
         return self.out / "vectors" / f"{self.name}.decompiled.safetensors"

@@ -239,8 +239,7 @@ def _reading(outcomes: Mapping[str, Sequence[Outcome]], plain: Sequence[float]) 
 def _low(values: Sequence[float]) -> float:
     """The lower bound of the t-interval."""
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(student.ppf(0.975, len(values) - 1)) * error
-    return float(np.mean(values)) - half
+    return float(np.mean(values) - student.ppf(0.975, len(values) - 1) * error)
 
 
 def main() -> None:

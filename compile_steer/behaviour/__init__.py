@@ -12,6 +12,7 @@ from compile_steer.behaviour.choices import Choices
 from compile_steer.behaviour.pairs import Pairs
 from compile_steer.behaviour.prompts import Instructions, Written
 from compile_steer.behaviour.section import DataSection, Write
+from compile_steer.behaviour.sources import Reader
 
 
 def _kind(value: Any) -> str:
@@ -39,6 +40,7 @@ __all__ = [
     "Pair",
     "Pairs",
     "Question",
+    "Reader",
     "Write",
     "Written",
     "require_distinct",

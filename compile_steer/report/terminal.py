@@ -15,7 +15,7 @@ from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
 from compile_steer.program import Program
 from compile_steer.recombine import Recombined
-from compile_steer.validate import ValidationReport
+from compile_steer.validate import ValidationReport, block_name
 from compile_steer.verify import Parity
 from compile_steer.write import WritingReport
 
@@ -30,10 +30,10 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     for cell in report.sweep:
         chosen = (cell.layer, cell.coefficient) == (report.layer, report.coefficient)
         table.add_row(
-            str(cell.layer),
-            f"{cell.coefficient:g}",
-            f"{cell.contrast:+.3f}",
-            f"x{cell.perplexity_ratio:.2f}",
+            block_name(cell.layer),
+            f"{cell.coefficient:.3g}",
+            "skipped" if cell.contrast is None else f"{cell.contrast:+.3f}",
+            "" if cell.perplexity_ratio is None else f"x{cell.perplexity_ratio:.2f}",
             "" if cell.score is None else f"{cell.score:.2f}",
             "" if cell.repetition is None else f"{cell.repetition:.2f}",
             style="bold green" if chosen else "",
@@ -43,16 +43,13 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
     for reason in report.reasons:
         console.print(f"  - {escape(reason)}")
-    asked = (
-        ""
-        if report.scores.instructed is None
-        else f"; asking for it in the prompt scores {report.scores.instructed:.2f}"
-    )
+    for note in report.notes:
+        console.print(f"  {escape(note)}")
     s = report.separability
     console.print(
         f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
-        f"dose {report.coherence.relative_dose:.2f} of the stream's norm{asked}"
+        f"dose {report.coherence.relative_dose:.2f} of the stream's norm"
     )
 
 

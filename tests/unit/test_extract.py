@@ -21,7 +21,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.settings import Extract, PairMethod, Validate
 from compile_steer.tokens import Text, encode
-from compile_steer.validate.sweep import with_directions
+from compile_steer.validate.sweep import candidates
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 
 TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
@@ -293,13 +293,13 @@ def test_only_layers_with_a_direction_are_swept() -> None:
     found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Meter())
     assert found.layers == tuple(range(LAYERS))
     options = recipe().validate_
-    assert with_directions(options, found) is options
+    assert candidates(options, found) == [0, 1, 2, 3]
     one = replace(found, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, found.vectors, 0.0))
     assert one.layers == (3,)
-    assert with_directions(options, one).layers == (3,)
-    assert with_directions(options.model_copy(update={"layers": (3,)}), one).layers == (3,)
+    assert candidates(options, one) == [3]
+    assert candidates(options.model_copy(update={"layers": (3,)}), one) == [3]
     with pytest.raises(RecipeError, match=r"validate\.layers: 0, 2 without a direction; there is one for 3"):
-        with_directions(options.model_copy(update={"layers": (2, 0, 3)}), one)
+        candidates(options.model_copy(update={"layers": (2, 0, 3)}), one)
 
 
 def test_negative_coefficients_are_legal_for_exclusion() -> None:

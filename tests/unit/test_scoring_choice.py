@@ -51,10 +51,11 @@ def right(questions: Mapping[str, Question]) -> Score:
 
 def test_questions_are_chosen_as_each_alone_under_each_row_s_program() -> None:
     prompts, hooks = list(QUESTIONS), n_hooks(MODEL.model)
+    programs = (None, STEERING, OTHER)
     requests = [Request(prompts), Request(prompts, STEERING), Request(prompts[3:], OTHER)]
     found = answer(MODEL, requests, right(QUESTIONS), 5, QUESTIONS)
-    for request, one in zip(requests, found, strict=True):
-        wanted = [chosen_by_hand(QUESTIONS[prompt], request.program) for prompt in request.prompts]
+    for request, under, one in zip(requests, programs, found, strict=True):
+        wanted = [chosen_by_hand(QUESTIONS[prompt], under) for prompt in request.prompts]
         assert one.texts == wanted
         answers = [QUESTIONS[prompt].letters[QUESTIONS[prompt].answer] for prompt in request.prompts]
         assert list(one.scores) == [float(a == b) for a, b in zip(wanted, answers, strict=True)]

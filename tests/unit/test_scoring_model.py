@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from compile_steer.behaviour import Question, read_behaviour
+from compile_steer.behaviour import Question
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
