@@ -83,11 +83,15 @@ def candidates(options: Validate, directions: Directions) -> list[int]:
     found = [layer for layer in layers if layer in available]
     if isinstance(options.layers, str):
         found = found or list(available)  # a feature has one layer, which may lie elsewhere
-    elif len(found) < len(layers):
+    elif available and len(found) < len(layers):
         missing = ", ".join(str(layer) for layer in layers if layer not in available)
         raise RecipeError(
             f"validate.layers: {missing} without a direction; there is one for {', '.join(map(str, available))}. Name "
             "these, or 'auto'."
+        )
+    if not found:
+        raise RecipeError(
+            f"validate.layers: the directions of blocks {', '.join(map(str, layers))} are all 0. Name later blocks."
         )
     return found
 

@@ -293,7 +293,7 @@ def test_only_layers_with_a_direction_are_swept() -> None:
     found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Meter())
     assert found.layers == tuple(range(LAYERS))
     options = recipe().validate_
-    assert candidates(options, found) == [0, 1, 2, 3]
+    assert candidates(options, found) == [1, 2, 3]
     one = replace(found, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, found.vectors, 0.0))
     assert one.layers == (3,)
     assert candidates(options, one) == [3]
