@@ -180,7 +180,10 @@ def test_a_value_set_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("compile.distill.epoch=3", "compile.distill.epoch: unknown key; did you mean 'epochs'?"),
         ("seed=x", "seed: found 'x'; input should be a valid integer"),
         ("folder=/tmp", "folder: unknown key"),
-        ("data.kind=songs", "tiny.yaml: data.kind: found 'songs'; needed: 'pairs', 'choices', 'instructions', 'written'."),
+        (
+            "data.kind=songs",
+            "tiny.yaml: data.kind: found 'songs'; needed: 'pairs', 'choices', 'instructions', 'written'.",
+        ),
         ("validate.score.kind=vibes", "tiny.yaml: validate.score.kind: found 'vibes'; needed: 'keywords', "),
         ("data.test=3", "tiny.yaml: data.test: found 3; input is not a valid path"),
         ("data.test={split: train}", "tiny.yaml: data.test.source: missing."),
