@@ -114,13 +114,15 @@ def _explain(error: ValidationError, content: Any) -> list[str]:
     lines = []
     for item in error.errors():
         steps = [str(step) for step in item["loc"]]
-        where = ".".join(_written(item["loc"][:-1], content) + steps[-1:])
+        where = ".".join(_written(item["loc"], content) + (steps[-1:] if item["type"] == "missing" else []))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(steps[-1], _keys(steps[:-1]), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(sorted(_keys(steps[:-1])))}."
             lines.append(f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing.")
+        elif item["type"] == "union_tag_invalid":
+            lines.append(f"{where}.kind: found '{item['ctx']['tag']}'; needed: {item['ctx']['expected_tags']}.")
         else:
             lines.append(f"{where}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}.")
     return lines
