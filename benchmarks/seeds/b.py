@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from rich.console import Console
@@ -41,12 +42,12 @@ KINDS = (
     "startend:quotation",
     "detectable_format:json_format",
 )
-ITEMS, SEARCHED, WORDS, TOKENS = 5, 3, 10, 32  # test prompts and search prompts a kind, words, new tokens
+ITEMS, TRAINED, SEARCHED, WORDS, TOKENS = 5, 8, 3, 10, 32  # prompts of a kind for each use, words, new tokens
 LAYERS = (8, 14, 20, 26)  # the authors: from a fifth of the depth to its end, in steps of 2
 DEGENERATE = 2.5
 WORD_LAYER, WORD_SHARE = 24, 0.6  # the authors: layer 24 of 26, weight 40; here a share of the stream's median norm
 LENGTH_LAYER = 12
-COMPILED_PROMPTS = 60
+COMPILED_PROMPTS = 48
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ class Instruction:
         return Program((clamp,), loaded.id, loaded.revision)
 
 
+def last_token(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
+    """Mean activation [L, d] at the prompts' last token."""
+    texts = [Text(prompt) for prompt in prompts]
+    return read_activations(loaded, texts, point="resid_post", readout="last_prompt").mean(dim=0)
+
+
 def contrast(loaded: Loaded, asked: Sequence[str], plain: Sequence[str]) -> Found:
     """The difference [L, d] at the prompt's last token between asking with an instruction and without."""
-    high, low = (
-        read_activations(loaded, [Text(one) for one in side], point="resid_post", readout="last_prompt").mean(dim=0)
-        for side in (asked, plain)
-    )
+    high, low = last_token(loaded, asked), last_token(loaded, plain)
     return Found(high - low, high.new_zeros(0, *high.shape), high)
 
 
@@ -83,7 +87,8 @@ def instructions(loaded: Loaded) -> list[Instruction]:
     found = []
     for kind, rows in by_kind(read(FORMAT)).items():
         if kind in KINDS:
-            test, train = rows[-min(ITEMS, len(rows) // 2) :], rows[: -min(ITEMS, len(rows) // 2)]
+            cut = len(rows) - min(ITEMS, len(rows) // 2)
+            test, train = rows[cut:], rows[:cut][:TRAINED]
             vector = contrast(loaded, [row.asked for row in train], [row.plain for row in train])
             found.append(Instruction(kind, vector, train[:SEARCHED], test))
     return sorted(found, key=lambda one: KINDS.index(one.kind))
@@ -94,69 +99,72 @@ def degenerate(loaded: Loaded, replies: Sequence[Reply]) -> int:
     return int((perplexities(loaded, replies) < DEGENERATE).sum())
 
 
-def choose_layer(say: Answers, one: Instruction) -> Instruction:
-    """The layer with the best accuracy; one with more degenerate answers than there are unsteered scores 0."""
-    loaded, prompts = say.loaded, [row.plain for row in one.search]
-    allowed = degenerate(loaded, say(prompts))
-    scores = {}
-    for layer in LAYERS:
-        replies = say(prompts, one.program(loaded, layer))
-        broken = degenerate(loaded, replies) > allowed
-        scores[layer] = 0.0 if broken else float(follows(loaded, one.search, replies).mean())
-    return replace(one, layer=max(scores, key=lambda layer: scores[layer]))
+def choose_layers(say: Answers, kinds: Sequence[Instruction], meter: Meter) -> list[Instruction]:
+    """For every kind the layer with the best accuracy; one with more degenerate answers than unsteered scores 0."""
+    prompts = [row.plain for one in kinds for row in one.search]
+    base = _parts(say(prompts), [one.search for one in kinds])
+    allowed = [degenerate(say.loaded, replies) for replies in base]
+    scores: list[dict[int, float]] = [{} for _ in kinds]
+    with meter.phase("seed B: layers", len(LAYERS)) as tick:
+        for layer in LAYERS:
+            programs = [one.program(say.loaded, layer) for one in kinds for _row in one.search]
+            under = _parts(say(prompts, programs), [one.search for one in kinds])
+            for n, (one, replies) in enumerate(zip(kinds, under, strict=True)):
+                broken = degenerate(say.loaded, replies) > allowed[n]
+                scores[n][layer] = 0.0 if broken else float(follows(say.loaded, one.search, replies).mean())
+            tick(1)
+    return [replace(one, layer=max(found, key=found.__getitem__)) for one, found in zip(kinds, scores, strict=True)]
+
+
+def _parts(replies: Sequence[Reply], like: Sequence[Sequence[Row]]) -> list[list[Reply]]:
+    rest = iter(replies)
+    return [list(islice(rest, len(rows))) for rows in like]
 
 
 def formats(say: Answers, kinds: Sequence[Instruction], meter: Meter) -> list[str]:
     """A line a kind: with and without the instruction, unsteered and steered, and under another kind's vector."""
-    lines, everything = [], []
-    with meter.phase("seed B: formats", len(kinds)) as tick:
-        for n, one in enumerate(kinds):
-            other = kinds[(n + 1) % len(kinds)]
-            plain, asked = [row.plain for row in one.test], [row.asked for row in one.test]
-            program = one.program(say.loaded)
-            arms = [
-                say(plain),
-                say(plain, program),
-                say(plain, other.program(say.loaded)),
-                say(asked),
-                say(asked, program),
-            ]
-            scores = np.array([follows(say.loaded, one.test, replies) for replies in arms])
-            everything.append(scores)
-            lines.append(f"| {one.kind} | {len(plain)} | {one.layer} | {_cells(scores)} |")
+    rows = [row for one in kinds for row in one.test]
+    plain, asked = [row.plain for row in rows], [row.asked for row in rows]
+    own = [one.program(say.loaded) for one in kinds for _row in one.test]
+    others = [kinds[(n + 1) % len(kinds)].program(say.loaded) for n, one in enumerate(kinds) for _row in one.test]
+    arms = ((plain, None), (plain, own), (plain, others), (asked, None), (asked, own))
+    with meter.phase("seed B: formats", len(arms)) as tick:
+        scores = []
+        for prompts, programs in arms:
+            scores.append(follows(say.loaded, rows, say(prompts, programs)))
             tick(1)
-    whole = np.concatenate(everything, axis=1)
-    return [*lines, f"| all | {whole.shape[1]} | | {_cells(whole)} |"]
+    whole, lines, start = np.array(scores), [], 0
+    for one in kinds:
+        stop = start + len(one.test)
+        lines.append(f"| {one.kind} | {len(one.test)} | {one.layer} | {_cells(whole[:, start:stop])} |")
+        start = stop
+    return [*lines, f"| all | {len(rows)} | | {_cells(whole)} |"]
 
 
 def _cells(scores: np.ndarray) -> str:
     return " | ".join(f"{value:.2f}" for value in scores.mean(axis=1))
 
 
-def word_vector(loaded: Loaded, word: str, prompts: Sequence[str], norms: Tensor) -> Intervention:
-    """The direction of 'include this word' over prompts of other rows, at the fixed weight."""
-    found = contrast(loaded, [f'{prompt} Include the word "{word}" in your answer.' for prompt in prompts], prompts)
-    vector = found.vectors[WORD_LAYER]
-    weight = WORD_SHARE * float(norms[WORD_LAYER])
-    return Intervention(Site(WORD_LAYER), "add", vector / vector.norm(), weight)
-
-
 def words(say: Answers, behaviour: Behaviour, meter: Meter) -> list[str]:
-    """Inclusion by adding, exclusion by subtracting the inclusion vector."""
+    """Inclusion by adding, exclusion by subtracting the inclusion vector: 'include this word' over other prompts."""
     loaded, lines = say.loaded, []
-    norms = median_norms(loaded, behaviour.neutral, "resid_post")
-    general = [pair.prompt for pair in behaviour.train[:8]]
+    weight = WORD_SHARE * float(median_norms(loaded, behaviour.neutral, "resid_post")[WORD_LAYER])
+    general = [pair.prompt for pair in behaviour.train[:6]]
+    without = last_token(loaded, general)
     for label, name, sign in (("inclusion", INCLUDE, 1.0), ("exclusion (negated inclusion)", EXCLUDE, -1.0)):
         rows = _different_words(read(name))[:WORDS]
-        scores = []
+        programs = []
         with meter.phase(f"seed B: word {label}", len(rows)) as tick:
             for row in rows:
-                one = word_vector(loaded, row.word, general, norms)
-                program = Program((replace(one, coefficient=sign * one.coefficient),), loaded.id, loaded.revision)
-                arms = [say([row.plain]), say([row.plain], program), say([row.asked])]
-                scores.append([float(follows(loaded, [row], replies)[0]) for replies in arms])
+                asking = [f'{prompt} Include the word "{row.word}" in your answer.' for prompt in general]
+                vector = (last_token(loaded, asking) - without)[WORD_LAYER]
+                one = Intervention(Site(WORD_LAYER), "add", vector / vector.norm(), sign * weight)
+                programs.append(Program((one,), loaded.id, loaded.revision))
                 tick(1)
-        lines.append(f"| word {label} | {len(rows)} | {WORD_LAYER} | {_cells(np.array(scores).T)} |")
+        plain, asked = [row.plain for row in rows], [row.asked for row in rows]
+        arms = (say(plain), say(plain, programs), say(asked))
+        scores = np.array([follows(loaded, rows, replies) for replies in arms])
+        lines.append(f"| word {label} | {len(rows)} | {WORD_LAYER} | {_cells(scores)} |")
     return lines
 
 
@@ -168,7 +176,7 @@ def _different_words(rows: Sequence[Row]) -> list[Row]:
 def length(say: Answers, behaviour: Behaviour) -> str:
     """Words in an answer under 'be brief', added with a growing coefficient."""
     loaded = say.loaded
-    train, test = ([pair.prompt for pair in split[:16]] for split in (behaviour.train, behaviour.test))
+    train, test = ([pair.prompt for pair in split[:12]] for split in (behaviour.train, behaviour.test))
     vector = contrast(loaded, [f"{prompt} Answer in at most five words." for prompt in train], train).vectors[
         LENGTH_LAYER
     ]
@@ -176,7 +184,7 @@ def length(say: Answers, behaviour: Behaviour) -> str:
     found = []
     for coefficient in (0.0, 1.0, 2.0, 3.0):
         program = Program((Intervention(Site(LENGTH_LAYER), "add", vector, coefficient),), loaded.id, loaded.revision)
-        replies = longer(test, program if coefficient else None)
+        replies = longer(test, [program] * len(test) if coefficient else None)
         mean = np.mean([len(re.findall(r"\w+", one.text)) for one in replies])
         found.append(f"{mean:.0f} words at {coefficient:g} ({np.mean([one.ended for one in replies]):.0%} ended)")
     return (
@@ -194,7 +202,8 @@ def composed(say: Answers, kinds: Sequence[Instruction]) -> str:
     parts = []
     for one, alone in ((first, first.program(say.loaded)), (second, second.program(say.loaded, layer))):
         rows = [Row(f"{n} {prompt}", prompt, one.test[0].check) for n, prompt in enumerate(prompts)]
-        scores = [float(follows(say.loaded, rows, say(prompts, program)).mean()) for program in (None, alone, both)]
+        arms = [None, [alone] * len(rows), [both] * len(rows)]
+        scores = [float(follows(say.loaded, rows, say(prompts, programs)).mean()) for programs in arms]
         parts.append(f"{one.kind} {scores[0]:.2f} unsteered, {scores[1]:.2f} alone, {scores[2]:.2f} under both")
     return f"Two at once (layers {first.layer} and {layer}), {len(prompts)} prompts: {'; '.join(parts)}."
 
@@ -207,7 +216,7 @@ def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, m
     patch = closed_form.lower(Job(program, say.loaded, behaviour, options, 0, meter))
     with applied(say.loaded.model, patch):
         weights = say(plain, patched=f"closed_form of {one.kind} at {one.layer}, {COMPILED_PROMPTS} prompts")
-    arms = [say(plain), say(plain, program), weights]
+    arms = [say(plain), say(plain, [program] * len(plain)), weights]
     scores = [float(follows(say.loaded, one.test, replies).mean()) for replies in arms]
     same = np.mean([a.text[:20] == b.text[:20] for a, b in zip(arms[1], arms[2], strict=True)])
     return (
@@ -224,11 +233,7 @@ def section(meter: Meter) -> list[str]:
     recipe = read_recipe(ROOT / "recipes" / "lowercase.yaml")
     behaviour = recipe.data.read(recipe.folder)
     say = Answers(loaded, TOKENS)
-    with meter.phase("seed B: layers", len(KINDS)) as tick:
-        kinds = []
-        for one in instructions(loaded):
-            kinds.append(choose_layer(say, one))
-            tick(1)
+    kinds = choose_layers(say, instructions(loaded), meter)
     return [
         "## B. Instructions as steering vectors (Stolfo et al., 2410.12877)",
         "",

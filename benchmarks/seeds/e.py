@@ -9,6 +9,7 @@ of a kept cache. Many splits of the same questions, as in the paper.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ def split(n: int, seed: int) -> tuple[list[int], list[int], list[int]]:
 
 def interval(values: Sequence[float]) -> str:
     """Mean with a 95 % t-interval over splits, as in the paper."""
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = float(student.ppf(0.975, len(values) - 1)) * error
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
@@ -238,8 +239,9 @@ def _reading(outcomes: Mapping[str, Sequence[Outcome]], plain: Sequence[float]) 
 
 def _low(values: Sequence[float]) -> float:
     """The lower bound of the t-interval."""
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values) - student.ppf(0.975, len(values) - 1) * error)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(student.ppf(0.975, len(values) - 1)) * error
+    return float(np.mean(values)) - half
 
 
 def main() -> None:

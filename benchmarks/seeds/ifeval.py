@@ -85,29 +85,41 @@ class Answers:
     kept: dict[str, list[tuple[str, bool]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path.is_file():
+        if not self.kept and self.path.is_file():
             self.kept = json.loads(self.path.read_text("utf-8"))
 
-    def __call__(self, prompts: Sequence[str], program: Program | None = None, patched: str = "") -> list[Reply]:
-        """One reply a prompt.
+    def __call__(
+        self, prompts: Sequence[str], programs: Sequence[Program] | None = None, patched: str = ""
+    ) -> list[Reply]:
+        """One reply a prompt; those whose programs share their sites are written as one batch.
 
         Args:
+            programs: one a prompt, or none at all.
             patched: names the edit of the weights that is on, if one is.
         """
-        key = digest(
-            [list(prompts), _values(program), self.max_new_tokens, self.loaded.id, self.loaded.revision, patched]
-        )
+        sites = [
+            () if programs is None else tuple(i.site for i in programs[n].interventions) for n in range(len(prompts))
+        ]
+        found: dict[int, Reply] = {}
+        for site in dict.fromkeys(sites):
+            rows = [n for n in range(len(prompts)) if sites[n] == site]
+            under = None if programs is None else [programs[n] for n in rows]
+            replies = self._batch([prompts[n] for n in rows], under, patched)
+            found |= dict(zip(rows, replies, strict=True))
+        return [found[n] for n in range(len(prompts))]
+
+    def _batch(self, prompts: Sequence[str], programs: Sequence[Program] | None, patched: str) -> list[Reply]:
+        how = [_values(program) for program in programs or []]
+        key = digest([list(prompts), how, self.max_new_tokens, self.loaded.id, self.loaded.revision, patched])
         if key not in self.kept:
             texts = [Text(prompt) for prompt in prompts]
-            said = continue_prompts(self.loaded, texts, program, max_new_tokens=self.max_new_tokens)
+            said = continue_prompts(self.loaded, texts, programs, max_new_tokens=self.max_new_tokens)
             self.kept[key] = [(response_text(self.loaded, one), ended(self.loaded, one)) for one in said]
             save_json(self.path, self.kept)
         return [Reply(prompt, text, end) for prompt, (text, end) in zip(prompts, self.kept[key], strict=True)]
 
 
-def _values(program: Program | None) -> list[object]:
-    if program is None:
-        return []
+def _values(program: Program) -> list[object]:
     return [[i.describe(), i.projection, [round(x, 4) for x in i.vector.tolist()]] for i in program.interventions]
 
 
