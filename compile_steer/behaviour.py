@@ -166,6 +166,17 @@ def read_behaviour(files: dict[str, Path], positive_template: str, negative_temp
     )
 
 
+def read_pairs(key: str, path: Path) -> list[Pair]:
+    """Pairs outside of the splits, rows as of the training data; raises one `RecipeError` that names the recipe's `key`."""
+    reader = Reader()
+    rows = reader.rows(key, path, ("prompt", "positive", "negative"))
+    if reader.problems:
+        raise RecipeError([problem.replace(f"data.{key}", key) for problem in reader.problems])
+    return [
+        Pair(Text(row["prompt"], row["positive"]), Text(row["prompt"], row["negative"]), row["prompt"]) for row in rows
+    ]
+
+
 def _text(row: dict[str, Any]) -> Text:
     history = tuple((user, assistant) for user, assistant in row.get("history", []))
     return Text(row["prompt"], row.get("response", ""), history)
