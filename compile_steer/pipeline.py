@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from compile_steer import processes
-from compile_steer.behaviour import require_distinct
+from compile_steer.behaviour import read_pairs, require_distinct
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
@@ -74,11 +75,11 @@ def run_extract(run: Run) -> Directions:
 def run_validate(run: Run) -> ValidationReport:
     """The chosen program and the report on it; extracts first if need be."""
     choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
+    mismatched = run.recipe.validate_.mismatched
+    others = [] if mismatched is None else read_pairs("validate.mismatched", run.recipe.folder / mismatched)
     directions = run_extract(run)
     places = run.places
-    mismatched = run.recipe.validate_.mismatched
-    others = [] if mismatched is None else [_file_hash(run.recipe.folder / mismatched)]
-    after = digest([sha256(places.directions), *others])
+    after = digest([sha256(places.directions), [asdict(pair) for pair in others]])
     inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=after)
     if places.validation.is_file() and places.program.is_file():
         try:
@@ -96,11 +97,6 @@ def run_validate(run: Run) -> ValidationReport:
     save_text(places.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report.save(places.validation)
     return report
-
-
-def _file_hash(path: Path) -> str:
-    """Empty where there is no such file: what reads it says so."""
-    return sha256(path) if path.is_file() else ""
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:

@@ -9,10 +9,9 @@ from pydantic import Discriminator, Tag
 
 from compile_steer.behaviour.behaviour import SPLITS, Behaviour, Check, Pair, Question, require_distinct
 from compile_steer.behaviour.choices import Choices
-from compile_steer.behaviour.pairs import Pairs
+from compile_steer.behaviour.pairs import Pairs, read_pairs
 from compile_steer.behaviour.prompts import Instructions, Written
 from compile_steer.behaviour.section import DataSection, Write
-from compile_steer.behaviour.sources import Reader
 
 
 def _kind(value: Any) -> str:
@@ -40,8 +39,8 @@ __all__ = [
     "Pair",
     "Pairs",
     "Question",
-    "Reader",
     "Write",
     "Written",
+    "read_pairs",
     "require_distinct",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from compile_steer.behaviour.behaviour import SPLITS, Pair
 from compile_steer.behaviour.section import DataSection, Rows, fill, folded, template_problems
-from compile_steer.behaviour.sources import Row
+from compile_steer.behaviour.sources import Reader, Row
+from compile_steer.errors import RecipeError
 from compile_steer.tokens import Text
 
 
@@ -57,6 +59,17 @@ class Pairs(TwoSided):
             same = [row["prompt"] for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
             if same and self.same_question:
                 yield f"data.{name}: positive and negative are the same text for '{same[0]}' ({len(same)} pairs)."
+
+
+def read_pairs(key: str, path: Path) -> list[Pair]:
+    """Pairs outside of the splits, rows as of the training data; raises one `RecipeError` that names the recipe's `key`."""
+    reader = Reader(path.parent)
+    rows = reader.rows(key, Path(path.name), Pairs.keys)
+    if reader.problems:
+        raise RecipeError([problem.replace(f"data.{key}", key) for problem in reader.problems])
+    return [
+        Pair(Text(row["prompt"], row["positive"]), Text(row["prompt"], row["negative"]), row["prompt"]) for row in rows
+    ]
 
 
 def _shared_responses(rows: Rows) -> Iterator[str]:

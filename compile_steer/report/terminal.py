@@ -104,6 +104,12 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
     )
     for p in parities:
+        if (c := p.controls) is not None:
+            other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"
+            console.print(
+                f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
+                f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
+            )
         for reason in p.reasons:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from compile_steer.activations import capture, read_activations
-from compile_steer.behaviour import Pair, Reader
+from compile_steer.behaviour import Pair
 from compile_steer.errors import RecipeError
 from compile_steer.hooks import PAD, in_scope
 from compile_steer.models import Loaded
@@ -117,17 +116,6 @@ def measure_controls(
         p_random=outlier_p(effect, by_chance),
         p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,
     )
-
-
-def read_mismatched(path: Path) -> list[Pair]:
-    """Pairs of another behaviour, rows as of the training data; raises `RecipeError`."""
-    reader = Reader(path.parent)
-    rows = reader.rows("mismatched", path, ("prompt", "positive", "negative"))
-    if reader.problems:
-        raise RecipeError([problem.replace("data.mismatched", "validate.mismatched") for problem in reader.problems])
-    return [
-        Pair(Text(row["prompt"], row["positive"]), Text(row["prompt"], row["negative"]), row["prompt"]) for row in rows
-    ]
 
 
 def mean_differences(loaded: Loaded, pairs: Sequence[Pair], point: Point) -> Tensor:

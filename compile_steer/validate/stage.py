@@ -10,7 +10,7 @@ import torch
 
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour
+from compile_steer.behaviour import Behaviour, read_pairs
 from compile_steer.directions import Directions
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
@@ -19,7 +19,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score, require_discrimination
 from compile_steer.validate.arms import answer_arms, pair_rows
-from compile_steer.validate.controls import Stream, mean_differences, measure_controls, read_mismatched, separability
+from compile_steer.validate.controls import Stream, mean_differences, measure_controls, separability
 from compile_steer.validate.doses import dose_response
 from compile_steer.validate.measure import Bench
 from compile_steer.validate.report import Coherence, Controls, Separability, ValidationReport
@@ -85,7 +85,7 @@ def _mismatched(recipe: Recipe, loaded: Loaded, directions: Directions, meter: M
     path, options = recipe.validate_.mismatched, recipe.validate_
     if path is None:
         return None
-    pairs = read_mismatched(recipe.folder / path)[: options.control_pairs]
+    pairs = read_pairs("validate.mismatched", recipe.folder / path)[: options.control_pairs]
     with meter.phase("another behaviour's direction", 1) as tick:
         found = mean_differences(loaded, pairs, directions.point)
         tick(1)

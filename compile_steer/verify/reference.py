@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour
+from compile_steer.behaviour import Behaviour, read_pairs
 from compile_steer.contrast import encode_pairs
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
@@ -19,7 +19,9 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score
-from compile_steer.tokens import encode
+from compile_steer.tokens import Encoded, encode
+
+CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,16 @@ class Reference:
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
+            self.mismatched = self._mismatched()
             tick(1)
+
+    def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
+        """Another behaviour's pairs, and the base's contrast on them, if the recipe names them."""
+        path = self.recipe.validate_.mismatched
+        if path is None:
+            return None
+        pairs = encode_pairs(self.base, read_pairs("validate.mismatched", self.recipe.folder / path)[:CONTROL_PAIRS])
+        return pairs, contrast(self.base, pairs)
 
     def from_steered(self, other: Loaded, states: States) -> Divergence:
         """KL(steered || other) at the positions that predict the held-out responses."""
