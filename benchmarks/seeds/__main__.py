@@ -36,8 +36,8 @@ def main() -> None:
         head = [
             "# The five seeds, at our scale",
             "",
-            "Written by `python -m benchmarks.seeds`; do not edit. Each of the systems that this project was made from, run as its authors run "
-            "it, with its checklist and its baselines, on SmolLM2-135M-Instruct; what does not show at that size is said so.",
+            "Written by `python -m benchmarks.seeds`; do not edit. Each of the systems that this project was made from, run as its authors "
+            "run it, with its checklist and its baselines, on SmolLM2-135M-Instruct; what does not show at that size is said so.",
             "",
             "",
         ]
