@@ -114,8 +114,11 @@ def test_a_misspelt_key_of_a_scorer_is_answered_in_its_own_terms(tmp_path: Path,
 @pytest.mark.parametrize(
     ("score", "words"),
     [
-        ("score: {kind: keyword}", "does not match any of the expected tags: 'keywords', 'lowercase', 'length'"),
-        ("score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}", "validate.score.all_of.1: found"),
+        ("score: {kind: keyword}", "validate.score.kind: found 'keyword'; needed: 'keywords', 'lowercase', 'length', "),
+        (
+            "score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}",
+            "validate.score.all_of.1.kind: found 'all'; needed: ",
+        ),
         ("score: {kind: length}", "give max_words, min_words, or both"),
         ("score: {max_words: 3}", "unable to extract tag using discriminator 'kind'"),
         ("score: {kind: choice}\n  positions: response", "a choice is made at the prompt's last token"),
