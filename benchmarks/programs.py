@@ -222,7 +222,8 @@ def main() -> None:
         "",
         f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
         f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, up to "
-        f"{NEW_TOKENS} tokens, temperature 1) are each program's own; '{next(iter(MORE))}' has 200 texts of up to 80 tokens. Numbers are shares of KL(steered‖base) that are left, at the "
+        f"{NEW_TOKENS} tokens, temperature 1) are each program's own; '{next(iter(MORE))}' has 200 texts of up to 80 tokens. "
+        "Numbers are shares of KL(steered‖base) that are left, at the "
         "positions that predict the response; the exact programs are merged in memory and give KL in nats a token.",
         "",
         *lines,
