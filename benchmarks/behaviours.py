@@ -104,8 +104,8 @@ def recipe_for(one: Known, folder: Path, settings: Sequence[str] = ()) -> Recipe
         },
         "validate": {
             "score": {"kind": "keywords", "patterns": [one.pattern]},
-            "layers": [10, 12, 14],
-            "coefficients": [1.0, 1.5, 2.0, 2.5],
+            "layers": [8, 10, 12, 14],
+            "coefficients": [0.5, 0.75, 1.0, 1.25, 1.5],
             "instruction": one.instruction,
         },
     }
