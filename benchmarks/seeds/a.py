@@ -38,11 +38,10 @@ from compile_steer.run import Run
 from compile_steer.settings import Extract, Trained
 from compile_steer.tokens import Batch, Encoded, Text, encode
 
-EPOCHS, NEW_TOKENS = 4, 32
+NEW_TOKENS = 32
 DIALS = (0.5, 1.0, 1.5)
 THREE_SITES = ("attn_out", "mlp_out")
-# The rate at which nothing but the penalty keeps the vectors together.
-FAST = 0.2
+STRONG, FAST = 10.0, 0.05
 LORA_RATES = (0.005, 0.03)
 BIPO_BLOCK = 12
 
@@ -113,7 +112,7 @@ class Test:
 
 def vectors(run: Run, tick: Tick, **changes: object) -> tuple[Start, Fitted, Program]:
     """Train as the recipe says, with changes; the program holds the kept vectors at coefficient 1."""
-    options = run.recipe.extract.trained.model_copy(update={"epochs": EPOCHS, **changes})
+    options = run.recipe.extract.trained.model_copy(update=changes)
     extract = Extract(method="trained", trained=Trained.model_validate(options.model_dump()))
     pairs, loaded = run.behaviour.train, run.loaded
     start = starting_point(loaded, pairs, extract)
@@ -142,10 +141,10 @@ def lora(run: Run, rate: float, tick: Tick) -> tuple[Loaded, list[float]]:
     held_out = objective.items(mixed[::6], options.batch_tokens)
     seen = objective.items([p for n, p in enumerate(mixed) if n % 6], options.batch_tokens)
     optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(seen))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(seen))
     empty, draw = Program((), one.id, one.revision), random.Random(run.recipe.seed)
     curve, best = [objective.measure(held_out, empty)], [factor.detach().clone() for factor in factors]
-    for _epoch in range(EPOCHS):
+    for _epoch in range(options.epochs):
         for item in draw.sample(seen, len(seen)):
             optimizer.zero_grad()
             objective.loss(item, empty, 1.0).backward()
@@ -210,9 +209,12 @@ def compiled(run: Run, test: Test, program: Program) -> Compiled:
 
 ARMS: Mapping[str, Mapping[str, object]] = {
     "a vector a block": {},
+    "a vector a block, l2 0": {"l2": 0.0},
+    f"a vector a block, l2 {STRONG:g}": {"l2": STRONG},
     f"a vector a block, l2 0, rate {FAST:g}": {"l2": 0.0, "learning_rate": FAST},
-    f"a vector a block, l2 1, rate {FAST:g}": {"l2": 1.0, "learning_rate": FAST},
-    "three sites a block": {"beside": THREE_SITES},
+    f"a vector a block, l2 {STRONG:g}, rate {FAST:g}": {"l2": STRONG, "learning_rate": FAST},
+    # Two of the three are the same place for a shift, so a step at the same rate would go three times as far.
+    "three sites a block": {"beside": THREE_SITES, "learning_rate": 0.02 / 3},
     f"BiPO, one vector at block {BIPO_BLOCK}": {"loss": "bipo", "layers": (BIPO_BLOCK,)},
 }
 
@@ -224,7 +226,8 @@ def section(meter: Meter) -> list[str]:
         run = Run.open(read_recipe(ROOT / "recipes" / "instruct.yaml", changes), Path(folder), meter)
         test, seed = Test(run), run.recipe.seed
         arms = {}
-        with meter.phase("seed A: training", EPOCHS * (len(ARMS) + len(LORA_RATES))) as tick:
+        epochs = run.recipe.extract.trained.epochs
+        with meter.phase("seed A: training", epochs * (len(ARMS) + len(LORA_RATES))) as tick:
             for name, changed in ARMS.items():
                 arms[name] = vectors(run, tick, **changed)
             loras = {rate: lora(run, rate, tick) for rate in LORA_RATES}
@@ -278,7 +281,7 @@ def _page(
     return [
         "## A. Instruct vectors",
         "",
-        f"`recipes/instruct.yaml`, {EPOCHS} epochs. No base checkpoint is installed, so the embedded model is asked outside its chat "
+        f"`recipes/instruct.yaml`, {options.epochs} epochs. No base checkpoint is installed, so the embedded model is asked outside its chat "
         f"template, as `{run.recipe.prompt_format!r}`: there it goes on like a base model. {len(behaviour.train)} conversations, a sixth "
         f"of them to choose the epoch; {len(behaviour.test)} test prompts in other words, {asks} of which ask who is speaking; greedy, up "
         f"to {NEW_TOKENS} tokens. l2 is {options.l2:g} and the rate {options.learning_rate:g} (norms of the stream a step) where nothing "

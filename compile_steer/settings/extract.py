@@ -33,7 +33,7 @@ class Trained(Section):
     epochs: int = Field(8, ge=1, description="passes over the pairs; the best on a held-out sixth is kept")
     learning_rate: float = Field(0.02, gt=0, description="how far a step moves a vector, in norms of the stream")
     batch_tokens: int = Field(256, ge=64, description="padded tokens of a batch, one step each")
-    l2: float = Field(0.05, ge=0, description="times the sum of the vectors' squared relative norms; 0: they explode")
+    l2: float = Field(1.0, ge=0, description="times the sum of the vectors' squared norms, relative to the stream's")
     beta: float = Field(0.1, gt=0, description="of bipo: how sharply a preference counts")
 
     @field_validator("layers")
