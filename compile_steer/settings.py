@@ -47,7 +47,7 @@ class Extract(Section):
     readout: Readout = "response_mean"
     point: Point = "resid_post"
     pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs")
-    shuffled: int = Field(5, ge=5, description="directions from shuffled labels, as controls")
+    shuffled: int = Field(12, ge=5, description="directions from shuffled labels, as controls")
 
 
 class Target(Section):
