@@ -31,21 +31,21 @@ SETTINGS = [
     "extract.shuffled=12",
     "validate.layers=[10,14]",
     "validate.coefficients=[1.5,2.5]",
-    "validate.instruction=",
+    "validate.instruction=''",
     "validate.few_shot=0",
     "validate.mismatched=null",
-    "validate.sweep_pairs=6",
+    "validate.sweep_pairs=4",
     "validate.sweep_neutral=4",
     "validate.sweep_prompts=4",
     "validate.sweep_layers=1",
-    "validate.control_pairs=6",
+    "validate.control_pairs=4",
     "validate.dose_prompts=2",
     "validate.prompts=12",
-    "validate.max_new_tokens=20",
+    "validate.max_new_tokens=16",
     "validate.max_perplexity_ratio=3",
     "validate.max_repetition=0.6",
 ]
-PAIRS, NEUTRAL = 16, 6
+PAIRS, NEUTRAL = 12, 6
 
 
 @dataclass(frozen=True)

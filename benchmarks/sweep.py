@@ -182,7 +182,7 @@ def solver_table(run: Run, directions: Directions, options: Validate, layers: Se
 
 def search_table(run: Run, directions: Directions, options: Validate) -> list[str]:
     """Successive halving beside the grid over all blocks: the best coherent cell, and the work."""
-    grid = options.model_copy(update={"coefficients": COEFFICIENTS, "layers": "search"})
+    grid = options.model_copy(update={"coefficients": COEFFICIENTS[1:4], "layers": "search"})
 
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
@@ -229,7 +229,7 @@ def main() -> None:
         "",
         *solved,
         "",
-        f"The layer search over all blocks with {len(COEFFICIENTS)} coefficients against the whole grid: the best cell with a "
+        f"The layer search over all blocks with {len(COEFFICIENTS[1:4])} coefficients against the whole grid: the best cell with a "
         f"neutral perplexity of at most x{CEILING:g}, by contrast:",
         "",
         *searched,

@@ -55,7 +55,7 @@ class Extract(Section):
     point: Point = "resid_post"
     pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs, or questions")
     shuffled: int = Field(
-        5, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
+        12, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
     )
     operation: Literal["add", "clamp"] = Field(
         "add", description="clamp: give the projection on the direction the value that the positive side has"

@@ -19,7 +19,7 @@ from compile_steer.layout import Layout
 from compile_steer.tokens import Encoded
 
 # Attention costs time^2: past a few hundred tokens a longer row costs more than sharing the template again.
-_ROW_TOKENS = 384
+_ROW_TOKENS = 512
 _BATCH_TOKENS = 4096
 
 
@@ -110,10 +110,25 @@ def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dty
 
 
 def _tries(texts: Sequence[Encoded]) -> list[_Row]:
-    """Rows of at most `_ROW_TOKENS` (or one text); in lexicographic order texts with a common beginning meet."""
+    """Rows of at most `_ROW_TOKENS` (or one text), as even as can be: a batch is as long as its longest row."""
+    rows = _filled(texts, _ROW_TOKENS)
+    longest = max(len(row.ids) for row in rows)
+    low, high = longest // 2, longest
+    while high - low > 8:
+        middle = (low + high) // 2
+        even = _filled(texts, middle)
+        if len(even) == len(rows):
+            high = middle
+        else:
+            low = middle
+    return _filled(texts, high)
+
+
+def _filled(texts: Sequence[Encoded], limit: int) -> list[_Row]:
+    """Rows filled one after the other; in lexicographic order texts with a common beginning meet."""
     rows = [_Row()]
     for index in sorted(range(len(texts)), key=lambda i: list(zip(texts[i].ids, texts[i].roles, strict=True))):
-        if rows[-1].ids and len(rows[-1].ids) + rows[-1].added(texts[index]) > _ROW_TOKENS:
+        if rows[-1].ids and len(rows[-1].ids) + rows[-1].added(texts[index]) > limit:
             rows.append(_Row())
         rows[-1].add(index, texts[index])
     return rows
