@@ -284,7 +284,7 @@ def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
     median = torch.tensor(norms).median(dim=1).values
     assert torch.allclose(unit.vectors.norm(dim=-1), torch.ones(LAYERS), atol=1e-5)
     assert torch.allclose(stream.vectors.norm(dim=-1), median, rtol=1e-4)
-    assert torch.allclose(stream.shuffled.norm(dim=-1), median.expand(5, LAYERS), rtol=1e-4)
+    assert torch.allclose(stream.shuffled.norm(dim=-1), median.expand(len(stream.shuffled), LAYERS), rtol=1e-4)
     for other in (unit, stream):
         assert torch.nn.functional.cosine_similarity(other.vectors, own.vectors).min() > 0.9999
 
