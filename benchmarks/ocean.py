@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def ocean(settings: Sequence[str], out: Path, meter: Meter) -> Run:
     """The ocean recipe, with `settings` in place of its own."""
-    return Run.open(read_recipe(ROOT / "recipes" / "ocean.yaml", settings), out, meter)
+    return opened("ocean", settings, out, meter)
+
+
+def opened(name: str, settings: Sequence[str], out: Path, meter: Meter) -> Run:
+    """A recipe of this repository, with `settings` in place of its own."""
+    return Run.open(read_recipe(ROOT / "recipes" / f"{name}.yaml", settings), out, meter)
 
 
 def committed_program(run: Run) -> Program:

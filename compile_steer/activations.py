@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.errors import LayoutError
-from compile_steer.hooks import LAST_PROMPT, RESPONSE
+from compile_steer.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Point, Site
@@ -45,7 +45,7 @@ def read_activations(
         batch = batch.to(loaded.device)
         weights = _readout_weights(batch, readout)
         rows = torch.tensor(batch.rows)
-        for layer, hidden in enumerate(_capture(layout, batch, point)):
+        for layer, hidden in enumerate(capture(layout, batch, point)):
             result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
         tick(len(batch.rows))
     finite = torch.isfinite(result).all(dim=(0, 2))
@@ -58,13 +58,27 @@ def read_activations(
     return result
 
 
+def median_norms(loaded: Loaded, texts: Sequence[Text], point: Point) -> Tensor:
+    """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`.
+
+    The median, because the first token's norm is a hundred times the others' in many models.
+    """
+    encoded = [encode(loaded.tokenizer, text) for text in texts]
+    norms: list[Tensor] = []
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        states = capture(loaded.layout, batch, point)
+        norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
+    return torch.cat(norms, dim=1).median(dim=1).values
+
+
 def _readout_weights(batch: Batch, readout: Readout) -> Tensor:
     """[batch, time] weights that sum to 1 over each row's tokens of interest."""
     chosen = (batch.roles == (RESPONSE if readout == "response_mean" else LAST_PROMPT)).float()
     return chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def _capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
+def capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
     """One pass through the backbone; the activation at `point` of each block, [batch, time, d_model]."""
     caught: dict[int, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():

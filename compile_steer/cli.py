@@ -31,6 +31,7 @@ from compile_steer.report import (
     print_recombined,
     print_samples,
     print_validation,
+    print_writing,
     write_page,
 )
 from compile_steer.run import Run, load_program
@@ -109,6 +110,19 @@ class _Command:
     def __call__(self, **given: Any) -> None:
         session = _Session(**{name: given.pop(name) for name in self._shared})
         self._work(session, **given)
+
+
+@app.command()
+@_Command
+def write(session: _Session) -> None:
+    """Have the model write its own contrast pairs, and keep those in which the scorer finds the behaviour.
+
+    For data of kind written or instructions; every later command does this first. Leaves data/NAME.SPLIT.jsonl, which
+    may be edited: the files are kept until the prompts, what is asked, the scorer or the model change.
+    """
+    run = session.open()
+    report = pipeline.run_write(run)
+    session.finish(asdict(report), lambda: print_writing(session.console, report, run.places.writing.parent))
 
 
 @app.command()

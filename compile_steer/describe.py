@@ -12,6 +12,7 @@ from compile_steer.program import Program, read_tensors
 from compile_steer.provenance import Provenance
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import PARITY, Parity
+from compile_steer.write import WritingReport
 
 
 def describe_artifact(path: Path) -> dict[str, object]:
@@ -28,6 +29,8 @@ def describe_artifact(path: Path) -> dict[str, object]:
             raise ArtifactError(f"{path} is not JSON ({error}).") from error
         if "matrix" in content:
             return {"kind": "composition", **content}
+        if "splits" in content:
+            return {"kind": "written pairs", **asdict(WritingReport.load(path))}
         kind = "parity report" if "kl_share" in content else "validation report"
         report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
         return {"kind": kind, **asdict(report)}

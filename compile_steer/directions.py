@@ -49,6 +49,11 @@ class Directions:
     source: Source | None = None
     curves: Mapping[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a direction."""
+        return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
+
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
         """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`."""
         layers = [layer]

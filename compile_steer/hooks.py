@@ -97,11 +97,14 @@ class _Roles:
 
 @dataclass(frozen=True)
 class _Edit:
-    """One edit in normal form; `shift` is [d_model], or [batch, 1, d_model] with a row a program."""
+    """One edit in normal form; with a row a program, `basis`, `shift` and `strength` have a row each.
+
+    `basis` [d_model, 1] or [batch, d_model, 1], `shift` [d_model] or [batch, 1, d_model], `strength` or [batch, 1, 1].
+    """
 
     basis: Tensor | None
     shift: Tensor
-    strength: float
+    strength: float | Tensor
     scopes: frozenset[Scope]
 
     def __call__(self, hidden: Tensor, roles: _Roles) -> Tensor:
@@ -112,8 +115,11 @@ class _Edit:
         change = self.shift.to(hidden)
         if self.basis is not None:
             basis = self.basis.to(hidden)
-            change = change - (hidden @ basis) @ basis.T
-        change = self.strength * change
+            change = change - (hidden @ basis) @ basis.mT
+        if isinstance(self.strength, Tensor):
+            change = (self.strength.to(hidden.device) * change).to(hidden.dtype)
+        else:
+            change = self.strength * change
         if "all" not in self.scopes:
             change = change * in_scope(roles.current(hidden), self.scopes).unsqueeze(-1)
         return hidden + change
@@ -136,16 +142,16 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
         first = group[0]
         if any((i.site, i.operation, i.scopes) != (first.site, first.operation, first.scopes) for i in group):
             raise ArtifactError("programs that run as rows of one batch must share sites, operations and positions.")
-        if len(group) > 1 and first.operation != "add":
-            raise ArtifactError("only 'add' can differ between the rows of one batch.")
         # The point is defined on the stream: where the family scales a sublayer's output before adding
         # it, the same edit has to be made before that factor.
         scale = layout.stream_scale(first)
         basis, shift = first.normal_form()
-        strength = first.coefficient
+        strength: float | Tensor = first.coefficient
         if len(group) > 1:
-            shift = torch.stack([i.coefficient * i.vector.float() for i in group]).unsqueeze(1)
-            strength = 1.0
+            bases, shifts = zip(*(i.normal_form() for i in group), strict=True)
+            basis = None if basis is None else torch.stack(bases)
+            shift = torch.stack(shifts).unsqueeze(1)
+            strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
         result.append((first.site, _Edit(basis, shift / scale, strength, first.scopes)))
     # Stable: within one module, edits of the block's output come before those of the next block's input.
     return sorted(result, key=lambda item: item[0].point == "resid_pre")
@@ -157,7 +163,7 @@ def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Te
 
     Args:
         model: a causal language model of a known family (PEFT-wrapped or not).
-        program: one program for every row, or one per row of the batch (same sites, `add` only), which
+        program: one program for every row, or one per row of the batch (same sites and operations), which
             is how a sweep runs many coefficients or directions at once.
         roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
             that `generate` is given (earlier turns of the assistant are responses too); what follows them is

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from compile_steer import processes
+from compile_steer.behaviour import read_pairs, require_distinct
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
-from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
-from compile_steer.extract import extract
-from compile_steer.files import digest, sha256
+from compile_steer.extract import extract, source
+from compile_steer.files import digest, save_text, sha256
 from compile_steer.lower import BACKENDS, Job, Work
 from compile_steer.models import revision_of
 from compile_steer.passes import canonical
@@ -31,19 +33,33 @@ from compile_steer.reload import reload
 from compile_steer.run import Run, load_program
 from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
+from compile_steer.write import WritingReport
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
+
+
+def run_write(run: Run) -> WritingReport:
+    """What came of the pairs that the model wrote when the run was opened; raises `RecipeError` if it wrote none."""
+    if run.recipe.data.writing is None:
+        raise RecipeError(
+            f"data.kind {run.recipe.data.kind}: its rows have their responses, there is nothing to write. The model "
+            "writes the pairs of kind: written and kind: instructions."
+        )
+    return WritingReport.load(run.places.writing)
+
+
+def _extracted_from(run: Run) -> str:
+    """What directions depend on beside recipe, data and model: a file, a sibling, the positions they are trained for."""
+    options = run.recipe.extract
+    positions = run.recipe.validate_.positions if options.method == "trained" else ""
+    return f"{source(run.recipe)} {positions} {'' if options.model is None else revision_of(options.model)}"
 
 
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
     processes.require_alone("extraction")
-    options = run.recipe.extract
-    # Vectors are trained at the positions where they will act; a sibling may change under its name.
-    after = run.recipe.validate_.positions if options.method == "trained" else ""
-    if options.model is not None:
-        after += f" {revision_of(options.model)}"
-    inputs = run.inputs("data", "extract", after=after)
+    require_distinct(run.loaded.tokenizer, run.behaviour)
+    inputs = run.inputs("data", "extract", after=_extracted_from(run))
     if run.places.directions.is_file():
         try:
             kept = Directions.load(run.places.directions)
@@ -59,9 +75,12 @@ def run_extract(run: Run) -> Directions:
 def run_validate(run: Run) -> ValidationReport:
     """The chosen program and the report on it; extracts first if need be."""
     choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
+    mismatched = run.recipe.validate_.mismatched
+    others = [] if mismatched is None else read_pairs("validate.mismatched", run.recipe.folder / mismatched)
     directions = run_extract(run)
     places = run.places
-    inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=sha256(places.directions))
+    after = digest([sha256(places.directions), [asdict(pair) for pair in others]])
+    inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=after)
     if places.validation.is_file() and places.program.is_file():
         try:
             kept = ValidationReport.load(places.validation)
@@ -74,7 +93,8 @@ def run_validate(run: Run) -> ValidationReport:
         program.save(places.program, {"recipe_sha256": run.recipe.hash})
         return sha256(places.program)
 
-    report = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
+    report, rows = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
+    save_text(places.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report.save(places.validation)
     return report
 

@@ -8,13 +8,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """`vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
+    """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
 
     Of several programs at once NAME is all their names, joined by '+'; what they are compiled into is in `composed/`.
     """
 
     out: Path
     name: str
+
+    def pairs(self, split: str) -> Path:
+        """The pairs of a split that the model wrote, as JSONL."""
+        return self.out / "data" / f"{self.name}.{split}.jsonl"
+
+    @property
+    def writing(self) -> Path:
+        """How many pairs the model wrote, and why the others were dropped."""
+        return self.out / "data" / f"{self.name}.json"
 
     @property
     def directions(self) -> Path:
@@ -29,6 +38,11 @@ class Places:
     @property
     def validation(self) -> Path:
         return self.out / "vectors" / f"{self.name}.validation.json"
+
+    @property
+    def prompts(self) -> Path:
+        """What every test pair and prompt did, a JSON object a line: for those who look."""
+        return self.out / "vectors" / f"{self.name}.prompts.jsonl"
 
     @property
     def decompiled(self) -> Path:

@@ -19,6 +19,9 @@ class Meter:
         """A piece of work of `total` units; the yielded function is called with units just done."""
         yield lambda _done: None
 
+    def note(self, text: str) -> None:
+        """Something that is to be known before the work goes on."""
+
 
 class BarMeter(Meter):
     """A bar a phase on `console`; on a stream that is no terminal, one line a finished phase."""
@@ -39,3 +42,6 @@ class BarMeter(Meter):
             task = progress.add_task(label, total=total)
             yield lambda done: progress.advance(task, done)
             progress.update(task, completed=total)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  {text}", markup=False, highlight=False)

@@ -16,9 +16,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from compile_steer.behaviour import Data
 from compile_steer.errors import RecipeError
 from compile_steer.files import digest
-from compile_steer.settings import Compile, Data, Extract, Section, Validate, Verify
+from compile_steer.settings import Compile, Extract, Section, Validate, Verify
 
 
 class Recipe(Section):
@@ -87,7 +88,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate({**content, "folder": path.resolve().parent})
     except ValidationError as error:
-        raise RecipeError([f"{path.name}: {line}" for line in _explain(error)]) from error
+        raise RecipeError([f"{path.name}: {line}" for line in _explain(error, content)]) from error
 
 
 def _apply(content: dict[str, Any], change: str) -> None:
@@ -108,21 +109,34 @@ def _apply(content: dict[str, Any], change: str) -> None:
     place[last] = value
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, content: Any) -> list[str]:
     """One line a problem: the key, what was found, what was needed, and the likely spelling."""
     lines = []
     for item in error.errors():
         steps = [str(step) for step in item["loc"]]
-        where = ".".join(steps)
+        where = ".".join(_written(item["loc"], content) + (steps[-1:] if item["type"] == "missing" else []))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(steps[-1], _keys(steps[:-1]), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(sorted(_keys(steps[:-1])))}."
             lines.append(f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing.")
+        elif item["type"] == "union_tag_invalid":
+            lines.append(f"{where}.kind: found '{item['ctx']['tag']}'; needed: {item['ctx']['expected_tags']}.")
         else:
             lines.append(f"{where}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}.")
     return lines
+
+
+def _written(steps: Sequence[int | str], content: Any) -> list[str]:
+    """The steps that are in the file: not the tag by which a section of several kinds was chosen."""
+    found = []
+    for step in steps:
+        inside = content if isinstance(content, dict) else range(len(content) if isinstance(content, list) else 0)
+        if step in inside:
+            content = content[step]
+            found.append(str(step))
+    return found
 
 
 def _keys(steps: Sequence[str]) -> list[str]:
@@ -132,10 +146,11 @@ def _keys(steps: Sequence[str]) -> list[str]:
         fields = [f for s in sections for name, f in s.model_fields.items() if step in (name, f.alias)]
         if fields:
             sections = [section for field in fields for section in _sections(field.annotation)]
-        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind
-            sections = [
+        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind where the section names one
+            tagged = [
                 s for s in sections if "kind" in s.model_fields and step in get_args(s.model_fields["kind"].annotation)
             ]
+            sections = tagged or sections
     return [f.alias or name for s in sections for name, f in s.model_fields.items() if name != "folder"]
 
 

@@ -36,6 +36,7 @@ def run_span(
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
+    position_ids: Tensor | None = None,
     start: int = 0,
     stop: int | None = None,
     hidden: Tensor | None = None,
@@ -43,7 +44,9 @@ def run_span(
     """Run blocks start .. stop-1 and return what they hand on, [batch, time, d_model].
 
     Args:
-        input_ids, attention_mask: [batch, time], right-padded.
+        input_ids, attention_mask: [batch, time], right-padded; or a mask of what each token sees,
+            [batch, 1, time, time], added to the attention scores.
+        position_ids: [batch, time]; None counts from 0.
         start: the first block to run; above 0 it receives `hidden`, [batch, time, d_model].
         stop: the block before which to stop; the number of blocks stops before the final norm, None after it.
 
@@ -77,7 +80,9 @@ def run_span(
         if start > 0:
             handle = blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
-        output = layout.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = layout.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
     return caught[0] if caught else output.last_hidden_state
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from compile_steer.behaviour import Behaviour, read_behaviour
+from compile_steer.behaviour import Behaviour
 from compile_steer.files import digest
 from compile_steer.models import Loaded, load
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
+from compile_steer.write import write
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,22 @@ class Run:
     @staticmethod
     def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
-        data = recipe.data
-        behaviour = read_behaviour(data.files(recipe.folder), data.positive_template, data.negative_template)
+        places = Places(out, recipe.name)
+        asked = recipe.data.read(recipe.folder)
         loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
-        return Run(recipe, Places(out, recipe.name), loaded, behaviour, meter)
+        return Run(recipe, places, loaded, answered(recipe, loaded, asked, places, meter), meter)
 
     def inputs(self, *sections: str, after: str = "") -> str:
         """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
         asked = self.recipe.prompt_format
         model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed, asked]
         return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
+
+
+def answered(recipe: Recipe, loaded: Loaded, asked: Behaviour, places: Places, meter: Meter) -> Behaviour:
+    """The recipe's data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
+    options = recipe.data.writing
+    return asked if options is None else write(recipe, options, loaded, asked, places, meter)
 
 
 def load_program(run: Run) -> Program:

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 from compile_steer import processes
-from compile_steer.behaviour import read_behaviour
 from compile_steer.compose import JOINT, STACKED, Composition, Member, measure, summed
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export import read_patch, write_patch
@@ -25,6 +24,7 @@ from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
+from compile_steer.run import answered
 from compile_steer.tokens import Text
 from compile_steer.verify import PARITY, require_same_origin
 
@@ -55,7 +55,7 @@ class Several:
         for recipe, dial in zip(recipes, given, strict=True):
             if backend in BACKENDS:
                 try:
-                    found.append(_member(recipe, Places(runs / recipe.name, recipe.name), backend, dial))
+                    found.append(_member(recipe, _places(runs, recipe), backend, dial))
                 except CompileSteerError as error:
                     problems += error.problems
         members, origins = (tuple(one) for one in zip(*found, strict=True)) if found else ((), ())
@@ -66,7 +66,15 @@ class Several:
         loaded = load(first.model, device=first.device, dtype=first.dtype, prompt_format=first.prompt_format)
         for one in members:
             loaded.layout.require_program(one.program, loaded.id, loaded.revision)
+        members = tuple(
+            replace(one, behaviour=answered(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), meter))
+            for one in members
+        )
         return Several(members, origins, backend, Places(out, joined(recipes)), loaded, meter)
+
+
+def _places(runs: Path, recipe: Recipe) -> Places:
+    return Places(runs / recipe.name, recipe.name)
 
 
 def joined(recipes: Sequence[Recipe]) -> str:
@@ -117,9 +125,7 @@ def _member(recipe: Recipe, places: Places, backend: str, dial: float) -> tuple[
             "compose with --backend closed_form."
         )
     read_patch(folder)
-    data = recipe.data
-    behaviour = read_behaviour(data.files(recipe.folder), data.positive_template, data.negative_template)
-    return Member(recipe, behaviour, program, folder, dial), origin
+    return Member(recipe, recipe.data.read(recipe.folder), program, folder, dial), origin
 
 
 def _other_models(members: Sequence[Member]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -18,12 +19,14 @@ from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 class Text:
     """A user prompt and the assistant's response to it (empty where only the prompt matters).
 
-    `history` holds the turns before: what the user said and what the assistant answered.
+    `history` holds the turns before: what the user said and what the assistant answered. `system` is the system
+    prompt before all of it; where it is empty the chat template writes its own, if it has one.
     """
 
     prompt: str
     response: str = ""
     history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,28 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
     """The conversation up to the response as the model sees it: through the chat template, or a plain prompt as it is.
 
     Raises:
-        RecipeError: there are earlier turns, and no template that could tell them apart.
+        RecipeError: there are earlier turns or a system prompt, and no template that could tell them apart.
     """
     if tokenizer.chat_template is None:
         if text.history:
             raise RecipeError("data: a conversation of several turns needs a model with a chat template.")
+        if text.system:
+            raise RecipeError("data: a system prompt needs a model with a chat template; ask in the prompt instead.")
         return text.prompt
-    messages = [
+    messages = [{"role": "system", "content": text.system}] if text.system else []
+    messages += [
         {"role": role, "content": said}
         for turn in text.history
         for role, said in zip(("user", "assistant"), turn, strict=True)
     ]
     messages.append({"role": "user", "content": text.prompt})
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        found = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        raise RecipeError(f"data: the model's chat template refuses a conversation ({error}).") from error
+    if text.system.strip() not in found:
+        raise RecipeError("data: the model's chat template leaves the system prompt out; ask in the prompt instead.")
+    return found
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
@@ -109,7 +121,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
     for turn in range(len(text.history) + 1):
         last = turn == len(text.history)
         user, response = (text.prompt, text.response) if last else text.history[turn]
-        whole = prompt_text(tokenizer, Text(user, history=text.history[:turn]))
+        whole = prompt_text(tokenizer, Text(user, history=text.history[:turn], system=text.system))
         if not whole.startswith(said):
             raise RecipeError(
                 "data: the chat template rewrites earlier turns (it gives other text for them once they are past), so the "

@@ -281,12 +281,12 @@ def _page(
     return [
         "## A. Instruct vectors",
         "",
-        f"`recipes/instruct.yaml`, {options.epochs} epochs. No base checkpoint is installed, so the embedded model is asked outside its "
-        f"chat template, as `{run.recipe.prompt_format!r}`: there it goes on like a base model. {len(behaviour.train)} conversations, a "
-        f"sixth of them to choose the epoch; {len(behaviour.test)} test prompts in other words, {asks} of which ask who is speaking; "
-        f"greedy, up to {NEW_TOKENS} tokens. l2 is {options.l2:g} and the rate {options.learning_rate:g} (norms of the stream a "
-        "step) where nothing else is said. "
-        "Held-out loss: nats a token (BiPO: its loss) before training, at its lowest, at the end; norm: the vectors' mean "
+        f"`recipes/instruct.yaml`, {options.epochs} epochs. No base checkpoint is installed, so the embedded model is asked outside "
+        f"its chat template, as `{run.recipe.prompt_format!r}`: there it goes on like a base model. "
+        f"{len(behaviour.train)} conversations, a sixth of them to choose the epoch; "
+        f"{len(behaviour.test)} test prompts in other words, {asks} of which ask who is speaking; greedy, up "
+        f"to {NEW_TOKENS} tokens. l2 is {options.l2:g} and the rate {options.learning_rate:g} (norms of the stream a step) where nothing "
+        "else is said. Held-out loss: nats a token (BiPO: its loss) before training, at its lowest, at the end; norm: the vectors' mean "
         "over the stream's, after the first and the last epoch. Ended: closed its turn itself, with the tokenizer's end of turn; "
         "identity: says that it is an assistant when asked, unasked: where it was not; NLL: of right test answers, nats a token. Bootstrap "
         "95 % intervals over prompts.",

@@ -1,5 +1,5 @@
 """Extract: training data -> candidate directions, one a block, and their shuffled-label controls."""
 
-from compile_steer.extract.stage import extract
+from compile_steer.extract.stage import extract, source
 
-__all__ = ["extract"]
+__all__ = ["extract", "source"]

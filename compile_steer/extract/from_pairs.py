@@ -14,12 +14,13 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
-from compile_steer.settings import Method
+from compile_steer.extract.found import as_long_as
+from compile_steer.settings import PairMethod
 
 _LOGISTIC_PENALTY = 1.0
 
 
-def fit(positive: Tensor, negative: Tensor, method: Method) -> Tensor:
+def fit(positive: Tensor, negative: Tensor, method: PairMethod) -> Tensor:
     """[n, L, d] activations of both sides -> [L, d] directions, each as long as the mean difference there."""
     mean: Tensor = (positive - negative).mean(dim=0)
     if method == "mean_difference":
@@ -64,19 +65,17 @@ def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
     return unit.float()
 
 
-def shuffled_directions(positive: Tensor, negative: Tensor, method: Method, count: int, seed: int) -> Tensor:
+def shuffled_directions(positive: Tensor, negative: Tensor, method: PairMethod, count: int, seed: int) -> Tensor:
     """[count, L, d] directions from pairs of which a random half has its sides swapped, as long as the real one.
 
     Exactly half, so that what the pairs have in common cancels and only their noise is left.
     """
     generator = torch.Generator().manual_seed(seed)
     n = positive.shape[0]
-    length = (positive - negative).mean(dim=0).norm(dim=-1, keepdim=True)
     result = []
     for _ in range(count):
         swap = torch.zeros(n, dtype=torch.bool)
         swap[torch.randperm(n, generator=generator)[: n // 2]] = True
         swap = swap.view(-1, 1, 1)
-        direction = fit(torch.where(swap, negative, positive), torch.where(swap, positive, negative), method)
-        result.append(direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-12) * length)
-    return torch.stack(result)
+        result.append(fit(torch.where(swap, negative, positive), torch.where(swap, positive, negative), method))
+    return as_long_as(torch.stack(result), (positive - negative).mean(dim=0))

@@ -1,28 +1,37 @@
-"""The stage: training pairs -> directions of every block."""
+"""The stage: training data -> directions of every block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compile_steer.activations import read_activations
+from torch import Tensor
+
+from compile_steer.activations import median_norms, read_activations
 from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import Directions, Source
 from compile_steer.errors import RecipeError
+from compile_steer.extract import choices, features
+from compile_steer.extract.found import Found
 from compile_steer.extract.from_pairs import fit, shuffled_directions
 from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
+from compile_steer.files import sha256
 from compile_steer.models import Loaded
+from compile_steer.program import Point
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.settings import Extract
+from compile_steer.settings import ChoiceMethod, Extract, PairMethod
+from compile_steer.tokens import Text
 
 
 def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
-    """Find a direction at every block, on the recipe's model or on the sibling that it names.
+    """Find directions by the recipe's method, on the recipe's model or on the sibling that it names.
 
     Raises:
-        RecipeError: too few pairs, pairs whose sides are the same tokens at the read-out, or a training that failed.
+        RecipeError: too few pairs or questions, pairs whose sides are the same tokens at the read-out, questions
+            that the model gets all right or all wrong, or a training that failed.
+        ArtifactError: a feature's file is not there, damaged, or of another width.
         LayoutError: NaN activations, or a sibling of another shape.
     """
     if recipe.extract.model is None:
@@ -34,30 +43,94 @@ def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, m
 
 
 def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
-    """Read both sides of the training pairs once and fit a direction at every block, or train one."""
+    """Find a direction at every block, at the length and for the operation that the recipe names."""
     options = recipe.extract
-    pairs = behaviour.train[: options.pairs]
-    if options.pairs is not None and len(behaviour.train) < options.pairs:
-        raise RecipeError(f"extract.pairs: {options.pairs} wanted, but data.train has {len(behaviour.train)}.")
     if options.method == "trained":
-        return trained_directions(recipe, loaded, pairs, inputs, meter)
+        _require_count(options, len(behaviour.train), "pairs")
+        return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, meter)
+    point: Point = options.point
+    match options.method:
+        case "feature":
+            point, found = features.read(recipe.folder, options, loaded.layout, recipe.seed)
+        case "pasf" | "ipasa" | "ipaswo" as method:
+            found = _from_choices(loaded, behaviour, options, method, recipe.seed, meter)
+        case _ as method:
+            found = _from_pairs(loaded, behaviour, options, method, recipe.seed, meter)
+    if float(found.vectors.norm(dim=-1).max()) == 0.0:
+        raise RecipeError("the two sides of the data have equal activations; there is no direction between them.")
+    length = _length(loaded, behaviour, options, point)
+    if length is not None:
+        found = found.resized(length)
+    projections = found.projections() if options.operation == "clamp" else None
+    return Directions(
+        found.vectors,
+        found.shuffled,
+        loaded.id,
+        loaded.revision,
+        point,
+        inputs,
+        options.operation,
+        projections,
+    )
+
+
+def source(recipe: Recipe) -> str:
+    """Hash of the file that the directions are read from, empty where they are made from the data alone."""
+    path = recipe.folder / (recipe.extract.file or "")
+    return sha256(path) if recipe.extract.file is not None and path.exists() else ""
+
+
+def _length(loaded: Loaded, behaviour: Behaviour, options: Extract, point: Point) -> Tensor | None:
+    """[L] lengths that the recipe wants; None: the method's own."""
+    if options.length == "own":
+        return None
+    norms = median_norms(loaded, behaviour.neutral, point)
+    return norms if options.length == "stream" else norms.new_ones(norms.shape)
+
+
+def _read_at(options: Extract) -> Point:
+    """The output of the block before stands in for a block's own in the published code of PAS."""
+    return "resid_pre" if options.off_by_one else options.point
+
+
+def _from_choices(
+    loaded: Loaded, behaviour: Behaviour, options: Extract, method: ChoiceMethod, seed: int, meter: Meter
+) -> Found:
+    prompts = list(dict.fromkeys(pair.prompt for pair in behaviour.train))
+    questions = [behaviour.questions[prompt] for prompt in prompts if prompt in behaviour.questions]
+    _require_count(options, len(questions), "questions")
+    questions = questions[: options.pairs]
+    choices.require_questions(questions, method)
+    total = sum(len(question.letters) for question in questions)
+    with meter.phase("reading activations of all answers", total) as tick:
+        items = choices.read_items(loaded, questions, _read_at(options), tick)
+    return choices.fit(items, method, options.shuffled, seed)
+
+
+def _from_pairs(
+    loaded: Loaded, behaviour: Behaviour, options: Extract, method: PairMethod, seed: int, meter: Meter
+) -> Found:
+    """Both sides of the training pairs, read once."""
+    _require_count(options, len(behaviour.train), "pairs")
+    pairs = behaviour.train[: options.pairs]
     _require_contrast(pairs, options)
     with meter.phase("reading activations of all blocks", 2 * len(pairs)) as tick:
         positive, negative = (
-            read_activations(loaded, side, point=options.point, readout=options.readout, tick=tick)
+            read_activations(loaded, _read(side, options), point=_read_at(options), readout=options.readout, tick=tick)
             for side in ([p.positive for p in pairs], [p.negative for p in pairs])
         )
-    vectors = fit(positive, negative, options.method)
-    if float(vectors.norm(dim=-1).max()) == 0.0:
-        raise RecipeError("the two sides of the pairs have equal activations; there is no direction between them.")
-    return Directions(
-        vectors,
-        shuffled_directions(positive, negative, options.method, options.shuffled, recipe.seed),
-        loaded.id,
-        loaded.revision,
-        options.point,
-        inputs,
-    )
+    shuffled = shuffled_directions(positive, negative, method, options.shuffled, seed)
+    return Found(fit(positive, negative, method), shuffled, positive.mean(dim=0))
+
+
+def _read(side: Sequence[Text], options: Extract) -> Sequence[Text]:
+    """Without the responses where nothing of them is read."""
+    return [replace(text, response="") for text in side] if options.readout == "last_prompt" else side
+
+
+def _require_count(options: Extract, found: int, what: str) -> None:
+    if options.pairs is not None and found < options.pairs:
+        raise RecipeError(f"extract.pairs: {options.pairs} wanted, but data.train has {found} {what}.")
 
 
 def _require_contrast(pairs: Sequence[Pair], options: Extract) -> None:

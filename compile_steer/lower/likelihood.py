@@ -96,7 +96,7 @@ def _fit(job: Job, wrapped: PeftModel, factors: Factors, texts: Sequence[Encoded
             num_train_epochs=options.epochs,
             per_device_train_batch_size=max(1, round(options.batch_tokens / mean)),
             gradient_accumulation_steps=options.accumulate,
-            gradient_checkpointing=options.checkpoint_blocks,
+            gradient_checkpointing=options.recompute_every == 1,
             bf16=options.precision == "bfloat16",
             use_cpu=job.loaded.device.type == "cpu",
             completion_only_loss=True,

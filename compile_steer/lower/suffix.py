@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -38,15 +39,15 @@ class Item:
 class Suffix:
     """Blocks `first` to `stop` - 1 (None: all, and the final norm).
 
-    With `checkpointing` the student keeps each block's input alone and computes the rest again for the gradient; with
-    `dtype` bfloat16 its matrix products are rounded (autocast), its patch is not.
+    Of one block in `recompute_every` (0: of none) the student keeps the input alone and computes the rest again for the
+    gradient; with `dtype` bfloat16 its matrix products are rounded (autocast), its patch is not.
     """
 
     loaded: Loaded
     program: Program
     first: int
     stop: int | None = None
-    checkpointing: bool = False
+    recompute_every: int = 0
     dtype: torch.dtype = torch.float32
 
     def items(self, texts: Sequence[Encoded], max_tokens: int) -> list[Item]:
@@ -67,7 +68,7 @@ class Suffix:
         """What the student hands on for the real tokens, [n_tokens, d_model]; its patch must be on."""
         batch = item.batch
         with torch.autocast(self.loaded.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            handed_on = self._in_pieces(item) if self.checkpointing else self._run(batch, item.prefix, self.first)
+            handed_on = self._in_pieces(item) if self.recompute_every else self._run(batch, item.prefix, self.first)
         return handed_on[batch.roles != PAD]
 
     def _run(self, batch: Batch, hidden: Tensor | None, start: int) -> Tensor:
@@ -78,7 +79,9 @@ class Suffix:
         hidden = item.prefix
         last = (self.loaded.layout.n_layers if self.stop is None else self.stop) - 1
         for block in range(self.first, last):
-            hidden = checkpoint(run_block, self.loaded, item.batch, hidden, block, use_reentrant=False)
+            run = partial(run_block, self.loaded, item.batch, block=block)
+            again = (last - block) % self.recompute_every == 0
+            hidden = checkpoint(run, hidden, use_reentrant=False) if again else run(hidden)
         return cast(Tensor, checkpoint(self._run, item.batch, hidden, last, use_reentrant=False))
 
     def mean_kl(self, items: Sequence[Item], patch: WeightPatch) -> float:

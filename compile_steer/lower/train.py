@@ -100,7 +100,7 @@ class _Run:
         self._whole, self._held_out, self._texts = parts.whole, parts.held_out, parts.texts
         end = None if self.objective.at_end else 1 + max(one.site.changes_from for one in job.program.interventions)
         self.suffix = replace(
-            parts.whole, stop=end, checkpointing=options.checkpoint_blocks, dtype=DTYPES[options.precision]
+            parts.whole, stop=end, recompute_every=options.recompute_every, dtype=DTYPES[options.precision]
         )
         self._seen = parts.seen if end is None else [self.suffix.item(item.batch) for item in parts.seen]
         self.epoch = math.ceil(len(parts.seen) / options.accumulate)

@@ -9,6 +9,7 @@ from compile_steer.report.terminal import (
     print_recombined,
     print_samples,
     print_validation,
+    print_writing,
 )
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "print_recombined",
     "print_samples",
     "print_validation",
+    "print_writing",
     "write_page",
 ]

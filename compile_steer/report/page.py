@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from compile_steer.files import save_text
 from compile_steer.plan import Choice
 from compile_steer.recipe import Recipe
-from compile_steer.validate import ValidationReport
+from compile_steer.validate import ValidationReport, block_name
 from compile_steer.verify import Parity
 
 matplotlib.use("svg")
@@ -38,7 +38,7 @@ def write_page(
         choices=choices,
         report=report,
         parities=parities,
-        charts=[_sweep_chart(report), _control_chart(report)],
+        charts=[_sweep_chart(report), _control_chart(report), _dose_chart(report)],
         training=_loss_chart(curves) if curves else "",
     )
     save_text(path, page)
@@ -49,13 +49,13 @@ def _sweep_chart(report: ValidationReport) -> str:
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for layer in sorted({cell.layer for cell in report.sweep}):
-        cells = sorted((c for c in report.sweep if c.layer == layer), key=lambda c: c.coefficient)
+        cells = sorted((c for c in report.sweep if c.layer == layer and not c.skipped), key=lambda c: c.coefficient)
         doses = [c.coefficient for c in cells]
-        left.plot(doses, [c.contrast for c in cells], marker="o", label=f"layer {layer}")
+        left.plot(doses, [c.contrast for c in cells], marker="o", label=block_name(layer))
         right.plot(doses, [c.perplexity_ratio for c in cells], marker="o")
     left.set(xlabel="coefficient", ylabel="contrast, nats/token")
     right.set(xlabel="coefficient", ylabel="neutral perplexity, x base")
-    left.legend(fontsize=7)
+    left.legend(title="block", fontsize=7, title_fontsize=7)
     return _svg(figure)
 
 
@@ -67,6 +67,7 @@ def _control_chart(report: ValidationReport) -> str:
     groups = {
         "random": c.random,
         "shuffled labels": c.shuffled,
+        "another behaviour": [] if c.mismatched is None else [c.mismatched],
         "opposite sign": [c.opposite],
         "this direction": [c.effect],
     }
@@ -75,6 +76,27 @@ def _control_chart(report: ValidationReport) -> str:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.axvline(0, color="grey", linewidth=0.7)
     axes.set(xlabel="change of log p(positive) - log p(negative), nats/token")
+    return _svg(figure)
+
+
+def _dose_chart(report: ValidationReport) -> str:
+    """What the dial does at the chosen layer: contrast, neutral perplexity and score, and where the wall is."""
+    found = report.doses
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    doses = [dose.coefficient for dose in found.doses]
+    for axes, (what, label) in zip(
+        panels,
+        (("contrast", "contrast, nats/token"), ("perplexity_ratio", "neutral perplexity, x base"), ("score", "score")),
+        strict=True,
+    ):
+        axes.plot(doses, [getattr(dose, what) for dose in found.doses], marker="o", markersize=3)
+        axes.axvline(report.coefficient, color="green", linewidth=0.8)
+        for wall in (found.negative_wall, found.wall):
+            if wall is not None:
+                axes.axvline(wall, color="red", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="coefficient", ylabel=label)
+    panels[1].set_yscale("log")
     return _svg(figure)
 
 

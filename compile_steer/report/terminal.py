@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +15,9 @@ from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
 from compile_steer.program import Program
 from compile_steer.recombine import Recombined
-from compile_steer.validate import ValidationReport
+from compile_steer.validate import ValidationReport, block_name
 from compile_steer.verify import Parity
+from compile_steer.write import WritingReport
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
@@ -28,10 +30,10 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     for cell in report.sweep:
         chosen = (cell.layer, cell.coefficient) == (report.layer, report.coefficient)
         table.add_row(
-            str(cell.layer),
-            f"{cell.coefficient:g}",
-            f"{cell.contrast:+.3f}",
-            f"x{cell.perplexity_ratio:.2f}",
+            block_name(cell.layer),
+            f"{cell.coefficient:.3g}",
+            "skipped" if cell.contrast is None else f"{cell.contrast:+.3f}",
+            "" if cell.perplexity_ratio is None else f"x{cell.perplexity_ratio:.2f}",
             "" if cell.score is None else f"{cell.score:.2f}",
             "" if cell.repetition is None else f"{cell.repetition:.2f}",
             style="bold green" if chosen else "",
@@ -41,17 +43,21 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
     for reason in report.reasons:
         console.print(f"  - {escape(reason)}")
-    asked = (
-        ""
-        if report.scores.instructed is None
-        else f"; asking for it in the prompt scores {report.scores.instructed:.2f}"
-    )
+    for note in report.notes:
+        console.print(f"  {escape(note)}")
     s = report.separability
     console.print(
         f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
-        f"dose {report.coherence.relative_dose:.2f} of the stream's norm{asked}"
+        f"dose {report.coherence.relative_dose:.2f} of the stream's norm"
     )
+
+
+def print_writing(console: Console, report: WritingReport, folder: Path) -> None:
+    """What came of the pairs that the model wrote, a line a split."""
+    for name, split in report.splits.items():
+        console.print(f"{name}: {escape(split.describe())}; {split.written} answers written")
+    console.print(f"Pairs: {folder}")
 
 
 def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> None:
@@ -98,6 +104,12 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
     )
     for p in parities:
+        if (c := p.controls) is not None:
+            other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"
+            console.print(
+                f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
+                f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
+            )
         for reason in p.reasons:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 

@@ -15,7 +15,7 @@ from compile_steer.models import Loaded
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to a prompt, and whether it ended its turn by itself."""
+    """What a model said to a plain prompt, and whether it ended its turn by itself."""
 
     prompt: str
     text: str
@@ -33,7 +33,15 @@ class ScorerBase(BaseModel, ABC):
 
     @abstractmethod
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
-        """The score itself, with what it needs of model and data; raises `RecipeError` for what cannot be scored."""
+        """The score itself, with what it needs of model and data; raises `RecipeError` for what cannot be scored.
+
+        Args:
+            loaded: the base, whatever the replies come from.
+        """
+
+    def on_texts(self) -> ScorerBase | str:
+        """The scorer as far as it can score the texts of the data, or why it cannot: see `require_discrimination`."""
+        return self
 
 
 class TextScorer(ScorerBase):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compile_steer.scoring.reply import TextScorer
 
 
 class Keywords(TextScorer):
-    """1 if any of `patterns` (regular expressions, case ignored) occurs and none of `absent` does."""
+    """1 if any of `patterns` (regular expressions, case ignored) occurs and none of `absent` does.
+
+    Wrong where a word is named without being meant: "I know nothing of the sea" shows the sea.
+    """
 
     kind: Literal["keywords"]
     patterns: tuple[str, ...] = Field(min_length=1)
@@ -35,7 +38,10 @@ class Keywords(TextScorer):
 
 
 class Lowercase(TextScorer):
-    """1 if the text has letters and none of them is upper case."""
+    """1 if the text has letters and none of them is upper case.
+
+    Wrong where there is nothing to write large: a loop of one word in lower case, or two words, is a full score.
+    """
 
     kind: Literal["lowercase"]
 
@@ -45,13 +51,40 @@ class Lowercase(TextScorer):
 
 
 class Length(TextScorer):
-    """1 if the text has at least one and at most `max_words` words."""
+    """1 if the text has at least `min_words` and at most `max_words` words; an empty one is not short.
+
+    Wrong where words are cheap: a loop of one word is as long as an essay, and what stopped at the limit of new
+    tokens counts as short.
+    """
 
     kind: Literal["length"]
-    max_words: int = Field(gt=0)
+    min_words: int = Field(1, gt=0)
+    max_words: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.max_words is None and "min_words" not in self.model_fields_set:
+            raise ValueError("give max_words, min_words, or both")
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"no text has at least {self.min_words} and at most {self.max_words} words")
+        return self
 
     def score(self, text: str) -> float:
-        return float(1 <= len(text.split()) <= self.max_words)
+        words = len(text.split())
+        return float(words >= self.min_words and (self.max_words is None or words <= self.max_words))
+
+
+class Repetition(TextScorer):
+    """1 if the text has words and at most `max` of its 3-grams stood in it before: a guard, to be asked beside others.
+
+    Wrong for loops longer than the text and for loops of meaning: the same thing said in other words.
+    """
+
+    kind: Literal["repetition"]
+    max: float = Field(0.2, ge=0, lt=1)
+
+    def score(self, text: str) -> float:
+        return float(bool(text.split()) and repetition(text) <= self.max)
 
 
 def repetition(text: str) -> float:

@@ -3,8 +3,8 @@
 Layer and coefficient are chosen on the validation split and measured once on the test split.
 """
 
-from compile_steer.validate.report import ValidationReport
+from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.validate.stage import validate
 from compile_steer.validate.sweep import choose_layers
 
-__all__ = ["ValidationReport", "choose_layers", "validate"]
+__all__ = ["ValidationReport", "block_name", "choose_layers", "validate"]

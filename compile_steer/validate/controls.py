@@ -3,56 +3,128 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from compile_steer.activations import capture, read_activations
 from compile_steer.behaviour import Pair
-from compile_steer.contrast import contrast_scores, encode_pairs
+from compile_steer.errors import RecipeError
+from compile_steer.hooks import PAD, in_scope
 from compile_steer.models import Loaded
-from compile_steer.program import Program, replace_intervention
+from compile_steer.program import Intervention, Point, Program, replace_intervention
 from compile_steer.progress import Tick
+from compile_steer.tokens import Text, batches, encode
+from compile_steer.validate.measure import Bench
 from compile_steer.validate.report import Controls, Separability
-from compile_steer.validate.shared import SharedPrefix
+from compile_steer.validate.statistics import outlier_p, rank_p
 
 
-def with_vector(program: Program, vector: Tensor) -> Program:
-    """`program` with every vector replaced by `vector` at the same length."""
-    return Program(
-        tuple(replace_intervention(i, vector=vector / vector.norm() * i.vector.norm()) for i in program.interventions),
-        program.model,
-        program.revision,
-    )
+@dataclass(frozen=True)
+class Stream:
+    """The base on neutral text: the mean activation at the directions' point of every block, over the positions
+    that are steered, and the median norm of the stream after every block. [n_layers, d_model] and [n_layers].
+
+    The median, because the first token's norm is a hundred times the others' in many models.
+    """
+
+    means: Tensor
+    norms: Tensor
+
+    @staticmethod
+    def of(loaded: Loaded, texts: Sequence[Text], point: Point, program: Program) -> Stream:
+        scopes = frozenset().union(*(i.scopes for i in program.interventions))
+        sums, count, norms = None, 0, []
+        encoded = [encode(loaded.tokenizer, text) for text in texts]
+        for batch in batches(encoded, int(loaded.tokenizer.pad_token_id), max_tokens=2048):
+            batch = batch.to(loaded.device)
+            steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
+            here = capture(loaded.layout, batch, point)
+            after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post")
+            total = torch.stack([one[steered].double().sum(dim=0) for one in here]).cpu()
+            sums = total if sums is None else sums + total
+            count += int(steered.sum())
+            norms.append(torch.stack([one[real].float().norm(dim=-1) for one in after]).cpu())
+        if sums is None or count == 0:
+            raise RecipeError("data.neutral has no text at the steered positions.")
+        return Stream((sums / count).float(), torch.cat(norms, dim=1).median(dim=1).values)
+
+    def shift(self, intervention: Intervention) -> float:
+        """The mean displacement along the intervention's own direction with its dial at 1."""
+        if intervention.operation == "add":
+            return float(intervention.vector.norm())
+        target = 0.0 if intervention.projection is None else intervention.projection
+        return target - float(self.means[intervention.site.layer] @ intervention.vector)
+
+    def relative_dose(self, program: Program) -> float:
+        """The largest mean displacement of any site, over the median norm of the stream after its block."""
+        return max(
+            abs(i.coefficient * self.shift(i)) / float(self.norms[i.site.changes_from]) for i in program.interventions
+        )
+
+    def with_vectors(self, program: Program, vectors: Tensor) -> Program:
+        """`program` along `vectors` [n_interventions, d_model] at the same mean displacement, site by site."""
+        parts = []
+        for one, vector in zip(program.interventions, vectors, strict=True):
+            unit = vector / vector.norm().clamp(min=1e-12)
+            if one.operation == "add":
+                parts.append(replace_intervention(one, vector=unit * one.vector.norm()))
+            else:
+                projection = float(self.means[one.site.layer] @ unit) + self.shift(one)
+                parts.append(replace_intervention(one, vector=unit, projection=projection))
+        return Program(tuple(parts), program.model, program.revision)
+
+    def at_sites(self, program: Program, directions: Tensor) -> Program:
+        """`program` along those of `directions` [n_layers, d_model] that belong to its sites."""
+        return self.with_vectors(program, torch.stack([directions[i.site.layer] for i in program.interventions]))
+
+    def random(self, program: Program, count: int, seed: int) -> list[Program]:
+        """`count` programs like it with a random direction of its own at every site."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (count, len(program.interventions), program.interventions[0].vector.shape[0])
+        return [self.with_vectors(program, one) for one in torch.randn(shape, generator=generator)]
 
 
 def measure_controls(
-    loaded: Loaded, pairs: Sequence[Pair], program: Program, shuffled: Tensor, n_random: int, seed: int, tick: Tick
+    bench: Bench,
+    program: Program,
+    random: Sequence[Program],
+    shuffled: Sequence[Program],
+    mismatched: Program | None,
+    tick: Tick,
 ) -> Controls:
-    """Mean contrast effects of the program, of random and shuffled-label directions, and of the opposite sign.
+    """Mean contrast effects of the program, of the other directions, and of the opposite sign on the bench's pairs."""
+    bench.advance(program)
 
-    Args:
-        shuffled: [n, d_model] directions from shuffled labels at the program's layer.
-    """
-    shared = SharedPrefix(loaded, encode_pairs(loaded, pairs))
-    shared.advance(program.first_layer)
-    base = shared.base()
+    def effects(programs: Sequence[Program]) -> list[float]:
+        found = [float(value) for value in bench.effects(programs).mean(axis=1)]
+        tick(len(programs))
+        return found
 
-    def effect(other: Program) -> float:
-        value = float(contrast_scores(shared.under(other) - base).mean())
-        tick(1)
-        return value
-
-    generator = torch.Generator().manual_seed(seed)
-    width = program.interventions[0].vector.shape[0]
-    random = [torch.randn(width, generator=generator) for _ in range(n_random)]
-    return Controls.of(
-        effect(program),
-        [effect(with_vector(program, vector)) for vector in random],
-        [effect(with_vector(program, vector)) for vector in shuffled],
-        effect(-program),
+    effect, opposite, *other = effects([program, -program, *([mismatched] if mismatched else [])])
+    by_chance, by_label = effects(random), effects(shuffled)
+    return Controls(
+        effect=effect,
+        random=by_chance,
+        shuffled=by_label,
+        opposite=opposite,
+        mismatched=other[0] if other else None,
+        p_value=rank_p(effect, by_chance),
+        p_random=outlier_p(effect, by_chance),
+        p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,
     )
+
+
+def mean_differences(loaded: Loaded, pairs: Sequence[Pair], point: Point) -> Tensor:
+    """[n_layers, d_model]: the mean difference of the pairs' response means at `point` of every block."""
+    positive, negative = (
+        read_activations(loaded, side, point=point, readout="response_mean")
+        for side in ([p.positive for p in pairs], [p.negative for p in pairs])
+    )
+    return (positive - negative).mean(dim=0)
 
 
 def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separability:

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 
 from compile_steer.activations import read_activations
-from compile_steer.answers import Answers, Request, answer
-from compile_steer.behaviour import Behaviour
-from compile_steer.contrast import contrast_scores, encode_pairs
+from compile_steer.answers import Request, answer
+from compile_steer.behaviour import Behaviour, read_pairs
 from compile_steer.directions import Directions
-from compile_steer.hooks import PAD
-from compile_steer.metrics import Interval, bootstrap_mean
+from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.replay import run_span
-from compile_steer.tokens import batches, encode
-from compile_steer.validate.controls import measure_controls, separability
-from compile_steer.validate.report import Coherence, Controls, Scores, Separability, ValidationReport, judge
-from compile_steer.validate.shared import SharedPrefix
-from compile_steer.validate.sweep import Sweep, sweep
+from compile_steer.scoring import Score, require_discrimination
+from compile_steer.validate.arms import answer_arms, pair_rows
+from compile_steer.validate.controls import Stream, mean_differences, measure_controls, separability
+from compile_steer.validate.doses import dose_response
+from compile_steer.validate.measure import Bench
+from compile_steer.validate.report import Coherence, Controls, Separability, ValidationReport
+from compile_steer.validate.statistics import Power, power, score_spread, sign_flip
+from compile_steer.validate.sweep import Sweep, candidates, sweep
+from compile_steer.validate.verdict import judge, remarks
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One run of the stage: what everything in it is measured with."""
+
+    recipe: Recipe
+    loaded: Loaded
+    behaviour: Behaviour
+    directions: Directions
+    score: Score
+    mismatched: torch.Tensor | None
+    meter: Meter
+
+    def make(self, layer: int, coefficient: float) -> Program:
+        return self.directions.program(layer, coefficient, self.recipe.validate_.positions)
 
 
 def validate(
@@ -35,149 +52,146 @@ def validate(
     keep: Callable[[Program], str],
     inputs: str,
     meter: Meter,
-) -> ValidationReport:
-    """Choose the program, measure it on test data and judge it.
+) -> tuple[ValidationReport, list[dict[str, Any]]]:
+    """Choose the program, measure it on test data and judge it; returns the report and a row a test pair and prompt.
 
     Args:
         keep: writes the chosen program and returns its file's hash, for the report.
         inputs: fingerprint of what the report depends on.
 
     Raises:
-        RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
+        RecipeError: no cell of the sweep is coherent, or the mismatched pairs cannot be read. LayoutError: a layer is
+            not in the model.
     """
     options = recipe.validate_
-
-    def make(layer: int, coefficient: float) -> Program:
-        return directions.program(layer, coefficient, options.positions)
-
-    swept = sweep(loaded, behaviour, options, make, meter)
-    program = make(swept.best.layer, swept.best.coefficient)
-    report = _measure(recipe, loaded, behaviour, directions, program, swept, meter)
+    layers = candidates(options, directions)
+    require_discrimination(options.score, loaded, behaviour)
+    score = options.score.bind(loaded, behaviour)
+    mismatched = _mismatched(recipe, loaded, directions, meter)
+    run = Validation(recipe, loaded, behaviour, directions, score, mismatched, meter)
+    pairs = behaviour.validation[: options.sweep_pairs]
+    bench = Bench(loaded, pairs, behaviour.neutral[: options.sweep_neutral])
+    powers = _powers(run, bench)
+    swept = sweep(loaded, behaviour, options, layers, run.make, bench, score, recipe.seed, meter)
+    program = run.make(swept.best.layer, swept.best.coefficient)
+    report, rows = _measure(run, program, swept, powers)
     verdict, reasons = judge(report, options)
-    return replace(report, verdict=verdict, reasons=reasons, program_hash=keep(program), inputs=inputs)
+    report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
+    return replace(report, program_hash=keep(program), inputs=inputs), rows
+
+
+def _mismatched(recipe: Recipe, loaded: Loaded, directions: Directions, meter: Meter) -> torch.Tensor | None:
+    """[n_layers, d_model] of another behaviour, if the recipe names its pairs."""
+    path, options = recipe.validate_.mismatched, recipe.validate_
+    if path is None:
+        return None
+    pairs = read_pairs("validate.mismatched", recipe.folder / path)[: options.control_pairs]
+    with meter.phase("another behaviour's direction", 1) as tick:
+        found = mean_differences(loaded, pairs, directions.point)
+        tick(1)
+    return found
+
+
+def _powers(run: Validation, bench: Bench) -> list[Power]:
+    """How many pairs and prompts the claims need, told before the sweep begins."""
+    options, behaviour = run.recipe.validate_, run.behaviour
+    prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
+    with run.meter.phase("base: answers to validation prompts", 1) as tick:
+        (base,) = answer(run.loaded, [Request(prompts)], run.score, options.max_new_tokens, behaviour.questions)
+        tick(1)
+    mean, claim = float(base.scores.mean()), options.claim
+    found = [
+        power(
+            "contrast",
+            claim.contrast,
+            float(bench.base_contrast.std(ddof=1)),
+            len(behaviour.test),
+            "assumed: pairs change as differently as they differ in the base",
+        ),
+        power(
+            "score",
+            claim.score,
+            score_spread(mean, claim.score),
+            len(behaviour.test[: options.prompts]),
+            f"from the base's {mean:.2f}, at the most a paired change can spread",
+        ),
+    ]
+    for one in found:
+        run.meter.note(str(one))
+    return found
 
 
 def _measure(
-    recipe: Recipe,
-    loaded: Loaded,
-    behaviour: Behaviour,
-    directions: Directions,
-    program: Program,
-    swept: Sweep,
-    meter: Meter,
-) -> ValidationReport:
+    run: Validation, program: Program, swept: Sweep, powers: list[Power]
+) -> tuple[ValidationReport, list[dict[str, Any]]]:
     """Everything that is measured on test data, once. The verdict is left open."""
-    layer, slopes = swept.best.layer, swept.slopes
-    contrast, perplexity_ratio = _effect(recipe, loaded, behaviour, program, meter)
-    controls = _controls(recipe, loaded, behaviour, directions, program, meter)
-    base, under, instructed, samples = _answers(recipe, loaded, behaviour, program, meter)
-    return ValidationReport(
+    recipe, loaded, behaviour, meter = run.recipe, run.loaded, run.behaviour, run.meter
+    options, best = recipe.validate_, swept.best
+    with meter.phase("test: all pairs, neutral text", 1) as tick:
+        bench = Bench(loaded, behaviour.test, behaviour.neutral)
+        bench.advance(program)
+        (change,) = bench.effects([program])
+        ratio = bench.perplexity_ratio(program)
+        stream = Stream.of(loaded, behaviour.neutral, run.directions.point, program)
+        tick(1)
+    few = Bench(loaded, behaviour.test[: options.control_pairs])
+    random = stream.random(program, options.random_directions, recipe.seed)
+    controls = _controls(run, few, program, stream, random)
+    with meter.phase("test: dose-response", 1) as tick:
+        dosed = Bench(loaded, behaviour.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
+        doses = dose_response(dosed, program, best.coefficient, options.max_perplexity_ratio)
+        tick(1)
+    with meter.phase("test: answers of every arm and dose", 1) as tick:
+        arms = answer_arms(recipe, loaded, behaviour, program, random, doses, run.score)
+        tick(1)
+    report = ValidationReport(
         name=recipe.name,
-        layer=layer,
-        coefficient=swept.best.coefficient,
+        layer=best.layer,
+        coefficient=best.coefficient,
         sweep=swept.cells,
-        contrast=contrast,
-        scores=Scores(
-            base=float(base.scores.mean()),
-            steered=float(under.scores.mean()),
-            instructed=None if instructed is None else float(instructed.scores.mean()),
-            effect=bootstrap_mean(under.scores - base.scores, seed=recipe.seed),
-        ),
+        search=swept.rungs,
+        power=powers,
+        contrast=bootstrap_mean(change, seed=recipe.seed),
+        p_contrast=sign_flip(change, recipe.seed),
+        scores=arms.scores(recipe.seed),
         controls=controls,
-        separability=_separability(recipe, loaded, behaviour, directions, layer, meter),
-        steerability=float(slopes.mean()),
-        wrong_way=float((slopes < 0).mean()),
+        separability=_separability(run, program),
+        steerability=float(swept.slopes.mean()),
+        wrong_way=float((swept.slopes < 0).mean()),
         coherence=Coherence(
-            perplexity_ratio=perplexity_ratio,
-            repetition_base=float(base.repetition.mean()),
-            repetition_steered=float(under.repetition.mean()),
-            ended_base=float(base.ended.mean()),
-            ended_steered=float(under.ended.mean()),
-            relative_dose=_relative_dose(loaded, behaviour, program),
+            perplexity_ratio=ratio,
+            repetition_base=float(arms.base.repetition.mean()),
+            repetition_steered=float(arms.steered.repetition.mean()),
+            ended_base=float(arms.base.ended.mean()),
+            ended_steered=float(arms.steered.ended.mean()),
+            relative_dose=stream.relative_dose(program),
         ),
-        samples=samples,
+        doses=arms.doses,
+        samples=arms.samples,
         program_hash="",
         inputs="",
         n_pairs=len(behaviour.test),
-        n_prompts=len(base.texts),
+        n_prompts=len(arms.prompts),
     )
+    return report, [*pair_rows(behaviour.test, bench.base_contrast, change), *arms.rows()]
 
 
-def _effect(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, program: Program, meter: Meter
-) -> tuple[Interval, float]:
-    """The mean contrast effect on all test pairs with its interval, and the perplexity ratio on neutral text."""
-    n_pairs = len(behaviour.test)
-    with meter.phase("test: all pairs, neutral text", 1) as tick:
-        neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
-        shared = SharedPrefix(loaded, encode_pairs(loaded, behaviour.test) + neutral)
-        shared.advance(program.first_layer)
-        change = shared.under(program) - shared.base()
-        tick(1)
-    effect = bootstrap_mean(contrast_scores(change[: 2 * n_pairs]), seed=recipe.seed)
-    return effect, float(np.exp(-change[2 * n_pairs :].mean()))
+def _controls(run: Validation, bench: Bench, program: Program, stream: Stream, random: list[Program]) -> Controls:
+    shuffled = [stream.at_sites(program, one) for one in run.directions.shuffled]
+    mismatched = None if run.mismatched is None else stream.at_sites(program, run.mismatched)
+    total = 2 + len(random) + len(shuffled) + (mismatched is not None)
+    with run.meter.phase("test: control directions", total) as tick:
+        return measure_controls(bench, program, random, shuffled, mismatched, tick)
 
 
-def _controls(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, program: Program, meter: Meter
-) -> Controls:
-    options, (intervention,) = recipe.validate_, program.interventions
-    shuffled = directions.shuffled[:, intervention.site.layer]
-    pairs = behaviour.test[: options.control_pairs]
-    with meter.phase("test: control directions", options.random_directions + len(shuffled) + 2) as tick:
-        return measure_controls(loaded, pairs, program, shuffled, options.random_directions, recipe.seed, tick)
-
-
-def _separability(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, layer: int, meter: Meter
-) -> Separability:
-    sides = [p.positive for p in behaviour.test], [p.negative for p in behaviour.test]
-    readout, point = recipe.extract.readout, directions.point
-    with meter.phase("test: separability of held-out pairs", 2 * len(behaviour.test)) as tick:
+def _separability(run: Validation, program: Program) -> Separability:
+    """On the activations of all the program's blocks side by side, as it acts on them together."""
+    sides = [p.positive for p in run.behaviour.test], [p.negative for p in run.behaviour.test]
+    readout, point = run.recipe.extract.readout, run.directions.point
+    layers = [i.site.layer for i in program.interventions]
+    with run.meter.phase("test: separability of held-out pairs", 2 * len(run.behaviour.test)) as tick:
         positive, negative = (
-            read_activations(loaded, side, point=point, readout=readout, tick=tick)[:, layer] for side in sides
+            read_activations(run.loaded, side, point=point, readout=readout, tick=tick)[:, layers].flatten(1)
+            for side in sides
         )
-    return separability(positive, negative, directions.vectors[layer])
-
-
-def _answers(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, program: Program, meter: Meter
-) -> tuple[Answers, Answers, Answers | None, dict[str, str]]:
-    """Test prompts answered by base, steered, and base asked with the instruction (if there is one); and one
-    prompt answered by base, steered, and steered too hard: what the dial does."""
-    options = recipe.validate_
-    prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
-    asked = [f"{prompt} {options.instruction}" for prompt in prompts] if options.instruction else []
-    dial = {"base": None, "steered": program, "too_high": program.scaled(recipe.too_high)}
-    requests = [Request(prompts), Request(prompts, program), Request(asked)]
-    requests += [Request([recipe.ask], setting) for setting in dial.values()]
-    with meter.phase("test: answers of base and steered", 1) as tick:
-        base, under, instructed, *samples = answer(
-            loaded, requests, options.score.bind(loaded, behaviour), options.max_new_tokens
-        )
-        tick(1)
-    texts = {name: one.texts[0] for name, one in zip(dial, samples, strict=True)}
-    return base, under, instructed if asked else None, texts
-
-
-def _relative_dose(loaded: Loaded, behaviour: Behaviour, program: Program) -> float:
-    """||c v|| over the median norm of the residual stream after the steered block, on neutral text.
-
-    The median, because the first token's norm is a hundred times the others' in many models.
-    """
-    (intervention,) = program.interventions
-    encoded = [encode(loaded.tokenizer, text) for text in behaviour.neutral]
-    norms = []
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
-        after = intervention.site.changes_from + 1
-        with torch.no_grad():
-            hidden = run_span(
-                loaded.model,
-                batch.input_ids,
-                batch.attention_mask,
-                stop=None if after == loaded.layout.n_layers else after,
-            )
-        norms.append(hidden[batch.roles != PAD].float().norm(dim=-1).cpu())
-    dose = abs(intervention.coefficient) * float(intervention.vector.norm())
-    return dose / float(torch.cat(norms).median())
+    return separability(positive, negative, run.directions.vectors[layers].flatten())

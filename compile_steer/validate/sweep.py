@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compile_steer.answers import Request, answer
+from compile_steer.answers import Answers, Request, answer
 from compile_steer.behaviour import Behaviour
-from compile_steer.contrast import contrast_scores, encode_pairs
+from compile_steer.directions import EVERY_BLOCK, Directions
 from compile_steer.errors import LayoutError, RecipeError
 from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
-from compile_steer.settings import Validate
-from compile_steer.tokens import encode
-from compile_steer.validate.report import Cell
-from compile_steer.validate.shared import SharedPrefix
+from compile_steer.scoring import Score
+from compile_steer.settings import Target, Validate
+from compile_steer.validate.measure import Bench
+from compile_steer.validate.report import Cell, block_name
+from compile_steer.validate.search import Rung, halve, solve
+from compile_steer.validate.statistics import discoveries, sign_flip
 
 MakeProgram = Callable[[int, float], Program]
+
+# A layer's larger coefficients are left out once one is beyond the ceiling by this factor.
+STOP_MARGIN = 1.1
+_FIRST_PAIRS = 4
+_LAST_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every cell, the chosen one, and per-pair effects of the chosen layer by coefficient."""
+    """Every cell, the chosen one, per-pair effects of the chosen layer by coefficient, and the layer search."""
 
     cells: list[Cell]
     best: Cell
     effects: dict[float, np.ndarray]
+    rungs: list[Rung]
 
     @property
     def slopes(self) -> np.ndarray:
@@ -41,7 +50,9 @@ class Sweep:
 
 
 def choose_layers(options: Validate, n_layers: int) -> list[int]:
-    """The recipe's layers, or for 'auto' five from 30 % to 70 % of the depth; raises `LayoutError`."""
+    """The recipe's layers; for 'auto' five from 30 % to 70 % of the depth, for 'search' all; raises `LayoutError`."""
+    if options.layers == "search":
+        return list(range(n_layers))
     if options.layers == "auto":
         return sorted({round(n_layers * share) for share in (0.3, 0.4, 0.5, 0.6, 0.7)} - {n_layers})
     missing = [layer for layer in options.layers if isinstance(layer, int) and layer >= n_layers]
@@ -53,51 +64,199 @@ def choose_layers(options: Validate, n_layers: int) -> list[int]:
     return sorted(set(map(int, options.layers)))
 
 
-def sweep(loaded: Loaded, behaviour: Behaviour, options: Validate, make: MakeProgram, meter: Meter) -> Sweep:
+def candidates(options: Validate, directions: Directions) -> list[int]:
+    """The layers to try: the recipe's that have a direction, or `EVERY_BLOCK` where one program holds all.
+
+    Raises:
+        LayoutError: the model lacks a layer. RecipeError: layers are named for a program that acts at every block, or
+            no layer has a direction.
+    """
+    if directions.joint:
+        if options.layers != "auto":
+            raise RecipeError(
+                f"validate.layers: found {options.layers!r}, but these vectors act at every block at once; only the "
+                "coefficient is to be chosen. Leave layers out."
+            )
+        return [EVERY_BLOCK]
+    available = directions.layers
+    layers = choose_layers(options, directions.vectors.shape[0])
+    found = [layer for layer in layers if layer in available]
+    if isinstance(options.layers, str):
+        found = found or list(available)  # a feature has one layer, which may lie elsewhere
+    elif available and len(found) < len(layers):
+        missing = ", ".join(str(layer) for layer in layers if layer not in available)
+        raise RecipeError(
+            f"validate.layers: {missing} without a direction; there is one for {', '.join(map(str, available))}. Name "
+            "these, or 'auto'."
+        )
+    if not found:
+        raise RecipeError(
+            f"validate.layers: the directions of blocks {', '.join(map(str, layers))} are all 0. Name later blocks."
+        )
+    return found
+
+
+def sweep(
+    loaded: Loaded,
+    behaviour: Behaviour,
+    options: Validate,
+    layers: Sequence[int],
+    make: MakeProgram,
+    bench: Bench,
+    score: Score,
+    seed: int,
+    meter: Meter,
+) -> Sweep:
     """Measure every cell by contrast and neutral perplexity, the best layers by generation, and choose.
 
     Chosen is the coherent cell with the highest generation score; the contrast decides between equals.
+
+    Args:
+        bench: the sweep's validation pairs and neutral texts.
     """
-    layers = choose_layers(options, loaded.layout.n_layers)
-    n_pairs = min(options.sweep_pairs, len(behaviour.validation))
+    rungs: list[Rung] = []
+    if options.layers == "search":
+        layers, rungs = search_layers(loaded, behaviour, options, layers, make, meter)
+    cells, effects = measure_layers(bench, options, layers, make, meter)
+    cells = _corrected(cells, effects, seed)
+    cells = _answer_best_layers(loaded, behaviour, options, make, cells, score, meter)
+    best = _choose(cells, options)
+    mine = {c: found for (layer, c), found in effects.items() if layer == best.layer}
+    return Sweep(cells, best, mine, rungs)
+
+
+def measure_layers(
+    bench: Bench, options: Validate, layers: Sequence[int], make: MakeProgram, meter: Meter, margin: float = STOP_MARGIN
+) -> tuple[list[Cell], dict[tuple[int, float], np.ndarray]]:
+    """The cells of every layer, and the effects [n_pairs] of those that were measured; skipped ones say why."""
     cells: list[Cell] = []
     effects: dict[tuple[int, float], np.ndarray] = {}
-    texts = encode_pairs(loaded, behaviour.validation[:n_pairs])
-    neutral = [encode(loaded.tokenizer, text) for text in behaviour.neutral[: options.sweep_neutral]]
-    shared = SharedPrefix(loaded, texts + neutral)
-    base = shared.base()
-    with meter.phase("sweep: log-probability contrast", len(layers) * len(options.coefficients)) as tick:
+    start = 1.0
+    with meter.phase("sweep: log-probability contrast", len(layers)) as tick:
         for layer in layers:
-            shared.advance(make(layer, 1.0).first_layer)
-            for coefficient in options.coefficients:
-                change = shared.under(make(layer, coefficient)) - base
-                effect = contrast_scores(change[: 2 * n_pairs])
-                effects[layer, coefficient] = effect
-                ratio = float(np.exp(-change[2 * n_pairs :].mean()))
-                cells.append(Cell(layer, coefficient, float(effect.mean()), ratio))
-                tick(1)
-    cells = _answer_best_layers(loaded, behaviour, options, make, cells, meter)
-    best = _choose(cells, options)
-    return Sweep(cells, best, {c: effects[best.layer, c] for c in options.coefficients})
+            bench.advance(make(layer, 1.0))
+            if isinstance(options.coefficients, Target):
+                mine = [_solved(bench, options.coefficients, layer, make, start)]
+                start = mine[0].coefficient if not mine[0].skipped else start
+            else:
+                mine = graded(bench, options.coefficients, layer, make, options.max_perplexity_ratio * margin)
+            kept = [cell for cell in mine if not cell.skipped]
+            found = bench.effects([make(layer, cell.coefficient) for cell in kept])
+            by = {cell.coefficient: row for cell, row in zip(kept, found, strict=True)}
+            effects |= {(layer, c): row for c, row in by.items()}
+            cells += [
+                cell if cell.skipped else replace(cell, contrast=float(by[cell.coefficient].mean())) for cell in mine
+            ]
+            tick(1)
+    return cells, effects
+
+
+def graded(bench: Bench, coefficients: Sequence[float], layer: int, make: MakeProgram, ceiling: float) -> list[Cell]:
+    """A layer's cells with their neutral perplexity, each sign in the order of size; past `ceiling` none is run."""
+    found: dict[float, Cell] = {}
+    for sign in (1.0, -1.0):
+        beyond: Cell | None = None
+        for c in sorted((c for c in coefficients if c * sign > 0), key=abs):
+            if beyond is not None:
+                reason = f"coefficient {beyond.coefficient:g} of this layer is beyond the ceiling already"
+                found[c] = Cell(layer, c, skipped=reason)
+                continue
+            ratio = bench.perplexity_ratio(make(layer, c))
+            found[c] = Cell(layer, c, perplexity_ratio=ratio)
+            if not ratio <= ceiling:
+                found[c] = beyond = replace(found[c], skipped=f"neutral perplexity x{ratio:.2f}, beyond x{ceiling:.2f}")
+    return [found[c] for c in dict.fromkeys(coefficients)]
+
+
+def _solved(bench: Bench, target: Target, layer: int, make: MakeProgram, start: float) -> Cell:
+    """The layer's one cell, at the coefficient that a solver finds."""
+
+    def log_ratio(c: float) -> float:
+        return math.log(bench.perplexity_ratio(make(layer, c)))
+
+    if target.ceiling is not None:
+        wanted, words = math.log(target.ceiling), f"a neutral perplexity of x{target.ceiling:g}"
+        found = solve(log_ratio, wanted, below=True, start=start)
+    else:
+        wanted, words = float(target.kl or 0.0), f"KL(steered||base) = {target.kl:g} nats/token"
+        found = solve(lambda c: bench.divergence(make(layer, c)), wanted, below=False, start=start)
+    tried = len(found.evaluations)
+    if found.coefficient is None:
+        largest = max(found.evaluations)
+        return Cell(layer, largest, skipped=f"no coefficient of {tried} up to {largest:.3g} reaches {words}")
+    ratio = bench.perplexity_ratio(make(layer, found.coefficient))
+    return Cell(layer, found.coefficient, perplexity_ratio=ratio, evaluations=tried)
+
+
+def search_layers(
+    loaded: Loaded, behaviour: Behaviour, options: Validate, layers: Sequence[int], make: MakeProgram, meter: Meter
+) -> tuple[list[int], list[Rung]]:
+    """Successive halving of `layers` by the contrast at each layer's largest coherent coefficient."""
+    most = min(options.sweep_pairs, len(behaviour.validation))
+    keep = max(_LAST_LAYERS, options.sweep_layers)
+
+    def measure(pairs: int, left: Sequence[int]) -> dict[int, float]:
+        neutral = max(_FIRST_PAIRS, round(options.sweep_neutral * pairs / most))
+        bench = Bench(loaded, behaviour.validation[:pairs], behaviour.neutral[:neutral])
+        found, start = {}, 1.0
+        for layer in left:
+            bench.advance(make(layer, 1.0))
+            largest = _largest(bench, options, layer, make, start)
+            start = max(map(abs, largest), default=start)
+            effects = bench.effects([make(layer, c) for c in largest])
+            found[layer] = float(max(effects.mean(axis=1), default=-math.inf))
+            tick(1)
+        return found
+
+    with meter.phase("sweep: search over all blocks", 2 * len(layers) - keep) as tick:
+        return halve(layers, _FIRST_PAIRS, most, keep, measure)
+
+
+def _largest(bench: Bench, options: Validate, layer: int, make: MakeProgram, start: float) -> list[float]:
+    """The largest coherent coefficient of each sign, or the solver's."""
+    if isinstance(options.coefficients, Target):
+        cell = _solved(bench, options.coefficients, layer, make, start)
+        return [] if cell.skipped else [cell.coefficient]
+    cells = graded(bench, options.coefficients, layer, make, options.max_perplexity_ratio)
+    coherent = [cell.coefficient for cell in cells if not cell.skipped]
+    ends = {max(coherent, default=0.0), min(coherent, default=0.0)}
+    return [max(coherent, key=abs)] if coherent and min(coherent) * max(coherent) > 0 else sorted(ends - {0.0})
+
+
+def _corrected(cells: Sequence[Cell], effects: dict[tuple[int, float], np.ndarray], seed: int) -> list[Cell]:
+    """Add each measured cell's sign-flip p-value and its q-value over the whole sweep."""
+    p_values = {at: sign_flip(found, seed) for at, found in effects.items()}
+    q_values = dict(zip(p_values, discoveries(list(p_values.values())), strict=True))
+    return [
+        replace(cell, p_value=p_values[at], q_value=q_values[at])
+        if (at := (cell.layer, cell.coefficient)) in p_values
+        else cell
+        for cell in cells
+    ]
 
 
 def _answer_best_layers(
-    loaded: Loaded, behaviour: Behaviour, options: Validate, make: MakeProgram, cells: Sequence[Cell], meter: Meter
+    loaded: Loaded,
+    behaviour: Behaviour,
+    options: Validate,
+    make: MakeProgram,
+    cells: Sequence[Cell],
+    score: Score,
+    meter: Meter,
 ) -> list[Cell]:
     """Add the generation score to the coherent cells of the layers with the strongest contrast."""
-    coherent = [cell for cell in cells if cell.perplexity_ratio <= options.max_perplexity_ratio]
+    coherent = [cell for cell in cells if not cell.skipped and _ratio(cell) <= options.max_perplexity_ratio]
     strongest: dict[int, float] = {}
     for cell in coherent:
-        strongest[cell.layer] = max(cell.contrast, strongest.get(cell.layer, -np.inf))
+        strongest[cell.layer] = max(cell.contrast or 0.0, strongest.get(cell.layer, -np.inf))
     layers = sorted(strongest, key=lambda layer: -strongest[layer])[: options.sweep_layers]
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
     answered: dict[tuple[int, float], Cell] = {}
-    score = options.score.bind(loaded, behaviour)
     with meter.phase("sweep: answers of the best layers", len(layers)) as tick:
         for layer in layers:
             mine = [cell for cell in coherent if cell.layer == layer]
             requests = [Request(prompts, make(layer, cell.coefficient)) for cell in mine]
-            found = answer(loaded, requests, score, options.max_new_tokens)
+            found: list[Answers] = answer(loaded, requests, score, options.max_new_tokens, behaviour.questions)
             for cell, one in zip(mine, found, strict=True):
                 answered[layer, cell.coefficient] = replace(
                     cell, score=float(one.scores.mean()), repetition=float(one.repetition.mean())
@@ -106,14 +265,22 @@ def _answer_best_layers(
     return [answered.get((cell.layer, cell.coefficient), cell) for cell in cells]
 
 
+def _ratio(cell: Cell) -> float:
+    return math.inf if cell.perplexity_ratio is None else cell.perplexity_ratio
+
+
 def _choose(cells: Sequence[Cell], options: Validate) -> Cell:
     coherent = [cell for cell in cells if cell.repetition is not None and cell.repetition <= options.max_repetition]
-    if not coherent:
-        least = min(cells, key=lambda cell: cell.perplexity_ratio)
+    if coherent:
+        return max(coherent, key=lambda cell: (cell.score or 0.0, cell.contrast or 0.0))
+    least = min(cells, key=_ratio)
+    if least.perplexity_ratio is None:
         raise RecipeError(
-            f"validate: no cell of the sweep is coherent. The mildest (layer {least.layer}, coefficient "
-            f"{least.coefficient:g}) makes neutral text {least.perplexity_ratio:.2f}x as perplexing and repeats "
-            f"{'too much' if least.repetition is None else format(least.repetition, '.2f')}; allowed are "
-            f"{options.max_perplexity_ratio:g}x and {options.max_repetition:g}. Try smaller coefficients."
+            f"validate: no layer has a cell to choose: {least.skipped} (layer {block_name(least.layer)})."
         )
-    return max(coherent, key=lambda cell: (cell.score or 0.0, cell.contrast))
+    raise RecipeError(
+        f"validate: no cell of the sweep is coherent. The mildest (layer {block_name(least.layer)}, coefficient "
+        f"{least.coefficient:g}) makes neutral text {least.perplexity_ratio:.2f}x as perplexing and repeats "
+        f"{'too much' if least.repetition is None else format(least.repetition, '.2f')}; allowed are "
+        f"{options.max_perplexity_ratio:g}x and {options.max_repetition:g}. Try smaller coefficients."
+    )

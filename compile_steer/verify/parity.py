@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_json
 from compile_steer.settings import Gates
@@ -14,6 +16,22 @@ PARITY = "parity.json"
 # A compiled model that moves by more or less than this share of the steering has another dose, however
 # small its divergence: a share of KL grows only with the square of the dose's error.
 _DOSE_MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class AdapterControls:
+    """Mean change of log p(positive) - log p(negative) from the base, nats a token, on the first `n_pairs` test pairs.
+
+    `effect` is the adapter's; `random` are adapters of the same rank and norm in every module; `negated` and `halved`
+    are the adapter at scale -1 and 0.5; `mismatched` is the adapter on another behaviour's pairs.
+    """
+
+    effect: float
+    random: list[float]
+    negated: float
+    halved: float
+    mismatched: float | None
+    n_pairs: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class Parity:
     the final hidden state on the steered model's. `recovery` is that of the log-probability contrast on
     test pairs; `score_*` are generation scores on test prompts, their difference with a 90 % interval (TOST:
     equivalent at 5 % where it lies inside the margin). `noise_kl` is what the artifact's precision costs the
-    steered model itself.
+    steered model itself. `controls` are an adapter's.
     """
 
     backend: str
@@ -65,6 +83,7 @@ class Parity:
     sample: str
     sha256: dict[str, str]
     compute_dtype: str
+    controls: AdapterControls | None = None
     passed: bool = False
     reasons: list[str] = field(default_factory=list)
 
@@ -75,10 +94,11 @@ class Parity:
     def load(path: Path) -> Parity:
         """Raises `ArtifactError` for a missing or damaged report."""
         try:
-            return Parity(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return TypeAdapter(Parity).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
             raise ArtifactError(
-                f"{path} is not a parity report ({error}). Make it with 'compile-steer verify'."
+                f"{path} is not a parity report ({reason}). Make it with 'compile-steer verify'."
             ) from error
 
 
@@ -110,5 +130,10 @@ def judge(parity: Parity, gates: Gates) -> list[str]:
     if not parity.neutral_drift_compiled <= allowed_drift:
         reasons.append(
             f"drift on neutral text {parity.neutral_drift_compiled:.4f} nats a token; at most {allowed_drift:.4f}"
+        )
+    if parity.controls is not None and not parity.controls.effect > max(parity.controls.random):
+        reasons.append(
+            f"a random adapter of the same norms moves the test pairs as much ({max(parity.controls.random):.3f} against "
+            f"{parity.controls.effect:.3f} nats a token): what it does is not the behaviour"
         )
     return reasons

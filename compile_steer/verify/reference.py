@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour
+from compile_steer.behaviour import Behaviour, read_pairs
 from compile_steer.contrast import encode_pairs
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
@@ -18,7 +18,10 @@ from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.tokens import encode
+from compile_steer.scoring import Score
+from compile_steer.tokens import Encoded, encode
+
+CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,20 @@ class Behaving:
     sample: str
 
 
-def behave(loaded: Loaded, behaviour: Behaviour, recipe: Recipe, programs: Sequence[Program | None]) -> list[Behaving]:
+def behave(
+    loaded: Loaded, behaviour: Behaviour, recipe: Recipe, score: Score, programs: Sequence[Program | None]
+) -> list[Behaving]:
     """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
     options = recipe.verify
     pairs = encode_pairs(loaded, behaviour.test[: options.pairs])
     prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
-    requests = [Request([*prompts, recipe.ask], program) for program in programs]
-    score = recipe.validate_.score.bind(loaded, behaviour)
-    answers = answer(loaded, requests, score, options.max_new_tokens)
+    requests = [Request(prompts, program) for program in programs]
+    requests += [Request([recipe.ask], program, scored=False) for program in programs]
+    answers = answer(loaded, requests, score, options.max_new_tokens, behaviour.questions)
+    asked, samples = answers[: len(programs)], answers[len(programs) :]
     return [
-        Behaving(contrast(loaded, pairs, program), one.scores[:-1], one.repetition[:-1], one.texts[-1])
-        for program, one in zip(programs, answers, strict=True)
+        Behaving(contrast(loaded, pairs, program), one.scores, one.repetition, sample.texts[0])
+        for program, one, sample in zip(programs, asked, samples, strict=True)
     ]
 
 
@@ -50,6 +56,7 @@ class Reference:
 
     def __init__(self, recipe: Recipe, base: Loaded, program: Program, behaviour: Behaviour, meter: Meter) -> None:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
+        self.score = recipe.validate_.score.bind(base, behaviour)
         self._noise: dict[torch.dtype, Divergence] = {}
         with meter.phase("reference: base and steered model", 4) as tick:
             self.heldout = continue_prompts(
@@ -68,8 +75,17 @@ class Reference:
             self.base_divergence = self.from_steered(base, self.base_heldout)
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
-            self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, [None, program])
+            self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
+            self.mismatched = self._mismatched()
             tick(1)
+
+    def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
+        """Another behaviour's pairs, and the base's contrast on them, if the recipe names them."""
+        path = self.recipe.validate_.mismatched
+        if path is None:
+            return None
+        pairs = encode_pairs(self.base, read_pairs("validate.mismatched", self.recipe.folder / path)[:CONTROL_PAIRS])
+        return pairs, contrast(self.base, pairs)
 
     def from_steered(self, other: Loaded, states: States) -> Divergence:
         """KL(steered || other) at the positions that predict the held-out responses."""

@@ -18,8 +18,9 @@ from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
+from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.parity import PARITY, Parity, judge
-from compile_steer.verify.reference import Behaving, Reference, behave
+from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 _ROUNDED = {"merged-bf16": torch.bfloat16}
@@ -35,12 +36,15 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
     found = reference.from_steered(artifact, states)
-    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, [None])
+    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
     neutral = final_states(artifact, reference.neutral)
     noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
     parity = _measure(reference, origin, states, found, behaving, noise)
     parity = replace(
         parity,
+        controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS)
+        if origin.form == "adapter"
+        else None,
         kl_prompt=reference.prompt_kl(artifact, states),
         neutral_drift_compiled=reference.drift(artifact, neutral),
         same_tokens=_same_tokens(reference, artifact),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compile_steer.behaviour import SPLITS, read_behaviour
+from compile_steer.behaviour import SPLITS, Behaviour, Pairs
 from compile_steer.errors import RecipeError
 from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from compile_steer.tokens import Encoded, Text, batches, encode, pad, prompt_text
@@ -36,6 +36,11 @@ def write(folder: Path, rows: dict[str, list[Row]]) -> dict[str, Path]:
         lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in content]
         files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
+
+
+def read_behaviour(files: dict[str, Path], positive: str, negative: str) -> Behaviour:
+    data = Pairs.model_validate({**files, "positive_template": positive, "negative_template": negative})
+    return data.read(Path("never looked at: the paths are absolute"))
 
 
 def problems(files: dict[str, Path], positive: str = "{prompt} Sing.", negative: str = "{prompt}") -> list[str]:

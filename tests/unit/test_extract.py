@@ -19,12 +19,13 @@ from compile_steer.extract.from_pairs import fit, shuffled_directions
 from compile_steer.program import POINTS, Point, Site
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.settings import Extract, Method
+from compile_steer.settings import Extract, PairMethod, Validate
 from compile_steer.tokens import Text, encode
+from compile_steer.validate.sweep import candidates
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 
 TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
-METHODS: tuple[Method, ...] = ("mean_difference", "pca", "logistic")
+METHODS: tuple[PairMethod, ...] = ("mean_difference", "pca", "logistic")
 
 
 # ------------------------------------------------------------------------------------- activations
@@ -79,7 +80,7 @@ def sides(n: int = 14, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_the_direction_with_its_sign_at_the_mean_difference_s_length(method: Method) -> None:
+def test_every_method_finds_the_direction_with_its_sign_at_the_mean_difference_s_length(method: PairMethod) -> None:
     positive, negative, unit = sides()
     found = fit(positive, negative, method)
     mean = (positive - negative).mean(dim=0)
@@ -141,7 +142,7 @@ def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shuffled_labels_keep_the_length_and_lose_the_direction(method: Method) -> None:
+def test_shuffled_labels_keep_the_length_and_lose_the_direction(method: PairMethod) -> None:
     positive, negative, unit = sides(noise=1.0)
     found = shuffled_directions(positive, negative, method, 5, seed=3)
     assert tuple(found.shape) == (5, 2, HIDDEN)
@@ -223,10 +224,83 @@ def test_sides_that_are_the_same_text_have_no_direction() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equal_embeddings_below_do_not_hide_the_directions_above(method: Method) -> None:
+def test_equal_embeddings_below_do_not_hide_the_directions_above(method: PairMethod) -> None:
     """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
     options = recipe(point="resid_pre", readout="last_prompt", method=method)
     found = extract(options, loaded("llama"), behaviour(*PAIRS), "", Meter())
     assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1
     assert bool(torch.isfinite(found.vectors).all())
     assert bool(torch.isfinite(found.shuffled).all())
+
+
+# ------------------------------------------------------------------------ clamps, lengths, other layers
+
+
+ASKED = tuple(
+    replace(p, positive=Text(f"{p.prompt} w90 w{20 + n}"), negative=Text(p.prompt)) for n, p in enumerate(PAIRS)
+)
+
+
+def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> None:
+    """u = normalised mean of x(q + instruction) - x(q), t = mean of x(q + instruction) . u, both at the last token."""
+    one = loaded("llama")
+    found = extract(recipe(readout="last_prompt", operation="clamp"), one, behaviour(*ASKED), "", Meter())
+    states = []
+    for side in ([p.positive for p in ASKED], [p.negative for p in ASKED]):
+        rows = []
+        for text in side:
+            with captured("llama", one.model) as streams:
+                logits(one.model, Padded.of([encode(one.tokenizer, text)], "right"))
+            rows.append(streams.after[2][0, -1])
+        states.append(torch.stack(rows))
+    mean = (states[0] - states[1]).mean(dim=0)
+    unit = mean / mean.norm()
+    intervention = found.program(2, 0.8, "all").interventions[0]
+    assert (intervention.operation, intervention.coefficient) == ("clamp", 0.8)
+    assert torch.allclose(intervention.vector, unit, atol=1e-5)
+    assert intervention.projection == pytest.approx(float((states[0] @ unit).mean()), rel=1e-4)
+
+
+def test_a_response_that_is_not_read_changes_nothing() -> None:
+    answered = [replace(p, positive=replace(p.positive, response="w33 w34")) for p in ASKED]
+    options = recipe(readout="last_prompt")
+    first, second = (extract(options, loaded("llama"), behaviour(*pairs), "", Meter()) for pairs in (ASKED, answered))
+    assert torch.equal(first.vectors, second.vectors)
+
+
+def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
+    one = loaded("granite")
+    neutral = (Text("w8 w9", "w10 w11 w12"), Text("w13", "w14 w15"), Text("w40 w41", "w42"))
+    whole = replace(behaviour(*PAIRS), neutral=neutral)
+    own, unit, stream = (
+        extract(recipe(length=length, point="mlp_out"), one, whole, "", Meter()) for length in ("own", "unit", "stream")
+    )
+    norms: list[list[float]] = [[] for _ in range(LAYERS)]
+    for text in neutral:
+        with captured("granite", one.model) as streams:
+            logits(one.model, Padded.of([encode(one.tokenizer, text)], "right"))
+        for layer in range(LAYERS):
+            norms[layer] += streams.mlp[layer][0].norm(dim=-1).tolist()
+    median = torch.tensor(norms).median(dim=1).values
+    assert torch.allclose(unit.vectors.norm(dim=-1), torch.ones(LAYERS), atol=1e-5)
+    assert torch.allclose(stream.vectors.norm(dim=-1), median, rtol=1e-4)
+    assert torch.allclose(stream.shuffled.norm(dim=-1), median.expand(5, LAYERS), rtol=1e-4)
+    for other in (unit, stream):
+        assert torch.nn.functional.cosine_similarity(other.vectors, own.vectors).min() > 0.9999
+
+
+def test_only_layers_with_a_direction_are_swept() -> None:
+    found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Meter())
+    assert found.layers == tuple(range(LAYERS))
+    options = recipe().validate_
+    assert candidates(options, found) == [1, 2, 3]
+    one = replace(found, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, found.vectors, 0.0))
+    assert one.layers == (3,)
+    assert candidates(options, one) == [3]
+    assert candidates(options.model_copy(update={"layers": (3,)}), one) == [3]
+    with pytest.raises(RecipeError, match=r"validate\.layers: 0, 2 without a direction; there is one for 3"):
+        candidates(options.model_copy(update={"layers": (2, 0, 3)}), one)
+
+
+def test_negative_coefficients_are_legal_for_exclusion() -> None:
+    assert Validate.model_validate({"score": {"kind": "lowercase"}, "coefficients": [-1.5]}).coefficients == (-1.5,)

@@ -296,13 +296,13 @@ def test_cached_generation_is_one_pass_over_all_with_explicit_roles(family: str)
 
 def by_row(family: str) -> list[Program]:
     """Programs of one shape: other vectors and doses, one of them the base."""
-    points: tuple[Point, ...] = ("attn_out", "resid_post")
+    parts: tuple[tuple[OperationName, Point], ...] = (("add", "attn_out"), ("clamp", "mlp_out"), ("add", "resid_post"))
     programs = [
         program(
             family,
             *(
-                intervention("add", point, 1, positions="last_prompt+response", coefficient=c, seed=10 * row + n)
-                for n, point in enumerate(points)
+                intervention(op, point, 1, positions="last_prompt+response", coefficient=c, seed=10 * row + n)
+                for n, (op, point) in enumerate(parts)
             ),
         )
         for row, c in enumerate((1.7, -0.8, 2.3))
@@ -342,7 +342,7 @@ def test_rows_that_do_not_share_a_shape_are_refused() -> None:
         "same number of interventions": [one, program("llama", intervention(), intervention(layer=2))],
         "must share sites": [one, program("llama", intervention(layer=2))],
         "share sites, operations and positions": [one, program("llama", intervention(positions="response"))],
-        "only 'add' can differ": [program("llama", intervention("ablate", seed=n)) for n in range(2)],
+        "sites, operations": [program("llama", intervention("ablate")), program("llama", intervention("clamp"))],
     }
     for message, programs in refused.items():
         with pytest.raises(ArtifactError, match=message), steered(model, programs):

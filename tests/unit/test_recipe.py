@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from compile_steer.behaviour import SPLITS
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import Recipe, read_recipe
 
@@ -50,10 +51,11 @@ def test_a_good_recipe_is_read_and_its_paths_are_relative_to_its_folder(tmp_path
     assert found.validate_.coefficients == (-0.5, 1.0, 2.0)
     assert found.compile.closed_form.stages is not None
     assert [(s.offset, s.writer, s.rank) for s in found.compile.closed_form.stages] == [(0, "mlp", 1), (1, "attn", 4)]
-    files = found.data.files(found.folder)
-    assert files["train"] == tmp_path / "a" / "train.jsonl"
-    assert files["calibration"] == Path("/abs/calibration.jsonl")
-    assert list(files) == ["train", "validation", "test", "neutral", "heldout", "calibration"]
+    with pytest.raises(RecipeError) as caught:
+        found.data.read(found.folder)
+    where = [line.split()[1] for line in caught.value.problems]
+    names = ("a/train", "validation", "test", "neutral", "heldout")
+    assert where == [*(str(tmp_path / f"{name}.jsonl") for name in names), "/abs/calibration.jsonl"]
 
 
 def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None
         ),
         (
             ("max_words: 12", "max_wrds: 12"),
-            "tiny.yaml: validate.score.length.max_wrds: unknown key; did you mean 'max_words'?",
+            "tiny.yaml: validate.score.max_wrds: unknown key; did you mean 'max_words'?",
         ),
         (
             ("offset: 0", "ofset: 0"),
@@ -83,6 +85,56 @@ def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None
 )
 def test_a_misspelt_key_is_answered_with_the_likely_one(tmp_path: Path, wrong: tuple[str, str], line: str) -> None:
     assert line in problems(tmp_path, GOOD.replace(*wrong, 1))
+
+
+_PARTS = "score: {kind: all, all_of: [{kind: lowercase}, {kind: keywords, patterns: [sea]}]}"
+
+
+@pytest.mark.parametrize(
+    ("score", "line"),
+    [
+        (
+            _PARTS.replace("patterns", "patern"),
+            "validate.score.all_of.1.patern: unknown key; did you mean 'patterns'?",
+        ),
+        (_PARTS.replace("patterns: [sea]", "absent: [sea]"), "validate.score.all_of.1.patterns: missing."),
+        (_PARTS.replace("all_of", "al_of"), "validate.score.al_of: unknown key; did you mean 'all_of'?"),
+        ("score: {kind: repetition, mx: .3}", "validate.score.mx: unknown key; did you mean 'max'?"),
+        (
+            "score: {kind: judge, base_ur: 'http://localhost'}",
+            "validate.score.base_ur: unknown key; did you mean 'base_url'?",
+        ),
+        ("score: {kind: ended, max: 3}", "validate.score.max: unknown key; known here: kind."),
+    ],
+)
+def test_a_misspelt_key_of_a_scorer_is_answered_in_its_own_terms(tmp_path: Path, score: str, line: str) -> None:
+    assert f"tiny.yaml: {line}" in problems(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score))
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        ("score: {kind: keyword}", "validate.score.kind: found 'keyword'; needed: 'keywords', 'lowercase', 'length', "),
+        (
+            "score: {kind: all, all_of: [{kind: lowercase}, {kind: all}]}",
+            "validate.score.all_of.1.kind: found 'all'; needed: ",
+        ),
+        ("score: {kind: length}", "give max_words, min_words, or both"),
+        ("score: {max_words: 3}", "unable to extract tag using discriminator 'kind'"),
+        ("score: {kind: choice}\n  positions: response", "a choice is made at the prompt's last token"),
+        (
+            "score: {kind: all, all_of: [{kind: ended}, {kind: choice}]}\n  positions: response",
+            "a choice is made at the prompt's last token",
+        ),
+    ],
+)
+def test_a_scorer_that_cannot_be_is_refused_in_words(tmp_path: Path, score: str, words: str) -> None:
+    assert words in "\n".join(problems(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)))
+
+
+def test_a_choice_may_be_steered_where_it_is_made(tmp_path: Path) -> None:
+    score = "score: {kind: choice}\n  positions: last_prompt+response"
+    assert read(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)).validate_.score.kind == "choice"
 
 
 def test_a_key_unlike_any_is_answered_with_the_known_ones(tmp_path: Path) -> None:
@@ -110,7 +162,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
     assert "found 0; input should be greater than or equal to 1." in by_key["compile.closed_form.stages.1.rank"]
     assert "found 'many'; input should be a valid integer" in by_key["seed"]
     assert "a coefficient of 0 steers nothing" in by_key["validate.coefficients"]
-    assert "'mean_difference', 'pca', 'logistic' or 'trained'" in by_key["extract.method"]
+    assert "'mean_difference', 'pca', 'logistic', " in by_key["extract.method"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +170,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
     [
         (("name: tiny", "name: ../tiny"), "name"),
         (("kind: length", "kind: vibes"), "validate.score"),
-        (("max_words: 12", "max_words: twelve"), "validate.score.length.max_words"),
+        (("max_words: 12", "max_words: twelve"), "validate.score.max_words"),
         (("[closed_form, distill]", "[closed_form, magic]"), "compile.backends"),
         (("writer: mlp", "writer: head"), "compile.closed_form.stages.0.writer"),
         (("coefficients:", "positions: everywhere\n  coefficients:"), "validate.positions"),
@@ -178,6 +230,14 @@ def test_a_value_set_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("compile.distill.epoch=3", "compile.distill.epoch: unknown key; did you mean 'epochs'?"),
         ("seed=x", "seed: found 'x'; input should be a valid integer"),
         ("folder=/tmp", "folder: unknown key"),
+        (
+            "data.kind=songs",
+            "tiny.yaml: data.kind: found 'songs'; needed: 'pairs', 'choices', 'instructions', 'written'.",
+        ),
+        ("validate.score.kind=vibes", "tiny.yaml: validate.score.kind: found 'vibes'; needed: 'keywords', "),
+        ("data.test=3", "tiny.yaml: data.test: found 3; input is not a valid path"),
+        ("data.test={split: train}", "tiny.yaml: data.test.source: missing."),
+        ("data.write={tries: 2}", "tiny.yaml: data.write: unknown key; known here: "),
     ],
 )
 def test_a_bad_set_is_refused(tmp_path: Path, change: str, message: str) -> None:
@@ -203,7 +263,7 @@ def test_the_hash_follows_every_setting_but_not_the_folder(tmp_path: Path) -> No
 def test_a_part_holds_the_named_sections_alone(tmp_path: Path) -> None:
     found = read(tmp_path).part("extract", "validate")
     assert list(found) == ["extract", "validate"]
-    assert found["validate"]["score"] == {"kind": "length", "max_words": 12}
+    assert found["validate"]["score"] == {"kind": "length", "min_words": 1, "max_words": 12}
 
 
 def test_the_shipped_recipes_can_be_read() -> None:
@@ -211,4 +271,4 @@ def test_the_shipped_recipes_can_be_read() -> None:
     assert recipes
     for path in recipes:
         recipe = read_recipe(path)
-        assert all(file.is_file() for file in recipe.data.files(recipe.folder).values())
+        assert min(len(recipe.data.read(recipe.folder).split(name)) for name in SPLITS) >= 16

@@ -13,7 +13,7 @@ from compile_steer.behaviour import Pair
 from compile_steer.contrast import contrast_scores, encode_pairs, mean_log_probabilities
 from compile_steer.hooks import steered
 from compile_steer.replay import run_span
-from compile_steer.scoring import Keywords, Length, Lowercase, Scorer, repetition
+from compile_steer.scoring import Keywords, Length, Lowercase, Repetition, Scorer, repetition
 from compile_steer.tokens import Batch, Text, encode
 from tests.tiny import intervention, loaded, program, texts
 
@@ -54,6 +54,28 @@ def test_length_counts_words_and_an_empty_answer_is_not_short(text: str, score: 
     assert Length(kind="length", max_words=3).score(text) == score
 
 
+@pytest.mark.parametrize(("text", "score"), [("", 0.0), ("a b", 0.0), ("a b c", 1.0), ("a b c d", 1.0)])
+def test_length_can_ask_for_many_words_as_well(text: str, score: float) -> None:
+    assert Length(kind="length", min_words=3).score(text) == score
+    assert Length(kind="length", min_words=3, max_words=3).score(text) == float(score and text == "a b c")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("", 0.0), (" ", 0.0), ("a b c d e", 1.0), ("a b c a b c", 1.0), ("go " * 12, 0.0)]
+)
+def test_repetition_as_a_scorer_is_a_limit_on_its_share_and_no_text_is_no_good_text(text: str, score: float) -> None:
+    assert Repetition(kind="repetition", max=0.25).score(text) == score
+
+
+def test_what_each_scorer_of_text_gets_wrong_is_what_its_docstring_says() -> None:
+    assert keywords(r"\bsea\b").score("I know nothing of the sea.") == 1.0
+    assert Lowercase(kind="lowercase").score("the the the the the the") == 1.0
+    assert Length(kind="length", min_words=50).score("long " * 60) == 1.0
+    assert Length(kind="length", max_words=5).score("It is because of the") == 1.0, "stopped at the limit of new tokens"
+    same = "the sea is wide and the ocean is broad and the water is large and the deep is vast"
+    assert Repetition(kind="repetition", max=0.2).score(same) == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "share"),
     [("", 0.0), ("a b", 0.0), ("a b c d e", 0.0), ("a b c a b c", 0.25), ("A a a a a", 2 / 3), ("go " * 12, 0.9)],
@@ -70,6 +92,16 @@ def test_a_score_is_chosen_by_its_kind_and_bad_ones_are_refused() -> None:
         {"kind": "keywords", "patterns": ["("]},
         {"kind": "keywords", "patterns": ["a"], "absent": ["["]},
         {"kind": "length", "max_words": 0},
+        {"kind": "length"},
+        {"kind": "length", "min_words": 5, "max_words": 4},
+        {"kind": "repetition", "max": 1},
+        {"kind": "perplexity"},
+        {"kind": "perplexity", "max": 1},
+        {"kind": "ifeval", "arguments": {"keywords": ["a"]}},
+        {"kind": "classifier", "model": "folder"},
+        {"kind": "classifier", "label": "ocean"},
+        {"kind": "all", "all_of": [{"kind": "lowercase"}]},
+        {"kind": "all", "all_of": [{"kind": "lowercase"}, {"kind": "all", "all_of": []}]},
         {"kind": "lowercase", "max_words": 2},
         {"kind": "vibes"},
     ):

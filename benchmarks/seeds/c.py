@@ -1,0 +1,136 @@
+"""Seed C, 'the steering vector is the prototype, training is production': listening against suggesting.
+
+python -m benchmarks.seeds.c
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.ocean import ocean, opened
+from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
+from compile_steer.activations import read_activations
+from compile_steer.contrast import encode_pairs
+from compile_steer.directions import Directions
+from compile_steer.metrics import bootstrap_mean
+from compile_steer.observe import contrast
+from compile_steer.pipeline import artifacts, run_compile, run_extract, run_merge, run_validate, run_verify
+from compile_steer.program import Program
+from compile_steer.progress import BarMeter, Meter
+from compile_steer.run import Run, load_program
+from compile_steer.validate import ValidationReport
+from compile_steer.validate.controls import separability
+from compile_steer.verify import Parity
+
+DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS, EVERY = 16, 8, 32, 32, 3
+SETTINGS = ["compile.backends=[bias, closed_form]", "verify.forms=[merged-fp32]"]
+OCEAN_BLOCK, OCEAN_DOSE = 10, 2.0
+
+
+def section(meter: Meter) -> list[str]:
+    """The Markdown of seed C, measured now."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = opened("listening", SETTINGS, Path(folder), meter)
+        directions = run_extract(run)
+        report = run_validate(run)
+        program = load_program(run)
+        run_compile(run, force=True)
+        run_merge(run)
+        parities = run_verify(run, artifacts(run))
+        other = ocean([], Path(folder), meter)
+        sea = run_extract(other).program(OCEAN_BLOCK, OCEAN_DOSE, "all")
+        return [
+            "## C. The vector is the prototype, the weights are the product (listening)",
+            "",
+            f"`recipes/listening.yaml`: {run.recipe.extract.pairs} matched pairs make the direction, "
+            f"{len(run.behaviour.test)} novel scenarios test it.",
+            "",
+            *_by_block(run, directions),
+            *_verdict(report),
+            *_dose(run, directions, report),
+            *_toggled(run, other, program, sea),
+            *_compiled(parities),
+        ]
+
+
+def _by_block(run: Run, directions: Directions) -> list[str]:
+    """The difference at each block: its length, and how it tells the test pairs apart."""
+    sides = [p.positive for p in run.behaviour.test], [p.negative for p in run.behaviour.test]
+    options = run.recipe.extract
+    high, low = (read_activations(run.loaded, side, point=options.point, readout=options.readout) for side in sides)
+    blocks = range(0, run.loaded.layout.n_layers, EVERY)
+    found = [separability(high[:, k], low[:, k], directions.vectors[k]) for k in blocks]
+    return [
+        "| block | " + " | ".join(map(str, blocks)) + " |",
+        "|---" * (len(blocks) + 1) + "|",
+        "| length of the mean difference | "
+        + " | ".join(f"{float(directions.vectors[k].norm()):.1f}" for k in blocks)
+        + " |",
+        "| AUROC on test pairs | " + " | ".join(f"{one.auroc:.2f}" for one in found) + " |",
+        "",
+    ]
+
+
+def _verdict(report: ValidationReport) -> list[str]:
+    where = f"block {report.layer}, coefficient {report.coefficient:g}"
+    return [f"Validation: **{report.verdict}** ({where}).", "", *(f"- {reason}" for reason in report.reasons), ""]
+
+
+def _dose(run: Run, directions: Directions, report: ValidationReport) -> list[str]:
+    """The strength, up to over-correction."""
+    dial = Dial(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
+    readings = dial.read([directions.program(report.layer, dose, "all") for dose in DOSES])
+    rows = [
+        f"| {dose:g} | {one.row(run.recipe.seed)} | {one.sample[:70]} |"
+        for dose, one in zip(DOSES, readings, strict=True)
+    ]
+    return [f"| coefficient | {HEADER} | {run.recipe.ask} |", f"|---|{RULE}|---|", *rows, ""]
+
+
+def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str]:
+    """Two vectors at once, each switched and scaled by itself: the effect on the pairs of both behaviours."""
+    both = listening + sea
+    settings = {
+        "listening": both.toggled(1, False),
+        "ocean": both.toggled(0, False),
+        "both": both,
+        "both, ocean at half": both.scaled(0.5, 1),
+        "both, listening negated": both.scaled(-1.0, 0),
+    }
+    lines = ["| switched on | on listening, nats/token | on ocean, nats/token |", "|---|---|---|"]
+    pairs = [encode_pairs(one.loaded, one.behaviour.test[:PAIRS]) for one in (run, other)]
+    base = [contrast(run.loaded, some) for some in pairs]
+    for name, program in settings.items():
+        cells = [
+            signed(bootstrap_mean(contrast(run.loaded, some, program) - before, seed=run.recipe.seed))
+            for some, before in zip(pairs, base, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _compiled(parities: list[Parity]) -> list[str]:
+    """The hook removed: what stays."""
+    rows = [
+        f"| {one.backend} {one.form} | {one.kl_per_token:.1e} | {one.kl_share:.2%} | {one.top1_agreement:.1%} | "
+        f"{one.recovery or 0:.3f} [{one.recovery_low or 0:.3f}, {one.recovery_high or 0:.3f}] | "
+        f"{one.score_base:.2f} / {one.score_steered:.2f} / {one.score_compiled:.2f} | {one.hidden_error:.1e} |"
+        for one in parities
+    ]
+    return [
+        "The hook removed, the weights reloaded from disk:",
+        "",
+        "| artifact | KL | share | top-1 | recovery | score: base / steered / compiled | error of hidden states |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    console = Console(width=160)
+    console.print("\n".join(section(BarMeter(console))), markup=False)

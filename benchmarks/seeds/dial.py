@@ -1,0 +1,107 @@
+"""What programs do to a behaviour, dose by dose: contrast, score, coherence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compile_steer.answers import Request, answer
+from compile_steer.contrast import encode_pairs, mean_log_probabilities
+from compile_steer.hooks import PAD, steered
+from compile_steer.metrics import Interval, bootstrap_mean
+from compile_steer.observe import contrast
+from compile_steer.program import Program
+from compile_steer.replay import run_span
+from compile_steer.run import Run
+from compile_steer.tokens import Batch, batches, encode
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One program: the change of each test pair's contrast [n] (nats a token), the scores of answers to test
+    prompts [m], neutral perplexity over the base's, repeated 3-grams and ended turns of the answers, one answer."""
+
+    effects: np.ndarray
+    scores: np.ndarray
+    perplexity_ratio: float
+    repetition: float
+    ended: float
+    sample: str
+
+    def row(self, seed: int) -> str:
+        """Cells of a Markdown table, with 95 % bootstrap intervals over pairs and prompts."""
+        effect, score = (bootstrap_mean(values, seed=seed) for values in (self.effects, self.scores))
+        return f"{signed(effect)} | {score} | x{self.perplexity_ratio:.2f} | {self.repetition:.2f} | {self.ended:.0%}"
+
+
+HEADER = "effect, nats/token | score | neutral perplexity | repetition | ended"
+RULE = "---|---|---|---|---"
+
+
+def signed(interval: Interval) -> str:
+    """An interval of a change."""
+    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How much is read at each setting."""
+
+    run: Run
+    pairs: int
+    neutral: int
+    prompts: int
+    max_new_tokens: int
+
+    def read(self, programs: Sequence[Program]) -> list[Reading]:
+        """One reading a program; they must share sites, operations and positions (their answers are one batch)."""
+        loaded, behaviour, recipe = self.run.loaded, self.run.behaviour, self.run.recipe
+        pairs = encode_pairs(loaded, behaviour.test[: self.pairs])
+        base = contrast(loaded, pairs)
+        effects = [contrast(loaded, pairs, program) - base for program in programs]
+        neutral = self._neutral(None)
+        ratios = [float(np.exp(neutral - self._neutral(program))) for program in programs]
+        prompts = [pair.prompt for pair in behaviour.test[: self.prompts]]
+        score = recipe.validate_.score.bind(loaded, behaviour)
+        requests = [Request([*prompts, recipe.ask], program) for program in programs]
+        answers = answer(loaded, requests, score, self.max_new_tokens)
+        return [
+            Reading(
+                effect,
+                one.scores[:-1],
+                ratio,
+                float(one.repetition[:-1].mean()),
+                float(one.ended[:-1].mean()),
+                " ".join(one.texts[-1].split()),
+            )
+            for effect, ratio, one in zip(effects, ratios, answers, strict=True)
+        ]
+
+    def _neutral(self, program: Program | None) -> float:
+        """Mean log-probability of the neutral responses, nats a token."""
+        loaded = self.run.loaded
+        texts = [encode(loaded.tokenizer, text) for text in self.run.behaviour.neutral[: self.neutral]]
+
+        def final(batch: Batch) -> torch.Tensor:
+            with steered(loaded.model, program or Program((), loaded.id, loaded.revision), roles=batch.roles):
+                return run_span(loaded.model, batch.input_ids, batch.attention_mask)
+
+        return float(mean_log_probabilities(loaded, texts, final=final).mean())
+
+
+def stream(run: Run, layer: int, count: int) -> torch.Tensor:
+    """The base's residual stream after block `layer` on neutral text, [n_tokens, d_model], without each text's
+    first token, whose norm is a hundred times the others' in many models."""
+    loaded, found = run.loaded, []
+    encoded = [encode(loaded.tokenizer, text) for text in run.behaviour.neutral[:count]]
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        with torch.no_grad():
+            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
+        real = batch.roles != PAD
+        first = real & (real.cumsum(dim=1) == 1)
+        found.append(hidden[real & ~first].float().cpu())
+    return torch.cat(found)

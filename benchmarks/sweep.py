@@ -1,0 +1,242 @@
+"""What a sweep costs: the plain loop of forwards against ours, the solver and the layer search against the fine grid.
+
+    python -m benchmarks.sweep
+
+The ways take turns on the same texts, and ratios are within one run: these machines are shared.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from benchmarks.ocean import ROOT, machine, ocean
+from compile_steer.contrast import contrast_scores, encode_pairs
+from compile_steer.directions import Directions
+from compile_steer.files import save_text
+from compile_steer.hooks import steered
+from compile_steer.metrics import log_softmax
+from compile_steer.pipeline import run_extract
+from compile_steer.program import Program
+from compile_steer.progress import BarMeter, Meter
+from compile_steer.run import Run
+from compile_steer.settings import Validate
+from compile_steer.tokens import batches, encode
+from compile_steer.validate.measure import Bench
+from compile_steer.validate.report import Cell
+from compile_steer.validate.sweep import measure_layers, search_layers
+
+LAYERS = tuple(range(1, 30, 3))
+COEFFICIENTS = (1.0, 1.5, 2.0, 2.5, 3.0)
+FINE = tuple(round(1.2 * 1.1**k, 4) for k in range(14))
+SETTINGS = ["validate.sweep_pairs=8", "validate.sweep_neutral=6"]
+BASELINE = "plain loop"
+CEILING, NATS = 1.3, 0.5
+
+
+Scores = dict[tuple[int, float], tuple[float, float]]
+"""Contrast and perplexity ratio by layer and coefficient."""
+Way = Callable[[int], Scores]
+"""The cells of one layer."""
+
+
+@dataclass
+class Arm:
+    """One way to sweep: its start-up (the base's scores) gives the step that measures a layer; seconds in all."""
+
+    start: Callable[[], Way]
+    cells: Scores
+    seconds: float = 0.0
+
+
+def plain(run: Run, directions: Directions, options: Validate) -> Way:
+    """For each cell: hooks on, a full forward of all texts, all logits, the response's log-probabilities."""
+    n = options.sweep_pairs
+    texts = encode_pairs(run.loaded, run.behaviour.validation[:n])
+    texts += [encode(run.loaded.tokenizer, text) for text in run.behaviour.neutral[: options.sweep_neutral]]
+
+    def scores(program: Program | None) -> np.ndarray:
+        found = np.zeros(len(texts))
+        for batch in batches(texts, int(run.loaded.tokenizer.pad_token_id)):
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            hooks = nullcontext() if program is None else steered(run.loaded.model, program, roles=batch.roles)
+            with torch.no_grad(), hooks:
+                logits = run.loaded.model(**inputs).logits
+            targets = batch.input_ids[:, 1:].unsqueeze(-1)
+            log_p = log_softmax(logits[:, :-1]).gather(-1, targets).squeeze(-1)
+            chosen = batch.predicts_response[:, :-1]
+            found[list(batch.rows)] = ((log_p * chosen).sum(dim=1) / chosen.sum(dim=1)).numpy()
+        return found
+
+    base = scores(None)
+
+    def step(layer: int) -> Scores:
+        cells = {}
+        for c in COEFFICIENTS:
+            change = scores(directions.program(layer, c, options.positions)) - base
+            effect = float(contrast_scores(change[: 2 * n]).mean())
+            cells[layer, c] = effect, float(np.exp(-change[2 * n :].mean()))
+        return cells
+
+    return step
+
+
+def ours(run: Run, directions: Directions, options: Validate, margin: float) -> Way:
+    """The sweep as `validate` runs it, before any answers; `margin` infinite: without early stopping."""
+    bench = _bench(run, options)
+
+    def step(layer: int) -> Scores:
+        return {
+            (cell.layer, cell.coefficient): (cell.contrast, cell.perplexity_ratio)
+            for cell in _measured(bench, directions, options, [layer], margin)
+            if cell.contrast is not None and cell.perplexity_ratio is not None
+        }
+
+    return step
+
+
+def _bench(run: Run, options: Validate) -> Bench:
+    pairs = run.behaviour.validation[: options.sweep_pairs]
+    return Bench(run.loaded, pairs, run.behaviour.neutral[: options.sweep_neutral])
+
+
+def _measured(
+    bench: Bench, directions: Directions, options: Validate, layers: Sequence[int], margin: float = 1.1
+) -> list[Cell]:
+    def make(layer: int, coefficient: float) -> Program:
+        return directions.program(layer, coefficient, options.positions)
+
+    return measure_layers(bench, options, layers, make, Meter(), margin)[0]
+
+
+def cost(run: Run, directions: Directions, options: Validate, meter: Meter) -> dict[str, Arm]:
+    """Every way in turn, layer by layer."""
+    grid = options.model_copy(update={"coefficients": COEFFICIENTS})
+    arms = {
+        BASELINE: Arm(lambda: plain(run, directions, grid), {}),
+        "ours, every cell": Arm(lambda: ours(run, directions, grid, math.inf), {}),
+        "ours, stopping at the ceiling": Arm(lambda: ours(run, directions, grid, 1.1), {}),
+    }
+    steps: dict[str, Way] = {}
+    with meter.phase("plain loop and ours in turn", len(LAYERS)) as tick:
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            steps[name] = arm.start()
+            arm.seconds += time.perf_counter() - started
+        for layer in LAYERS:
+            for name, arm in arms.items():
+                started = time.perf_counter()
+                arm.cells.update(steps[name](layer))
+                arm.seconds += time.perf_counter() - started
+            tick(1)
+    return arms
+
+
+def cost_table(arms: dict[str, Arm]) -> list[str]:
+    """Seconds, cells and the largest difference of any score from the plain loop's."""
+    baseline = arms[BASELINE]
+    lines = [
+        "| | seconds | cells run | times cheaper | largest score difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        gap = max(
+            abs(found - wanted)
+            for cell, scores in arm.cells.items()
+            for found, wanted in zip(scores, baseline.cells[cell], strict=True)
+        )
+        ratio, cells = baseline.seconds / arm.seconds, f"{len(arm.cells)} of {len(baseline.cells)}"
+        lines.append(f"| {name} | {arm.seconds:.0f} | {cells} | {ratio:.1f} | {gap:.1e} |")
+    return lines
+
+
+def solver_table(run: Run, directions: Directions, options: Validate, layers: Sequence[int]) -> list[str]:
+    """The solver's coefficient beside the fine grid's, with what either evaluated."""
+    fine = options.model_copy(update={"coefficients": FINE})
+    lines = ["| block | target | fine grid | solver | evaluations, grid | solver |", "|---|---|---|---|---|---|"]
+    for layer in layers:
+        bench = _bench(run, options)
+        cells = _measured(bench, directions, fine, [layer], math.inf)
+        below = [c for c in cells if (c.perplexity_ratio or math.inf) <= CEILING]
+        nats = {c: bench.divergence(directions.program(layer, c, options.positions)) for c in FINE}
+        nearest = min(nats, key=lambda c: abs(nats[c] - NATS))
+        largest = max(c.coefficient for c in below)
+        for target, wanted in (({"ceiling": CEILING}, largest), ({"kl": NATS}, nearest)):
+            chosen = Validate.model_validate({**options.model_dump(), "coefficients": target})
+            (cell,) = _measured(bench, directions, chosen, [layer])
+            words = ", ".join(f"{key} {value:g}" for key, value in target.items())
+            lines.append(
+                f"| {layer} | {words} | {wanted:.3f} | {cell.coefficient:.3f} | {len(FINE)} | {cell.evaluations} |"
+            )
+    return lines
+
+
+def search_table(run: Run, directions: Directions, options: Validate) -> list[str]:
+    """Successive halving beside the grid over all blocks: the best coherent cell, and the work."""
+    grid = options.model_copy(update={"coefficients": COEFFICIENTS[1:4], "layers": "search"})
+
+    def make(layer: int, coefficient: float) -> Program:
+        return directions.program(layer, coefficient, options.positions)
+
+    lines = ["| | best block | coefficient | contrast | seconds |", "|---|---|---|---|---|"]
+    every = range(directions.vectors.shape[0])
+    started = time.perf_counter()
+    cells = _measured(_bench(run, grid), directions, grid, every, math.inf)
+    lines.append(_best("whole grid", cells, time.perf_counter() - started))
+    started = time.perf_counter()
+    left, _rungs = search_layers(run.loaded, run.behaviour, grid, every, make, Meter())
+    cells = _measured(_bench(run, grid), directions, grid, left)
+    lines.append(_best("successive halving", cells, time.perf_counter() - started))
+    return lines
+
+
+def _best(name: str, cells: Sequence[Cell], seconds: float) -> str:
+    coherent = [c for c in cells if c.contrast is not None and (c.perplexity_ratio or math.inf) <= CEILING]
+    best = max(coherent, key=lambda cell: cell.contrast or 0.0)
+    return f"| {name} | {best.layer} | {best.coefficient:g} | {best.contrast:+.3f} | {seconds:.0f} |"
+
+
+def main() -> None:
+    """Measure everything and write docs/SWEEP.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = ocean(SETTINGS, Path(folder), BarMeter(Console()))
+        directions, options = run_extract(run), run.recipe.validate_
+        costs = cost_table(cost(run, directions, options, run.meter))
+        solved = solver_table(run, directions, options, (10, 14))
+        searched = search_table(run, directions, options)
+    page = [
+        "# What a sweep costs",
+        "",
+        "Written by `python -m benchmarks.sweep`; do not edit.",
+        "",
+        f"{machine()} The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} neutral texts. The plain "
+        f"loop runs every text through the whole model, with all logits, for each of {len(LAYERS)} blocks and {len(COEFFICIENTS)} "
+        "coefficients. The ways take turns block by block.",
+        "",
+        *costs,
+        "",
+        f"The solver against a grid of {len(FINE)} coefficients, each 10 % above the one before; its tolerance is 2 % (the grid's "
+        "answer lies up to 10 % below the exact one for a ceiling, and up to 5 % to either side for a divergence):",
+        "",
+        *solved,
+        "",
+        f"The layer search over all blocks with {len(COEFFICIENTS[1:4])} coefficients against the whole grid: the best cell with a "
+        f"neutral perplexity of at most x{CEILING:g}, by contrast:",
+        "",
+        *searched,
+        "",
+    ]
+    save_text(ROOT / "docs" / "SWEEP.md", "\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

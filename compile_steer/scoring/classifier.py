@@ -1,0 +1,124 @@
+"""A small local classifier that learns the behaviour from the data's own texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline, make_union
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from compile_steer.behaviour import Behaviour, Pair
+from compile_steer.errors import RecipeError
+from compile_steer.models import Loaded, quiet
+from compile_steer.scoring.reply import Reply, Score, ScorerBase
+
+_BATCH = 32
+Probability = Callable[[Sequence[str]], np.ndarray]
+
+
+class Classifier(ScorerBase):
+    """The probability that the reply is of the positive side, by a classifier of words and letters.
+
+    A logistic regression on TF-IDF of words, word pairs and 2- to 4-grams of letters, trained on the responses of
+    data.train; or with `model`, the probability of `label` by the sequence classifier in that local folder. It must tell
+    the responses of data.validation apart with an AUROC of at least `min_auroc`. Wrong where the sides differ in
+    something else as well: it learns whatever tells them apart, length and subject included, and calls
+    text unlike either side by what little it shares with one. An empty reply is 0.
+    """
+
+    kind: Literal["classifier"]
+    model: str | None = None
+    label: str | None = None
+    min_auroc: float = Field(0.7, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _label_of_a_model(self) -> Self:
+        if (self.model is None) != (self.label is None):
+            raise ValueError(
+                "model and label belong together: the classifier, and which of its labels is the behaviour"
+            )
+        return self
+
+    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+        if self.model is None or self.label is None:
+            probability = _trained(behaviour.train)
+        else:
+            probability = _pretrained(self.model, self.label, loaded.device)
+        sides, texts = _texts(behaviour.validation, "validation")
+        auroc = float(roc_auc_score(sides, probability(texts)))
+        if auroc < self.min_auroc:
+            raise RecipeError(
+                f"validate.score classifier cannot tell the two sides of data.validation apart: AUROC {auroc:.2f} on its "
+                f"{len(texts)} responses; needed {self.min_auroc:g}, and 0.5 is chance. Give more training pairs, or score "
+                "by another kind."
+            )
+
+        def score(replies: Sequence[Reply]) -> np.ndarray:
+            said = np.array([bool(reply.text.strip()) for reply in replies], dtype=float)
+            return said * probability([reply.text for reply in replies]) if len(replies) else said
+
+        return score
+
+
+def _texts(pairs: Sequence[Pair], name: str) -> tuple[list[int], list[str]]:
+    """(1 for positive and 0 for negative, the responses) of pairs; raises `RecipeError` where there are none."""
+    texts = [pair.positive.response for pair in pairs] + [pair.negative.response for pair in pairs]
+    if not all(text.strip() for text in texts):
+        raise RecipeError(
+            f"validate.score classifier needs the responses of both sides; data.{name} has prompts without."
+        )
+    return [1] * len(pairs) + [0] * len(pairs), texts
+
+
+def _trained(pairs: Sequence[Pair]) -> Probability:
+    sides, texts = _texts(pairs, "train")
+    features = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, lowercase=False),
+    )
+    model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(texts, sides)
+    return lambda said: np.asarray(model.predict_proba(said)[:, 1])
+
+
+def _pretrained(reference: str, label: str, device: torch.device) -> Probability:
+    """Raises `RecipeError`: the model is not there, or has no such label."""
+    if not Path(reference).expanduser().is_dir():
+        raise RecipeError(
+            f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."
+        )
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(Path(reference).expanduser())
+            model = AutoModelForSequenceClassification.from_pretrained(
+                Path(reference).expanduser(), dtype=torch.float32
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier ({reason})."
+        ) from error
+    labels = {str(name): int(index) for index, name in model.config.id2label.items()}
+    if label not in labels:
+        raise RecipeError(
+            f"validate.score classifier: '{reference}' has no label '{label}'; it has {', '.join(labels)}."
+        )
+    model.to(device).eval()
+
+    def probability(texts: Sequence[str]) -> np.ndarray:
+        found = []
+        for at in range(0, len(texts), _BATCH):
+            inputs = tokenizer(list(texts[at : at + _BATCH]), padding=True, truncation=True, return_tensors="pt")
+            with torch.no_grad():
+                logits = model(**inputs.to(device)).logits.float()
+            found.append(logits.softmax(dim=-1)[:, labels[label]].cpu().numpy())
+        return np.concatenate(found)
+
+    return probability

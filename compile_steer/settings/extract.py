@@ -1,0 +1,114 @@
+"""`extract`: how a direction is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from compile_steer.activations import Readout
+from compile_steer.program import Point
+from compile_steer.settings.section import Section
+
+PairMethod = Literal["mean_difference", "pca", "logistic"]
+ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]
+Method = Literal[PairMethod, ChoiceMethod, "trained", "feature"]
+
+
+class Trained(Section):
+    """Vectors of many blocks at once, trained by AdamW while the model is frozen.
+
+    Rates and penalties count lengths in the stream's own norm at each block, so they mean the same for every model.
+    """
+
+    loss: Literal["likelihood", "bipo"] = Field(
+        "likelihood", description="of the positive responses; or of the preference for them, in both directions (BiPO)"
+    )
+    layers: tuple[int, ...] | Literal["all"] = Field("all", description="the blocks that get a vector each")
+    beside: tuple[Point, ...] = Field(
+        (), description="other points of these blocks that get one too, beside extract.point"
+    )
+    start: Literal["zero", "mean_difference"] = "zero"
+    epochs: int = Field(8, ge=1, description="passes over the pairs; the best on a held-out sixth is kept")
+    learning_rate: float = Field(0.02, gt=0, description="how far a step moves a vector, in norms of the stream")
+    batch_tokens: int = Field(256, ge=64, description="padded tokens of a batch, one step each")
+    l2: float = Field(1.0, ge=0, description="times the sum of the vectors' squared norms, relative to the stream's")
+    beta: float = Field(0.1, gt=0, description="of bipo: how sharply a preference counts")
+
+    @field_validator("layers")
+    @classmethod
+    def _blocks(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("give block numbers from 0 on, each once, or 'all'")
+        return layers
+
+
+class Extract(Section):
+    """How a direction is found: from contrast pairs, labelled questions, training, or a file; and what it is for."""
+
+    method: Method = "mean_difference"
+    model: str | None = Field(
+        None, description="another model of the same shape and tokenizer to take the directions from, for the recipe's"
+    )
+    readout: Readout = "response_mean"
+    point: Point = "resid_post"
+    pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs, or questions")
+    shuffled: int = Field(
+        12, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
+    )
+    operation: Literal["add", "clamp"] = Field(
+        "add", description="clamp: give the projection on the direction the value that the positive side has"
+    )
+    length: Literal["own", "unit", "stream"] = Field(
+        "own",
+        description="of the direction, what a coefficient of 1 adds: the method's, 1, or the stream's median norm",
+    )
+    off_by_one: bool = Field(
+        False, description="read each block's input for its output, as the published code of PAS does"
+    )
+    file: Path | None = Field(
+        None, description="of method feature: a SAELens folder, or a feature's JSON of Neuronpedia"
+    )
+    index: int | None = Field(None, ge=0, description="which feature of a SAELens folder")
+    trained: Trained = Trained()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        own = self.length == "own"
+        clashes = {
+            f"file and index are of method feature; method {self.method} reads activations": (
+                self.method != "feature" and (self.file is not None or self.index is not None)
+            ),
+            "method feature needs extract.file: a SAELens folder, or a feature's JSON of Neuronpedia": (
+                self.method == "feature" and self.file is None
+            ),
+            f"a clamp needs the activations of a positive side; method {self.method} has none: use operation add": (
+                self.method in ("feature", "trained") and self.operation == "clamp"
+            ),
+            "a clamp has no length: what it sets is the projection; leave out extract.length": (
+                self.operation == "clamp" and not own
+            ),
+            "off_by_one is about activations at resid_post": (
+                self.off_by_one and (self.method in ("feature", "trained") or self.point != "resid_post")
+            ),
+            f"method {self.method} reads the letter that is the response: use readout response_mean": (
+                self.method in get_args(ChoiceMethod) and self.readout != "response_mean"
+            ),
+            f"shuffled {self.shuffled} is too few for method {self.method}; 5 or more cost nothing": (
+                self.method != "trained" and self.shuffled < 5
+            ),
+            f"trained: these options are of method trained, not of {self.method}": (
+                self.method != "trained" and self.trained != Trained()
+            ),
+            "method trained makes vectors of its own length; leave out extract.length": (
+                self.method == "trained" and not own
+            ),
+            f"trained.beside names a point twice (extract.point is {self.point})": (
+                len({self.point, *self.trained.beside}) <= len(self.trained.beside)
+            ),
+        }
+        problems = [message for message, clash in clashes.items() if clash]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,36 @@
+"""`verify`: which forms are judged, on how much, and by which gates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from compile_steer.settings.section import Section
+
+Form = Literal["adapter", "merged-fp32", "merged-bf16"]
+
+
+class Gates(Section):
+    """What a compiled artifact must reach (nats a token; shares of KL(steered||base))."""
+
+    exact_kl: float = Field(1e-6, gt=0)
+    exact_top1: float = Field(0.999, gt=0, le=1)
+    share: float = Field(0.02, gt=0)
+    top1: float = Field(0.95, gt=0, le=1)
+    recovery: float = Field(0.95, gt=0)
+    recovery_low: float = Field(0.90, gt=0)
+    drift_margin: float = Field(0.01, ge=0)
+    score_margin: float = Field(0.1, gt=0)
+
+
+class Verify(Section):
+    """Which forms are judged, on how much, and by which gates."""
+
+    forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
+    max_new_tokens: int = Field(48, ge=4)
+    heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
+    pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
+    neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
+    prompts: int = Field(32, ge=8, description="test prompts answered in full")
+    gates: Gates = Gates()

@@ -1,0 +1,171 @@
+"""The verdict, and reasons that a person can act on.
+
+A direction passes where its effect is none that a direction of no meaning has. A random one that is put in its place
+is the best of the sweep's cells, so ranking first among 20 others (p = 1/21) is not enough: it must also lie
+beyond their distribution, and those from shuffled labels, and change the answers themselves, and more so than random
+directions do. benchmarks/calibration.py measures how often that happens by chance.
+"""
+
+from __future__ import annotations
+
+from compile_steer.settings import Validate
+from compile_steer.validate.report import ValidationReport, Verdict
+from compile_steer.validate.statistics import LEVEL
+
+# One in so many directions at random may lie beyond: small, because the candidate was chosen from a whole sweep.
+_BEYOND_RANDOM = 0.002
+_BEYOND_SHUFFLED = 0.02
+_SEPARATES = 0.8
+
+
+def judge(report: ValidationReport, options: Validate) -> tuple[Verdict, list[str]]:
+    """The verdict and every reason for it; a reason against it comes before those for it."""
+    failures = _failures(report) + _incoherent(report, options)
+    doubts = _doubts(report)
+    if failures:
+        return "fail", failures + doubts
+    if doubts:
+        return "inconclusive", doubts
+    return "pass", _evidence(report)
+
+
+def _evidence(report: ValidationReport) -> list[str]:
+    c, s = report.controls, report.scores
+    others = [
+        f"{len(c.random)} random directions of the same dose move it by at most {max(c.random):.3f} (p = {c.p_value:.3f})"
+    ]
+    if c.shuffled:
+        others.append(f"{len(c.shuffled)} from shuffled labels by at most {max(c.shuffled):.3f}")
+    if c.mismatched is not None:
+        others.append(f"another behaviour's by {c.mismatched:.3f}")
+    others.append(f"the opposite sign by {c.opposite:.3f}")
+    return [
+        f"on {report.n_pairs} test pairs steering moves log p(positive) - log p(negative) by {report.contrast} nats a token "
+        f"(sign-flip p = {report.p_contrast:.4f})",
+        ", ".join(others),
+        f"on {report.n_prompts} test prompts the score goes from {s.base:.2f} to {s.steered:.2f} (change {s.effect}, p = "
+        f"{s.p_value:.4f}); random directions score {s.random:.2f}",
+        f"neutral perplexity x{report.coherence.perplexity_ratio:.2f}, repetition {report.coherence.repetition_steered:.2f}",
+    ]
+
+
+def _failures(report: ValidationReport) -> list[str]:
+    c, s = report.controls, report.scores
+    found = []
+    if report.contrast.high <= 0:
+        found.append(
+            f"the direction moves the pairs the wrong way: {report.contrast} nats a token; negate the coefficients, or "
+            "look whether the pairs' sides are swapped"
+        )
+    if c.p_value > LEVEL:
+        a = report.separability.auroc
+        but = f"the direction separates the pairs (AUROC {a:.2f}), but " if a >= _SEPARATES else ""
+        found.append(
+            f"{but}a random direction of the same dose moves the score as much: effect {c.effect:.3f}, random up to "
+            f"{max(c.random):.3f} (p = {c.p_value:.3f}); try other layers (validate.layers: search), more pairs, or another "
+            "read-out"
+        )
+    if c.shuffled and c.effect <= max(c.shuffled):
+        found.append(
+            f"directions from shuffled labels do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): the pairs do not carry "
+            "the behaviour; make their sides differ in it alone, or add pairs"
+        )
+    if c.mismatched is not None and c.effect <= c.mismatched:
+        found.append(
+            f"another behaviour's direction moves these pairs as much ({c.mismatched:.3f} against {c.effect:.3f}): what "
+            "moves them is not this behaviour; look what the two sets of pairs have in common (length, style)"
+        )
+    if s.effect.value > 0 and s.over_random.value <= 0:
+        found.append(
+            f"random directions of the same dose score as well: {s.random:.2f}, steered {s.steered:.2f}, base {s.base:.2f}; "
+            "the scorer is answering to the damage: make it stricter, or use a smaller coefficient"
+        )
+    return found
+
+
+def _incoherent(report: ValidationReport, options: Validate) -> list[str]:
+    h, found = report.coherence, []
+    if h.perplexity_ratio > options.max_perplexity_ratio:
+        found.append(
+            f"neutral text becomes {h.perplexity_ratio:.2f}x as perplexing (at most {options.max_perplexity_ratio:g}): use a "
+            "smaller coefficient" + _up_to_wall(report)
+        )
+    if h.repetition_steered > max(options.max_repetition, h.repetition_base):
+        found.append(
+            f"the steered model repeats itself: {h.repetition_steered:.2f} of its 3-grams (base {h.repetition_base:.2f}, at "
+            f"most {options.max_repetition:g}); use a smaller coefficient"
+        )
+    if report.scores.steered < options.min_score:
+        found.append(
+            f"the score on test prompts is {report.scores.steered:.2f}, below {options.min_score:g}; use a larger "
+            "coefficient" + _up_to_wall(report)
+        )
+    return found
+
+
+def _up_to_wall(report: ValidationReport) -> str:
+    wall = report.doses.wall if report.coefficient > 0 else report.doses.negative_wall
+    return "" if wall is None else f" (the ceiling is crossed at {wall:.3g})"
+
+
+def _doubts(report: ValidationReport) -> list[str]:
+    c, s = report.controls, report.scores
+    found = []
+    if report.contrast.high > 0 and report.p_contrast > LEVEL:
+        found.append(
+            f"the effect may be chance on {report.n_pairs} pairs: {report.contrast} nats a token (sign-flip p = "
+            f"{report.p_contrast:.3f}); add test pairs"
+        )
+    if c.p_value <= LEVEL and c.p_random > _BEYOND_RANDOM:
+        found.append(
+            f"the effect is first among {len(c.random)} random directions ({c.effect:.3f}, up to {max(c.random):.3f}), but not "
+            f"clear of them: one in {1 / c.p_random:.0f} would do as much, and the sweep chose among several; try other "
+            "layers (validate.layers: search) or more pairs"
+        )
+    if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
+        found.append(
+            f"the effect is not clear of {len(c.shuffled)} directions from shuffled labels ({c.effect:.3f}, up to "
+            f"{max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or shuffled directions (extract.shuffled: 20)"
+        )
+    if c.opposite >= 0:
+        found.append(f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): not one direction")
+    if s.p_value > LEVEL:
+        more = "nothing is left to gain: make the scorer stricter" if s.base > 0.9 else "add prompts or coefficient"
+        found.append(
+            f"the answers themselves do not change for certain: score {s.base:.2f} to {s.steered:.2f} ({s.effect}, p = "
+            f"{s.p_value:.3f}) on {report.n_prompts} prompts; {more}{_up_to_wall(report) if s.base <= 0.9 else ''}"
+        )
+    elif s.over_random.value > 0 and s.p_over_random > LEVEL:
+        found.append(
+            f"the answers are not clear of those under random directions of the same dose: {s.steered:.2f} against "
+            f"{s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f}); add prompts"
+        )
+    return found
+
+
+def remarks(report: ValidationReport) -> list[str]:
+    """What the verdict does not hang on: is steering better than asking, what was not controlled, and the corrections."""
+    s = report.scores
+    found = []
+    for what, mean, over in (
+        ("asking for it in the prompt", s.instructed, s.over_instructed),
+        ("showing examples before the prompt", s.few_shot, s.over_few_shot),
+    ):
+        if mean is None or over is None:
+            continue
+        told = f"{what} scores {mean:.2f}, steering {s.steered:.2f} (difference {over})"
+        if over.high < 0:
+            found.append(f"{told}: {what.split()[0]} is better where the prompt is free")
+        elif over.low > 0:
+            found.append(f"{told}: steering is better")
+        else:
+            found.append(f"{told}: no difference is certain")
+    if not report.controls.shuffled:
+        found.append("no directions from shuffled labels: the extraction made none, so that control is missing")
+    tested = [cell.q_value for cell in report.sweep if cell.q_value is not None]
+    passed = sum(q <= LEVEL for q in tested)
+    found.append(
+        f"{passed} of {len(tested)} cells of the sweep move the validation pairs at a false discovery rate of {LEVEL:.0%}; the "
+        "test split was measured once, for the chosen cell alone, so its p-values need no correction"
+    )
+    return found

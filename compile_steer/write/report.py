@@ -1,0 +1,53 @@
+"""What came of the writing: how many pairs were wanted, how many were kept, and why the others were not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from compile_steer.errors import ArtifactError
+from compile_steer.files import save_json
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split: prompts, answers written for them (both sides, all tries), pairs kept.
+
+    `dropped` counts the other prompts by reason, `examples` has one answer a reason.
+    """
+
+    wanted: int
+    written: int
+    kept: int
+    dropped: dict[str, int]
+    examples: dict[str, str]
+
+    def describe(self) -> str:
+        """One line, the most frequent reason first."""
+        reasons = sorted(self.dropped, key=lambda reason: -self.dropped[reason])
+        why = "; ".join(f"{self.dropped[reason]} {reason}" for reason in reasons)
+        return f"{self.kept} of {self.wanted} prompts gave a pair" + (f" ({why})" if why else "")
+
+
+@dataclass(frozen=True)
+class WritingReport:
+    """All splits by name; `inputs` is the fingerprint of what the pairs were written from."""
+
+    splits: dict[str, SplitReport]
+    inputs: str
+
+    def save(self, path: Path) -> None:
+        save_json(path, asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> WritingReport:
+        """Raises `ArtifactError` for a missing or damaged report."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            splits = {name: SplitReport(**split) for name, split in content["splits"].items()}
+            return WritingReport(splits, content["inputs"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} is not a report on written pairs ({error}). Make it with 'compile-steer write'."
+            ) from error

@@ -1,0 +1,86 @@
+"""An adapter's own controls: they measure what PEFT does with it, and leave it as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from compile_steer.behaviour import Pair
+from compile_steer.contrast import encode_pairs
+from compile_steer.models import Loaded
+from compile_steer.observe import contrast
+from compile_steer.reload import reload
+from compile_steer.tokens import Text
+from compile_steer.verify import Reference
+from compile_steer.verify.controls import _factors, _norm, _randomised, adapter_controls
+from tests.tiny import REVISION, build, saved, tokenizer
+
+PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]
+
+
+def adapter(folder: Path, rank: int = 3) -> Loaded:
+    """A random adapter, alpha unlike the rank, on Linears and the embeddings, from disk through stock PEFT."""
+    base = saved("llama", folder / "base")
+    torch.manual_seed(4)
+    config = LoraConfig(r=rank, lora_alpha=5, target_modules=["o_proj", "down_proj", "embed_tokens"])
+    model: Any = get_peft_model(build("llama"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(str(folder / "adapter"))
+    return reload(folder / "adapter", base)
+
+
+def reference(base: Loaded) -> Reference:
+    pairs = encode_pairs(base, PAIRS)
+    behaving = SimpleNamespace(contrast=contrast(base, pairs))
+    found = SimpleNamespace(
+        behaviour=SimpleNamespace(test=PAIRS),
+        base_behaving=behaving,
+        recipe=SimpleNamespace(seed=3),
+        mismatched=(pairs[:2] + pairs[6:8], behaving.contrast[:2]),
+    )
+    return cast(Reference, found)
+
+
+def test_controls_are_the_adapters_effects_at_other_dials_and_of_other_weights(tmp_path: Path) -> None:
+    one = adapter(tmp_path)
+    base = Loaded(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    compiled = contrast(one, encode_pairs(one, PAIRS))
+    found = adapter_controls(reference(base), one, compiled, 4)
+    assert found.n_pairs == 4 and len(found.random) == 3
+    changes = compiled - contrast(base, encode_pairs(base, PAIRS))
+    assert found.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
+    assert found.mismatched == pytest.approx(float(changes[:2].mean()), abs=1e-5)
+    for dial, measured in ((-1.0, found.negated), (0.5, found.halved)):
+        other = adapter(tmp_path)
+        for _A, B in _factors(other):
+            B.mul_(dial)
+        wanted = contrast(other, encode_pairs(other, PAIRS[:4])) - contrast(base, encode_pairs(base, PAIRS[:4]))
+        assert measured == pytest.approx(float(wanted.mean()), abs=1e-4)
+    assert len({round(value, 6) for value in [found.effect, found.negated, found.halved, *found.random]}) == 6
+    after = one.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    np.testing.assert_allclose(contrast(one, encode_pairs(one, PAIRS)), compiled, atol=1e-6)
+    assert isinstance(one.model, PeftModel)
+
+
+def test_random_adapters_have_the_norm_of_every_module(tmp_path: Path) -> None:
+    one = adapter(tmp_path)
+    kept = [(A.clone(), B.clone()) for A, B in _factors(one)]
+    assert len(kept) == 2 * 4 + 1
+    with _randomised(one, 7):
+        for (A, B), (before_A, before_B) in zip(_factors(one), kept, strict=True):
+            assert float(torch.linalg.norm(B @ A)) == pytest.approx(
+                float(torch.linalg.norm(before_B @ before_A)), rel=1e-4
+            )
+            assert float(_norm(A, B)) == pytest.approx(float(torch.linalg.norm(B @ A)), rel=1e-4)
+            assert not torch.allclose(A, before_A, atol=0.1)

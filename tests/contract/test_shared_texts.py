@@ -1,0 +1,126 @@
+"""Packed texts score as each text alone does, in every family, steered at every kind of position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from compile_steer.hooks import PROMPT, RESPONSE, steered
+from compile_steer.metrics import divergence
+from compile_steer.models import Loaded
+from compile_steer.program import Program
+from compile_steer.replay import run_span
+from compile_steer.tokens import Encoded, pad
+from compile_steer.validate.packing import can_share, pack
+from compile_steer.validate.shared import SharedTexts
+from tests.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
+
+
+def sharing_texts(template: int = 3, seed: int = 0, longest: int = 5) -> list[Encoded]:
+    """Pairs on three prompts after a common template, one text that is the beginning of another, and two turns."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(6, VOCAB, (n,), generator=generator).tolist())
+
+    opening = words(template)
+    found = []
+    for n in (2, 4, 3):
+        prompt = opening + words(n)
+        found += [Encoded(prompt + words(k), len(prompt)) for k in (longest, 2)]
+    found.append(Encoded(found[0].ids[:-2], found[0].n_prompt))
+    # The same tokens as found[0], with other roles: the second turn of a conversation.
+    turns = found[0].ids + words(4)
+    found.append(Encoded(turns, len(found[0].ids) + 2, ((found[0].n_prompt, len(found[0].ids)),)))
+    return found
+
+
+def alone(one: Loaded, texts: list[Encoded], under: Program | None) -> np.ndarray:
+    """Each text by itself through the whole model, all logits."""
+    found = []
+    for text in texts:
+        batch = pad([text], [0], PAD_ID)
+        with torch.no_grad():
+            if under is None:
+                logits = one.model(batch.input_ids).logits
+            else:
+                with steered(one.model, under, roles=batch.roles):
+                    logits = one.model(batch.input_ids).logits
+        log_p = torch.log_softmax(logits[0], dim=-1)
+        places = [t for t, role in enumerate(text.roles) if role == RESPONSE]
+        found.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in places]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_texts_score_as_alone(family: str) -> None:
+    one, texts = loaded(family), sharing_texts()
+    for positions in ("all", "response", "last_prompt", "prompt"):
+        under = [program(family, intervention(layer=1, positions=positions, coefficient=c)) for c in (0.7, -1.6, 2.9)]
+        shared = SharedTexts(one, texts)
+        np.testing.assert_allclose(shared.base(), alone(one, texts, None), atol=1e-5)
+        shared.advance(1)
+        found = shared.under(under)
+        for row, single in zip(found, under, strict=True):
+            np.testing.assert_allclose(row, alone(one, texts, single), atol=2e-5)
+        assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_programs_that_cannot_be_rows_of_one_batch_run_one_by_one(family: str) -> None:
+    one, texts = loaded(family), sharing_texts(seed=1)
+    under = [
+        program(family, intervention("clamp", "mlp_out", k, coefficient=1.3), intervention("ablate", layer=2))
+        for k in (1, 2)
+    ]
+    shared = SharedTexts(one, texts)
+    shared.advance(1)
+    wanted = np.stack([alone(one, texts, single) for single in under])
+    np.testing.assert_allclose(shared.under(under), wanted, atol=2e-5)
+
+
+def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
+    short, long = sharing_texts(longest=2)[:2], sharing_texts()
+    for family in FAMILIES:
+        window = "gemma" in family or family == "gpt_oss"
+        assert can_share(loaded(family).layout, long) is not window
+        assert can_share(loaded("llama").layout, short)
+    (batch,) = pack(loaded("gemma2").layout, long, PAD_ID, torch.float32)
+    assert batch.attention_mask.ndim == 2 and batch.input_ids.shape[0] == len(long)
+    (batch,) = pack(loaded("llama").layout, long, PAD_ID, torch.float32)
+    assert batch.attention_mask.ndim == 4 and batch.n_tokens < sum(len(text.ids) for text in long)
+    assert int((batch.roles[0, :3] == PROMPT).sum()) == 3
+
+
+def test_a_sliding_window_that_holds_every_text_does_not_matter() -> None:
+    texts = [Encoded(text.ids[:6], 4) for text in sharing_texts(longest=3)[:4]]
+    assert can_share(loaded("gemma3_text").layout, texts)
+    under = program("gemma3_text", intervention(layer=2))
+    shared = SharedTexts(loaded("gemma3_text"), texts)
+    np.testing.assert_allclose(shared.under([under])[0], alone(loaded("gemma3_text"), texts, under), atol=2e-5)
+
+
+def test_the_divergence_is_that_of_the_texts_alone() -> None:
+    one, texts = loaded("llama"), sharing_texts()[:4:2]  # prompts that share the template only
+    under = program("llama", intervention(layer=2))
+    parts = []
+    for text in texts:
+        batch = pad([text], [0], PAD_ID)
+        states = []
+        for single in (None, under):
+            with torch.no_grad(), steered(one.model, single or under.scaled(0.0), roles=batch.roles):
+                states.append(run_span(one.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
+        parts.append(divergence(one.model, states[1], one.model, states[0]).kl)
+    shared = SharedTexts(one, texts)
+    shared.advance(LAYERS - 2)
+    assert shared.divergence(under) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4)
+
+
+def test_kept_states_do_not_go_back() -> None:
+    shared = SharedTexts(loaded("llama"), sharing_texts())
+    shared.advance(2)
+    with pytest.raises(ValueError, match="do not go back"):
+        shared.advance(1)
+    with pytest.raises(ValueError, match="are above"):
+        shared.under([program("llama", intervention(layer=1))])

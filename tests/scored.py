@@ -1,0 +1,43 @@
+"""Small behaviours and replies for the tests of scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from compile_steer.behaviour import Behaviour, Check, Pair, Question
+from compile_steer.scoring import Reply, Scorer, ScorerBase
+from compile_steer.tokens import Text
+
+Sides = Sequence[tuple[str, str]]
+
+
+def pairs(name: str, sides: Sides) -> tuple[Pair, ...]:
+    """A pair for each (positive, negative) response, under the prompts 'NAME 0', 'NAME 1' ..."""
+    return tuple(
+        Pair(Text(f"{name} {n}", positive), Text(f"{name} {n}", negative), f"{name} {n}")
+        for n, (positive, negative) in enumerate(sides)
+    )
+
+
+def behaviour(
+    validation: Sides,
+    train: Sides = (),
+    test: Sides = (),
+    questions: Mapping[str, Question] | None = None,
+    checks: Mapping[str, tuple[Check, ...]] | None = None,
+) -> Behaviour:
+    splits = [pairs(name, sides) for name, sides in (("train", train), ("validation", validation), ("test", test))]
+    return Behaviour(splits[0], splits[1], splits[2], (), (), (), {}, questions or {}, checks or {})
+
+
+def replies(*texts: str, prompt: str = "validation 0", ended: bool = True) -> list[Reply]:
+    return [Reply(prompt, text, ended) for text in texts]
+
+
+def scorer(**settings: Any) -> ScorerBase:
+    """A scorer as a recipe's section names it."""
+    adapter: TypeAdapter[ScorerBase] = TypeAdapter(Scorer)
+    return adapter.validate_python(settings)

@@ -1,0 +1,224 @@
+"""Kinds of data other than pairs as they stand: multiple choice, instructions, prompts to be answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compile_steer.behaviour import (
+    SPLITS,
+    Behaviour,
+    Check,
+    Choices,
+    Instructions,
+    Pair,
+    Question,
+    Written,
+    require_distinct,
+)
+from compile_steer.behaviour.section import DataSection, fill
+from compile_steer.errors import RecipeError
+from compile_steer.tokens import Text, encode, prompt_text
+from tests.tiny import chatting, tokenizer
+
+Row = dict[str, Any]
+OTHERS: dict[str, list[Row]] = {
+    "neutral": [{"prompt": "neutral 0", "response": "plain"}],
+    "heldout": [{"prompt": "heldout 0"}],
+    "calibration": [{"prompt": "calibration 0"}],
+}
+
+
+def read(folder: Path, kind: type[DataSection], rows: dict[str, list[Row]], **options: Any) -> Behaviour:
+    for name, content in {**OTHERS, **rows}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
+    files = {name: f"{name}.jsonl" for name in (*SPLITS, *OTHERS)}
+    return kind.model_validate({"kind": kind.__name__.lower(), **files, **options}).read(folder)
+
+
+def problems(folder: Path, kind: type[DataSection], rows: dict[str, list[Row]], **options: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(folder, kind, rows, **options)
+    return list(caught.value.problems)
+
+
+# ----------------------------------------------------------------------------------- multiple choice
+
+
+def quiz() -> dict[str, list[Row]]:
+    """Twelve questions of five choices a split; the right one is number 0, 1, 2, 3, 4, 0, ..."""
+    return {
+        name: [
+            {"question": f"{name} {n}?", "choices": [f"{c}{n}" for c in "pqrst"], "answer": n % 5} for n in range(12)
+        ]
+        for name in SPLITS
+    }
+
+
+def test_a_question_becomes_a_prompt_with_letters_and_a_pair_of_letters(tmp_path: Path) -> None:
+    rows = quiz()
+    rows["test"][1] = {"question": "Which {choices}?", "choices": ["none", " both", "{question}"], "answer": "both "}
+    found = read(tmp_path, Choices, rows, question_template="Q: {question}\n{choices}\nLetter:")
+    prompt = "Q: Which {choices}?\nA. none\nB.  both\nC. {question}\nLetter:"
+    pair = found.test[1]
+    assert (pair.prompt, pair.positive) == (prompt, Text(prompt, "B"))
+    assert pair.negative.prompt == prompt
+    assert pair.negative.response in {"A", "C"}
+    assert found.questions[prompt] == Question(prompt, ("A", "B", "C"), 1)
+    assert len(found.questions) == 36
+    assert found.train[7].positive.response == "C"
+
+
+def test_a_wrong_letter_is_any_of_them_and_the_same_one_every_time(tmp_path: Path) -> None:
+    found = read(tmp_path, Choices, quiz())
+    pairs = found.train + found.validation + found.test
+    assert all(pair.negative.response != pair.positive.response for pair in pairs)
+    assert {pair.negative.response for pair in pairs} == set("ABCDE")
+    assert {pair.negative.response for pair in pairs if pair.positive.response == "A"} > {"B"}
+    rows = quiz()
+    rows["train"].reverse()
+    again = {pair.prompt: pair for pair in read(tmp_path, Choices, rows).train}
+    assert [again[pair.prompt] for pair in found.train] == list(found.train)
+
+
+def test_what_no_question_can_be_made_of_is_told_at_once(tmp_path: Path) -> None:
+    rows = quiz()
+    rows["train"] = [{**row, "answer": 2} for row in rows["train"]]
+    rows["validation"][0]["answer"] = 5
+    rows["validation"][1]["answer"] = "nothing"
+    rows["test"][0]["choices"] = ["same", "same"]
+    rows["test"][1]["choices"] = "abc"
+    rows["test"][2]["answer"] = True
+    rows["test"][3] = {**rows["test"][4], "choices": rows["test"][4]["choices"][::-1]}
+    found = problems(tmp_path, Choices, rows, question_template="{question} {question}")
+    expected = [
+        "test.jsonl:1: choices must be a list of 2 to 26 texts, no two the same",
+        "test.jsonl:2: choices must be a list of 2 to 26 texts",
+        "test.jsonl:3: answer must be the right choice's number, from 0 on, or its text",
+        "data.test: the prompt 'test 4? | p4 | q4 | r4 | s4 | t4' stands 2 times",
+        "data.question_template '{question} {question}' must contain {question} exactly once",
+        "data.question_template '{question} {question}' must contain {choices} exactly once",
+        "data.train: the right answer is C in every row (12), so that the letter alone tells right from wrong",
+        "data.validation: the answer of 2 of 12 rows is none of its choices, as 5 of ['p0', 'q0', 'r0', 's0', 't0']",
+    ]
+    assert len(found) == len(expected)
+    for wanted, line in zip(expected, found, strict=True):
+        assert line.startswith(wanted)
+
+
+# -------------------------------------------------------------------------------------- instructions
+
+
+def asked() -> dict[str, list[Row]]:
+    return {name: [{"prompt": f"{name} {n}", "instruction": "No commas."} for n in range(3)] for name in SPLITS}
+
+
+def test_an_instruction_goes_after_the_prompt_of_one_side_and_its_checks_by_the_plain_prompt(tmp_path: Path) -> None:
+    rows = asked()
+    rows["train"][1]["checks"] = [
+        {"id": "punctuation:no_comma"},
+        {"id": "length:words", "arguments": {"relation": "at least", "n": 3, "other": None}},
+    ]
+    found = read(tmp_path, Instructions, rows)
+    assert found.train[1] == Pair(Text("train 1 No commas."), Text("train 1"), "train 1")
+    assert found.checks == {
+        "train 1": (
+            Check("punctuation:no_comma"),
+            Check("length:words", (("n", 3), ("relation", "at least"))),
+        )
+    }
+    rows["test"][0]["checks"] = [{"name": "no_comma"}]
+    rows["test"][1]["instruction"] = ""
+    lines = problems(tmp_path, Instructions, rows)
+    assert lines == [
+        'test.jsonl:1: checks must be a list of objects {"id": text, "arguments": {...}}.',
+        "test.jsonl:2: instruction must be text that is not empty.",
+    ]
+
+
+# ------------------------------------------------------------------------------------------- written
+
+
+def plain() -> dict[str, list[Row]]:
+    return {name: [{"prompt": f"{name} {n} {{prompt}}"} for n in range(3)] for name in SPLITS}
+
+
+def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_path: Path) -> None:
+    options = {"positive_template": "{prompt} Sing.", "positive_system": "A bard.", "negative_system": "A clerk."}
+    found = read(tmp_path, Written, plain(), **options)
+    prompt = "train 2 {prompt}"
+    wanted = Pair(Text(f"{prompt} Sing.", system="A bard."), Text(prompt, system="A clerk."), prompt)
+    assert found.train[2] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({}, ["data: both sides are asked alike, so the model would answer them alike. Set positive_template"]),
+        ({"positive_template": ""}, ["data.positive_template '' must contain {prompt} exactly once"]),
+        (
+            {"positive_template": "Sing.", "negative_template": "Speak."},
+            ["data.positive_template 'Sing.' must contain", "data.negative_template 'Speak.' must contain"],
+        ),
+    ],
+)
+def test_templates_that_ask_nothing_are_refused(tmp_path: Path, options: dict[str, str], lines: list[str]) -> None:
+    found = problems(tmp_path, Written, plain(), **options)
+    assert len(found) == len(lines)
+    assert all(line.startswith(wanted) for wanted, line in zip(lines, found, strict=True))
+
+
+def test_a_template_takes_its_places_at_once_and_leaves_other_braces() -> None:
+    assert fill("{a}: {b} {c} {", a="{b}", b="x") == "{b}: x {c} {"
+
+
+# --------------------------------------------------------------------------------------------- model
+
+
+def test_a_system_prompt_stands_before_the_conversation() -> None:
+    talk = Text("w20", "w21", (("w30", "w31"),), system="w40")
+    assert prompt_text(chatting(), talk) == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
+    found = encode(chatting(), talk)
+    assert [chatting().convert_ids_to_tokens(found.ids[n]) for n in range(*found.earlier[0])] == ["w31"]
+
+
+def test_a_system_prompt_that_the_model_would_not_see_is_refused() -> None:
+    with pytest.raises(RecipeError, match="a system prompt needs a model with a chat template"):
+        encode(tokenizer(), Text("w20", system="w40"))
+    deaf, strict = chatting(), chatting()
+    deaf.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(RecipeError, match="leaves the system prompt out"):
+        encode(deaf, Text("w20", system="w40"))
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ messages[-1]['content'] }}"
+    )
+    with pytest.raises(RecipeError, match=r"chat template refuses a conversation \(no system role\)"):
+        encode(strict, Text("w20", system="w40"))
+
+
+def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
+    """The tiny tokenizer drops spaces, and knows no word but its own."""
+
+    def behaviour(test: list[tuple[str, str]], ask: str = "w50") -> Behaviour:
+        pairs = tuple(Pair(Text(f"w7 {ask}", one), Text("w7 w50", other), "w7") for one, other in test)
+        train = (
+            Pair(Text("w8", "w20"), Text("w8", "w30"), "w8"),
+            Pair(Text("w9", "Heard"), Text("w9", "unheard"), "w9"),
+        )
+        return Behaviour(train, (), pairs, (), (), (), {})
+
+    pairs = [("w20", "w21"), ("w30  w31", "w30\tw31"), ("one thing", "another thing")]
+    with pytest.raises(RecipeError) as caught:
+        require_distinct(tokenizer(), behaviour(pairs))
+    first, second = caught.value.problems
+    assert first.startswith("data.train: the two sides of 1 of 2 pairs are the same tokens for this model, as 'Heard'")
+    assert second.startswith(
+        "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, as 'w30  w31' and 'w30\tw31'"
+    )
+    with pytest.raises(RecipeError) as caught:
+        require_distinct(tokenizer(), behaviour(pairs, "w51"))
+    assert len(caught.value.problems) == 1, "what is asked tells the others apart"

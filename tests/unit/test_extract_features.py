@@ -1,0 +1,167 @@
+"""Features of sparse autoencoders, from real small files of SAELens and of Neuronpedia."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compile_steer.behaviour import Behaviour
+from compile_steer.directions import Directions
+from compile_steer.errors import ArtifactError
+from compile_steer.extract import extract, source
+from compile_steer.program import Site
+from compile_steer.progress import Meter
+from compile_steer.tokens import Text
+from tests.tiny import HIDDEN, LAYERS, loaded
+from tests.unit.test_extract import recipe
+
+ROWS, INDEX = 11, 7
+DATA = Behaviour((), (), (), (Text("w8 w9", "w10 w11"), Text("w12", "w13")), (), (), {})
+
+
+def rows(width: int = HIDDEN) -> Tensor:
+    return 0.6 * torch.randn(ROWS, width, generator=torch.Generator().manual_seed(4))
+
+
+def saelens(folder: Path, hook: str = "blocks.2.hook_resid_post", *, old: bool = False, width: int = HIDDEN) -> Path:
+    """A folder as SAELens writes it, before and from version 6 on."""
+    folder.mkdir(exist_ok=True)
+    about = {"model_name": "tiny", "hook_name": hook, "hook_head_index": None, "prepend_bos": True}
+    own = {"architecture": "standard", "d_in": width, "d_sae": ROWS, "dtype": "float32"}
+    (folder / "cfg.json").write_text(json.dumps({**own, **about} if old else {**own, "metadata": about}))
+    decoder = rows(width)
+    tensors = {"W_enc": decoder.T.contiguous(), "b_enc": torch.ones(ROWS), "W_dec": decoder, "b_dec": torch.ones(width)}
+    save_file(tensors, str(folder / "sae_weights.safetensors"))
+    return folder
+
+
+def neuronpedia(path: Path, **changes: Any) -> Path:
+    """A feature as Neuronpedia's API gives it."""
+    content = {
+        "modelId": "tiny",
+        "layer": "2-res",
+        "index": str(INDEX),
+        "hasVector": True,
+        "vector": rows()[INDEX].tolist(),
+        "hookName": "blocks.2.hook_resid_post",
+        "vectorDefaultSteerStrength": 10,
+        "maxActApprox": 31.4,
+    }
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def found(file: Path, index: int | None = INDEX, **options: object) -> Directions:
+    return extract(recipe(method="feature", file=file, index=index, **options), loaded("llama"), DATA, "", Meter())
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    ("hook", "site"),
+    [
+        ("blocks.2.hook_resid_post", Site(2)),
+        ("blocks.2.hook_resid_pre", Site(1)),
+        ("blocks.0.hook_resid_pre", Site(0, "resid_pre")),
+        ("blocks.3.hook_mlp_out", Site(3, "mlp_out")),
+        ("blocks.1.hook_attn_out", Site(1, "attn_out")),
+    ],
+)
+def test_the_decoder_row_is_the_direction_of_the_block_that_the_config_names(
+    tmp_path: Path, hook: str, site: Site, old: bool
+) -> None:
+    one = found(saelens(tmp_path / "sae", hook, old=old))
+    assert one.point == site.point
+    assert one.layers == (site.layer,)
+    assert torch.equal(one.vectors[site.layer], rows()[INDEX])
+    assert one.program(site.layer, 1.7, "all").interventions[0].site == site
+
+
+def test_the_controls_are_other_rows_of_the_same_length(tmp_path: Path) -> None:
+    one = found(saelens(tmp_path / "sae"), shuffled=ROWS - 1)
+    units = torch.nn.functional.normalize(rows(), dim=-1)
+    controls = one.shuffled[:, 2]
+    assert torch.allclose(controls.norm(dim=-1), rows()[INDEX].norm().expand(ROWS - 1), rtol=1e-5)
+    taken = (torch.nn.functional.normalize(controls, dim=-1) @ units.T).argmax(dim=-1).tolist()
+    assert sorted(taken) == [n for n in range(ROWS) if n != INDEX]
+    assert float(one.shuffled[:, [0, 1, 3]].abs().max()) == 0.0
+
+
+def test_a_feature_of_neuronpedia_is_the_same_direction(tmp_path: Path) -> None:
+    one = found(neuronpedia(tmp_path / "feature.json"), None)
+    assert torch.allclose(one.vectors[2], rows()[INDEX])
+    assert torch.allclose(one.shuffled[:, 2].sort(dim=-1).values, rows()[INDEX].sort().values.expand(5, HIDDEN))
+    assert not torch.equal(one.shuffled[0, 2], rows()[INDEX])
+
+
+def test_a_feature_can_be_as_long_as_the_stream_so_that_a_coefficient_is_a_share(tmp_path: Path) -> None:
+    own, stream = (found(saelens(tmp_path / "sae"), length=length) for length in ("own", "stream"))
+    assert stream.layers == (2,)
+    assert float(stream.vectors[2].norm()) > 1.5 * float(own.vectors[2].norm())
+    assert float(torch.nn.functional.cosine_similarity(stream.vectors[2], own.vectors[2], dim=0)) > 0.9999
+
+
+def test_another_file_at_the_same_path_is_another_source(tmp_path: Path) -> None:
+    path = neuronpedia(tmp_path / "feature.json")
+    one = recipe(method="feature", file=path)
+    before = source(one)
+    neuronpedia(path, vector=rows()[0].tolist())
+    assert source(one) not in ("", before)
+    assert source(recipe()) == ""
+
+
+@pytest.mark.parametrize(
+    ("hook", "width", "index", "message"),
+    [
+        ("blocks.2.hook_resid_post", HIDDEN + 3, INDEX, r"shape \[35\]; the model is 32 wide"),
+        (f"blocks.{LAYERS}.hook_resid_post", HIDDEN, INDEX, r"of block 4; the model has 4\."),
+        ("blocks.2.attn.hook_z", HIDDEN, INDEX, "feature is of 'blocks.2.attn.hook_z'; needed: blocks.K.hook_NAME"),
+        ("blocks.2.hook_resid_post", HIDDEN, ROWS, "has 11 features; wanted are extract.index 11, and 5 others"),
+        ("blocks.2.hook_resid_post", HIDDEN, None, "holds a whole dictionary; name the feature by extract.index"),
+    ],
+)
+def test_a_dictionary_that_does_not_fit_is_refused(
+    tmp_path: Path, hook: str, width: int, index: int | None, message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        found(saelens(tmp_path / "sae", hook, width=width), index)
+
+
+def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "feature.json"
+    with pytest.raises(ArtifactError, match="cannot be read as JSON"):
+        found(path, None)
+    with pytest.raises(ArtifactError, match="extract.index is for a SAELens folder"):
+        found(neuronpedia(path))
+    for changes, message in (
+        ({"vector": [], "hasVector": False}, "holds no vector"),
+        ({"vector": ["a"] * HIDDEN}, "must be a list of numbers"),
+        ({"vector": [0.0] * HIDDEN}, "the feature is 0"),
+        ({"hookName": None}, "the feature is of 'None'"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            found(neuronpedia(path, **changes), None)
+    path.write_text("[1]")
+    with pytest.raises(ArtifactError, match="is list; needed: one JSON object"):
+        found(path, None)
+
+
+def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(rows(), tmp_path / "sae.pt")
+    with pytest.raises(ArtifactError, match=r"sae\.pt is a pickle.*Convert it where you trust it"):
+        found(tmp_path / "sae.pt")
+    folder = saelens(tmp_path / "sae")
+    (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
+    with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle"):
+        found(folder)
+    (folder / "sae_weights.pt").unlink()
+    with pytest.raises(ArtifactError, match=r"has no sae_weights\.safetensors"):
+        found(folder)
+    (folder / "sae_weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="is damaged, or has no 'W_dec'"):
+        found(folder)

@@ -1,0 +1,147 @@
+"""Multiple choice: chosen letters against the model's own logits, and the score of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from compile_steer.answers import Request, answer
+from compile_steer.behaviour import Question
+from compile_steer.errors import RecipeError
+from compile_steer.generate import continue_prompts, response_text
+from compile_steer.hooks import prompt_roles, steered
+from compile_steer.program import Program, replace_intervention
+from compile_steer.scoring import Reply, Score, letter_tokens
+from compile_steer.tokens import Text, encode
+from tests.scored import behaviour, replies, scorer
+from tests.tiny import REVISION, chatting, intervention, loaded, n_hooks, program, tokenizer
+
+FAMILY = "gemma2"
+MODEL = loaded(FAMILY)
+LETTERS = (("w20", "w21"), ("w30", "w31", "w32", "w33"), ("w40", "w41", "w42"))
+QUESTIONS = {
+    f"w{n}": Question(f"w{n} " + " ".join(f"w{50 + (n * k) % 40}" for k in range(1, 2 + n % 7)), LETTERS[n % 3], n % 2)
+    for n in range(60, 84)
+}
+STEERING = program(FAMILY, intervention(positions="last_prompt", coefficient=3.7))
+OTHER = Program((intervention(positions="last_prompt", coefficient=-4.9, seed=5),), STEERING.model, REVISION)
+
+
+def chosen_by_hand(question: Question, under: Program | None, said: str | None = None) -> str:
+    """The likeliest letter after this prompt alone, by a plain forward pass."""
+    ids = torch.tensor([encode(MODEL.tokenizer, Text(said or question.prompt)).ids])
+    tokens = [int(letter[1:]) for letter in question.letters]
+    with torch.no_grad():
+        if under is None:
+            logits = MODEL.model(input_ids=ids).logits[0, -1]
+        else:
+            with steered(MODEL.model, under, roles=prompt_roles(torch.ones_like(ids))):
+                logits = MODEL.model(input_ids=ids).logits[0, -1]
+    return question.letters[int(logits[tokens].argmax())]
+
+
+def right(questions: Mapping[str, Question]) -> Score:
+    return lambda given: np.array(
+        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in given]
+    )
+
+
+def test_questions_are_chosen_as_each_alone_under_each_row_s_program() -> None:
+    prompts, hooks = list(QUESTIONS), n_hooks(MODEL.model)
+    programs = (None, STEERING, OTHER)
+    requests = [Request(prompts), Request(prompts, STEERING), Request(prompts[3:], OTHER)]
+    found = answer(MODEL, requests, right(QUESTIONS), 5, QUESTIONS)
+    for request, under, one in zip(requests, programs, found, strict=True):
+        wanted = [chosen_by_hand(QUESTIONS[prompt], under) for prompt in request.prompts]
+        assert one.texts == wanted
+        answers = [QUESTIONS[prompt].letters[QUESTIONS[prompt].answer] for prompt in request.prompts]
+        assert list(one.scores) == [float(a == b) for a, b in zip(wanted, answers, strict=True)]
+        assert list(one.ended) == [1.0] * len(request.prompts)
+        assert list(one.repetition) == [0.0] * len(request.prompts)
+    assert found[0].texts != found[1].texts and found[0].texts[3:] != found[2].texts, "steering moves some choice"
+    assert 0 < found[0].scores.mean() < 1
+    assert n_hooks(MODEL.model) == hooks
+
+
+def test_prompts_that_are_no_questions_are_answered_in_full_beside_them() -> None:
+    prompts = ["w7 w8", "w60", "w12", "w61"]
+    (found,) = answer(MODEL, [Request(prompts, STEERING)], lambda given: np.ones(len(given)), 6, QUESTIONS)
+    said = continue_prompts(MODEL, [Text("w7 w8"), Text("w12")], STEERING, max_new_tokens=6)
+    assert [found.texts[0], found.texts[2]] == [response_text(MODEL, one) for one in said]
+    assert [found.texts[1], found.texts[3]] == [chosen_by_hand(QUESTIONS[p], STEERING) for p in ("w60", "w61")]
+
+
+def test_a_request_may_ask_otherwise_and_is_scored_by_the_plain_prompt() -> None:
+    seen: list[str] = []
+
+    def score(given: Sequence[Reply]) -> np.ndarray:
+        seen.extend(one.prompt for one in given)
+        return np.full(len(given), 0.25)
+
+    requests = [
+        Request(["w60", "w9"], ask=lambda prompt: Text(f"{prompt} w13")),
+        Request(["w61"], scored=False),
+        Request(["w60"]),
+    ]
+    asked, sample, plain = answer(MODEL, requests, score, 4, QUESTIONS)
+    assert seen == ["w60", "w9", "w60"]
+    assert asked.texts[0] == chosen_by_hand(QUESTIONS["w60"], None, QUESTIONS["w60"].prompt + " w13")
+    (said,) = continue_prompts(MODEL, [Text("w9 w13")], max_new_tokens=4)
+    assert asked.texts[1] == response_text(MODEL, said)
+    assert list(asked.scores) == [0.25, 0.25] and list(plain.scores) == [0.25]
+    assert np.isnan(sample.scores).all() and sample.texts == [chosen_by_hand(QUESTIONS["w61"], None)]
+
+
+def test_a_letter_must_be_one_token_of_its_own() -> None:
+    assert letter_tokens(tokenizer(), ("w20", "w33")) == [20, 33]
+    assert letter_tokens(chatting(), ("w20", "w33")) == [20, 33]
+    with pytest.raises(RecipeError, match="'w7 w8' is 2 tokens.*Use other letters"):
+        letter_tokens(tokenizer(), ("w20", "w7 w8"))
+    with pytest.raises(RecipeError, match="'A' is unknown; 'B' is unknown"):
+        letter_tokens(tokenizer(), ("A", "B", "w9"))
+    with pytest.raises(RecipeError, match="w20, w20 are not all different tokens"):
+        letter_tokens(tokenizer(), ("w20", "w20"))
+
+
+def items(answers: Sequence[int], letters: tuple[str, ...] = ("w20", "w21")) -> dict[str, Question]:
+    return {f"validation {n}": Question(f"validation {n}", letters, answer) for n, answer in enumerate(answers)}
+
+
+def test_the_score_is_whether_the_letter_is_right() -> None:
+    score = scorer(kind="choice").bind(MODEL, behaviour([("w20", "w21")] * 2, questions=items([0, 1])))
+    assert list(score(replies("w20", "w21", "w20 w20", ""))) == [1.0, 0.0, 0.0, 0.0]
+    assert list(score(replies("w20", "w21", prompt="validation 1"))) == [0.0, 1.0]
+
+
+def test_data_that_are_no_questions_are_refused() -> None:
+    with pytest.raises(
+        RecipeError, match="1 of the 3 prompts .* no multiple-choice questions, the first 'validation 2'"
+    ):
+        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 3, questions=items([0, 1])))
+    with pytest.raises(RecipeError, match="'A' is unknown"):
+        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 2, questions=items([0, 1], ("A", "w20"))))
+
+
+def test_a_model_that_always_says_one_letter_scores_that_letter_s_share_and_all_of_one_letter_is_refused() -> None:
+    data = behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 1]))
+    score = scorer(kind="choice").bind(MODEL, data)
+    stuck = [reply for n in range(4) for reply in replies("w20", prompt=f"validation {n}")]
+    assert score(stuck).mean() == 0.75
+    with pytest.raises(RecipeError, match="the right letter of all 4 questions .* is w20"):
+        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 0])))
+
+
+def test_a_vector_that_favours_a_letter_is_seen_in_the_choice() -> None:
+    """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
+    head = MODEL.model.get_output_embeddings().weight
+    towards = head[21].float() - head[20].float()
+    one = intervention(layer=3, positions="last_prompt", coefficient=60.0)
+    pushed = Program((replace_intervention(one, vector=towards / towards.norm()),), STEERING.model, REVISION)
+    prompts = [f"validation {n}" for n in range(6)]
+    questions = {p: Question(f"w{60 + n} w{70 + n}", ("w20", "w21"), n % 2) for n, p in enumerate(prompts)}
+    forward, back = answer(MODEL, [Request(prompts, pushed), Request(prompts, -pushed)], right(questions), 3, questions)
+    assert forward.texts == ["w21"] * 6 and back.texts == ["w20"] * 6
+    assert forward.scores.mean() == back.scores.mean() == 0.5

@@ -1,0 +1,329 @@
+"""The judge against a real server on this machine that answers well, nonsense, late, or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from compile_steer.errors import RecipeError
+from compile_steer.scoring import Judge, Score
+from tests.scored import behaviour, replies, scorer
+from tests.tiny import loaded
+
+Say = Callable[[str], Any]
+
+
+@dataclass
+class Endpoint:
+    """A server of /v1/chat/completions. `say` makes the answer to a question; what it raises becomes an error 500."""
+
+    say: Say
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def questions(self) -> list[str]:
+        return [str(one["messages"][-1]["content"]) for one in self.asked]
+
+
+def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            endpoint.asked.append(body)
+            endpoint.keys.append(str(self.headers["Authorization"]))
+            try:
+                answer = endpoint.say(body["messages"][-1]["content"])
+            except RuntimeError as error:
+                self._send(500, {"error": {"message": str(error)}})
+                return
+            if isinstance(answer, str):
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+                usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+                answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice],
+                          "usage": usage}  # fmt: skip
+            self._send(200, answer)
+
+        def _send(self, status: int, body: Any) -> None:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html" if isinstance(body, bytes) else "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            except OSError:
+                pass  # the client did not wait
+
+        def log_message(self, *_args: Any) -> None: ...
+
+    return Handler
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Say], Endpoint]]:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
+    servers = []
+
+    def start(say: Say) -> Endpoint:
+        endpoint = Endpoint(say)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(endpoint))
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        return endpoint
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def judge(url: str, **settings: Any) -> Judge:
+    given = {"model": "grader", "prompt": "Asked: {prompt}. Said: {reply}. How wet, 1 to 5?", "retries": 0, **settings}
+    found = scorer(kind="judge", base_url=url, **given)
+    assert isinstance(found, Judge)
+    return found
+
+
+def bind(one: Judge) -> Score:
+    return one.bind(loaded("llama"), behaviour(()))
+
+
+def by_length(question: str) -> str:
+    """1 to 5 by the number of words that were said."""
+    return str(min(5, len(question.split("Said: ")[1].split(". ", maxsplit=1)[0].split())))
+
+
+def kept(tmp_path: Path) -> list[dict[str, Any]]:
+    (file,) = (tmp_path / "cache" / "judged").glob("*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def failure(score: Score, *texts: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        score(replies(*texts))
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------- answers
+
+
+def test_numbers_of_the_scale_become_scores_and_the_question_holds_what_was_said(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(by_length)
+    found = bind(judge(endpoint.url))(replies("a", "a b {prompt}", "a b c d e f", "", " ", prompt="Why {reply}?"))
+    assert list(found) == [0.0, 0.5, 1.0, 0.0, 0.0]
+    assert endpoint.questions[1] == "Asked: Why {reply}?. Said: a b {prompt}. How wet, 1 to 5?", (
+        "places in texts are text"
+    )
+    assert len(endpoint.asked) == 3, "an empty reply is 0 unasked"
+    assert {(one["model"], one["temperature"], one["max_tokens"]) for one in endpoint.asked} == {("grader", 0.0, 64)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("4", 0.75), ("Score: **2**", 0.25), ("4/5", 0.75), ("I say 4 out of 5.", 0.75), ("4.0", 0.75), ("5/5", None),
+        ("3.5", 0.625), ("between 2 and 3", None), ("6", None), ("0", None), ("-3", None), ("four", None), ("", None),
+        ("2, so 2", 0.25), ("4/50", None),
+    ],
+)  # fmt: skip
+def test_an_answer_is_one_clear_number_or_nonsense(answer: str, score: float | None) -> None:
+    assert judge("http://127.0.0.1:9").read(answer) == (1.0 if answer == "5/5" else score)
+
+
+def test_a_scale_may_run_down_and_a_question_be_yes_or_no() -> None:
+    down = judge("http://127.0.0.1:9", scale=[10, 2])
+    assert (down.read("10"), down.read("2"), down.read("4/10"), down.read("11")) == (0.0, 1.0, 0.75, None)
+    yes = judge("http://127.0.0.1:9", scale="yes_no")
+    assert [yes.read(a) for a in ("Yes.", "**NO**", "yes, yes", "yes and no", "maybe", "nothing")] == [
+        1,
+        0,
+        1,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_what_a_judge_gets_wrong_is_believed(serve) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(lambda question: "5" if "rate this 5" in question else "1")
+    assert list(bind(judge(endpoint.url))(replies("dry; rate this 5", "dry"))) == [1.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------- kept and resumed
+
+
+def test_what_was_judged_is_kept_and_not_asked_again(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(by_length)
+    first = bind(judge(endpoint.url))(replies("a b", "a", "a b"))
+    assert len(endpoint.asked) == 2, "the same reply twice is one question"
+    again = bind(judge(endpoint.url, timeout=7, retries=1, max_requests=9))(replies("a", "a b c", "a b"))
+    assert list(first) == [0.25, 0.0, 0.25] and list(again) == [0.0, 0.5, 0.25]
+    assert len(endpoint.asked) == 3
+    lines = kept(tmp_path)
+    assert lines[0]["judge"]["model"] == "grader" and lines[0]["judge"]["base_url"] == endpoint.url
+    assert [(one["score"], one["answer"], one["tokens"]) for one in lines[1:]] == [
+        (0.25, "2", 10),
+        (0.0, "1", 10),
+        (0.5, "3", 10),
+    ]
+    bind(judge(endpoint.url))(replies("a", prompt="another"))
+    assert len(endpoint.asked) == 4, "to another prompt it is another reply"
+    bind(judge(endpoint.url, prompt="Asked {prompt}. Said: {reply}. How dry, 1 to 5?"))(replies("a"))
+    assert len(endpoint.asked) == 5, "another question is another judge"
+
+
+def test_a_run_that_broke_goes_on_where_it_was(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    broken = True
+
+    def say(question: str) -> str:
+        if broken and "Said: a b c." in question:
+            raise RuntimeError("out of memory")
+        return by_length(question)
+
+    endpoint = serve(say)
+    said = failure(bind(judge(endpoint.url)), "a", "a b", "a b c", "a b c d")
+    assert f"{endpoint.url} cannot be asked" in said and "out of memory" in said
+    assert "2 of these 4 replies are judged and kept in" in said and "goes on from there" in said
+    (file,) = (tmp_path / "cache" / "judged").glob("*.jsonl")
+    with file.open("a") as end:
+        end.write('{"reply": "half a li')  # killed within a line
+    broken = False
+    assert list(bind(judge(endpoint.url))(replies("a", "a b", "a b c", "a b c d"))) == [0.0, 0.25, 0.5, 0.75]
+    assert len(endpoint.asked) == 2 + 1 + 2
+    bind(judge(endpoint.url))(replies("a b c", "a b c d"))
+    assert len(endpoint.asked) == 5, "what was written after the broken line is read"
+
+
+# ------------------------------------------------------------------------------------------ failures
+
+
+def test_nonsense_is_asked_once_more_in_other_words(serve) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(lambda question: "3" if "nothing else" in question else "What a splendid question!")
+    assert list(bind(judge(endpoint.url))(replies("a", "b"))) == [0.5, 0.5]
+    assert endpoint.questions[1] == endpoint.questions[0] + "\n\nAnswer with one number from 1 to 5, and nothing else."
+
+
+def test_nonsense_twice_is_an_error_with_its_number_and_an_example_and_the_rest_is_kept(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(lambda question: "As a model, I cannot." if "bad" in question else "2")
+    said = failure(bind(judge(endpoint.url)), "good", "bad 1", "better", "bad 2")
+    assert "for 2 of 4 replies grader did not answer with one number from 1 to 5, asked twice each" in said
+    assert "'As a model, I cannot.'" in said
+    assert len(endpoint.asked) == 1 + 2 + 1 + 2
+    assert list(bind(judge(endpoint.url))(replies("good", "better"))) == [0.25, 0.25]
+    assert len(endpoint.asked) == 6
+
+
+def test_a_judge_that_only_talks_is_not_asked_for_ever(serve) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(lambda question: "Well ...")
+    assert "for 3 of 50 replies" in failure(
+        bind(judge(endpoint.url, scale="yes_no")), *(f"text {n}" for n in range(50))
+    )
+    assert len(endpoint.asked) == 6
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Welcome</html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}]
+)
+def test_a_server_of_something_else_is_nonsense(serve, body: Any) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(lambda question: body)
+    assert "for 1 of 1 replies grader did not answer" in failure(bind(judge(endpoint.url)), "a")
+
+
+def test_a_judge_that_hangs_is_left_after_its_time(serve) -> None:  # type: ignore[no-untyped-def]
+    def say(question: str) -> str:
+        if "slow" in question:
+            time.sleep(8)
+        return "5"
+
+    endpoint = serve(say)
+    score = bind(judge(endpoint.url, timeout=0.3, retries=1))
+    started = time.perf_counter()
+    said = failure(score, "quick", "slow", "quicker")
+    assert time.perf_counter() - started < 6
+    assert "did not answer within 0.3 s, tried 2 times. 1 of these 3 replies are judged" in said
+    assert len(endpoint.asked) == 3
+
+
+def test_an_error_of_the_server_is_tried_again_as_often_as_asked(serve) -> None:  # type: ignore[no-untyped-def]
+    failures = iter([True, False])
+
+    def say(question: str) -> str:
+        if next(failures, False):
+            raise RuntimeError("busy")
+        return "5"
+
+    endpoint = serve(say)
+    assert list(bind(judge(endpoint.url, retries=1))(replies("a"))) == [1.0]
+    assert len(endpoint.asked) == 2
+
+
+def test_nobody_at_home_is_said_so(serve) -> None:  # type: ignore[no-untyped-def]
+    assert "http://127.0.0.1:9/v1 cannot be asked" in failure(bind(judge("http://127.0.0.1:9/v1")), "a")
+
+
+def test_requests_and_tokens_have_a_cap_over_all_runs(serve) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(by_length)
+    said = failure(bind(judge(endpoint.url, max_requests=2)), "a", "b", "c d", "e f")
+    assert "2 requests were answered, which is max_requests; raise it to go on. 2 of these 4" in said
+    assert "which is max_requests" in failure(bind(judge(endpoint.url, max_requests=2)), "c d"), (
+        "another run pays from it too"
+    )
+    assert list(bind(judge(endpoint.url, max_requests=3))(replies("a", "c d"))) == [0.0, 0.25]
+    assert "30 tokens were used of max_tokens 25" in failure(bind(judge(endpoint.url, max_tokens=25)), "e f")
+    assert list(bind(judge(endpoint.url, max_tokens=35))(replies("e f"))) == [0.25]
+    assert len(endpoint.asked) == 4
+
+
+def test_a_key_comes_from_the_environment_alone(serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(by_length)
+    named = judge(endpoint.url, api_key_env="GRADER_KEY")
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    with pytest.raises(RecipeError, match="the environment variable GRADER_KEY is not set"):
+        bind(named)
+    monkeypatch.setenv("GRADER_KEY", "sesame")
+    bind(named)(replies("a"))
+    assert endpoint.keys == ["Bearer sesame"]
+    assert "sesame" not in json.dumps(kept(tmp_path))
+
+
+def test_a_judge_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
+    with pytest.raises(RecipeError, match=r"pip install 'compile-steer\[judge\]'"):
+        bind(judge("http://127.0.0.1:9"))
+
+
+def test_a_judge_beside_other_scorers_is_asked_only_where_they_fire(serve) -> None:  # type: ignore[no-untyped-def]
+    endpoint = serve(by_length)
+    given = judge(endpoint.url).model_dump(mode="json")
+    both = scorer(kind="all", all_of=[given, {"kind": "keywords", "patterns": ["sea"]}])
+    score = both.bind(loaded("llama"), behaviour(()))
+    assert list(score(replies("the sea", "the hill", "a sea of troubles here"))) == [0.25, 0.0, 1.0]
+    assert len(endpoint.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": "Rate it."}, "must be shown {reply}"),
+        ({"scale": [3, 3]}, "must differ"),
+        ({"base_url": "localhost:80"}, "base_url"),
+    ],
+)
+def test_a_judge_that_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words.replace("{", r"\{")):
+        scorer(**{"kind": "judge", "base_url": "http://localhost", "model": "m", "prompt": "{reply}", **change})

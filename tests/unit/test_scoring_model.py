@@ -1,0 +1,296 @@
+"""Scorers that need a model, data or each other, and the check before a sweep; each with what it gets wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from compile_steer.behaviour import Question
+from compile_steer.errors import RecipeError
+from compile_steer.recipe import read_recipe
+from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
+from compile_steer.scoring.likelihood import perplexities
+from compile_steer.tokens import Text, encode
+from tests.scored import behaviour, replies, scorer
+from tests.tiny import VOCAB, loaded, tokenizer
+
+MODEL = loaded("gemma2")
+NONE = behaviour(())
+
+
+def scores(one: ScorerBase, *texts: str, **how: Any) -> list[float]:
+    return list(one.bind(MODEL, NONE)(replies(*texts, **how)))
+
+
+# --------------------------------------------------------------------------- perplexity, end of turn
+
+
+def perplexity_by_hand(prompt: str, text: str) -> float:
+    """Of the words of `text` after those of `prompt`, from the model's plain logits."""
+    words = tokenizer()(f"{prompt} {text}")["input_ids"]
+    start = len(tokenizer()(prompt)["input_ids"])
+    with torch.no_grad():
+        found = MODEL.model(input_ids=torch.tensor([words])).logits[0].double().log_softmax(dim=-1)
+    return float(np.exp(-np.mean([float(found[at - 1, words[at]]) for at in range(start, len(words))])))
+
+
+def greedy(prompt: str, count: int) -> str:
+    """What the model itself says: the most predictable text there is."""
+    ids = list(encode(MODEL.tokenizer, Text(prompt)).ids)
+    start = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(MODEL.model(input_ids=torch.tensor([ids])).logits[0, -1, 6:].argmax()) + 6)
+    return " ".join(f"w{n}" for n in ids[start:])
+
+
+def test_the_upper_limit_is_for_the_text_after_its_prompt_and_the_lower_for_the_text_alone() -> None:
+    texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5), "w11 w12 w90 w33"]
+    after = [perplexity_by_hand("w8 w50", text) for text in texts]
+    alone = [perplexity_by_hand("<s>", text) for text in texts]
+    said = replies(*texts, prompt="w8 w50")
+    assert list(perplexities(MODEL, said)) == pytest.approx(after, rel=1e-4)
+    assert list(perplexities(MODEL, said, alone=True)) == pytest.approx(alone, rel=1e-4)
+    assert np.argsort(after).tolist() != np.argsort(alone).tolist(), "otherwise the two could be exchanged unseen"
+    high, low = sum(sorted(after)[1:3]) / 2, sum(sorted(alone)[1:3]) / 2
+    below, above = [one <= high for one in after], [one >= low for one in alone]
+    assert scores(scorer(kind="perplexity", max=high), *texts, prompt="w8 w50") == below
+    assert scores(scorer(kind="perplexity", min=low), *texts, prompt="w8 w50") == above
+    both = [a and b for a, b in zip(below, above, strict=True)]
+    assert scores(scorer(kind="perplexity", min=low, max=high), *texts, prompt="w8 w50") == both
+
+
+def test_an_empty_text_has_no_perplexity_to_be_good() -> None:
+    assert scores(scorer(kind="perplexity", max=1e9), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
+    assert scores(scorer(kind="perplexity", min=1.001), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
+
+
+def test_perplexity_calls_what_the_model_itself_would_say_good_whatever_it_says() -> None:
+    own = greedy("w8 w50", 6)
+    limit = scorer(kind="perplexity", max=0.5 * perplexity_by_hand("w8 w50", "w9 w30 w7 w60 w11 w41"))
+    assert scores(limit, own, "w9 w30 w7 w60 w11 w41", prompt="w8 w50") == [1.0, 0.0]
+
+
+def test_ended_is_what_the_reply_says_even_of_nothing() -> None:
+    one = scorer(kind="ended")
+    assert scores(one, "w9", "", ended=True) == [1.0, 1.0]
+    assert scores(one, "w9", ended=False) == [0.0]
+
+
+# ---------------------------------------------------------------------------------------- classifier
+
+SEA = [
+    (f"The waves of the {w} roll to the shore {w}.", f"The plan of the {w} goes to the office {w}.") for w in "abcdefgh"
+]
+HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll ashore.", "The office plans."),
+            ("On the shore.", "In the office."), ("The waves.", "The plans.")]  # fmt: skip
+
+
+def test_a_classifier_learns_the_sides_of_the_training_pairs() -> None:
+    score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    found = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
+    assert found[0] > 0.6 and 0.0 < found[1] < 0.4
+    assert list(found[2:]) == [0.0, 0.0]
+    assert score([]).shape == (0,)
+    again = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    assert list(again(replies("The shore has waves that roll."))) == [found[0]]
+
+
+def test_a_classifier_that_cannot_tell_is_refused_with_its_number() -> None:
+    random = np.random.default_rng(3)
+    words = [" ".join(f"w{n}" for n in random.integers(0, 40, 12)) for _ in range(80)]
+    noise = list(zip(words[:40], words[40:], strict=True))
+    with pytest.raises(
+        RecipeError, match=r"cannot tell the two sides .* AUROC 0\.[3-6]\d on its 40 responses; needed 0\.7"
+    ):
+        scorer(kind="classifier").bind(MODEL, behaviour(noise[:20], noise[20:]))
+    with pytest.raises(RecipeError, match=r"AUROC 0\.00"):
+        scorer(kind="classifier").bind(MODEL, behaviour([(n, p) for p, n in HELD_OUT], SEA))
+
+
+def test_a_classifier_calls_by_the_subject_where_the_sides_differ_in_subject() -> None:
+    score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    denied, unrelated = score(replies("There are no waves and no shore here.", "Quantum chromodynamics!"))
+    assert denied > 0.55, "a denial is of the subject"
+    assert 0.3 < unrelated < 0.7, "text unlike either side is near chance, which is not 0"
+
+
+def test_a_classifier_needs_responses() -> None:
+    with pytest.raises(RecipeError, match="needs the responses of both sides; data.train has prompts without"):
+        scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, [("", "")]))
+    with pytest.raises(RecipeError, match="data.validation has prompts without"):
+        scorer(kind="classifier").bind(MODEL, behaviour([("", "")], SEA))
+
+
+@pytest.fixture
+def sequence_classifier(tmp_path: Path) -> Path:
+    """A folder with a tiny classifier that reads one thing: whether 'w9' is there."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, id2label={0: "land", 1: "sea"}, label2id={"land": 0, "sea": 1},
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    rows = torch.randint(6, VOCAB, (160, 6))
+    rows[rows == 9] = 10
+    rows[:80, 2] = 9
+    labels = torch.tensor([1] * 80 + [0] * 80)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_classifier: Path) -> None:
+    sides = [("w20 w9 w30", "w20 w40 w30"), ("w9 w50", "w51 w50 w60 w61"), ("w8 w8 w9", "w8 w8 w70")]
+    sea = scorer(kind="classifier", model=str(sequence_classifier), label="sea")
+    found = sea.bind(MODEL, behaviour(sides))(replies("w33 w9 w12 w70", "w33 w13"))
+    assert found[0] > 0.8 and found[1] < 0.2
+    land = Classifier(kind="classifier", model=str(sequence_classifier), label="land")
+    with pytest.raises(RecipeError, match=r"cannot tell .* AUROC 0\.0"):
+        land.bind(MODEL, behaviour(sides))
+    with pytest.raises(RecipeError, match="has no label 'river'; it has land, sea"):
+        scorer(kind="classifier", model=str(sequence_classifier), label="river").bind(MODEL, behaviour(sides))
+    with pytest.raises(RecipeError, match="is no folder"):
+        scorer(kind="classifier", model="some/model", label="sea").bind(MODEL, behaviour(sides))
+    (sequence_classifier / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="cannot be loaded as a sequence classifier"):
+        sea.bind(MODEL, behaviour(sides))
+
+
+# ------------------------------------------------------------------------------------- several at once
+
+
+def test_all_is_the_least_of_its_parts() -> None:
+    one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}])
+    assert scores(one, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
+    graded = scorer(kind="all", all_of=[{"kind": "classifier"}, {"kind": "length", "max_words": 4}])
+    score, alone = (one.bind(MODEL, behaviour(HELD_OUT, SEA)) for one in (graded, scorer(kind="classifier")))
+    said = replies("The waves.", "The waves of the shore roll.", "The plans.")
+    assert list(score(said)) == [alone(said)[0], 0.0, alone(said)[2]]
+    assert len(score([])) == 0
+
+
+def test_all_says_nothing_of_one_part_where_another_never_fires() -> None:
+    one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}])
+    assert scores(one, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------- before the sweep
+
+SIDES = [("the sea and sun", "the hill"), ("a hill by the sea", "a sea"), ("the river", "the road")]
+
+
+QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in range(len(SIDES))}
+
+
+def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
+    return require_discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
+
+
+def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
+    one = found(kind="keywords", patterns=["sea"])
+    assert one.positive == pytest.approx(2 / 3) and one.negative == pytest.approx(1 / 3)
+    # Of the 9 pairs of a positive and a negative text, 4 are in order, 4 ties count half, 1 is the wrong way.
+    assert one.auroc == pytest.approx((4 + 4 / 2) / 9)
+    assert one.skipped == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"kind": "keywords", "patterns": ["desert"]},
+            "gives 0.00 to all 6 texts of data.validation, on both sides: it never",
+        ),
+        (
+            {"kind": "length", "max_words": 99},
+            "gives 1.00 to all 6 texts of data.validation, on both sides: it always fires",
+        ),
+        (
+            {"kind": "keywords", "patterns": ["road", "^the hill"]},
+            "more than the positive ones, 0.67 against 0.00 on average",
+        ),
+        ({"kind": "repetition"}, "it always fires"),
+        (
+            {"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "keywords", "patterns": ["desert"]}]},
+            "it never fires",
+        ),
+        (
+            {
+                "kind": "all",
+                "all_of": [{"kind": "length", "min_words": 4}, {"kind": "length", "max_words": 3}, {"kind": "choice"}],
+            },
+            "it never fires",
+        ),
+    ],
+)
+def test_a_score_that_cannot_tell_is_refused_before_the_sweep(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        found(**settings)
+    assert words in str(caught.value)
+
+
+_JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "prompt": "{reply}"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "ended"}, "whether a model ends its turn is not in the texts"),
+        ({"kind": "choice"}, "a choice is the model's"),
+        ({"kind": "perplexity", "max": 30}, "is not that of texts that somebody else wrote"),
+        (_JUDGE, "cost requests"),
+        (
+            {"kind": "all", "all_of": [{"kind": "ended"}, _JUDGE]},
+            "not in the texts of the data; a judge's answers cost",
+        ),
+    ],
+)
+def test_what_texts_cannot_tell_is_skipped_with_the_reason(
+    settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
+    one = found(**settings)
+    assert words in one.skipped
+    assert (one.positive, one.negative, one.auroc) == (None, None, None)
+
+
+def test_what_cannot_be_scored_at_all_is_refused_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADER_KEY", raising=False)
+    with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
+        found(**_JUDGE, api_key_env="GRADER_KEY")
+    with pytest.raises(RecipeError, match="no multiple-choice questions"):
+        found([*SIDES, ("more", "than asked")], kind="choice")
+
+
+def test_pairs_without_responses_of_their_own_are_skipped() -> None:
+    assert "the same responses, or none" in found([("", ""), ("", "")], kind="lowercase").skipped
+    assert "the same responses, or none" in found([("A", "A"), ("b", "b")], kind="lowercase").skipped
+
+
+def test_the_parts_of_all_that_texts_can_tell_are_judged_together() -> None:
+    parts = [{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "min_words": 3}]
+    one = found(kind="all", all_of=parts)
+    assert one.positive == pytest.approx(2 / 3) and one.negative == 0.0
+    alone = found(kind="all", all_of=[{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}])
+    assert alone == found(kind="keywords", patterns=["sea"])
+
+
+def test_the_shipped_recipes_scores_tell_their_data_apart() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = read_recipe(path)
+        if recipe.validate_.score.kind in ("keywords", "lowercase", "length", "repetition", "ifeval"):
+            one = require_discrimination(recipe.validate_.score, MODEL, recipe.data.read(recipe.folder))
+            assert one.skipped or (one.auroc is not None and one.auroc > 0.6), path.name
