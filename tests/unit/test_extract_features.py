@@ -21,7 +21,7 @@ from compile_steer.tokens import Text
 from tests.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 
-ROWS, INDEX = 11, 7
+ROWS, INDEX = 17, 7
 DATA = Behaviour((), (), (), (Text("w8 w9", "w10 w11"), Text("w12", "w13")), (), (), {})
 
 
@@ -95,7 +95,7 @@ def test_the_controls_are_other_rows_of_the_same_length(tmp_path: Path) -> None:
 def test_a_feature_of_neuronpedia_is_the_same_direction(tmp_path: Path) -> None:
     one = found(neuronpedia(tmp_path / "feature.json"), None)
     assert torch.allclose(one.vectors[2], rows()[INDEX])
-    assert torch.allclose(one.shuffled[:, 2].sort(dim=-1).values, rows()[INDEX].sort().values.expand(5, HIDDEN))
+    assert torch.allclose(one.shuffled[:, 2].sort(dim=-1).values, rows()[INDEX].sort().values.expand(12, HIDDEN))
     assert not torch.equal(one.shuffled[0, 2], rows()[INDEX])
 
 
@@ -121,7 +121,7 @@ def test_another_file_at_the_same_path_is_another_source(tmp_path: Path) -> None
         ("blocks.2.hook_resid_post", HIDDEN + 3, INDEX, r"shape \[35\]; the model is 32 wide"),
         (f"blocks.{LAYERS}.hook_resid_post", HIDDEN, INDEX, r"of block 4; the model has 4\."),
         ("blocks.2.attn.hook_z", HIDDEN, INDEX, "feature is of 'blocks.2.attn.hook_z'; needed: blocks.K.hook_NAME"),
-        ("blocks.2.hook_resid_post", HIDDEN, ROWS, "has 11 features; wanted are extract.index 11, and 5 others"),
+        ("blocks.2.hook_resid_post", HIDDEN, ROWS, "has 17 features; wanted are extract.index 17, and 12 others"),
         ("blocks.2.hook_resid_post", HIDDEN, None, "holds a whole dictionary; name the feature by extract.index"),
     ],
 )
