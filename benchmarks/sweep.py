@@ -36,7 +36,8 @@ from compile_steer.validate.report import Cell
 from compile_steer.validate.sweep import measure_layers, search_layers
 
 LAYERS = tuple(range(1, 30, 3))
-COEFFICIENTS = (1.0, 1.5, 2.0, 2.5, 3.0)
+COEFFICIENTS = (1.0, 2.0, 3.0, 4.0, 5.0)
+SEARCHED = (1.5, 2.0, 2.5)
 FINE = tuple(round(1.2 * 1.1**k, 4) for k in range(14))
 SETTINGS = ["validate.sweep_pairs=8", "validate.sweep_neutral=6"]
 BASELINE = "plain loop"
@@ -182,7 +183,7 @@ def solver_table(run: Run, directions: Directions, options: Validate, layers: Se
 
 def search_table(run: Run, directions: Directions, options: Validate) -> list[str]:
     """Successive halving beside the grid over all blocks: the best coherent cell, and the work."""
-    grid = options.model_copy(update={"coefficients": COEFFICIENTS[1:4], "layers": "search"})
+    grid = options.model_copy(update={"coefficients": SEARCHED, "layers": "search"})
 
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
@@ -229,7 +230,7 @@ def main() -> None:
         "",
         *solved,
         "",
-        f"The layer search over all blocks with {len(COEFFICIENTS[1:4])} coefficients against the whole grid: the best cell with a "
+        f"The layer search over all blocks with {len(SEARCHED)} coefficients against the whole grid: the best cell with a "
         f"neutral perplexity of at most x{CEILING:g}, by contrast:",
         "",
         *searched,
