@@ -1,6 +1,6 @@
 """Every kind of program on the embedded model: what closed form and distillation leave of its divergence.
 
-    python -m benchmarks.programs
+    python -m benchmarks.programs [NAME ...]    # those whose names begin so; the others stay as they were measured
 
 Each program's texts, for calibration and for the measurement, are written by the model under that very
 program; the share is over the positions that predict the response, on held-out prompts.
@@ -8,6 +8,7 @@ program; the share is over the positions that predict the response, on held-out 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -67,9 +68,11 @@ PEERS_SAY = (
     "The same texts (both our backends' together), rank 8 everywhere, AdamW: forward KL and the likelihood of the steered "
     "samples (TRL's SFTTrainer) train every Linear from the first intervened block on, for 2 passes; LoRRA's loss (the hidden state "
     f"at the last intervened block) trains query and value of the blocks up to it, for its own {LORRA_STEPS} steps. `distill` includes its "
-    "closed form; the writing of the texts is in nobody's seconds (processor seconds, all threads)."
+    "closed form; the writing of the texts is in nobody's seconds."
 )
 EXACT = {"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"}
+NAMES = (*FITTED, *EXACT)
+PAGE, PEERS_TITLE = ROOT / "docs" / "PROGRAMS.md", "## Beside what others train"
 
 
 def programs(run: Run, directions: Directions) -> dict[str, Program]:
@@ -135,10 +138,9 @@ class Measure:
 
 
 def _timed(work: Callable[[], WeightPatch]) -> tuple[WeightPatch, float]:
-    """The result and the processor seconds of all threads: these machines are shared, and a clock would count others' work."""
-    started = time.process_time()
+    started = time.perf_counter()
     patch = work()
-    return patch, time.process_time() - started
+    return patch, time.perf_counter() - started
 
 
 def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
@@ -181,56 +183,76 @@ def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, obje
     return distill.distil(replace(job, options=options), texts, start, lambda _done: None)
 
 
-def table(run: Run, say: Callable[[str], None]) -> Sequence[str]:
-    """The lines of the tables, measured now; `say` is told each as it is there."""
-    found = programs(run, run_extract(run))
-    lines = [
-        "| program | KL(steered‖base) | `closed_form`: target | measured | top-1 | CPU s "
-        "| then `distill`: target | measured | top-1 | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    everybody = [
-        "| program | what | KL(steered‖compiled) | share | top-1 | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in FITTED:
-        line, peers = fitted(run, name, found[name])
-        lines.append(line)
-        everybody += peers
-        say("\n".join([line, *peers]))
-    for name, backend in EXACT.items():
-        job = Job(found[name], run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
-        measure = Measure.of(run, found[name])
-        merged = replace(run.loaded, model=merged_model(run.loaded.source, BACKENDS[backend].lower(job)).eval())
-        left = measure.against(merged)
-        lines.append(
-            f"| {name} | {measure.base.mean:.3f} | `{backend}`: KL 1e-6 | {left.mean:.1e} | {left.top1_agreement:.1%} | | | | | |"
-        )
-    return [*lines, "", "## Beside what others train", "", PEERS_SAY, "", *everybody]
+def exact(run: Run, name: str, program: Program) -> str:
+    """The line of a program that has an exact backend, merged in memory."""
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    measure = Measure.of(run, program)
+    backend = EXACT[name]
+    merged = replace(run.loaded, model=merged_model(run.loaded.source, BACKENDS[backend].lower(job)).eval())
+    left = measure.against(merged)
+    return f"| {name} | {measure.base.mean:.3f} | `{backend}`: KL 1e-6 | {left.mean:.1e} | {left.top1_agreement:.1%} | | | | | |"
+
+
+@dataclass(frozen=True)
+class Page:
+    """The lines of both tables by program: ours, and beside what others train."""
+
+    ours: dict[str, str]
+    beside: dict[str, list[str]]
+
+    @staticmethod
+    def read() -> Page:
+        """What was measured before."""
+        text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+        first, _, second = text.partition(PEERS_TITLE)
+        ours = {name: line for name in NAMES for line in first.splitlines() if line.startswith(f"| {name} |")}
+        beside = {name: [line for line in second.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
+        return Page(ours, beside)
+
+    def write(self) -> None:
+        """The page, as far as it is measured."""
+        settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
+        lines = [
+            "# Every kind of program",
+            "",
+            "Written by `make bench`; do not edit.",
+            "",
+            f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
+            f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, "
+            f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own; '{next(iter(MORE))}' has 200 texts of up to 80 tokens. "
+            "Numbers are shares of KL(steered‖base) that are left, at the positions that predict the response; the exact programs are "
+            "merged in memory and give KL in nats a token. Seconds are a clock's, on a shared machine.",
+            "",
+            "| program | KL(steered‖base) | `closed_form`: target | measured | top-1 | s "
+            "| then `distill`: target | measured | top-1 | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(self.ours[name] for name in NAMES if name in self.ours),
+            "",
+            PEERS_TITLE,
+            "",
+            PEERS_SAY,
+            "",
+            "| program | what | KL(steered‖compiled) | share | top-1 | s |",
+            "|---|---|---|---|---|---|",
+            *(line for name in NAMES for line in self.beside.get(name, [])),
+            "",
+        ]
+        save_text(PAGE, "\n".join(lines))
 
 
 def main() -> None:
-    """Measure every program and write the page."""
-    console = Console(width=160)
+    """Measure every program, or those whose names begin as asked; the page is written after each."""
+    console, page = Console(width=160), Page.read()
     with tempfile.TemporaryDirectory() as folder:
-        lines = table(ocean(SETTINGS, Path(folder), BarMeter(console)), partial(console.print, markup=False))
-    settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
-    page = [
-        "# Every kind of program",
-        "",
-        "Written by `make bench`; do not edit.",
-        "",
-        f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
-        f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, up to "
-        f"{NEW_TOKENS} tokens, temperature 1) are each program's own; '{next(iter(MORE))}' has 200 texts of up to 80 tokens. "
-        "Numbers are shares of KL(steered‖base) that are left, at the "
-        "positions that predict the response; the exact programs are merged in memory and give KL in nats a token.",
-        "",
-        *lines,
-        "",
-    ]
-    save_text(ROOT / "docs" / "PROGRAMS.md", "\n".join(page))
-    console.print("\n".join(lines), markup=False)
+        run = ocean(SETTINGS, Path(folder), BarMeter(console))
+        found = programs(run, run_extract(run))
+        for name in (name for name in NAMES if name.startswith(tuple(sys.argv[1:]) or "")):
+            if name in FITTED:
+                page.ours[name], page.beside[name] = fitted(run, name, found[name])
+            else:
+                page.ours[name] = exact(run, name, found[name])
+            page.write()
+            console.print("\n".join([page.ours[name], *page.beside.get(name, [])]), markup=False)
 
 
 if __name__ == "__main__":
