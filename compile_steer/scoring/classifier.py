@@ -9,10 +9,6 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline, make_union
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compile_steer.behaviour import Behaviour, Pair
@@ -52,6 +48,8 @@ class Classifier(ScorerBase):
             probability = _trained(behaviour.train)
         else:
             probability = _pretrained(self.model, self.label, loaded.device)
+        from sklearn.metrics import roc_auc_score  # noqa: PLC0415
+
         sides, texts = _texts(behaviour.validation, "validation")
         auroc = float(roc_auc_score(sides, probability(texts)))
         if auroc < self.min_auroc:
@@ -79,6 +77,11 @@ def _texts(pairs: Sequence[Pair], name: str) -> tuple[list[int], list[str]]:
 
 
 def _trained(pairs: Sequence[Pair]) -> Probability:
+    # Here alone: every command would wait for them.
+    from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+    from sklearn.pipeline import make_pipeline, make_union  # noqa: PLC0415
+
     sides, texts = _texts(pairs, "train")
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
