@@ -43,8 +43,6 @@ SETTINGS = [
     "compile.distill.prompts=12",
     "compile.distill.block_steps=600",
 ]
-# The constant everywhere is the easiest to the eye and the most limited by its data.
-MORE = {"add, all positions, one block": {"prompts": 200, "max_new_tokens": 80}}
 BLOCK, COEFFICIENT, HELD_OUT, NEW_TOKENS = 10, 2.5, 32, 40
 # Targets of issue and design: share left by the closed form alone, and after distillation.
 FITTED = {
@@ -145,9 +143,7 @@ def _timed(work: Callable[[], WeightPatch]) -> tuple[WeightPatch, float]:
 
 def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     """A program's line in the table of ours, and its lines in the table of everybody's."""
-    calibration = run.recipe.compile.calibration.model_copy(update=MORE.get(name, {}))
-    options = run.recipe.compile.model_copy(update={"calibration": calibration})
-    job = Job(program, run.loaded, run.behaviour, options, run.recipe.seed, run.meter)
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
     measure = Measure.of(run, program)
     texts = [*job.regression_texts, *job.training_texts]  # written before any clock starts
     cells, peers = [], []
@@ -219,7 +215,7 @@ class Page:
             "",
             f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
             f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, "
-            f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own; '{next(iter(MORE))}' has 200 texts of up to 80 tokens. "
+            f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own. "
             "Numbers are shares of KL(steered‖base) that are left, at the positions that predict the response; the exact programs are "
             "merged in memory and give KL in nats a token. Seconds are a clock's, on a shared machine.",
             "",
