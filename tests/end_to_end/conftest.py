@@ -19,15 +19,15 @@ RECIPE = ROOT / "recipes" / "ocean.yaml"
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same.
 SMALL = [
-    "validate.layers=[12]",
-    "validate.coefficients=[2]",
+    "validate.layers=[10]",
+    "validate.coefficients=[2.5]",
     "validate.sweep_pairs=4",
     "validate.sweep_prompts=4",
     "validate.sweep_neutral=4",
-    "validate.control_pairs=6",
+    "validate.control_pairs=8",
     "validate.dose_prompts=2",
     "validate.few_shot=1",
-    "validate.prompts=16",
+    "validate.prompts=24",
     "validate.max_new_tokens=24",
     "compile.calibration.prompts=72",
     "compile.calibration.max_new_tokens=32",
