@@ -110,10 +110,10 @@ def test_the_program_file_is_what_the_format_says(walk: Walk) -> None:
         (entry,) = program["interventions"]
         assert entry.keys() >= {"layer", "point", "operation", "coefficient", "positions", "tensor"}
         assert (entry["layer"], entry["point"], entry["operation"], entry["coefficient"]) == (
-            12,
+            10,
             "resid_post",
             "add",
-            2.0,
+            2.5,
         )
         assert file.get_tensor(entry["tensor"]).shape == (576,)
     assert program["model"] == "smollm2-135m-instruct" and program["revision"].startswith("sha256:")
