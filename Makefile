@@ -7,20 +7,20 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-end-to-end test-parts check lint types imports bench model golden clean
+.PHONY: demo test test-walk test-rest check lint types imports bench model golden clean
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
 # Side by side: each is one thread most of the time.
 test: $(VENV)/.ready
-	$(MAKE) --no-print-directory --jobs=2 test-end-to-end test-parts
+	$(MAKE) --no-print-directory --jobs=2 test-walk test-rest
 
-test-end-to-end: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/end_to_end
+test-walk: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/end_to_end/test_walk.py tests/end_to_end/test_bad_input.py
 
-test-parts: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/unit tests/contract tests/property
+test-rest: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/unit tests/contract tests/property tests/end_to_end --ignore=tests/end_to_end/test_walk.py --ignore=tests/end_to_end/test_bad_input.py
 
 check: lint types imports test
 
