@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from compile_steer.__main__ import main
 from compile_steer.program import Intervention, Program, Site
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
+
+Ask = Callable[..., str]
 
 
 def call(
@@ -36,7 +39,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
     def run(*arguments: str | Path) -> str:
         code, said = call(capsys, monkeypatch, *arguments, "--out", tmp_path / "out")
         assert code == 2, said
@@ -46,7 +49,7 @@ def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     return run
 
 
-def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask) -> None:  # type: ignore[no-untyped-def]
+def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask: Ask) -> None:
     said = ask("extract", RECIPE, "--set", "extract.methd=pca", "--set", "verify.gate.share=0.1", "--set", "seed=x")
     assert "did you mean 'method'?" in said and "did you mean 'gates'?" in said and "seed: found 'x'" in said
 
@@ -67,11 +70,11 @@ def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask) -> None:  # t
         ("validate.positions=everywhere", "everywhere unknown"),
     ],
 )
-def test_unusable_settings_are_refused_in_words(ask, change: str, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_unusable_settings_are_refused_in_words(ask: Ask, change: str, words: str) -> None:
     assert words in ask("validate", RECIPE, "--set", change)
 
 
-def test_empty_and_broken_data_name_their_lines(ask, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_empty_and_broken_data_name_their_lines(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "positive": "b"}\nnot json\n')
     said = ask(
@@ -85,7 +88,7 @@ def test_empty_and_broken_data_name_their_lines(ask, tmp_path: Path) -> None:  #
     assert "empty.jsonl is empty" in said and "broken.jsonl:1" in said and "broken.jsonl:2: not JSON" in said
 
 
-def test_a_missing_hub_model_says_how_to_get_one(ask, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_hub_model_says_how_to_get_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     said = ask("extract", RECIPE, "--set", "model=nobody/has-this-model")
     assert "hf download" in said and "smollm2-135m-instruct" in said
 

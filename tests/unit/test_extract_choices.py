@@ -14,6 +14,7 @@ from compile_steer.behaviour import Behaviour, Pair, Question
 from compile_steer.errors import RecipeError
 from compile_steer.extract import extract
 from compile_steer.extract.choices import Item, choose, fit, read_items, relabelled, sides
+from compile_steer.program import Point
 from compile_steer.progress import Meter
 from compile_steer.settings import ChoiceMethod
 from compile_steer.tokens import Text, encode
@@ -52,10 +53,10 @@ def behaviour(items: Sequence[Question]) -> Behaviour:
     return Behaviour(tuple(pairs), (), (), neutral, (), (), {}, questions=found)
 
 
-def at_letter(one: Question, index: int, point: str = "resid_post") -> Tensor:
+def at_letter(one: Question, index: int, point: Point = "resid_post") -> Tensor:
     """[L, d] at the letter, from a text of its own."""
     text = Text(one.prompt, one.letters[index])
-    return read_activations(loaded("llama"), [text], point=point, readout="response_mean")[0]  # type: ignore[arg-type]
+    return read_activations(loaded("llama"), [text], point=point, readout="response_mean")[0]
 
 
 def test_the_choice_is_the_letter_whose_logit_is_the_largest() -> None:

@@ -21,6 +21,7 @@ from tests.scored import behaviour, replies, scorer
 from tests.tiny import loaded
 
 Say = Callable[[str], Any]
+Serve = Callable[[Say], "Endpoint"]
 
 
 @dataclass
@@ -72,7 +73,7 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Say], Endpoint]]:
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
     servers = []
 
@@ -121,7 +122,7 @@ def failure(score: Score, *texts: str) -> str:
 # --------------------------------------------------------------------------------------------- answers
 
 
-def test_numbers_of_the_scale_become_scores_and_the_question_holds_what_was_said(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_numbers_of_the_scale_become_scores_and_the_question_holds_what_was_said(serve: Serve, tmp_path: Path) -> None:
     endpoint = serve(by_length)
     found = bind(judge(endpoint.url))(replies("a", "a b {prompt}", "a b c d e f", "", " ", prompt="Why {reply}?"))
     assert list(found) == [0.0, 0.5, 1.0, 0.0, 0.0]
@@ -158,7 +159,7 @@ def test_a_scale_may_run_down_and_a_question_be_yes_or_no() -> None:
     ]
 
 
-def test_what_a_judge_gets_wrong_is_believed(serve) -> None:  # type: ignore[no-untyped-def]
+def test_what_a_judge_gets_wrong_is_believed(serve: Serve) -> None:
     endpoint = serve(lambda question: "5" if "rate this 5" in question else "1")
     assert list(bind(judge(endpoint.url))(replies("dry; rate this 5", "dry"))) == [1.0, 0.0]
 
@@ -166,7 +167,7 @@ def test_what_a_judge_gets_wrong_is_believed(serve) -> None:  # type: ignore[no-
 # ---------------------------------------------------------------------------------- kept and resumed
 
 
-def test_what_was_judged_is_kept_and_not_asked_again(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_was_judged_is_kept_and_not_asked_again(serve: Serve, tmp_path: Path) -> None:
     endpoint = serve(by_length)
     first = bind(judge(endpoint.url))(replies("a b", "a", "a b"))
     assert len(endpoint.asked) == 2, "the same reply twice is one question"
@@ -186,7 +187,7 @@ def test_what_was_judged_is_kept_and_not_asked_again(serve, tmp_path: Path) -> N
     assert len(endpoint.asked) == 5, "another question is another judge"
 
 
-def test_a_run_that_broke_goes_on_where_it_was(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_that_broke_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> None:
     broken = True
 
     def say(question: str) -> str:
@@ -211,13 +212,15 @@ def test_a_run_that_broke_goes_on_where_it_was(serve, tmp_path: Path) -> None:  
 # ------------------------------------------------------------------------------------------ failures
 
 
-def test_nonsense_is_asked_once_more_in_other_words(serve) -> None:  # type: ignore[no-untyped-def]
+def test_nonsense_is_asked_once_more_in_other_words(serve: Serve) -> None:
     endpoint = serve(lambda question: "3" if "nothing else" in question else "What a splendid question!")
     assert list(bind(judge(endpoint.url))(replies("a", "b"))) == [0.5, 0.5]
     assert endpoint.questions[1] == endpoint.questions[0] + "\n\nAnswer with one number from 1 to 5, and nothing else."
 
 
-def test_nonsense_twice_is_an_error_with_its_number_and_an_example_and_the_rest_is_kept(serve, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_nonsense_twice_is_an_error_with_its_number_and_an_example_and_the_rest_is_kept(
+    serve: Serve, tmp_path: Path
+) -> None:
     endpoint = serve(lambda question: "As a model, I cannot." if "bad" in question else "2")
     said = failure(bind(judge(endpoint.url)), "good", "bad 1", "better", "bad 2")
     assert "for 2 of 4 replies grader did not answer with one number from 1 to 5, asked twice each" in said
@@ -227,7 +230,7 @@ def test_nonsense_twice_is_an_error_with_its_number_and_an_example_and_the_rest_
     assert len(endpoint.asked) == 6
 
 
-def test_a_judge_that_only_talks_is_not_asked_for_ever(serve) -> None:  # type: ignore[no-untyped-def]
+def test_a_judge_that_only_talks_is_not_asked_for_ever(serve: Serve) -> None:
     endpoint = serve(lambda question: "Well ...")
     assert "for 3 of 50 replies" in failure(
         bind(judge(endpoint.url, scale="yes_no")), *(f"text {n}" for n in range(50))
@@ -238,12 +241,12 @@ def test_a_judge_that_only_talks_is_not_asked_for_ever(serve) -> None:  # type: 
 @pytest.mark.parametrize(
     "body", [b"<html>Welcome</html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}]
 )
-def test_a_server_of_something_else_is_nonsense(serve, body: Any) -> None:  # type: ignore[no-untyped-def]
+def test_a_server_of_something_else_is_nonsense(serve: Serve, body: Any) -> None:
     endpoint = serve(lambda question: body)
     assert "for 1 of 1 replies grader did not answer" in failure(bind(judge(endpoint.url)), "a")
 
 
-def test_a_judge_that_hangs_is_left_after_its_time(serve) -> None:  # type: ignore[no-untyped-def]
+def test_a_judge_that_hangs_is_left_after_its_time(serve: Serve) -> None:
     def say(question: str) -> str:
         if "slow" in question:
             time.sleep(8)
@@ -258,7 +261,7 @@ def test_a_judge_that_hangs_is_left_after_its_time(serve) -> None:  # type: igno
     assert len(endpoint.asked) == 3
 
 
-def test_an_error_of_the_server_is_tried_again_as_often_as_asked(serve) -> None:  # type: ignore[no-untyped-def]
+def test_an_error_of_the_server_is_tried_again_as_often_as_asked(serve: Serve) -> None:
     failures = iter([True, False])
 
     def say(question: str) -> str:
@@ -271,11 +274,11 @@ def test_an_error_of_the_server_is_tried_again_as_often_as_asked(serve) -> None:
     assert len(endpoint.asked) == 2
 
 
-def test_nobody_at_home_is_said_so(serve) -> None:  # type: ignore[no-untyped-def]
+def test_nobody_at_home_is_said_so(serve: Serve) -> None:
     assert "http://127.0.0.1:9/v1 cannot be asked" in failure(bind(judge("http://127.0.0.1:9/v1")), "a")
 
 
-def test_requests_and_tokens_have_a_cap_over_all_runs(serve) -> None:  # type: ignore[no-untyped-def]
+def test_requests_and_tokens_have_a_cap_over_all_runs(serve: Serve) -> None:
     endpoint = serve(by_length)
     said = failure(bind(judge(endpoint.url, max_requests=2)), "a", "b", "c d", "e f")
     assert "2 requests were answered, which is max_requests; raise it to go on. 2 of these 4" in said
@@ -288,7 +291,7 @@ def test_requests_and_tokens_have_a_cap_over_all_runs(serve) -> None:  # type: i
     assert len(endpoint.asked) == 4
 
 
-def test_a_key_comes_from_the_environment_alone(serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_key_comes_from_the_environment_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     endpoint = serve(by_length)
     named = judge(endpoint.url, api_key_env="GRADER_KEY")
     monkeypatch.delenv("GRADER_KEY", raising=False)
@@ -307,7 +310,7 @@ def test_a_judge_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
         bind(judge("http://127.0.0.1:9"))
 
 
-def test_a_judge_beside_other_scorers_is_asked_only_where_they_fire(serve) -> None:  # type: ignore[no-untyped-def]
+def test_a_judge_beside_other_scorers_is_asked_only_where_they_fire(serve: Serve) -> None:
     endpoint = serve(by_length)
     given = judge(endpoint.url).model_dump(mode="json")
     both = scorer(kind="all", all_of=[given, {"kind": "keywords", "patterns": ["sea"]}])
