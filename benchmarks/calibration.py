@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.directions import Directions
 from compile_steer.errors import RecipeError
+from compile_steer.extract.found import as_long_as
 from compile_steer.files import save_text
 from compile_steer.pipeline import run_extract
 from compile_steer.progress import BarMeter, Meter
@@ -73,8 +74,7 @@ def in_place(real: Directions, kind: str, index: int) -> Directions:
         others = [n for n in range(len(real.shuffled)) if n != index]
         return replace(real, vectors=real.shuffled[index], shuffled=real.shuffled[others])
     noise = torch.randn(real.vectors.shape, generator=torch.Generator().manual_seed(10_000 + index))
-    lengths = real.vectors.norm(dim=-1, keepdim=True)
-    return replace(real, vectors=noise / noise.norm(dim=-1, keepdim=True) * lengths)
+    return replace(real, vectors=as_long_as(noise, real.vectors))
 
 
 def trial(run: Run, directions: Directions, kind: str) -> Trial:

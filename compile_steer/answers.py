@@ -124,8 +124,7 @@ def _groups(rows: Sequence[_Row]) -> list[_Group]:
         if row.program is None:
             base.append((index, row))
         else:
-            shape = tuple((one.site, one.operation, one.scopes) for one in row.program.interventions)
-            groups.setdefault(shape, _Group([], row.program)).rows.append((index, row))
+            groups.setdefault(row.program.shape, _Group([], row.program)).rows.append((index, row))
     found = list(groups.values()) or [_Group([], None)]
     found[0].rows.extend(base)
     return found

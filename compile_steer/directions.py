@@ -56,9 +56,7 @@ class Directions:
 
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
         """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`."""
-        layers = [layer]
-        if layer == EVERY_BLOCK:
-            layers = [k for k in range(self.vectors.shape[0]) if bool(self.vectors[k].any())]
+        layers = self.layers if layer == EVERY_BLOCK else (layer,)
         parts = [self._intervention(k, coefficient, positions) for k in layers]
         for point, vectors in self.beside.items():
             parts += [Intervention(Site(k, point), "add", vectors[0, k], coefficient, positions) for k in layers]

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, mannwhitneyu
 from torch import Tensor, nn
 
 from compile_steer.replay import readout
@@ -77,6 +77,11 @@ def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_
             same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
             parts.append(Divergence(kl_divergence(log_p, log_q).cpu(), same.cpu()))
     return Divergence.join(parts)
+
+
+def auroc(high: np.ndarray, low: np.ndarray) -> float:
+    """The chance that one of `high` [n] is above one of `low` [m], ties by half (Mann and Whitney's U)."""
+    return float(mannwhitneyu(high, low).statistic) / (len(high) * len(low))
 
 
 @dataclass(frozen=True)

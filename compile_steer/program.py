@@ -153,6 +153,11 @@ class Program:
         return tuple(i for i in self.interventions if i.enabled and i.coefficient != 0.0)
 
     @property
+    def shape(self) -> tuple[tuple[Site, OperationName, frozenset[Scope]], ...]:
+        """Sites, operations and positions of what is switched on: programs of one shape can be rows of one batch."""
+        return tuple((i.site, i.operation, i.scopes) for i in self.interventions if i.enabled)
+
+    @property
     def first_layer(self) -> int:
         """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
         return min((i.site.changes_from for i in self.active), default=0)

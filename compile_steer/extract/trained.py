@@ -19,6 +19,7 @@ from compile_steer.activations import read_activations
 from compile_steer.behaviour import Pair
 from compile_steer.directions import Directions
 from compile_steer.errors import RecipeError
+from compile_steer.extract.found import as_long_as
 from compile_steer.extract.from_pairs import fit
 from compile_steer.extract.objective import Objective
 from compile_steer.models import Loaded
@@ -72,12 +73,11 @@ def trained_directions(recipe: Recipe, loaded: Loaded, pairs: Sequence[Pair], in
                 f"{', '.join(f'{value:.3f}' for value in real.curves['held_out'][1:])}. Use a lower learning_rate, a "
                 "higher l2, or more pairs."
             )
-        length = real.best.norm(dim=1, keepdim=True)
         found = [real.best]
         for n in range(options.shuffled):
             swapped = _half_swapped(pairs, recipe.seed + n)
             last = train(loaded, swapped, start, options.trained, positions, recipe.seed + n, tick).last
-            found.append(last / last.norm(dim=1, keepdim=True).clamp(min=1e-12) * length)
+            found.append(as_long_as(last, real.best))
     whole = _by_point(torch.stack(found), start.sites, loaded.layout.n_layers)
     mine = whole.pop(options.point)
     return Directions(

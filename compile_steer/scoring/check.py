@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
+from compile_steer.metrics import auroc
 from compile_steer.models import Loaded
 from compile_steer.scoring.reply import Reply, ScorerBase
 
@@ -56,5 +56,4 @@ def require_discrimination(scorer: ScorerBase, loaded: Loaded, behaviour: Behavi
             f"against {positive.mean():.2f} on average: it scores the opposite of the behaviour. Mend validate.score, or "
             "exchange the two sides."
         )
-    auroc = float(mannwhitneyu(positive, negative).statistic) / len(pairs) ** 2
-    return Discrimination(float(positive.mean()), float(negative.mean()), auroc)
+    return Discrimination(float(positive.mean()), float(negative.mean()), auroc(positive, negative))

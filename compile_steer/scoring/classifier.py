@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.errors import RecipeError
+from compile_steer.metrics import auroc
 from compile_steer.models import Loaded, quiet
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
@@ -48,13 +49,11 @@ class Classifier(ScorerBase):
             probability = _trained(behaviour.train)
         else:
             probability = _pretrained(self.model, self.label, loaded.device)
-        from sklearn.metrics import roc_auc_score  # noqa: PLC0415
-
-        sides, texts = _texts(behaviour.validation, "validation")
-        auroc = float(roc_auc_score(sides, probability(texts)))
-        if auroc < self.min_auroc:
+        _sides, texts = _texts(behaviour.validation, "validation")
+        found = auroc(*np.split(probability(texts), 2))
+        if found < self.min_auroc:
             raise RecipeError(
-                f"validate.score classifier cannot tell the two sides of data.validation apart: AUROC {auroc:.2f} on its "
+                f"validate.score classifier cannot tell the two sides of data.validation apart: AUROC {found:.2f} on its "
                 f"{len(texts)} responses; needed {self.min_auroc:g}, and 0.5 is chance. Give more training pairs, or score "
                 "by another kind."
             )

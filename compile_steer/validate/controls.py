@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from compile_steer.activations import capture, read_activations
 from compile_steer.behaviour import Pair
 from compile_steer.errors import RecipeError
 from compile_steer.hooks import PAD, in_scope
+from compile_steer.metrics import auroc
 from compile_steer.models import Loaded
 from compile_steer.program import Intervention, Point, Program, replace_intervention
 from compile_steer.progress import Tick
@@ -135,7 +135,7 @@ def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separ
     differences = positive - negative
     cosines = (differences @ unit) / differences.norm(dim=-1).clamp(min=1e-12)
     return Separability(
-        auroc=float(mannwhitneyu(high, low).statistic) / (len(high) * len(low)),
+        auroc=auroc(high, low),
         d_prime=float(high.mean() - low.mean()) / spread if spread > 0 else 0.0,
         mean_cosine=float(cosines.mean()),
     )

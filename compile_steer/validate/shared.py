@@ -1,7 +1,7 @@
 """Score the same texts under many programs, paying once for what the programs have in common.
 
 That is the blocks below the steered one, the tokens that several texts begin with (see `packing`), and the
-vocabulary at every position that predicts no response. Several `add` programs run as rows of one batch.
+vocabulary at every position that predicts no response. Programs of one shape run as rows of one batch.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class SharedTexts:
         for program in programs:
             if program.first_layer < self._layer:
                 raise ValueError(f"the kept states at block {self._layer} are above {program.describe()}")
-        together = all(i.operation == "add" and i.enabled for program in programs for i in program.interventions)
-        if together:
+        if len({program.shape for program in programs}) == 1:
             return self._scores(programs)
         return np.concatenate([self._scores([program]) for program in programs])
 
