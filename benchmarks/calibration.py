@@ -1,145 +1,176 @@
-"""How often a direction of no meaning passes validation: random and shuffled-label directions in the real one's place.
+"""Can the verdict be trusted? How often chance passes, how often a real direction does, and what compiling shows.
 
-    python -m benchmarks.calibration [COUNT]
+    python -m benchmarks.calibration
 
-Each goes through the whole stage, its own choice of layer and coefficient included, on fewer texts and prompts
-than a recipe's own run has: a gate that chance passes here, it would pass there more rarely.
+Resumes: what docs/calibration.jsonl holds is not measured again, so delete it to begin anew.
 """
 
 from __future__ import annotations
 
-import sys
+import json
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
+from scipy.stats import binomtest, spearmanr
 
-from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.directions import Directions
+from benchmarks.behaviours import KNOWN, recipe_for
+from benchmarks.ocean import ROOT, machine
+from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Compiled, Kind, Trial, trial
 from compile_steer.errors import RecipeError
-from compile_steer.extract.found import as_long_as
 from compile_steer.files import save_text
 from compile_steer.pipeline import run_extract
-from compile_steer.progress import BarMeter, Meter
+from compile_steer.progress import BarMeter
 from compile_steer.run import Run
-from compile_steer.validate import ValidationReport, validate
 
-SETTINGS = [
-    "extract.shuffled=12",
-    "validate.layers=[10,14]",
-    "validate.coefficients=[1.5,2.5]",
-    "validate.instruction=''",
-    "validate.few_shot=0",
-    "validate.mismatched=null",
-    "validate.sweep_pairs=4",
-    "validate.sweep_neutral=4",
-    "validate.sweep_prompts=4",
-    "validate.sweep_layers=1",
-    "validate.control_pairs=4",
-    "validate.dose_prompts=2",
-    "validate.prompts=12",
-    "validate.max_new_tokens=16",
-    "validate.max_perplexity_ratio=3",
-    "validate.max_repetition=0.6",
-]
-PAIRS, NEUTRAL = 12, 6
+RECORD, PAGE = ROOT / "docs" / "calibration.jsonl", ROOT / "docs" / "CALIBRATION.md"
+CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1))
+WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 10, 4, 3  # the first so many behaviours
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One direction put in the real one's place, and what validation said of it."""
-
-    kind: str
-    verdict: str
-    reasons: list[str]
-    effect: float
-    p_random: float
-    p_shuffled: float | None
-    score: float
-    seconds: float
+def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
+    """Kind, index and whether it is compiled, for each direction of the behaviour with this number."""
+    yield "real", 0, True
+    if number < WITH_WEAKENED:
+        yield "weakened", number % len(COSINES), True
+    for kind, index in CHANCE if number < WITH_CHANCE else ():
+        yield kind, index, number < CHANCE_COMPILED and index == 0
 
 
-def in_place(real: Directions, kind: str, index: int) -> Directions:
-    """`real` with its vectors replaced: by random ones as long, or by its `index`-th shuffled ones, left out of the controls.
-
-    The real direction is 'real'.
-    """
-    if kind == "real":
-        return real
-    if kind == "shuffled":
-        others = [n for n in range(len(real.shuffled)) if n != index]
-        return replace(real, vectors=real.shuffled[index], shuffled=real.shuffled[others])
-    noise = torch.randn(real.vectors.shape, generator=torch.Generator().manual_seed(10_000 + index))
-    return replace(real, vectors=as_long_as(noise, real.vectors))
+def recorded() -> list[Trial]:
+    """What was measured before."""
+    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
+    found = [json.loads(line) for line in lines]
+    return [Trial(**one | {"compiled": one["compiled"] and Compiled(**one["compiled"])}) for one in found]
 
 
-def trial(run: Run, directions: Directions, kind: str) -> Trial:
-    """Validate `directions` with the run's recipe, on a part of its test data."""
-    data = replace(run.behaviour, test=run.behaviour.test[:PAIRS], neutral=run.behaviour.neutral[:NEUTRAL])
-    started = time.perf_counter()
-    try:
-        report, _rows = validate(run.recipe, run.loaded, data, directions, lambda _program: "", "", Meter())
-    except RecipeError as error:  # no coherent cell: refused before the test
-        return Trial(kind, "refused", [str(error)], 0.0, 1.0, None, 0.0, time.perf_counter() - started)
-    return _trial(kind, report, time.perf_counter() - started)
+def measured(found: list[Trial], folder: Path, meter: BarMeter) -> Iterator[Trial]:
+    """The trials that `found` lacks, one after the other."""
+    done = {(one.behaviour, one.kind, one.index) for one in found}
+    for number, known in enumerate(KNOWN):
+        left = [one for one in planned(number) if (known.name, *one[:2]) not in done]
+        if not left:
+            continue
+        try:
+            run = Run.open(recipe_for(known, folder, SETTINGS), folder / known.name, meter)
+        except RecipeError as error:  # the model does not show it often enough when it is asked
+            yield Trial(known.name, "real", 0, "no pairs", str(error), 0.0)
+            continue
+        real = run_extract(run)
+        for kind, index, compiles in left:
+            yield trial(run, real, kind, index, compiles)
 
 
-def _trial(kind: str, report: ValidationReport, seconds: float) -> Trial:
-    c = report.controls
-    return Trial(
-        kind, report.verdict, report.reasons, c.effect, c.p_random, c.p_shuffled, report.scores.effect.value, seconds
-    )
+def rate(found: list[Trial]) -> str:
+    """How many passed, with Wilson's 95 % interval."""
+    passed = sum(one.verdict == "pass" for one in found)
+    bounds = binomtest(passed, len(found)).proportion_ci(method="wilson")
+    return f"{passed} of {len(found)} ({bounds.low:.0%} to {bounds.high:.0%})"
 
 
-def trials(run: Run, count: int, meter: Meter) -> Iterator[Trial]:
-    """The real direction, then `count` of no meaning, random and shuffled in turn while shuffled ones last."""
-    real = run_extract(run)
-    kinds = [("real", 0)]
-    kinds += [("shuffled", n // 2) if n % 2 and n // 2 < len(real.shuffled) else ("random", n) for n in range(count)]
-    with meter.phase("directions in the real one's place", len(kinds)) as tick:
-        for kind, index in kinds:
-            yield trial(run, in_place(real, kind, index), kind)
-            tick(1)
+def page(found: list[Trial]) -> list[str]:
+    """Rates, every trial, and what came of those that were compiled."""
+    shown = [one for one in found if one.verdict != "no pairs"]
+    chance = [one for one in shown if one.kind in ("random", "shuffled")]
+    real = [one for one in shown if one.kind == "real"]
+    weakened = [one for one in shown if one.kind == "weakened"]
+    lines = ["| directions | passed (95 % interval, Wilson) |", "|---|---|"]
+    for what, group in (
+        ("random or from shuffled labels", chance),
+        ("real", real),
+        ("real, weakened by noise", weakened),
+    ):
+        if group:
+            lines.append(f"| {what} | {rate(group)} |")
+    lines += ["", *_table(shown)]
+    dropped = [one.behaviour for one in found if one.verdict == "no pairs"]
+    if dropped:
+        lines += ["", f"Not counted, since the model shows them too rarely when it is asked: {', '.join(dropped)}."]
+    return [*lines, "", *prediction([one for one in shown if one.compiled is not None])]
 
 
-def page(name: str, found: list[Trial]) -> list[str]:
-    """One line a direction, and how many of no meaning passed."""
-    fakes = [one for one in found if one.kind != "real"]
-    passed = sum(one.verdict == "pass" for one in fakes)
+def _table(found: list[Trial]) -> list[str]:
     return [
-        f"## {name}: {passed} of {len(fakes)} directions of no meaning passed",
-        "",
-        "| direction | verdict | contrast | p, random | p, shuffled | change of score | seconds | first reason |",
-        "|---|---|---|---|---|---|---|---|",
+        "| behaviour | direction | verdict | block, coefficient | contrast | p, random | p, shuffled | score | perplexity | "
+        "first reason |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {one.kind} | {one.verdict} | {one.effect:+.3f} | {one.p_random:.2g} | "
-            f"{'-' if one.p_shuffled is None else format(one.p_shuffled, '.2g')} | {one.score:+.2f} | {one.seconds:.0f} | "
-            f"{one.reasons[0].split(';')[0]} |"
+            f"| {one.behaviour} | {_named(one)} | {one.verdict} | {one.layer}, {one.coefficient:g} | {one.contrast:+.3f} | "
+            f"{one.p_random:.2g} | {'-' if one.p_shuffled is None else format(one.p_shuffled, '.2g')} | "
+            f"{one.score_base:.2f} to {one.score_base + one.score:.2f} | x{one.perplexity:.2f} | {one.reason} |"
             for one in found
         ),
+    ]
+
+
+def _named(one: Trial) -> str:
+    return f"weakened, cosine {COSINES[one.index]:g}" if one.kind == "weakened" else one.kind
+
+
+def prediction(found: list[Trial]) -> list[str]:
+    """Does the verdict predict what the compiled model does?"""
+    if not found:
+        return []
+    pairs = [(one, one.compiled) for one in found if one.compiled is not None]
+    rank = spearmanr([one.score for one, _ in pairs], [after.score for _, after in pairs]).statistic
+    lines = [
+        "## Does the verdict predict the compile?",
+        "",
+        f"Each compiled by `closed_form`, whatever the verdict. Recovery is the compiled change of the contrast on the test pairs "
+        f"over the steered one ('-' where the steered one's interval holds 0); the share is of KL(steered‖base), on {HELD_OUT} "
+        "held-out prompts. Scores are changes of the base's, on the test prompts.",
+        "",
+        f"The change of score that validation measured and the compiled model's rank alike: Spearman {rank:.2f} over {len(pairs)} "
+        "directions. Mean change of score when compiled, by verdict: "
+        + ", ".join(
+            f"{verdict} {sum(group) / len(group):+.2f} ({len(group)})"
+            for verdict in ("pass", "inconclusive", "fail")
+            if (group := [after.score for one, after in pairs if one.verdict == verdict])
+        )
+        + ".",
+        "",
+        "| behaviour | direction | verdict | contrast: steered | compiled | recovery | score: steered | compiled | share of KL left |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one, after in sorted(pairs, key=lambda pair: -pair[0].score):
+        recovery = f"{after.contrast / one.contrast:.2f}" if one.contrast_low > 0 else "-"
+        lines.append(
+            f"| {one.behaviour} | {_named(one)} | {one.verdict} | {one.contrast:+.3f} | {after.contrast:+.3f} | {recovery} | "
+            f"{one.score:+.2f} | {after.score:+.2f} | {after.share:.2%} |"
+        )
+    return lines
+
+
+def save(found: list[Trial]) -> None:
+    """The record and the page, as far as they are measured."""
+    save_text(RECORD, "".join(json.dumps(asdict(one)) + "\n" for one in found))
+    head = [
+        "# Can the verdict be trusted?",
+        "",
+        "Written by `python -m benchmarks.calibration`; do not edit. Every trial is in [calibration.jsonl](calibration.jsonl).",
+        "",
+        f"{machine()} SmolLM2-135M-Instruct writes the pairs of each behaviour itself (`benchmarks/behaviours.py`). Then the real "
+        "direction, random ones as long, those from shuffled labels, and the real one mixed with noise each go through the whole of "
+        "validation, the choice of block and coefficient included, with "
+        f"{', '.join(f'`{setting}`' for setting in SETTINGS)}.",
         "",
     ]
+    save_text(PAGE, "\n".join([*head, *page(found), ""]))
 
 
 def main() -> None:
-    """Run the ocean behaviour and write docs/CALIBRATION.md."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    """Measure what is left, saving after every trial."""
+    console, found = Console(width=132), recorded()
     with tempfile.TemporaryDirectory() as folder:
-        run = ocean(SETTINGS, Path(folder), BarMeter(Console()))
-        found = list(trials(run, count, run.meter))
-    head = [
-        "# How often chance passes validation",
-        "",
-        "Written by `python -m benchmarks.calibration`; do not edit.",
-        "",
-        f"{machine()} Each direction goes through the whole stage: {', '.join(SETTINGS[1:3])}; {PAIRS} test pairs.",
-        "",
-    ]
-    save_text(ROOT / "docs" / "CALIBRATION.md", "\n".join([*head, *page(run.recipe.name, found)]))
+        for one in measured(found, Path(folder), BarMeter(console)):
+            found.append(one)
+            save(found)
+            console.print(
+                f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}", markup=False
+            )
+    save(found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Directions with and without meaning, put through the whole of validation, and compiled whatever it said.
+
+Each chooses its own layer and coefficient. Pairs and prompts are fewer than in a recipe's own run, so a gate that
+chance passes here it would pass there more rarely; the coherence gates are wide, so that it is not they that stop it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from benchmarks.programs import Measure
+from compile_steer.answers import Request, answer
+from compile_steer.contrast import encode_pairs
+from compile_steer.directions import Directions
+from compile_steer.errors import RecipeError
+from compile_steer.extract.found import as_long_as
+from compile_steer.lower import BACKENDS, Job
+from compile_steer.observe import contrast
+from compile_steer.passes import canonical
+from compile_steer.patch import applied
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.run import Run
+from compile_steer.validate import ValidationReport, validate
+
+SETTINGS = [
+    "extract.shuffled=12",
+    "validate.layers=[10,14]",
+    "validate.coefficients=[1,1.75]",
+    "validate.instruction=''",
+    "validate.few_shot=0",
+    "validate.sweep_pairs=4",
+    "validate.sweep_neutral=4",
+    "validate.sweep_prompts=4",
+    "validate.sweep_layers=1",
+    "validate.control_pairs=4",
+    "validate.dose_prompts=2",
+    "validate.prompts=24",
+    "validate.max_new_tokens=24",
+    "validate.max_perplexity_ratio=3",
+    "validate.max_repetition=0.6",
+    "compile.calibration.prompts=48",
+    "compile.calibration.max_new_tokens=48",
+]
+NEUTRAL, HELD_OUT = 6, 8
+COSINES = (0.5, 0.25)  # with the real direction, of a weakened one
+Kind = Literal["real", "weakened", "random", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The closed form of what validation chose: share of KL(steered||base) left, and its own changes of the base."""
+
+    share: float
+    contrast: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One direction put in the real one's place, what validation said of it, and what came of compiling it."""
+
+    behaviour: str
+    kind: Kind
+    index: int
+    verdict: str
+    reason: str
+    seconds: float
+    layer: int = 0
+    coefficient: float = 0.0
+    contrast: float = 0.0
+    contrast_low: float = 0.0
+    p_random: float = 1.0
+    p_shuffled: float | None = None
+    score_base: float = 0.0
+    score: float = 0.0
+    perplexity: float = 1.0
+    compiled: Compiled | None = None
+
+
+def in_place(real: Directions, kind: Kind, index: int) -> Directions:
+    """`real` with its vectors replaced: by random ones as long, by its `index`-th shuffled ones (left out of the controls),
+    or by ones as long at cosine `COSINES[index]` with it."""
+    if kind == "real":
+        return real
+    if kind == "shuffled":
+        others = [n for n in range(len(real.shuffled)) if n != index]
+        return replace(real, vectors=real.shuffled[index], shuffled=real.shuffled[others])
+    noise = as_long_as(
+        torch.randn(real.vectors.shape, generator=torch.Generator().manual_seed(10_000 + index)), real.vectors
+    )
+    if kind == "weakened":
+        cosine = COSINES[index]
+        noise = as_long_as(cosine * real.vectors + (1 - cosine**2) ** 0.5 * noise, real.vectors)
+    return replace(real, vectors=noise)
+
+
+def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) -> Trial:
+    """Validate a direction with the run's recipe on a part of its test data; `compiles` what was chosen."""
+    test, neutral = run.behaviour.test[: run.recipe.validate_.prompts], run.behaviour.neutral[:NEUTRAL]
+    data = replace(run.behaviour, test=test, neutral=neutral)
+    part = replace(run, behaviour=data, meter=Meter())
+    kept: list[Program] = []
+
+    def keep(program: Program) -> str:
+        kept.append(program)
+        return ""
+
+    started = time.perf_counter()
+    try:
+        report, _rows = validate(part.recipe, part.loaded, data, in_place(real, kind, index), keep, "", part.meter)
+    except RecipeError as error:  # no coherent cell: refused before the test
+        return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
+    found = _trial(run.recipe.name, kind, index, report, time.perf_counter() - started)
+    return replace(found, compiled=compiled(part, kept[0]) if compiles else None)
+
+
+def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, seconds: float) -> Trial:
+    controls, scores = report.controls, report.scores
+    return Trial(
+        behaviour,
+        kind,
+        index,
+        report.verdict,
+        report.reasons[0].split(";")[0],
+        seconds,
+        layer=report.layer,
+        coefficient=report.coefficient,
+        contrast=report.contrast.value,
+        contrast_low=report.contrast.low,
+        p_random=controls.p_random,
+        p_shuffled=controls.p_shuffled,
+        score_base=scores.base,
+        score=scores.effect.value,
+        perplexity=report.coherence.perplexity_ratio,
+    )
+
+
+def compiled(run: Run, program: Program) -> Compiled:
+    """Closed form, measured on held-out continuations and on the test pairs and prompts that validation used."""
+    program, loaded, test, options = canonical(program), run.loaded, run.behaviour.test, run.recipe.validate_
+    patch = BACKENDS["closed_form"].lower(
+        Job(program, loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    )
+    measure = Measure.of(run, program, HELD_OUT)
+    score = options.score.bind(loaded, run.behaviour)
+    pairs, prompts = encode_pairs(loaded, test), [pair.prompt for pair in test[: options.prompts]]
+
+    def behaves() -> tuple[np.ndarray, np.ndarray]:
+        (found,) = answer(loaded, [Request(prompts)], score, options.max_new_tokens, run.behaviour.questions)
+        return contrast(loaded, pairs), found.scores
+
+    before = behaves()
+    with applied(loaded.model, patch):
+        after = behaves()
+    share = measure.patched(patch).mean / measure.base.mean
+    return Compiled(share, *(float((new - old).mean()) for new, old in zip(after, before, strict=True)))
