@@ -7,21 +7,16 @@ Errors become messages in `compile_steer.__main__`.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
-from compile_steer.progress import BarMeter, Meter
-from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
@@ -34,7 +29,8 @@ from compile_steer.report import (
     print_writing,
     write_page,
 )
-from compile_steer.run import Run, load_program
+from compile_steer.run import load_program
+from compile_steer.session import Command, Device, Dtype, Json, Seed, Session, Set
 from compile_steer.several import Several, joined, run_compose
 
 app = typer.Typer(
@@ -48,73 +44,13 @@ app = typer.Typer(
     "in a fresh process whether what is on disk behaves as the hooked model did.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for vectors/, adapters/ and merged/. [default: runs/NAME]")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override any recipe key: path.to.key=value. Repeatable.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (recipe key device).")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (recipe key dtype).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random (recipe key seed).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for a program to read.")]
 Force = Annotated[bool, typer.Option(help="Compile in spite of a failed or missing validation; the artifact says so.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Progress bars only, no tables.")]
 
 
-class _Session:
-    """One command's recipe, output folder and consoles; its arguments are options of every command on a recipe."""
-
-    def __init__(
-        self,
-        *,
-        recipe: RecipePath,
-        out: Out = None,
-        changes: Set = None,
-        device: Device = None,
-        dtype: Dtype = None,
-        seed: Seed = None,
-        as_json: Json = False,
-    ) -> None:
-        given = {"device": device, "dtype": dtype, "seed": seed}
-        self.path = recipe
-        self.changes = [*(changes or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
-        self.recipe: Recipe = read_recipe(recipe, self.changes)
-        self.out = out or Path("runs") / self.recipe.name
-        self.as_json = as_json
-        # A program reads standard output, so what a person watches goes to standard error.
-        # Of several processes one speaks.
-        self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=processes.rank() > 0)
-        self.meter: Meter = BarMeter(self.console)
-
-    def heading(self, text: str) -> None:
-        self.console.print(f"\n[bold blue]{text}[/bold blue]")
-
-    def open(self) -> Run:
-        return Run.open(self.recipe, self.out, self.meter)
-
-    def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
-        if self.as_json and processes.rank() == 0:
-            print(json.dumps(value, indent=2))
-        else:
-            show()
-
-
-class _Command:
-    """A function of a session as a command: the options that make a session, then the function's own."""
-
-    def __init__(self, work: Callable[..., None]) -> None:
-        functools.update_wrapper(self, work)
-        self._work = work
-        shared, own = (list(inspect.signature(one, eval_str=True).parameters.values()) for one in (_Session, work))
-        self._shared = [parameter.name for parameter in shared]
-        self.__signature__ = inspect.Signature([*shared, *own[1:]])  # what typer reads
-
-    def __call__(self, **given: Any) -> None:
-        session = _Session(**{name: given.pop(name) for name in self._shared})
-        self._work(session, **given)
-
-
 @app.command()
-@_Command
-def write(session: _Session) -> None:
+@Command
+def write(session: Session) -> None:
     """Have the model write its own contrast pairs, and keep those in which the scorer finds the behaviour.
 
     For data of kind written or instructions; every later command does this first. Leaves data/NAME.SPLIT.jsonl, which
@@ -126,8 +62,8 @@ def write(session: _Session) -> None:
 
 
 @app.command()
-@_Command
-def extract(session: _Session) -> None:
+@Command
+def extract(session: Session) -> None:
     """Read a direction off contrast pairs, at every block of the model in one pass."""
     run = session.open()
     pipeline.run_extract(run)
@@ -136,8 +72,8 @@ def extract(session: _Session) -> None:
 
 
 @app.command()
-@_Command
-def validate(session: _Session) -> None:
+@Command
+def validate(session: Session) -> None:
     """Choose layer and coefficient on validation data, measure once on test data, and give a verdict.
 
     Extracts first if that was not done. Exit code 1 if the verdict is not "pass".
@@ -148,8 +84,8 @@ def validate(session: _Session) -> None:
 
 
 @app.command("compile")
-@_Command
-def compile_(session: _Session, *, force: Force = False) -> None:
+@Command
+def compile_(session: Session, *, force: Force = False) -> None:
     """Turn the validated program into weights: a bias, a LoRA by regression or distillation, or a task vector."""
     processes.join()
     run = session.open()
@@ -162,9 +98,9 @@ def compile_(session: _Session, *, force: Force = False) -> None:
 
 
 @app.command()
-@_Command
+@Command
 def merge(
-    session: _Session,
+    session: Session,
     *,
     artifact: Annotated[
         list[Path] | None, typer.Option(help="Folder of a patch; by default all that the recipe makes. Repeatable.")
@@ -176,9 +112,9 @@ def merge(
 
 
 @app.command()
-@_Command
+@Command
 def verify(
-    session: _Session,
+    session: Session,
     *,
     artifact: Annotated[
         list[Path] | None, typer.Option(help="Folder to judge; by default all that the recipe makes. Repeatable.")
@@ -197,8 +133,8 @@ def verify(
 
 
 @app.command()
-@_Command
-def run(session: _Session, *, force: Force = False) -> None:
+@Command
+def run(session: Session, *, force: Force = False) -> None:
     """The whole walk: extract, validate, compile, merge, verify in a fresh process, report.
 
     What is there already and was made from the same inputs is kept, so a stopped run goes on where it was.
@@ -232,9 +168,9 @@ def run(session: _Session, *, force: Force = False) -> None:
 
 
 @app.command("decompile")
-@_Command
+@Command
 def decompile_(
-    session: _Session,
+    session: Session,
     *,
     artifact: Annotated[Path, typer.Option(help="An adapter for the recipe's model, or a fine-tuned copy of it.")],
 ) -> None:
@@ -266,7 +202,7 @@ def compose_(
     Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
     adapter is not the model under all hooks at once.
     """
-    session = functools.partial(_Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
+    session = functools.partial(Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
     sessions = [session(recipe=path) for path in recipes]
     first, read = sessions[0], [one.recipe for one in sessions]
     place = out or runs / joined(read)
@@ -276,9 +212,9 @@ def compose_(
 
 
 @app.command("task-vector")
-@_Command
+@Command
 def task_vector(
-    session: _Session,
+    session: Session,
     *,
     artifact: Annotated[Path, typer.Option(help="Folder of a compiled patch or adapter.")],
     scale: Annotated[float, typer.Option(help="Factor on it; -1 takes away what it gives.")] = 1.0,
@@ -310,6 +246,6 @@ def show(
         Console().print(found)
 
 
-def _list(session: _Session, folders: list[Path]) -> None:
+def _list(session: Session, folders: list[Path]) -> None:
     for folder in folders:
         session.console.print(f"  {folder}")
