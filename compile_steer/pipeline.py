@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compile_steer import processes
-from compile_steer.behaviour import read_pairs, require_distinct
+from compile_steer.behaviour import require_distinct
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
@@ -75,11 +75,9 @@ def run_extract(run: Run) -> Directions:
 def run_validate(run: Run) -> ValidationReport:
     """The chosen program and the report on it; extracts first if need be."""
     choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
-    mismatched = run.recipe.validate_.mismatched
-    others = [] if mismatched is None else read_pairs("validate.mismatched", run.recipe.folder / mismatched)
     directions = run_extract(run)
     places = run.places
-    after = digest([sha256(places.directions), [asdict(pair) for pair in others]])
+    after = digest([sha256(places.directions), [asdict(pair) for pair in run.behaviour.mismatched]])
     inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=after)
     if places.validation.is_file() and places.program.is_file():
         try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compile_steer.behaviour import Behaviour
+from compile_steer.behaviour import Behaviour, Pair, read_pairs
 from compile_steer.files import digest
 from compile_steer.models import Loaded, load
 from compile_steer.places import Places
@@ -29,7 +29,7 @@ class Run:
     def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
         places = Places(out, recipe.name)
-        asked = recipe.data.read(recipe.folder)
+        asked = replace(recipe.data.read(recipe.folder), mismatched=mismatched(recipe))
         loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
         return Run(recipe, places, loaded, answered(recipe, loaded, asked, places, meter), meter)
 
@@ -38,6 +38,12 @@ class Run:
         asked = self.recipe.prompt_format
         model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed, asked]
         return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
+
+
+def mismatched(recipe: Recipe) -> tuple[Pair, ...]:
+    """Another behaviour's pairs, if the recipe names any; raises `RecipeError` where they cannot be read."""
+    path = recipe.validate_.mismatched
+    return () if path is None else tuple(read_pairs("validate.mismatched", recipe.folder / path))
 
 
 def answered(recipe: Recipe, loaded: Loaded, asked: Behaviour, places: Places, meter: Meter) -> Behaviour:

@@ -47,6 +47,7 @@ class Behaviour:
     `neutral` texts measure drift and perplexity, `heldout` prompts (other topics) are for verification
     alone, `calibration` prompts are what the compiler may see besides the training pairs. By plain prompt:
     `questions` where the data are multiple choice, `checks` where they name what an answer must satisfy.
+    `mismatched` are another behaviour's pairs, where the recipe of a run names them for its controls.
     """
 
     train: tuple[Pair, ...]
@@ -58,6 +59,7 @@ class Behaviour:
     hashes: dict[str, str]
     questions: Mapping[str, Question] = field(default_factory=dict)
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
+    mismatched: tuple[Pair, ...] = ()
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """The pairs of a split by its name."""

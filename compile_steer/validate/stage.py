@@ -10,7 +10,7 @@ import torch
 
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour, read_pairs
+from compile_steer.behaviour import Behaviour
 from compile_steer.directions import Directions
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
@@ -60,14 +60,13 @@ def validate(
         inputs: fingerprint of what the report depends on.
 
     Raises:
-        RecipeError: no cell of the sweep is coherent, or the mismatched pairs cannot be read. LayoutError: a layer is
-            not in the model.
+        RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
     """
     options = recipe.validate_
     layers = candidates(options, directions)
     require_discrimination(options.score, loaded, behaviour)
     score = options.score.bind(loaded, behaviour)
-    mismatched = _mismatched(recipe, loaded, directions, meter)
+    mismatched = _mismatched(recipe, loaded, behaviour, directions, meter)
     run = Validation(recipe, loaded, behaviour, directions, score, mismatched, meter)
     pairs = behaviour.validation[: options.sweep_pairs]
     bench = Bench(loaded, pairs, behaviour.neutral[: options.sweep_neutral])
@@ -80,12 +79,13 @@ def validate(
     return replace(report, program_hash=keep(program), inputs=inputs), rows
 
 
-def _mismatched(recipe: Recipe, loaded: Loaded, directions: Directions, meter: Meter) -> torch.Tensor | None:
-    """[n_layers, d_model] of another behaviour, if the recipe names its pairs."""
-    path, options = recipe.validate_.mismatched, recipe.validate_
-    if path is None:
+def _mismatched(
+    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, meter: Meter
+) -> torch.Tensor | None:
+    """[n_layers, d_model] of another behaviour, if its pairs were given."""
+    pairs = behaviour.mismatched[: recipe.validate_.control_pairs]
+    if not pairs:
         return None
-    pairs = read_pairs("validate.mismatched", recipe.folder / path)[: options.control_pairs]
     with meter.phase("another behaviour's direction", 1) as tick:
         found = mean_differences(loaded, pairs, directions.point)
         tick(1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour, read_pairs
+from compile_steer.behaviour import Behaviour
 from compile_steer.contrast import encode_pairs
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
@@ -80,11 +80,10 @@ class Reference:
             tick(1)
 
     def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
-        """Another behaviour's pairs, and the base's contrast on them, if the recipe names them."""
-        path = self.recipe.validate_.mismatched
-        if path is None:
+        """Another behaviour's pairs, and the base's contrast on them, if they were given."""
+        if not self.behaviour.mismatched:
             return None
-        pairs = encode_pairs(self.base, read_pairs("validate.mismatched", self.recipe.folder / path)[:CONTROL_PAIRS])
+        pairs = encode_pairs(self.base, self.behaviour.mismatched[:CONTROL_PAIRS])
         return pairs, contrast(self.base, pairs)
 
     def from_steered(self, other: Loaded, states: States) -> Divergence:

@@ -22,6 +22,7 @@ from compile_steer.models import Loaded
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
+from compile_steer.run import mismatched
 from compile_steer.tokens import Text
 from compile_steer.validate import ValidationReport, block_name, validate
 from compile_steer.validate.controls import Stream, measure_controls
@@ -105,7 +106,9 @@ def run(directions: Directions, **options: Any) -> tuple[ValidationReport, list[
         kept.append(program)
         return "hash"
 
-    found = validate(recipe(**options), chatty(), behaviour(), directions, keep, "inputs", Meter())
+    one = recipe(**options)
+    data = replace(behaviour(), mismatched=mismatched(one))
+    found = validate(one, chatty(), data, directions, keep, "inputs", Meter())
     return *found, kept
 
 

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.behaviour import SPLITS, Behaviour, Write
+from compile_steer.behaviour import SPLITS, Behaviour, Pair, Write
 from compile_steer.errors import ArtifactError, RecipeError
 from compile_steer.generate import continue_prompts, response_text
 from compile_steer.models import Loaded
@@ -253,6 +253,23 @@ def test_an_open_run_has_its_pairs_and_a_damaged_report_is_no_report(
         run_write(run)
     again = Run.open(run.recipe, run.places.out, Meter())
     assert again.behaviour == run.behaviour
+
+
+def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: speaker())
+    given = recipe(tmp_path).model_dump(by_alias=True)
+    given["validate"]["mismatched"] = "other.jsonl"
+    one = Recipe.model_validate({**given, "folder": tmp_path})
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"prompt": "w8", "positive": "w7", "negative": "w9"}')
+    run = Run.open(one, tmp_path / "out", Meter())
+    assert run.behaviour.mismatched == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
+    assert len(run.behaviour.train) > 0
+    path.write_text('{"prompt": "w8", "positive": ""}')
+    with pytest.raises(RecipeError, match="other.jsonl:1: found .* needed the keys prompt, positive, negative"):
+        Run.open(one, tmp_path / "out", Meter())
 
 
 def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
