@@ -16,9 +16,8 @@ import torch
 from benchmarks.programs import Measure
 from compile_steer.answers import Request, answer
 from compile_steer.contrast import encode_pairs
-from compile_steer.directions import Directions
+from compile_steer.directions import Directions, as_long_as
 from compile_steer.errors import RecipeError
-from compile_steer.extract.found import as_long_as
 from compile_steer.lower import BACKENDS, Job
 from compile_steer.observe import contrast
 from compile_steer.passes import canonical

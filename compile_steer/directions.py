@@ -12,10 +12,22 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_tensors
-from compile_steer.program import POINTS, Intervention, Point, Program, Site, read_tensors
+from compile_steer.program import POINTS, Intervention, Point, Program, Site, ablate_everywhere, read_tensors
 
 EVERY_BLOCK = -1
 _BESIDE = "beside."
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """`vectors` [..., d] at length 1; those that are 0 stay so."""
+    length: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.clamp(min=1e-12)
+
+
+def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
+    """`vectors` [..., L, d] with the lengths of `pattern` [L, d]."""
+    length: Tensor = pattern.norm(dim=-1, keepdim=True)
+    return unit(vectors) * length
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Source:
 class Directions:
     """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model], as long.
 
-    `operation` is what they are for; a clamp gives h.u the value `projections` [n_layers] of its block. Of `joint`
+    `operation` is what they are for; a clamp gives h.u the value `projections` [n_layers] of its block; `ablate` takes
+    the candidate's direction out of everything that the model writes, wherever it was read. Of `joint`
     directions one program holds all blocks' at once, under the layer `EVERY_BLOCK`; otherwise each is a candidate.
     `beside` are those of other points of the same blocks, [1 + n, n_layers, d_model], the controls after the first.
     `curves`: what training measured, an epoch a number.
@@ -42,7 +55,7 @@ class Directions:
     revision: str
     point: Point
     inputs: str
-    operation: Literal["add", "clamp"] = "add"
+    operation: Literal["add", "clamp", "ablate"] = "add"
     projections: Tensor | None = None
     joint: bool = False
     beside: Mapping[Point, Tensor] = field(default_factory=dict)
@@ -55,7 +68,13 @@ class Directions:
         return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
 
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
-        """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`."""
+        """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`.
+
+        An ablation is of all `positions`.
+        """
+        if self.operation == "ablate":
+            everywhere = ablate_everywhere(unit(self.vectors[layer]), self.vectors.shape[0], coefficient)
+            return Program(everywhere, self.model, self.revision)
         layers = self.layers if layer == EVERY_BLOCK else (layer,)
         parts = [self._intervention(k, coefficient, positions) for k in layers]
         for point, vectors in self.beside.items():
@@ -74,7 +93,7 @@ class Directions:
         if self.projections is None:
             raise ValueError("a clamp needs a projection a block")
         projection = float(self.projections[layer])
-        return Intervention(site, "clamp", vector / vector.norm(), coefficient, positions, projection)
+        return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
 
     def save(self, path: Path) -> None:
         header = {

@@ -10,15 +10,16 @@ import difflib
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compile_steer.behaviour import Data
 from compile_steer.errors import RecipeError
 from compile_steer.files import digest
+from compile_steer.program import parse_positions
 from compile_steer.settings import Compile, Extract, Section, Validate, Verify
 
 
@@ -51,6 +52,15 @@ class Recipe(Section):
                 '("User: {prompt}\\nAssistant:\\n")'
             )
         return prompt_format
+
+    @model_validator(mode="after")
+    def _ablates_everywhere(self) -> Self:
+        if self.extract.operation == "ablate" and parse_positions(self.validate_.positions) != {"all"}:
+            raise ValueError(
+                f"validate.positions: found '{self.validate_.positions}', but extract.operation ablate is of the weights "
+                "that write to the stream, so of all positions; leave positions out"
+            )
+        return self
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named sections as JSON, for fingerprints."""

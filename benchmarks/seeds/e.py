@@ -22,9 +22,9 @@ from transformers import DynamicCache
 
 from benchmarks.ocean import ROOT
 from compile_steer.behaviour import Question
+from compile_steer.directions import as_long_as
 from compile_steer.extract import choices
 from compile_steer.extract.choices import Item
-from compile_steer.extract.found import as_long_as
 from compile_steer.hooks import steered
 from compile_steer.models import EMBEDDED, Loaded, load
 from compile_steer.program import Intervention, Program, Site

@@ -17,8 +17,9 @@ from torch import Tensor
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Question
+from compile_steer.directions import as_long_as
 from compile_steer.errors import RecipeError
-from compile_steer.extract.found import Found, as_long_as
+from compile_steer.extract.found import Found
 from compile_steer.models import Loaded
 from compile_steer.program import Point
 from compile_steer.progress import Tick

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compile_steer.directions import as_long_as
 from compile_steer.errors import ArtifactError
-from compile_steer.extract.found import Found, as_long_as
+from compile_steer.extract.found import Found
 from compile_steer.layout import Layout
 from compile_steer.program import Point, Site
 from compile_steer.settings import Extract

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compile_steer.directions import unit
+
 
 @dataclass(frozen=True)
 class Found:
@@ -22,20 +24,8 @@ class Found:
     def resized(self, length: Tensor) -> Found:
         """The same directions, each of `length` [L] at its block."""
         wanted = length.unsqueeze(-1)
-        return Found(_unit(self.vectors) * wanted, _unit(self.shuffled) * wanted, self.positive)
+        return Found(unit(self.vectors) * wanted, unit(self.shuffled) * wanted, self.positive)
 
     def projections(self) -> Tensor | None:
         """Mean projection [L] of the positive side on each unit direction: Stolfo's target (2410.12877)."""
-        return None if self.positive is None else (self.positive * _unit(self.vectors)).sum(dim=-1)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors of length 1; those that are 0 stay so."""
-    length: Tensor = vectors.norm(dim=-1, keepdim=True)
-    return vectors / length.clamp(min=1e-12)
-
-
-def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
-    """`vectors` [..., L, d] with the lengths of `pattern` [L, d]."""
-    length: Tensor = pattern.norm(dim=-1, keepdim=True)
-    return _unit(vectors) * length
+        return None if self.positive is None else (self.positive * unit(self.vectors)).sum(dim=-1)

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
-from compile_steer.extract.found import as_long_as
+from compile_steer.directions import as_long_as
 from compile_steer.settings import PairMethod
 
 _LOGISTIC_PENALTY = 1.0

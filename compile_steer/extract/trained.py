@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from compile_steer.activations import read_activations
 from compile_steer.behaviour import Pair
-from compile_steer.directions import Directions
+from compile_steer.directions import Directions, as_long_as
 from compile_steer.errors import RecipeError
-from compile_steer.extract.found import as_long_as
 from compile_steer.extract.from_pairs import fit
 from compile_steer.extract.objective import Objective
 from compile_steer.models import Loaded

@@ -57,8 +57,10 @@ class Extract(Section):
     shuffled: int = Field(
         12, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
     )
-    operation: Literal["add", "clamp"] = Field(
-        "add", description="clamp: give the projection on the direction the value that the positive side has"
+    operation: Literal["add", "clamp", "ablate"] = Field(
+        "add",
+        description="clamp: give the projection on the direction the value that the positive side has; "
+        "ablate: take the direction out of everything that the model writes",
     )
     length: Literal["own", "unit", "stream"] = Field(
         "own",
@@ -88,6 +90,15 @@ class Extract(Section):
             ),
             "a clamp has no length: what it sets is the projection; leave out extract.length": (
                 self.operation == "clamp" and not own
+            ),
+            "an ablation has no length: it takes away what there is; leave out extract.length": (
+                self.operation == "ablate" and not own
+            ),
+            "vectors of method trained are made to be added, all at once: use operation add": (
+                self.method == "trained" and self.operation == "ablate"
+            ),
+            f"an ablation is of the stream itself: read the direction at point resid_post, not {self.point}": (
+                self.operation == "ablate" and self.point != "resid_post"
             ),
             "off_by_one is about activations at resid_post": (
                 self.off_by_one and (self.method in ("feature", "trained") or self.point != "resid_post")

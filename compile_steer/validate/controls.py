@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compile_steer.activations import capture, read_activations
 from compile_steer.behaviour import Pair
+from compile_steer.directions import Directions, as_long_as, unit
 from compile_steer.errors import RecipeError
 from compile_steer.hooks import PAD, in_scope
 from compile_steer.metrics import auroc
@@ -66,26 +67,30 @@ class Stream:
         )
 
     def with_vectors(self, program: Program, vectors: Tensor) -> Program:
-        """`program` along `vectors` [n_interventions, d_model] at the same mean displacement, site by site."""
+        """`program` along `vectors` [n_interventions, d_model] at the same mean displacement, site by site.
+
+        An ablation has no displacement to keep: it takes away what there is.
+        """
         parts = []
-        for one, vector in zip(program.interventions, vectors, strict=True):
-            unit = vector / vector.norm().clamp(min=1e-12)
+        for one, direction in zip(program.interventions, unit(vectors), strict=True):
             if one.operation == "add":
-                parts.append(replace_intervention(one, vector=unit * one.vector.norm()))
+                parts.append(replace_intervention(one, vector=direction * one.vector.norm()))
+            elif one.operation == "ablate":
+                parts.append(replace_intervention(one, vector=direction))
             else:
-                projection = float(self.means[one.site.layer] @ unit) + self.shift(one)
-                parts.append(replace_intervention(one, vector=unit, projection=projection))
+                projection = float(self.means[one.site.layer] @ direction) + self.shift(one)
+                parts.append(replace_intervention(one, vector=direction, projection=projection))
         return Program(tuple(parts), program.model, program.revision)
 
-    def at_sites(self, program: Program, directions: Tensor) -> Program:
-        """`program` along those of `directions` [n_layers, d_model] that belong to its sites."""
-        return self.with_vectors(program, torch.stack([directions[i.site.layer] for i in program.interventions]))
+    def like(self, program: Program, other: Program) -> Program:
+        """`program` along the directions of `other`, which has the same sites."""
+        return self.with_vectors(program, torch.stack([i.vector for i in other.interventions]))
 
     def random(self, program: Program, count: int, seed: int) -> list[Program]:
-        """`count` programs like it with a random direction of its own at every site."""
+        """`count` programs like it, a random direction in the place of each of its own."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (count, len(program.interventions), program.interventions[0].vector.shape[0])
-        return [self.with_vectors(program, one) for one in torch.randn(shape, generator=generator)]
+        own, which = torch.stack([i.vector for i in program.interventions]).unique(dim=0, return_inverse=True)
+        return [self.with_vectors(program, one[which]) for one in torch.randn((count, *own.shape), generator=generator)]
 
 
 def measure_controls(
@@ -118,22 +123,27 @@ def measure_controls(
     )
 
 
-def mean_differences(loaded: Loaded, pairs: Sequence[Pair], point: Point) -> Tensor:
-    """[n_layers, d_model]: the mean difference of the pairs' response means at `point` of every block."""
-    positive, negative = (
-        read_activations(loaded, side, point=point, readout="response_mean")
-        for side in ([p.positive for p in pairs], [p.negative for p in pairs])
-    )
-    return (positive - negative).mean(dim=0)
+def mismatched_directions(loaded: Loaded, pairs: Sequence[Pair], real: Directions) -> Directions:
+    """Another behaviour's mean differences of response means, as long as the real directions and where they are."""
+
+    def instead(point: Point, pattern: Tensor) -> Tensor:
+        positive, negative = (
+            read_activations(loaded, side, point=point, readout="response_mean")
+            for side in ([p.positive for p in pairs], [p.negative for p in pairs])
+        )
+        return as_long_as((positive - negative).mean(dim=0), pattern)
+
+    beside = {point: instead(point, vectors[0])[None] for point, vectors in real.beside.items()}
+    return replace(real, vectors=instead(real.point, real.vectors), beside=beside)
 
 
 def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separability:
     """How the direction [d] tells held-out activations [n, d] of the two sides apart."""
-    unit = direction / direction.norm()
-    high, low = (positive @ unit).numpy(), (negative @ unit).numpy()
+    along = unit(direction)
+    high, low = (positive @ along).numpy(), (negative @ along).numpy()
     spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))
     differences = positive - negative
-    cosines = (differences @ unit) / differences.norm(dim=-1).clamp(min=1e-12)
+    cosines = (differences @ along) / differences.norm(dim=-1).clamp(min=1e-12)
     return Separability(
         auroc=auroc(high, low),
         d_prime=float(high.mean() - low.mean()) / spread if spread > 0 else 0.0,

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
-from compile_steer.directions import Directions
+from compile_steer.directions import EVERY_BLOCK, Directions
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
 from compile_steer.program import Program
@@ -19,10 +17,10 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score, require_discrimination
 from compile_steer.validate.arms import answer_arms, pair_rows
-from compile_steer.validate.controls import Stream, mean_differences, measure_controls, separability
+from compile_steer.validate.controls import Stream, measure_controls, mismatched_directions, separability
 from compile_steer.validate.doses import dose_response
 from compile_steer.validate.measure import Bench
-from compile_steer.validate.report import Coherence, Controls, Separability, ValidationReport
+from compile_steer.validate.report import Cell, Coherence, Controls, Separability, ValidationReport
 from compile_steer.validate.statistics import Power, power, score_spread, sign_flip
 from compile_steer.validate.sweep import Sweep, candidates, sweep
 from compile_steer.validate.verdict import judge, remarks
@@ -37,11 +35,11 @@ class Validation:
     behaviour: Behaviour
     directions: Directions
     score: Score
-    mismatched: torch.Tensor | None
+    mismatched: Directions | None
     meter: Meter
 
-    def make(self, layer: int, coefficient: float) -> Program:
-        return self.directions.program(layer, coefficient, self.recipe.validate_.positions)
+    def make(self, layer: int, coefficient: float, instead: Directions | None = None) -> Program:
+        return (instead or self.directions).program(layer, coefficient, self.recipe.validate_.positions)
 
 
 def validate(
@@ -81,13 +79,13 @@ def validate(
 
 def _mismatched(
     recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, meter: Meter
-) -> torch.Tensor | None:
-    """[n_layers, d_model] of another behaviour, if its pairs were given."""
+) -> Directions | None:
+    """Another behaviour's, if its pairs were given."""
     pairs = behaviour.mismatched[: recipe.validate_.control_pairs]
     if not pairs:
         return None
     with meter.phase("another behaviour's direction", 1) as tick:
-        found = mean_differences(loaded, pairs, directions.point)
+        found = mismatched_directions(loaded, pairs, directions)
         tick(1)
     return found
 
@@ -136,7 +134,7 @@ def _measure(
         tick(1)
     few = Bench(loaded, behaviour.test[: options.control_pairs])
     random = stream.random(program, options.random_directions, recipe.seed)
-    controls = _controls(run, few, program, stream, random)
+    controls = _controls(run, few, best, program, stream, random)
     with meter.phase("test: dose-response", 1) as tick:
         dosed = Bench(loaded, behaviour.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
         doses = dose_response(dosed, program, best.coefficient, options.max_perplexity_ratio)
@@ -155,7 +153,7 @@ def _measure(
         p_contrast=sign_flip(change, recipe.seed),
         scores=arms.scores(recipe.seed),
         controls=controls,
-        separability=_separability(run, program),
+        separability=_separability(run, best.layer),
         steerability=float(swept.slopes.mean()),
         wrong_way=float((swept.slopes < 0).mean()),
         coherence=Coherence(
@@ -176,19 +174,24 @@ def _measure(
     return report, [*pair_rows(behaviour.test, bench.base_contrast, change), *arms.rows()]
 
 
-def _controls(run: Validation, bench: Bench, program: Program, stream: Stream, random: list[Program]) -> Controls:
-    shuffled = [stream.at_sites(program, one) for one in run.directions.shuffled]
-    mismatched = None if run.mismatched is None else stream.at_sites(program, run.mismatched)
+def _controls(
+    run: Validation, bench: Bench, best: Cell, program: Program, stream: Stream, random: list[Program]
+) -> Controls:
+    def like(directions: Directions) -> Program:
+        return stream.like(program, run.make(best.layer, best.coefficient, directions))
+
+    shuffled = [like(run.directions.control(n)) for n in range(len(run.directions.shuffled))]
+    mismatched = None if run.mismatched is None else like(run.mismatched)
     total = 2 + len(random) + len(shuffled) + (mismatched is not None)
     with run.meter.phase("test: control directions", total) as tick:
         return measure_controls(bench, program, random, shuffled, mismatched, tick)
 
 
-def _separability(run: Validation, program: Program) -> Separability:
-    """On the activations of all the program's blocks side by side, as it acts on them together."""
+def _separability(run: Validation, layer: int) -> Separability:
+    """On the activations of the block, or of `EVERY_BLOCK` side by side, as the program acts on them together."""
     sides = [p.positive for p in run.behaviour.test], [p.negative for p in run.behaviour.test]
     readout, point = run.recipe.extract.readout, run.directions.point
-    layers = [i.site.layer for i in program.interventions]
+    layers = list(run.directions.layers) if layer == EVERY_BLOCK else [layer]
     with run.meter.phase("test: separability of held-out pairs", 2 * len(run.behaviour.test)) as tick:
         positive, negative = (
             read_activations(run.loaded, side, point=point, readout=readout, tick=tick)[:, layers].flatten(1)

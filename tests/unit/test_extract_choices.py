@@ -195,6 +195,9 @@ def test_what_are_no_questions_is_refused() -> None:
     [
         ({"method": "pasf", "readout": "last_prompt"}, "reads the letter that is the response"),
         ({"operation": "clamp", "length": "unit"}, "a clamp has no length"),
+        ({"operation": "ablate", "length": "unit"}, "an ablation has no length"),
+        ({"operation": "ablate", "method": "trained"}, "use operation add"),
+        ({"operation": "ablate", "point": "mlp_out"}, "read the direction at point resid_post, not mlp_out"),
         ({"off_by_one": True, "point": "mlp_out"}, "off_by_one is about activations at resid_post"),
         ({"method": "feature"}, "needs extract.file"),
         ({"file": "sae"}, "file and index are of method feature"),

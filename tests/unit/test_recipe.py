@@ -132,6 +132,13 @@ def test_a_scorer_that_cannot_be_is_refused_in_words(tmp_path: Path, score: str,
     assert words in "\n".join(problems(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)))
 
 
+def test_an_ablation_is_of_all_positions(tmp_path: Path) -> None:
+    changes = ("extract.operation=ablate", "validate.coefficients=[1]", "validate.positions=response")
+    (line,) = problems(tmp_path, GOOD, *changes)
+    assert "found 'response', but extract.operation ablate is of the weights" in line and ".." not in line
+    assert read(tmp_path, GOOD, *changes[:2]).extract.operation == "ablate"
+
+
 def test_a_choice_may_be_steered_where_it_is_made(tmp_path: Path) -> None:
     score = "score: {kind: choice}\n  positions: last_prompt+response"
     assert read(tmp_path, GOOD.replace("score: {kind: length, max_words: 12}", score)).validate_.score.kind == "choice"

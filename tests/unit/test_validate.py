@@ -359,6 +359,42 @@ def test_a_random_direction_in_the_programs_place_is_one_of_many() -> None:
     assert bad.p_random > 0.01
 
 
+def beside_w40() -> Directions:
+    """Every block at once, with vectors at a second point."""
+    one = toward_w40(joint=True)
+    noise = torch.randn(7, LAYERS, HIDDEN, generator=torch.Generator().manual_seed(9))
+    lengths = torch.tensor([0.5, 1.5, 2.5, 3.5])[:LAYERS, None]
+    beside = {"mlp_out": noise / noise.norm(dim=-1, keepdim=True) * 2.0}
+    return replace(one, vectors=one.vectors / 7 * lengths, shuffled=one.shuffled / 7 * lengths, beside=beside)
+
+
+@pytest.mark.parametrize("kind", ["ablate", "beside"])
+def test_a_control_from_shuffled_labels_is_the_whole_program_along_it(kind: str) -> None:
+    directions = toward_w40(operation="ablate") if kind == "ablate" else beside_w40()
+    options: dict[str, Any] = {"coefficients": [1.0]} | ({"layers": "auto"} if kind == "beside" else {})
+    report, _rows, (program,) = run(directions, **options)
+    bench = Bench(chatty(), behaviour().test[:6])
+    others = [directions.control(n).program(report.layer, 1.0, "all") for n in range(6)]
+    assert [[i.site for i in one.interventions] for one in others] == [[i.site for i in program.interventions]] * 6
+    assert report.controls.shuffled == pytest.approx(bench.effects(others).mean(axis=1).tolist(), abs=1e-5)
+    assert report.controls.effect == pytest.approx(bench.effects([program]).mean(), abs=1e-5)
+
+
+def test_an_ablation_takes_one_direction_out_of_every_write_and_so_do_its_controls() -> None:
+    program = toward_w40(operation="ablate").program(2, 1.0, "all")
+    unit = toward_w40().vectors[2] / 7.0
+    assert len(program.interventions) == 1 + 2 * LAYERS
+    assert all(torch.allclose(i.vector, unit, atol=1e-6) and i.operation == "ablate" for i in program.interventions)
+    stream = Stream.of(chatty(), behaviour().neutral, "resid_post", program)
+    one, other = stream.random(program, 2, seed=4)
+    for control in (one, other):
+        assert len({tuple(i.vector.tolist()) for i in control.interventions}) == 1
+        assert [(i.site, i.operation) for i in control.interventions] == [
+            (i.site, i.operation) for i in program.interventions
+        ]
+    assert not torch.equal(one.interventions[0].vector, other.interventions[0].vector)
+
+
 # ------------------------------------------------------------------------------------------ answering
 
 
