@@ -19,7 +19,7 @@ from compile_steer.directions import EVERY_BLOCK, Directions
 from compile_steer.errors import ArtifactError, RecipeError
 from compile_steer.metrics import Interval
 from compile_steer.models import Loaded
-from compile_steer.program import Program
+from compile_steer.program import Point, Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
@@ -364,7 +364,7 @@ def beside_w40() -> Directions:
     one = toward_w40(joint=True)
     noise = torch.randn(7, LAYERS, HIDDEN, generator=torch.Generator().manual_seed(9))
     lengths = torch.tensor([0.5, 1.5, 2.5, 3.5])[:LAYERS, None]
-    beside = {"mlp_out": noise / noise.norm(dim=-1, keepdim=True) * 2.0}
+    beside: dict[Point, torch.Tensor] = {"mlp_out": noise / noise.norm(dim=-1, keepdim=True) * 2.0}
     return replace(one, vectors=one.vectors / 7 * lengths, shuffled=one.shuffled / 7 * lengths, beside=beside)
 
 
