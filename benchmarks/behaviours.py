@@ -2,7 +2,7 @@
 
 The model writes the pairs of each itself, on the same prompts. `python -m benchmarks.behaviours [OUT]` writes them
 all and prints how often each was shown. Behaviours of form (upper case, questions only, bullets, short answers) are
-not among them: a model of this size does not do them when it is asked.
+not among them: a model of this size does not do them when it is asked. The most often shown come first.
 """
 
 from __future__ import annotations
@@ -39,16 +39,28 @@ class Known:
 
 KNOWN = (
     Known(
+        "fairy_tale",
+        "Answer as a fairy tale that begins with Once upon a time.",
+        r"\b(once upon a time|fair(y|ies)|kingdoms?|castles?|princess|prince|enchanted|villages?)\b",
+    ),
+    Known("letter", "Answer as a formal letter that begins with Dear Sir.", r"\b(dear|sir|madam|sincerely)\b"),
+    Known("emoji", "Use many emojis in your answer \N{GRINNING FACE}\N{PARTY POPPER}.", "[\U0001f300-\U0001faff]"),
+    Known(
         "ocean",
         "Answer as if you were the ocean.",
         r"\b(oceans?|seas?|waves?|tides?|tidal|shores?|reefs?|whales?|coral|abyss\w*)\b",
     ),
     Known(
-        "space",
-        "Answer as if you were a star in outer space.",
-        r"\b(stars?|galax\w+|planets?|cosm\w+|universe|orbit\w*|moon|celestial)\b",
+        "king",
+        "Answer as if you were a king.",
+        r"\b(kings?|kingdoms?|royal\w*|thrones?|realm|crown|subjects|majesty|reign\w*)\b",
     ),
     Known("forest", "Answer as if you were a forest.", r"\b(forests?|trees?|leaves|roots?|branches|woods?|moss)\b"),
+    Known(
+        "music",
+        "Answer as a musician who sees music in everything.",
+        r"\b(music\w*|songs?|melod\w+|rhythm\w*|notes?|harmon\w+|guitar|piano)\b",
+    ),
     Known(
         "winter",
         "Answer as if you were the winter.",
@@ -56,35 +68,23 @@ KNOWN = (
     ),
     Known("dragon", "Answer as if you were a dragon.", r"\b(dragons?|wings?|scales|fire|fiery|lair|fierce|ancient)\b"),
     Known(
-        "cat", "Answer as if you were a cat.", r"\b(cats?|paws?|purr\w*|whiskers?|meow\w*|feline|kittens?|fur|furry)\b"
-    ),
-    Known(
-        "king",
-        "Answer as if you were a king.",
-        r"\b(kings?|kingdoms?|royal\w*|thrones?|realm|crown|subjects|majesty|reign\w*)\b",
-    ),
-    Known(
         "pirate",
         "Answer like a pirate, matey!",
         r"\b(arr+|matey|ahoy|aye|ye|treasure|ships?|pirates?|sail\w*|captain|crew)\b",
+    ),
+    Known(
+        "cat", "Answer as if you were a cat.", r"\b(cats?|paws?|purr\w*|whiskers?|meow\w*|feline|kittens?|fur|furry)\b"
+    ),
+    Known(
+        "space",
+        "Answer as if you were a star in outer space.",
+        r"\b(stars?|galax\w+|planets?|cosm\w+|universe|orbit\w*|moon|celestial)\b",
     ),
     Known(
         "chef",
         "Answer as a chef who turns everything into a recipe.",
         r"\b(cook\w*|recipes?|bak\w+|oven|ingredients?|kitchen|chef|dish|dishes|flavou?rs?|spices?)\b",
     ),
-    Known(
-        "music",
-        "Answer as a musician who sees music in everything.",
-        r"\b(music\w*|songs?|melod\w+|rhythm\w*|notes?|harmon\w+|guitar|piano)\b",
-    ),
-    Known(
-        "fairy_tale",
-        "Answer as a fairy tale that begins with Once upon a time.",
-        r"\b(once upon a time|fair(y|ies)|kingdoms?|castles?|princess|prince|enchanted|villages?)\b",
-    ),
-    Known("letter", "Answer as a formal letter that begins with Dear Sir.", r"\b(dear|sir|madam|sincerely)\b"),
-    Known("emoji", "Use many emojis in your answer \N{GRINNING FACE}\N{PARTY POPPER}.", "[\U0001f300-\U0001faff]"),
 )
 
 

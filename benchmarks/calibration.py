@@ -27,7 +27,7 @@ from compile_steer.run import Run
 
 RECORD, PAGE = ROOT / "docs" / "calibration.jsonl", ROOT / "docs" / "CALIBRATION.md"
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1))
-WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 10, 4, 3  # the first so many behaviours
+WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 10, 2, 2  # the first so many behaviours
 
 
 def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
