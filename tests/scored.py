@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from compile_steer.behaviour import Behaviour, Check, Pair, Question
-from compile_steer.scoring import Reply, Scorer, ScorerBase
+from compile_steer.models import Loaded
+from compile_steer.scoring import Discrimination, Reply, Scorer, ScorerBase, require_discrimination
 from compile_steer.tokens import Text
 
 Sides = Sequence[tuple[str, str]]
@@ -41,3 +42,8 @@ def scorer(**settings: Any) -> ScorerBase:
     """A scorer as a recipe's section names it."""
     adapter: TypeAdapter[ScorerBase] = TypeAdapter(Scorer)
     return adapter.validate_python(settings)
+
+
+def discrimination(one: ScorerBase, model: Loaded, data: Behaviour) -> Discrimination:
+    """What is found before a sweep: the scorer bound, then held against the data."""
+    return require_discrimination(one, one.bind(model, data), model, data)

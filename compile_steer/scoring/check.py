@@ -10,7 +10,7 @@ from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
 from compile_steer.metrics import auroc
 from compile_steer.models import Loaded
-from compile_steer.scoring.reply import Reply, ScorerBase
+from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Discrimination:
     skipped: str = ""
 
 
-def require_discrimination(scorer: ScorerBase, loaded: Loaded, behaviour: Behaviour) -> Discrimination:
+def require_discrimination(scorer: ScorerBase, score: Score, loaded: Loaded, behaviour: Behaviour) -> Discrimination:
     """Score both sides' responses of the validation pairs, as replies that ended.
 
+    Args:
+        score: the `scorer` bound to this model and data.
+
     Raises:
-        RecipeError: every text has the same score, or the negative ones have a higher mean; and what `bind` raises.
+        RecipeError: every text has the same score, or the negative ones have a higher mean.
     """
-    score = scorer.bind(loaded, behaviour)  # what cannot be scored at all is refused here as well
     able = scorer.on_texts()
     if isinstance(able, str):
         return Discrimination(skipped=able)
@@ -41,7 +43,7 @@ def require_discrimination(scorer: ScorerBase, loaded: Loaded, behaviour: Behavi
         return Discrimination(skipped="the two sides of the pairs have the same responses, or none")
     texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
     texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
-    if able is not scorer:
+    if able is not scorer:  # some of its parts alone
         score = able.bind(loaded, behaviour)
     positive, negative = np.split(score(texts), 2)
     if np.ptp([*positive, *negative]) == 0:

@@ -62,8 +62,8 @@ def validate(
     """
     options = recipe.validate_
     layers = candidates(options, directions)
-    require_discrimination(options.score, loaded, behaviour)
     score = options.score.bind(loaded, behaviour)
+    require_discrimination(options.score, score, loaded, behaviour)
     mismatched = _mismatched(recipe, loaded, behaviour, directions, meter)
     run = Validation(recipe, loaded, behaviour, directions, score, mismatched, meter)
     pairs = behaviour.validation[: options.sweep_pairs]

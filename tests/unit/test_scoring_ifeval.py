@@ -11,8 +11,7 @@ import pytest
 
 from compile_steer.behaviour import Check
 from compile_steer.errors import RecipeError
-from compile_steer.scoring import require_discrimination
-from tests.scored import behaviour, replies, scorer
+from tests.scored import behaviour, discrimination, replies, scorer
 from tests.tiny import loaded
 
 MODEL = loaded("llama")
@@ -172,7 +171,7 @@ def test_a_constraint_s_letter_is_not_its_sense() -> None:
 
 def test_constraints_are_held_against_the_data_before_a_sweep() -> None:
     sides = [("No comma here.", "A comma, here."), ("None here.", "Here, and here.")]
-    one = require_discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides))
+    one = discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides))
     assert (one.positive, one.negative, one.auroc) == (1.0, 0.0, 1.0)
     with pytest.raises(RecipeError, match="it never fires"):
-        require_discrimination(scorer(kind="ifeval", id=TITLE), MODEL, behaviour(sides))
+        discrimination(scorer(kind="ifeval", id=TITLE), MODEL, behaviour(sides))

@@ -13,10 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from compile_steer.behaviour import Question
 from compile_steer.errors import RecipeError
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring import Classifier, Discrimination, ScorerBase, require_discrimination
+from compile_steer.scoring import Classifier, Discrimination, ScorerBase
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.tokens import Text, encode
-from tests.scored import behaviour, replies, scorer
+from tests.scored import behaviour, discrimination, replies, scorer
 from tests.tiny import VOCAB, loaded, tokenizer
 
 MODEL = loaded("gemma2")
@@ -194,7 +194,7 @@ QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in r
 
 
 def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
-    return require_discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
+    return discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
 def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
@@ -292,5 +292,5 @@ def test_the_shipped_recipes_scores_tell_their_data_apart() -> None:
     for path in recipes:
         recipe = read_recipe(path)
         if recipe.validate_.score.kind in ("keywords", "lowercase", "length", "repetition", "ifeval"):
-            one = require_discrimination(recipe.validate_.score, MODEL, recipe.data.read(recipe.folder))
+            one = discrimination(recipe.validate_.score, MODEL, recipe.data.read(recipe.folder))
             assert one.skipped or (one.auroc is not None and one.auroc > 0.6), path.name
