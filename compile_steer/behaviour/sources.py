@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from compile_steer.behaviour.fields import FIELDS
 from compile_steer.errors import RecipeError
+from compile_steer.extras import require_library
 from compile_steer.files import digest
 
 _SHOWN = 10
@@ -161,13 +162,9 @@ def _checked(where: str, row: Any, keys: Sequence[str], optional: Sequence[str],
 
 def load(source: Dataset, folder: Path) -> Any:
     """The table; raises `RecipeError` for whatever keeps it from being loaded."""
-    try:
-        import datasets  # noqa: PLC0415  (an extra; files need none of it)
-    except ImportError as error:
-        raise RecipeError(
-            f"{source} needs the library 'datasets', which is not installed: pip install 'compile-steer[data]'. A JSONL "
-            "file needs no library."
-        ) from error
+    require_library("datasets", "data", str(source), "A JSONL file needs no library.")
+    import datasets  # noqa: PLC0415  (an extra; files need none of it)
+
     local = folder / source.source
     files = [one if "://" in one else str(folder / one) for one in source.data_files]
     quiet = datasets.are_progress_bars_disabled()

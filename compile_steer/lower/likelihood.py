@@ -7,7 +7,6 @@ divergence sees the whole distribution.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.errors import RecipeError
+from compile_steer.extras import require_library
 from compile_steer.lower.job import Job
 from compile_steer.lower.optimise import Factors, adamw
 from compile_steer.lower.train import Batches
@@ -30,11 +29,7 @@ from compile_steer.tokens import Encoded
 
 def require_trl() -> None:
     """Raise `RecipeError` before any work where TRL is not installed."""
-    if importlib.util.find_spec("trl") is None:
-        raise RecipeError(
-            "compile.distill.objective 'likelihood' is trained by TRL, which is not installed: pip install "
-            "'compile-steer[trl]', or choose another objective."
-        )
+    require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
 
 
 def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) -> WeightPatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import random
 import re
@@ -15,6 +14,7 @@ from pydantic import Field, model_validator
 
 from compile_steer.behaviour import Behaviour, Check
 from compile_steer.errors import RecipeError
+from compile_steer.extras import require_library
 from compile_steer.models import Loaded
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
@@ -42,10 +42,7 @@ class IFEval(ScorerBase):
         return self
 
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (a constraint is about text)
-        if importlib.util.find_spec("if_verifiable") is None:
-            raise RecipeError(
-                "validate.score ifeval needs the library if-verifiable, which is not installed: pip install 'compile-steer[ifeval]'."
-            )
+        require_library("if-verifiable", "ifeval", "validate.score ifeval")
         own = None if self.id is None else (Check(self.id, tuple(self.arguments.items())),)
         checks = behaviour.checks if own is None else {}
         if own is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pydantic import Field, field_validator
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
+from compile_steer.extras import require_library
 from compile_steer.files import digest
 from compile_steer.models import Loaded, cache_folder
 from compile_steer.scoring.ledger import Ledger
@@ -61,10 +61,7 @@ class Judge(ScorerBase):
         return scale
 
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (it reads what was said)
-        if importlib.util.find_spec("openai") is None:
-            raise RecipeError(
-                "validate.score judge needs the library openai, which is not installed: pip install 'compile-steer[judge]'."
-            )
+        require_library("openai", "judge", "validate.score judge")
         if self.api_key_env and not os.environ.get(self.api_key_env):
             raise RecipeError(
                 f"validate.score.api_key_env: the environment variable {self.api_key_env} is not set; it holds the judge's key."
