@@ -20,7 +20,8 @@ from compile_steer.behaviour import Data
 from compile_steer.errors import RecipeError
 from compile_steer.files import digest
 from compile_steer.program import parse_positions
-from compile_steer.settings import Compile, Extract, Section, Validate, Verify
+from compile_steer.section import Section
+from compile_steer.settings import Compile, Extract, Validate, Verify
 
 
 class Recipe(Section):

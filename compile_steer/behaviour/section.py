@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compile_steer.behaviour.behaviour import SPLITS, Behaviour, Check, Pair, Question
 from compile_steer.behaviour.sources import Reader, Row, Source
 from compile_steer.errors import RecipeError
+from compile_steer.section import Section
 from compile_steer.tokens import Text
 
 Rows = Mapping[str, Sequence[Row]]
 _PROMPTS = ("heldout", "calibration")
 
 
-class Write(BaseModel):
+class Write(Section):
     """How the model writes both sides of its pairs, and how many must come of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(48, ge=4, description="an answer that is longer is cut after its last whole sentence")
     tries: int = Field(1, ge=1, description="answers a side may take: the first greedy, further ones sampled")
@@ -30,13 +29,12 @@ class Write(BaseModel):
     min_pairs: int = Field(16, ge=4, description="how many pairs every split must have in the end")
 
 
-class DataSection(BaseModel, ABC):
+class DataSection(Section, ABC):
     """The recipe's `data`: a JSONL file beside the recipe, or a data set, for each of six purposes.
 
     The splits are named apart, whatever the kind; of one data set they are parts: `split: 'train[:60%]'`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     keys: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
 

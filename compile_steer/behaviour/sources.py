@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from compile_steer.behaviour.fields import FIELDS
 from compile_steer.errors import RecipeError
 from compile_steer.extras import require_library
 from compile_steer.files import digest
+from compile_steer.section import Section
 
 _SHOWN = 10
 """Lines about bad rows of one source; a wrong column would otherwise fill the screen."""
 
 
-class Dataset(BaseModel):
+class Dataset(Section):
     """One split of a data set that `datasets.load_dataset` can load; code that comes with it is never run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(description="a format ('csv', 'json', 'parquet'), a hub id, or a folder beside the recipe")
     data_files: tuple[str, ...] = Field((), description="the files of a format, beside the recipe or as URLs")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.models import Loaded
+from compile_steer.section import Section
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,8 @@ Score = Callable[[Sequence[Reply]], np.ndarray]
 """[n] replies -> [n] in 0 to 1: how much of the behaviour each shows."""
 
 
-class ScorerBase(BaseModel, ABC):
-    """A section of the recipe that says how replies are scored. Keys that are not known are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ScorerBase(Section, ABC):
+    """A section of the recipe that says how replies are scored."""
 
     @abstractmethod
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:

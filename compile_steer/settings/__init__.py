@@ -11,7 +11,6 @@ from compile_steer.settings.compile import (
     Training,
 )
 from compile_steer.settings.extract import ChoiceMethod, Extract, Method, PairMethod, Trained
-from compile_steer.settings.section import Section
 from compile_steer.settings.validate import Claim, Target, Validate
 from compile_steer.settings.verify import Form, Gates, Verify
 
@@ -30,7 +29,6 @@ __all__ = [
     "Gates",
     "Method",
     "PairMethod",
-    "Section",
     "Target",
     "Trained",
     "Training",

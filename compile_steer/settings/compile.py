@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from compile_steer.settings.section import Section
+from compile_steer.section import Section
 
 BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compile_steer.activations import Readout
 from compile_steer.program import Point
-from compile_steer.settings.section import Section
+from compile_steer.section import Section
 
 PairMethod = Literal["mean_difference", "pca", "logistic"]
 ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from compile_steer.errors import ArtifactError
 from compile_steer.program import parse_positions
 from compile_steer.scoring import Scorer
-from compile_steer.settings.section import Section
+from compile_steer.section import Section
 
 
 class Target(Section):

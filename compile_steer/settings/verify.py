@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from compile_steer.settings.section import Section
+from compile_steer.section import Section
 
 Form = Literal["adapter", "merged-fp32", "merged-bf16"]
 
