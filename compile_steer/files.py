@@ -1,7 +1,8 @@
 """Writing artifacts so that a run killed at any moment leaves the old one or the new one, never half.
 
 Everything is written to a temporary name in the same folder, flushed to the disk, then renamed. A
-folder that replaces another is exchanged with it in one system call where the kernel can.
+folder that replaces another is exchanged with it in one system call where the kernel can. What is read back is
+whole, or is refused.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
+
+from compile_steer.errors import ArtifactError
+
+_Report = TypeVar("_Report")
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -134,6 +140,23 @@ def save_text(path: Path, text: str) -> None:
 def save_json(path: Path, value: Any) -> None:
     """Write JSON atomically; refuses NaN and infinity, which no other reader would take."""
     save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Report:
+    """Read back a dataclass that was written as JSON.
+
+    Args:
+        name: what the file must be, in words.
+        command: the one of the command line that makes it.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{path} is not a {name} ({reason}). Make it with 'compile-steer {command}'.") from error
 
 
 def sha256(path: Path, without: tuple[str, ...] = ()) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
-
 from compile_steer.directions import EVERY_BLOCK
-from compile_steer.errors import ArtifactError
-from compile_steer.files import save_json
+from compile_steer.files import load_json, save_json
 from compile_steer.metrics import Interval
 from compile_steer.validate.search import Rung
 from compile_steer.validate.statistics import Power
@@ -167,10 +163,4 @@ class ValidationReport:
     @staticmethod
     def load(path: Path) -> ValidationReport:
         """Raises `ArtifactError` for a missing or damaged report."""
-        try:
-            return TypeAdapter(ValidationReport).validate_python(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(
-                f"{path} is not a validation report ({reason}). Make it with 'compile-steer validate'."
-            ) from error
+        return load_json(path, ValidationReport, "validation report", "validate")

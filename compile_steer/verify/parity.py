@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from compile_steer.errors import ArtifactError
-from compile_steer.files import save_json
+from compile_steer.files import load_json, save_json
 from compile_steer.settings import Gates
 
 PARITY = "parity.json"
@@ -93,13 +89,7 @@ class Parity:
     @staticmethod
     def load(path: Path) -> Parity:
         """Raises `ArtifactError` for a missing or damaged report."""
-        try:
-            return TypeAdapter(Parity).validate_python(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(
-                f"{path} is not a parity report ({reason}). Make it with 'compile-steer verify'."
-            ) from error
+        return load_json(path, Parity, "parity report", "verify")
 
 
 def judge(parity: Parity, gates: Gates) -> list[str]:

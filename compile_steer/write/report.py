@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compile_steer.errors import ArtifactError
-from compile_steer.files import save_json
+from compile_steer.files import load_json, save_json
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,4 @@ class WritingReport:
     @staticmethod
     def load(path: Path) -> WritingReport:
         """Raises `ArtifactError` for a missing or damaged report."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            splits = {name: SplitReport(**split) for name, split in content["splits"].items()}
-            return WritingReport(splits, content["inputs"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path} is not a report on written pairs ({error}). Make it with 'compile-steer write'."
-            ) from error
+        return load_json(path, WritingReport, "report on written pairs", "write")
