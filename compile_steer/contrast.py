@@ -37,7 +37,7 @@ def mean_log_probabilities(
 
     Args:
         final: gives a batch's final hidden states [batch, time, d_model]; by default the model is run
-            whole. A sweep passes a function that starts from a shared prefix.
+            whole, as it is (see `observe.log_probabilities` for it under a program).
     """
     result = np.zeros(len(encoded))
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):

@@ -46,11 +46,16 @@ def final_states(loaded: Loaded, encoded: Sequence[Encoded], program: Program | 
     return States(torch.cat(response), torch.cat(prompt))
 
 
-def contrast(loaded: Loaded, pairs: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
-    """log p(positive) - log p(negative) of each of n encoded pairs, [n] in nats a token, hooked with `program` if given."""
+def log_probabilities(loaded: Loaded, texts: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
+    """Mean log-probability of each of n texts' response tokens, [n] in nats a token, hooked with `program` if given."""
 
     def final(batch: Batch) -> Tensor:
         with _hooks(loaded, program, batch.roles):
             return run_span(loaded.model, batch.input_ids, batch.attention_mask)
 
-    return contrast_scores(mean_log_probabilities(loaded, pairs, final=final))
+    return mean_log_probabilities(loaded, texts, final=final)
+
+
+def contrast(loaded: Loaded, pairs: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
+    """log p(positive) - log p(negative) of each of n encoded pairs, [n] in nats a token, hooked with `program` if given."""
+    return contrast_scores(log_probabilities(loaded, pairs, program))

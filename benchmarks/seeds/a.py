@@ -20,23 +20,20 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT
 from compile_steer.answers import Request, answer
-from compile_steer.contrast import mean_log_probabilities
 from compile_steer.extract.objective import Objective
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
 from compile_steer.generate import continue_prompts
-from compile_steer.hooks import steered
 from compile_steer.metrics import Divergence, bootstrap_mean, divergence
 from compile_steer.models import Loaded, load, quiet
-from compile_steer.observe import final_states
+from compile_steer.observe import final_states, log_probabilities
 from compile_steer.pipeline import run_compile, run_merge
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import BarMeter, Meter, Tick
 from compile_steer.recipe import read_recipe
 from compile_steer.reload import reload
-from compile_steer.replay import run_span
 from compile_steer.run import Run
 from compile_steer.settings import Extract, Trained
-from compile_steer.tokens import Batch, Encoded, Text, encode
+from compile_steer.tokens import Encoded, Text, encode
 
 NEW_TOKENS = 32
 DIALS = (0.5, 1.0, 1.5)
@@ -98,13 +95,7 @@ class Test:
         pairs = zip(prompts, self.run.behaviour.test, strict=True)
         encoded = [encode(loaded.tokenizer, Text(prompt, pair.positive.response)) for prompt, pair in pairs]
         closed = [Encoded((*one.ids, end), one.n_prompt) for one in encoded]
-        under = program or Program((), loaded.id, loaded.revision)
-
-        def final(batch: Batch) -> torch.Tensor:
-            with steered(loaded.model, under, roles=batch.roles):
-                return run_span(loaded.model, batch.input_ids, batch.attention_mask)
-
-        return -mean_log_probabilities(loaded, closed, final=final)
+        return -log_probabilities(loaded, closed, program)
 
 
 # ------------------------------------------------------------------------------------------- arms

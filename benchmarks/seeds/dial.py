@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from compile_steer.answers import Request, answer
-from compile_steer.contrast import encode_pairs, mean_log_probabilities
-from compile_steer.hooks import PAD, steered
+from compile_steer.contrast import encode_pairs
+from compile_steer.hooks import PAD
 from compile_steer.metrics import Interval, bootstrap_mean
-from compile_steer.observe import contrast
+from compile_steer.observe import contrast, log_probabilities
 from compile_steer.program import Program
 from compile_steer.replay import run_span
 from compile_steer.run import Run
-from compile_steer.tokens import Batch, batches, encode
+from compile_steer.tokens import batches, encode
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ class Dial:
         """Mean log-probability of the neutral responses, nats a token."""
         loaded = self.run.loaded
         texts = [encode(loaded.tokenizer, text) for text in self.run.behaviour.neutral[: self.neutral]]
-
-        def final(batch: Batch) -> torch.Tensor:
-            with steered(loaded.model, program or Program((), loaded.id, loaded.revision), roles=batch.roles):
-                return run_span(loaded.model, batch.input_ids, batch.attention_mask)
-
-        return float(mean_log_probabilities(loaded, texts, final=final).mean())
+        return float(log_probabilities(loaded, texts, program).mean())
 
 
 def stream(run: Run, layer: int, count: int) -> torch.Tensor:

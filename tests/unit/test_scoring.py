@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from compile_steer.behaviour import Pair
 from compile_steer.contrast import contrast_scores, encode_pairs, mean_log_probabilities
 from compile_steer.hooks import steered
+from compile_steer.observe import log_probabilities
 from compile_steer.replay import run_span
 from compile_steer.scoring import Keywords, Length, Lowercase, Repetition, Scorer, repetition
 from compile_steer.tokens import Batch, Text, encode
@@ -142,6 +143,8 @@ def test_steered_final_states_are_scored_when_they_are_given() -> None:
     assert plain == pytest.approx([mean_by_hand(row.ids, row.n_prompt) for row in rows], abs=1e-5)
     # The first response token is predicted by the prompt, which 'response' leaves alone: the third row has two.
     assert float(np.abs(found - plain).min()) > 1e-3
+    assert log_probabilities(one, rows, steering) == pytest.approx(found, abs=1e-6)
+    assert log_probabilities(one, rows) == pytest.approx(plain, abs=1e-6)
 
 
 def test_a_contrast_is_positive_minus_negative_of_each_pair_under_the_plain_prompt() -> None:
