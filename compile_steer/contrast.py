@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from compile_steer.behaviour import Pair
-from compile_steer.metrics import chunks, log_softmax
+from compile_steer.metrics import chunks, token_log_probabilities
 from compile_steer.models import Loaded
-from compile_steer.replay import readout, run_span
+from compile_steer.replay import run_span
 from compile_steer.tokens import Batch, Encoded, Text, batches, encode
 
 
@@ -52,12 +52,8 @@ def _response_means(loaded: Loaded, batch: Batch, hidden: torch.Tensor) -> np.nd
     chosen = batch.predicts_response
     targets = torch.roll(batch.input_ids, -1, dims=1)[chosen]
     states = hidden[chosen]
-    found = torch.cat(
-        [
-            log_softmax(readout(loaded.model, states[part])).gather(1, targets[part].unsqueeze(1)).squeeze(1)
-            for part in chunks(states.shape[0])
-        ]
-    )
+    parts = chunks(states.shape[0])
+    found = torch.cat([token_log_probabilities(loaded.model, states[part], targets[part]) for part in parts])
     rows = chosen.nonzero()[:, 0]
     sums = torch.zeros(chosen.shape[0], device=found.device).index_add_(0, rows, found)
     means: np.ndarray = (sums / chosen.sum(dim=1).clamp(min=1)).cpu().numpy()

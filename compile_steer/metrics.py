@@ -61,6 +61,14 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
+def token_log_probabilities(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target [n], from the final hidden states [n, d_model] that predict them; differentiable.
+
+    All their logits exist at once: give it a chunk of tokens at a time.
+    """
+    return log_softmax(readout(model, states)).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
 def chunks(n: int, size: int = CHUNK_TOKENS) -> Iterator[slice]:
     """Slices of at most `size` over n tokens, so that n x vocabulary never exists at once."""
     for start in range(0, n, size):

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_steer.behaviour import Pair
 from compile_steer.hooks import steered
-from compile_steer.metrics import chunks, log_softmax
+from compile_steer.metrics import chunks, token_log_probabilities
 from compile_steer.models import Loaded
 from compile_steer.program import Program
-from compile_steer.replay import readout, run_span
+from compile_steer.replay import run_span
 from compile_steer.tokens import Batch, Encoded, Text, batches, encode, pad
 
 
@@ -105,7 +105,7 @@ class Objective:
         states, targets = hidden[chosen], torch.roll(batch.input_ids, -1, dims=1)[chosen]
         # A chunk of logits is all that ever exists: for the gradient they are computed again.
         found = [
-            cast(Tensor, checkpoint(_log_probabilities, model, states[part], targets[part], use_reentrant=False))
+            cast(Tensor, checkpoint(token_log_probabilities, model, states[part], targets[part], use_reentrant=False))
             for part in chunks(states.shape[0])
         ]
         sums = torch.zeros(chosen.shape[0], device=hidden.device)
@@ -116,11 +116,6 @@ def bipo_loss(log_probabilities: Tensor, reference: Tensor, beta: float, sign: f
     """The mean of the paper's loss over n pairs, from [2 n] log p(response) steered and not, the positives first."""
     positive, negative = (log_probabilities - reference).chunk(2)
     return nn.functional.softplus(-sign * beta * (positive - negative)).mean()
-
-
-def _log_probabilities(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    """[n] log-probability of each target, from final states [n, d_model]."""
-    return log_softmax(readout(model, states)).gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def _closed(loaded: Loaded, prompt: str, response: str) -> Encoded:
