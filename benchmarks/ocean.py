@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 
+from compile_steer.hooks import PAD
 from compile_steer.passes import canonical
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import read_recipe
+from compile_steer.replay import run_span
 from compile_steer.run import Run
+from compile_steer.tokens import batches, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +37,21 @@ def committed_program(run: Run) -> Program:
     program = Program.load(ROOT / "vectors" / "ocean.safetensors")
     run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
     return canonical(program)
+
+
+def stream(run: Run, layer: int, count: int) -> torch.Tensor:
+    """The base's residual stream after block `layer` on neutral text, [n_tokens, d_model], without each text's
+    first token, whose norm is a hundred times the others' in many models."""
+    loaded, found = run.loaded, []
+    encoded = [encode(loaded.tokenizer, text) for text in run.behaviour.neutral[:count]]
+    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
+        batch = batch.to(loaded.device)
+        with torch.no_grad():
+            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
+        real = batch.roles != PAD
+        first = real & (real.cumsum(dim=1) == 1)
+        found.append(hidden[real & ~first].float().cpu())
+    return torch.cat(found)
 
 
 def machine() -> str:

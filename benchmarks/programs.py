@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, machine, ocean
+from benchmarks.ocean import ROOT, machine, ocean, stream
 from compile_steer.directions import Directions
 from compile_steer.export.merged import merged_model
 from compile_steer.files import save_text
@@ -33,9 +33,8 @@ from compile_steer.patch import WeightPatch, applied
 from compile_steer.pipeline import run_extract
 from compile_steer.program import Intervention, Program, Site, ablate_everywhere
 from compile_steer.progress import BarMeter
-from compile_steer.replay import run_span
 from compile_steer.run import Run
-from compile_steer.tokens import Encoded, encode
+from compile_steer.tokens import Encoded
 
 SETTINGS = [
     "compile.calibration.max_new_tokens=72",
@@ -78,7 +77,8 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
     """The programs by name, from the ocean directions of the blocks."""
     vector, later, n_layers = directions.vectors[BLOCK], directions.vectors[BLOCK + 4], run.loaded.layout.n_layers
     unit, site = vector / vector.norm(), Site(BLOCK)
-    projection = _mean_projection(run, unit) + COEFFICIENT * float(vector.norm())
+    # What adding gives the mean token of neutral text.
+    projection = float((stream(run, BLOCK, 12) @ unit).mean()) + COEFFICIENT * float(vector.norm())
     interventions = {
         "add, all positions, one block": (Intervention(site, "add", vector, COEFFICIENT),),
         "add, all positions, two vectors at two blocks": (
@@ -97,17 +97,6 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
     return {
         name: canonical(Program(parts, run.loaded.id, run.loaded.revision)) for name, parts in interventions.items()
     }
-
-
-def _mean_projection(run: Run, unit: torch.Tensor) -> float:
-    """The base's mean h.u after the block, over neutral text without each text's first token (the attention sink)."""
-    loaded = run.loaded
-    found = []
-    for text in run.behaviour.neutral[:12]:
-        ids = torch.tensor([encode(loaded.tokenizer, text).ids])
-        with torch.no_grad():
-            found.append(run_span(loaded.model, ids, torch.ones_like(ids), stop=BLOCK + 1)[0, 1:] @ unit)
-    return float(torch.cat(found).mean())
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, ocean
-from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading, stream
+from benchmarks.ocean import ROOT, ocean, stream
+from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
 from compile_steer.directions import Directions
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.pipeline import run_extract

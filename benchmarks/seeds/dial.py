@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from compile_steer.answers import Request, answer
 from compile_steer.contrast import encode_pairs
-from compile_steer.hooks import PAD
 from compile_steer.metrics import Interval, bootstrap_mean
 from compile_steer.observe import contrast, log_probabilities
 from compile_steer.program import Program
-from compile_steer.replay import run_span
 from compile_steer.run import Run
-from compile_steer.tokens import batches, encode
+from compile_steer.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -85,18 +82,3 @@ class Dial:
         loaded = self.run.loaded
         texts = [encode(loaded.tokenizer, text) for text in self.run.behaviour.neutral[: self.neutral]]
         return float(log_probabilities(loaded, texts, program).mean())
-
-
-def stream(run: Run, layer: int, count: int) -> torch.Tensor:
-    """The base's residual stream after block `layer` on neutral text, [n_tokens, d_model], without each text's
-    first token, whose norm is a hundred times the others' in many models."""
-    loaded, found = run.loaded, []
-    encoded = [encode(loaded.tokenizer, text) for text in run.behaviour.neutral[:count]]
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
-        with torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
-        real = batch.roles != PAD
-        first = real & (real.cumsum(dim=1) == 1)
-        found.append(hidden[real & ~first].float().cpu())
-    return torch.cat(found)
