@@ -135,7 +135,8 @@ def _explain(error: ValidationError, content: Any) -> list[str]:
         elif item["type"] == "union_tag_invalid":
             lines.append(f"{where}.kind: found '{item['ctx']['tag']}'; needed: {item['ctx']['expected_tags']}.")
         else:
-            lines.append(f"{where}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}.")
+            said = item["msg"].removesuffix(".")  # the errors of our own that a check passes on are whole sentences
+            lines.append(f"{where}: found {item['input']!r}; {said[0].lower()}{said[1:]}.")
     return lines
 
 

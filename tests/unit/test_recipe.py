@@ -190,6 +190,7 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(tmp_path: Path, wrong
     assert wrong[0] in GOOD
     found = problems(tmp_path, GOOD.replace(*wrong, 1))
     assert any(line.startswith(f"tiny.yaml: {key}") for line in found)
+    assert not any(line.endswith("..") for line in found)
 
 
 def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
