@@ -135,8 +135,12 @@ def _explain(error: ValidationError, content: Any) -> list[str]:
         elif item["type"] == "union_tag_invalid":
             lines.append(f"{where}.kind: found '{item['ctx']['tag']}'; needed: {item['ctx']['expected_tags']}.")
         else:
-            said = item["msg"].removesuffix(".")  # the errors of our own that a check passes on are whole sentences
-            lines.append(f"{where}: found {item['input']!r}; {said[0].lower()}{said[1:]}.")
+            # The errors of our own that a check passes on are whole sentences.
+            said = item["msg"].removeprefix("Value error, ").removesuffix(".")
+            # A rule between several keys names them itself; what it was given is the whole section.
+            between = item["type"] == "value_error" and isinstance(item["input"], dict)
+            found = "" if between else f"found {item['input']!r}; "
+            lines.append(f"{where + ': ' if where else ''}{found}{said[0].lower()}{said[1:]}.")
     return lines
 
 
