@@ -83,8 +83,8 @@ class Trial:
 
 
 def in_place(real: Directions, kind: Kind, index: int) -> Directions:
-    """`real` with its vectors replaced: by random ones as long, by its `index`-th shuffled ones (left out of the controls),
-    or by ones as long at cosine `COSINES[index]` with it."""
+    """`real` with its vectors replaced: by random ones as long, by its `index`-th shuffled ones as they were found (left out
+    of the controls), or by ones as long at cosine `COSINES[index]` with it."""
     if kind == "real":
         return real
     if kind == "shuffled":

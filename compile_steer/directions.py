@@ -40,10 +40,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Directions:
-    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model], as long.
+    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model] are the controls: what
+    the same method finds from labels that say nothing.
 
-    `operation` is what they are for; a clamp gives h.u the value `projections` [n_layers] of its block; `ablate` takes
-    the candidate's direction out of everything that the model writes, wherever it was read. Of `joint`
+    `operation` is what they are for; a clamp gives h.u the value `projections` [1 + n, n_layers] of its block, those of
+    the controls after the first; `ablate` takes the candidate's direction out of everything that the model writes. Of `joint`
     directions one program holds all blocks' at once, under the layer `EVERY_BLOCK`; otherwise each is a candidate.
     `beside` are those of other points of the same blocks, [1 + n, n_layers, d_model], the controls after the first.
     `curves`: what training measured, an epoch a number.
@@ -84,7 +85,10 @@ class Directions:
     def control(self, index: int) -> Directions:
         """The directions of shuffled labels number `index` in the place of the real ones."""
         beside = {point: vectors[[index + 1]] for point, vectors in self.beside.items()}
-        return replace(self, vectors=self.shuffled[index], shuffled=self.shuffled[:0], beside=beside)
+        projections = None if self.projections is None else self.projections[[index + 1]]
+        return replace(
+            self, vectors=self.shuffled[index], shuffled=self.shuffled[:0], projections=projections, beside=beside
+        )
 
     def _intervention(self, layer: int, coefficient: float, positions: str) -> Intervention:
         site, vector = Site(layer, self.point), self.vectors[layer]
@@ -92,7 +96,7 @@ class Directions:
             return Intervention(site, "add", vector, coefficient, positions)
         if self.projections is None:
             raise ValueError("a clamp needs a projection a block")
-        projection = float(self.projections[layer])
+        projection = float(self.projections[0, layer])
         return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
 
     def save(self, path: Path) -> None:

@@ -66,7 +66,7 @@ class Instruction:
         vector, projections = self.found.vectors[at], self.found.projections()
         if projections is None:
             raise ValueError("nothing was read of a positive side")
-        clamp = Intervention(Site(at), "clamp", vector / vector.norm(), 1.0, projection=float(projections[at]))
+        clamp = Intervention(Site(at), "clamp", vector / vector.norm(), 1.0, projection=float(projections[0, at]))
         return Program((clamp,), loaded.id, loaded.revision)
 
 

@@ -122,7 +122,7 @@ def vectors(items: Sequence[Item], seed: int) -> dict[str, Tensor]:
     }
     arms = {name: one.vectors for name, one in found.items()}
     arms["PASf, off by one"] = arms["PASf"].roll(1, dims=0)  # a block's input is the output of the one before
-    arms["shuffled labels"] = found["PASf"].shuffled[0]
+    arms["shuffled labels"] = as_long_as(found["PASf"].shuffled[0], arms["PASf"])
     noise = torch.randn(arms["PASf"].shape, generator=torch.Generator().manual_seed(seed))
     arms["random direction"] = as_long_as(noise, arms["PASf"])
     return arms

@@ -17,7 +17,6 @@ from torch import Tensor
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Question
-from compile_steer.directions import as_long_as
 from compile_steer.errors import RecipeError
 from compile_steer.extract.found import Found
 from compile_steer.models import Loaded
@@ -106,19 +105,18 @@ def relabelled(items: Sequence[Item], method: ChoiceMethod, generator: torch.Gen
 
 
 def fit(items: Sequence[Item], method: ChoiceMethod, count: int, seed: int) -> Found:
-    """The direction at every block, and `count` as long from labels that say nothing.
+    """The direction at every block, and `count` that the method finds from labels that say nothing.
 
     Raises:
         RecipeError: the model gets too many or too few right for the method.
     """
     _require_both(items, method)
-    positive, negative = sides(items, method)
     generator = torch.Generator().manual_seed(seed)
-    shuffled = []
-    for _ in range(count):
-        high, low = sides(relabelled(items, method, generator), method)
-        shuffled.append(as_long_as(high - low, positive - negative))
-    return Found(positive - negative, torch.stack(shuffled), positive)
+    found = [sides(items, method)]
+    found += [sides(relabelled(items, method, generator), method) for _ in range(count)]
+    positive = torch.stack([high for high, _low in found])
+    vectors = positive - torch.stack([low for _high, low in found])
+    return Found(vectors[0], vectors[1:], positive)
 
 
 def require_questions(questions: Sequence[Question], method: ChoiceMethod) -> None:

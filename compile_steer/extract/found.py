@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compile_steer.directions import unit
@@ -13,8 +14,8 @@ from compile_steer.directions import unit
 class Found:
     """A direction a block, `vectors` [L, d], and `shuffled` [n, L, d] from labels that say nothing.
 
-    `positive` [L, d] is the mean activation of what shows the behaviour, None where none was read. A block
-    without a direction is 0.
+    `positive` [1 + n, L, d] is the mean activation of what shows the behaviour, and of what the shuffled labels
+    say does; None where none was read. A block without a direction is 0.
     """
 
     vectors: Tensor
@@ -27,5 +28,7 @@ class Found:
         return Found(unit(self.vectors) * wanted, unit(self.shuffled) * wanted, self.positive)
 
     def projections(self) -> Tensor | None:
-        """Mean projection [L] of the positive side on each unit direction: Stolfo's target (2410.12877)."""
-        return None if self.positive is None else (self.positive * unit(self.vectors)).sum(dim=-1)
+        """Mean projection [1 + n, L] of each positive side on its unit direction: Stolfo's target (2410.12877)."""
+        if self.positive is None:
+            return None
+        return (self.positive * unit(torch.cat([self.vectors[None], self.shuffled]))).sum(dim=-1)

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
-from compile_steer.directions import as_long_as
+from compile_steer.extract.found import Found
 from compile_steer.settings import PairMethod
 
 _LOGISTIC_PENALTY = 1.0
@@ -65,17 +65,20 @@ def _logistic(positive: Tensor, negative: Tensor) -> Tensor:
     return unit.float()
 
 
-def shuffled_directions(positive: Tensor, negative: Tensor, method: PairMethod, count: int, seed: int) -> Tensor:
-    """[count, L, d] directions from pairs of which a random half has its sides swapped, as long as the real one.
+def find(positive: Tensor, negative: Tensor, method: PairMethod, count: int, seed: int) -> Found:
+    """The direction at every block, and `count` that the method finds where a random half of the pairs has its sides
+    swapped: what it makes of labels that say nothing, its length included.
 
     Exactly half, so that what the pairs have in common cancels and only their noise is left.
     """
     generator = torch.Generator().manual_seed(seed)
     n = positive.shape[0]
-    result = []
+    vectors, means = [fit(positive, negative, method)], [positive.mean(dim=0)]
     for _ in range(count):
         swap = torch.zeros(n, dtype=torch.bool)
         swap[torch.randperm(n, generator=generator)[: n // 2]] = True
         swap = swap.view(-1, 1, 1)
-        result.append(fit(torch.where(swap, negative, positive), torch.where(swap, positive, negative), method))
-    return as_long_as(torch.stack(result), (positive - negative).mean(dim=0))
+        high, low = torch.where(swap, negative, positive), torch.where(swap, positive, negative)
+        vectors.append(fit(high, low, method))
+        means.append(high.mean(dim=0))
+    return Found(vectors[0], torch.stack(vectors[1:]), torch.stack(means))

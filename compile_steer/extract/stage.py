@@ -13,7 +13,7 @@ from compile_steer.directions import Directions, Source
 from compile_steer.errors import RecipeError
 from compile_steer.extract import choices, features
 from compile_steer.extract.found import Found
-from compile_steer.extract.from_pairs import fit, shuffled_directions
+from compile_steer.extract.from_pairs import find
 from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
 from compile_steer.files import sha256
@@ -119,8 +119,7 @@ def _from_pairs(
             read_activations(loaded, _read(side, options), point=_read_at(options), readout=options.readout, tick=tick)
             for side in ([p.positive for p in pairs], [p.negative for p in pairs])
         )
-    shuffled = shuffled_directions(positive, negative, method, options.shuffled, seed)
-    return Found(fit(positive, negative, method), shuffled, positive.mean(dim=0))
+    return find(positive, negative, method, options.shuffled, seed)
 
 
 def _read(side: Sequence[Text], options: Extract) -> Sequence[Text]:

@@ -177,11 +177,13 @@ def _measure(
 def _controls(
     run: Validation, bench: Bench, best: Cell, program: Program, stream: Stream, random: list[Program]
 ) -> Controls:
-    def like(directions: Directions) -> Program:
-        return stream.like(program, run.make(best.layer, best.coefficient, directions))
+    def instead(directions: Directions) -> Program:
+        return run.make(best.layer, best.coefficient, directions)
 
-    shuffled = [like(run.directions.control(n)) for n in range(len(run.directions.shuffled))]
-    mismatched = None if run.mismatched is None else like(run.mismatched)
+    # Shuffled labels are put through the same extraction, and what it finds through the same dial: a shorter vector
+    # is part of what labels that say nothing give. Another behaviour's has a length of its own, so it gets this dose.
+    shuffled = [instead(run.directions.control(n)) for n in range(len(run.directions.shuffled))]
+    mismatched = None if run.mismatched is None else stream.like(program, instead(run.mismatched))
     total = 2 + len(random) + len(shuffled) + (mismatched is not None)
     with run.meter.phase("test: control directions", total) as tick:
         return measure_controls(bench, program, random, shuffled, mismatched, tick)

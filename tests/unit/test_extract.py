@@ -15,7 +15,7 @@ from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.extract import extract
-from compile_steer.extract.from_pairs import fit, shuffled_directions
+from compile_steer.extract.from_pairs import find, fit
 from compile_steer.program import POINTS, Point, Site
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
@@ -142,17 +142,33 @@ def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shuffled_labels_keep_the_length_and_lose_the_direction(method: PairMethod) -> None:
+def test_shuffled_labels_give_what_the_method_finds_in_them(method: PairMethod) -> None:
     positive, negative, unit = sides(noise=1.0)
-    found = shuffled_directions(positive, negative, method, 5, seed=3)
+    both = find(positive, negative, method, 5, seed=3)
+    found = both.shuffled
+    assert torch.equal(both.vectors, fit(positive, negative, method))
     assert tuple(found.shape) == (5, 2, HIDDEN)
     length = (positive - negative).mean(dim=0).norm(dim=-1)
-    assert torch.allclose(found.norm(dim=-1), length.expand(5, 2), rtol=1e-4)
-    assert torch.equal(found, shuffled_directions(positive, negative, method, 5, seed=3))
-    assert not torch.allclose(found, shuffled_directions(positive, negative, method, 5, seed=4))
+    assert bool((found.norm(dim=-1) < 0.9 * length).all())  # what the pairs have in common has cancelled
+    assert torch.equal(found, find(positive, negative, method, 5, seed=3).shuffled)
+    assert not torch.allclose(found, find(positive, negative, method, 5, seed=4).shuffled)
     if method != "pca":  # an axis does not care for the sides
         real = torch.nn.functional.cosine_similarity(fit(positive, negative, method), unit.expand(2, -1)).min()
-        assert float((found @ unit / length).abs().max()) < 0.7 * float(real)
+        assert float((found @ unit / found.norm(dim=-1)).abs().max()) < 0.7 * float(real)
+
+
+def test_a_clamp_s_control_is_set_to_what_its_own_labels_say() -> None:
+    positive, negative, _unit = sides(noise=1.0)
+    found = find(positive, negative, "mean_difference", 4, seed=3)
+    projections = found.projections()
+    assert projections is not None and found.positive is not None
+    assert tuple(projections.shape) == (5, 2)
+    for n, vectors in enumerate([found.vectors, *found.shuffled]):
+        along = torch.nn.functional.normalize(vectors, dim=-1)
+        assert torch.allclose(projections[n], (found.positive[n] * along).sum(dim=-1), atol=1e-4)
+        # The sides' means lie to both sides of the middle, by half of their difference.
+        middle = (positive + negative).mean(dim=0) / 2
+        assert torch.allclose(found.positive[n], middle + vectors / 2, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- stage
@@ -189,7 +205,7 @@ def test_extraction_fits_each_block_on_the_pairs_asked_for_and_comes_back_from_d
         for side in ([p.positive for p in PAIRS[:3]], [p.negative for p in PAIRS[:3]])
     )
     assert torch.allclose(found.vectors, fit(positive, negative, "pca"), atol=1e-5)
-    assert torch.allclose(found.shuffled, shuffled_directions(positive, negative, "pca", 6, 3), atol=1e-4)
+    assert torch.allclose(found.shuffled, find(positive, negative, "pca", 6, 3).shuffled, atol=1e-4)
     assert (found.model, found.revision, found.point, found.inputs) == (one.id, one.revision, "mlp_out", "inputs")
     found.save(tmp_path / "a.safetensors")
     again = Directions.load(tmp_path / "a.safetensors")

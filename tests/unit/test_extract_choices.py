@@ -124,7 +124,7 @@ def test_a_clamp_sets_the_mean_projection_of_the_positive_side() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shuffled_labels_are_as_long_and_say_nothing(method: ChoiceMethod) -> None:
+def test_shuffled_labels_say_nothing(method: ChoiceMethod) -> None:
     """Where every item carries the same difference, what is left of it under shuffled labels is small."""
     generator = torch.Generator().manual_seed(1)
     unit = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=generator), dim=0)
@@ -136,7 +136,8 @@ def test_shuffled_labels_are_as_long_and_say_nothing(method: ChoiceMethod) -> No
         items.append(Item(noise, answer, own))
     found = fit(items, method, 7, seed=5)
     assert torch.nn.functional.cosine_similarity(found.vectors, unit.expand(2, -1)).min() > 0.95
-    assert torch.allclose(found.shuffled.norm(dim=-1), found.vectors.norm(dim=-1).expand(7, 2), rtol=1e-4)
+    assert tuple(found.shuffled.shape) == (7, 2, HIDDEN)
+    assert bool((found.shuffled.norm(dim=-1) < 0.6 * found.vectors.norm(dim=-1)).all())
     cosines = torch.nn.functional.cosine_similarity(found.shuffled, unit.expand(7, 2, -1), dim=-1)
     raw = [sides(relabelled(items, method, generator), method) for _ in range(20)]
     sizes = torch.stack([(high - low) @ unit for high, low in raw]).abs().mean()

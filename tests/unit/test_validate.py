@@ -182,7 +182,7 @@ def test_a_joint_program_is_one_candidate_at_every_block() -> None:
 
 
 def test_a_clamp_is_validated_like_an_addition() -> None:
-    directions = toward_w40(operation="clamp", projections=torch.full((LAYERS,), 6.5))
+    directions = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5))
     report, _rows, (program,) = run(directions, coefficients=[0.8])
     assert program.interventions[0].operation == "clamp"
     assert report.contrast.value > 0 and len(report.controls.random) == 20
@@ -338,7 +338,7 @@ def test_controls_have_the_dose_of_the_program_at_every_site() -> None:
         units = torch.stack([i.vector / i.vector.norm() for i in program.interventions])
         assert float((units @ units.T - torch.eye(LAYERS)).abs().max()) < 0.9  # each site has its own
     assert not torch.equal(one.interventions[0].vector, other.interventions[0].vector)
-    clamp = toward_w40(operation="clamp", projections=torch.full((LAYERS,), 6.5)).program(2, 0.7, "response")
+    clamp = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5)).program(2, 0.7, "response")
     stream = Stream.of(chatty(), behaviour().neutral, "resid_post", clamp)
     for program in stream.random(clamp, 3, seed=5):
         (i,) = program.interventions
@@ -368,9 +368,11 @@ def beside_w40() -> Directions:
     return replace(one, vectors=one.vectors / 7 * lengths, shuffled=one.shuffled / 7 * lengths, beside=beside)
 
 
-@pytest.mark.parametrize("kind", ["ablate", "beside"])
+@pytest.mark.parametrize("kind", ["add", "ablate", "beside"])
 def test_a_control_from_shuffled_labels_is_the_whole_program_along_it(kind: str) -> None:
-    directions = toward_w40(operation="ablate") if kind == "ablate" else beside_w40()
+    """With the length that its extraction gave it."""
+    directions = beside_w40() if kind == "beside" else toward_w40(operation=kind)
+    directions = replace(directions, shuffled=0.3 * directions.shuffled)
     options: dict[str, Any] = {"coefficients": [1.0]} | ({"layers": "auto"} if kind == "beside" else {})
     report, _rows, (program,) = run(directions, **options)
     bench = Bench(chatty(), behaviour().test[:6])
@@ -411,7 +413,7 @@ def test_the_scorer_is_told_the_plain_prompt_whatever_was_said() -> None:
 
 
 def test_programs_of_other_shapes_are_answered_apart() -> None:
-    clamps = toward_w40(operation="clamp", projections=torch.full((LAYERS,), 6.5))
+    clamps = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5))
     first, second = clamps.program(1, 0.7, "all"), clamps.program(2, 1.2, "all")
 
     def score(replies: Any) -> np.ndarray:
