@@ -8,7 +8,6 @@ Resumes: what docs/calibration.jsonl holds is not measured again, so delete it t
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from compile_steer.pipeline import run_extract
 from compile_steer.progress import BarMeter
 from compile_steer.run import Run
 
+RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
 RECORD, PAGE = ROOT / "docs" / "calibration.jsonl", ROOT / "docs" / "CALIBRATION.md"
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1))
 WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 10, 2, 2  # the first so many behaviours
@@ -163,13 +163,10 @@ def save(found: list[Trial]) -> None:
 def main() -> None:
     """Measure what is left, saving after every trial."""
     console, found = Console(width=132), recorded()
-    with tempfile.TemporaryDirectory() as folder:
-        for one in measured(found, Path(folder), BarMeter(console)):
-            found.append(one)
-            save(found)
-            console.print(
-                f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}", markup=False
-            )
+    for one in measured(found, RUNS, BarMeter(console)):
+        found.append(one)
+        save(found)
+        console.print(f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}", markup=False)
     save(found)
 
 
