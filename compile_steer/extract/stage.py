@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from compile_steer.activations import median_norms, read_activations
 from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import Directions, Source
 from compile_steer.errors import RecipeError
-from compile_steer.extract import choices, features
+from compile_steer.extract import choices, imported
 from compile_steer.extract.found import Found
 from compile_steer.extract.from_pairs import find
 from compile_steer.extract.sibling import load_sibling
@@ -31,7 +32,7 @@ def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, m
     Raises:
         RecipeError: too few pairs or questions, pairs whose sides are the same tokens at the read-out, questions
             that the model gets all right or all wrong, or a training that failed.
-        ArtifactError: a feature's file is not there, damaged, or of another width.
+        ArtifactError: an imported file is not there, damaged, unsafe, or of another width or depth.
         LayoutError: NaN activations, or a sibling of another shape.
     """
     if recipe.extract.model is None:
@@ -50,8 +51,8 @@ def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, 
         return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, meter)
     point: Point = options.point
     match options.method:
-        case "feature":
-            point, found = features.read(recipe.folder, options, loaded.layout, recipe.seed)
+        case "imported":
+            point, found = imported.read(source_path(recipe), options, loaded.layout, recipe.seed)
         case "pasf" | "ipasa" | "ipaswo" as method:
             found = _from_choices(loaded, behaviour, options, method, recipe.seed, meter)
         case _ as method:
@@ -71,13 +72,19 @@ def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, 
         inputs,
         options.operation,
         projections,
+        joint=options.imported.joint is not None,
     )
+
+
+def source_path(recipe: Recipe) -> Path:
+    """Where the file that directions are imported from lies."""
+    return recipe.folder / (recipe.extract.imported.file or "")
 
 
 def source(recipe: Recipe) -> str:
     """Hash of the file that the directions are read from, empty where they are made from the data alone."""
-    path = recipe.folder / (recipe.extract.file or "")
-    return sha256(path) if recipe.extract.file is not None and path.exists() else ""
+    path = source_path(recipe)
+    return sha256(path) if recipe.extract.method == "imported" and path.exists() else ""
 
 
 def _length(loaded: Loaded, behaviour: Behaviour, options: Extract, point: Point) -> Tensor | None:

@@ -8,12 +8,13 @@ from typing import Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from compile_steer.activations import Readout
+from compile_steer.interop import Format, LayerConvention
 from compile_steer.program import Point
 from compile_steer.section import Section
 
 PairMethod = Literal["mean_difference", "pca", "logistic"]
 ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]
-Method = Literal[PairMethod, ChoiceMethod, "trained", "feature"]
+Method = Literal[PairMethod, ChoiceMethod, "trained", "imported"]
 
 
 class Trained(Section):
@@ -44,6 +45,28 @@ class Trained(Section):
         return layers
 
 
+class Imported(Section):
+    """Vectors that another tool made, read from its file."""
+
+    file: Path | None = Field(None, description="the file or folder, relative to the recipe")
+    format: Format | None = Field(None, description="of the file, where its name does not tell")
+    layer_convention: LayerConvention | None = Field(
+        None, description="what number k in a GGUF or .svec is of: the output of block k, or hidden_states[k]"
+    )
+    layer: int | None = Field(None, ge=0, description="the block that a bare tensor is of, where its name does not say")
+    index: int | None = Field(None, ge=0, description="which row of a SAELens folder, or of AxBench's concepts")
+    joint: tuple[int, ...] | Literal["all"] | None = Field(
+        None, description="the blocks whose vectors are added all at once; otherwise each block is a candidate"
+    )
+
+    @field_validator("joint")
+    @classmethod
+    def _blocks(cls, joint: tuple[int, ...] | str | None) -> tuple[int, ...] | str | None:
+        if isinstance(joint, tuple) and (not joint or min(joint) < 0 or len(set(joint)) < len(joint)):
+            raise ValueError("give block numbers from 0 on, each once, or 'all'")
+        return joint
+
+
 class Extract(Section):
     """How a direction is found: from contrast pairs, labelled questions, training, or a file; and what it is for."""
 
@@ -69,24 +92,27 @@ class Extract(Section):
     off_by_one: bool = Field(
         False, description="read each block's input for its output, as the published code of PAS does"
     )
-    file: Path | None = Field(
-        None, description="of method feature: a SAELens folder, or a feature's JSON of Neuronpedia"
-    )
-    index: int | None = Field(None, ge=0, description="which feature of a SAELens folder")
     trained: Trained = Trained()
+    imported: Imported = Imported()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         own = self.length == "own"
         clashes = {
-            f"file and index are of method feature; method {self.method} reads activations": (
-                self.method != "feature" and (self.file is not None or self.index is not None)
+            f"imported: these options are of method imported, not of {self.method}": (
+                self.method != "imported" and self.imported != Imported()
             ),
-            "method feature needs extract.file: a SAELens folder, or a feature's JSON of Neuronpedia": (
-                self.method == "feature" and self.file is None
+            "method imported needs extract.imported.file: the file or folder of the vectors": (
+                self.method == "imported" and self.imported.file is None
+            ),
+            f"the file of method imported says the point; leave out extract.point ({self.point})": (
+                self.method == "imported" and self.point != "resid_post"
+            ),
+            "an ablation is of one direction at a time; leave out extract.imported.joint": (
+                self.operation == "ablate" and self.imported.joint is not None
             ),
             f"a clamp needs the activations of a positive side; method {self.method} has none: use operation add": (
-                self.method in ("feature", "trained") and self.operation == "clamp"
+                self.method in ("imported", "trained") and self.operation == "clamp"
             ),
             "a clamp has no length: what it sets is the projection; leave out extract.length": (
                 self.operation == "clamp" and not own
@@ -101,7 +127,7 @@ class Extract(Section):
                 self.operation == "ablate" and self.point != "resid_post"
             ),
             "off_by_one is about activations at resid_post": (
-                self.off_by_one and (self.method in ("feature", "trained") or self.point != "resid_post")
+                self.off_by_one and (self.method in ("imported", "trained") or self.point != "resid_post")
             ),
             f"method {self.method} reads the letter that is the response: use readout response_mean": (
                 self.method in get_args(ChoiceMethod) and self.readout != "response_mean"

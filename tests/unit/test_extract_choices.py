@@ -200,8 +200,13 @@ def test_what_are_no_questions_is_refused() -> None:
         ({"operation": "ablate", "method": "trained"}, "use operation add"),
         ({"operation": "ablate", "point": "mlp_out"}, "read the direction at point resid_post, not mlp_out"),
         ({"off_by_one": True, "point": "mlp_out"}, "off_by_one is about activations at resid_post"),
-        ({"method": "feature"}, "needs extract.file"),
-        ({"file": "sae"}, "file and index are of method feature"),
+        ({"method": "imported"}, "needs extract.imported.file"),
+        ({"imported": {"file": "sae"}}, "these options are of method imported, not of mean_difference"),
+        ({"method": "imported", "imported": {"file": "v"}, "operation": "clamp"}, "method imported has none"),
+        ({"method": "imported", "imported": {"file": "v"}, "point": "mlp_out"}, "leave out extract.point"),
+        ({"method": "imported", "imported": {"file": "v", "joint": "all"}, "operation": "ablate"}, "one direction at"),
+        ({"method": "imported", "imported": {"file": "v", "joint": [2, 2]}}, "each once, or 'all'"),
+        ({"method": "imported", "imported": {"file": "v"}, "off_by_one": True}, "off_by_one is about activations"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:

@@ -17,6 +17,7 @@ from compile_steer.errors import ArtifactError
 from compile_steer.extract import extract, source
 from compile_steer.program import Site
 from compile_steer.progress import Meter
+from compile_steer.recipe import Recipe
 from compile_steer.tokens import Text
 from tests.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
@@ -57,8 +58,12 @@ def neuronpedia(path: Path, **changes: Any) -> Path:
     return path
 
 
+def asked(file: Path, index: int | None = None, **options: object) -> Recipe:
+    return recipe(method="imported", imported={"file": file, "index": index}, **options)
+
+
 def found(file: Path, index: int | None = INDEX, **options: object) -> Directions:
-    return extract(recipe(method="feature", file=file, index=index, **options), loaded("llama"), DATA, "", Meter())
+    return extract(asked(file, index, **options), loaded("llama"), DATA, "", Meter())
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -108,7 +113,7 @@ def test_a_feature_can_be_as_long_as_the_stream_so_that_a_coefficient_is_a_share
 
 def test_another_file_at_the_same_path_is_another_source(tmp_path: Path) -> None:
     path = neuronpedia(tmp_path / "feature.json")
-    one = recipe(method="feature", file=path)
+    one = asked(path)
     before = source(one)
     neuronpedia(path, vector=rows()[0].tolist())
     assert source(one) not in ("", before)
@@ -119,10 +124,10 @@ def test_another_file_at_the_same_path_is_another_source(tmp_path: Path) -> None
     ("hook", "width", "index", "message"),
     [
         ("blocks.2.hook_resid_post", HIDDEN + 3, INDEX, r"shape \[35\]; the model is 32 wide"),
-        (f"blocks.{LAYERS}.hook_resid_post", HIDDEN, INDEX, r"of block 4; the model has 4\."),
+        (f"blocks.{LAYERS}.hook_resid_post", HIDDEN, INDEX, "of blocks 4 too; the model has 4"),
         ("blocks.2.attn.hook_z", HIDDEN, INDEX, "feature is of 'blocks.2.attn.hook_z'; needed: blocks.K.hook_NAME"),
-        ("blocks.2.hook_resid_post", HIDDEN, ROWS, "has 17 features; wanted are extract.index 17, and 12 others"),
-        ("blocks.2.hook_resid_post", HIDDEN, None, "holds a whole dictionary; name the feature by extract.index"),
+        ("blocks.2.hook_resid_post", HIDDEN, ROWS, r"has 17 rows, .* \(--index; found 17\) and 12 others"),
+        ("blocks.2.hook_resid_post", HIDDEN, None, r"has 17 rows, .* \(--index; found None\) and 12 others"),
     ],
 )
 def test_a_dictionary_that_does_not_fit_is_refused(
@@ -134,30 +139,30 @@ def test_a_dictionary_that_does_not_fit_is_refused(
 
 def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "feature.json"
+    with pytest.raises(ArtifactError, match="does not exist"):
+        found(path, None)
+    path.write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as JSON"):
         found(path, None)
-    with pytest.raises(ArtifactError, match="extract.index is for a SAELens folder"):
+    with pytest.raises(ArtifactError, match="read as neuronpedia, which does not take extract.imported.index"):
         found(neuronpedia(path))
     for changes, message in (
         ({"vector": [], "hasVector": False}, "holds no vector"),
         ({"vector": ["a"] * HIDDEN}, "must be a list of numbers"),
-        ({"vector": [0.0] * HIDDEN}, "the feature is 0"),
+        ({"vector": [0.0] * HIDDEN}, "every vector is 0"),
         ({"hookName": None}, "the feature is of 'None'"),
     ):
         with pytest.raises(ArtifactError, match=message):
             found(neuronpedia(path, **changes), None)
     path.write_text("[1]")
-    with pytest.raises(ArtifactError, match="is list; needed: one JSON object"):
+    with pytest.raises(ArtifactError, match="is list; needed: a feature's JSON"):
         found(path, None)
 
 
 def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    torch.save(rows(), tmp_path / "sae.pt")
-    with pytest.raises(ArtifactError, match=r"sae\.pt is a pickle.*Convert it where you trust it"):
-        found(tmp_path / "sae.pt")
     folder = saelens(tmp_path / "sae")
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
-    with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle"):
+    with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle.*Convert it where you trust it"):
         found(folder)
     (folder / "sae_weights.pt").unlink()
     with pytest.raises(ArtifactError, match=r"has no sae_weights\.safetensors"):

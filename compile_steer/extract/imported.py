@@ -1,0 +1,72 @@
+"""Directions that others have found, read from their files; coefficient 1 adds the vector as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compile_steer.directions import as_long_as
+from compile_steer.errors import ArtifactError
+from compile_steer.extract.found import Found
+from compile_steer.interop import Foreign, Given
+from compile_steer.interop import read as read_foreign
+from compile_steer.layout import Layout
+from compile_steer.program import Point
+from compile_steer.settings import Extract
+
+
+def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point, Found]:
+    """The point that the file names, and its vectors by block, each of its own length; every other block has none.
+
+    Controls are other rows of the same file where it has any, otherwise the vectors' coordinates in another order, the
+    same at all blocks.
+
+    Raises:
+        ArtifactError: the file is not there, damaged, unsafe, ambiguous, or of another model.
+    """
+    asked = options.imported
+    generator = torch.Generator().manual_seed(seed)
+    given = Given(
+        layout.n_layers,
+        layout.d_model,
+        options.shuffled,
+        generator,
+        asked.layer_convention,
+        asked.layer,
+        asked.index,
+    )
+    foreign = read_foreign(path, asked.format, given)
+    vectors = torch.zeros(layout.n_layers, layout.d_model)
+    for layer, vector in foreign.vectors.items():
+        vectors[layer] = vector
+    if asked.joint is not None:
+        vectors = _at_once(path, vectors, foreign, asked.joint)
+    if foreign.others is not None:
+        others = foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1)
+        return foreign.point, Found(vectors, as_long_as(others, vectors))
+    orders = [torch.randperm(layout.d_model, generator=generator) for _ in range(options.shuffled)]
+    return foreign.point, Found(vectors, torch.stack([vectors[:, order] for order in orders]))
+
+
+def _at_once(path: Path, vectors: Tensor, foreign: Foreign, joint: tuple[int, ...] | Literal["all"]) -> Tensor:
+    """The vectors [L, d] of the blocks that one program holds; raises `ArtifactError` where one of them has none."""
+    if joint == "all":
+        if foreign.embeddings:
+            raise ArtifactError(
+                f"{path} has a vector for the embeddings too, which is at no block's output. Name the blocks that are "
+                "wanted in extract.imported.joint (--joint)."
+            )
+        return vectors
+    has = vectors.norm(dim=-1).nonzero()[:, 0].tolist()
+    missing = sorted(set(joint) - set(has))
+    if missing:
+        raise ArtifactError(
+            f"{path} has no vector for {', '.join(map(str, missing))} of extract.imported.joint (--joint); it has one "
+            f"for blocks {', '.join(map(str, has))}."
+        )
+    kept = torch.zeros_like(vectors)
+    kept[list(joint)] = vectors[list(joint)]
+    return kept
