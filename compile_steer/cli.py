@@ -17,6 +17,7 @@ from rich.console import Console
 
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
+from compile_steer.exchange import Import, new_recipe, run_export, run_import
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
@@ -46,6 +47,10 @@ app = typer.Typer(
 
 Force = Annotated[bool, typer.Option(help="Compile in spite of a failed or missing validation; the artifact says so.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Progress bars only, no tables.")]
+Convention = Annotated[
+    str | None,
+    typer.Option(help="What number k in the file is of: block, the output of block k; hidden_state, hidden_states[k]."),
+]
 
 
 @app.command()
@@ -165,6 +170,52 @@ def run(session: Session, *, force: Force = False) -> None:
     session.console.print(f"\nArtifacts in {session.out}/, the whole run as a page in {opened.places.report}")
     session.finish({"validation": asdict(report), "parities": [asdict(parity) for parity in parities]})
     raise typer.Exit(code)
+
+
+@app.command("import")
+@Command
+def import_(
+    session: Session,
+    *,
+    file: Annotated[Path, typer.Option("--from", help="A vector's file or folder, of another tool.")],
+    to: Annotated[str, typer.Option(help="Name of the new recipe, written beside the given one.")],
+    kind: Annotated[str | None, typer.Option("--format", help="Of the file. [default: told by its name]")] = None,
+    layer_convention: Convention = None,
+    layer: Annotated[int | None, typer.Option(help="The block of a bare tensor.")] = None,
+    index: Annotated[int | None, typer.Option(help="The row of a dictionary of features or concepts.")] = None,
+    joint: Annotated[str | None, typer.Option(help="Blocks added all at once: all, or 4,5,6.")] = None,
+) -> None:
+    """Start from a vector that another tool made: repeng, steering-vectors, CAA, persona vectors, SAEs and more.
+
+    Checks the file against the model and writes a recipe like the given one, whose directions are the file's. What
+    follows is as for any recipe: validate, compile, verify.
+    """
+    wanted = Import(file, to, kind, layer_convention, layer, index, joint)
+    session = session.changed(wanted.changes(session.path))
+    made = new_recipe(session.recipe, session.path, session.changes)
+    opened = session.open()
+    run_import(opened, made)
+    told = f"Recipe: {made.path}; next: compile-steer validate {made.path}"
+    found = {"recipe": str(made.path), **describe_artifact(opened.places.directions)}
+    session.finish(found, lambda: session.console.print(told))
+
+
+@app.command("export-vector")
+@Command
+def export_vector(
+    session: Session,
+    *,
+    kind: Annotated[str, typer.Option("--format", help="gguf (llama.cpp, repeng, EasySteer) or svec.")] = "gguf",
+    to: Annotated[Path | None, typer.Option(help="The new file. [default: vectors/NAME.gguf or .svec]")] = None,
+    layer_convention: Convention = None,
+) -> None:
+    """Write the program, uncompiled, as a vector for tools that steer with hooks.
+
+    Refused where the format cannot hold it: such files are added at every position to the output of blocks.
+    """
+    path, told = run_export(session.open(), kind, to, layer_convention)
+    shown = [f"Vector: {path}", *told]
+    session.finish({"file": str(path), "notes": told}, lambda: session.console.print("\n".join(shown)))
 
 
 @app.command("decompile")

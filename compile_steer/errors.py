@@ -27,7 +27,7 @@ class LayoutError(CompileSteerError):
 
 
 class CannotLower(CompileSteerError):
-    """No backend, or not the one asked for, can express the program in this model's weights."""
+    """No backend or file format, or not the one asked for, can express the program."""
 
 
 class ArtifactError(CompileSteerError):

@@ -82,8 +82,28 @@ class Recipe(Section):
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.to.set=value` changes; raises one `RecipeError` with every problem."""
+    content = _changed(path, changes, YAML(typ="safe", pure=True))
+    if "folder" in content:
+        raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return Recipe.model_validate({**content, "folder": path.resolve().parent})
+    except ValidationError as error:
+        raise RecipeError([f"{path.name}: {line}" for line in _explain(error, content)]) from error
+
+
+def rewritten(path: Path, changes: Sequence[str]) -> str:
+    """The text of a recipe with the changes made, its comments kept; raises `RecipeError` as `read_recipe` does."""
+    read_recipe(path, changes)
+    yaml = YAML(typ="rt", pure=True)
+    yaml.width = 4096  # lines stay as they were
+    stream = StringIO()
+    yaml.dump(_changed(path, changes, yaml), stream)
+    return stream.getvalue()
+
+
+def _changed(path: Path, changes: Sequence[str], yaml: YAML) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     except YAMLError as error:
@@ -94,12 +114,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         )
     for change in changes:
         _apply(content, change)
-    if "folder" in content:
-        raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
-    try:
-        return Recipe.model_validate({**content, "folder": path.resolve().parent})
-    except ValidationError as error:
-        raise RecipeError([f"{path.name}: {line}" for line in _explain(error, content)]) from error
+    return content
 
 
 def _apply(content: dict[str, Any], change: str) -> None:

@@ -48,12 +48,17 @@ class Session:
         self.path = recipe
         self.changes = [*(changes or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
         self.recipe: Recipe = read_recipe(recipe, self.changes)
+        self._given_out = out
         self.out = out or Path("runs") / self.recipe.name
         self.as_json = as_json
         # A program reads standard output, so what a person watches goes to standard error.
         # Of several processes one speaks.
         self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=processes.rank() > 0)
         self.meter: Meter = BarMeter(self.console)
+
+    def changed(self, changes: list[str]) -> Session:
+        """The same with changes of the recipe, before those that were asked for; where it lies follows its name."""
+        return Session(recipe=self.path, out=self._given_out, changes=[*changes, *self.changes], as_json=self.as_json)
 
     def heading(self, text: str) -> None:
         self.console.print(f"\n[bold blue]{text}[/bold blue]")
