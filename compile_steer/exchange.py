@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from compile_steer.interop import write_gguf, write_svec
 from compile_steer.pipeline import run_extract
 from compile_steer.recipe import Recipe, rewritten
 from compile_steer.run import Run, load_program
+from compile_steer.validate import candidates
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,9 @@ class Import:
     joint: str | None = None
 
     def changes(self, recipe: Path) -> list[str]:
-        """What makes `recipe` one that imports the file, as `key=value`; the file's path relative to it if it can be."""
-        folder, file = recipe.resolve().parent, self.file.resolve()
+        """What makes `recipe` one that imports the file, as `key=value`."""
         section: dict[str, Any] = {
-            "file": str(file.relative_to(folder) if file.is_relative_to(folder) else file),
+            "file": os.path.relpath(self.file.resolve(), recipe.resolve().parent),  # as every path of a recipe
             "format": self.format,
             "layer_convention": self.layer_convention,
             "layer": self.layer,
@@ -73,8 +74,10 @@ def run_import(run: Run, made: NewRecipe) -> Directions:
 
     Raises:
         ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model; no recipe is left then.
+        RecipeError: the recipe's validate.layers are not those of the file.
     """
     directions = run_extract(run)
+    candidates(run.recipe.validate_, directions)  # the base recipe's layers may be others than the file's
     save_text(made.path, made.text)
     return directions
 

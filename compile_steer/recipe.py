@@ -95,7 +95,7 @@ def rewritten(path: Path, changes: Sequence[str]) -> str:
     """The text of a recipe with the changes made, its comments kept; raises `RecipeError` as `read_recipe` does."""
     read_recipe(path, changes)
     yaml = YAML(typ="rt", pure=True)
-    yaml.width = 4096  # lines stay as they were
+    yaml.width, yaml.preserve_quotes = 4096, True  # lines and quotes stay as they were
     stream = StringIO()
     yaml.dump(_changed(path, changes, yaml), stream)
     return stream.getvalue()

@@ -5,6 +5,6 @@ Layer and coefficient are chosen on the validation split and measured once on th
 
 from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.validate.stage import validate
-from compile_steer.validate.sweep import choose_layers
+from compile_steer.validate.sweep import candidates, choose_layers
 
-__all__ = ["ValidationReport", "block_name", "choose_layers", "validate"]
+__all__ = ["ValidationReport", "block_name", "candidates", "choose_layers", "validate"]

@@ -82,7 +82,7 @@ def candidates(options: Validate, directions: Directions) -> list[int]:
     layers = choose_layers(options, directions.vectors.shape[0])
     found = [layer for layer in layers if layer in available]
     if isinstance(options.layers, str):
-        found = found or list(available)  # a feature has one layer, which may lie elsewhere
+        found = found or list(available)  # an imported file may be of one layer, which lies elsewhere
     elif available and len(found) < len(layers):
         missing = ", ".join(str(layer) for layer in layers if layer not in available)
         raise RecipeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -203,23 +204,44 @@ def test_a_gguf_file_of_something_else_is_refused(tmp_path: Path) -> None:
         found(gguf(path, {}), layer_convention="block")
 
 
+def sample(folder: Path, kind: str) -> tuple[Path, dict[str, Any]]:
+    """A small whole file, and what must be said of it."""
+    path = folder / f"layer_2.{kind}"
+    if kind in ("gguf", "svec"):
+        return {"gguf": gguf, "svec": svec}[kind](path, by_block(1, 3)), {"layer_convention": "block"}
+    if kind == "pt":
+        return tensor(path, vector(1)), {}
+    save_file({"resid_post.1": vector(1)}, str(path))
+    return path, {}
+
+
 @pytest.mark.parametrize("kind", ["gguf", "svec", "pt", "safetensors"])
 def test_a_file_cut_short_anywhere_is_damaged_never_half_read(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / f"layer_2.{kind}"
-    said: dict[str, Any] = {}
-    if kind in ("gguf", "svec"):
-        {"gguf": gguf, "svec": svec}[kind](path, by_block(1, 3))
-        said = {"layer_convention": "block"}
-    elif kind == "pt":
-        tensor(path, vector(1))
-    else:
-        save_file({"resid_post.1": vector(1)}, str(path))
+    path, said = sample(tmp_path, kind)
     whole = path.read_bytes()
     found(path, **said)
     for size in sorted({0, 1, 7, 20, *range(24, len(whole) - 1, max(len(whole) // 60, 1)), len(whole) - 1}):
         path.write_bytes(whole[:size])
         with pytest.raises(ArtifactError, match=r"damaged|cannot be read as JSON"):
             found(path, **said)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "svec", "pt", "safetensors"])
+def test_a_file_with_bytes_changed_is_read_or_refused_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    path, said = sample(tmp_path, kind)
+    whole = path.read_bytes()
+    draw = random.Random(SEED)
+    refused = 0
+    for _ in range(150):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(len(changed) if kind == "svec" else min(280, len(changed)))] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            found(path, **said)
+        except ArtifactError:
+            refused += 1
+    assert refused > 20
 
 
 def test_svec_files_that_are_something_else_are_refused(tmp_path: Path) -> None:

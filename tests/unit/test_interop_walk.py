@@ -248,15 +248,16 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     base = write_recipe(tmp_path, "high.tide", str(source), 0)
     base.write_text(f"# Where it comes from\n{base.read_text()}")
     vectors = by_block(1, 2)
-    gguf(tmp_path / "happy.gguf", vectors)
-    command = ["import", base, "--from", "happy.gguf", "--to", "happy", "--device", "cpu"]
+    (tmp_path / "theirs").mkdir()
+    gguf(tmp_path / "theirs" / "happy.gguf", vectors)
+    command = ["import", base, "--from", "theirs/happy.gguf", "--to", "happy", "--device", "cpu"]
     with pytest.raises(ArtifactError, match=r"direction\.1 to direction\.2 for 'tiny'"):
         run(*command)
     assert not (tmp_path / "happy.yaml").exists()
     found = run(*command, "--layer-convention", "block", "--joint", "1,2")
     assert found["recipe"] == str(tmp_path / "happy.yaml")
     made = read_recipe(tmp_path / "happy.yaml")
-    assert (made.name, made.device, str(made.extract.imported.file)) == ("happy", "cpu", "happy.gguf")
+    assert (made.name, made.device, str(made.extract.imported.file)) == ("happy", "cpu", "theirs/happy.gguf")
     assert (tmp_path / "happy.yaml").read_text().startswith("# Where it comes from\n")
     places = Places(tmp_path / "runs" / "happy", "happy")
     directions = Directions.load(places.directions)
@@ -268,6 +269,9 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     run(*command, "--layer-convention", "block", "--joint", "1,2")
     with pytest.raises(RecipeError, match="is there already and says something else"):
         run(*command, "--layer-convention", "hidden_state")
+    with pytest.raises(RecipeError, match=r"validate\.layers: 3 without a direction; there is one for 1, 2"):
+        run(*command[:-3], "fresh", "--layer-convention", "block", "--set", "validate.layers=[2, 3]", "--device", "cpu")
+    assert not (tmp_path / "fresh.yaml").exists()
     with pytest.raises(RecipeError, match="--joint 1;2: needed: all, or blocks"):
         run(*command, "--layer-convention", "block", "--joint", "1;2")
 

@@ -8,7 +8,7 @@ import pytest
 
 from compile_steer.behaviour import SPLITS
 from compile_steer.errors import RecipeError
-from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recipe import Recipe, read_recipe, rewritten
 
 GOOD = """\
 name: tiny
@@ -32,6 +32,9 @@ compile:
   distill:
     learning_rate: 1e-5
 """
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def read(folder: Path, text: str = GOOD, *changes: str) -> Recipe:
@@ -278,8 +281,19 @@ def test_a_part_holds_the_named_sections_alone(tmp_path: Path) -> None:
 
 
 def test_the_shipped_recipes_can_be_read() -> None:
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-    assert recipes
-    for path in recipes:
+    assert SHIPPED
+    for path in SHIPPED:
         recipe = read_recipe(path)
         assert min(len(recipe.data.read(recipe.folder).split(name)) for name in SPLITS) >= 16
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_rewritten_recipe_is_the_changed_one_with_its_comments(tmp_path: Path, path: Path) -> None:
+    changes = ["name=other", "extract={method: pca}", "validate.layers=[3, 4]", "seed=7"]
+    new = tmp_path / "other.yaml"
+    new.write_text(rewritten(path, changes), encoding="utf-8")
+    assert read_recipe(new).hash == read_recipe(path, changes).hash != read_recipe(path).hash
+    assert new.read_text().splitlines()[0] == path.read_text().splitlines()[0]
+    for kept in ("'", '"', "#"):
+        before, after = (text.count(kept) for text in (path.read_text(), new.read_text()))
+        assert after >= before / 2, f"{kept} is kept outside of what was changed"
