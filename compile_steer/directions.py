@@ -15,6 +15,7 @@ from compile_steer.files import save_tensors
 from compile_steer.program import POINTS, Intervention, Point, Program, Site, ablate_everywhere, read_tensors
 
 EVERY_BLOCK = -1
+FROM_LABELS = "from shuffled labels"
 _BESIDE = "beside."
 
 
@@ -41,7 +42,7 @@ class Source:
 @dataclass(frozen=True)
 class Directions:
     """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model] are the controls: what
-    the same method finds from labels that say nothing.
+    the same method finds from labels that say nothing, or what `controls` says in words.
 
     `operation` is what they are for; a clamp gives h.u the value `projections` [1 + n, n_layers] of its block, those of
     the controls after the first; `ablate` takes the candidate's direction out of everything that the model writes. Of `joint`
@@ -59,6 +60,7 @@ class Directions:
     operation: Literal["add", "clamp", "ablate"] = "add"
     projections: Tensor | None = None
     joint: bool = False
+    controls: str = FROM_LABELS
     beside: Mapping[Point, Tensor] = field(default_factory=dict)
     source: Source | None = None
     curves: Mapping[str, list[float]] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Directions:
             "inputs": self.inputs,
             "operation": self.operation,
             "joint": self.joint,
+            "controls": self.controls,
             "source": None if self.source is None else asdict(self.source),
             "curves": dict(self.curves),
         }

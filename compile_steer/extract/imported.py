@@ -46,9 +46,10 @@ def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point
         vectors = _at_once(path, vectors, foreign, asked.joint)
     if foreign.others is not None:
         others = foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1)
-        return foreign.point, Found(vectors, as_long_as(others, vectors))
+        return foreign.point, Found(vectors, as_long_as(others, vectors), controls="from other rows of its file")
     orders = [torch.randperm(layout.d_model, generator=generator) for _ in range(options.shuffled)]
-    return foreign.point, Found(vectors, torch.stack([vectors[:, order] for order in orders]))
+    shuffled = torch.stack([vectors[:, order] for order in orders])
+    return foreign.point, Found(vectors, shuffled, controls="from its own numbers in another order")
 
 
 def _at_once(path: Path, vectors: Tensor, foreign: Foreign, joint: tuple[int, ...] | Literal["all"]) -> Tensor:

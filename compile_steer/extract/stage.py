@@ -73,6 +73,7 @@ def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, 
         options.operation,
         projections,
         joint=options.imported.joint is not None,
+        controls=found.controls,
     )
 
 

@@ -66,7 +66,7 @@ def _control_chart(report: ValidationReport) -> str:
     axes = figure.subplots()
     groups = {
         "random": c.random,
-        "shuffled labels": c.shuffled,
+        c.kind.removeprefix("from "): c.shuffled,
         "another behaviour": [] if c.mismatched is None else [c.mismatched],
         "opposite sign": [c.opposite],
         "this direction": [c.effect],

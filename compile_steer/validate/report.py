@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from compile_steer.directions import EVERY_BLOCK
+from compile_steer.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.files import load_json, save_json
 from compile_steer.metrics import Interval
 from compile_steer.validate.search import Rung
@@ -48,6 +48,7 @@ class Controls:
 
     `p_value` is the effect's rank among the random directions'; `p_random` and `p_shuffled` are how likely one more
     such direction has an effect as large (see `statistics.outlier_p`). `mismatched` is another behaviour's direction.
+    `kind` is what the directions of `shuffled` are made from, in words.
     """
 
     effect: float
@@ -58,6 +59,7 @@ class Controls:
     p_value: float
     p_random: float
     p_shuffled: float | None
+    kind: str = FROM_LABELS
 
 
 @dataclass(frozen=True)

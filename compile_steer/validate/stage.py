@@ -186,7 +186,8 @@ def _controls(
     mismatched = None if run.mismatched is None else stream.like(program, instead(run.mismatched))
     total = 2 + len(random) + len(shuffled) + (mismatched is not None)
     with run.meter.phase("test: control directions", total) as tick:
-        return measure_controls(bench, program, random, shuffled, mismatched, tick)
+        found = measure_controls(bench, program, random, shuffled, mismatched, tick)
+    return replace(found, kind=run.directions.controls)
 
 
 def _separability(run: Validation, layer: int) -> Separability:

@@ -8,8 +8,9 @@ directions do. benchmarks/calibration.py measures how often that happens by chan
 
 from __future__ import annotations
 
+from compile_steer.directions import FROM_LABELS
 from compile_steer.settings import Validate
-from compile_steer.validate.report import ValidationReport, Verdict
+from compile_steer.validate.report import Controls, ValidationReport, Verdict
 from compile_steer.validate.statistics import LEVEL
 
 # One in so many directions at random may lie beyond: small, because the candidate was chosen from a whole sweep.
@@ -35,7 +36,7 @@ def _evidence(report: ValidationReport) -> list[str]:
         f"{len(c.random)} random directions of the same dose move it by at most {max(c.random):.3f} (p = {c.p_value:.3f})"
     ]
     if c.shuffled:
-        others.append(f"{len(c.shuffled)} from shuffled labels by at most {max(c.shuffled):.3f}")
+        others.append(f"{len(c.shuffled)} {c.kind} by at most {max(c.shuffled):.3f}")
     if c.mismatched is not None:
         others.append(f"another behaviour's by {c.mismatched:.3f}")
     others.append(f"the opposite sign by {c.opposite:.3f}")
@@ -47,6 +48,12 @@ def _evidence(report: ValidationReport) -> list[str]:
         f"{s.p_value:.4f}); random directions score {s.random:.2f}",
         f"neutral perplexity x{report.coherence.perplexity_ratio:.2f}, repetition {report.coherence.repetition_steered:.2f}",
     ]
+
+
+def _not_carried(controls: Controls) -> str:
+    if controls.kind == FROM_LABELS:
+        return "the pairs do not carry the behaviour; make their sides differ in it alone, or add pairs"
+    return "the file's vector does nothing of its own to these pairs; try other layers, another row or another file"
 
 
 def _failures(report: ValidationReport) -> list[str]:
@@ -67,8 +74,7 @@ def _failures(report: ValidationReport) -> list[str]:
         )
     if c.shuffled and c.effect <= max(c.shuffled):
         found.append(
-            f"directions from shuffled labels do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): the pairs do not carry "
-            "the behaviour; make their sides differ in it alone, or add pairs"
+            f"directions {c.kind} do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): {_not_carried(c)}"
         )
     if c.mismatched is not None and c.effect <= c.mismatched:
         found.append(
@@ -124,8 +130,8 @@ def _doubts(report: ValidationReport) -> list[str]:
         )
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
         found.append(
-            f"the effect is not clear of {len(c.shuffled)} directions from shuffled labels ({c.effect:.3f}, up to "
-            f"{max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or shuffled directions (extract.shuffled: 20)"
+            f"the effect is not clear of {len(c.shuffled)} directions {c.kind} ({c.effect:.3f}, up to "
+            f"{max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or more of these directions (extract.shuffled: 20)"
         )
     if c.opposite >= 0:
         found.append(f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): not one direction")

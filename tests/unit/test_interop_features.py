@@ -89,6 +89,7 @@ def test_the_decoder_row_is_the_direction_of_the_block_that_the_config_names(
 
 def test_the_controls_are_other_rows_of_the_same_length(tmp_path: Path) -> None:
     one = found(saelens(tmp_path / "sae"), shuffled=ROWS - 1)
+    assert one.controls == "from other rows of its file"
     units = torch.nn.functional.normalize(rows(), dim=-1)
     controls = one.shuffled[:, 2]
     assert torch.allclose(controls.norm(dim=-1), rows()[INDEX].norm().expand(ROWS - 1), rtol=1e-5)

@@ -116,6 +116,8 @@ def test_the_controls_are_as_long_as_the_vectors_at_each_block(tmp_path: Path) -
     cosine = torch.nn.functional.cosine_similarity(one.shuffled[:, 1], one.vectors[1], dim=-1)
     assert float(cosine.abs().max()) < 0.9
     assert len({tuple(row.tolist()) for row in one.shuffled[:, 1]}) == 5
+    one.save(tmp_path / "kept.safetensors")
+    assert Directions.load(tmp_path / "kept.safetensors").controls == "from its own numbers in another order"
 
 
 def test_vectors_that_act_at_once_are_those_that_were_named(tmp_path: Path) -> None:

@@ -478,6 +478,13 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("controls", {"p_random": 0.03}, "inconclusive", "not clear of them"),
     ("controls", {"shuffled": [0.7, 0.1]}, "fail", "the pairs do not carry"),
     ("controls", {"p_shuffled": 0.2}, "inconclusive", "not clear of 6 directions from shuffled labels"),
+    (
+        "controls",
+        {"p_shuffled": 0.2, "kind": "from other rows"},
+        "inconclusive",
+        "not clear of 6 directions from other rows",
+    ),
+    ("controls", {"shuffled": [0.9], "kind": "from other rows"}, "fail", "another row or another file"),
     ("controls", {"mismatched": 0.8}, "fail", "another behaviour's direction"),
     ("controls", {"opposite": 0.1}, "inconclusive", "not one direction"),
     ("", {"p_contrast": 0.2}, "inconclusive", "may be chance"),
