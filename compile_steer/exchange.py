@@ -34,7 +34,8 @@ class Import:
     def changes(self, recipe: Path) -> list[str]:
         """What makes `recipe` one that imports the file, as `key=value`."""
         section: dict[str, Any] = {
-            "file": os.path.relpath(self.file.resolve(), recipe.resolve().parent),  # as every path of a recipe
+            # Not resolved: a hub's cache has links with names, and the names tell the format.
+            "file": os.path.relpath(self.file.absolute(), recipe.resolve().parent),
             "format": self.format,
             "layer_convention": self.layer_convention,
             "layer": self.layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, 
 
 def source_path(recipe: Recipe) -> Path:
     """Where the file that directions are imported from lies."""
-    return recipe.folder / (recipe.extract.imported.file or "")
+    return Path(os.path.normpath(recipe.folder / (recipe.extract.imported.file or "")))
 
 
 def source(recipe: Recipe) -> str:

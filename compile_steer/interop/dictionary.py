@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compile_steer.errors import ArtifactError
-from compile_steer.interop.foreign import Foreign, Given, numbers, other_rows, read_json
+from compile_steer.interop.foreign import NUMBER, Foreign, Given, numbers, other_rows, read_json
 from compile_steer.interop.pickles import OBJECTS, TENSORS
 from compile_steer.program import Point, Site
 
@@ -64,7 +64,7 @@ def read_neuronpedia(path: Path, _given: Given) -> Foreign:
 
 def _site(path: Path, hook: object) -> Site:
     """The site of a TransformerLens hook; the input of block k > 0 is the output of block k - 1."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", str(hook))
+    found = re.fullmatch(rf"blocks\.{NUMBER}\.hook_(\w+)", str(hook))
     if found is None or found[2] not in _HOOKS:
         raise ArtifactError(
             f"{path}: the feature is of '{hook}'; needed: blocks.K.hook_NAME, where NAME is one of {', '.join(_HOOKS)}."

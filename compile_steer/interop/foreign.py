@@ -50,6 +50,9 @@ class Foreign:
     made_for: str = ""
 
 
+NUMBER = r"(0|[1-9]\d{0,4})"  # of a block, in a file's own names
+
+
 def placed(
     path: Path, keyed: Mapping[int, Tensor], convention: LayerConvention | None, named: str, meanings: str, hint: str
 ) -> Foreign:
@@ -123,6 +126,10 @@ def read_json(path: Path, needed: str) -> dict[str, Any]:
 
 def numbers(path: Path, name: str, values: object) -> Tensor:
     """A JSON list of numbers as [n] fp32; raises `ArtifactError`."""
+    problem = ArtifactError(f"{path}: {name} must be a list of numbers.")
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise ArtifactError(f"{path}: {name} must be a list of numbers.")
-    return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
+        raise problem
+    try:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
+    except OverflowError as error:  # JSON has integers of any size
+        raise problem from error

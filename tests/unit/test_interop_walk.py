@@ -251,7 +251,7 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     base.write_text(f"# Where it comes from\n{base.read_text()}")
     vectors = by_block(1, 2)
     (tmp_path / "theirs").mkdir()
-    gguf(tmp_path / "theirs" / "happy.gguf", vectors)
+    (tmp_path / "theirs" / "happy.gguf").symlink_to(gguf(tmp_path / "0a1b2c", vectors))  # as a hub's cache has it
     command = ["import", base, "--from", "theirs/happy.gguf", "--to", "happy", "--device", "cpu"]
     with pytest.raises(ArtifactError, match=r"direction\.1 to direction\.2 for 'tiny'"):
         run(*command)
