@@ -13,7 +13,7 @@ from compile_steer.interop.foreign import LayerConvention
 from compile_steer.passes import canonical
 from compile_steer.program import Program
 
-ALL = frozenset(("all",))
+_ALL = frozenset(("all",))
 
 
 def shifts(program: Program) -> dict[int, Tensor]:
@@ -44,7 +44,7 @@ def _beyond(operation: str, point: str, scopes: frozenset[str]) -> Iterator[str]
         yield f"operation {operation}, only add"
     if point != "resid_post":
         yield f"point {point}, only resid_post"
-    if scopes != ALL:
+    if scopes != _ALL:
         yield f"positions {'+'.join(sorted(scopes))}, only all"
 
 

@@ -10,7 +10,7 @@ from compile_steer.settings.compile import (
     Full,
     Training,
 )
-from compile_steer.settings.extract import ChoiceMethod, Extract, Imported, Method, PairMethod, Trained
+from compile_steer.settings.extract import ChoiceMethod, Extract, Method, PairMethod, Trained
 from compile_steer.settings.validate import Claim, Target, Validate
 from compile_steer.settings.verify import Form, Gates, Verify
 
@@ -27,7 +27,6 @@ __all__ = [
     "Form",
     "Full",
     "Gates",
-    "Imported",
     "Method",
     "PairMethod",
     "Target",
