@@ -1,13 +1,14 @@
 """What a sweep costs: the plain loop of forwards against ours, the solver and the layer search against the fine grid.
 
-    python -m benchmarks.sweep
+    python -m benchmarks.sweep [cost solver search]    # the parts to measure; the others stay as they were measured
 
-The ways take turns on the same texts, and ratios are within one run: these machines are shared.
+The ways take turns on the same texts, and ratios are of processor time within one run: these machines are shared.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ MILD_LAYERS, MILD = (4, 13, 22), (1.0, 1.5, 2.0, 2.5, 3.0)
 SEARCHED = (1.5, 2.0, 2.5)
 FINE = tuple(round(1.2 * 1.1**k, 4) for k in range(14))
 SETTINGS = ["validate.sweep_pairs=8", "validate.sweep_neutral=6"]
+SEARCH_SETTINGS = ["validate.sweep_pairs=16", "validate.sweep_neutral=8"]
+PAGE = ROOT / "docs" / "SWEEP.md"
 BASELINE = "plain loop"
 CEILING, NATS = 1.3, 0.5
 
@@ -54,7 +57,7 @@ Way = Callable[[int], Scores]
 
 @dataclass
 class Arm:
-    """One way to sweep: its start-up (the base's scores) gives the step that measures a layer; seconds in all."""
+    """One way to sweep: its start-up (the base's scores) gives the step that measures a layer; CPU seconds in all."""
 
     start: Callable[[], Way]
     cells: Scores
@@ -139,14 +142,14 @@ def cost(
     steps: dict[str, Way] = {}
     with run.meter.phase("plain loop and ours in turn", len(layers)) as tick:
         for name, arm in arms.items():
-            started = time.perf_counter()
+            started = time.process_time()
             steps[name] = arm.start()
-            arm.seconds += time.perf_counter() - started
+            arm.seconds += time.process_time() - started
         for layer in layers:
             for name, arm in arms.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 arm.cells.update(steps[name](layer))
-                arm.seconds += time.perf_counter() - started
+                arm.seconds += time.process_time() - started
             tick(1)
     return arms
 
@@ -155,7 +158,7 @@ def cost_table(arms: dict[str, Arm]) -> list[str]:
     """Seconds, cells and the largest difference of any score from the plain loop's."""
     baseline = arms[BASELINE]
     lines = [
-        "| | seconds | cells run | times cheaper | largest score difference |",
+        "| | CPU seconds | cells run | times cheaper | largest score difference |",
         "|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
@@ -197,15 +200,15 @@ def search_table(run: Run, directions: Directions, options: Validate) -> list[st
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
 
-    lines = ["| | best block | coefficient | contrast | seconds |", "|---|---|---|---|---|"]
+    lines = ["| | best block | coefficient | contrast | CPU seconds |", "|---|---|---|---|---|"]
     every = range(directions.vectors.shape[0])
-    started = time.perf_counter()
+    started = time.process_time()
     cells = _measured(_bench(run, grid), directions, grid, every, math.inf)
-    lines.append(_best("whole grid", cells, time.perf_counter() - started))
-    started = time.perf_counter()
+    lines.append(_best("whole grid", cells, time.process_time() - started))
+    started = time.process_time()
     left, _rungs = search_layers(run.loaded, run.behaviour, grid, every, make, Meter())
     cells = _measured(_bench(run, grid), directions, grid, left)
-    lines.append(_best("successive halving", cells, time.perf_counter() - started))
+    lines.append(_best("successive halving", cells, time.process_time() - started))
     return lines
 
 
@@ -215,43 +218,72 @@ def _best(name: str, cells: Sequence[Cell], seconds: float) -> str:
     return f"| {name} | {best.layer} | {best.coefficient:g} | {best.contrast:+.3f} | {seconds:.0f} |"
 
 
-def main() -> None:
-    """Measure everything and write docs/SWEEP.md."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = ocean(SETTINGS, Path(folder), BarMeter(Console()))
-        directions, options = run_extract(run), run.recipe.validate_
-        costs = cost_table(cost(run, directions, options, LAYERS, COEFFICIENTS))
-        mild = cost_table(cost(run, directions, options, MILD_LAYERS, MILD))
-        solved = solver_table(run, directions, options, (10, 14))
-        searched = search_table(run, directions, options)
-    page = [
-        "# What a sweep costs",
+def _cost(run: Run, directions: Directions, options: Validate) -> list[str]:
+    wide, mild = (
+        cost_table(cost(run, directions, options, *grid)) for grid in ((LAYERS, COEFFICIENTS), (MILD_LAYERS, MILD))
+    )
+    return [
+        "The plain loop runs every text through the whole model, with all logits, for each block and coefficient. The ways take turns "
+        f"block by block. {len(LAYERS)} blocks ({LAYERS[0]} to {LAYERS[-1]}), coefficients {_numbers(COEFFICIENTS)}:",
         "",
-        "Written by `python -m benchmarks.sweep`; do not edit.",
+        *wide,
         "",
-        f"{machine()} The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} neutral texts. The plain "
-        "loop runs every text through the whole model, with all logits, for each block and coefficient. The ways take turns block "
-        f"by block. {len(LAYERS)} blocks ({LAYERS[0]} to {LAYERS[-1]}), coefficients {', '.join(f'{c:g}' for c in COEFFICIENTS)}:",
-        "",
-        *costs,
-        "",
-        f"What stopping saves depends on how far the grid reaches past the ceiling. Blocks {', '.join(map(str, MILD_LAYERS))}, "
-        f"coefficients {', '.join(f'{c:g}' for c in MILD)}:",
+        f"What stopping saves depends on how far the grid reaches past the ceiling. Blocks {_numbers(MILD_LAYERS)}, "
+        f"coefficients {_numbers(MILD)}:",
         "",
         *mild,
-        "",
-        f"The solver against a grid of {len(FINE)} coefficients, each 10 % above the one before; its tolerance is 2 % (the grid's "
+    ]
+
+
+def _solver(run: Run, directions: Directions, options: Validate) -> list[str]:
+    return [
+        f"Against a grid of {len(FINE)} coefficients, each 10 % above the one before; the solver's tolerance is 2 % (the grid's "
         "answer lies up to 10 % below the exact one for a ceiling, and up to 5 % to either side for a divergence):",
         "",
-        *solved,
-        "",
-        f"The layer search over all blocks with {len(SEARCHED)} coefficients against the whole grid: the best cell with a "
-        f"neutral perplexity of at most x{CEILING:g}, by contrast:",
-        "",
-        *searched,
-        "",
+        *solver_table(run, directions, options, (10, 14)),
     ]
-    save_text(ROOT / "docs" / "SWEEP.md", "\n".join(page))
+
+
+def _search(run: Run, directions: Directions, options: Validate) -> list[str]:
+    return [
+        f"Over all blocks with coefficients {_numbers(SEARCHED)} against the whole grid, itself with shared prefixes and batches: the "
+        f"best cell with a neutral perplexity of at most x{CEILING:g}, by contrast:",
+        "",
+        *search_table(run, directions, options),
+    ]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+PARTS = {
+    "cost": ("Layer x coefficient", _cost, SETTINGS),
+    "solver": ("The coefficient by a solver", _solver, SETTINGS),
+    "search": ("The block by successive halving", _search, SEARCH_SETTINGS),
+}
+
+
+def kept() -> dict[str, str]:
+    """The sections that the page has, by title."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+    return {part.splitlines()[0]: part for part in text.split("## ")[1:]}
+
+
+def main() -> None:
+    """Measure the named parts, or all; the page is written after each."""
+    found = kept()
+    for name in sys.argv[1:] or PARTS:
+        title, measure, settings = PARTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            run = ocean(settings, Path(folder), BarMeter(Console()))
+            options = run.recipe.validate_
+            lines = measure(run, run_extract(run), options)
+        texts = f"The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} neutral texts."
+        found[title] = "\n".join([title, "", f"Measured {machine()} {texts}", "", *lines, "", ""])
+        head = ["# What a sweep costs", "", "Written by `python -m benchmarks.sweep`; do not edit.", "", ""]
+        sections = [f"## {found[title]}" for title, _measure, _settings in PARTS.values() if title in found]
+        save_text(PAGE, "\n".join(head) + "".join(sections).rstrip() + "\n")
 
 
 if __name__ == "__main__":

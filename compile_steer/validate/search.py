@@ -72,6 +72,19 @@ def _bracket(gap: Callable[[float], float], x: float, budget: int) -> tuple[floa
     return None
 
 
+def climb(holds: Callable[[float], bool], ordered: Sequence[float], near: float) -> float | None:
+    """The last of `ordered` that holds, begun at the one nearest to `near`; None where the first does not.
+
+    What holds for one holds for those before it, so few are asked where `near` is about right.
+    """
+    at = min(range(len(ordered)), key=lambda n: abs(ordered[n] - near))
+    if holds(ordered[at]):
+        while at + 1 < len(ordered) and holds(ordered[at + 1]):
+            at += 1
+        return ordered[at]
+    return next((one for one in reversed(ordered[:at]) if holds(one)), None)
+
+
 @dataclass(frozen=True)
 class Rung:
     """One rung of the search: on so many pairs, each layer's contrast at its largest coherent coefficient."""

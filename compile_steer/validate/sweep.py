@@ -19,7 +19,7 @@ from compile_steer.scoring import Score
 from compile_steer.settings import Target, Validate
 from compile_steer.validate.measure import Bench
 from compile_steer.validate.report import Cell, block_name
-from compile_steer.validate.search import Rung, halve, solve
+from compile_steer.validate.search import Rung, climb, halve, solve
 from compile_steer.validate.statistics import discoveries, sign_flip
 
 MakeProgram = Callable[[int, float], Program]
@@ -194,15 +194,17 @@ def search_layers(
     """Successive halving of `layers` by the contrast at each layer's largest coherent coefficient."""
     most = min(options.sweep_pairs, len(behaviour.validation))
     keep = max(_LAST_LAYERS, options.sweep_layers)
+    known: dict[int, float] = {}
 
     def measure(pairs: int, left: Sequence[int]) -> dict[int, float]:
         neutral = max(_FIRST_PAIRS, round(options.sweep_neutral * pairs / most))
         bench = Bench(loaded, behaviour.validation[:pairs], behaviour.neutral[:neutral])
-        found, start = {}, 1.0
+        found = {}
+        near = 1.0
         for layer in left:
             bench.advance(make(layer, 1.0))
-            largest = _largest(bench, options, layer, make, start)
-            start = max(map(abs, largest), default=start)
+            largest = _largest(bench, options, layer, make, known.get(layer, near))
+            near = known[layer] = max(map(abs, largest), default=near)
             effects = bench.effects([make(layer, c) for c in largest])
             found[layer] = float(max(effects.mean(axis=1), default=-math.inf))
             tick(1)
@@ -212,15 +214,21 @@ def search_layers(
         return halve(layers, _FIRST_PAIRS, most, keep, measure)
 
 
-def _largest(bench: Bench, options: Validate, layer: int, make: MakeProgram, start: float) -> list[float]:
-    """The largest coherent coefficient of each sign, or the solver's."""
+def _largest(bench: Bench, options: Validate, layer: int, make: MakeProgram, near: float) -> list[float]:
+    """The largest coherent coefficient of each sign, or the solver's; looked for from the size `near` on."""
     if isinstance(options.coefficients, Target):
-        cell = _solved(bench, options.coefficients, layer, make, start)
+        cell = _solved(bench, options.coefficients, layer, make, near)
         return [] if cell.skipped else [cell.coefficient]
-    cells = graded(bench, options.coefficients, layer, make, options.max_perplexity_ratio)
-    coherent = [cell.coefficient for cell in cells if not cell.skipped]
-    ends = {max(coherent, default=0.0), min(coherent, default=0.0)}
-    return [max(coherent, key=abs)] if coherent and min(coherent) * max(coherent) > 0 else sorted(ends - {0.0})
+    coefficients, found = options.coefficients, []
+
+    def coherent(c: float) -> bool:
+        return bench.perplexity_ratio(make(layer, c)) <= options.max_perplexity_ratio
+
+    for sign in (1.0, -1.0):
+        mine = sorted((c for c in coefficients if c * sign > 0), key=abs)
+        end = climb(coherent, mine, sign * near) if mine else None
+        found += [] if end is None else [end]
+    return found
 
 
 def _corrected(cells: Sequence[Cell], effects: dict[tuple[int, float], np.ndarray], seed: int) -> list[Cell]:

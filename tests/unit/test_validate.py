@@ -27,7 +27,7 @@ from compile_steer.tokens import Text
 from compile_steer.validate import ValidationReport, block_name, validate
 from compile_steer.validate.controls import Stream, measure_controls
 from compile_steer.validate.measure import Bench
-from compile_steer.validate.search import solve
+from compile_steer.validate.search import climb, solve
 from compile_steer.validate.sweep import candidates, measure_layers, search_layers
 from compile_steer.validate.verdict import judge, remarks
 from tests.tiny import HIDDEN, LAYERS, REVISION, build, chatting
@@ -301,6 +301,22 @@ def test_what_no_coefficient_reaches_is_skipped_with_the_reason() -> None:
     options = recipe(coefficients={"kl": 500.0}).validate_
     (cell,), effects = measure_layers(sweep_bench(), options, [1], make, Meter())
     assert "reaches KL(steered||base) = 500" in cell.skipped and not effects
+
+
+@pytest.mark.parametrize(
+    ("near", "asked"), [(1.0, [1.0, 1.5, 2.0]), (1.6, [1.5, 2.0]), (9.0, [3.0, 2.0, 1.5]), (0.1, 4)]
+)
+def test_the_largest_that_holds_is_found_from_where_it_was_last(near: float, asked: list[float] | int) -> None:
+    seen: list[float] = []
+
+    def holds(value: float) -> bool:
+        seen.append(value)
+        return value < 1.8
+
+    assert climb(holds, [0.5, 1.0, 1.5, 2.0, 3.0], near) == 1.5
+    assert seen == asked or len(seen) == asked
+    assert climb(lambda _value: False, [0.5, 1.0], near) is None
+    assert climb(lambda _value: True, [0.5, 1.0], near) == 1.0
 
 
 def test_halving_keeps_the_layers_that_a_whole_grid_would() -> None:
