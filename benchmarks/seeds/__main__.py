@@ -12,6 +12,7 @@ from importlib import import_module
 from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine
+from benchmarks.seeds.checklist import ticked
 from compile_steer.files import save_text
 from compile_steer.progress import BarMeter
 
@@ -41,7 +42,7 @@ def main() -> None:
             "",
             "",
         ]
-        save_text(PAGE, "\n".join(head) + "".join(found[one] for one in sorted(found)).rstrip() + "\n")
+        save_text(PAGE, "\n".join(head) + "".join(ticked(found[one], one) for one in sorted(found)).rstrip() + "\n")
         console.print(found[name], markup=False)
 
 
