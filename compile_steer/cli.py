@@ -7,17 +7,16 @@ Errors become messages in `compile_steer.__main__`.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.exchange import Import, new_recipe, run_export, run_import
+from compile_steer.on_artifact import show
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
@@ -284,17 +283,8 @@ def task_vector(
     session.finish(found.summary(), lambda: print_recombined(session.console, found))
 
 
-@app.command()
-def show(
-    path: Annotated[Path, typer.Argument(help="A program, directions, report, adapter or merged folder.")],
-    as_json: Json = False,
-) -> None:
-    """Say what an artifact is, what it was made from and how it was judged."""
-    found = describe_artifact(path)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        Console().print(found)
+for one in (show,):
+    app.command()(one)
 
 
 def _list(session: Session, folders: list[Path]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError
 from compile_steer.program import Program, read_tensors
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import PARITY, Provenance
 from compile_steer.validate import ValidationReport
-from compile_steer.verify import PARITY, Parity
+from compile_steer.verify import Parity
 from compile_steer.write import WritingReport
 
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -101,8 +102,10 @@ class Directions:
         projection = float(self.projections[0, layer])
         return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write safetensors with all else as JSON under metadata key `directions`, `extra` beside it."""
         header = {
+            **extra,
             "model": self.model,
             "revision": self.revision,
             "point": self.point,
@@ -127,6 +130,7 @@ class Directions:
             header = json.loads(metadata["directions"])
             vectors, shuffled = tensors["directions"], tensors["shuffled"]
             source = header.pop("source")
+            header.pop("origin", None)  # see provenance.Origin
             return Directions(
                 vectors,
                 shuffled,

@@ -29,6 +29,7 @@ _Report = TypeVar("_Report")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _TEMPORARY = ".writing-"
+_SEAL = "record_sha256"
 
 
 @contextmanager
@@ -142,6 +143,31 @@ def save_json(path: Path, value: Any) -> None:
     save_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def save_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with the SHA-256 of all its other keys, so that a later edit shows."""
+    save_json(path, {**value, _SEAL: digest(value)})
+
+
+def broken_seal(path: Path) -> tuple[str, str] | None:
+    """(recorded, found) SHA-256 of what a sealed JSON file says, if they differ; None where it was not sealed.
+
+    Raises:
+        ArtifactError: the file is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        recorded = content.pop(_SEAL, None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}). Make it again.") from error
+    found = digest(content)
+    return None if recorded in (None, found) else (str(recorded), found)
+
+
+def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A sealed JSON object without its seal."""
+    return {key: one for key, one in value.items() if key != _SEAL}
+
+
 def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Report:
     """Read back a dataclass that was written as JSON.
 
@@ -162,14 +188,21 @@ def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Repo
 def sha256(path: Path, without: tuple[str, ...] = ()) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files in sorted order.
 
+    What begins with a dot is no part of a folder: a hub's bookkeeping, a writer's temporary.
+
     Args:
         without: names of files in a folder that do not count (reports about the folder itself).
     """
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in without]
-        return digest([[str(file.relative_to(path)), sha256(file)] for file in files])
+        return digest([[name, sha256(path / name)] for name in own_files(path) if Path(name).name not in without])
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_files(folder: Path) -> list[str]:
+    """The folder's files by their relative names in sorted order, hidden ones left out."""
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [str(file) for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
 def digest(value: Any) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from compile_steer import processes
 from compile_steer.behaviour import require_distinct
+from compile_steer.card import model_card, update_card
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
-from compile_steer.export import CURVES, is_adapter, model_card, read_patch, write_merged, write_patch
+from compile_steer.export import CURVES, is_adapter, is_merged, kept_patch, read_patch, write_merged, write_patch
 from compile_steer.extract import extract, source
 from compile_steer.files import digest, save_text, sha256
 from compile_steer.lower import BACKENDS, Job, Work
@@ -28,11 +29,11 @@ from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
 from compile_steer.plan import Choice, plan
 from compile_steer.program import Program
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import PARITY, Provenance, artifact_sha256
 from compile_steer.reload import reload
 from compile_steer.run import Run, load_program
 from compile_steer.validate import ValidationReport, choose_layers, validate
-from compile_steer.verify import PARITY, Parity, Reference, require_same_origin, verify_artifact
+from compile_steer.verify import Parity, Reference, require_same_origin, verify_artifact
 from compile_steer.write import WritingReport
 
 _MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
@@ -68,7 +69,7 @@ def run_extract(run: Run) -> Directions:
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
     directions = extract(run.recipe, run.loaded, run.behaviour, inputs, run.meter)
-    directions.save(run.places.directions)
+    directions.save(run.places.directions, run.origin().header())
     return directions
 
 
@@ -88,7 +89,7 @@ def run_validate(run: Run) -> ValidationReport:
             pass  # damaged or older: it is made again below, and replaced as a whole
 
     def keep(program: Program) -> str:
-        program.save(places.program, {"recipe_sha256": run.recipe.hash})
+        program.save(places.program, run.origin(sha256(places.directions)).header())
         return sha256(places.program)
 
     report, rows = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
@@ -148,35 +149,43 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         started = time.perf_counter()
         job.curves.clear()
         patch = job.finished[name] = BACKENDS[name].lower(job)
-        origin = Provenance(
-            name=run.recipe.name,
-            backend=name,
-            form="adapter" if is_adapter(patch, run.loaded) else "patch",
-            model=run.loaded.id,
-            revision=run.loaded.revision,
-            program=run.places.program.name,
-            program_sha256=program_hash,
+        origin = _provenance(run, name, patch, program).of(
             validation_sha256=report_hash,
             verdict=verdict,
             forced=force and verdict in ("fail", "none"),
-            recipe_sha256=run.recipe.hash,
-            data_sha256=run.behaviour.hashes,
-            seed=run.recipe.seed,
             seconds=time.perf_counter() - started,
             inputs=inputs,
         )
         if processes.rank() == 0:
-            write_patch(folder, patch, run.loaded, origin, program.describe(), job.curves)
+            write_patch(folder, patch, run.loaded, origin, model_card(origin, run.places.validation), job.curves)
     work.clear()
     return folders
 
 
-def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:
-    """The patch on disk, if it is whole and was made from the same inputs."""
-    try:
-        return read_patch(folder) if Provenance.read(folder).inputs == inputs else None
-    except ArtifactError:
-        return None
+def _provenance(run: Run, backend: str, patch: WeightPatch, program: Program) -> Provenance:
+    """Where a patch comes from, but for what its validation said."""
+    made_from = run.origin()
+    return Provenance(
+        name=run.recipe.name,
+        backend=backend,
+        form="adapter" if is_adapter(patch, run.loaded) else "patch",
+        model=run.loaded.id,
+        revision=run.loaded.revision,
+        program=run.places.program.name,
+        program_sha256=sha256(run.places.program),
+        validation_sha256="",
+        verdict="none",
+        forced=False,
+        recipe_sha256=made_from.recipe_sha256,
+        data_sha256=made_from.data_sha256,
+        seed=run.recipe.seed,
+        seconds=0.0,
+        inputs="",
+        recipe=made_from.recipe,
+        described=program.describe(),
+        architecture=patch.architecture or run.loaded.model.config.model_type,
+        biases=len(patch.bias),
+    )
 
 
 def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
@@ -186,38 +195,30 @@ def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
         ArtifactError: a given folder holds no patch, or one of another base.
     """
     processes.require_alone("merging")
-    program = load_program(run)
     precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
     folders = []
     patches: list[tuple[Path, WeightPatch, Provenance]] = []
     chosen = given or [run.places.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
     for folder in chosen:
-        origin = Provenance.read(folder)
+        origin = Provenance.untouched(folder)
         problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
         if problems:
             raise ArtifactError(problems)
         patches.append((folder, read_patch(folder), origin))
     with run.meter.phase("merging in fp32, one cast", len(patches) * len(precisions)) as tick:
         for folder, patch, origin in patches:
-            parent = sha256(folder, without=(PARITY,))
+            parent = artifact_sha256(folder)
             for precision in precisions:
                 merged = run.places.merged(origin.backend, precision)
                 folders.append(merged)
                 now = origin.of(
                     form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision])
                 )
-                if not _same_provenance(merged, now):
-                    card = model_card(now, now.recombined or program.describe())
+                if not is_merged(merged, now):
+                    card = model_card(now, run.places.validation)
                     write_merged(merged, patch, run.loaded, precision, now, card)
                 tick(1)
     return folders
-
-
-def _same_provenance(folder: Path, wanted: Provenance) -> bool:
-    try:
-        return (folder / "config.json").is_file() and Provenance.read(folder) == wanted
-    except ArtifactError:
-        return False
 
 
 def artifacts(run: Run) -> list[Path]:
@@ -253,6 +254,7 @@ def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Par
             parity = verify_artifact(reference, folder, program_hash, run.recipe.verify.gates)
             if save:
                 parity.save(folder / PARITY)
+                update_card(folder, run.places.validation)
             found.append(parity)
             tick(1)
     return found

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -213,14 +214,14 @@ class Program:
             return f"{kinds.pop()}: at {len(lines)} sites from {first} to {last}"
         return "\n".join(lines) or "(empty program)"
 
-    def save(self, path: Path, extra: dict[str, str] | None = None) -> None:
-        """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` beside it.
+    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` (JSON) beside it.
 
         One metadata key only: several are written in no fixed order, and equal programs must be equal files.
         """
         tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
         header = {
-            **(extra or {}),
+            **extra,
             "model": self.model,
             "revision": self.revision,
             "interventions": [

@@ -65,18 +65,31 @@ class Recipe(Section):
 
     def part(self, *names: str) -> dict[str, Any]:
         """The named sections as JSON, for fingerprints."""
-        whole = self.model_dump(mode="json", by_alias=True)
+        whole = self.record
         return {name: whole[name] for name in names}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The recipe with every default, as the JSON that artifacts carry; `recall` is the way back."""
+        return self.model_dump(mode="json", by_alias=True)
 
     @property
     def hash(self) -> str:
         """SHA-256 of the resolved recipe."""
-        return digest(self.model_dump(mode="json", by_alias=True))
+        return digest(self.record)
+
+    @staticmethod
+    def recall(record: dict[str, Any], folder: Path) -> Recipe:
+        """The recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`."""
+        try:
+            return Recipe.model_validate({**record, "folder": folder.resolve()})
+        except ValidationError as error:
+            raise RecipeError([f"the recorded recipe: {line}" for line in _explain(error, record)]) from error
 
     def resolved(self) -> str:
         """The recipe with every default filled in, as YAML."""
         stream = StringIO()
-        YAML().dump(self.model_dump(mode="json", by_alias=True), stream)
+        YAML().dump(self.record, stream)
         return stream.getvalue()
 
 

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compile_steer.card import model_card
 from compile_steer.errors import ArtifactError
 from compile_steer.export import is_adapter, read_patch, write_patch
-from compile_steer.files import digest, sha256
+from compile_steer.files import digest
 from compile_steer.lower import BACKENDS
 from compile_steer.models import Loaded
 from compile_steer.patch import WeightPatch
 from compile_steer.places import Places
 from compile_steer.program import Program
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import Provenance, artifact_sha256
 from compile_steer.task_vector import MatrixReport, cut, look_into
-from compile_steer.verify import PARITY
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Pr
     origins: list[Provenance] = []
     for one in (wanted.artifact, *wanted.others):
         try:
-            origin = Provenance.read(one)
+            origin = Provenance.untouched(one)
             problems += origin.foreign(one, loaded.id, loaded.revision)
             patches.append(read_patch(one))
             origins.append(origin)
@@ -80,8 +80,8 @@ def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Pr
     if wanted.rank is not None:
         patch = cut(patch, wanted.rank, loaded.layout)
     form = "adapter" if is_adapter(patch, loaded) else "patch"
-    origin = _origin(wanted, origins, form, places.name)
-    write_patch(folder, patch, loaded, origin, wanted.describe())
+    origin = _origin(wanted, origins, form, places.name).of(biases=len(patch.bias))
+    write_patch(folder, patch, loaded, origin, model_card(origin, None))
     return Recombined(folder, form, look_into(patch, loaded.layout, program))
 
 
@@ -102,7 +102,7 @@ def _problems(wanted: Recombination, folder: Path) -> list[str]:
 
 def _origin(wanted: Recombination, origins: Sequence[Provenance], form: str, name: str) -> Provenance:
     """The first patch's origin, without the claims that hold no longer: nothing validated this combination."""
-    parents = [sha256(folder, without=(PARITY,)) for folder in (wanted.artifact, *wanted.others)]
+    parents = [artifact_sha256(folder) for folder in (wanted.artifact, *wanted.others)]
     forced = any(origin.forced or origin.verdict != "pass" for origin in origins)
     return origins[0].of(
         name=name,
@@ -115,4 +115,5 @@ def _origin(wanted: Recombination, origins: Sequence[Provenance], form: str, nam
         inputs=digest([parents, wanted.factor, wanted.rank]),
         parent=" ".join(parents),
         recombined=wanted.describe(),
+        described=wanted.describe(),
     )

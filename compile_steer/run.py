@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from compile_steer.behaviour import Behaviour, Pair, read_pairs
+from compile_steer.behaviour import SPLITS, Behaviour, Pair, Pairs, asked_key, read_pairs
+from compile_steer.behaviour.sources import Reader
+from compile_steer.errors import RecipeError
+from compile_steer.extract import source
 from compile_steer.files import digest
 from compile_steer.models import Loaded, load
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
+from compile_steer.provenance import Origin
 from compile_steer.recipe import Recipe
 from compile_steer.write import write
 
@@ -38,6 +42,39 @@ class Run:
         asked = self.recipe.prompt_format
         model = [self.loaded.id, self.loaded.revision, self.recipe.dtype, self.recipe.seed, asked]
         return digest([self.recipe.part(*sections), self.behaviour.hashes, model, after])
+
+    def origin(self, directions_sha256: str = "") -> Origin:
+        """What this run's directions, or the vector chosen from them, are made from."""
+        read = {"mismatched": _digest(self.behaviour.mismatched), "imported": source(self.recipe)}
+        data = {**self.behaviour.hashes, **{name: found for name, found in read.items() if found}}
+        return Origin(self.recipe.record, self.recipe.hash, data, directions_sha256)
+
+
+def _digest(pairs: tuple[Pair, ...]) -> str:
+    return digest([asdict(pair) for pair in pairs]) if pairs else ""
+
+
+def data_on_disk(recipe: Recipe, places: Places) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 of the rows of every file that the recipe reads, under the keys of `Origin.data_sha256`; and what is wrong.
+
+    A file that is not there is not among them, nor is a data set that is no file.
+    """
+    found, problems = recipe.data.hashes(recipe.folder)
+    if recipe.data.writing is not None:
+        found = {asked_key(name) if name in SPLITS else name: one for name, one in found.items()}
+        reader = Reader(places.out)
+        for name in SPLITS:
+            if places.pairs(name).is_file():
+                reader.rows(name, places.pairs(name).resolve(), Pairs.keys)
+        found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
+    other = recipe.validate_.mismatched
+    read = {"imported": source(recipe)}
+    if other is not None and (recipe.folder / other).is_file():
+        try:
+            read["mismatched"] = _digest(mismatched(recipe))
+        except RecipeError as error:
+            problems = [*problems, *error.problems]
+    return {**found, **{name: one for name, one in read.items() if one}}, problems
 
 
 def mismatched(recipe: Recipe) -> tuple[Pair, ...]:

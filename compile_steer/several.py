@@ -10,23 +10,23 @@ from itertools import zip_longest
 from pathlib import Path
 
 from compile_steer import processes
+from compile_steer.card import model_card
 from compile_steer.compose import JOINT, STACKED, Composition, Member, measure, summed
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
-from compile_steer.export import read_patch, write_patch
+from compile_steer.export import kept_patch, read_patch, write_patch
 from compile_steer.files import digest, sha256
 from compile_steer.lower import BACKENDS, Job
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
-from compile_steer.pipeline import kept_patch
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import Provenance, artifact_sha256
 from compile_steer.recipe import Recipe
 from compile_steer.run import answered
 from compile_steer.tokens import Text
-from compile_steer.verify import PARITY, require_same_origin
+from compile_steer.verify import require_same_origin
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,13 @@ def run_compose(several: Several) -> Composition:
     program.save(places.program)
     folders = {way: places.composed(backend, way) for way in (STACKED, JOINT)}
     for way, folder in folders.items():
-        origin = _origin(several, way, sha256(places.program))
+        origin = _origin(several, way, program, sha256(places.program))
         if kept_patch(folder, origin.inputs) is not None:
             continue
         started = time.perf_counter()
         patch = _stack(several) if way == STACKED else _compile(several, program)
-        write_patch(folder, patch, several.loaded, origin.of(seconds=time.perf_counter() - started), program.describe())
+        origin = origin.of(seconds=time.perf_counter() - started)
+        write_patch(folder, patch, several.loaded, origin, model_card(origin, None))
     found = measure(several.loaded, several.members, backend, folders, several.meter)
     found.save(places.composition(backend))
     return found
@@ -192,10 +193,10 @@ def _in_turn(lists: Sequence[Sequence[Text]]) -> tuple[Text, ...]:
     return tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
 
 
-def _origin(several: Several, way: str, program_sha256: str) -> Provenance:
+def _origin(several: Several, way: str, program: Program, program_sha256: str) -> Provenance:
     """Where the composed adapter comes from: its members' hashes, and with them their whole chains."""
     first = several.members[0].recipe
-    members = {f"{one.name} x {one.dial:g}": sha256(one.adapter, without=(PARITY,)) for one in several.members}
+    members = {f"{one.name} x {one.dial:g}": artifact_sha256(one.adapter) for one in several.members}
     made_of = [members, program_sha256, several.backend, way]
     settings = [first.part("compile", "dtype", "seed"), [one.behaviour.hashes for one in several.members]]
     return Provenance(
@@ -215,4 +216,6 @@ def _origin(several: Several, way: str, program_sha256: str) -> Provenance:
         seconds=0.0,
         inputs=digest([made_of, settings]),
         members=members,
+        described=program.describe(),
+        architecture=several.loaded.model.config.model_type,
     )

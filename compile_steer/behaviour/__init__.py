@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from compile_steer.behaviour.behaviour import SPLITS, Behaviour, Check, Pair, Question, require_distinct
+from compile_steer.behaviour.behaviour import (
+    SPLITS,
+    Behaviour,
+    Check,
+    Pair,
+    Question,
+    asked_key,
+    require_distinct,
+)
 from compile_steer.behaviour.choices import Choices
 from compile_steer.behaviour.pairs import Pairs, read_pairs
 from compile_steer.behaviour.prompts import Instructions, Written
@@ -41,6 +49,7 @@ __all__ = [
     "Question",
     "Write",
     "Written",
+    "asked_key",
     "read_pairs",
     "require_distinct",
 ]

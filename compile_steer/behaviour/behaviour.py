@@ -67,6 +67,11 @@ class Behaviour:
         return pairs
 
 
+def asked_key(split: str) -> str:
+    """Where `Behaviour.hashes` keeps what a split asks, when the model wrote its responses: `split` is then both."""
+    return f"{split}, asked"
+
+
 def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:
     """Raise `RecipeError` where both sides of a pair are the same tokens, prompt and response: nothing tells them apart.
 

@@ -17,6 +17,7 @@ from compile_steer.tokens import Text
 
 Rows = Mapping[str, Sequence[Row]]
 _PROMPTS = ("heldout", "calibration")
+_SOURCES = (*SPLITS, "neutral", *_PROMPTS)
 
 
 class Write(Section):
@@ -56,11 +57,11 @@ class DataSection(Section, ABC):
         Where the model is to write the responses they are empty.
         """
         reader = Reader(folder)
-        rows = {name: reader.rows(name, getattr(self, name), self.keys, self.optional) for name in SPLITS}
-        neutral = reader.rows("neutral", self.neutral, ("prompt", "response"), ("history",))
-        others = {name: reader.rows(name, getattr(self, name), ("prompt",), ("history",)) for name in _PROMPTS}
-        asked = {name: [self.subject(row) for row in found] for name, found in rows.items()}
-        plain = {name: [row["prompt"] for row in found] for name, found in {"neutral": neutral, **others}.items()}
+        found = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _SOURCES}
+        rows, neutral = {name: found[name] for name in SPLITS}, found["neutral"]
+        others = {name: found[name] for name in _PROMPTS}
+        asked = {name: [self.subject(row) for row in some] for name, some in rows.items()}
+        plain = {name: [row["prompt"] for row in found[name]] for name in ("neutral", *_PROMPTS)}
         problems = [*reader.problems, *_repeats({**asked, **plain}), *self.problems(rows)]
         if problems:
             raise RecipeError(problems)
@@ -76,6 +77,26 @@ class DataSection(Section, ABC):
             self.questions(rows),
             self.checks(rows),
         )
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The sources that are files, by purpose, relative to the recipe."""
+        sources = {name: getattr(self, name) for name in _SOURCES}
+        return {name: source for name, source in sources.items() if isinstance(source, Path)}
+
+    def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
+        """SHA-256 of the rows of each file that is there, as `read` records them, and what is wrong with the rows."""
+        reader = Reader(folder)
+        for name, source in self.files.items():
+            if (folder / source).is_file():
+                reader.rows(name, source, *self._keys(name))
+        return reader.hashes, reader.problems
+
+    def _keys(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The keys that a row of a source must have, and those that it may."""
+        if name in SPLITS:
+            return self.keys, self.optional
+        return ("prompt", "response") if name == "neutral" else ("prompt",), ("history",)
 
     def subject(self, row: Row) -> str:
         """What no other row may ask."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +23,7 @@ from compile_steer.files import new_folder
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import read_tensors
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import CARD, Provenance
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,13 +39,12 @@ def write_patch(
     patch: WeightPatch,
     loaded: Loaded,
     provenance: Provenance,
-    program: str,
+    card: str,
     curves: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
 
     Args:
-        program: the program in words, for the card.
         curves: losses by what was trained, kept beside the weights.
     """
     patch.require_finite()
@@ -58,7 +56,7 @@ def write_patch(
         if curves:
             (new / CURVES).write_text(json.dumps(curves) + "\n", encoding="utf-8")
         provenance.write(new)
-        (new / "README.md").write_text(model_card(provenance, program), encoding="utf-8")
+        (new / CARD).write_text(card, encoding="utf-8")
 
 
 def is_adapter(patch: WeightPatch, loaded: Loaded) -> bool:
@@ -139,12 +137,9 @@ def read_patch(folder: Path) -> WeightPatch:
     return WeightPatch({name: LowRank(B, A) for name, (B, A) in pairs.items()})
 
 
-def model_card(provenance: Provenance, program: str) -> str:
-    """The folder's README: what it is, what it was made from, how to load it."""
-    environment = Environment(
-        loader=PackageLoader("compile_steer", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        autoescape=False,
-    )
-    return environment.get_template("card.md").render(p=provenance, program=program)
+def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:
+    """The patch on disk, if it is as it was written, and was made from the same inputs."""
+    try:
+        return read_patch(folder) if Provenance.untouched(folder).inputs == inputs else None
+    except ArtifactError:
+        return None

@@ -14,7 +14,7 @@ from compile_steer.errors import ArtifactError
 from compile_steer.files import new_folder
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import WeightPatch, weight_delta
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import CARD, Provenance
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,7 +32,15 @@ def write_merged(
         model.save_pretrained(new)
         loaded.tokenizer.save_pretrained(new)
         provenance.write(new)
-        (new / "README.md").write_text(card, encoding="utf-8")
+        (new / CARD).write_text(card, encoding="utf-8")
+
+
+def is_merged(folder: Path, wanted: Provenance) -> bool:
+    """True if `folder` is as it was written, and was made from what `wanted` says."""
+    try:
+        return Provenance.untouched(folder) == wanted
+    except ArtifactError:
+        return False
 
 
 def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:

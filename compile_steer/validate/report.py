@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from compile_steer.directions import EVERY_BLOCK, FROM_LABELS
-from compile_steer.files import load_json, save_json
+from compile_steer.files import load_json, save_sealed
 from compile_steer.metrics import Interval
 from compile_steer.validate.search import Rung
 from compile_steer.validate.statistics import Power
@@ -160,7 +160,7 @@ class ValidationReport:
         return block_name(self.layer)
 
     def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
+        save_sealed(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> ValidationReport:

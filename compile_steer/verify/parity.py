@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from compile_steer.files import load_json, save_json
+from compile_steer.files import load_json, save_sealed
 from compile_steer.settings import Gates
 
-PARITY = "parity.json"
 # A compiled model that moves by more or less than this share of the steering has another dose, however
 # small its divergence: a share of KL grows only with the square of the dose's error.
 _DOSE_MARGIN = 0.05
@@ -84,7 +83,7 @@ class Parity:
     reasons: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
+        save_sealed(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> Parity:

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compile_steer.errors import ArtifactError
-from compile_steer.files import digest, sha256
+from compile_steer.files import digest
 from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
 from compile_steer.models import Loaded
 from compile_steer.observe import States, final_states
-from compile_steer.provenance import PROVENANCE, Provenance
+from compile_steer.provenance import Provenance, weights_sha256
 from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
 from compile_steer.verify.controls import adapter_controls
-from compile_steer.verify.parity import PARITY, Parity, judge
+from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
@@ -49,7 +48,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         neutral_drift_compiled=reference.drift(artifact, neutral),
         same_tokens=_same_tokens(reference, artifact),
         sha256={
-            "artifact": sha256(folder, without=(PARITY, PROVENANCE, "README.md")),
+            "artifact": weights_sha256(folder),
             "program": program_sha256,
             "base": reference.base.revision,
             "texts": digest([list(one.ids) for one in reference.heldout]),
@@ -71,12 +70,7 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
         problems.append(
             f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}."
         )
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file} is damaged ({error}).")
+    problems += origin.tampered(folder)
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from compile_steer import processes
-from compile_steer.behaviour import SPLITS, Behaviour, Pair, Pairs, Write
+from compile_steer.behaviour import SPLITS, Behaviour, Pair, Pairs, Write, asked_key
 from compile_steer.behaviour.section import folded
 from compile_steer.behaviour.sources import Reader
 from compile_steer.errors import ArtifactError, RecipeError
@@ -141,7 +141,9 @@ def _read(options: Write, asked: Behaviour, places: Places) -> Behaviour:
     if reader.problems or short:
         raise RecipeError([*reader.problems, *short])
     train, validation, test = (found[name] for name in SPLITS)
-    return replace(asked, train=train, validation=validation, test=test, hashes={**asked.hashes, **reader.hashes})
+    prompts = {asked_key(name): asked.hashes[name] for name in SPLITS}
+    hashes = {**asked.hashes, **reader.hashes, **prompts}
+    return replace(asked, train=train, validation=validation, test=test, hashes=hashes)
 
 
 def _answered(pair: Pair, row: dict[str, str]) -> Pair:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from compile_steer.card import model_card
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_merged, write_patch
 from compile_steer.export.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE
@@ -48,7 +49,8 @@ def origin(one: Loaded, form: str = "adapter", backend: str = "closed_form") -> 
 
 
 def write(folder: Path, patch: WeightPatch, one: Loaded) -> Path:
-    write_patch(folder, patch, one, origin(one), "add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
+    found = origin(one).of(described="add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
+    write_patch(folder, patch, one, found, model_card(found, None))
     return folder
 
 
@@ -127,7 +129,7 @@ def test_a_folder_holds_its_origin_and_a_card_and_nothing_else(saved: Save, tmp_
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROVENANCE, "README.md"]
     )
-    assert Provenance.read(folder) == origin(saved("gpt2"))
+    assert Provenance.read(folder).of(described="") == origin(saved("gpt2"))
     assert json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["fan_in_fan_out"] is True
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "    add +1.7 at resid_post 1\n    ablate +1 at mlp_out 2\n" in card

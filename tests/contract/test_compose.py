@@ -32,7 +32,7 @@ from compile_steer.patch import WeightPatch, applied
 from compile_steer.places import Places
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import Provenance, artifact_sha256
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.reload import reload_adapters, switch
 from compile_steer.several import Several, run_compose
@@ -218,7 +218,7 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
         came = Provenance.read(places.composed("closed_form", way))
         assert came.program_sha256 == sha256(places.program)
         adapter = Places(bench.runs / NAMES[1], NAMES[1]).adapter("closed_form")
-        assert came.members[f"{NAMES[1]} x 0.5"] == sha256(adapter)
+        assert came.members[f"{NAMES[1]} x 0.5"] == artifact_sha256(adapter)
     assert [i.coefficient for i in Program.load(places.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == done.exit_code

@@ -14,7 +14,6 @@ import torch
 from compile_steer.__main__ import main
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_patch
-from compile_steer.files import sha256
 from compile_steer.lower.train import train
 from compile_steer.models import Loaded, load
 from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
@@ -22,7 +21,7 @@ from compile_steer.pipeline import artifacts, run_compile, run_merge
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
+from compile_steer.provenance import Provenance, artifact_sha256
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.reload import reload
 from compile_steer.run import Run
@@ -109,7 +108,7 @@ def test_scaled_and_added_and_cut_on_disk(
     assert torch.equal(patch.low_rank[DOWN].A, read_patch(three).low_rank[DOWN].A)
     left = Provenance.read(places.adapter("mix"))
     assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
-    assert left.parent.split() == [sha256(folder) for folder in (one, two, three)]
+    assert left.parent.split() == [artifact_sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
     (merged,) = run_merge(Run.open(recipe(base), places.out, Meter()), [places.adapter("mix")])
     for folder in (places.adapter("mix"), merged):

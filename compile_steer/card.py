@@ -1,0 +1,144 @@
+"""The model card: what an artifact is, what was measured of it, what is not known, and what loads it.
+
+Every number is read from a report that is of this very artifact, by its hash; where there is none, the card says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compile_steer.chain import own_reports, own_validation
+from compile_steer.files import save_text
+from compile_steer.provenance import CARD, Provenance
+from compile_steer.validate import ValidationReport
+from compile_steer.verify import Parity
+
+# Families whose bias tensors llama.cpp's graphs read (tried; the others drop or refuse them).
+_LLAMA_CPP_BIASES = ("llama", "granite", "mistral3", "starcoder2")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Whether one stock engine loads the artifact: the commands if it does, and what to know."""
+
+    name: str
+    commands: tuple[str, ...]
+    note: str = ""
+
+
+def model_card(origin: Provenance, validation: Path | None) -> str:
+    """The folder's README before anything has judged it.
+
+    Args:
+        validation: where the run's validation report lies; it counts only if the artifact was compiled by it. None where
+            there can be none.
+    """
+    return _render(origin, None if validation is None else own_validation(origin, validation), None, {})
+
+
+def update_card(folder: Path, validation: Path) -> None:
+    """Write the README of `folder` again, with what the judge found; base and licence that somebody filled in stay.
+
+    Raises:
+        ArtifactError: the folder is not one of ours.
+    """
+    report, parity = own_reports(folder, validation)
+    save_text(folder / CARD, _render(Provenance.read(folder), report, parity, _filled_in(folder / CARD)))
+
+
+def _filled_in(path: Path) -> dict[str, str]:
+    """What a card's header says that only a person knows."""
+    if not path.is_file():
+        return {}
+    try:
+        found: Any = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:
+        return {}  # its header is not YAML any more; there is nothing to keep
+    return {key: str(found[key]) for key in ("license", "base_model") if found.get(key) is not None}
+
+
+def _render(
+    origin: Provenance, validation: ValidationReport | None, parity: Parity | None, kept: dict[str, str]
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("compile_steer", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters["interval"] = lambda one: f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+    given = {
+        "p": origin,
+        "validation": validation,
+        "parity": parity,
+        "kept": {"license": "", "base_model": "", **kept},
+        "engines": engines(origin),
+    }
+    return environment.get_template("card.md").render(**given)
+
+
+def engines(origin: Provenance) -> list[Engine]:
+    """What transformers, vLLM and llama.cpp do with this form of artifact, as far as it was tried."""
+    if origin.form == "patch":
+        note = (
+            "it holds biases, whole weights or another architecture, which no stock adapter format does. "
+            "`compile-steer merge` writes the checkpoint that every engine below can be tried with."
+        )
+        return [Engine(name, (), f"cannot load this patch: {note}") for name in ("transformers", "vLLM", "llama.cpp")]
+    return _adapter_engines(origin) if origin.form == "adapter" else _merged_engines(origin)
+
+
+def _adapter_engines(origin: Provenance) -> list[Engine]:
+    base = origin.model
+    return [
+        Engine(
+            "transformers",
+            (
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM",
+                "",
+                f'base = AutoModelForCausalLM.from_pretrained("{base}")  # or the path of that base',
+                'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
+            ),
+        ),
+        Engine(
+            "vLLM",
+            (f"vllm serve BASE --enable-lora --lora-modules {origin.name}=THIS_FOLDER --max-lora-rank RANK",),
+            "a plain LoRA with alpha = rank: RANK is `r` of adapter_config.json.",
+        ),
+        Engine(
+            "llama.cpp",
+            (
+                "python convert_lora_to_gguf.py --base BASE THIS_FOLDER --outfile adapter.gguf",
+                "llama-cli -m base.gguf --lora adapter.gguf",
+            ),
+        ),
+    ]
+
+
+def _merged_engines(origin: Provenance) -> list[Engine]:
+    family = origin.architecture
+    holds = f"the steering is in biases of `{family}`, which " if origin.biases else ""
+    untried = "" if family == "llama" else f"not tried with `{family}`."
+    dropped = bool(holds) and family not in _LLAMA_CPP_BIASES
+    convert = ("python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf", "llama-cli -m model.gguf")
+    return [
+        Engine(
+            "transformers",
+            (
+                "from transformers import AutoModelForCausalLM",
+                "",
+                'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+            ),
+        ),
+        Engine("vLLM", ("vllm serve THIS_FOLDER",), f"{holds}its `llama` reads." if holds and not untried else untried),
+        Engine("llama.cpp", (), f"cannot hold it: {holds}its graph does not read.")
+        if dropped
+        else Engine("llama.cpp", convert, f"{holds}its graph reads." if holds else untried),
+    ]

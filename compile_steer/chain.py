@@ -1,0 +1,223 @@
+"""Walk the chain from an artifact back to its data, and say which link holds.
+
+Every artifact records the SHA-256 of what it was made from. What lies where a run leaves it is hashed again; what
+does not lie there (an adapter by itself, on another machine) cannot be checked, and is said to be absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from compile_steer.errors import CompileSteerError
+from compile_steer.files import broken_seal, digest, sha256
+from compile_steer.places import Places
+from compile_steer.provenance import PARITY, PROVENANCE, Origin, Provenance, artifact_sha256, weights_sha256
+from compile_steer.recipe import Recipe
+from compile_steer.run import data_on_disk
+from compile_steer.validate import ValidationReport
+from compile_steer.verify import Parity
+
+State = Literal["whole", "broken", "absent", "unrecorded"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of the chain. `expected` and `found` are SHA-256, or words where there is no hash; `where` is what was read.
+
+    whole: both agree; broken: they do not; absent: there is nothing here to compare with; unrecorded: the artifact
+    is older than this record.
+    """
+
+    what: str
+    state: State
+    where: str
+    expected: str = ""
+    found: str = ""
+
+
+def walk(path: Path, recipes: Path | None = None) -> list[Link]:
+    """Every link from the artifact at `path` (a folder, a vector, directions or a report) to its data.
+
+    Args:
+        recipes: what the paths in the recorded recipe are relative to; None: found from where the artifact lies.
+
+    Raises:
+        ArtifactError: the artifact itself cannot be read, or is not one of ours.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        return list(_folder(path, recipes))
+    if path.name == PARITY:
+        return list(_folder(path.parent, recipes))
+    if path.suffix == ".json":
+        return list(_report(path, recipes))
+    return list(_vector(path, recipes))
+
+
+def home(path: Path) -> Path:
+    """The output folder of the run that left the artifact at `path`."""
+    return path.resolve().parents[1]
+
+
+def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
+    origin = Provenance.read(folder)
+    yield _sealed("record", folder / PROVENANCE)
+    if origin.files_sha256:
+        changes = list(origin.changes(folder))
+        yield from (Link("files", "broken", str(folder / one.file), one.expected, one.found) for one in changes)
+        if not changes:
+            yield Link("files", "whole", str(folder), found=f"{len(origin.files_sha256)} as they were written")
+    else:
+        yield Link("files", "unrecorded", str(folder))
+    yield from _parity(folder)
+    yield from _parents(folder, origin, recipes)
+    places = Places(home(folder), origin.name)
+    if origin.validation_sha256:
+        yield _hashed("validation", places.validation, origin.validation_sha256)
+        if places.validation.is_file():
+            yield _sealed("validation's record", places.validation)
+    vector = home(folder) / "vectors" / Path(origin.program).name
+    yield _hashed("vector", vector, origin.program_sha256)
+    if origin.members:
+        return  # their own chains lead to the data
+    seen = Origin(origin.recipe, origin.recipe_sha256, origin.data_sha256)
+    yield from _sources(folder, seen, recipes)
+    if vector.is_file():
+        try:
+            yield from _vector(vector, recipes, skip=seen)
+        except CompileSteerError as error:
+            yield Link("vector", "broken", str(vector), "a whole file", error.problems[0])
+
+
+def _sealed(what: str, path: Path) -> Link:
+    """Is a record what was written? Nobody who edits one by hand keeps its seal."""
+    differs = broken_seal(path)
+    if differs is not None:
+        return Link(what, "broken", str(path), *differs)
+    sealed = "record_sha256" in json.loads(path.read_text(encoding="utf-8"))
+    return Link(what, "whole" if sealed else "unrecorded", str(path))
+
+
+def _hashed(what: str, path: Path, expected: str) -> Link:
+    if not path.exists():
+        return Link(what, "absent", str(path), expected)
+    found = artifact_sha256(path) if path.is_dir() else sha256(path)
+    return Link(what, "whole" if found == expected else "broken", str(path), expected, found)
+
+
+def _parity(folder: Path) -> Iterator[Link]:
+    path = folder / PARITY
+    if not path.is_file():
+        return
+    yield _sealed("parity's record", path)
+    expected, found = Parity.load(path).sha256.get("artifact", ""), weights_sha256(folder)
+    yield Link("parity is of these weights", "whole" if expected == found else "broken", str(path), expected, found)
+
+
+def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator[Link]:
+    """The patches that this one was merged, summed or composed from; of a composition their chains too."""
+    out = home(folder)
+    for name, expected in origin.members.items():
+        member = name.rpartition(" x ")[0]
+        adapter = Places(out.parent / member, member).adapter(origin.backend)
+        yield _hashed(f"member {name}", adapter, expected)
+        if adapter.is_dir():
+            yield from (replace(link, what=f"{member}: {link.what}") for link in _folder(adapter, recipes))
+    hashes = origin.parent.split()
+    if origin.form.startswith("merged") and len(hashes) == 1:
+        yield _hashed("adapter", Places(out, origin.name).adapter(origin.backend), hashes[0])
+        return
+    known = {
+        artifact_sha256(one): one for one in sorted((out / "adapters").glob("*")) if one.is_dir() and one != folder
+    }
+    for expected in hashes:
+        one = known.get(expected)
+        yield Link("part", "absent" if one is None else "whole", str(one or out / "adapters"), expected)
+
+
+def _report(path: Path, recipes: Path | None) -> Iterator[Link]:
+    name = path.name.removesuffix(".validation.json")
+    if name == path.name:
+        return
+    report = ValidationReport.load(path)
+    yield _sealed("record", path)
+    vector = path.with_name(f"{name}.safetensors")
+    yield _hashed("vector", vector, report.program_hash)
+    if vector.is_file():
+        yield from _vector(vector, recipes)
+
+
+def _vector(path: Path, recipes: Path | None, skip: Origin | None = None) -> Iterator[Link]:
+    """A vector's or directions' own chain; what `skip` says as well was looked at before."""
+    origin = Origin.read(path)
+    report = path.with_name(f"{path.stem}.validation.json")
+    if skip is None and report.is_file():
+        try:
+            yield _hashed("validation is of this vector", path, ValidationReport.load(report).program_hash)
+        except CompileSteerError as error:
+            yield Link("validation is of this vector", "broken", str(report), "a whole report", error.problems[0])
+    if origin is None:
+        yield Link("vector's origin", "unrecorded", str(path))
+        return
+    if origin.directions_sha256:
+        yield _hashed("directions", path.with_name(f"{path.stem}.directions.safetensors"), origin.directions_sha256)
+    if skip is None or (skip.recipe_sha256, skip.data_sha256) != (origin.recipe_sha256, origin.data_sha256):
+        yield from _sources(path, origin, recipes)
+
+
+def _sources(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Link]:
+    """Recipe and data."""
+    if not origin.recipe:
+        yield Link("recipe", "unrecorded", str(path), origin.recipe_sha256)
+        yield from (Link(f"data {name}", "absent", "", one) for name, one in origin.data_sha256.items())
+        return
+    found = digest(origin.recipe)
+    yield Link("recipe", "whole" if found == origin.recipe_sha256 else "broken", str(path), origin.recipe_sha256, found)
+    folder = recipes or recipe_folder(path, origin.recipe) if found == origin.recipe_sha256 else None
+    if folder is None:
+        yield from (Link(f"data {name}", "absent", "", one) for name, one in origin.data_sha256.items())
+        return
+    recipe = Recipe.recall(origin.recipe, folder)
+    there, problems = data_on_disk(recipe, Places(home(path), recipe.name))
+    for name, expected in origin.data_sha256.items():
+        found = there.get(name, "")
+        state: State = "absent" if not found else "whole" if found == expected else "broken"
+        yield Link(f"data {name}", state, str(folder), expected, found)
+    yield from (Link("data", "broken", str(folder), "readable", one) for one in problems)
+
+
+def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
+    """Where the recorded recipe's data lie: the nearest folder at or above the artifact, or its `recipes/`, that has them.
+
+    Where a recipe lay is not recorded: it is of one machine. The data's hashes say whether they are the same.
+    """
+    files = Recipe.recall(recipe, path.parent).data.files.values()
+    for above in path.resolve().parents:
+        for folder in (above, above / "recipes"):
+            if any((folder / file).is_file() for file in files):
+                return folder
+    return None
+
+
+def own_reports(folder: Path, validation: Path) -> tuple[ValidationReport | None, Parity | None]:
+    """The validation and the parity that are of this very artifact: never a number of another one, nor an edited one."""
+    origin = Provenance.read(folder)
+    return own_validation(origin, validation), _own_parity(folder)
+
+
+def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
+    """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
+    whole = path.is_file() and sha256(path) == origin.validation_sha256 and broken_seal(path) is None
+    return ValidationReport.load(path) if whole else None
+
+
+def _own_parity(folder: Path) -> Parity | None:
+    path = folder / PARITY
+    if not path.is_file() or broken_seal(path) is not None:
+        return None
+    parity = Parity.load(path)
+    return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None

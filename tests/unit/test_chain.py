@@ -1,0 +1,223 @@
+"""The chain from every artifact back to its data: what holds, and which link somebody broke."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from compile_steer.chain import Link, walk
+from compile_steer.cli import app
+from compile_steer.errors import ArtifactError, CompileSteerError
+from compile_steer.files import sha256
+from compile_steer.pipeline import run_compile, run_merge, run_verify
+from compile_steer.places import Places
+from compile_steer.program import Program, read_tensors
+from compile_steer.provenance import Origin, Provenance, artifact_sha256
+from compile_steer.recipe import Recipe, read_recipe
+from tests.small_run import NAME, SPLITS, SmallRun, walked
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return walked(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def run(original: SmallRun, tmp_path: Path) -> SmallRun:
+    """A copy to spoil; the model stays where the recipe names it."""
+    for part in ("recipes", "runs"):
+        shutil.copytree(original.root / part, tmp_path / part)
+    return SmallRun(tmp_path)
+
+
+def artifacts(places: Places) -> dict[str, Path]:
+    return {
+        "adapter": places.adapter("closed_form"),
+        "patch": places.adapter("bias"),
+        "merged": places.merged("closed_form", "fp32"),
+        "judged": places.merged("bias", "fp32"),
+        "vector": places.program,
+        "directions": places.directions,
+        "validation": places.validation,
+        "parity": places.adapter("closed_form") / "parity.json",
+    }
+
+
+def broken(links: list[Link]) -> set[str]:
+    return {link.what for link in links if link.state == "broken"}
+
+
+@pytest.mark.parametrize("name", list(artifacts(Places(Path(), NAME))))
+def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> None:
+    links = walk(artifacts(run.places)[name])
+    assert {link.state for link in links} == {"whole"}
+    assert {link.what for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
+
+
+def test_recipes_versions_and_seeds_are_in_every_artifact(run: SmallRun) -> None:
+    recipe, places = run.read(), run.places
+    origin = Origin.read(places.program)
+    assert origin is not None
+    folder = Provenance.read(places.merged("bias", "fp32"))
+    for record in (origin, folder):
+        assert record.recipe == recipe.record
+        assert record.recipe["seed"] == 5
+        assert record.recipe_sha256 == recipe.hash
+        assert record.versions.keys() >= {"torch", "transformers", "peft"}
+    assert origin.directions_sha256 == sha256(places.directions)
+    assert folder.parent == artifact_sha256(places.adapter("bias"))
+    assert folder.described == Program.load(places.program).describe()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_recalled_from_its_record(path: Path) -> None:
+    recipe = read_recipe(path)
+    again = Recipe.recall(json.loads(json.dumps(recipe.record)), path.parent)
+    assert again == recipe
+    assert again.hash == recipe.hash
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def edit(path: Path) -> None:
+    """One number or word of a JSON file, as by hand."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    key = next(key for key in ("verdict", "passed", "seed") if key in content)
+    path.write_text(json.dumps({**content, key: {"verdict": "pass", "passed": True, "seed": 6}[key]}), encoding="utf-8")
+
+
+def add_row(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0].replace("w", "w1", 1), *lines[1:]]), encoding="utf-8")
+
+
+def turn(path: Path) -> None:
+    """The same tensors with the other sign: a valid file."""
+    tensors, metadata = read_tensors(path)
+    save_file({name: -1 * tensor for name, tensor in tensors.items()}, str(path), metadata=metadata)
+
+
+Spoil = Callable[[Path], None]
+TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
+    (
+        "adapter",
+        "adapters/tide-closed_form/adapter_model.safetensors",
+        cut_short,
+        {"files", "parity is of these weights"},
+    ),
+    ("adapter", "adapters/tide-closed_form/adapter_model.safetensors", turn, {"files", "parity is of these weights"}),
+    ("adapter", "adapters/tide-closed_form/adapter_config.json", Path.unlink, {"files", "parity is of these weights"}),
+    ("adapter", "adapters/tide-closed_form/compile_steer.json", edit, {"record"}),
+    ("adapter", "adapters/tide-closed_form/parity.json", edit, {"parity's record"}),
+    ("adapter", "vectors/tide.validation.json", edit, {"validation", "validation's record"}),
+    ("adapter", "vectors/tide.safetensors", turn, {"vector"}),
+    ("merged", "vectors/tide.safetensors", cut_short, {"vector"}),
+    ("merged", "adapters/tide-closed_form/adapter_model.safetensors", turn, {"adapter"}),
+    ("merged", "adapters/tide-closed_form/compile_steer.json", edit, {"adapter"}),
+    ("merged", "merged/tide-closed_form-fp32/model.safetensors", cut_short, {"files"}),
+    ("merged", "vectors/tide.directions.safetensors", turn, {"directions"}),
+    ("merged", "../../recipes/data/heldout.jsonl", add_row, {"data heldout"}),
+    ("vector", "vectors/tide.directions.safetensors", cut_short, {"directions"}),
+    ("vector", "vectors/tide.safetensors", turn, {"validation is of this vector"}),
+    ("vector", "../../recipes/data/train.jsonl", add_row, {"data train"}),
+    ("directions", "../../recipes/data/train.jsonl", add_row, {"data train"}),
+    ("validation", "vectors/tide.validation.json", edit, {"record"}),
+]
+
+
+@pytest.mark.parametrize(("asked", "file", "spoil", "links"), TAMPERED)
+def test_what_was_tampered_with_is_named(run: SmallRun, asked: str, file: str, spoil: Spoil, links: set[str]) -> None:
+    spoil(run.places.out / file)
+    path = artifacts(run.places)[asked]
+    found = walk(path)
+    assert broken(found) == links
+    assert all(link.expected != link.found for link in found if link.state == "broken")
+    shown = CliRunner().invoke(app, ["show", str(path), "--json"])
+    assert shown.exit_code == 1
+    assert {one["what"] for one in json.loads(shown.stdout)["chain"] if one["state"] == "broken"} == broken(found)
+    told = CliRunner().invoke(app, ["show", str(path)])
+    assert told.exit_code == 1
+    assert "expected" in told.stdout
+    assert "Broken:" in told.stdout
+
+
+def test_a_swapped_adapter_is_found_by_its_name_and_by_its_child(run: SmallRun) -> None:
+    places = run.places
+    other = places.adapter("other")
+    shutil.move(places.adapter("closed_form"), other)
+    shutil.copytree(places.adapter("bias"), places.adapter("closed_form"))
+    (link,) = [link for link in walk(places.merged("closed_form", "fp32")) if link.state == "broken"]
+    assert link.what == "adapter"
+    assert link.expected == artifact_sha256(other)
+    assert link.found == artifact_sha256(places.adapter("bias"))
+
+
+def test_a_file_that_was_put_there_later_is_named_and_a_hidden_one_is_not(run: SmallRun) -> None:
+    folder = run.places.adapter("closed_form")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
+    assert not broken(walk(folder))
+    (folder / "model-2.safetensors").write_bytes(b"")
+    (link,) = [link for link in walk(folder) if link.what == "files"]
+    assert (link.state, link.expected) == ("broken", "")
+
+
+def test_an_artifact_by_itself_says_what_is_not_here(run: SmallRun, tmp_path: Path) -> None:
+    alone = tmp_path.parent / f"{tmp_path.name}-alone" / "adapters" / "tide-closed_form"
+    shutil.copytree(run.places.adapter("closed_form"), alone)
+    links = walk(alone)
+    assert not broken(links)
+    assert {link.what for link in links if link.state == "absent"} == {
+        "validation", "vector", *(f"data {split}" for split in SPLITS)
+    }  # fmt: skip
+    links = walk(alone, run.root / "recipes")
+    assert {link.what for link in links if link.state == "absent"} == {"validation", "vector"}
+    (run.root / "recipes" / "data" / "neutral.jsonl").unlink()
+    links = walk(alone, run.root / "recipes")
+    assert {link.what for link in links if link.state == "absent"} == {"validation", "vector", "data neutral"}
+
+
+@pytest.mark.parametrize("name", ["adapter", "vector", "validation"])
+def test_what_cannot_be_read_at_all_is_an_error(run: SmallRun, name: str) -> None:
+    path = artifacts(run.places)[name]
+    cut_short(path / "compile_steer.json" if path.is_dir() else path)
+    with pytest.raises(ArtifactError):
+        walk(path)
+    shown = CliRunner().invoke(app, ["show", str(path)])
+    assert isinstance(shown.exception, ArtifactError)
+
+
+def test_foreign_and_missing_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was not made by compile_steer"):
+        walk(tmp_path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        walk(tmp_path / "nothing")
+
+
+def test_the_committed_example_is_older_and_still_readable() -> None:
+    links = walk(ROOT / "adapters" / "ocean-closed_form")
+    assert not broken(links)
+    assert {"vector", "validation", "parity is of these weights"} <= {
+        link.what for link in links if link.state == "whole"
+    }
+
+
+def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_again(run: SmallRun) -> None:
+    opened, folder = run.open(), run.places.adapter("closed_form")
+    before = sha256(folder / "adapter_model.safetensors")
+    turn(folder / "adapter_model.safetensors")
+    for span in (run_merge, run_verify):
+        with pytest.raises(CompileSteerError, match="adapter_model.safetensors was changed"):
+            span(opened, [folder])
+    assert folder in run_compile(opened, force=True)
+    assert sha256(folder / "adapter_model.safetensors") == before
+    assert not broken(walk(folder))
