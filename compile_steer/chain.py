@@ -84,7 +84,7 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
     yield _hashed("vector", vector, origin.program_sha256)
     if origin.members:
         return  # their own chains lead to the data
-    seen = Origin(origin.recipe, origin.recipe_sha256, origin.data_sha256)
+    seen = origin.origin
     yield from _sources(folder, seen, recipes)
     if vector.is_file():
         try:

@@ -16,7 +16,7 @@ import typer
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.exchange import Import, new_recipe, run_export, run_import
-from compile_steer.on_artifact import show
+from compile_steer.on_artifact import reproduce_, show
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
@@ -283,8 +283,8 @@ def task_vector(
     session.finish(found.summary(), lambda: print_recombined(session.console, found))
 
 
-for one in (show,):
-    app.command()(one)
+app.command()(show)
+app.command("reproduce")(reproduce_)
 
 
 def _list(session: Session, folders: list[Path]) -> None:

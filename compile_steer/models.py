@@ -18,12 +18,12 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from compile_steer.errors import LayoutError, RecipeError
+from compile_steer.checkpoint import Checkpoint
+from compile_steer.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.files import new_folder, sha256
 from compile_steer.layout import Layout
 
@@ -170,23 +170,16 @@ def _locate(reference: str) -> tuple[str, str]:
 
 def weights_revision(folder: Path) -> str:
     """A local folder's revision: the SHA-256 of its tensors by name, however they are spread over files."""
-    places = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as content:
-                places.update(dict.fromkeys(content.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(
-                f"model folder {folder}: {file.name} is damaged ({error}). Get the model again."
-            ) from error
-    if not places:
-        raise RecipeError(f"model folder {folder} holds no .safetensors weights; only safetensors are read.")
+    checkpoint = Checkpoint(folder)
     whole = hashlib.sha256()
-    for name in sorted(places):
-        with safe_open(places[name], framework="pt") as content:
-            tensor = content.get_tensor(name).contiguous()
-        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        whole.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    try:
+        for name in sorted(checkpoint.places):
+            tensor = checkpoint.tensor(name)
+            assert tensor is not None, "its own name"
+            whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    except ArtifactError as error:
+        raise RecipeError([f"model folder {folder}: {problem}" for problem in error.problems]) from error
     return f"sha256:{whole.hexdigest()}"
 
 

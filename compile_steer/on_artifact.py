@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -15,7 +16,9 @@ from rich.console import Console
 
 from compile_steer.chain import walk
 from compile_steer.describe import describe_artifact
-from compile_steer.report import print_chain
+from compile_steer.progress import BarMeter
+from compile_steer.report import print_chain, print_reproduction
+from compile_steer.reproduce import TOLERANCE, reproduce
 from compile_steer.session import Json
 
 Recipes = Annotated[
@@ -45,3 +48,24 @@ def show(
         console.print(found)
         print_chain(console, links)
     raise typer.Exit(1 if any(link.state == "broken" for link in links) else 0)
+
+
+def reproduce_(
+    path: Annotated[Path, typer.Argument(help="An adapter, patch, merged folder, vector or directions.")],
+    to: Annotated[Path | None, typer.Option(help="Empty folder for what is made. [default: a temporary one]")] = None,
+    recipes: Recipes = None,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference by which numbers agree.")] = TOLERANCE,
+    as_json: Json = False,
+) -> None:
+    """Make an artifact again from the recipe that it carries, and say link by link whether the same came out.
+
+    Recipe, data and base are checked by their hashes before anything runs. Exit code 0 if all bytes or numbers agree.
+    """
+    console = Console(stderr=as_json)
+    with TemporaryDirectory(prefix="compile-steer-") as temporary:
+        found = reproduce(path, to or Path(temporary), recipes, tolerance, BarMeter(console))
+    if as_json:
+        print(json.dumps(found.summary(), indent=2))
+    else:
+        print_reproduction(console, found)
+    raise typer.Exit(0 if found.agrees else 1)

@@ -46,12 +46,13 @@ class Origin:
     """What directions or a vector were made from: the recipe with every default, its data, and what computed them.
 
     `data_sha256` is of the rows of each source, by its purpose; `directions_sha256` of the file that a vector was
-    chosen from.
+    chosen from; `revision` is the model's.
     """
 
     recipe: dict[str, Any]
     recipe_sha256: str
     data_sha256: dict[str, str]
+    revision: str
     directions_sha256: str = ""
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -133,6 +134,11 @@ class Provenance:
 
     def of(self, **changes: Any) -> Provenance:
         return replace(self, **changes)
+
+    @property
+    def origin(self) -> Origin:
+        """Recipe, data and base alone, as a vector records them."""
+        return Origin(self.recipe, self.recipe_sha256, self.data_sha256, self.revision, versions=self.versions)
 
     def foreign(self, folder: Path, model: str, revision: str) -> list[str]:
         """What is wrong, if `folder` (whose origin this is) changes another base than that."""

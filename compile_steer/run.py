@@ -47,7 +47,7 @@ class Run:
         """What this run's directions, or the vector chosen from them, are made from."""
         read = {"mismatched": _digest(self.behaviour.mismatched), "imported": source(self.recipe)}
         data = {**self.behaviour.hashes, **{name: found for name, found in read.items() if found}}
-        return Origin(self.recipe.record, self.recipe.hash, data, directions_sha256)
+        return Origin(self.recipe.record, self.recipe.hash, data, self.loaded.revision, directions_sha256)
 
 
 def _digest(pairs: tuple[Pair, ...]) -> str:

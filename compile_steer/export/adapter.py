@@ -109,6 +109,12 @@ def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
+    # PEFT keeps the modules as a set: equal adapters must be equal files.
+    path = folder / ADAPTER_CONFIG
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps({**content, "target_modules": sorted(patch.low_rank)}, indent=2) + "\n", encoding="utf-8"
+    )
     tensors = {}
     for name, edit in patch.low_rank.items():
         full = edit.padded(rank)

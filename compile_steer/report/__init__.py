@@ -1,6 +1,6 @@
 """Report: what a run found, in a terminal and as one self-contained page."""
 
-from compile_steer.report.artifact import print_chain
+from compile_steer.report.artifact import print_chain, print_reproduction
 from compile_steer.report.page import write_page
 from compile_steer.report.terminal import (
     print_composition,
@@ -20,6 +20,7 @@ __all__ = [
     "print_parities",
     "print_plan",
     "print_recombined",
+    "print_reproduction",
     "print_samples",
     "print_validation",
     "print_writing",

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from compile_steer.chain import Link
+from compile_steer.reproduce import Reproduction
 
 _STATES = {
     "whole": "[green]whole[/green]",
@@ -30,3 +31,20 @@ def print_chain(console: Console, links: Sequence[Link]) -> None:
         console.print(
             f"[red]Broken:[/red] {', '.join(dict.fromkeys(broken))}. Make it again, or put back what was there."
         )
+
+
+def print_reproduction(console: Console, found: Reproduction) -> None:
+    """Every link that was made again, and the versions that are others than then."""
+    said = {
+        "bytes": "[green]bytes agree[/green]",
+        "numbers": "[green]numbers agree[/green]",
+        "differs": "[red]DIFFERS[/red]",
+        "absent": "[yellow]not compared[/yellow]",
+    }
+    console.print(f"[bold]Made again[/bold], numbers agreeing up to a relative difference of {found.tolerance:g}")
+    for link in found.links:
+        size = "" if link.difference is None else f"  largest relative difference {link.difference:.2g}"
+        note = f"  ({escape(link.note)})" if link.note else ""
+        console.print(f"  {link.what:<28} {said[link.state]}{size}{note}", soft_wrap=True)
+    for name, (then, now) in found.versions.items():
+        console.print(f"  [yellow]{name} {then} made it; this is {now or 'none'}[/yellow]")

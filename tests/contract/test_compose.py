@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from compile_steer.chain import walk
 from compile_steer.cli import app
 from compile_steer.compose import JOINT, STACKED, Composition, Member, measure
 from compile_steer.describe import describe_artifact
@@ -219,6 +220,8 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
         assert came.program_sha256 == sha256(places.program)
         adapter = Places(bench.runs / NAMES[1], NAMES[1]).adapter("closed_form")
         assert came.members[f"{NAMES[1]} x 0.5"] == artifact_sha256(adapter)
+        links = {link.what: link for link in walk(places.composed("closed_form", way))}
+        assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "whole"
     assert [i.coefficient for i in Program.load(places.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == done.exit_code

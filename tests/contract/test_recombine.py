@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from compile_steer.__main__ import main
+from compile_steer.chain import walk
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_patch
 from compile_steer.lower.train import train
@@ -110,6 +111,8 @@ def test_scaled_and_added_and_cut_on_disk(
     assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
     assert left.parent.split() == [artifact_sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
+    parts = [link for link in walk(places.adapter("mix")) if link.what == "part"]
+    assert [(link.state, link.where) for link in parts] == [("whole", str(folder)) for folder in (one, two, three)]
     (merged,) = run_merge(Run.open(recipe(base), places.out, Meter()), [places.adapter("mix")])
     for folder in (places.adapter("mix"), merged):
         card = (folder / "README.md").read_text("utf-8")
