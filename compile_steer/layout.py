@@ -161,6 +161,12 @@ class Layout:
         name = f"{self.family.blocks}.{layer}.{relative}"
         return Writer(layer, kind, name, self.model.get_submodule(name))
 
+    @property
+    def writers(self) -> dict[str, Writer]:
+        """Every writer of the model by its module's name, in the order of the blocks."""
+        found = [self.writer(layer, kind) for layer in range(self.n_layers) for kind in self.writer_kinds]
+        return {writer.name: writer for writer in found}
+
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Every Linear (or Conv1D) of a block, by its full name in the causal language model."""
         prefix = f"{self.family.blocks}.{layer}"

@@ -149,8 +149,19 @@ def _hub_reachable() -> bool:
     return True
 
 
+def folder_of(reference: str) -> Path:
+    """The local folder of a model, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
+    return _find(reference)[0]
+
+
 def _locate(reference: str) -> tuple[str, str]:
     """Return a local model folder and its revision: a hub commit, or the hash of the weights."""
+    folder, commit = _find(reference)
+    return str(folder), f"hub:{commit}" if commit else weights_revision(folder)
+
+
+def _find(reference: str) -> tuple[Path, str]:
+    """A model's folder, and its commit if it is the hub's."""
     path = Path(reference).expanduser()
     if reference == EMBEDDED:
         path = embedded_model()
@@ -162,10 +173,10 @@ def _locate(reference: str) -> tuple[str, str]:
         if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
         snapshot = _from_hub(reference)
-        return snapshot, f"hub:{Path(snapshot).name}"
+        return Path(snapshot), Path(snapshot).name
     if not (path / "config.json").is_file():
         raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
-    return str(path), weights_revision(path)
+    return path, ""
 
 
 def weights_revision(folder: Path) -> str:

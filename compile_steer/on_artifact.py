@@ -6,6 +6,7 @@ They need no recipe: an artifact carries its own.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +15,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from compile_steer.audit import THRESHOLD, audit
 from compile_steer.chain import walk
 from compile_steer.describe import describe_artifact
+from compile_steer.program import Program
 from compile_steer.progress import BarMeter
-from compile_steer.report import print_chain, print_reproduction
+from compile_steer.report import print_audit, print_chain, print_reproduction
 from compile_steer.reproduce import TOLERANCE, reproduce
 from compile_steer.session import Json
 
@@ -28,6 +31,11 @@ Recipes = Annotated[
         "[default: the nearest one at or above the artifact, or its recipes/, that has them]"
     ),
 ]
+
+
+def _console(as_json: bool) -> Console:
+    """Where a person reads: standard error, where a program reads standard output."""
+    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
 
 
 def show(
@@ -44,7 +52,7 @@ def show(
     if as_json:
         print(json.dumps({**found, "chain": [asdict(link) for link in links]}, indent=2))
     else:
-        console = Console()
+        console = _console(as_json)
         console.print(found)
         print_chain(console, links)
     raise typer.Exit(1 if any(link.state == "broken" for link in links) else 0)
@@ -61,7 +69,7 @@ def reproduce_(
 
     Recipe, data and base are checked by their hashes before anything runs. Exit code 0 if all bytes or numbers agree.
     """
-    console = Console(stderr=as_json)
+    console = _console(as_json)
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
         found = reproduce(path, to or Path(temporary), recipes, tolerance, BarMeter(console))
     if as_json:
@@ -69,3 +77,25 @@ def reproduce_(
     else:
         print_reproduction(console, found)
     raise typer.Exit(0 if found.agrees else 1)
+
+
+def audit_(
+    base: Annotated[str, typer.Argument(help="The base: a hub id in the cache, a local folder, a .gguf file.")],
+    other: Annotated[str, typer.Argument(help="A fine-tuned or merged model, a plain LoRA adapter, or a patch.")],
+    program: Annotated[Path | None, typer.Option(help="A vector's file, to hold baked directions against.")] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Share of the largest singular value above which one counts as rank.")
+    ] = THRESHOLD,
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint or adapter changed against its base: tensors, ranks, types, settings, baked directions.
+
+    Read off the files, tensor by tensor; no model is run.
+    """
+    console = _console(as_json)
+    known = None if program is None else Program.load(program)
+    found = audit(base, other, known, threshold, BarMeter(console))
+    if as_json:
+        print(json.dumps(found.summary(), indent=2))
+    else:
+        print_audit(console, found)

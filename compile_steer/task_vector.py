@@ -34,16 +34,23 @@ def _matrices(patch: WeightPatch) -> list[str]:
 
 
 def _decomposed(patch: WeightPatch, name: str, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """U [d_out, n], singular values [n] and V [n, d_in] of the whole change of one matrix, in float32.
+    """Those of the whole change of one matrix of the patch; see `decompose`."""
+    whole = patch.dense.get(name)
+    return decompose(
+        None if whole is None else turned(layout.model.get_submodule(name), whole), patch.low_rank.get(name)
+    )
+
+
+def decompose(whole: Tensor | None, edit: LowRank | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U [d_out, n], singular values [n] and V [n, d_in] of `whole` [d_out, d_in] and `edit` together, in float32.
 
     An embedding's d_out are its tokens.
     """
-    edit = patch.low_rank.get(name)
-    if name in patch.dense:
-        whole = turned(layout.model.get_submodule(name), patch.dense[name].float())
-        U, S, V = torch.linalg.svd(whole if edit is None else whole + edit.B @ edit.A, full_matrices=False)
+    if whole is not None:
+        both = whole.float() if edit is None else whole.float() + edit.B @ edit.A
+        U, S, V = torch.linalg.svd(both, full_matrices=False)
         return U, S, V
-    assert edit is not None, "a name of the patch has one of the two"
+    assert edit is not None, "one of the two is there"
     # B A = Q_B (R_B R_A^T) Q_A^T: the decomposition of a small square is enough
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(edit.B.float()), torch.linalg.qr(edit.A.float().T)
     U, S, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -72,7 +79,7 @@ def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> li
     places = {
         name: (block, module) for block in range(layout.n_layers) for name, module in layout.linears(block).items()
     }
-    writers = {layout.writer(block, kind).name for block in range(layout.n_layers) for kind in layout.writer_kinds}
+    writers = layout.writers
     order = list(places)
     found = []
     for name in sorted(_matrices(patch), key=lambda name: order.index(name) if name in places else -1):
@@ -82,7 +89,7 @@ def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> li
         if total == 0.0:
             found.append(MatrixReport(name, 0.0, 0.0, 0, None))
             continue
-        vector = _vector_at(program, places[name][0]) if program is not None and name in places else None
+        vector = vector_at(program, places[name][0]) if program is not None and name in places else None
         top = U[:, 0] if name in writers else V[0]
         found.append(
             MatrixReport(
@@ -96,7 +103,7 @@ def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> li
     return found
 
 
-def _vector_at(program: Program, block: int) -> Tensor | None:
+def vector_at(program: Program, block: int) -> Tensor | None:
     """The vector of the last active intervention at or below `block`."""
     below = [one for one in program.active if one.site.changes_from <= block]
     return max(below, key=lambda one: one.site.changes_from).vector.float() if below else None

@@ -1,6 +1,26 @@
 """Export: a WeightPatch -> files that stock libraries load, each with its chain of origin."""
 
-from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, read_patch, write_patch
+from compile_steer.export.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CURVES,
+    PATCH_FILE,
+    is_adapter,
+    kept_patch,
+    read_patch,
+    write_patch,
+)
 from compile_steer.export.merged import is_merged, write_merged
 
-__all__ = ["CURVES", "is_adapter", "is_merged", "kept_patch", "read_patch", "write_merged", "write_patch"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "CURVES",
+    "PATCH_FILE",
+    "is_adapter",
+    "is_merged",
+    "kept_patch",
+    "read_patch",
+    "write_merged",
+    "write_patch",
+]

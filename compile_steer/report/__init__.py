@@ -1,6 +1,6 @@
 """Report: what a run found, in a terminal and as one self-contained page."""
 
-from compile_steer.report.artifact import print_chain, print_reproduction
+from compile_steer.report.artifact import print_audit, print_chain, print_reproduction
 from compile_steer.report.page import write_page
 from compile_steer.report.terminal import (
     print_composition,
@@ -14,6 +14,7 @@ from compile_steer.report.terminal import (
 )
 
 __all__ = [
+    "print_audit",
     "print_chain",
     "print_composition",
     "print_decompiled",

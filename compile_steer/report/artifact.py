@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
+from compile_steer.audit import Audit, Baked
 from compile_steer.chain import Link
 from compile_steer.reproduce import Reproduction
 
@@ -48,3 +50,51 @@ def print_reproduction(console: Console, found: Reproduction) -> None:
         console.print(f"  {link.what:<28} {said[link.state]}{size}{note}", soft_wrap=True)
     for name, (then, now) in found.versions.items():
         console.print(f"  [yellow]{name} {then} made it; this is {now or 'none'}[/yellow]")
+
+
+def print_audit(console: Console, found: Audit) -> None:
+    """The tensors that changed, the settings that changed, and the direction that explains it, if one does."""
+    recast = "".join(f", {count} only cast from {kind}" for kind, count in found.recast.items())
+    console.print(
+        f"[bold]{found.kind} {escape(found.other)}[/bold] against {escape(found.base)}: {found.n_tensors} tensors, "
+        f"{found.n_same} the same{recast}, {len(found.changes)} changed",
+        soft_wrap=True,
+    )
+    zero = [one for one in found.changes if one.norm == 0.0]
+    if zero:
+        console.print(f"  {len(zero)} of these are new and all zero, as {escape(zero[0].name)}")
+    if len(zero) < len(found.changes):
+        title = f"rank: singular values above {found.threshold:g} of the largest, and above rounding"
+        table = Table(title=title, title_justify="left")
+        for heading in ("tensor", "", "type"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("norm", "over the base's", "rank", "top holds", "cosine"):
+            table.add_column(heading, justify="right")
+        for one in found.changes:
+            shares = ("" if share is None else f"{share:.2%}" for share in (one.relative, one.top))
+            relative, top = shares
+            rank, cosine = "" if one.rank is None else str(one.rank), "" if one.cosine is None else f"{one.cosine:.3f}"
+            if one.norm > 0.0:
+                table.add_row(escape(one.name), one.kind, one.dtype, f"{one.norm:.3g}", relative, rank, top, cosine)
+        console.print(table)
+    for setting in found.settings:
+        name = f"{setting.file} {setting.key}".rstrip()
+        console.print(
+            f"  {escape(name)}: {escape(repr(setting.base))} -> {escape(repr(setting.other))}", soft_wrap=True
+        )
+    for baked in found.baked:
+        console.print(f"  [bold]A baked direction[/bold]: {_baked(baked)}", soft_wrap=True)
+    if not found.baked:
+        console.print(f"  No baked direction: {escape(found.not_baked)}", soft_wrap=True)
+
+
+def _baked(one: Baked) -> str:
+    where = "" if one.block is None else f" of block {one.block}"
+    known = "" if one.cosine is None else f"; cosine with the known vector {one.cosine:+.4f}"
+    what = {
+        "added": f"a constant of norm {one.norm:.4g} added by {one.tensors[0]}{where}",
+        "ablated": f"one direction taken out of what {len(one.tensors)} matrices write"
+        + ("" if one.coefficient is None else f", {one.coefficient:.0%} of it"),
+        "written": f"{one.tensors[0]}{where} writes along one, a rank-1 change of norm {one.norm:.4g}",
+    }[one.kind]
+    return f"{escape(what)}{known}"

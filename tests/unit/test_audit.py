@@ -1,0 +1,308 @@
+"""What a checkpoint changed is read off its files, and a direction in it is recognised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from compile_steer.audit import Audit, audit
+from compile_steer.cli import app
+from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
+from compile_steer.export import write_patch
+from compile_steer.export.merged import merged_model
+from compile_steer.lower import bias, orthogonalise, retarget
+from compile_steer.models import Loaded, load
+from compile_steer.passes import canonical
+from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.program import Program, ablate_everywhere
+from compile_steer.progress import Meter
+from tests.contract.fitting import job
+from tests.contract.test_adapters import origin
+from tests.tiny import HIDDEN, LAYERS, build, chatting, intervention, random_patch, vector
+
+DOWN = "model.layers.1.mlp.down_proj"
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Loaded:
+    return on_disk("llama", tmp_path / "base")
+
+
+def on_disk(family: str, folder: Path, **changes: Any) -> Loaded:
+    build(family, **changes).save_pretrained(folder)
+    chatting().save_pretrained(folder)
+    return load(str(folder), device="cpu")
+
+
+def merged(base: Loaded, patch: WeightPatch, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    merged_model(base.source, patch).to(dtype).save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def look(base: Loaded, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
+    found = audit(base.source, str(other), program, threshold, Meter())
+    json.dumps(found.summary(), allow_nan=False)
+    return found
+
+
+def rewritten(base: Loaded, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the base with some tensors changed."""
+    shutil.copytree(base.source, folder)
+    tensors = load_file(str(folder / "model.safetensors"))
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "model.safetensors"))
+    return folder
+
+
+def test_a_copy_has_no_change_and_a_cast_is_only_that(base: Loaded, tmp_path: Path) -> None:
+    same = look(base, Path(base.source))
+    assert (same.kind, same.changes, same.settings, same.baked) == ("checkpoint", [], [], [])
+    assert same.n_same == same.n_tensors > 0
+    assert same.not_baked == "no weight was changed"
+    cast = look(base, merged(base, WeightPatch(), tmp_path / "cast", torch.bfloat16))
+    assert cast.recast == {"float32 to bfloat16": cast.n_tensors}
+    assert cast.changes == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_added_direction_is_found_in_its_bias(base: Loaded, tmp_path: Path, dtype: torch.dtype) -> None:
+    program = Program((intervention(layer=1, coefficient=-1.7),), base.id, base.revision)
+    other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other", dtype)
+    found = look(base, other, program)
+    (baked,) = found.baked
+    assert (baked.kind, baked.block, baked.tensors) == ("added", 1, [f"{DOWN}.bias"])
+    assert baked.norm == pytest.approx(1.7 * 2.5, rel=1e-2)
+    assert baked.cosine == pytest.approx(1.0, abs=1e-3)
+    assert look(base, other, 2.0 * -program).baked[0].cosine == pytest.approx(-1.0, abs=1e-3)
+    assert {change.kind for change in found.changes} == {"added"}
+    assert [(one.key, one.base, one.other) for one in found.settings] == [("mlp_bias", "false", "true")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coefficient", [1.0, 0.6])
+def test_an_ablated_direction_is_found_in_all_writers(
+    base: Loaded, tmp_path: Path, dtype: torch.dtype, coefficient: float
+) -> None:
+    u = vector(3, norm=1.0)
+    program = Program(ablate_everywhere(u, LAYERS, coefficient), base.id, base.revision)
+    found = look(
+        base, merged(base, orthogonalise.lower(job(base, canonical(program))), tmp_path / "other", dtype), program
+    )
+    (baked,) = found.baked
+    assert (baked.kind, baked.block) == ("ablated", None)
+    assert len(baked.tensors) == 2 * LAYERS + 1
+    assert baked.coefficient == pytest.approx(coefficient, abs=0.02)
+    assert baked.cosine == pytest.approx(1.0, abs=1e-2)
+    assert {change.rank for change in found.changes} == {1}, "rounding to bf16 is no rank"
+    patch = tmp_path / "patch"
+    write_patch(patch, orthogonalise.lower(job(base, canonical(program))), base, origin(base, "patch"), "")
+    assert look(base, patch, program).baked[0].coefficient == pytest.approx(coefficient, abs=1e-4)
+
+
+def test_a_rank_one_writer_is_said_to_write_along_its_direction(base: Loaded, tmp_path: Path) -> None:
+    program = Program((intervention(layer=1),), base.id, base.revision)
+    edit = LowRank(program.interventions[0].vector.view(-1, 1), torch.randn(1, 48))
+    write_patch(tmp_path / "a", WeightPatch({DOWN: edit}), base, origin(base), "")
+    found = look(base, tmp_path / "a", program)
+    (baked,) = found.baked
+    assert (found.kind, baked.kind, baked.block) == ("adapter", "written", 1)
+    assert baked.cosine == pytest.approx(1.0, abs=1e-5)
+    assert found.changes[0].cosine == pytest.approx(1.0, abs=1e-5)
+    assert found.changes[0].top == pytest.approx(1.0, abs=1e-5)
+    assert baked.norm == pytest.approx(float((edit.B @ edit.A).norm()), rel=1e-4)
+
+
+def test_ranks_norms_and_shares_are_those_of_the_difference(base: Loaded, tmp_path: Path) -> None:
+    patch = random_patch(base)
+    found = look(base, merged(base, patch, tmp_path / "other"))
+    changes = {change.name: change for change in found.changes}
+    assert changes.keys() == {f"{name}.weight" for name in patch.low_rank}
+    for name, edit in patch.low_rank.items():
+        change, delta = changes[f"{name}.weight"], edit.B @ edit.A
+        assert change.rank == edit.rank
+        assert change.norm == pytest.approx(float(delta.norm()), rel=1e-4)
+        held = base.model.get_submodule(name).weight
+        assert isinstance(held, Tensor)
+        assert change.relative == pytest.approx(float(delta.norm() / held.norm()), rel=1e-4)
+        S = torch.linalg.svdvals(delta)
+        assert change.top == pytest.approx(float(S[0] ** 2 / S.square().sum()), rel=1e-4)
+    assert not found.baked
+    assert "write nothing to the stream" in found.not_baked
+    coarse = look(base, tmp_path / "other", threshold=0.99)
+    assert {change.rank for change in coarse.changes} == {1}
+
+
+def test_a_tuned_writer_is_no_direction(base: Loaded, tmp_path: Path) -> None:
+    def tune(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{DOWN}.weight"] += 0.1 * torch.randn(HIDDEN, 48)
+        tensors["model.norm.weight"] *= 1.1
+
+    found = look(base, rewritten(base, tmp_path / "other", tune))
+    assert [(one.name, one.rank) for one in found.changes] == [(f"{DOWN}.weight", 32), ("model.norm.weight", None)]
+    assert not found.baked
+
+    def tune_one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{DOWN}.weight"] += 0.1 * torch.randn(HIDDEN, 48)
+
+    only = rewritten(base, tmp_path / "only", tune_one)
+    assert "another rank than 1" in look(base, only).not_baked
+
+
+def test_tensors_that_came_went_or_changed_shape_are_told_apart(base: Loaded, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.layers.3.input_layernorm.weight"]
+        tensors["extra.weight"] = torch.ones(3, 2)
+        tensors["model.embed_tokens.weight"] = torch.ones(5, HIDDEN)
+
+    found = look(base, rewritten(base, tmp_path / "other", change))
+    kinds = {(one.name, one.kind) for one in found.changes}
+    assert kinds == {
+        ("model.layers.3.input_layernorm.weight", "removed"),
+        ("extra.weight", "added"),
+        ("model.embed_tokens.weight", "removed"),
+        ("model.embed_tokens.weight", "added"),
+    }
+
+
+def test_another_architecture_and_an_untied_head_are_seen_through(tmp_path: Path) -> None:
+    one = on_disk("qwen2", tmp_path / "qwen")
+    program = Program((intervention(layer=1),), one.id, one.revision)
+    found = look(one, merged(one, retarget.lower(job(one, canonical(program))), tmp_path / "llama"), program)
+    assert {setting.key for setting in found.settings} >= {"model_type", "architectures"}
+    (baked,) = found.baked
+    assert baked.kind == "added"
+    assert baked.cosine == pytest.approx(1.0, abs=1e-4)
+    found = look(one, merged(one, replace(WeightPatch(), untie=True), tmp_path / "untied"))
+    assert found.changes == [], "the head is a copy of the embeddings"
+    assert [one.key for one in found.settings if one.file == "config.json"] == ["tie_word_embeddings"]
+
+
+def test_names_without_the_models_prefix_are_the_same_tensors(tmp_path: Path) -> None:
+    one = on_disk("gpt2", tmp_path / "gpt2")
+    bare = tmp_path / "bare"
+    shutil.copytree(one.source, bare)
+    tensors = load_file(str(bare / "model.safetensors"))
+    save_file(
+        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, str(bare / "model.safetensors")
+    )
+    assert look(one, bare).changes == []
+    patch = random_patch(one)
+    name = "transformer.h.1.mlp.c_proj"
+    other = merged(one, WeightPatch({name: patch.low_rank[name]}), tmp_path / "other")
+    found = audit(str(bare), str(other), None, 0.01, Meter())
+    assert [(change.name, change.rank) for change in found.changes] == [(f"{name}.weight", patch.low_rank[name].rank)]
+
+
+def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: Loaded, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base.source, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5, "transformers_version": "0"}))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w96x"] = tokenizer["model"]["vocab"].pop("w96")
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    found = {(one.file, one.key): one for one in look(base, other).settings}
+    assert found.keys() == {("config.json", "rms_norm_eps"), ("tokenizer.json", "model"), ("chat template", "")}
+    assert found["config.json", "rms_norm_eps"].other == "0.5"
+    assert "1 are new" in str(found["tokenizer.json", "model"].other)
+    assert "1 are gone" in str(found["tokenizer.json", "model"].other)
+    assert found["chat template", ""].other == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_anybodys_plain_lora_is_read_with_its_scale(base: Loaded, tmp_path: Path, rslora: bool) -> None:
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["down_proj"], use_rslora=rslora, init_lora_weights=False)
+    wrapped: Any = get_peft_model(base.model, config)
+    wrapped.save_pretrained(tmp_path / "a")
+    layer = wrapped.get_submodule(f"base_model.model.{DOWN}")
+    wanted = layer.get_delta_weight("default").detach()
+    found = {change.name: change for change in look(base, tmp_path / "a").changes}
+    assert len(found) == LAYERS
+    assert found[f"{DOWN}.weight"].norm == pytest.approx(float(wanted.norm()), rel=1e-4)
+    assert found[f"{DOWN}.weight"].rank == 3
+
+
+@pytest.mark.parametrize("key", ["use_dora", "alpha_pattern", "modules_to_save", "peft_type"])
+def test_a_richer_adapter_is_refused_with_what_to_do(base: Loaded, tmp_path: Path, key: str) -> None:
+    write_patch(tmp_path / "a", random_patch(base), base, origin(base), "")
+    path = tmp_path / "a" / "adapter_config.json"
+    value = {"alpha_pattern": {"x": 3}, "modules_to_save": ["lm_head"], "peft_type": "IA3"}.get(key, True)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ArtifactError, match=rf"only plain LoRA is read; found {key}.*merge_and_unload"):
+        look(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "config", "foreign", "missing", "empty", "threshold", "tokenizer"])
+def test_bad_input_is_refused_in_words(base: Loaded, tmp_path: Path, spoil: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base.source, other)
+    weights, threshold = other / "model.safetensors", 0.01
+    if spoil == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif spoil == "config":
+        (other / "config.json").write_text("{")
+    elif spoil == "tokenizer":
+        (other / "tokenizer.json").write_text("{")
+    elif spoil == "foreign":
+        (other / "config.json").unlink()
+    elif spoil == "missing":
+        other = tmp_path / "nowhere" / "at" / "all"
+    elif spoil == "empty":
+        weights.unlink()
+    else:
+        threshold = 1.0
+    words = {
+        "truncated": "damaged", "config": "no model of transformers", "foreign": "no model", "missing": "no such folder",
+        "empty": "holds no .safetensors", "threshold": "between 0 and 1", "tokenizer": "tokenizer.json is damaged",
+    }  # fmt: skip
+    with pytest.raises(CompileSteerError, match=words[spoil]):
+        look(base, other, threshold=threshold)
+
+
+def test_a_family_that_is_not_known_is_still_compared(base: Loaded, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "opt", vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )  # fmt: skip
+    for name in ("one", "two"):
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    path = tmp_path / "two" / "model.safetensors"
+    tensors = load_file(str(path))
+    key = next(name for name in tensors if name.endswith("fc2.weight"))
+    tensors[key] = tensors[key] + torch.outer(torch.randn(32), torch.randn(48))
+    save_file(tensors, str(path))
+    found = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Meter())
+    assert [change.rank for change in found.changes] == [1]
+    assert "family is not known" in found.not_baked
+
+
+def test_the_command_prints_and_writes_json(base: Loaded, tmp_path: Path) -> None:
+    program = Program((intervention(layer=1),), base.id, base.revision)
+    program.save(tmp_path / "v.safetensors")
+    other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other")
+    asked = ["audit", base.source, str(other), "--program", str(tmp_path / "v.safetensors")]
+    told = CliRunner().invoke(app, asked)
+    assert told.exit_code == 0
+    for words in ("A baked direction", "added by", "+1.0000", "mlp_bias", "all zero"):
+        assert words in told.output
+    shown = CliRunner().invoke(app, [*asked, "--json"])
+    assert json.loads(shown.stdout)["baked"][0]["kind"] == "added"
+    nothing = CliRunner().invoke(app, ["audit", base.source, base.source])
+    assert "No baked direction" in nothing.output
+    assert isinstance(CliRunner().invoke(app, ["audit", str(tmp_path / "x" / "y" / "z"), "b"]).exception, RecipeError)
