@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from compile_steer.chain import own_reports, own_validation
 from compile_steer.files import save_text
@@ -55,11 +55,13 @@ def _filled_in(path: Path) -> dict[str, str]:
     """What a card's header says that only a person knows."""
     if not path.is_file():
         return {}
+    before, _dashes, rest = path.read_text(encoding="utf-8").partition("---\n")
     try:
-        found: Any = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:
-        return {}  # its header is not YAML any more; there is nothing to keep
-    return {key: str(found[key]) for key in ("license", "base_model") if found.get(key) is not None}
+        found = YAML(typ="safe", pure=True).load(rest.partition("\n---\n")[0]) if not before else None
+    except YAMLError:
+        found = None  # no header any more: there is nothing to keep
+    header = found if isinstance(found, dict) else {}
+    return {key: str(header[key]) for key in ("license", "base_model") if header.get(key) is not None}
 
 
 def _render(
@@ -70,6 +72,7 @@ def _render(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         autoescape=False,
     )
     environment.filters["interval"] = lambda one: f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
@@ -87,15 +90,17 @@ def engines(origin: Provenance) -> list[Engine]:
     """What transformers, vLLM and llama.cpp do with this form of artifact, as far as it was tried."""
     if origin.form == "patch":
         note = (
-            "it holds biases, whole weights or another architecture, which no stock adapter format does. "
-            "`compile-steer merge` writes the checkpoint that every engine below can be tried with."
+            "none of them loads this patch: it holds biases, whole weights or another architecture, which no stock adapter "
+            "format does. `compile-steer merge` writes the checkpoint that holds it"
         )
-        return [Engine(name, (), f"cannot load this patch: {note}") for name in ("transformers", "vLLM", "llama.cpp")]
+        return [
+            Engine("transformers, vLLM, llama.cpp", (), note + (" (with --artifact)." if origin.recombined else "."))
+        ]
     return _adapter_engines(origin) if origin.form == "adapter" else _merged_engines(origin)
 
 
 def _adapter_engines(origin: Provenance) -> list[Engine]:
-    base = origin.model
+    base = origin.model if origin.revision.startswith("hub:") else "PATH OR ID OF THE BASE"
     return [
         Engine(
             "transformers",
@@ -103,7 +108,7 @@ def _adapter_engines(origin: Provenance) -> list[Engine]:
                 "from peft import PeftModel",
                 "from transformers import AutoModelForCausalLM",
                 "",
-                f'base = AutoModelForCausalLM.from_pretrained("{base}")  # or the path of that base',
+                f'base = AutoModelForCausalLM.from_pretrained("{base}")',
                 'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
             ),
         ),

@@ -206,7 +206,7 @@ def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
 def own_reports(folder: Path, validation: Path) -> tuple[ValidationReport | None, Parity | None]:
     """The validation and the parity that are of this very artifact: never a number of another one, nor an edited one."""
     origin = Provenance.read(folder)
-    return own_validation(origin, validation), _own_parity(folder)
+    return own_validation(origin, validation), own_parity(folder)
 
 
 def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
@@ -215,7 +215,8 @@ def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
     return ValidationReport.load(path) if whole else None
 
 
-def _own_parity(folder: Path) -> Parity | None:
+def own_parity(folder: Path) -> Parity | None:
+    """The parity report beside `folder`, if it is of these weights and nobody edited it."""
     path = folder / PARITY
     if not path.is_file() or broken_seal(path) is not None:
         return None

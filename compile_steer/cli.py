@@ -16,7 +16,7 @@ import typer
 from compile_steer import pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.exchange import Import, new_recipe, run_export, run_import
-from compile_steer.on_artifact import audit_, reproduce_, show
+from compile_steer.on_artifact import audit_, push, reproduce_, show
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
     print_composition,
@@ -286,6 +286,7 @@ def task_vector(
 app.command()(show)
 app.command("reproduce")(reproduce_)
 app.command("audit")(audit_)
+app.command()(push)
 
 
 def _list(session: Session, folders: list[Path]) -> None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from huggingface_hub import HfApi
 from rich.console import Console
 
 from compile_steer.audit import THRESHOLD, audit
@@ -20,7 +21,8 @@ from compile_steer.chain import walk
 from compile_steer.describe import describe_artifact
 from compile_steer.program import Program
 from compile_steer.progress import BarMeter
-from compile_steer.report import print_audit, print_chain, print_reproduction
+from compile_steer.push import prepare, send
+from compile_steer.report import print_audit, print_chain, print_reproduction, print_upload
 from compile_steer.reproduce import TOLERANCE, reproduce
 from compile_steer.session import Json
 
@@ -99,3 +101,28 @@ def audit_(
         print(json.dumps(found.summary(), indent=2))
     else:
         print_audit(console, found)
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="An adapter or merged folder.")],
+    to: Annotated[str, typer.Option(help="The repository: OWNER/NAME.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is for all to see. [default: private]")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Send what failed, or was never verified.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what sending an artifact to a hub would do, and with --yes do it.
+
+    Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
+    """
+    console = _console(as_json)
+    upload = prepare(path, to, private=not public)
+    refused = bool(upload.refusals) and not force
+    sent = send(upload, HfApi()) if yes and not refused else None
+    if as_json:
+        print(json.dumps({**upload.summary(), "sent": sent}, indent=2))
+    else:
+        print_upload(console, upload, sent, force)
+    raise typer.Exit(1 if refused else 0)

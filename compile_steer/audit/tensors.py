@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -130,7 +130,9 @@ def of_checkpoints(
         elif torch.equal(old.to(new.dtype), new):
             tally.count(old, new)
         else:
-            yield _difference(name, old, new.float() - old.float(), None, names, threshold, _rounding(old, new.dtype))
+            whole = new.float() - old.float()
+            found = _difference(name, old, whole, None, names, threshold, _rounding(old, new.dtype))
+            yield replace(found, change=replace(found.change, dtype=_type(new)))
     for name in sorted(before.keys() - after.keys()):
         old = _tensor(base, before[name])
         shared = name == names.head and torch.equal(old, _tensor(base, before[names.embeddings]))

@@ -1,6 +1,6 @@
 """Report: what a run found, in a terminal and as one self-contained page."""
 
-from compile_steer.report.artifact import print_audit, print_chain, print_reproduction
+from compile_steer.report.artifact import print_audit, print_chain, print_reproduction, print_upload
 from compile_steer.report.page import write_page
 from compile_steer.report.terminal import (
     print_composition,
@@ -23,6 +23,7 @@ __all__ = [
     "print_recombined",
     "print_reproduction",
     "print_samples",
+    "print_upload",
     "print_validation",
     "print_writing",
     "write_page",

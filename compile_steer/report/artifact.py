@@ -10,6 +10,7 @@ from rich.table import Table
 
 from compile_steer.audit import Audit, Baked
 from compile_steer.chain import Link
+from compile_steer.push import Upload
 from compile_steer.reproduce import Reproduction
 
 _STATES = {
@@ -98,3 +99,23 @@ def _baked(one: Baked) -> str:
         "written": f"{one.tensors[0]}{where} writes along one, a rank-1 change of norm {one.norm:.4g}",
     }[one.kind]
     return f"{escape(what)}{known}"
+
+
+def print_upload(console: Console, upload: Upload, sent: str | None, force: bool) -> None:
+    """Every file that is or would be sent, why it should not be, and what became of it."""
+    kind = "private" if upload.private else "PUBLIC"
+    console.print(
+        f"[bold]{escape(str(upload.folder))}[/bold] to {escape(upload.target)} ({kind} if it is new)", soft_wrap=True
+    )
+    for file in upload.files:
+        console.print(f"  {escape(file.name):<40} {file.size:>13,} bytes  {file.sha256}", soft_wrap=True)
+    for note in upload.notes:
+        console.print(f"  [yellow]note[/yellow]: {escape(note)}", soft_wrap=True)
+    for refusal in upload.refusals:
+        console.print(f"  [red]{'sent in spite of' if sent else 'refused'}[/red]: {escape(refusal)}", soft_wrap=True)
+    if sent is not None:
+        console.print(f"Sent: {escape(sent)}", soft_wrap=True)
+    elif upload.refusals and not force:
+        console.print("Nothing was sent. Verify it first, or send it as it is with --force.")
+    else:
+        console.print("Nothing was sent. Add --yes to send exactly these files.")

@@ -107,6 +107,7 @@ def test_an_ablated_direction_is_found_in_all_writers(
     assert baked.coefficient == pytest.approx(coefficient, abs=0.02)
     assert baked.cosine == pytest.approx(1.0, abs=1e-2)
     assert {change.rank for change in found.changes} == {1}, "rounding to bf16 is no rank"
+    assert {change.dtype for change in found.changes} == {str(dtype).removeprefix("torch.")}
     patch = tmp_path / "patch"
     write_patch(patch, orthogonalise.lower(job(base, canonical(program))), base, origin(base, "patch"), "")
     assert look(base, patch, program).baked[0].coefficient == pytest.approx(coefficient, abs=1e-4)

@@ -23,7 +23,7 @@ from compile_steer.pipeline import run_extract, run_write
 from compile_steer.places import Places
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.run import Run
+from compile_steer.run import Run, data_on_disk
 from compile_steer.scoring import Reply, repetition
 from compile_steer.tokens import Text
 from compile_steer.write import SplitReport, WritingReport, sides, write
@@ -106,6 +106,10 @@ def test_what_is_kept_shows_the_behaviour_on_one_side_alone_and_the_rest_is_acco
         assert set(split.examples) == set(split.dropped)
     assert set(seen.values()) == {1}, "no answer is in two splits"
     assert found.hashes["train"] != one.data.read(tmp_path).hashes["train"]
+    places = Places(tmp_path / "out", "said")
+    recorded = Run(one, places, loaded, found, Meter()).origin().data_sha256
+    assert recorded == data_on_disk(one, places)[0]
+    assert recorded["train, asked"] == one.data.read(tmp_path).hashes["train"]
 
 
 def test_the_first_answer_is_the_greedy_one_and_what_was_good_at_once_stays(tmp_path: Path) -> None:
