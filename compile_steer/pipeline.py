@@ -22,7 +22,7 @@ from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export import CURVES, is_adapter, is_merged, kept_patch, read_patch, write_merged, write_patch
 from compile_steer.extract import extract, source
-from compile_steer.files import digest, save_text, sha256
+from compile_steer.files import broken_seal, digest, save_text, sha256
 from compile_steer.lower import BACKENDS, Job, Work
 from compile_steer.models import revision_of
 from compile_steer.passes import canonical
@@ -83,7 +83,8 @@ def run_validate(run: Run) -> ValidationReport:
     if places.validation.is_file() and places.program.is_file():
         try:
             kept = ValidationReport.load(places.validation)
-            if kept.inputs == inputs and kept.program_hash == sha256(places.program):
+            same = kept.inputs == inputs and kept.program_hash == sha256(places.program)
+            if same and broken_seal(places.validation) is None:
                 return kept
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
@@ -109,9 +110,13 @@ def _verdict(run: Run, force: bool) -> tuple[str, str]:
             )
         return "none", ""
     report = ValidationReport.load(path)
-    verdict = report.verdict if report.program_hash == sha256(run.places.program) else "none"
-    if verdict == "none" and not force:
-        raise CannotLower(f"{path} is about another program than {run.places.program}. Validate again, or use --force.")
+    other = [f"is about another program than {run.places.program}"] * (
+        report.program_hash != sha256(run.places.program)
+    )
+    other += ["was edited after it was written"] * (broken_seal(path) is not None)
+    verdict = "none" if other else report.verdict
+    if other and not force:
+        raise CannotLower(f"{path} {' and '.join(other)}. Validate again, or use --force.")
     if verdict == "fail" and not force:
         reasons = "; ".join(report.reasons)
         raise CannotLower(f"validation failed: {reasons}. Mend the direction, or compile with --force.")

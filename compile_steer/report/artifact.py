@@ -23,7 +23,8 @@ _STATES = {
 
 def print_chain(console: Console, links: Sequence[Link]) -> None:
     """Every link back to the data; of a broken one what was expected and what was found."""
-    console.print("[bold]Chain[/bold]")
+    if links:
+        console.print("[bold]Chain[/bold]")
     for link in links:
         console.print(f"  {link.what:<28} {_STATES[link.state]}  {escape(link.where)}", soft_wrap=True)
         if link.state == "broken":

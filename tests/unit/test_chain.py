@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from compile_steer.chain import Link, walk
 from compile_steer.cli import app
-from compile_steer.errors import ArtifactError, CompileSteerError
+from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.files import sha256
-from compile_steer.pipeline import run_compile, run_merge, run_verify
+from compile_steer.pipeline import run_compile, run_merge, run_validate, run_verify
 from compile_steer.places import Places
 from compile_steer.program import Program, read_tensors
 from compile_steer.provenance import Origin, Provenance, artifact_sha256
@@ -221,3 +221,16 @@ def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_aga
     assert folder in run_compile(opened, force=True)
     assert sha256(folder / "adapter_model.safetensors") == before
     assert not broken(walk(folder))
+
+
+def test_an_edited_verdict_is_not_compiled_by_and_is_measured_again(run: SmallRun) -> None:
+    opened, path = run.open(), run.places.validation
+    before = sha256(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
+    with pytest.raises(CannotLower, match="was edited after it was written"):
+        run_compile(opened)
+    run_compile(opened, force=True)
+    assert Provenance.read(run.places.adapter("bias")).verdict == "none"
+    run_validate(opened)
+    assert sha256(path) == before

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from compile_steer.chain import walk
 from compile_steer.cli import app
 from compile_steer.directions import EVERY_BLOCK, Directions
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
@@ -265,6 +266,7 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     directions = Directions.load(places.directions)
     assert directions.joint
     assert torch.equal(directions.vectors[1], vectors[1])
+    assert {link.what: link.state for link in walk(places.directions)}["data imported"] == "whole"
     first = places.directions.stat().st_ino
     run("extract", tmp_path / "happy.yaml")
     assert places.directions.stat().st_ino == first, "the new recipe keeps what the import left"
