@@ -60,7 +60,7 @@ def walk(path: Path, recipes: Path | None = None) -> list[Link]:
 
 def home(path: Path) -> Path:
     """The output folder of the run that left the artifact at `path`."""
-    return path.resolve().parents[1]
+    return path.resolve().parent.parent
 
 
 def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:

@@ -100,6 +100,10 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, mete
 
 
 def _read(path: Path, recipes: Path | None) -> _Original:
+    if path.suffix == ".json":
+        raise ArtifactError(
+            f"{path} is a report; name what it is about: a vector, directions, an adapter or merged folder."
+        )
     folder = Provenance.read(path) if path.is_dir() else None
     if folder is None:
         origin = Origin.read(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.checkpoint import Checkpoint
+from compile_steer.errors import ArtifactError
 from compile_steer.layout import Layout
 from compile_steer.patch import LowRank, WeightPatch, turned
 from compile_steer.progress import Tick
@@ -141,8 +142,13 @@ def of_checkpoints(
 
 
 def of_patch(base: Checkpoint, patch: WeightPatch, names: Names, threshold: float, tick: Tick) -> Iterator[Difference]:
-    """Everything that a patch adds, without summing it into the base."""
+    """Everything that a patch adds, without summing it into the base.
+
+    Raises:
+        ArtifactError: the base lacks a matrix that the patch edits, or has it in another shape.
+    """
     before = names.of(base)
+    _require_fits(base, patch, names, before)
     for module in sorted({*patch.low_rank, *patch.dense}):
         tick(1)
         name = f"{module}.weight"
@@ -155,6 +161,20 @@ def of_patch(base: Checkpoint, patch: WeightPatch, names: Names, threshold: floa
             yield from _replaced(name, None, bias)
         else:
             yield _difference(name, old, bias, None, names, threshold)
+
+
+def _require_fits(base: Checkpoint, patch: WeightPatch, names: Names, before: Mapping[str, str]) -> None:
+    edited = {module: [len(edit.B), edit.A.shape[1]] for module, edit in patch.low_rank.items()}
+    edited |= {module: list(names.turned(module, delta).shape) for module, delta in patch.dense.items()}
+    problems = []
+    for module, shape in sorted(edited.items()):
+        old = base.tensor(before.get(f"{module}.weight", ""))
+        found = "has none" if old is None else str(list(names.turned(module, old).shape))
+        if found != str(shape):
+            problems.append(f"{module}: the adapter's change is {shape}, the base {found}")
+    if problems:
+        more = f"; {len(problems) - 1} more like this" if len(problems) > 1 else ""
+        raise ArtifactError(f"{problems[0]}{more}. Name the base that the adapter was made for.")
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -307,3 +307,14 @@ def test_the_command_prints_and_writes_json(base: Loaded, tmp_path: Path) -> Non
     nothing = CliRunner().invoke(app, ["audit", base.source, base.source])
     assert "No baked direction" in nothing.output
     assert isinstance(CliRunner().invoke(app, ["audit", str(tmp_path / "x" / "y" / "z"), "b"]).exception, RecipeError)
+
+
+def test_an_adapter_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> None:
+    other = on_disk("gpt2", tmp_path / "gpt2")
+    write_patch(tmp_path / "a", random_patch(other), other, origin(other), "")
+    with pytest.raises(ArtifactError, match=r"the base has none; 7 more like this\. Name the base"):
+        look(base, tmp_path / "a")
+    wide = WeightPatch({DOWN: LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 40))})
+    write_patch(tmp_path / "b", wide, base, origin(base), "")
+    with pytest.raises(ArtifactError, match=r"the adapter's change is \[32, 40\], the base \[32, 48\]"):
+        look(base, tmp_path / "b")

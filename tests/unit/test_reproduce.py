@@ -173,6 +173,8 @@ def test_what_cannot_be_replayed_is_refused_in_words(run: SmallRun, tmp_path: Pa
     save_sealed(folder / "compile_steer.json", {**vars(origin), "recipe": {}, "recipe_sha256": digest({})})
     with pytest.raises(ArtifactError, match="recorded no recipe"):
         again(folder, tmp_path)
+    with pytest.raises(ArtifactError, match="is a report; name what it is about"):
+        again(run.places.validation, tmp_path)
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "something").touch()
     with pytest.raises(ArtifactError, match="not an empty folder"):
