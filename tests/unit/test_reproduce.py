@@ -13,17 +13,21 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from compile_steer import agreement
+from compile_steer.chain import walk
 from compile_steer.cli import app
 from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.export import read_patch, write_patch
 from compile_steer.files import digest, save_sealed
-from compile_steer.pipeline import run_compile
+from compile_steer.pipeline import run_compile, run_extract
 from compile_steer.program import Program, read_tensors
 from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.reproduce import TOLERANCE, Reproduction, reproduce
+from compile_steer.run import Run
 from tests.small_run import NAME, SmallRun, walked
 from tests.tiny import loaded, random_patch
+from tests.unit.test_write import recipe as written_recipe
+from tests.unit.test_write import speaker
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,26 @@ def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypat
     monkeypatch.setattr("compile_steer.reproduce.revision_of", gone)
     with pytest.raises(RecipeError, match="no such folder"):
         again(run.places.program, tmp_path)
+
+
+def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
+    one = speaker()
+    for part in (one.model, one.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    folder, out = tmp_path / "recipes", tmp_path / "runs" / "said"
+    folder.mkdir()
+    recipe = written_recipe(folder).model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
+    opened = Run.open(recipe, out, Meter())
+    run_extract(opened)
+    path = opened.places.directions
+    assert {link.state for link in walk(path)} == {"whole"}
+    found = again(path, tmp_path)
+    assert set(states(found).values()) == {"bytes"}
+    assert states(found).keys() >= {"data train", "data train, asked", "data neutral"}
+    pairs = opened.places.pairs("test")
+    pairs.write_text(pairs.read_text(encoding="utf-8").replace("w", "w1", 1), encoding="utf-8")
+    assert [link.what for link in walk(path) if link.state == "broken"] == ["data test"]
+    assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are written again, not read"
 
 
 # ----------------------------------------------------------------------------------------- agreement
