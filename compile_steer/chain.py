@@ -6,14 +6,13 @@ does not lie there (an adapter by itself, on another machine) cannot be checked,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from compile_steer.errors import CompileSteerError
-from compile_steer.files import broken_seal, digest, sha256
+from compile_steer.files import broken_seal, digest, seal, sha256
 from compile_steer.places import Places
 from compile_steer.provenance import PARITY, PROVENANCE, Origin, Provenance, artifact_sha256, weights_sha256
 from compile_steer.recipe import Recipe
@@ -48,14 +47,17 @@ def walk(path: Path, recipes: Path | None = None) -> list[Link]:
     Raises:
         ArtifactError: the artifact itself cannot be read, or is not one of ours.
     """
-    path = path.resolve()
+    path = whole(path.resolve())
     if path.is_dir():
         return list(_folder(path, recipes))
-    if path.name == PARITY:
-        return list(_folder(path.parent, recipes))
     if path.suffix == ".json":
         return list(_report(path, recipes))
     return list(_vector(path, recipes))
+
+
+def whole(path: Path) -> Path:
+    """The artifact that `path` is, or is a file of: of a folder with a record the folder."""
+    return path.parent if path.is_file() and (path.parent / PROVENANCE).is_file() else path
 
 
 def home(path: Path) -> Path:
@@ -77,29 +79,26 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
     yield from _parents(folder, origin, recipes)
     places = Places(home(folder), origin.name)
     if origin.validation_sha256:
-        yield _hashed("validation", places.validation, origin.validation_sha256)
-        if places.validation.is_file():
+        link = _hashed("validation", places.validation, origin.validation_sha256)
+        yield link
+        if link.state == "whole":
             yield _sealed("validation's record", places.validation)
     vector = home(folder) / "vectors" / Path(origin.program).name
-    yield _hashed("vector", vector, origin.program_sha256)
+    link = _hashed("vector", vector, origin.program_sha256)
+    yield link
     if origin.members:
         return  # their own chains lead to the data
     seen = origin.origin
     yield from _sources(folder, seen, recipes)
-    if vector.is_file():
-        try:
-            yield from _vector(vector, recipes, skip=seen)
-        except CompileSteerError as error:
-            yield Link("vector", "broken", str(vector), "a whole file", error.problems[0])
+    if link.state == "whole":
+        yield from _vector(vector, recipes, skip=seen)
 
 
 def _sealed(what: str, path: Path) -> Link:
     """Is a record what was written? Nobody who edits one by hand keeps its seal."""
-    differs = broken_seal(path)
-    if differs is not None:
-        return Link(what, "broken", str(path), *differs)
-    sealed = "record_sha256" in json.loads(path.read_text(encoding="utf-8"))
-    return Link(what, "whole" if sealed else "unrecorded", str(path))
+    expected, found = seal(path)
+    state: State = "unrecorded" if not expected else "whole" if expected == found else "broken"
+    return Link(what, state, str(path), expected, found)
 
 
 def _hashed(what: str, path: Path, expected: str) -> Link:
@@ -124,9 +123,10 @@ def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator
     for name, expected in origin.members.items():
         member = name.rpartition(" x ")[0]
         adapter = Places(out.parent / member, member).adapter(origin.backend)
-        yield _hashed(f"member {name}", adapter, expected)
-        if adapter.is_dir():
-            yield from (replace(link, what=f"{member}: {link.what}") for link in _folder(adapter, recipes))
+        link = _hashed(f"member {name}", adapter, expected)
+        yield link
+        if link.state == "whole":
+            yield from (replace(one, what=f"{member}: {one.what}") for one in _folder(adapter, recipes))
     hashes = origin.parent.split()
     if origin.form.startswith("merged") and len(hashes) == 1:
         yield _hashed("adapter", Places(out, origin.name).adapter(origin.backend), hashes[0])
@@ -146,8 +146,9 @@ def _report(path: Path, recipes: Path | None) -> Iterator[Link]:
     report = ValidationReport.load(path)
     yield _sealed("record", path)
     vector = path.with_name(f"{name}.safetensors")
-    yield _hashed("vector", vector, report.program_hash)
-    if vector.is_file():
+    link = _hashed("vector", vector, report.program_hash)
+    yield link
+    if link.state == "whole":
         yield from _vector(vector, recipes)
 
 
@@ -211,14 +212,14 @@ def own_reports(folder: Path, validation: Path) -> tuple[ValidationReport | None
 
 def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
     """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
-    whole = path.is_file() and sha256(path) == origin.validation_sha256 and broken_seal(path) is None
+    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not broken_seal(path)
     return ValidationReport.load(path) if whole else None
 
 
 def own_parity(folder: Path) -> Parity | None:
     """The parity report beside `folder`, if it is of these weights and nobody edited it."""
     path = folder / PARITY
-    if not path.is_file() or broken_seal(path) is not None:
+    if not path.is_file() or broken_seal(path):
         return None
     parity = Parity.load(path)
     return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None

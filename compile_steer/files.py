@@ -148,19 +148,24 @@ def save_sealed(path: Path, value: Mapping[str, Any]) -> None:
     save_json(path, {**value, _SEAL: digest(value)})
 
 
-def broken_seal(path: Path) -> tuple[str, str] | None:
-    """(recorded, found) SHA-256 of what a sealed JSON file says, if they differ; None where it was not sealed.
+def broken_seal(path: Path) -> bool:
+    """True if a sealed JSON file was edited since; raises `ArtifactError` where it is no JSON object."""
+    recorded, found = seal(path)
+    return recorded not in ("", found)
+
+
+def seal(path: Path) -> tuple[str, str]:
+    """SHA-256 of what a sealed JSON file says: as recorded ('' where it was not sealed), and as found.
 
     Raises:
         ArtifactError: the file is no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        recorded = content.pop(_SEAL, None)
+        recorded = content.pop(_SEAL, "")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Make it again.") from error
-    found = digest(content)
-    return None if recorded in (None, found) else (str(recorded), found)
+    return str(recorded), digest(content)
 
 
 def unsealed(value: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 from compile_steer.audit import THRESHOLD, audit
-from compile_steer.chain import walk
+from compile_steer.chain import walk, whole
 from compile_steer.describe import describe_artifact
 from compile_steer.program import Program
 from compile_steer.progress import BarMeter
@@ -49,6 +49,7 @@ def show(
 
     Exit code 1 if a link is broken: a file that was edited, cut short or swapped.
     """
+    path = whole(path)
     found = describe_artifact(path)
     links = walk(path, recipes)
     if as_json:
@@ -73,7 +74,7 @@ def reproduce_(
     """
     console = _console(as_json)
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
-        found = reproduce(path, to or Path(temporary), recipes, tolerance, BarMeter(console))
+        found = reproduce(whole(path), to or Path(temporary), recipes, tolerance, BarMeter(console))
     if as_json:
         print(json.dumps(found.summary(), indent=2))
     else:
@@ -118,7 +119,7 @@ def push(
     Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
     """
     console = _console(as_json)
-    upload = prepare(path, to, private=not public)
+    upload = prepare(whole(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
     if as_json:

@@ -84,7 +84,7 @@ def run_validate(run: Run) -> ValidationReport:
         try:
             kept = ValidationReport.load(places.validation)
             same = kept.inputs == inputs and kept.program_hash == sha256(places.program)
-            if same and broken_seal(places.validation) is None:
+            if same and not broken_seal(places.validation):
                 return kept
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
@@ -113,7 +113,7 @@ def _verdict(run: Run, force: bool) -> tuple[str, str]:
     other = [f"is about another program than {run.places.program}"] * (
         report.program_hash != sha256(run.places.program)
     )
-    other += ["was edited after it was written"] * (broken_seal(path) is not None)
+    other += ["was edited after it was written"] * broken_seal(path)
     verdict = "none" if other else report.verdict
     if other and not force:
         raise CannotLower(f"{path} {' and '.join(other)}. Validate again, or use --force.")

@@ -160,7 +160,7 @@ class Provenance:
     def tampered(self, folder: Path) -> list[str]:
         """A line for everything in `folder` that was changed after it was written, its record included."""
         lines = [f"{folder}: {change}." for change in self.changes(folder)]
-        if broken_seal(folder / PROVENANCE) is not None:
+        if broken_seal(folder / PROVENANCE):
             lines.append(f"{folder / PROVENANCE} was edited after it was written.")
         return lines
 

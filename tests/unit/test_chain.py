@@ -48,6 +48,7 @@ def artifacts(places: Places) -> dict[str, Path]:
         "directions": places.directions,
         "validation": places.validation,
         "parity": places.adapter("closed_form") / "parity.json",
+        "weights": places.merged("bias", "fp32") / "model.safetensors",
     }
 
 
@@ -60,6 +61,9 @@ def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> No
     links = walk(artifacts(run.places)[name])
     assert {link.state for link in links} == {"whole"}
     assert {link.what for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
+    shown = CliRunner().invoke(app, ["show", str(artifacts(run.places)[name]), "--json"])
+    assert shown.exit_code == 0
+    assert len(json.loads(shown.stdout)["chain"]) == len(links)
 
 
 def test_recipes_versions_and_seeds_are_in_every_artifact(run: SmallRun) -> None:
@@ -119,7 +123,8 @@ TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
     ("adapter", "adapters/tide-closed_form/adapter_config.json", Path.unlink, {"files", "parity is of these weights"}),
     ("adapter", "adapters/tide-closed_form/compile_steer.json", edit, {"record"}),
     ("adapter", "adapters/tide-closed_form/parity.json", edit, {"parity's record"}),
-    ("adapter", "vectors/tide.validation.json", edit, {"validation", "validation's record"}),
+    ("adapter", "vectors/tide.validation.json", edit, {"validation"}),
+    ("merged", "vectors/tide.validation.json", cut_short, {"validation"}),
     ("adapter", "vectors/tide.safetensors", turn, {"vector"}),
     ("merged", "vectors/tide.safetensors", cut_short, {"vector"}),
     ("merged", "adapters/tide-closed_form/adapter_model.safetensors", turn, {"adapter"}),
