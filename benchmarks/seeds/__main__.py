@@ -27,6 +27,19 @@ def kept() -> dict[str, str]:
     return {part[3].lower(): part for part in parts}
 
 
+def write(found: dict[str, str]) -> None:
+    """The page from its sections, each with its checklist."""
+    head = [
+        "# The five seeds, at our scale",
+        "",
+        "Written by `python -m benchmarks.seeds`; do not edit. Each of the systems that this project was made from, run as its authors "
+        "run it, with its checklist and its baselines, on SmolLM2-135M-Instruct; what does not show at that size is said so.",
+        "",
+        "",
+    ]
+    save_text(PAGE, "\n".join(head) + "".join(ticked(found[one], one) for one in sorted(found)).rstrip() + "\n")
+
+
 def main() -> None:
     """Measure the named sections, or all; the page is written after each."""
     console = Console(width=160)
@@ -34,15 +47,7 @@ def main() -> None:
     for name in sys.argv[1:] or NAMES:
         lines = import_module(f"benchmarks.seeds.{name}").section(BarMeter(console))
         found[name] = "\n".join([*lines[:1], "", f"Measured {machine()}", *lines[1:]]).rstrip() + "\n\n"
-        head = [
-            "# The five seeds, at our scale",
-            "",
-            "Written by `python -m benchmarks.seeds`; do not edit. Each of the systems that this project was made from, run as its authors "
-            "run it, with its checklist and its baselines, on SmolLM2-135M-Instruct; what does not show at that size is said so.",
-            "",
-            "",
-        ]
-        save_text(PAGE, "\n".join(head) + "".join(ticked(found[one], one) for one in sorted(found)).rstrip() + "\n")
+        write(found)
         console.print(found[name], markup=False)
 
 
