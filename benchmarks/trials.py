@@ -30,7 +30,7 @@ from compile_steer.validate import ValidationReport, validate
 SETTINGS = [
     "extract.shuffled=12",
     "validate.layers=[10,14]",
-    "validate.coefficients={ceiling: 1.5}",
+    "validate.coefficients={ceiling: 2}",
     "validate.instruction=''",
     "validate.few_shot=0",
     "validate.sweep_pairs=4",
@@ -39,10 +39,10 @@ SETTINGS = [
     "validate.sweep_layers=2",
     "validate.control_pairs=4",
     "validate.dose_prompts=2",
-    "validate.prompts=24",
+    "validate.prompts=40",
     "validate.max_new_tokens=40",
-    "validate.max_perplexity_ratio=2",
-    "validate.max_repetition=0.4",
+    "validate.max_perplexity_ratio=2.5",
+    "validate.max_repetition=0.5",
     "compile.calibration.prompts=48",
     "compile.calibration.max_new_tokens=48",
 ]
