@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -186,6 +186,13 @@ def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Repo
     try:
         return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        lacking = [".".join(map(str, one["loc"])) for one in problems if one["type"] == "missing"]
+        if lacking and len(lacking) == len(problems):
+            raise ArtifactError(
+                f"{path} lacks {', '.join(lacking)}, which a {name} of this version has. Make it anew with 'compile-steer "
+                f"{command}'."
+            ) from error
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} is not a {name} ({reason}). Make it with 'compile-steer {command}'.") from error
 

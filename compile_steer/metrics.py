@@ -115,6 +115,31 @@ def bootstrap_mean(values: np.ndarray, *, seed: int, confidence: float = 0.95) -
     return found
 
 
+def bootstrap_ratio(above: Tensor, below: Tensor, texts: Tensor, *, seed: int, confidence: float = 0.95) -> Interval:
+    """Sum of `above` over the sum of `below`, both [n_tokens], resampled over texts; with `below` 1 it is a mean.
+
+    The text is the unit: tokens of one text share its topic and its turns, so that they are not independent, and an
+    interval over tokens would be too narrow.
+
+    Args:
+        texts: the text that each token belongs to, [n_tokens].
+
+    Raises:
+        ValueError: values that are not finite, or a `below` that is 0 in nearly every text.
+    """
+    at = texts.numpy()
+    sums = [np.bincount(at, weights=values.double().numpy())[np.unique(at)] for values in (above, below)]
+
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        divisor = b.sum(axis=axis)
+        return np.asarray(a.sum(axis=axis) / np.where(divisor == 0, np.nan, divisor))
+
+    found = _bootstrap((sums[0], sums[1]), ratio, seed, confidence)
+    if found is None or not math.isfinite(found.value):
+        raise ValueError("found no finite ratio; needed: finite values, and a divisor above 0 in nearly every text.")
+    return found
+
+
 def bootstrap_recovery(
     base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, *, seed: int, confidence: float = 0.95
 ) -> Interval | None:

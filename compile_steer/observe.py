@@ -23,10 +23,12 @@ class States:
     """Final hidden states [n_tokens, d_model] at the positions that predict the response, and elsewhere.
 
     Both matter, and apart: a chat template's tokens are the same in every prompt, so they flatter a mean.
+    `texts` [n_tokens] is the number of the text that each of the response's positions belongs to.
     """
 
     response: Tensor
     prompt: Tensor
+    texts: Tensor
 
 
 def _hooks(loaded: Loaded, program: Program | None, roles: Tensor) -> AbstractContextManager[None]:
@@ -35,15 +37,16 @@ def _hooks(loaded: Loaded, program: Program | None, roles: Tensor) -> AbstractCo
 
 def final_states(loaded: Loaded, encoded: Sequence[Encoded], program: Program | None = None) -> States:
     """Run the whole model, hooked with `program` if given, and keep the real tokens' final hidden states."""
-    response, prompt = [], []
+    response, prompt, texts = [], [], []
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         with _hooks(loaded, program, batch.roles), torch.no_grad():
             final = run_span(loaded.model, batch.input_ids, batch.attention_mask)
         counts = batch.predicts_response
         response.append(final[counts])
+        texts.append(torch.tensor(batch.rows)[counts.nonzero()[:, 0].cpu()])
         prompt.append(final[~counts & (batch.roles != PAD)])
-    return States(torch.cat(response), torch.cat(prompt))
+    return States(torch.cat(response), torch.cat(prompt), torch.cat(texts))
 
 
 def log_probabilities(loaded: Loaded, texts: Sequence[Encoded], program: Program | None = None) -> np.ndarray:

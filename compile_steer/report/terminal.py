@@ -83,14 +83,15 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"(KL(steered||base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%})",
         title_justify="left",
     )
-    for heading in ("artifact", "KL", "share", "top-1", "recovery [95 %]", "score", "drift", "seconds", ""):
+    for heading in ("artifact", "KL", "share [95 %]", "top-1", "recovery [95 %]", "score", "drift", "seconds", ""):
         table.add_column(heading, justify="left" if heading in ("artifact", "") else "right")
     for p in parities:
+        share = f"{p.kl_share:.3%} [{100 * p.kl_share_low:.3f}, {100 * p.kl_share_high:.3f}]"
         recovery = "-" if p.recovery is None else f"{p.recovery:.3f} [{p.recovery_low:.3f}, {p.recovery_high:.3f}]"
         table.add_row(
             f"{p.backend} {p.form}",
             f"{p.kl_per_token:.1e}",
-            f"{p.kl_share:.3%}",
+            share,
             f"{p.top1_agreement:.2%}",
             recovery,
             f"{p.score_compiled:.2f}",
@@ -110,6 +111,8 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
                 f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
                 f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
             )
+        tests = [str(one) for one in (p.contrast, p.score) if one is not None]
+        console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(tests))}")
         for reason in p.reasons:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 

@@ -21,7 +21,10 @@ class Gates(Section):
     recovery: float = Field(0.95, gt=0)
     recovery_low: float = Field(0.90, gt=0)
     drift_margin: float = Field(0.01, ge=0)
-    score_margin: float = Field(0.1, gt=0)
+    effect_margin: float = Field(
+        0.2, gt=0, le=1, description="the share of the steered effect that counts as no difference"
+    )
+    score_margin: float = Field(0.05, gt=0, le=1, description="and at most so many points of the score")
 
 
 class Verify(Section):

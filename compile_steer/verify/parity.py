@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compile_steer.files import load_json, save_sealed
 from compile_steer.settings import Gates
+from compile_steer.verify.equivalence import Equivalence
 
 # A compiled model that moves by more or less than this share of the steering has another dose, however
 # small its divergence: a share of KL grows only with the square of the dose's error.
@@ -35,11 +36,12 @@ class Parity:
 
     `kl_*` and `top1_agreement` are over the positions that predict the response, in the steered model's own
     sampled continuations of held-out prompts; `kl_prompt` over the prompt's. `kl_share` is over
-    KL(steered||base) at the same positions. `dose` is the least-squares factor of the compiled model's change of
+    KL(steered||base) at the same positions. `*_low` and `*_high` of both are 95 % bootstrap intervals over the
+    `n_texts` texts. `dose` is the least-squares factor of the compiled model's change of
     the final hidden state on the steered model's. `recovery` is that of the log-probability contrast on
-    test pairs; `score_*` are generation scores on test prompts, their difference with a 90 % interval (TOST:
-    equivalent at 5 % where it lies inside the margin). `noise_kl` is what the artifact's precision costs the
-    steered model itself. `controls` are an adapter's.
+    test pairs; `score_*` are generation scores on test prompts. `contrast` (None where steering does not move it) and
+    `score` are tests that compiled and steered are equivalent on these. `noise_kl` is what the artifact's precision
+    costs the steered model itself. `controls` are an adapter's.
     """
 
     backend: str
@@ -48,7 +50,11 @@ class Parity:
     kl_per_token: float
     kl_rms: float
     kl_p99: float
+    kl_low: float
+    kl_high: float
     kl_share: float
+    kl_share_low: float
+    kl_share_high: float
     kl_base: float
     kl_prompt: float
     top1_agreement: float
@@ -63,15 +69,15 @@ class Parity:
     score_base: float
     score_steered: float
     score_compiled: float
-    score_difference_low: float
-    score_difference_high: float
-    score_equivalent: bool
+    contrast: Equivalence | None
+    score: Equivalence
     repetition_steered: float
     repetition_compiled: float
     neutral_drift_steered: float
     neutral_drift_compiled: float
     same_tokens: bool
     n_tokens: int
+    n_texts: int
     n_pairs: int
     n_prompts: int
     compile_seconds: float
@@ -115,6 +121,7 @@ def judge(parity: Parity, gates: Gates) -> list[str]:
             reasons.append(f"recovery's lower bound {parity.recovery_low:.3f}; at least {gates.recovery_low:g}")
     else:
         reasons.append("the steered model's score does not differ from the base's: nothing to recover")
+    reasons += [f"{test}" for test in (parity.contrast, _conclusive(parity.score)) if test and not test.equivalent]
     allowed_drift = parity.neutral_drift_steered + gates.drift_margin
     if not parity.neutral_drift_compiled <= allowed_drift:
         reasons.append(
@@ -126,3 +133,8 @@ def judge(parity: Parity, gates: Gates) -> list[str]:
             f"{parity.controls.effect:.3f} nats a token): what it does is not the behaviour"
         )
     return reasons
+
+
+def _conclusive(test: Equivalence) -> Equivalence | None:
+    """None where so few samples could not have shown equivalence, whatever the artifact."""
+    return test if test.enough else None

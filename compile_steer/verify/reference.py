@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from compile_steer.answers import Request, answer
 from compile_steer.behaviour import Behaviour
 from compile_steer.contrast import encode_pairs
+from compile_steer.errors import ArtifactError, RecipeError
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded, load
@@ -20,6 +22,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
+from compile_steer.verify.equivalence import Planned, planned
 
 CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
@@ -39,6 +42,8 @@ def behave(
 ) -> list[Behaving]:
     """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
     options = recipe.verify
+    if len(behaviour.test) < 2:
+        raise RecipeError(f"data.test has {len(behaviour.test)} pairs; needed: two or more, to test for equivalence.")
     pairs = encode_pairs(loaded, behaviour.test[: options.pairs])
     prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
     requests = [Request(prompts, program) for program in programs]
@@ -49,6 +54,15 @@ def behave(
         Behaving(contrast(loaded, pairs, program), one.scores, one.repetition, sample.texts[0])
         for program, one, sample in zip(programs, asked, samples, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Differences from the steered model that count as none: of the contrast in nats a token (0 where steering does not
+    move it, so that there is nothing to be equivalent in), of the score in points."""
+
+    contrast: float
+    score: float
 
 
 class Reference:
@@ -73,11 +87,43 @@ class Reference:
             tick(1)
             self.base_neutral, steered_neutral = (final_states(base, self.neutral, p) for p in (None, program))
             self.base_divergence = self.from_steered(base, self.base_heldout)
+            if not 0 < self.base_divergence.mean < math.inf:
+                raise ArtifactError(
+                    f"KL(steered||base) is {self.base_divergence.mean:g} on the held-out texts: the program changes nothing "
+                    "there, or too much to be computed. Needed: a program that steers; validate it again."
+                )
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
             tick(1)
+        self.margins = self._margins()
+        for one in self.planned():
+            meter.note(str(one))
+
+    def _margins(self) -> Margins:
+        gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
+        contrast, score = (
+            gates.effect_margin * abs(float(effect.mean()))
+            for effect in (steered.contrast - base.contrast, steered.scores - base.scores)
+        )
+        # Where steering does not move the score there is no effect to take a share of.
+        return Margins(contrast, min(gates.score_margin, score) or gates.score_margin)
+
+    def planned(self) -> list[Planned]:
+        """What the tests of equivalence can be expected to show, from the reference alone: before any artifact is seen."""
+        gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
+        effect = steered.contrast - base.contrast
+        # KL grows with the square of what is left over.
+        left = math.sqrt(gates.share)
+        found = []
+        if self.margins.contrast:
+            spread = left * float(np.sqrt(np.square(effect).mean()))
+            assumed = f"assuming {left:.0%} of the effect's size left over, as a share of {gates.share:.0%} allows"
+            found.append(planned("contrast", self.margins.contrast, spread, len(effect), assumed))
+        spread = math.sqrt(2) * float(steered.scores.std(ddof=1))
+        assumed = "assuming compiled and steered answers that know nothing of each other"
+        return [*found, planned("score", self.margins.score, spread, len(steered.scores), assumed)]
 
     def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
         """Another behaviour's pairs, and the base's contrast on them, if they were given."""

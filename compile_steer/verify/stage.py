@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest
-from compile_steer.metrics import Divergence, bootstrap_mean, bootstrap_recovery
+from compile_steer.metrics import Divergence, bootstrap_ratio, bootstrap_recovery
 from compile_steer.models import Loaded
 from compile_steer.observe import States, final_states
 from compile_steer.provenance import Provenance, weights_sha256
@@ -18,6 +17,7 @@ from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
 from compile_steer.verify.controls import adapter_controls
+from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
 
@@ -29,11 +29,12 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     """Measure the artifact at `folder` and judge it. A failed check is a result, not an exception.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, or belongs to another program or base.
+        ArtifactError: the artifact is missing, damaged, computes NaN, or belongs to another program or base.
     """
     origin = require_same_origin(folder, reference.base.id, reference.base.revision, program_sha256)
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
+    _require_finite(folder, states)
     found = reference.from_steered(artifact, states)
     (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
     neutral = final_states(artifact, reference.neutral)
@@ -76,6 +77,16 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
     return origin
 
 
+def _require_finite(folder: Path, states: States) -> None:
+    """Weights that have overflowed compare with nothing: that is damage, not a divergence."""
+    broken = sum(int((~torch.isfinite(one).all(dim=-1)).sum()) for one in (states.response, states.prompt))
+    if broken:
+        raise ArtifactError(
+            f"{folder} computes NaN or infinity at {broken} of {len(states.response) + len(states.prompt)} held-out tokens; "
+            "its weights have overflowed. Compile again, or merge at a wider precision."
+        )
+
+
 def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
     return all(
         encode(artifact.tokenizer, prompt) == encode(reference.base.tokenizer, prompt)
@@ -93,9 +104,10 @@ def _measure(
 ) -> Parity:
     base_found = reference.base_divergence
     base, steered = reference.base_behaving, reference.steered_behaving
-    seed, gates = reference.recipe.seed, reference.recipe.verify.gates
+    seed, margins = reference.recipe.seed, reference.margins
+    ones = torch.ones_like(found.kl)
+    kl, share = (bootstrap_ratio(found.kl, below, states.texts, seed=seed) for below in (ones, base_found.kl))
     recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=seed)
-    difference = bootstrap_mean(behaving.scores - steered.scores, seed=seed, confidence=0.90)
     dose, error = _dose(reference.base_heldout.response, reference.steered_heldout.response, states.response)
     return Parity(
         backend=origin.backend,
@@ -104,7 +116,11 @@ def _measure(
         kl_per_token=found.mean,
         kl_rms=found.rms,
         kl_p99=found.p99,
-        kl_share=found.mean / base_found.mean,
+        kl_low=kl.low,
+        kl_high=kl.high,
+        kl_share=share.value,
+        kl_share_low=share.low,
+        kl_share_high=share.high,
         kl_base=base_found.mean,
         kl_prompt=0.0,
         top1_agreement=found.top1_agreement,
@@ -119,15 +135,17 @@ def _measure(
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(behaving.scores.mean()),
-        score_difference_low=difference.low,
-        score_difference_high=difference.high,
-        score_equivalent=bool(np.abs([difference.low, difference.high]).max() < gates.score_margin),
+        contrast=None
+        if margins.contrast == 0
+        else equivalence("contrast", behaving.contrast - steered.contrast, margins.contrast),
+        score=equivalence("score", behaving.scores - steered.scores, margins.score),
         repetition_steered=float(steered.repetition.mean()),
         repetition_compiled=float(behaving.repetition.mean()),
         neutral_drift_steered=reference.neutral_drift,
         neutral_drift_compiled=0.0,
         same_tokens=True,
         n_tokens=len(found.kl),
+        n_texts=len(reference.heldout),
         n_pairs=len(base.contrast),
         n_prompts=len(base.scores),
         compile_seconds=origin.seconds,

@@ -1,0 +1,126 @@
+"""A tiny model with a program and what was compiled from it on disk, for the tests of the judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_steer.behaviour import Behaviour, Pair
+from compile_steer.export import write_merged, write_patch
+from compile_steer.models import Loaded, weights_revision
+from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.provenance import Provenance
+from compile_steer.recipe import Recipe
+from compile_steer.tokens import Text
+from compile_steer.verify import Parity, Reference, verify_artifact
+from tests.tiny import HIDDEN, build, chatting, intervention
+
+SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
+WRITER, BLOCK = "mlp.down_proj", 1
+PROGRAM_HASH = "hash of the program"
+
+
+class Notes(Meter):
+    """Keeps what is said before the work goes on."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(f"w{n}" for n in torch.randint(6, 97, (count,), generator=torch.Generator().manual_seed(seed)))
+
+
+def behaviour(**changes: Any) -> Behaviour:
+    """Test pairs that the program below moves, held-out prompts and neutral texts; all short."""
+    pairs = tuple(
+        Pair(Text(words(n, 4), f"w40 {words(n + 300, 3)}"), Text(words(n, 4), f"w50 {words(n + 600, 2)}"), words(n, 4))
+        for n in range(12)
+    )
+    neutral = tuple(Text(words(n, 4), words(n + 400, 6)) for n in range(9000, 9006))
+    heldout = tuple(Text(words(n, 3 + n % 3)) for n in range(7000, 7008))
+    return Behaviour(**{
+        **{name: () for name in ("train", "validation", "calibration")},
+        "test": pairs, "neutral": neutral, "heldout": heldout, "hashes": {}, **changes,
+    })  # fmt: skip
+
+
+def recipe(**verify: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": "tiny",
+            "seed": 3,
+            "ask": "w9 w8",
+            "data": {name: f"{name}.jsonl" for name in SPLITS},
+            "validate": {"score": {"kind": "keywords", "patterns": ["w4[0-9]"]}},
+            "verify": {"max_new_tokens": 6, **verify},
+            "folder": Path(),
+        }
+    )
+
+
+@dataclass
+class Scene:
+    """A base on disk, the program, and the folder in which artifacts are written."""
+
+    folder: Path
+    base: Loaded
+    program: Program
+    verify: dict[str, Any]
+
+    @staticmethod
+    def of(folder: Path, positions: str = "all", **verify: Any) -> Scene:
+        model = build("llama", max_position_embeddings=128)
+        model.save_pretrained(folder / "base")
+        chatting().save_pretrained(folder / "base")
+        base = Loaded(model, chatting(), "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
+        program = Program((intervention(layer=BLOCK, positions=positions),), base.id, base.revision)
+        return Scene(folder, base, program, verify)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(recipe(**self.verify), self.base, self.program, behaviour(), Meter())
+
+    @property
+    def module(self) -> str:
+        return f"model.layers.{BLOCK}.{WRITER}"
+
+    def origin(self, form: str, backend: str) -> Provenance:
+        return Provenance(
+            "tiny", backend, form, self.base.id, self.base.revision, "tiny.safetensors", PROGRAM_HASH, "report hash",
+            "pass", False, "recipe hash", {}, 3, 1.5, "inputs",
+        )  # fmt: skip
+
+    def merged(self, name: str = "merged") -> Path:
+        """The exact compile: the constant as the writer's bias."""
+        (one,) = self.program.interventions
+        patch = WeightPatch(bias={self.module: one.coefficient * one.vector}, switches=("mlp_bias",))
+        folder = self.folder / name
+        write_merged(folder, patch, self.base, "fp32", self.origin("merged-fp32", "bias"), "")
+        return folder
+
+    def adapter(self, name: str = "adapter") -> Path:
+        """A poor approximation, of rank 3 on two Linears: constant where the writer's input is, plus noise."""
+        (one,) = self.program.interventions
+        generator = torch.Generator().manual_seed(5)
+        edits = {}
+        for module in (self.module, f"model.layers.{BLOCK + 1}.self_attn.o_proj"):
+            d_in = self.base.model.get_submodule(module).in_features
+            B = torch.cat([(one.coefficient * one.vector)[:, None], torch.randn(HIDDEN, 2, generator=generator)], dim=1)
+            edits[module] = LowRank(B, 0.3 * torch.randn(3, int(d_in), generator=generator))
+        folder = self.folder / name
+        write_patch(folder, WeightPatch(edits), self.base, self.origin("adapter", "closed_form"), "")
+        return folder
+
+    def judged(self, folder: Path) -> Parity:
+        return verify_artifact(self.reference, folder, PROGRAM_HASH, self.reference.recipe.verify.gates)
