@@ -104,6 +104,15 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"  score: base {first.score_base:.2f}, steered {first.score_steered:.2f}; "
         f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
     )
+    for kind in first.kinds:
+        console.print(
+            f"  {kind.kind} prompts, of up to {kind.prompt_tokens:,} tokens, answered freely: the base goes the steered way for "
+            f"{kind.greedy.same_base:.0%} of a greedy answer, {kind.sampled.same_base:.0%} of a sampled one"
+        )
+    for p in parities:
+        console.print(f"  {p.backend} {p.form} goes it for {'; '.join(map(str, p.kinds))}")
+    for remark in first.remarks:
+        console.print(f"  {escape(remark)}")
     for p in parities:
         if (c := p.controls) is not None:
             other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"

@@ -36,4 +36,10 @@ class Verify(Section):
     pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
     neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
+    kinds: int = Field(
+        3, ge=1, description="prompts of each kind: held-out, off-topic, multi-turn; answered freely too"
+    )
+    long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the neutral texts")
+    long_tokens: int = Field(1000, ge=16)
+    free_tokens: int = Field(16, ge=4, description="of an answer to these prompts")
     gates: Gates = Gates()

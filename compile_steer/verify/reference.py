@@ -23,6 +23,7 @@ from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.equivalence import Planned, planned
+from compile_steer.verify.kinds import Kinds
 
 CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
@@ -72,7 +73,7 @@ class Reference:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
         self.score = recipe.validate_.score.bind(base, behaviour)
         self._noise: dict[torch.dtype, Divergence] = {}
-        with meter.phase("reference: base and steered model", 4) as tick:
+        with meter.phase("reference: base and steered model", 5) as tick:
             self.heldout = continue_prompts(
                 base,
                 behaviour.heldout[: recipe.verify.heldout],
@@ -96,6 +97,8 @@ class Reference:
             tick(1)
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
+            tick(1)
+            self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2)
             tick(1)
         self.margins = self._margins()
         for one in self.planned():

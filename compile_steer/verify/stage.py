@@ -46,6 +46,8 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         if origin.form == "adapter"
         else None,
         kl_prompt=reference.prompt_kl(artifact, states),
+        kinds=reference.kinds.measure(artifact),
+        remarks=reference.kinds.remarks,
         neutral_drift_compiled=reference.drift(artifact, neutral),
         same_tokens=_same_tokens(reference, artifact),
         sha256={
@@ -123,6 +125,7 @@ def _measure(
         kl_share_high=share.high,
         kl_base=base_found.mean,
         kl_prompt=0.0,
+        kinds=[],
         top1_agreement=found.top1_agreement,
         top1_base=base_found.top1_agreement,
         noise_kl=0.0 if noise is None else noise.mean,

@@ -1,0 +1,153 @@
+"""Prompts of other kinds: what they are made of, and what the judge measures on them, read and answered freely."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from compile_steer.errors import RecipeError
+from compile_steer.generate import continue_encoded
+from compile_steer.hooks import RESPONSE
+from compile_steer.metrics import divergence
+from compile_steer.models import Loaded
+from compile_steer.observe import final_states
+from compile_steer.report import print_parities
+from compile_steer.settings import Verify
+from compile_steer.tokens import Encoded, Text
+from compile_steer.verify.kinds import Kinds, OnKind, _same, prompts_of
+from compile_steer.verify.parity import judge
+from tests.judged import Scene, behaviour, recipe
+from tests.tiny import loaded
+
+OPTIONS: dict[str, Any] = {"kinds": 2, "long": 2, "long_tokens": 60, "free_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene.of(tmp_path_factory.mktemp("scene"), **OPTIONS)
+
+
+def kinds(scene: Scene, base: Loaded | None = None) -> Kinds:
+    return Kinds(base or scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5)
+
+
+def test_each_kind_is_what_it_is_called(scene: Scene) -> None:
+    found, remarks = prompts_of(scene.base, behaviour(), recipe(**OPTIONS).verify)
+    assert remarks == [] and list(found) == ["held-out", "off-topic", "multi-turn", "long"]
+    assert [len(prompts) for prompts in found.values()] == [2, 2, 2, 2]
+    assert all(len(one.ids) == one.n_prompt for prompts in found.values() for one in prompts), "nothing is answered yet"
+    assert all(len(one.earlier) == 1 and RESPONSE in one.roles for one in found["multi-turn"])
+    first, second = (one.ids for one in found["long"])
+    assert min(len(first), len(second)) >= 60 and first != second
+    shown = scene.base.tokenizer.decode(list(first))
+    assert behaviour().neutral[0].response in shown and behaviour().heldout[0].prompt in shown
+    assert behaviour().neutral[0].response not in scene.base.tokenizer.decode(list(second))[:60]
+
+
+def test_the_recipe_s_own_conversations_come_first(scene: Scene) -> None:
+    own = Text("w9 w9", history=(("w10", "w11"), ("w12", "w13")))
+    data = behaviour(heldout=(*behaviour().heldout, own))
+    found, _remarks = prompts_of(scene.base, data, recipe(**OPTIONS).verify)
+    assert [len(one.earlier) for one in found["multi-turn"]] == [2, 1]
+
+
+def test_what_a_model_cannot_be_asked_is_said(scene: Scene) -> None:
+    plain = loaded("llama")  # no chat template, 64 positions
+    found, remarks = prompts_of(plain, behaviour(), recipe(**OPTIONS).verify)
+    assert list(found) == ["held-out", "off-topic"]
+    assert "several turns needs a model with a chat template" in remarks[0]
+    assert "no long prompts were judged" in remarks[1] and "the model has 64 positions" in remarks[1]
+    few = recipe(**{**OPTIONS, "long": 0}).verify
+    assert prompts_of(scene.base, behaviour(), few) == (
+        {k: v for k, v in prompts_of(scene.base, behaviour(), recipe(**OPTIONS).verify)[0].items() if k != "long"},
+        [],
+    )
+    with pytest.raises(RecipeError, match="data.neutral is empty"):
+        prompts_of(scene.base, replace(behaviour(), neutral=()), recipe(**OPTIONS).verify)
+
+
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([7, 2, 3, 4], 0.0), ([1, 2, 3], 0.75), ([1, 2, 3, 4, 5], 1.0)],
+)
+def test_an_answer_is_the_same_up_to_its_first_other_token(found: list[int], share: float) -> None:
+    wanted, got = (Encoded((8, 8, *tokens), 2) for tokens in ([1, 2, 3, 4], found))
+    assert _same([wanted], [got]) == share
+    assert _same([wanted, wanted], [got, wanted]) == pytest.approx((share + 1) / 2)
+
+
+def test_the_base_is_as_far_away_as_itself(scene: Scene) -> None:
+    measured = kinds(scene).measure(scene.base)
+    for one in measured:
+        assert one.share == pytest.approx(1.0)
+        assert one.greedy.same == one.greedy.same_base and one.sampled.same == one.sampled.same_base
+    assert min(one.greedy.same_base for one in measured) < 1
+
+
+def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
+    one = kinds(scene)
+    adapter = _reloaded(scene, scene.adapter("figures"))
+    (found,) = [found for found in one.measure(adapter) if found.kind == "long"]
+    prompts = one.prompts["long"]
+    wanted, other = (
+        continue_encoded(scene.base, prompts, program, max_new_tokens=5, temperature=1.0, seed=5)
+        for program in (scene.program, None)
+    )
+    p, q, base = (
+        final_states(scene.base, wanted, scene.program),
+        final_states(adapter, wanted),
+        final_states(scene.base, wanted),
+    )
+    kl = divergence(scene.base.model, p.response, adapter.model, q.response).mean
+    assert found.kl == pytest.approx(kl) and found.kl > 0
+    assert found.share == pytest.approx(
+        kl / divergence(scene.base.model, p.response, scene.base.model, base.response).mean
+    )
+    assert found.n_tokens == p.response.shape[0] and found.sampled.same_base == _same(wanted, other)
+    mine = continue_encoded(adapter, prompts, max_new_tokens=5, temperature=1.0, seed=5)
+    assert found.sampled.same == _same(wanted, mine)
+
+
+def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: Scene, tmp_path: Path) -> None:
+    parity = scene.judged(scene.merged())
+    assert parity.passed and [one.kind for one in parity.kinds] == ["held-out", "off-topic", "multi-turn", "long"]
+    for one in parity.kinds:
+        assert one.kl < 1e-9 and one.greedy.same == one.sampled.same == 1.0
+    parity.save(tmp_path / "parity.json")
+    assert type(parity).load(tmp_path / "parity.json") == parity
+
+
+def test_an_exact_compile_that_is_off_on_one_kind_fails(scene: Scene) -> None:
+    parity, gates = scene.judged(scene.merged("again")), recipe().verify.gates
+    off: list[OnKind] = [replace(one, kl=1e-3) if one.kind == "long" else one for one in parity.kinds]
+    assert judge(replace(parity, kinds=off), gates) == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
+    assert judge(replace(parity, kinds=off, exact=False), gates) == [], "a share of few tokens is reported, not judged"
+    assert judge(replace(parity, kinds=off, noise_kl=1e-9), gates) == []
+
+
+def test_the_terminal_says_it_by_kind(scene: Scene) -> None:
+    parity = scene.judged(scene.merged("shown"))
+    stream = StringIO()
+    print_parities(Console(file=stream, width=300), [replace(parity, remarks=["no long prompts"])])
+    assert "goes it for held-out 100%, 100% (share 0.00%)" in stream.getvalue()
+    assert f"long prompts, of up to {parity.kinds[-1].prompt_tokens} tokens" in stream.getvalue()
+    assert "  no long prompts" in stream.getvalue()
+
+
+@pytest.mark.parametrize("change", [{"kinds": 0}, {"long": -1}, {"long_tokens": 15}, {"free_tokens": 3}])
+def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="greater than or equal"):
+        Verify(**change)
+
+
+def _reloaded(scene: Scene, folder: Path) -> Loaded:
+    from compile_steer.reload import reload
+
+    torch.manual_seed(0)
+    return reload(folder, scene.base)
