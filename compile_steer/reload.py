@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compile_steer.errors import ArtifactError
 from compile_steer.models import Loaded, quiet
 
+ADAPTER = "default"  # PEFT's name for the one that is loaded
+
 
 def reload(folder: Path, base: Loaded) -> Loaded:
     """Load the adapter at `folder` on a fresh copy of `base`, or the checkpoint with its own tokenizer.
@@ -58,6 +60,16 @@ def switch(adapters: Loaded, dials: Mapping[str, float]) -> None:
         if isinstance(module, LoraLayer):
             for name, dial in dials.items():
                 module.set_scale(name, dial)
+
+
+@contextmanager
+def switched(adapter: Loaded, dial: float) -> Iterator[None]:
+    """Have the one adapter that `reload` has loaded on, times `dial`, inside the block; at its own scale after it."""
+    switch(adapter, {ADAPTER: dial})
+    try:
+        yield
+    finally:
+        switch(adapter, {ADAPTER: 1.0})
 
 
 def _fresh(base: Loaded) -> Any:

@@ -104,26 +104,42 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"  score: base {first.score_base:.2f}, steered {first.score_steered:.2f}; "
         f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
     )
-    for kind in first.kinds:
-        console.print(
-            f"  {kind.kind} prompts, of up to {kind.prompt_tokens:,} tokens, answered freely: the base goes the steered way for "
-            f"{kind.greedy.same_base:.0%} of a greedy answer, {kind.sampled.same_base:.0%} of a sampled one"
-        )
-    for p in parities:
-        console.print(f"  {p.backend} {p.form} goes it for {'; '.join(map(str, p.kinds))}")
+    _print_kinds(console, parities)
     for remark in first.remarks:
         console.print(f"  {escape(remark)}")
     for p in parities:
-        if (c := p.controls) is not None:
-            other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"
-            console.print(
-                f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
-                f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
-            )
-        tests = [str(one) for one in (p.contrast, p.score) if one is not None]
-        console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(tests))}")
-        for reason in p.reasons:
-            console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
+        _print_details(console, p)
+
+
+def _print_kinds(console: Console, parities: Sequence[Parity]) -> None:
+    """How far each goes the steered model's way by itself, on every kind of prompt."""
+    title = (
+        "Answered freely: tokens as steered before the first other one, greedy, sampled (share of KL on sampled ones)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for kind in parities[0].kinds:
+        table.add_column(f"{kind.kind}, {kind.prompt_tokens:,} tokens", justify="right")
+    table.add_row("base", *(f"{k.greedy.same_base:.0%}, {k.sampled.same_base:.0%}" for k in parities[0].kinds))
+    for p in parities:
+        table.add_row(f"{p.backend} {p.form}", *map(str, p.kinds))
+    console.print(table)
+
+
+def _print_details(console: Console, p: Parity) -> None:
+    """An adapter's controls and dial, the tests of equivalence, and why it failed."""
+    if (c := p.controls) is not None:
+        other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"
+        console.print(
+            f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
+            f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
+        )
+    if p.dial:
+        console.print(f"  {p.backend} adapter's dial against the coefficient's: {', '.join(map(str, p.dial))}")
+    tests = [str(one) for one in (p.contrast, p.score) if one is not None]
+    console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(tests))}")
+    for reason in p.reasons:
+        console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 
 
 def print_samples(

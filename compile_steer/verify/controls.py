@@ -13,11 +13,10 @@ from torch import Tensor
 from compile_steer.contrast import encode_pairs
 from compile_steer.models import Loaded
 from compile_steer.observe import contrast
-from compile_steer.reload import switch
+from compile_steer.reload import ADAPTER, switched
 from compile_steer.verify.parity import AdapterControls
 from compile_steer.verify.reference import Reference
 
-_ADAPTER = "default"  # PEFT's name for the one that is loaded
 _RANDOM = 3
 
 
@@ -33,11 +32,8 @@ def adapter_controls(reference: Reference, artifact: Loaded, compiled: np.ndarra
     base = reference.base_behaving.contrast[: len(pairs) // 2]
 
     def effect(dial: float = 1.0) -> float:
-        switch(artifact, {_ADAPTER: dial})
-        try:
+        with switched(artifact, dial):
             return float((contrast(artifact, pairs) - base).mean())
-        finally:
-            switch(artifact, {_ADAPTER: 1.0})
 
     by_chance = []
     for seed in range(_RANDOM):
@@ -80,10 +76,10 @@ def _factors(artifact: Loaded) -> Iterator[tuple[Tensor, Tensor]]:
     """The adapter's (A [r, d_in], B [d_out, r]), of Linears and of embeddings."""
     for module in artifact.model.modules():
         if isinstance(module, LoraLayer):
-            if _ADAPTER in module.lora_A:
-                yield module.lora_A[_ADAPTER].weight.data, module.lora_B[_ADAPTER].weight.data
-            if _ADAPTER in module.lora_embedding_A:
-                yield module.lora_embedding_A[_ADAPTER].data, module.lora_embedding_B[_ADAPTER].data
+            if ADAPTER in module.lora_A:
+                yield module.lora_A[ADAPTER].weight.data, module.lora_B[ADAPTER].weight.data
+            if ADAPTER in module.lora_embedding_A:
+                yield module.lora_embedding_A[ADAPTER].data, module.lora_embedding_B[ADAPTER].data
 
 
 def _norm(A: Tensor, B: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class OnKind:
     sampled: Free
 
     def __str__(self) -> str:
-        share = "" if self.share is None else f" (share {self.share:.2%})"
-        return f"{self.kind} {self.greedy.same:.0%}, {self.sampled.same:.0%}{share}"
+        share = "" if self.share is None else f" ({self.share:.2%})"
+        return f"{self.greedy.same:.0%}, {self.sampled.same:.0%}{share}"
 
 
 Answered = dict[Decoding, list[list[Encoded]]]  # by decoding, the answers to each kind's prompts

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compile_steer.files import load_json, save_sealed
 from compile_steer.settings import Gates
+from compile_steer.verify.dial import Dial
 from compile_steer.verify.equivalence import Equivalence
 from compile_steer.verify.kinds import OnKind
 
@@ -43,7 +44,8 @@ class Parity:
     the final hidden state on the steered model's. `recovery` is that of the log-probability contrast on
     test pairs; `score_*` are generation scores on test prompts. `contrast` (None where steering does not move it) and
     `score` are tests that compiled and steered are equivalent on these. `noise_kl` is what the artifact's precision
-    costs the steered model itself. `kinds` are prompts of other kinds, answered freely too. `controls` are an adapter's.
+    costs the steered model itself. `kinds` are prompts of other kinds, answered freely too. `controls` are an adapter's,
+    `dial` is its scale against the program's.
     `remarks` say what could not be measured.
     """
 
@@ -89,6 +91,7 @@ class Parity:
     sha256: dict[str, str]
     compute_dtype: str
     controls: AdapterControls | None = None
+    dial: list[Dial] = field(default_factory=list)
     passed: bool = False
     reasons: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -148,6 +151,10 @@ def _elsewhere(parity: Parity, gates: Gates) -> Iterator[str]:
     allowed_drift = parity.neutral_drift_steered + gates.drift_margin
     if not parity.neutral_drift_compiled <= allowed_drift:
         yield f"drift on neutral text {parity.neutral_drift_compiled:.4f} nats a token; at most {allowed_drift:.4f}"
+    # Elsewhere the dial is reported: a change that was trained at one dose need not scale with it.
+    for dial in parity.dial:
+        if dial.share is None and not dial.kl <= gates.exact_kl:
+            yield f"KL(base||adapter at scale 0) {dial.kl:.2e} nats a token: something else has changed"
     if parity.controls is not None and not parity.controls.effect > max(parity.controls.random):
         yield (
             f"a random adapter of the same norms moves the test pairs as much ({max(parity.controls.random):.3f} against "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.equivalence import Planned, planned
 from compile_steer.verify.kinds import Kinds
 
+DIALS = (0.0, 0.5, 1.0, -1.0)
+_DIAL_TEXTS = 8
 CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
 
@@ -146,6 +149,22 @@ class Reference:
     def drift(self, other: Loaded, states: States) -> float:
         """Mean KL(base || other) over the neutral responses, nats a token."""
         return divergence(self.base.model, self.base_neutral.response, other.model, states.response).mean
+
+    @property
+    def dial_texts(self) -> list[Encoded]:
+        """The first held-out texts: written at the program's own dose, and read at every one."""
+        return self.heldout[:_DIAL_TEXTS]
+
+    @cached_property
+    def dialled(self) -> dict[float, torch.Tensor]:
+        """Final states [n, d_model] that predict the responses of `dial_texts`, by the factor on every coefficient.
+
+        At 0 they are the base's own, with no hook at all.
+        """
+        return {
+            scale: final_states(self.base, self.dial_texts, self.program.scaled(scale) if scale else None).response
+            for scale in DIALS
+        }
 
     def precision_noise(self, dtype: torch.dtype) -> Divergence:
         """KL(steered || steered with the base's weights rounded to `dtype`) at the positions that count."""

@@ -17,6 +17,7 @@ from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
 from compile_steer.verify.controls import adapter_controls
+from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
@@ -45,6 +46,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS)
         if origin.form == "adapter"
         else None,
+        dial=dials(reference, artifact) if origin.form == "adapter" else [],
         kl_prompt=reference.prompt_kl(artifact, states),
         kinds=reference.kinds.measure(artifact),
         remarks=reference.kinds.remarks,

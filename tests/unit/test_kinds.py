@@ -135,8 +135,8 @@ def test_the_terminal_says_it_by_kind(scene: Scene) -> None:
     parity = scene.judged(scene.merged("shown"))
     stream = StringIO()
     print_parities(Console(file=stream, width=300), [replace(parity, remarks=["no long prompts"])])
-    assert "goes it for held-out 100%, 100% (share 0.00%)" in stream.getvalue()
-    assert f"long prompts, of up to {parity.kinds[-1].prompt_tokens} tokens" in stream.getvalue()
+    assert "100%, 100% (0.00%)" in stream.getvalue()
+    assert f"long, {parity.kinds[-1].prompt_tokens} tokens" in stream.getvalue()
     assert "  no long prompts" in stream.getvalue()
 
 
