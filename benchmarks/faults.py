@@ -1,0 +1,222 @@
+"""The judge's own power: faults planted in real artifacts on disk, each put before the whole of `verify`.
+
+    python -m benchmarks.faults
+
+Resumes: what docs/verifier.jsonl holds is not judged again, so delete it to begin anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from scipy.stats import binomtest
+
+from benchmarks import planted
+from benchmarks.ocean import ROOT, machine, ocean
+from benchmarks.planted import Fault, Judge
+from compile_steer.errors import ArtifactError
+from compile_steer.files import save_text, sha256
+from compile_steer.hooks import steered
+from compile_steer.pipeline import run_compile, run_merge
+from compile_steer.program import Program
+from compile_steer.progress import BarMeter
+from compile_steer.run import Run, load_program
+from compile_steer.verify import Reference, verify_artifact
+
+_Row = TypeVar("_Row")
+RUNS = ROOT / "runs" / "faults"
+RECORD, PAGE = ROOT / "docs" / "verifier.jsonl", ROOT / "docs" / "VERIFIER.md"
+SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32,merged-bf16]"]
+RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
+SEEDS = range(100, 110)  # of the false alarms
+
+FAULTS = (
+    Fault("none", "adapter", planted.untouched),
+    Fault("none", "merged-fp32", planted.untouched),
+    Fault("sign flipped", "adapter", planted.scaled(-1.0)),
+    Fault("coefficient x1.1", "adapter", planted.scaled(1.1)),
+    Fault("coefficient x0.9", "adapter", planted.scaled(0.9)),
+    Fault("one block late", "adapter", planted.moved(1)),
+    Fault("one block early", "adapter", planted.moved(-1)),
+    Fault("emptied", "adapter", planted.scaled(0.0)),
+    Fault("rank cut to 1", "adapter", planted.rank_cut),
+    Fault("alpha doubled", "adapter", planted.configured(lora_alpha=lambda old: 2 * old)),
+    Fault("read as rslora", "adapter", planted.configured(use_rslora=True)),
+    Fault("one tensor zeroed", "adapter", planted.largest_zeroed),
+    Fault("one pair missing", "adapter", planted.largest_missing),
+    Fault("cast to fp16 with overflow", "adapter", planted.overflown),
+    Fault("of another model of the same shape", "adapter", planted.of_another_model),
+    Fault("for another base revision", "adapter", planted.claims(revision="sha256:another")),
+    Fault("file truncated", "adapter", planted.truncated),
+    Fault("a hook left on in the judge's base", "adapter", planted.untouched, "hooked base"),
+    Fault("sign flipped", "merged-fp32", planted.times_merged(-1.0)),
+    Fault("coefficient x1.1", "merged-fp32", planted.times_merged(1.1)),
+    Fault("coefficient x0.9", "merged-fp32", planted.times_merged(0.9)),
+    Fault("bias dropped", "merged-fp32", planted.times_merged(0.0)),
+    Fault("merged twice", "merged-fp32", planted.times_merged(2.0)),
+    Fault("one block late", "merged-fp32", planted.merged_elsewhere(1)),
+    Fault("biases off in the config", "merged-fp32", planted.biases_off),
+    Fault("other rotary base in the config", "merged-fp32", planted.other_rotation),
+    Fault("merged into another revision of the base", "merged-fp32", planted.of_another_revision),
+    Fault("tokenizer swapped", "merged-fp32", planted.other_tokenizer),
+    Fault("chat template swapped", "merged-fp32", planted.other_template),
+    Fault("of another program", "merged-fp32", planted.claims(program_sha256="another")),
+    Fault("positions ignored", "merged-fp32", planted.claims(program_sha256=RESPONSE_ONLY), "response only"),
+    Fault("a hook left on in the judge's base", "merged-fp32", planted.untouched, "hooked base"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge said: `reasons` are the gates that it missed, or why it was refused. `seed` is a false alarm's."""
+
+    fault: str
+    form: str
+    caught: bool
+    reasons: list[str]
+    seconds: float
+    seed: int | None = None
+
+
+def recorded() -> list[Verdict]:
+    """What was judged before."""
+    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
+    return [Verdict(**json.loads(line)) for line in lines]
+
+
+def prepared(meter: BarMeter) -> Run:
+    """The committed program compiled and merged; what is there is kept."""
+    shutil.copytree(ROOT / "vectors", RUNS / "vectors", dirs_exist_ok=True)
+    run = ocean(SETTINGS, RUNS, meter)
+    run_compile(run)
+    run_merge(run)
+    return run
+
+
+def artifact(run: Run, form: str) -> Path:
+    """The closed form's adapter, or the bias merged at that precision."""
+    return run.places.adapter("closed_form") if form == "adapter" else run.places.merged("bias", form[len("merged-") :])
+
+
+@contextmanager
+def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
+    """The reference, and the hash of the program that it is about; what is wrong with the judge holds inside the block."""
+    program, hashed = load_program(run), sha256(run.places.program)
+    if kind == "response only":
+        only = tuple(replace(one, positions="response") for one in program.interventions)
+        program, hashed = Program(only, program.model, program.revision), RESPONSE_ONLY
+    with steered(run.loaded.model, program) if kind == "hooked base" else nullcontext():
+        yield Reference(run.recipe, run.loaded, program, run.behaviour, run.meter), hashed
+
+
+def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
+    """Plant the fault in a copy and have it judged; a refusal is as good as a gate."""
+    reference, hashed = against
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "faulty"
+        shutil.copytree(artifact(run, fault.form), folder)
+        fault.plant(folder, Path(run.loaded.source))
+        try:
+            reasons = verify_artifact(reference, folder, hashed, run.recipe.verify.gates).reasons
+        except ArtifactError as error:
+            reasons = ["refused: " + " ".join(error.problems).replace(str(folder), "it")]
+    return Verdict(fault.name, fault.form, bool(reasons), reasons, time.perf_counter() - started, seed)
+
+
+def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
+    """The verdicts that `found` lacks, one after the other: of the faults, then of exact compiles on other texts."""
+    done = {(one.fault, one.form, one.seed) for one in found}
+    for kind in dict.fromkeys(fault.judge for fault in FAULTS):
+        left = [one for one in FAULTS if one.judge == kind and (one.name, one.form, None) not in done]
+        if left:
+            with judge(run, kind) as against:
+                yield from (verdict(run, against, fault) for fault in left)
+    exact = Fault("none", "merged-fp32", planted.untouched)
+    for seed in SEEDS:
+        if (exact.name, exact.form, seed) not in done:
+            other = elsewhere(run, seed)
+            with judge(other, "sound") as against:
+                yield verdict(other, against, exact, seed)
+
+
+def elsewhere(run: Run, seed: int) -> Run:
+    """The same run with another seed, and its held-out prompts, test pairs and neutral texts begun elsewhere."""
+
+    data = run.behaviour
+    behaviour = replace(
+        data,
+        heldout=_turned(data.heldout, seed),
+        test=_turned(data.test, seed),
+        neutral=_turned(data.neutral, seed),
+    )
+    return replace(run, behaviour=behaviour, recipe=run.recipe.model_copy(update={"seed": seed}))
+
+
+def _turned(rows: tuple[_Row, ...], seed: int) -> tuple[_Row, ...]:
+    at = 7 * seed % len(rows)
+    return (*rows[at:], *rows[:at])
+
+
+def page(found: list[Verdict]) -> list[str]:
+    """The faults with what caught them, and the rate of false alarms."""
+    faults = [one for one in found if one.fault != "none"]
+    alarms = [one for one in found if one.fault == "none"]
+    missed = [f"{one.fault} ({one.form})" for one in faults if not one.caught]
+    lines = [
+        f"Caught: {sum(one.caught for one in faults)} of {len(faults)} faults. Missed: {', '.join(missed) or 'none'}."
+    ]
+    if alarms:
+        raised = sum(one.caught for one in alarms)
+        high = binomtest(raised, len(alarms)).proportion_ci(method="wilson").high
+        lines += [
+            "",
+            f"False alarms: {raised} of {len(alarms)} artifacts without a fault (95 % interval up to {high:.0%}, Wilson), "
+            f"of them {sum(one.seed is not None for one in alarms)} exact compiles with other seeds and texts.",
+        ]
+    lines += ["", "| fault | artifact | | by |", "|---|---|---|---|"]
+    return lines + [
+        f"| {one.fault if one.seed is None else f'none, seed {one.seed}'} | {one.form} | "
+        f"{'caught' if one.caught else 'passed'} | {'; '.join(one.reasons).replace('|', '‖')} |"
+        for one in found
+    ]
+
+
+def save(found: list[Verdict]) -> None:
+    """The record and the page, as far as they are judged."""
+    save_text(RECORD, "".join(json.dumps(asdict(one)) + "\n" for one in found))
+    head = [
+        "# Can the judge fail?",
+        "",
+        "Written by `python -m benchmarks.faults`; do not edit. Every verdict is in [verifier.jsonl](verifier.jsonl).",
+        "",
+        f"{machine()} The committed ocean program on SmolLM2-135M-Instruct: the closed form's adapter and the bias merged in "
+        "fp32, copied, spoiled on disk by the functions of `benchmarks/planted.py`, and judged by the whole of `verify` with the "
+        "recipe's own gates.",
+        "",
+    ]
+    save_text(PAGE, "\n".join([*head, *page(found), ""]))
+
+
+def main() -> None:
+    """Judge what is left, saving after every verdict."""
+    console, found = Console(width=132), recorded()
+    for one in judged(prepared(BarMeter(console)), found):
+        found.append(one)
+        save(found)
+        said = "; ".join(one.reasons) or "passed"
+        console.print(f"{one.fault} ({one.form}, {one.seconds:.0f} s): {said}", markup=False)
+    save(found)
+
+
+if __name__ == "__main__":
+    main()
