@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from transformers import Cache
 
 from compile_steer.hooks import PAD, steered
 from compile_steer.models import Loaded
@@ -36,6 +39,7 @@ def continue_encoded(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    cache: Cache | None = None,
 ) -> list[Encoded]:
     """Continue each text's prompt; returns prompt and continuation as tokens, cut after the end of the turn.
 
@@ -43,6 +47,7 @@ def continue_encoded(
         texts: what stands after a prompt is left out.
         program: what steers the model meanwhile: one for all, one a prompt, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
+        cache: what `prefill` found of the one text under the same program; left as it was.
     """
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     pad_id = int(loaded.tokenizer.pad_token_id)
@@ -65,12 +70,39 @@ def continue_encoded(
             attention_mask=(roles != PAD).long().to(loaded.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id,
+            **({} if cache is None else {"past_key_values": copy.deepcopy(cache)}),
             **sampling,
         )
     ends = _end_tokens(loaded)
     return [
         replace(one, ids=(*one.ids, *_until_end(output[row, width:].tolist(), ends))) for row, one in enumerate(encoded)
     ]
+
+
+def prefill(loaded: Loaded, prompt: Encoded, program: Program | None = None) -> Cache:
+    """Keys and values of a prompt but its last token, so of two or more: of a long one, for all that is asked after it."""
+    ids, roles = _row(loaded, prompt, prompt.n_prompt - 1)
+    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
+    with hooks, torch.no_grad():
+        found: Cache = loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values
+    return found
+
+
+def states_after(loaded: Loaded, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
+    """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
+    ids, roles = _row(loaded, text, len(text.ids))
+    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
+    rest = ids[:, text.n_prompt - 1 :]
+    with hooks, torch.no_grad():
+        found = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
+    states: Tensor = found.last_hidden_state[0, :-1]
+    return states
+
+
+def _row(loaded: Loaded, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:
+    """The first `stop` ids and their roles, [1, stop]."""
+    ids = torch.tensor([text.ids[:stop]], device=loaded.device)
+    return ids, torch.tensor([text.roles[:stop]], dtype=torch.int8, device=loaded.device)
 
 
 def _end_tokens(loaded: Loaded) -> set[int]:

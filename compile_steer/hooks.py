@@ -79,6 +79,8 @@ class _Roles:
             explicit = self._explicit.to(hidden.device)
             if self._past == 0 and self._prompt is not None and time > explicit.shape[1] == self._prompt.shape[1]:
                 return torch.cat([explicit, explicit.new_full((batch, time - explicit.shape[1]), RESPONSE)], dim=1)
+            if self._past > 0 and explicit.shape[1] == self._past + time:
+                return explicit[:, self._past :]
             if self._past > 0 and explicit.shape[1] <= self._past:
                 return explicit.new_full((batch, time), RESPONSE)
             if explicit.shape != (batch, time):
@@ -167,7 +169,8 @@ def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Te
             is how a sweep runs many coefficients or directions at once.
         roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
             that `generate` is given (earlier turns of the assistant are responses too); what follows them is
-            the response. Without them a pass that starts a cache is all prompt.
+            the response. A pass from a cache takes those of the whole.
+            Without them a pass that starts a cache is all prompt.
 
     Raises:
         LayoutError: the model lacks a site. ArtifactError: another width, or rows that do not match.

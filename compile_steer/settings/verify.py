@@ -37,7 +37,7 @@ class Verify(Section):
     neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
     kinds: int = Field(
-        3, ge=1, description="prompts of each kind: held-out, off-topic, multi-turn; answered freely too"
+        2, ge=1, description="prompts of each kind: held-out, off-topic, multi-turn; answered freely too"
     )
     long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the neutral texts")
     long_tokens: int = Field(1000, ge=16)

@@ -12,13 +12,16 @@ from itertools import cycle, islice
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_encoded, response_text
+from compile_steer.generate import continue_encoded, prefill, response_text, states_after
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded
-from compile_steer.observe import States, final_states
+from compile_steer.observe import final_states
 from compile_steer.program import Program
 from compile_steer.scoring import repetition
 from compile_steer.settings import Verify
@@ -42,8 +45,9 @@ class Free:
 
 @dataclass(frozen=True)
 class OnKind:
-    """One kind of prompt: KL(steered||compiled) in nats a token on `n_tokens` response tokens of `n_texts` texts, its
-    share of KL(steered||base) (None where that is 0), top-1 agreement; `prompt_tokens` is the longest prompt's length."""
+    """One kind of prompt: KL(steered||compiled) in nats a token on `n_tokens` response tokens of `n_texts` texts, those of
+    earlier turns too; its share of KL(steered||base) (None where that is 0), top-1 agreement; `prompt_tokens` is the
+    longest prompt's length."""
 
     kind: Kind
     n_texts: int
@@ -60,7 +64,7 @@ class OnKind:
         return f"{self.greedy.same:.0%}, {self.sampled.same:.0%}{share}"
 
 
-Answered = dict[Decoding, list[list[Encoded]]]  # by decoding, the answers to each kind's prompts
+Answered = dict[Decoding, list[Encoded]]  # by decoding, the answers to all prompts, kind after kind; long ones last
 
 
 def prompts_of(base: Loaded, behaviour: Behaviour, options: Verify) -> tuple[dict[Kind, list[Encoded]], list[str]]:
@@ -106,20 +110,28 @@ def _long(base: Loaded, behaviour: Behaviour, tokens: int, number: int) -> Encod
     raise RecipeError("data.neutral is empty; needed: texts, from which long prompts are made.")
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A model on every kind: its free answers, and the final states [n, d_model] that predict the steered sampled ones."""
+
+    answers: Answered
+    states: list[Tensor]
+
+
 class Kinds:
     """Base and steered model on prompts of every kind, run once; `remarks` say which kinds are missing and why."""
 
     def __init__(self, base: Loaded, program: Program, behaviour: Behaviour, options: Verify, seed: int) -> None:
         self._base, self._tokens, self._seed = base, options.free_tokens, seed
         self.prompts, self.remarks = prompts_of(base, behaviour, options)
-        self._steered = self._answers(base, program)
-        self._plain = self._answers(base, None)
-        self._states = [final_states(base, texts, program) for texts in self._steered["sampled"]]
-        self._base_divergences = self._divergences(base)
+        self._steered = self._see(base, program, None)
+        self._plain = self._see(base, None, self._steered.answers)
+        self._base_divergences = self._divergences(base, self._plain)
 
     def measure(self, artifact: Loaded) -> list[OnKind]:
         """The same of an artifact, in the order of `prompts`."""
-        found, answered = self._divergences(artifact), self._answers(artifact, None)
+        seen = self._see(artifact, None, self._steered.answers)
+        found = self._divergences(artifact, seen)
         return [
             OnKind(
                 kind=kind,
@@ -129,27 +141,39 @@ class Kinds:
                 kl=found[at].mean,
                 share=found[at].mean / changed if (changed := self._base_divergences[at].mean) else None,
                 top1=found[at].top1_agreement,
-                greedy=self._free(artifact, answered, "greedy", at),
-                sampled=self._free(artifact, answered, "sampled", at),
+                greedy=self._free(artifact, seen.answers, "greedy", at),
+                sampled=self._free(artifact, seen.answers, "sampled", at),
             )
             for at, (kind, prompts) in enumerate(self.prompts.items())
         ]
 
-    def _answers(self, loaded: Loaded, program: Program | None) -> Answered:
-        return {decoding: list(self._decoded(loaded, program, decoding)) for decoding in _TEMPERATURES}
-
-    def _decoded(self, loaded: Loaded, program: Program | None, decoding: Decoding) -> Iterator[list[Encoded]]:
-        # Short prompts share a batch; beside a long one they would be padded to its length.
+    def _see(self, loaded: Loaded, program: Program | None, wanted: Answered | None) -> _Seen:
+        """Answer every prompt, and read the `wanted` answers, by default the model's own."""
         short = [one for kind, prompts in self.prompts.items() if kind != "long" for one in prompts]
-        answers = iter(self._continue(loaded, program, short, decoding))
+        own: Answered = {how: self._continue(loaded, program, short, how) for how in _TEMPERATURES}
+        # A prompt of a thousand tokens is read once, and then gone on from three times.
+        caches = [prefill(loaded, one, program) for one in self.prompts.get("long", [])]
+        for prompt, cache in zip(self.prompts.get("long", []), caches, strict=True):
+            for how, answers in own.items():
+                answers += self._continue(loaded, program, [prompt], how, cache)
+        read = (wanted or own)["sampled"]
+        states, start = [], 0
         for kind, prompts in self.prompts.items():
+            texts = read[start : (start := start + len(prompts))]
             if kind == "long":
-                yield self._continue(loaded, program, prompts, decoding)
+                after = zip(texts, caches, strict=True)
+                states.append(torch.cat([states_after(loaded, text, cache, program) for text, cache in after]))
             else:
-                yield list(islice(answers, len(prompts)))
+                states.append(final_states(loaded, texts, program).response)
+        return _Seen(own, states)
 
     def _continue(
-        self, loaded: Loaded, program: Program | None, prompts: Sequence[Encoded], decoding: Decoding
+        self,
+        loaded: Loaded,
+        program: Program | None,
+        prompts: Sequence[Encoded],
+        how: Decoding,
+        cache: Cache | None = None,
     ) -> list[Encoded]:
         # One seed and one shape of the batch: every model draws with the same random numbers.
         return continue_encoded(
@@ -157,24 +181,29 @@ class Kinds:
             prompts,
             program,
             max_new_tokens=self._tokens,
-            temperature=_TEMPERATURES[decoding],
+            temperature=_TEMPERATURES[how],
             seed=self._seed,
+            cache=cache,
         )
 
-    def _divergences(self, other: Loaded) -> list[Divergence]:
+    def _divergences(self, other: Loaded, seen: _Seen) -> list[Divergence]:
         """KL(steered||other) on the steered model's sampled answers of each kind."""
-        states: list[States] = [final_states(other, texts) for texts in self._steered["sampled"]]
         return [
-            divergence(self._base.model, wanted.response, other.model, got.response)
-            for wanted, got in zip(self._states, states, strict=True)
+            divergence(self._base.model, wanted, other.model, got)
+            for wanted, got in zip(self._steered.states, seen.states, strict=True)
         ]
 
-    def _free(self, artifact: Loaded, answered: Answered, decoding: Decoding, at: int) -> Free:
-        wanted = self._steered[decoding][at]
+    def _of(self, answered: Answered, how: Decoding, at: int) -> list[Encoded]:
+        """The answers to the prompts of the kind with this number."""
+        counts = [len(prompts) for prompts in self.prompts.values()]
+        return answered[how][sum(counts[:at]) : sum(counts[: at + 1])]
+
+    def _free(self, artifact: Loaded, answered: Answered, how: Decoding, at: int) -> Free:
+        wanted, got = self._of(self._steered.answers, how, at), self._of(answered, how, at)
         return Free(
-            same=_same(wanted, answered[decoding][at]),
-            same_base=_same(wanted, self._plain[decoding][at]),
-            repetition=_repetition(artifact, answered[decoding][at]),
+            same=_same(wanted, got),
+            same_base=_same(wanted, self._of(self._plain.answers, how, at)),
+            repetition=_repetition(artifact, got),
             repetition_steered=_repetition(self._base, wanted),
         )
 

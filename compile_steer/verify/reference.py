@@ -27,7 +27,7 @@ from compile_steer.verify.equivalence import Planned, planned
 from compile_steer.verify.kinds import Kinds
 
 DIALS = (0.0, 0.5, 1.0, -1.0)
-_DIAL_TEXTS = 8
+_DIAL_TEXTS = 4
 CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
 
 

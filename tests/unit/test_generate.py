@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compile_steer.generate import continue_prompts, ended, response_text
+from compile_steer.generate import continue_encoded, continue_prompts, ended, prefill, response_text, states_after
 from compile_steer.hooks import steered
 from compile_steer.models import Loaded
+from compile_steer.observe import final_states
 from compile_steer.tokens import Encoded, Text, encode, pad
 from tests.tiny import EOS_ID, build, chatting, intervention, loaded, program
 
@@ -129,3 +130,19 @@ def test_earlier_turns_of_the_assistant_are_responses_while_it_answers_the_last(
             encoded = replace(encoded, ids=(*encoded.ids, token))
         assert said.ids == encoded.ids[: len(said.ids)]
         assert len(said.ids) == len(encoded.ids) or said.ids[-1] == EOS_ID
+
+
+@pytest.mark.parametrize("positions", ["all", "response", "prompt", "last_prompt+response"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_going_on_from_a_prompt_that_was_read_once_is_reading_it_again(family: str, positions: str) -> None:
+    one, turns = unending(family), Encoded(tuple(range(10, 24)), 12, earlier=((4, 7),))
+    steering = program(family, intervention(positions=positions, coefficient=3.0))
+    for under in (steering, None):
+        cache = prefill(one, turns, under)
+        for _ in range(2):  # the cache stays what it was
+            (found,) = continue_encoded(one, [turns], under, max_new_tokens=6, cache=cache)
+            assert [found] == continue_encoded(one, [turns], under, max_new_tokens=6)
+            wanted = final_states(one, [found], under).response[-(len(found.ids) - 12) :]  # less the earlier turn's
+            torch.testing.assert_close(states_after(one, found, cache, under), wanted, atol=1e-4, rtol=1e-4)
+    bare, hooked = (final_states(one, [turns], under).response for under in (None, steering))
+    assert not torch.allclose(bare, hooked, atol=1e-3)
