@@ -125,7 +125,7 @@ def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | 
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "faulty"
         shutil.copytree(artifact(run, fault.form), folder)
-        fault.plant(folder, Path(run.loaded.source))
+        planted.plant(fault.plant, folder, Path(run.loaded.source))
         try:
             reasons = verify_artifact(reference, folder, hashed, run.recipe.verify.gates).reasons
         except ArtifactError as error:

@@ -32,6 +32,15 @@ class Fault:
     judge: Judge = "sound"
 
 
+def plant(fault: Plant, folder: Path, base: Path) -> None:
+    """Plant it as a compiler that made this mistake would have left it: the record of the files is of the faulty ones.
+
+    A change of files that are recorded otherwise is refused whatever it does, and shows nothing of the measurements.
+    """
+    fault(folder, base)
+    Provenance.read(folder).write(folder)
+
+
 def weights_file(folder: Path) -> Path:
     """The folder's one file of weights; raises `ValueError` for none or several."""
     found = sorted(folder.glob("*.safetensors"))

@@ -71,7 +71,8 @@ class Equivalence:
     def __str__(self) -> str:
         unit, samples = _UNITS[self.what]
         shown = "equivalent" if self.equivalent else "not equivalent"
-        if not self.equivalent and not self.enough:
+        beyond = self.low >= self.margin or self.high <= -self.margin
+        if not self.equivalent and not self.enough and not beyond:
             shown = f"not shown: needs {self.needed:,} {samples}, there are {self.n}"
         return f"{self.what} {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] of +-{self.margin:.3g}{unit}, {shown}"
 

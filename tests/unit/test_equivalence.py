@@ -19,10 +19,11 @@ from compile_steer.hooks import steered
 from compile_steer.metrics import bootstrap_ratio
 from compile_steer.observe import contrast, final_states
 from compile_steer.progress import Meter
+from compile_steer.provenance import PARITY, Provenance
 from compile_steer.recipe import Recipe
 from compile_steer.report import print_parities
 from compile_steer.tokens import Encoded
-from compile_steer.verify import PARITY, Parity, Reference
+from compile_steer.verify import Parity, Reference
 from compile_steer.verify.equivalence import LEVEL, POWER, equivalence, needed, planned
 from compile_steer.verify.parity import judge
 from tests.judged import Notes, Scene, behaviour, recipe
@@ -110,6 +111,7 @@ def test_no_margin_or_no_spread_is_refused(spread: float, margin: float) -> None
 def test_what_is_said() -> None:
     few = equivalence("score", np.array([0.0, 1.0, 0.0, 0.0]), 0.05)
     assert f"not shown: needs {few.needed:,} prompts, there are 4" in str(few)
+    assert str(equivalence("score", np.array([0.9, 0.2, 0.8, 0.3]), 0.05)).endswith("of +-0.05, not equivalent")
     assert str(equivalence("contrast", np.full(3, 0.01), 0.08)) == (
         "contrast +0.010 [+0.010, +0.010] of +-0.08 nats/token, equivalent"
     )
@@ -228,6 +230,7 @@ def test_an_artifact_that_has_overflowed_is_refused(scene: Scene) -> None:
     weights = load_file(folder / "model.safetensors")
     weights[f"{scene.module}.weight"][3] = math.inf
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Provenance.read(folder).write(folder)
     with pytest.raises(ArtifactError, match="computes NaN or infinity at .* held-out tokens"):
         scene.judged(folder)
 

@@ -39,7 +39,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 def spoiled(scene: Scene, plant: planted.Plant, form: str, folder: Path) -> Path:
     shutil.copytree(scene.folder / ("adapter" if form == "adapter" else "merged"), folder)
-    plant(folder, Path(scene.base.source))
+    planted.plant(plant, folder, Path(scene.base.source))
     return folder
 
 
