@@ -38,6 +38,8 @@ SMALL = [
     "verify.neutral=8",
     "verify.prompts=8",
     "verify.max_new_tokens=24",
+    "verify.kinds=1",
+    "verify.free_tokens=8",
 ]
 
 
