@@ -190,8 +190,8 @@ def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Repo
         lacking = [".".join(map(str, one["loc"])) for one in problems if one["type"] == "missing"]
         if lacking and len(lacking) == len(problems):
             raise ArtifactError(
-                f"{path} lacks {', '.join(lacking)}, which a {name} of this version has. Make it anew with 'compile-steer "
-                f"{command}'."
+                f"{path} is not a {name} of this version: it lacks {', '.join(lacking)}. Make it anew with "
+                f"'compile-steer {command}'."
             ) from error
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} is not a {name} ({reason}). Make it with 'compile-steer {command}'.") from error

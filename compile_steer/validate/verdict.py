@@ -59,11 +59,11 @@ def _not_carried(controls: Controls) -> str:
 def _failures(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
     found = []
-    if report.contrast.high <= 0:
-        found.append(
+    if report.contrast.high <= 0:  # what the controls do better needs no saying then
+        return [
             f"the direction moves the pairs the wrong way: {report.contrast} nats a token; negate the coefficients, or "
             "look whether the pairs' sides are swapped"
-        )
+        ]
     if c.p_value > LEVEL:
         a = report.separability.auroc
         but = f"the direction separates the pairs (AUROC {a:.2f}), but " if a >= _SEPARATES else ""
@@ -133,7 +133,7 @@ def _doubts(report: ValidationReport) -> list[str]:
             f"the effect is not clear of {len(c.shuffled)} directions {c.kind} ({c.effect:.3f}, up to "
             f"{max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or more of these directions (extract.shuffled: 20)"
         )
-    if c.opposite >= 0:
+    if c.opposite >= 0 and report.contrast.high > 0:
         found.append(f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): not one direction")
     if s.p_value > LEVEL:
         more = "nothing is left to gain: make the scorer stricter" if s.base > 0.9 else "add prompts or coefficient"

@@ -247,7 +247,9 @@ def test_a_report_of_an_older_judge_is_refused_with_what_it_lacks(exact: Parity,
     for name in ("score", "kl_low"):
         del content[name]
     (tmp_path / PARITY).write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match="lacks kl_low, score, which a parity report .* 'compile-steer verify'"):
+    with pytest.raises(
+        ArtifactError, match="not a parity report of this version: it lacks kl_low, score.*'compile-steer verify'"
+    ):
         Parity.load(tmp_path / PARITY)
 
 
