@@ -39,7 +39,7 @@ SMALL = [
     "verify.prompts=8",
     "verify.max_new_tokens=24",
     "verify.kinds=1",
-    "verify.free_tokens=8",
+    "verify.free_tokens=4",
 ]
 
 
