@@ -7,25 +7,22 @@ Resumes: what docs/calibration.jsonl holds is not measured again, so delete it t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.behaviours import KNOWN, recipe_for
-from benchmarks.ocean import ROOT, machine
-from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Compiled, Kind, Trial, trial
+from benchmarks.ocean import ROOT
+from benchmarks.record import Record
+from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
 from compile_steer.errors import RecipeError
-from compile_steer.files import save_text
 from compile_steer.pipeline import run_extract
 from compile_steer.progress import BarMeter
 from compile_steer.run import Run
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
-RECORD, PAGE = ROOT / "docs" / "calibration.jsonl", ROOT / "docs" / "CALIBRATION.md"
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1))
 WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 10, 2, 2  # the first so many behaviours
 
@@ -39,17 +36,13 @@ def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
         yield kind, index, number < CHANCE_COMPILED and index == 0
 
 
-def recorded() -> list[Trial]:
-    """What was measured before."""
-    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
-    found = [json.loads(line) for line in lines]
-    return [Trial(**one | {"compiled": one["compiled"] and Compiled(**one["compiled"])}) for one in found]
-
-
 def measured(found: list[Trial], folder: Path, meter: BarMeter) -> Iterator[Trial]:
     """The trials that `found` lacks, one after the other."""
     done = {(one.behaviour, one.kind, one.index) for one in found}
+    without_pairs = {one.behaviour for one in found if one.verdict == "no pairs"}
     for number, known in enumerate(KNOWN):
+        if known.name in without_pairs:
+            continue
         left = [one for one in planned(number) if (known.name, *one[:2]) not in done]
         if not left:
             continue
@@ -143,31 +136,26 @@ def prediction(found: list[Trial]) -> list[str]:
     return lines
 
 
-def save(found: list[Trial]) -> None:
-    """The record and the page, as far as they are measured."""
-    save_text(RECORD, "".join(json.dumps(asdict(one)) + "\n" for one in found))
-    head = [
-        "# Can the verdict be trusted?",
-        "",
-        "Written by `python -m benchmarks.calibration`; do not edit. Every trial is in [calibration.jsonl](calibration.jsonl).",
-        "",
-        f"{machine()} SmolLM2-135M-Instruct writes the pairs of each behaviour itself (`benchmarks/behaviours.py`). Then the real "
-        "direction, random ones as long, those from shuffled labels, and the real one mixed with noise each go through the whole of "
-        "validation, the choice of block and coefficient included, with "
-        f"{', '.join(f'`{setting}`' for setting in SETTINGS)}.",
-        "",
-    ]
-    save_text(PAGE, "\n".join([*head, *page(found), ""]))
+RECORD = Record(
+    Trial,
+    ROOT / "docs" / "calibration.jsonl",
+    ROOT / "docs" / "CALIBRATION.md",
+    "Can the verdict be trusted?",
+    "benchmarks.calibration",
+    "SmolLM2-135M-Instruct writes the pairs of each behaviour itself (`benchmarks/behaviours.py`). Then the real direction, random "
+    "ones as long, those from shuffled labels, and the real one mixed with noise each go through the whole of validation, the choice "
+    f"of block and coefficient included, with {', '.join(f'`{setting}`' for setting in SETTINGS)}.",
+)
 
 
 def main() -> None:
-    """Measure what is left, saving after every trial."""
-    console, found = Console(width=132), recorded()
-    for one in measured(found, RUNS, BarMeter(console)):
-        found.append(one)
-        save(found)
-        console.print(f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}", markup=False)
-    save(found)
+    """Measure what is left."""
+    meter = BarMeter(Console(width=132))
+    RECORD.resume(
+        lambda found: measured(found, RUNS, meter),
+        page,
+        lambda one: f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}",
+    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ Resumes: what docs/verifier.jsonl holds is not judged again, so delete it to beg
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,10 +20,11 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from benchmarks import planted
-from benchmarks.ocean import ROOT, machine, ocean
+from benchmarks.ocean import ROOT, ocean
 from benchmarks.planted import Fault, Judge
+from benchmarks.record import Record
 from compile_steer.errors import ArtifactError
-from compile_steer.files import save_text, sha256
+from compile_steer.files import sha256
 from compile_steer.hooks import steered
 from compile_steer.pipeline import run_compile, run_merge
 from compile_steer.program import Program
@@ -34,7 +34,6 @@ from compile_steer.verify import Reference, verify_artifact
 
 _Row = TypeVar("_Row")
 RUNS = ROOT / "runs" / "faults"
-RECORD, PAGE = ROOT / "docs" / "verifier.jsonl", ROOT / "docs" / "VERIFIER.md"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
 SEEDS = range(100, 110)  # of the false alarms
@@ -85,12 +84,6 @@ class Verdict:
     reasons: list[str]
     seconds: float
     seed: int | None = None
-
-
-def recorded() -> list[Verdict]:
-    """What was judged before."""
-    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
-    return [Verdict(**json.loads(line)) for line in lines]
 
 
 def prepared(meter: BarMeter) -> Run:
@@ -191,31 +184,25 @@ def page(found: list[Verdict]) -> list[str]:
     ]
 
 
-def save(found: list[Verdict]) -> None:
-    """The record and the page, as far as they are judged."""
-    save_text(RECORD, "".join(json.dumps(asdict(one)) + "\n" for one in found))
-    head = [
-        "# Can the judge fail?",
-        "",
-        "Written by `python -m benchmarks.faults`; do not edit. Every verdict is in [verifier.jsonl](verifier.jsonl).",
-        "",
-        f"{machine()} The committed ocean program on SmolLM2-135M-Instruct: the closed form's adapter and the bias merged in "
-        "fp32, copied, spoiled on disk by the functions of `benchmarks/planted.py`, and judged by the whole of `verify` with the "
-        "recipe's own gates.",
-        "",
-    ]
-    save_text(PAGE, "\n".join([*head, *page(found), ""]))
+RECORD = Record(
+    Verdict,
+    ROOT / "docs" / "verifier.jsonl",
+    ROOT / "docs" / "VERIFIER.md",
+    "Can the judge fail?",
+    "benchmarks.faults",
+    "The committed ocean program on SmolLM2-135M-Instruct: the closed form's adapter and the bias merged in fp32, copied, spoiled on "
+    "disk by the functions of `benchmarks/planted.py`, and judged by the whole of `verify` with the recipe's own gates.",
+)
 
 
 def main() -> None:
-    """Judge what is left, saving after every verdict."""
-    console, found = Console(width=132), recorded()
-    for one in judged(prepared(BarMeter(console)), found):
-        found.append(one)
-        save(found)
-        said = "; ".join(one.reasons) or "passed"
-        console.print(f"{one.fault} ({one.form}, {one.seconds:.0f} s): {said}", markup=False)
-    save(found)
+    """Judge what is left."""
+    run = prepared(BarMeter(Console(width=132)))
+    RECORD.resume(
+        lambda found: judged(run, found),
+        page,
+        lambda one: f"{one.fault} ({one.form}, {one.seconds:.0f} s): {'; '.join(one.reasons) or 'passed'}",
+    )
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_a_hook_that_was_left_on_is_seen(scene: Scene, form: str) -> None:
     assert found.reasons
 
 
-def test_the_page_counts_what_was_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_page_counts_what_was_caught(tmp_path: Path) -> None:
     found = [
         Verdict("none", "adapter", False, [], 1.0),
         Verdict("emptied", "adapter", True, ["KL(a||b)", "top-1"], 1.0),
@@ -210,8 +210,11 @@ def test_the_page_counts_what_was_caught(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "Caught: 1 of 2 faults. Missed: late (merged-fp32)." in text
     assert "False alarms: 0 of 2 artifacts" in text and "of them 1 exact compiles" in text
     assert "| emptied | adapter | caught | KL(a‖‖b); top-1 |" in text and "| none, seed 4 |" in text
-    monkeypatch.setattr(faults, "RECORD", tmp_path / "verifier.jsonl")
-    monkeypatch.setattr(faults, "PAGE", tmp_path / "VERIFIER.md")
-    faults.save(found)
-    assert faults.recorded() == found
+    record = replace(faults.RECORD, lines=tmp_path / "verifier.jsonl", page=tmp_path / "VERIFIER.md")
+    record.save(found, page(found))
+    assert record.read() == found
+    late = Verdict("late", "adapter", True, ["KL"], 2.0)
+    record.resume(lambda before: iter([late] if before == found else []), page, lambda one: one.fault)
+    assert record.read() == [*found, late]
+    assert "Caught: 2 of 3 faults" in (tmp_path / "VERIFIER.md").read_text()
     assert len({(one.name, one.form) for one in FAULTS}) == len(FAULTS) >= 15
