@@ -34,24 +34,16 @@ class AdapterControls:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Compiled against steered. KL in nats a token; p is always the steered model's distribution.
+class Distance:
+    """Compiled from steered, in the steered model's own sampled continuations of held-out prompts. KL in nats a token; p is
+    always the steered model's distribution.
 
-    `kl_*` and `top1_agreement` are over the positions that predict the response, in the steered model's own
-    sampled continuations of held-out prompts; `kl_prompt` over the prompt's. `kl_share` is over
-    KL(steered||base) at the same positions. `*_low` and `*_high` of both are 95 % bootstrap intervals over the
-    `n_texts` texts. `dose` is the least-squares factor of the compiled model's change of
-    the final hidden state on the steered model's. `recovery` is that of the log-probability contrast on
-    test pairs; `score_*` are generation scores on test prompts. `contrast` (None where steering does not move it) and
-    `score` are tests that compiled and steered are equivalent on these. `noise_kl` is what the artifact's precision
-    costs the steered model itself. `kinds` are prompts of other kinds, answered freely too. `controls` are an adapter's,
-    `dial` is its scale against the program's.
-    `remarks` say what could not be measured.
+    `kl_*` and `top1_agreement` are over the positions that predict the response; `kl_prompt` over the prompt's. `kl_share`
+    is over KL(steered||base) at the same positions. `*_low` and `*_high` of both are 95 % bootstrap intervals over the
+    `n_texts` texts. `noise_*` is what the artifact's precision costs the steered model itself. `dose` is the least-squares
+    factor of the compiled model's change of the final hidden state on the steered model's, `hidden_error` what it leaves.
     """
 
-    backend: str
-    form: str
-    exact: bool
     kl_per_token: float
     kl_rms: float
     kl_p99: float
@@ -68,6 +60,18 @@ class Parity:
     noise_top1: float
     hidden_error: float
     dose: float
+    n_tokens: int
+    n_texts: int
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike compiled and steered behave on test data.
+
+    `recovery` is that of the log-probability contrast on test pairs; `score_*` are generation scores on test prompts.
+    `contrast` (None where steering does not move it) and `score` are tests that the two are equivalent on these.
+    """
+
     recovery: float | None
     recovery_low: float | None
     recovery_high: float | None
@@ -76,18 +80,30 @@ class Parity:
     score_compiled: float
     contrast: Equivalence | None
     score: Equivalence
-    kinds: list[OnKind]
     repetition_steered: float
     repetition_compiled: float
+    n_pairs: int
+    n_prompts: int
+    sample: str
+
+
+@dataclass(frozen=True)
+class Parity(Likeness, Distance):
+    """Compiled against steered.
+
+    `kinds` are prompts of other kinds, answered freely too. `neutral_drift_*` are KL from the base on neutral responses,
+    nats a token. `controls` are an adapter's, `dial` is its scale against the program's. `remarks` say what could not be
+    measured.
+    """
+
+    backend: str
+    form: str
+    exact: bool
+    kinds: list[OnKind]
     neutral_drift_steered: float
     neutral_drift_compiled: float
     same_tokens: bool
-    n_tokens: int
-    n_texts: int
-    n_pairs: int
-    n_prompts: int
     compile_seconds: float
-    sample: str
     sha256: dict[str, str]
     compute_dtype: str
     controls: AdapterControls | None = None

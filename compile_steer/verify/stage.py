@@ -19,7 +19,7 @@ from compile_steer.tokens import encode
 from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import equivalence
-from compile_steer.verify.parity import Parity, judge
+from compile_steer.verify.parity import Distance, Likeness, Parity, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
@@ -36,28 +36,30 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
     _require_finite(folder, states)
-    found = reference.from_steered(artifact, states)
-    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
-    neutral = final_states(artifact, reference.neutral)
     noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
-    parity = _measure(reference, origin, states, found, behaving, noise)
-    parity = replace(
-        parity,
-        controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS)
-        if origin.form == "adapter"
-        else None,
-        dial=dials(reference, artifact) if origin.form == "adapter" else [],
-        kl_prompt=reference.prompt_kl(artifact, states),
+    (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
+    adapter = origin.form == "adapter"
+    parity = Parity(
+        **vars(_distance(reference, artifact, states, noise)),
+        **vars(_likeness(reference, behaving)),
+        backend=origin.backend,
+        form=origin.form,
+        exact=origin.backend in _EXACT_BACKENDS,
         kinds=reference.kinds.measure(artifact),
-        remarks=reference.kinds.remarks,
-        neutral_drift_compiled=reference.drift(artifact, neutral),
+        neutral_drift_steered=reference.neutral_drift,
+        neutral_drift_compiled=reference.drift(artifact, final_states(artifact, reference.neutral)),
         same_tokens=_same_tokens(reference, artifact),
+        compile_seconds=origin.seconds,
         sha256={
             "artifact": weights_sha256(folder),
             "program": program_sha256,
             "base": reference.base.revision,
             "texts": digest([list(one.ids) for one in reference.heldout]),
         },
+        compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
+        controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
+        dial=dials(reference, artifact) if adapter else [],
+        remarks=reference.kinds.remarks,
     )
     reasons = judge(parity, gates)
     return replace(parity, passed=not reasons, reasons=reasons)
@@ -98,25 +100,12 @@ def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
     )
 
 
-def _measure(
-    reference: Reference,
-    origin: Provenance,
-    states: States,
-    found: Divergence,
-    behaving: Behaving,
-    noise: Divergence | None,
-) -> Parity:
-    base_found = reference.base_divergence
-    base, steered = reference.base_behaving, reference.steered_behaving
-    seed, margins = reference.recipe.seed, reference.margins
-    ones = torch.ones_like(found.kl)
-    kl, share = (bootstrap_ratio(found.kl, below, states.texts, seed=seed) for below in (ones, base_found.kl))
-    recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=seed)
+def _distance(reference: Reference, artifact: Loaded, states: States, noise: Divergence | None) -> Distance:
+    found, base = reference.from_steered(artifact, states), reference.base_divergence
+    seed, ones = reference.recipe.seed, torch.ones_like(found.kl)
+    kl, share = (bootstrap_ratio(found.kl, below, states.texts, seed=seed) for below in (ones, base.kl))
     dose, error = _dose(reference.base_heldout.response, reference.steered_heldout.response, states.response)
-    return Parity(
-        backend=origin.backend,
-        form=origin.form,
-        exact=origin.backend in _EXACT_BACKENDS,
+    return Distance(
         kl_per_token=found.mean,
         kl_rms=found.rms,
         kl_p99=found.p99,
@@ -125,38 +114,37 @@ def _measure(
         kl_share=share.value,
         kl_share_low=share.low,
         kl_share_high=share.high,
-        kl_base=base_found.mean,
-        kl_prompt=0.0,
-        kinds=[],
+        kl_base=base.mean,
+        kl_prompt=reference.prompt_kl(artifact, states),
         top1_agreement=found.top1_agreement,
-        top1_base=base_found.top1_agreement,
+        top1_base=base.top1_agreement,
         noise_kl=0.0 if noise is None else noise.mean,
         noise_top1=1.0 if noise is None else noise.top1_agreement,
         hidden_error=error,
         dose=dose,
+        n_tokens=len(found.kl),
+        n_texts=len(reference.heldout),
+    )
+
+
+def _likeness(reference: Reference, behaving: Behaving) -> Likeness:
+    base, steered, margins = reference.base_behaving, reference.steered_behaving, reference.margins
+    recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=reference.recipe.seed)
+    moves = margins.contrast != 0
+    return Likeness(
         recovery=None if recovery is None else recovery.value,
         recovery_low=None if recovery is None else recovery.low,
         recovery_high=None if recovery is None else recovery.high,
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(behaving.scores.mean()),
-        contrast=None
-        if margins.contrast == 0
-        else equivalence("contrast", behaving.contrast - steered.contrast, margins.contrast),
+        contrast=equivalence("contrast", behaving.contrast - steered.contrast, margins.contrast) if moves else None,
         score=equivalence("score", behaving.scores - steered.scores, margins.score),
         repetition_steered=float(steered.repetition.mean()),
         repetition_compiled=float(behaving.repetition.mean()),
-        neutral_drift_steered=reference.neutral_drift,
-        neutral_drift_compiled=0.0,
-        same_tokens=True,
-        n_tokens=len(found.kl),
-        n_texts=len(reference.heldout),
         n_pairs=len(base.contrast),
         n_prompts=len(base.scores),
-        compile_seconds=origin.seconds,
         sample=behaving.sample,
-        sha256={},
-        compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
     )
 
 

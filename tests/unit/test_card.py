@@ -15,19 +15,7 @@ from compile_steer.pipeline import run_verify
 from compile_steer.provenance import Provenance
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
-from tests.small_run import SmallRun, walked
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return walked(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def run(original: SmallRun, tmp_path: Path) -> SmallRun:
-    for part in ("recipes", "runs"):
-        shutil.copytree(original.root / part, tmp_path / part)
-    return SmallRun(tmp_path)
+from tests.small_run import SmallRun
 
 
 def card(folder: Path) -> str:

@@ -20,22 +20,9 @@ from compile_steer.places import Places
 from compile_steer.program import Program, read_tensors
 from compile_steer.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.recipe import Recipe, read_recipe
-from tests.small_run import NAME, SPLITS, SmallRun, walked
+from tests.small_run import NAME, SPLITS, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return walked(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def run(original: SmallRun, tmp_path: Path) -> SmallRun:
-    """A copy to spoil; the model stays where the recipe names it."""
-    for part in ("recipes", "runs"):
-        shutil.copytree(original.root / part, tmp_path / part)
-    return SmallRun(tmp_path)
 
 
 def artifacts(places: Places) -> dict[str, Path]:

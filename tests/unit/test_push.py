@@ -17,7 +17,7 @@ from compile_steer.cli import app
 from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.files import sha256
 from compile_steer.push import prepare, send
-from tests.small_run import SmallRun, walked
+from tests.small_run import SmallRun
 
 TARGET = "somebody/tide"
 
@@ -43,18 +43,6 @@ class Hub:
             assert isinstance(one.path_or_fileobj, str | Path)
             self.files[one.path_in_repo] = sha256(Path(one.path_or_fileobj))
         return f"https://hub/{repo_id}/commit/1"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return walked(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def run(original: SmallRun, tmp_path: Path) -> SmallRun:
-    for part in ("recipes", "runs"):
-        shutil.copytree(original.root / part, tmp_path / part)
-    return SmallRun(tmp_path)
 
 
 @pytest.fixture

@@ -24,22 +24,10 @@ from compile_steer.progress import Meter
 from compile_steer.provenance import Provenance
 from compile_steer.reproduce import TOLERANCE, Reproduction, reproduce
 from compile_steer.run import Run
-from tests.small_run import NAME, SmallRun, walked
+from tests.small_run import NAME, SmallRun
 from tests.tiny import loaded, random_patch
 from tests.unit.test_write import recipe as written_recipe
 from tests.unit.test_write import speaker
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return walked(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def run(original: SmallRun, tmp_path: Path) -> SmallRun:
-    for part in ("recipes", "runs"):
-        shutil.copytree(original.root / part, tmp_path / part)
-    return SmallRun(tmp_path)
 
 
 def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproduction:
