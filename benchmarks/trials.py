@@ -35,18 +35,18 @@ SETTINGS = [
     "validate.few_shot=0",
     "validate.sweep_pairs=4",
     "validate.sweep_neutral=4",
-    "validate.sweep_prompts=8",
+    "validate.sweep_prompts=4",
     "validate.sweep_layers=2",
     "validate.control_pairs=4",
     "validate.dose_prompts=2",
-    "validate.prompts=40",
-    "validate.max_new_tokens=40",
+    "validate.prompts=24",
+    "validate.max_new_tokens=32",
     "validate.max_perplexity_ratio=2.5",
     "validate.max_repetition=0.5",
-    "compile.calibration.prompts=48",
-    "compile.calibration.max_new_tokens=48",
+    "compile.calibration.prompts=40",
+    "compile.calibration.max_new_tokens=32",
 ]
-NEUTRAL, HELD_OUT = 6, 8
+NEUTRAL, HELD_OUT = 6, 6
 COSINES = (0.5, 0.25)  # with the real direction, of a weakened one
 Kind = Literal["real", "weakened", "random", "shuffled"]
 

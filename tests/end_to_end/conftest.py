@@ -19,6 +19,7 @@ RECIPE = ROOT / "recipes" / "ocean.yaml"
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same.
 SMALL = [
+    "extract.pairs=24",
     "validate.layers=[10]",
     "validate.coefficients=[2.5]",
     "validate.sweep_pairs=4",
@@ -27,17 +28,17 @@ SMALL = [
     "validate.control_pairs=8",
     "validate.dose_prompts=2",
     "validate.few_shot=0",
-    "validate.prompts=24",
-    "validate.max_new_tokens=24",
+    "validate.prompts=16",
+    "validate.max_new_tokens=20",
     "compile.calibration.prompts=72",
-    "compile.calibration.max_new_tokens=32",
+    "compile.calibration.max_new_tokens=24",
     "compile.distill.prompts=8",
     "compile.distill.block_steps=60",
-    "verify.heldout=12",
+    "verify.heldout=8",
     "verify.pairs=8",
     "verify.neutral=8",
-    "verify.prompts=8",
-    "verify.max_new_tokens=24",
+    "verify.prompts=6",
+    "verify.max_new_tokens=20",
     "verify.kinds=1",
     "verify.free_tokens=4",
 ]
