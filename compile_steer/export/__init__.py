@@ -10,17 +10,24 @@ from compile_steer.export.adapter import (
     read_patch,
     write_patch,
 )
+from compile_steer.export.gguf_lora import write_lora_gguf
+from compile_steer.export.gguf_model import GGUF_FILE, GGUF_KINDS, gguf_refusals, write_gguf
 from compile_steer.export.merged import is_merged, write_merged
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "CURVES",
+    "GGUF_FILE",
+    "GGUF_KINDS",
     "PATCH_FILE",
+    "gguf_refusals",
     "is_adapter",
     "is_merged",
     "kept_patch",
     "read_patch",
+    "write_gguf",
+    "write_lora_gguf",
     "write_merged",
     "write_patch",
 ]

@@ -75,12 +75,8 @@ def _deltas(model: nn.Module, patch: WeightPatch) -> Iterator[tuple[str, Tensor]
 
 def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base with room for the patch: its architecture, its biases (zero), a head of its own."""
+    config = patched_config(source, patch)
     with quiet():
-        config = AutoConfig.from_pretrained(source)
-        if patch.architecture:
-            config = rewritten_config(config, patch.architecture)
-        for switch in patch.switches:
-            setattr(config, switch, True)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -100,6 +96,17 @@ def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:
             model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.clone())
     prepared: PreTrainedModel = model
     return prepared
+
+
+def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
+    """The config of the base at `source` with room for the patch: its architecture and its biases."""
+    with quiet():
+        config = AutoConfig.from_pretrained(source)
+    if patch.architecture:
+        config = rewritten_config(config, patch.architecture)
+    for switch in patch.switches:
+        setattr(config, switch, True)
+    return config
 
 
 def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedConfig:

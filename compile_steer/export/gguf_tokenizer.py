@@ -1,0 +1,138 @@
+"""A tokenizer as the fields of a GGUF file: of a base that is one itself as they are, else of a byte-level BPE.
+
+llama.cpp splits text before it merges bytes, by a regex that the file only names. A name is given where the tokenizer's
+own splitting is known to be that regex, and refused elsewhere: with another one it would read other tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from compile_steer.errors import CannotLower
+from compile_steer.models import Loaded, gguf_of
+
+_FIELDS = "tokenizer."
+_TEMPLATE = gguf.Keys.Tokenizer.CHAT_TEMPLATE
+_TYPES = gguf.TokenType
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How a byte-level BPE splits text -> what llama.cpp calls that.
+_SPLITS = {
+    "gpt2": "gpt-2",
+    "digits, gpt2": "smollm",
+    _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _WORDS + r"\p{N}" + _REST: "qwen2",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a GGUF file; `of` is the type of an array's elements."""
+
+    key: str
+    value: Any
+    kind: gguf.GGUFValueType
+    of: gguf.GGUFValueType | None = None
+
+    def add(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_key_value(self.key, self.value, self.kind, self.of)
+
+
+def tokenizer_fields(loaded: Loaded, vocabulary: int) -> list[Field]:
+    """The fields of the tokenizer of `loaded`, with its chat template.
+
+    Args:
+        vocabulary: rows of the embeddings; tokens that the tokenizer lacks are filled up as unused.
+
+    Raises:
+        CannotLower: llama.cpp has no such tokenizer, or it is not known to have it.
+    """
+    source = gguf_of(loaded.id)
+    found = _read(source) if source is not None else _of_bpe(loaded.tokenizer, vocabulary)
+    template = loaded.tokenizer.chat_template
+    if isinstance(template, str):  # the recipe's prompt_format stands in for the base's own
+        found = [one for one in found if one.key != _TEMPLATE]
+        found.append(Field(_TEMPLATE, template, gguf.GGUFValueType.STRING))
+    return found
+
+
+def _read(path: Path) -> list[Field]:
+    fields = gguf.GGUFReader(path).fields.values()
+    return [Field(one.name, one.contents(), *one.types) for one in fields if one.name.startswith(_FIELDS)]
+
+
+def _of_bpe(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Field]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CannotLower(
+            "GGUF: the tokenizer has no tokenizer.json; needed: a byte-level BPE, or a base that is a GGUF."
+        )
+    content = json.loads(backend.to_str())
+    split = _split(content)
+    if content["model"]["type"] != "BPE" or split not in _SPLITS:
+        raise CannotLower(
+            f"GGUF: the tokenizer is {content['model']['type']} that splits text by {split}; needed: a byte-level BPE that "
+            "splits as GPT-2, SmolLM, Llama 3 or Qwen2 do, or a base that is itself a GGUF file. For another one convert "
+            "the merged-fp32 folder with llama.cpp's own convert_hf_to_gguf.py."
+        )
+    tokens, types = _tokens(backend, content, vocabulary)
+    merges = [one if isinstance(one, str) else " ".join(one) for one in content["model"]["merges"]]
+    kinds, keys = gguf.GGUFValueType, gguf.Keys.Tokenizer
+    return [
+        Field(keys.MODEL, "gpt2", kinds.STRING),
+        Field(keys.PRE, _SPLITS[split], kinds.STRING),
+        Field(keys.LIST, tokens, kinds.ARRAY, kinds.STRING),
+        Field(keys.TOKEN_TYPE, types, kinds.ARRAY, kinds.INT32),
+        *([Field(keys.MERGES, merges, kinds.ARRAY, kinds.STRING)] if merges else []),
+        *_special(tokenizer),
+    ]
+
+
+def _split(content: dict[str, Any]) -> str:
+    """How the tokenizer splits text: a regex, 'gpt2' for ByteLevel's own, or what else there is as JSON."""
+    one = content["pre_tokenizer"] or {}
+    steps = one["pretokenizers"] if one.get("type") == "Sequence" else [one]
+    if content["normalizer"] not in (None, {"type": "NFC"}):  # llama.cpp normalises nothing; NFC text is as it is
+        return json.dumps(content["normalizer"])
+    *before, last = steps
+    if (last.get("type"), last.get("add_prefix_space")) == ("ByteLevel", False):
+        match before, last["use_regex"]:
+            case [], True:
+                return "gpt2"
+            case [{"type": "Digits", "individual_digits": True}], True:
+                return "digits, gpt2"
+            case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}], False:
+                return str(regex)
+    return json.dumps(content["pre_tokenizer"])
+
+
+def _tokens(backend: Any, content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+    """Every token by its number, and its kind: added ones are found whole in a text, special ones are not shown."""
+    known = {number: token for token, number in backend.get_vocab(with_added_tokens=True).items()}
+    if max(known) >= vocabulary:
+        raise CannotLower(f"GGUF: the tokenizer's tokens go up to {max(known)}, the embeddings have {vocabulary} rows.")
+    kinds = {one["id"]: _TYPES.CONTROL if one["special"] else _TYPES.USER_DEFINED for one in content["added_tokens"]}
+    tokens = [known.get(number, f"[PAD{number}]") for number in range(vocabulary)]
+    types = [int(kinds.get(n, _TYPES.NORMAL if n in known else _TYPES.UNUSED)) for n in range(vocabulary)]
+    return tokens, types
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> Iterator[Field]:
+    """The numbers of the special tokens that there are, and whether a text begins with one."""
+    keys, kinds = gguf.Keys.Tokenizer, gguf.GGUFValueType
+    numbers = {
+        keys.BOS_ID: tokenizer.bos_token_id,
+        keys.EOS_ID: tokenizer.eos_token_id,
+        keys.UNK_ID: tokenizer.unk_token_id,
+        keys.PAD_ID: tokenizer.pad_token_id,
+    }
+    yield from (Field(key, number, kinds.UINT32) for key, number in numbers.items() if number is not None)
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    yield Field(keys.ADD_BOS, begins, kinds.BOOL)
