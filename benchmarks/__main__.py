@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.files import save_text, sha256
+from compile_steer.forms import artifacts, run_merge, run_verify
 from compile_steer.lower import Job, closed_form, distill
 from compile_steer.metrics import CHUNK_TOKENS, divergence
 from compile_steer.models import Loaded
 from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
-from compile_steer.pipeline import artifacts, run_compile, run_merge, run_verify
+from compile_steer.pipeline import run_compile
 from compile_steer.progress import BarMeter
 from compile_steer.replay import readout, run_span
 from compile_steer.run import Run, load_program

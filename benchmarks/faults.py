@@ -25,8 +25,9 @@ from benchmarks.planted import Fault, Judge
 from benchmarks.record import Record
 from compile_steer.errors import ArtifactError
 from compile_steer.files import sha256
+from compile_steer.forms import run_merge
 from compile_steer.hooks import steered
-from compile_steer.pipeline import run_compile, run_merge
+from compile_steer.pipeline import run_compile
 from compile_steer.program import Program
 from compile_steer.progress import BarMeter
 from compile_steer.run import Run, load_program

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from compile_steer import pipeline, processes
+from compile_steer import forms, pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.exchange import Import, new_recipe, run_export, run_import
 from compile_steer.on_artifact import audit_, push, reproduce_, show
@@ -111,7 +111,7 @@ def merge(
     ] = None,
 ) -> None:
     """Write stock checkpoints with the compiled weights summed in (fp32 sum, one cast)."""
-    folders = pipeline.run_merge(session.open(), artifact or ())
+    folders = forms.run_merge(session.open(), artifact or ())
     session.finish([str(folder) for folder in folders], lambda: _list(session, folders))
 
 
@@ -130,7 +130,7 @@ def verify(
     Leaves a parity.json beside each artifact. Exit code 1 if any of them is not the steered model.
     """
     run = session.open()
-    parities = pipeline.run_verify(run, artifact or pipeline.artifacts(run))
+    parities = forms.run_verify(run, artifact or forms.artifacts(run))
     shown = (lambda: None) if only_bars else lambda: print_parities(session.console, parities)
     session.finish([asdict(parity) for parity in parities], shown)
     raise typer.Exit(0 if all(parity.passed for parity in parities) else 1)
@@ -156,12 +156,12 @@ def run(session: Session, *, force: Force = False) -> None:
     program = load_program(opened).describe()
     print_plan(session.console, program, choices)
     pipeline.run_compile(opened, force)
-    pipeline.run_merge(opened)
+    forms.run_merge(opened)
     session.heading("3  Is what is on disk the steered model? (a fresh process)")
-    code = pipeline.verify_in_fresh_process(session.path, session.out, session.changes)
+    code = forms.verify_in_fresh_process(session.path, session.out, session.changes)
     if code not in (0, 1):
         raise typer.Exit(code)
-    parities = pipeline.read_parities(opened)
+    parities = forms.read_parities(opened)
     print_parities(session.console, parities)
     print_samples(session.console, session.recipe.ask, report, parities, session.recipe.too_high)
     curves = pipeline.read_curves(opened)

@@ -14,8 +14,9 @@ from compile_steer.behaviour import SPLITS
 from compile_steer.chain import home, recipe_folder
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest, sha256
+from compile_steer.forms import run_merge
 from compile_steer.models import revision_of
-from compile_steer.pipeline import run_compile, run_extract, run_merge, run_validate
+from compile_steer.pipeline import run_compile, run_extract, run_validate
 from compile_steer.places import Places
 from compile_steer.progress import Meter
 from compile_steer.provenance import Origin, Provenance, versions

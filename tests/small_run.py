@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from compile_steer.pipeline import run_compile, run_merge, run_validate, run_verify
+from compile_steer.forms import run_merge, run_verify
+from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.places import Places
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe, read_recipe

@@ -22,11 +22,12 @@ from benchmarks.ocean import ROOT
 from compile_steer.answers import Request, answer
 from compile_steer.extract.objective import Objective
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
+from compile_steer.forms import run_merge
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, bootstrap_mean, divergence
 from compile_steer.models import Loaded, load, quiet
 from compile_steer.observe import final_states, log_probabilities
-from compile_steer.pipeline import run_compile, run_merge
+from compile_steer.pipeline import run_compile
 from compile_steer.program import Intervention, Program
 from compile_steer.progress import BarMeter, Meter, Tick
 from compile_steer.recipe import read_recipe

@@ -15,9 +15,10 @@ from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
 from compile_steer.activations import read_activations
 from compile_steer.contrast import encode_pairs
 from compile_steer.directions import Directions
+from compile_steer.forms import artifacts, run_merge, run_verify
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.observe import contrast
-from compile_steer.pipeline import artifacts, run_compile, run_extract, run_merge, run_validate, run_verify
+from compile_steer.pipeline import run_compile, run_extract, run_validate
 from compile_steer.program import Program
 from compile_steer.progress import BarMeter, Meter
 from compile_steer.run import Run, load_program

@@ -15,10 +15,11 @@ from compile_steer.__main__ import main
 from compile_steer.chain import walk
 from compile_steer.errors import ArtifactError
 from compile_steer.export import read_patch, write_patch
+from compile_steer.forms import artifacts, run_merge
 from compile_steer.lower.train import train
 from compile_steer.models import Loaded, load
 from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
-from compile_steer.pipeline import artifacts, run_compile, run_merge
+from compile_steer.pipeline import run_compile
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter

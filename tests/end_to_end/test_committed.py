@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compile_steer.files import sha256
-from compile_steer.pipeline import run_verify
+from compile_steer.forms import run_verify
 from compile_steer.places import Places
 from compile_steer.program import Program
 from compile_steer.progress import Meter

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from compile_steer.card import engines, model_card, update_card
 from compile_steer.files import save_sealed
-from compile_steer.pipeline import run_verify
+from compile_steer.forms import run_verify
 from compile_steer.provenance import Provenance
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity

@@ -15,7 +15,8 @@ from compile_steer.chain import Link, walk
 from compile_steer.cli import app
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.files import sha256
-from compile_steer.pipeline import run_compile, run_merge, run_validate, run_verify
+from compile_steer.forms import run_merge, run_verify
+from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.places import Places
 from compile_steer.program import Program, read_tensors
 from compile_steer.provenance import Origin, Provenance, artifact_sha256
