@@ -21,7 +21,7 @@ from compile_steer.provenance import PARITY, Provenance, artifact_sha256
 from compile_steer.run import Run, load_program
 from compile_steer.verify import Parity, Reference, require_same_origin, verify_artifact
 
-_MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16"}
+_MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16", "merged-fp16": "fp16"}
 
 
 def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:

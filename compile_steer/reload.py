@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def reload(folder: Path, base: Loaded) -> Loaded:
     """
     with _stock_errors(folder):
         if (folder / "adapter_config.json").is_file():
-            model = PeftModel.from_pretrained(_fresh(base), str(folder))
+            model = PeftModel.from_pretrained(fresh(base).model, str(folder))
             tokenizer = base.tokenizer
         elif (file := gguf_in(folder)) is not None:
             model, tokenizer = _dequantised(file, base)
@@ -86,7 +87,7 @@ def reload_adapters(folders: Mapping[str, Path], base: Loaded) -> Loaded:
     for name, folder in folders.items():
         with _stock_errors(folder):
             if model is None:
-                model = PeftModel.from_pretrained(_fresh(base), str(folder), adapter_name=name)
+                model = PeftModel.from_pretrained(fresh(base).model, str(folder), adapter_name=name)
             else:
                 model.load_adapter(str(folder), adapter_name=name)
     model.to(base.device).eval().requires_grad_(False)
@@ -113,8 +114,12 @@ def switched(adapter: Loaded, dial: float) -> Iterator[None]:
         switch(adapter, {ADAPTER: 1.0})
 
 
-def _fresh(base: Loaded) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)
+def fresh(base: Loaded) -> Loaded:
+    """Another copy of `base`, read from where it lies."""
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)
+    model.to(base.device).eval().requires_grad_(False)
+    return replace(base, model=model)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from compile_steer.models import Loaded, quiet
 from compile_steer.patch import WeightPatch, weight_delta
 from compile_steer.provenance import CARD, Provenance
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_merged(
@@ -25,14 +25,30 @@ def write_merged(
     """Merge into a fresh copy of the base read from disk, so that a failure cannot leave it half changed.
 
     Raises:
-        ArtifactError: the patch names a module that the base lacks, has another shape, or gives NaN.
+        ArtifactError: the patch names a module that the base lacks, has another shape, gives NaN, or a value that the
+            precision cannot hold.
     """
-    model = merged_model(loaded.source, patch).to(PRECISIONS[precision])
+    model = merged_model(loaded.source, patch)
+    _require_room(model, PRECISIONS[precision])
+    model.to(PRECISIONS[precision])
     with new_folder(folder) as new, quiet():
         model.save_pretrained(new)
         loaded.tokenizer.save_pretrained(new)
         provenance.write(new)
         (new / CARD).write_text(card, encoding="utf-8")
+
+
+def _require_room(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise `ArtifactError` naming every tensor that `dtype` would make infinite."""
+    limit = torch.finfo(dtype).max
+    largest = {name: float(parameter.detach().abs().max()) for name, parameter in model.named_parameters()}
+    beyond = [
+        f"{name} holds {size:.4g}, beyond {limit:g}, the largest of {str(dtype).removeprefix('torch.')}; nothing was written."
+        for name, size in largest.items()
+        if size > limit
+    ]
+    if beyond:
+        raise ArtifactError([*beyond, "Merge at a wider precision: merged-bf16 or merged-fp32."])
 
 
 def is_merged(folder: Path, wanted: Provenance) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compile_steer.section import Section
 
-Form = Literal["adapter", "merged-fp32", "merged-bf16"]
+Form = Literal["adapter", "merged-fp32", "merged-bf16", "merged-fp16"]
 
 
 class Gates(Section):

@@ -16,11 +16,12 @@ from compile_steer.contrast import encode_pairs
 from compile_steer.errors import ArtifactError, RecipeError
 from compile_steer.generate import continue_prompts
 from compile_steer.metrics import Divergence, divergence
-from compile_steer.models import Loaded, load
+from compile_steer.models import Loaded
 from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
+from compile_steer.reload import fresh
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.equivalence import Planned, planned
@@ -169,7 +170,7 @@ class Reference:
     def precision_noise(self, dtype: torch.dtype) -> Divergence:
         """KL(steered || steered with the base's weights rounded to `dtype`) at the positions that count."""
         if dtype not in self._noise:
-            rounded = load(self.recipe.model, device=str(self.base.device), dtype=self.recipe.dtype)
+            rounded = fresh(self.base)
             with torch.no_grad():
                 for parameter in rounded.model.parameters():
                     parameter.copy_(parameter.to(dtype))

@@ -19,11 +19,12 @@ from compile_steer.tokens import encode
 from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import equivalence
+from compile_steer.verify.overflow import require_finite, require_half_range
 from compile_steer.verify.parity import Distance, Likeness, Parity, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
-_ROUNDED = {"merged-bf16": torch.bfloat16}
+_ROUNDED = {"merged-bf16": torch.bfloat16, "merged-fp16": torch.float16}
 
 
 def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gates: Gates) -> Parity:
@@ -35,7 +36,9 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     origin = require_same_origin(folder, reference.base.id, reference.base.revision, program_sha256)
     artifact = reload(folder, reference.base)
     states = final_states(artifact, reference.heldout)
-    _require_finite(folder, states)
+    require_finite(folder, artifact, reference.heldout, states)
+    if origin.form == "merged-fp16":
+        require_half_range(folder, artifact, reference.heldout)
     noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
     (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
     adapter = origin.form == "adapter"
@@ -81,16 +84,6 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin
-
-
-def _require_finite(folder: Path, states: States) -> None:
-    """Weights that have overflowed compare with nothing: that is damage, not a divergence."""
-    broken = sum(int((~torch.isfinite(one).all(dim=-1)).sum()) for one in (states.response, states.prompt))
-    if broken:
-        raise ArtifactError(
-            f"{folder} computes NaN or infinity at {broken} of {len(states.response) + len(states.prompt)} held-out tokens; "
-            "its weights have overflowed. Compile again, or merge at a wider precision."
-        )
 
 
 def _same_tokens(reference: Reference, artifact: Loaded) -> bool:

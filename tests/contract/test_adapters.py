@@ -229,7 +229,9 @@ def test_an_origin_that_is_missing_or_damaged_is_told_apart(tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------------- merging
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_a_merged_folder_is_summed_in_single_precision_and_cast_once(
     saved: Save, tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
@@ -275,6 +277,17 @@ def test_an_edit_of_another_shape_or_module_is_not_merged(saved: Save, tmp_path:
         with pytest.raises(ArtifactError, match=message):
             write_merged(tmp_path / "merged", WeightPatch(low_rank), one, "fp32", origin(one), "")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_half_precision_cannot_hold_is_named_and_not_merged(saved: Save, tmp_path: Path) -> None:
+    one = saved("llama")
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+    patch = WeightPatch({name: LowRank(torch.full((HIDDEN, 1), 3.0), torch.full((1, 48), 65504.0)) for name in names})
+    with pytest.raises(ArtifactError, match=r"beyond 65504, the largest of float16; nothing was written") as found:
+        write_merged(tmp_path / "merged", patch, one, "fp16", origin(one), "")
+    assert [problem.split(" ")[0] for problem in found.value.problems[:-1]] == [f"{name}.weight" for name in names]
+    assert not list(tmp_path.iterdir())
+    write_merged(tmp_path / "merged", patch, one, "bf16", origin(one), "")
 
 
 def test_a_base_that_lacks_weights_is_not_merged(saved: Save, tmp_path: Path) -> None:

@@ -231,7 +231,9 @@ def test_an_artifact_that_has_overflowed_is_refused(scene: Scene) -> None:
     weights[f"{scene.module}.weight"][3] = math.inf
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     Provenance.read(folder).write(folder)
-    with pytest.raises(ArtifactError, match="computes NaN or infinity at .* held-out tokens"):
+    with pytest.raises(
+        ArtifactError, match=rf"computes NaN or infinity at .* held-out tokens, first in {scene.module};"
+    ):
         scene.judged(folder)
 
 
