@@ -1,7 +1,7 @@
 """Do two artifacts agree: in their bytes, or in their numbers?
 
 A number's difference is ||new - old|| / ||old||, the largest of all tensors: of a vector c v, of a patch each matrix's
-whole change B A (its factors are not unique), of a checkpoint what it changed of its base.
+whole change B A (its factors are not unique), of a checkpoint what it changed of its base, of a GGUF file the tensors themselves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from compile_steer.checkpoint import Checkpoint
 from compile_steer.directions import Directions
-from compile_steer.export import read_patch
+from compile_steer.export import GGUF_FILE, read_patch
 from compile_steer.files import sha256
+from compile_steer.gguf_file import tensors
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Program
 from compile_steer.provenance import Provenance
@@ -109,6 +110,12 @@ def of_checkpoints(old: Path, new: Path, base: Path) -> float:
     if one.places.keys() != other.places.keys():
         return math.inf
     return _largest(between(one.tensor(name), other.tensor(name), start.tensor(name)) for name in one.places)
+
+
+def of_gguf(old: Path, new: Path) -> float:
+    """Of each tensor of a folder's GGUF file, de-quantised; infinite where they hold other tensors."""
+    one, other = (tensors(folder / GGUF_FILE) for folder in (old, new))
+    return _largest(between(one[name], other[name]) for name in one) if one.keys() == other.keys() else math.inf
 
 
 def hashes(what: str, expected: str, found: str) -> Agreement:

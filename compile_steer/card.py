@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compile_steer.chain import own_reports, own_validation
+from compile_steer.export import GGUF_FILE
 from compile_steer.files import save_text
 from compile_steer.provenance import CARD, Provenance
 from compile_steer.validate import ValidationReport
@@ -96,7 +97,24 @@ def engines(origin: Provenance) -> list[Engine]:
         return [
             Engine("transformers, vLLM, llama.cpp", (), note + (" (with --artifact)." if origin.recombined else "."))
         ]
+    if origin.form.startswith("gguf-"):
+        return _gguf_engines(origin)
     return _adapter_engines(origin) if origin.form == "adapter" else _merged_engines(origin)
+
+
+def _gguf_engines(origin: Provenance) -> list[Engine]:
+    # Its llama has a bias only where the config says so, which a GGUF file cannot.
+    dropped = "; it drops the biases that hold the steering, unless its config is given `mlp_bias` or `attention_bias`"
+    load = (
+        "from transformers import AutoModelForCausalLM, GgufConfig",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", gguf_file="{GGUF_FILE}",',
+        "                                             quantization_config=GgufConfig(dequantize=True))",
+    )
+    return [
+        Engine("llama.cpp", (f"llama-cli -m {GGUF_FILE}",)),
+        Engine("transformers", load, f"de-quantised{dropped if origin.biases else ''}."),
+    ]
 
 
 def _adapter_engines(origin: Provenance) -> list[Engine]:

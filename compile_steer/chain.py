@@ -128,7 +128,7 @@ def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator
         if link.state == "whole":
             yield from (replace(one, what=f"{member}: {one.what}") for one in _folder(adapter, recipes))
     hashes = origin.parent.split()
-    if origin.form.startswith("merged") and len(hashes) == 1:
+    if origin.whole and len(hashes) == 1:
         yield _hashed("adapter", Places(out, origin.name).adapter(origin.backend), hashes[0])
         return
     known = {

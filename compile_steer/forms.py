@@ -1,4 +1,4 @@
-"""The forms that ship: compiled patches -> merged checkpoints -> each judged as it lies on disk.
+"""The forms that ship: compiled patches -> merged checkpoints and GGUF files -> each judged as it lies on disk.
 
 A form that is there and was made from the same patch is kept. Verification is never skipped.
 """
@@ -7,54 +7,73 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compile_steer import processes
 from compile_steer.card import model_card, update_card
-from compile_steer.errors import ArtifactError
-from compile_steer.export import is_merged, read_patch, write_merged
+from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.export import gguf_refusals, is_merged, read_patch, write_gguf, write_merged
 from compile_steer.files import digest, sha256
 from compile_steer.patch import WeightPatch
 from compile_steer.pipeline import run_plan
 from compile_steer.provenance import PARITY, Provenance, artifact_sha256
 from compile_steer.run import Run, load_program
+from compile_steer.settings import any_gguf
 from compile_steer.verify import Parity, Reference, require_same_origin, verify_artifact
-
-_MERGED = {"merged-fp32": "fp32", "merged-bf16": "bf16", "merged-fp16": "fp16"}
 
 
 def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
     """Merge every compiled patch, or the `given` ones, at the precisions that the recipe verifies; returns the folders.
 
     Raises:
-        ArtifactError: a given folder holds no patch, or one of another base.
+        ArtifactError: a given folder holds no patch, or one of another base. CannotLower: a GGUF form cannot hold one.
     """
     processes.require_alone("merging")
-    precisions = [_MERGED[form] for form in run.recipe.verify.forms if form in _MERGED]
-    folders = []
-    patches: list[tuple[Path, WeightPatch, Provenance]] = []
+    wanted = [form for form in run.recipe.verify.forms if form != "adapter"]
     chosen = given or [run.places.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
-    for folder in chosen:
-        origin = Provenance.untouched(folder)
-        problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
-        if problems:
-            raise ArtifactError(problems)
-        patches.append((folder, read_patch(folder), origin))
-    with run.meter.phase("merging in fp32, one cast", len(patches) * len(precisions)) as tick:
+    patches = [(folder, *_patch(run, folder)) for folder in chosen]
+    if any_gguf(wanted):
+        _require_gguf(run, {folder: patch for folder, patch, _origin in patches})
+    folders = []
+    with run.meter.phase("merging in fp32, one cast", len(patches) * len(wanted)) as tick:
         for folder, patch, origin in patches:
             parent = artifact_sha256(folder)
-            for precision in precisions:
-                merged = run.places.merged(origin.backend, precision)
-                folders.append(merged)
-                now = origin.of(
-                    form=f"merged-{precision}", parent=parent, inputs=digest([origin.inputs, parent, precision])
-                )
-                if not is_merged(merged, now):
-                    card = model_card(now, run.places.validation)
-                    write_merged(merged, patch, run.loaded, precision, now, card)
+            for form in wanted:
+                folders.append(_merge(run, patch, origin.of(form=form, parent=parent)))
                 tick(1)
     return folders
+
+
+def _patch(run: Run, folder: Path) -> tuple[WeightPatch, Provenance]:
+    origin = Provenance.untouched(folder)
+    problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
+    if problems:
+        raise ArtifactError(problems)
+    return read_patch(folder), origin
+
+
+def _require_gguf(run: Run, patches: Mapping[Path, WeightPatch]) -> None:
+    """Raise `CannotLower` with everything that keeps a patch from being a GGUF file, before any is written."""
+    problems = [f"{folder}: {one}" for folder, patch in patches.items() for one in gguf_refusals(patch, run.loaded)]
+    if problems:
+        raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
+
+
+def _merge(run: Run, patch: WeightPatch, origin: Provenance) -> Path:
+    """Write the form that `origin` says of the base with `patch`, unless it is there; returns its folder."""
+    precision = precision_of(origin.form)
+    folder = run.places.merged(origin.backend, precision)
+    now = origin.of(inputs=digest([origin.inputs, origin.parent, precision]))
+    if not is_merged(folder, now):
+        write = write_gguf if origin.form.startswith("gguf-") else write_merged
+        write(folder, patch, run.loaded, precision.removeprefix("gguf-"), now, model_card(now, run.places.validation))
+    return folder
+
+
+def precision_of(form: str) -> str:
+    """What stands for a whole model's form in its folder's name: fp32, bf16, fp16, gguf-f16, gguf-q8_0, gguf-q4_0."""
+    return form.removeprefix("merged-")
 
 
 def artifacts(run: Run) -> list[Path]:
@@ -63,8 +82,8 @@ def artifacts(run: Run) -> list[Path]:
     for choice in run_plan(run):
         if choice.chosen:
             for form in run.recipe.verify.forms:
-                if form in _MERGED:
-                    folders.append(run.places.merged(choice.backend, _MERGED[form]))
+                if form != "adapter":
+                    folders.append(run.places.merged(choice.backend, precision_of(form)))
                 elif choice.adapter_refusal is None:
                     folders.append(run.places.adapter(choice.backend))
     return folders

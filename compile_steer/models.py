@@ -18,13 +18,14 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.checkpoint import Checkpoint
 from compile_steer.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.files import new_folder, sha256
+from compile_steer.gguf_file import read_gguf
 from compile_steer.layout import Layout
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -223,12 +224,7 @@ def _dequantised(gguf: Path) -> Path:
         return folder
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
+            model, _odd = read_gguf(gguf, torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RecipeError(_not_loaded(str(gguf), error)) from error

@@ -17,7 +17,7 @@ from compile_steer.card import model_card
 from compile_steer.decompile import Decompiled, decompile
 from compile_steer.directions import Directions
 from compile_steer.errors import ArtifactError, CannotLower, RecipeError
-from compile_steer.export import CURVES, is_adapter, kept_patch, write_patch
+from compile_steer.export import CURVES, gguf_refusals, is_adapter, kept_patch, write_patch
 from compile_steer.extract import extract, source
 from compile_steer.files import broken_seal, digest, save_text, sha256
 from compile_steer.lower import BACKENDS, Job, Work
@@ -29,6 +29,7 @@ from compile_steer.program import Program
 from compile_steer.provenance import Provenance
 from compile_steer.reload import reload
 from compile_steer.run import Run, load_program
+from compile_steer.settings import any_gguf
 from compile_steer.validate import ValidationReport, choose_layers, validate
 from compile_steer.write import WritingReport
 
@@ -118,7 +119,11 @@ def _verdict(run: Run, force: bool) -> tuple[str, str]:
 
 
 def run_plan(run: Run) -> list[Choice]:
-    """Which backends will run and why the others will not; raises `CannotLower`."""
+    """Which backends will run and why the others will not; raises `CannotLower`, also where the base cannot be a GGUF file
+    that the recipe wants."""
+    problems = gguf_refusals(WeightPatch(), run.loaded) if any_gguf(run.recipe.verify.forms) else []
+    if problems:
+        raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
     return plan(canonical(load_program(run)), run.loaded.layout, run.recipe.compile.backends)
 
 

@@ -136,6 +136,11 @@ class Provenance:
         return replace(self, **changes)
 
     @property
+    def whole(self) -> bool:
+        """True of a whole model, with the patch summed in; False of an adapter or patch."""
+        return self.form.startswith(("merged-", "gguf-"))
+
+    @property
     def origin(self) -> Origin:
         """Recipe, data and base alone, as a vector records them."""
         return Origin(self.recipe, self.recipe_sha256, self.data_sha256, self.revision, versions=self.versions)

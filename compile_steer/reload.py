@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.errors import ArtifactError
+from compile_steer.gguf_file import gguf_in, read_gguf
 from compile_steer.models import Loaded, quiet
 
 ADAPTER = "default"  # PEFT's name for the one that is loaded
@@ -39,41 +39,11 @@ def reload(folder: Path, base: Loaded) -> Loaded:
     return Loaded(model, tokenizer, str(folder), "", str(folder))
 
 
-def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file that `folder` holds, or None."""
-    return next(iter(sorted(folder.glob("*.gguf"))), None)
-
-
 def _dequantised(file: Path, base: Loaded) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers reads them off a GGUF file, its weights de-quantised.
-
-    llama.cpp's llama graph adds a bias wherever the file has one, transformers' only where the config says so, which no
-    GGUF records: it is told by the tensors. The width of a head is recorded, but not read for every family.
-
-    Raises:
-        ArtifactError: the file and the model do not have the same tensors.
-    """
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    reader = gguf.GGUFReader(file)
-    names = {tensor.name for tensor in reader.tensors}
-    width = reader.get_field(f"{config.model_type}.attention.key_length")
-    if width is not None:
-        config.head_dim = int(width.contents())
-    if config.model_type == "llama":
-        config.attention_bias = "blk.0.attn_output.bias" in names
-        config.mlp_bias = "blk.0.ffn_down.bias" in names
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        config=config,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=base.model.dtype,
-        output_loading_info=True,
-    )
-    wanted = len(dict(model.named_parameters()))
-    if loading["missing_keys"] or len(names) != wanted:
-        lacking = "".join(f", without {name}" for name in sorted(loading["missing_keys"])[:3])
-        raise ArtifactError(f"{file} holds {len(names)} tensors, the model {wanted}{lacking}. Merge again.")
+    """Model and tokenizer as transformers reads them; raises `ArtifactError` where not all of the file is in the model."""
+    model, odd = read_gguf(file, base.model.dtype)
+    if odd:
+        raise ArtifactError([f"{file}: {one}." for one in odd] + ["Merge again."])
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 

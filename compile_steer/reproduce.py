@@ -213,7 +213,7 @@ def _compiled(
     run = Run.open(_up_to(original.recipe(own), folder), to, meter)
     run_compile(run, force=True)  # whether the verdict is the same was looked at before
     old, new = original.places.adapter(folder.backend), run.places.adapter(folder.backend)
-    if not folder.form.startswith("merged"):
+    if not folder.whole:
         yield agreement.folder(folder.form, original.path, new, folder, agreement.of_patches, tolerance)
         return
     before = Provenance.read(old) if (old / "compile_steer.json").is_file() else None
@@ -225,7 +225,8 @@ def _compiled(
     def of_checkpoints(one: Path, other: Path) -> float:
         return agreement.of_checkpoints(one, other, base)
 
-    yield agreement.folder(folder.form, original.path, merged, folder, of_checkpoints, tolerance)
+    between = agreement.of_gguf if folder.form.startswith("gguf-") else of_checkpoints
+    yield agreement.folder(folder.form, original.path, merged, folder, between, tolerance)
 
 
 def _up_to(recipe: Recipe, folder: Provenance) -> Recipe:
@@ -233,7 +234,7 @@ def _up_to(recipe: Recipe, folder: Provenance) -> Recipe:
     backends, forms = recipe.compile.backends, recipe.verify.forms
     if backends != "auto" and folder.backend in backends:
         backends = backends[: backends.index(folder.backend) + 1]
-    if folder.form.startswith("merged"):
+    if folder.whole:
         forms = tuple(form for form in get_args(Form) if form == folder.form)
     return recipe.model_copy(
         update={

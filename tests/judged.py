@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.export import write_merged, write_patch
@@ -19,7 +20,7 @@ from compile_steer.provenance import Provenance
 from compile_steer.recipe import Recipe
 from compile_steer.tokens import Text
 from compile_steer.verify import Parity, Reference, verify_artifact
-from tests.tiny import HIDDEN, build, chatting, intervention
+from tests.tiny import HIDDEN, VOCAB, build, chatting, intervention
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 WRITER, BLOCK = "mlp.down_proj", 1
@@ -79,11 +80,17 @@ class Scene:
     verify: dict[str, Any]
 
     @staticmethod
-    def of(folder: Path, positions: str = "all", **verify: Any) -> Scene:
-        model = build("llama", max_position_embeddings=128)
+    def of(
+        folder: Path,
+        positions: str = "all",
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        vocab_size: int = VOCAB,
+        **verify: Any,
+    ) -> Scene:
+        model, words = build("llama", max_position_embeddings=128, vocab_size=vocab_size), tokenizer or chatting()
         model.save_pretrained(folder / "base")
-        chatting().save_pretrained(folder / "base")
-        base = Loaded(model, chatting(), "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
+        words.save_pretrained(folder / "base")
+        base = Loaded(model, words, "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
         program = Program((intervention(layer=BLOCK, positions=positions),), base.id, base.revision)
         return Scene(folder, base, program, verify)
 

@@ -18,7 +18,7 @@ from compile_steer.export.gguf_tokenizer import Field, tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model, patched_config
 from compile_steer.files import new_folder
-from compile_steer.models import Loaded
+from compile_steer.models import Loaded, gguf_of
 from compile_steer.patch import WeightPatch
 from compile_steer.provenance import CARD, Provenance
 
@@ -37,10 +37,11 @@ def gguf_refusals(patch: WeightPatch, loaded: Loaded) -> list[str]:
     """Why the base with `patch` cannot be written as GGUF; empty where it can. Nothing is computed."""
     config = patched_config(loaded.source, patch)
     problems = refusals(config)
-    try:
-        tokenizer_fields(loaded, config.vocab_size)
-    except CannotLower as error:
-        problems += error.problems
+    if gguf_of(loaded.id) is None:  # else its fields are copied as they are
+        try:
+            tokenizer_fields(loaded, config.vocab_size)
+        except CannotLower as error:
+            problems += error.problems
     return problems
 
 

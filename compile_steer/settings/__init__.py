@@ -12,7 +12,7 @@ from compile_steer.settings.compile import (
 )
 from compile_steer.settings.extract import ChoiceMethod, Extract, Method, PairMethod, Trained
 from compile_steer.settings.validate import Claim, Target, Validate
-from compile_steer.settings.verify import Form, Gates, Verify
+from compile_steer.settings.verify import Form, Gates, Verify, any_gguf
 
 __all__ = [
     "BackendName",
@@ -34,4 +34,5 @@ __all__ = [
     "Training",
     "Validate",
     "Verify",
+    "any_gguf",
 ]

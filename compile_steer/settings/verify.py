@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
 
 from compile_steer.section import Section
 
-Form = Literal["adapter", "merged-fp32", "merged-bf16", "merged-fp16"]
+Form = Literal["adapter", "merged-fp32", "merged-bf16", "merged-fp16", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+
+
+def any_gguf(forms: Iterable[Form]) -> bool:
+    """True if a file for llama.cpp is among the forms."""
+    return any(form.startswith("gguf-") for form in forms)
 
 
 class Gates(Section):

@@ -41,7 +41,8 @@ class Distance:
     `kl_*` and `top1_agreement` are over the positions that predict the response; `kl_prompt` over the prompt's. `kl_share`
     is over KL(steered||base) at the same positions. `*_low` and `*_high` of both are 95 % bootstrap intervals over the
     `n_texts` texts. `noise_*` is what the artifact's precision costs the steered model itself. `dose` is the least-squares
-    factor of the compiled model's change of the final hidden state on the steered model's, `hidden_error` what it leaves.
+    factor of the compiled model's change of the final hidden state on the steered model's, `hidden_error` what it leaves;
+    of a quantised file (GGUF) from the base quantised the same way.
     """
 
     kl_per_token: float
@@ -65,11 +66,37 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What storing weights in fewer bits costs, and the compile without that. KL in nats a token at the positions that
+    predict the held-out responses.
+
+    `kl_base` is KL(base||base rounded as the form is); what the same costs the steered model is the parity's `noise_kl`.
+    `kl` is KL(steered||compiled) with the hooks on that rounded base: the compile alone. `share` is over KL(steered||base)
+    there, `kl_changed`. `edited` matrices are not the rounded base's own, but rounded anew; rounding these alone costs the
+    steered model `kl_edited`.
+    """
+
+    kl_base: float
+    kl: float
+    share: float
+    kl_changed: float
+    edited: int
+    kl_edited: float
+
+    def __str__(self) -> str:
+        return (
+            f"rounding alone {self.kl_base:.1e} nats/token from the base; without it KL {self.kl:.1e}, share {self.share:.3%} "
+            f"({self.edited} matrices rounded anew, which costs {self.kl_edited:.1e})"
+        )
+
+
+@dataclass(frozen=True)
 class Likeness:
     """How alike compiled and steered behave on test data.
 
     `recovery` is that of the log-probability contrast on test pairs; `score_*` are generation scores on test prompts.
-    `contrast` (None where steering does not move it) and `score` are tests that the two are equivalent on these.
+    `contrast` (None where steering does not move it) and `score` are tests that the two are equivalent on these. Of a
+    quantised file (GGUF) base and steered contrast are of the base quantised the same way; scores are full precision's.
     """
 
     recovery: float | None
@@ -92,8 +119,8 @@ class Parity(Likeness, Distance):
     """Compiled against steered.
 
     `kinds` are prompts of other kinds, answered freely too. `neutral_drift_*` are KL from the base on neutral responses,
-    nats a token. `controls` are an adapter's, `dial` is its scale against the program's. `remarks` say what could not be
-    measured.
+    nats a token (of a quantised file from the base quantised the same way). `rounding` is None where all bits are kept.
+    `controls` are an adapter's, `dial` is its scale against the program's. `remarks` say what could not be measured.
     """
 
     backend: str
@@ -106,11 +133,17 @@ class Parity(Likeness, Distance):
     compile_seconds: float
     sha256: dict[str, str]
     compute_dtype: str
+    rounding: Rounding | None = None
     controls: AdapterControls | None = None
     dial: list[Dial] = field(default_factory=list)
     passed: bool = False
     reasons: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def quantised(self) -> bool:
+        """True of a file for llama.cpp: matrices are quantised, biases and norms are not."""
+        return self.form.startswith("gguf-")
 
     def save(self, path: Path) -> None:
         save_sealed(path, asdict(self))
@@ -136,10 +169,24 @@ def _far(parity: Parity, gates: Gates) -> Iterator[str]:
         yield "the artifact's tokenizer splits held-out prompts differently from the base's"
     if not parity.kl_per_token <= allowed_kl:
         yield f"KL {parity.kl_per_token:.2e} nats a token (share {parity.kl_share:.2%}); at most {allowed_kl:.2e}"
+    if parity.rounding is not None and parity.quantised:
+        yield from _far_without(
+            parity.rounding, gates.exact_kl if parity.exact else gates.share * parity.rounding.kl_changed
+        )
     if not parity.top1_agreement >= wanted_top1:
         yield f"top-1 agreement {parity.top1_agreement:.2%}; at least {wanted_top1:.2%}"
     if not abs(parity.dose - 1) <= _DOSE_MARGIN:
         yield f"the dose is {parity.dose:.3f} of the steered model's; needed 1 +- {_DOSE_MARGIN:g}"
+
+
+def _far_without(rounding: Rounding, allowed: float) -> Iterator[str]:
+    """What is wrong with the compile of a quantised file: its edited matrices alone may be rounded another way."""
+    allowed += 2 * rounding.kl_edited
+    if not rounding.kl <= allowed:
+        yield (
+            f"KL {rounding.kl:.2e} nats a token (share {rounding.share:.2%}) from the hooks on the base quantised the same way; "
+            f"at most {allowed:.2e}"
+        )
 
 
 def _unlike(parity: Parity, gates: Gates) -> Iterator[str]:

@@ -21,11 +21,11 @@ from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
-from compile_steer.reload import fresh
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.equivalence import Planned, planned
 from compile_steer.verify.kinds import Kinds
+from compile_steer.verify.rounded import Rounded, Rounding
 
 DIALS = (0.0, 0.5, 1.0, -1.0)
 _DIAL_TEXTS = 4
@@ -76,7 +76,7 @@ class Reference:
     def __init__(self, recipe: Recipe, base: Loaded, program: Program, behaviour: Behaviour, meter: Meter) -> None:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
         self.score = recipe.validate_.score.bind(base, behaviour)
-        self._noise: dict[torch.dtype, Divergence] = {}
+        self._rounded: tuple[object, Rounded] | None = None
         with meter.phase("reference: base and steered model", 5) as tick:
             self.heldout = continue_prompts(
                 base,
@@ -167,12 +167,20 @@ class Reference:
             for scale in DIALS
         }
 
-    def precision_noise(self, dtype: torch.dtype) -> Divergence:
-        """KL(steered || steered with the base's weights rounded to `dtype`) at the positions that count."""
-        if dtype not in self._noise:
-            rounded = fresh(self.base)
-            with torch.no_grad():
-                for parameter in rounded.model.parameters():
-                    parameter.copy_(parameter.to(dtype))
-            self._noise[dtype] = self.from_steered(rounded, final_states(rounded, self.heldout, self.program))
-        return self._noise[dtype]
+    @property
+    def base_contrast(self) -> np.ndarray:
+        """[n_pairs], nats a token."""
+        return self.base_behaving.contrast
+
+    @property
+    def steered_contrast(self) -> np.ndarray:
+        """[n_pairs], nats a token."""
+        return self.steered_behaving.contrast
+
+    def rounded(self, key: object, rounding: Rounding) -> Rounded:
+        """The same with the base's weights rounded; kept until another `key` is asked for, since it is a model's size."""
+        if self._rounded is None or self._rounded[0] != key:
+            self._rounded = None  # freed before the next is made
+            pairs = encode_pairs(self.base, self.behaviour.test[: self.recipe.verify.pairs])
+            self._rounded = key, Rounded(self.base, self.program, self.heldout, self.neutral, pairs, rounding)
+        return self._rounded[1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest
-from compile_steer.metrics import Divergence, bootstrap_ratio, bootstrap_recovery
+from compile_steer.metrics import bootstrap_ratio, bootstrap_recovery, divergence
 from compile_steer.models import Loaded
 from compile_steer.observe import States, final_states
 from compile_steer.provenance import Provenance, weights_sha256
@@ -20,11 +22,11 @@ from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.overflow import require_finite, require_half_range
-from compile_steer.verify.parity import Distance, Likeness, Parity, judge
+from compile_steer.verify.parity import Distance, Likeness, Parity, Rounding, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
+from compile_steer.verify.rounded import Rounded, rounding_of
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
-_ROUNDED = {"merged-bf16": torch.bfloat16, "merged-fp16": torch.float16}
 
 
 def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gates: Gates) -> Parity:
@@ -39,18 +41,20 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     require_finite(folder, artifact, reference.heldout, states)
     if origin.form == "merged-fp16":
         require_half_range(folder, artifact, reference.heldout)
-    noise = reference.precision_noise(_ROUNDED[origin.form]) if origin.form in _ROUNDED else None
+    stored = rounding_of(origin.form, folder, reference.base)
+    rounded = None if stored is None else reference.rounded(*stored)
+    ends: Ends = rounded if rounded is not None and origin.form.startswith("gguf-") else reference
     (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
     adapter = origin.form == "adapter"
     parity = Parity(
-        **vars(_distance(reference, artifact, states, noise)),
-        **vars(_likeness(reference, behaving)),
+        **vars(_distance(reference, artifact, states, rounded, ends)),
+        **vars(_likeness(reference, behaving, ends)),
         backend=origin.backend,
         form=origin.form,
         exact=origin.backend in _EXACT_BACKENDS,
         kinds=reference.kinds.measure(artifact),
         neutral_drift_steered=reference.neutral_drift,
-        neutral_drift_compiled=reference.drift(artifact, final_states(artifact, reference.neutral)),
+        neutral_drift_compiled=ends.drift(artifact, final_states(artifact, reference.neutral)),
         same_tokens=_same_tokens(reference, artifact),
         compile_seconds=origin.seconds,
         sha256={
@@ -60,6 +64,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
             "texts": digest([list(one.ids) for one in reference.heldout]),
         },
         compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
+        rounding=None if rounded is None else _rounding(reference, rounded, artifact, states),
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
         remarks=reference.kinds.remarks,
@@ -93,11 +98,44 @@ def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
     )
 
 
-def _distance(reference: Reference, artifact: Loaded, states: States, noise: Divergence | None) -> Distance:
+class Ends(Protocol):
+    """A model without and with the program's hooks: what a compiled model lies between, and is to be the second of."""
+
+    base_heldout: States
+    steered_heldout: States
+
+    @property
+    def base_contrast(self) -> np.ndarray: ...
+
+    @property
+    def steered_contrast(self) -> np.ndarray: ...
+
+    def drift(self, other: Loaded, states: States) -> float: ...
+
+
+def _rounding(reference: Reference, rounded: Rounded, artifact: Loaded, states: States) -> Rounding:
+    found, changed = (
+        rounded.from_steered(other, seen)
+        for other, seen in ((artifact, states), (rounded.loaded, rounded.base_heldout))
+    )
+    base, edited = reference.base.model, rounded.edited(artifact)
+    plain, own = reference.base_heldout.response, rounded.base_heldout.response
+    return Rounding(
+        kl_base=divergence(base, plain, rounded.loaded.model, own).mean,
+        kl=found.mean,
+        share=found.mean / changed.mean,
+        kl_changed=changed.mean,
+        edited=len(edited),
+        kl_edited=rounded.cost_of(edited, reference.steered_heldout),
+    )
+
+
+def _distance(reference: Reference, artifact: Loaded, states: States, rounded: Rounded | None, ends: Ends) -> Distance:
+    noise = None if rounded is None else reference.from_steered(rounded.loaded, rounded.steered_heldout)
     found, base = reference.from_steered(artifact, states), reference.base_divergence
     seed, ones = reference.recipe.seed, torch.ones_like(found.kl)
     kl, share = (bootstrap_ratio(found.kl, below, states.texts, seed=seed) for below in (ones, base.kl))
-    dose, error = _dose(reference.base_heldout.response, reference.steered_heldout.response, states.response)
+    dose, error = _dose(ends.base_heldout.response, ends.steered_heldout.response, states.response)
     return Distance(
         kl_per_token=found.mean,
         kl_rms=found.rms,
@@ -120,9 +158,11 @@ def _distance(reference: Reference, artifact: Loaded, states: States, noise: Div
     )
 
 
-def _likeness(reference: Reference, behaving: Behaving) -> Likeness:
+def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
     base, steered, margins = reference.base_behaving, reference.steered_behaving, reference.margins
-    recovery = bootstrap_recovery(base.contrast, steered.contrast, behaving.contrast, seed=reference.recipe.seed)
+    recovery = bootstrap_recovery(
+        ends.base_contrast, ends.steered_contrast, behaving.contrast, seed=reference.recipe.seed
+    )
     moves = margins.contrast != 0
     return Likeness(
         recovery=None if recovery is None else recovery.value,
@@ -131,7 +171,9 @@ def _likeness(reference: Reference, behaving: Behaving) -> Likeness:
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(behaving.scores.mean()),
-        contrast=equivalence("contrast", behaving.contrast - steered.contrast, margins.contrast) if moves else None,
+        contrast=equivalence("contrast", behaving.contrast - ends.steered_contrast, margins.contrast)
+        if moves
+        else None,
         score=equivalence("score", behaving.scores - steered.scores, margins.score),
         repetition_steered=float(steered.repetition.mean()),
         repetition_compiled=float(behaving.repetition.mean()),

@@ -20,6 +20,7 @@ from compile_steer.export import GGUF_FILE, read_patch, write_gguf, write_lora_g
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model
+from compile_steer.gguf_file import tensors
 from compile_steer.models import Loaded, load
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.provenance import Provenance
@@ -46,12 +47,6 @@ def origin(one: Loaded, form: str) -> Provenance:
 def written(folder: Path, patch: WeightPatch, one: Loaded, precision: str) -> Path:
     write_gguf(folder, patch, one, precision, origin(one, f"gguf-{precision}"), "a card")
     return folder
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    """What a GGUF file holds, de-quantised, under its own names."""
-    found = gguf.GGUFReader(path).tensors
-    return {one.name: torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).copy()) for one in found}
 
 
 def step(values: Tensor, levels: int) -> Tensor:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from compile_steer.errors import ArtifactError
-from compile_steer.export import write_merged
+from compile_steer.agreement import of_gguf
+from compile_steer.card import engines, model_card
+from compile_steer.chain import walk
+from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.export import GGUF_FILE, read_patch, write_gguf, write_merged
+from compile_steer.forms import run_merge
 from compile_steer.observe import final_states
 from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.pipeline import run_plan
+from compile_steer.places import Places
+from compile_steer.progress import Meter
+from compile_steer.provenance import Provenance
 from compile_steer.reload import reload
+from compile_steer.report import print_parities
+from compile_steer.run import Run
+from compile_steer.settings import Form
 from compile_steer.verify.overflow import HALF, first_beyond
-from tests.judged import Scene
+from compile_steer.verify.rounded import rounding_of
+from tests import byte_level
+from tests.judged import Scene, behaviour, recipe
+from tests.tiny import FFN, HIDDEN
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +53,8 @@ def test_half_precision_is_measured_as_bf16_is(scene: Scene) -> None:
     patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, switches=("mlp_bias",))
     parity = scene.judged(halves(scene, "fp16", patch))
     assert parity.passed and parity.form == "merged-fp16"
-    assert 0 < parity.noise_kl < scene.reference.precision_noise(torch.bfloat16).mean
+    coarse = scene.reference.rounded("bf16", lambda _name, values: values.to(torch.bfloat16))
+    assert 0 < 10 * parity.noise_kl < scene.reference.from_steered(coarse.loaded, coarse.steered_heldout).mean
     assert 0 < parity.kl_per_token < 10 * parity.noise_kl + 1e-6
 
 
@@ -47,3 +69,134 @@ def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: 
     assert first_beyond(artifact, texts, 1e9) is None and first_beyond(scene.base, texts, HALF) is None
     with pytest.raises(ArtifactError, match=rf"the output of {up} reaches .* beyond 65504, the largest of fp16"):
         scene.judged(folder)
+
+
+# ---------------------------------------------------------------------------------------------- GGUF
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene.of(tmp_path_factory.mktemp("bytewise"), tokenizer=byte_level.tokenizer(), vocab_size=byte_level.VOCAB)
+
+
+def quantised(scene: Scene, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
+    folder = scene.folder / f"{name}-{precision}"
+    write_gguf(folder, patch, scene.base, precision, scene.origin(f"gguf-{precision}", backend), "")
+    return folder
+
+
+def test_the_compile_is_told_apart_from_the_quantisation(bytewise: Scene) -> None:
+    """An exact bias, in as few bits as there are: all that is lost is what the base loses too."""
+    (one,) = bytewise.program.interventions
+    shift = one.coefficient * one.vector
+    patch = WeightPatch(bias={bytewise.module: shift}, switches=("mlp_bias",))
+    found = {
+        precision: bytewise.judged(quantised(bytewise, precision, patch, "exact", "bias"))
+        for precision in ("f16", "q4_0")
+    }
+    for parity in found.values():
+        assert parity.passed, parity.reasons
+        assert parity.rounding is not None and parity.rounding.edited == 0 == parity.rounding.kl_edited
+        assert parity.rounding.kl < 1e-9 and parity.kl_per_token == pytest.approx(parity.noise_kl, rel=1e-4)
+        assert parity.dose == pytest.approx(1.0, abs=1e-4) and parity.recovery == pytest.approx(1.0, abs=1e-4)
+    fine, coarse = (found[precision].rounding for precision in ("f16", "q4_0"))
+    assert fine is not None and coarse is not None and coarse.kl_base > 100 * fine.kl_base > 0
+    assert found["q4_0"].kl_per_token > 100 * found["f16"].kl_per_token > 0
+    assert json.loads(json.dumps(asdict(found["q4_0"])))["rounding"]["share"] < 1e-6
+
+
+def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: Scene) -> None:
+    """15 % too much of the vector: less than four bits cost, so that a sum of both would let it pass."""
+    (one,) = bytewise.program.interventions
+    patch = WeightPatch(bias={bytewise.module: 1.15 * one.coefficient * one.vector}, switches=("mlp_bias",))
+    parity = bytewise.judged(quantised(bytewise, "q4_0", patch, "wrong", "bias"))
+    assert parity.rounding is not None and parity.rounding.kl < parity.noise_kl
+    assert not parity.passed
+    assert any("from the hooks on the base quantised the same way; at most" in reason for reason in parity.reasons)
+    assert any("the dose is 1.0" in reason for reason in parity.reasons), parity.reasons
+    whole = [reason for reason in parity.reasons if reason.startswith("KL") and "quantised" not in reason]
+    assert whole == [], "against full precision it is within what rounding costs"
+
+
+def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: Scene) -> None:
+    edits = {bytewise.module: LowRank(torch.full((HIDDEN, 1), 1e-3), torch.full((1, FFN), 1e-2))}
+    folder = quantised(bytewise, "q8_0", WeightPatch(edits), "edited")
+    stored = rounding_of("gguf-q8_0", folder, bytewise.base)
+    assert stored is not None and rounding_of("merged-fp32", bytewise.folder, bytewise.base) is None
+    rounded = bytewise.reference.rounded(*stored)
+    artifact = reload(folder, bytewise.base)
+    assert rounded.edited(artifact) == [f"{bytewise.module}.weight"]
+    everything = [name for name, value in artifact.model.named_parameters() if value.ndim > 1]
+    steered = bytewise.reference.steered_heldout
+    noise = bytewise.reference.from_steered(rounded.loaded, rounded.steered_heldout).mean
+    assert rounded.cost_of([], steered) == 0
+    assert 0 < rounded.cost_of(rounded.edited(artifact), steered) < noise
+    assert rounded.cost_of(everything, steered) == pytest.approx(noise, rel=1e-6)
+    assert torch.equal(final_states(rounded.loaded, bytewise.reference.heldout).response, rounded.base_heldout.response)
+    assert bytewise.reference.rounded(*stored) is rounded, "made once for all artifacts of a form"
+
+
+def test_both_figures_are_shown(bytewise: Scene) -> None:
+    (one,) = bytewise.program.interventions
+    patch = WeightPatch(bias={bytewise.module: one.coefficient * one.vector}, switches=("mlp_bias",))
+    parity = bytewise.judged(quantised(bytewise, "q8_0", patch, "shown", "bias"))
+    stream = StringIO()
+    print_parities(Console(file=stream, width=400), [parity])
+    assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.kl_per_token:.1e}" in stream.getvalue()
+    origin = bytewise.origin("gguf-q8_0", "bias").of(architecture="llama", biases=1)
+    assert [engine.name for engine in engines(origin)] == ["llama.cpp", "transformers"]
+    assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)
+
+
+def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: Scene) -> None:
+    folder = quantised(
+        bytewise, "f16", WeightPatch({bytewise.module: LowRank(torch.ones(HIDDEN, 1), torch.ones(1, FFN))}), "odd"
+    )
+    source = gguf.GGUFReader(folder / GGUF_FILE)
+    writer = gguf.GGUFWriter(folder / "odd.gguf", "llama")
+    for field in source.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(field.name, field.contents(), *field.types)
+    for tensor in source.tensors:
+        if tensor.name != "blk.2.ffn_up.weight":
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor("rope_freqs.weight", np.ones(6, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / GGUF_FILE).unlink()
+    with pytest.raises(
+        ArtifactError, match=r"the file lacks model\.layers\.2\.mlp\.up_proj[\s\S]*no place for rope_freqs"
+    ):
+        reload(folder, bytewise.base)
+
+
+# --------------------------------------------------------------------------------- the walk's own forms
+
+
+def walk_of(scene: Scene, forms: list[Form], out: Path) -> Run:
+    return Run(recipe(forms=forms), Places(out, "tiny"), scene.base, behaviour(), Meter())
+
+
+def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: Scene, tmp_path: Path) -> None:
+    run = walk_of(bytewise, ["adapter", "gguf-q8_0", "merged-fp16"], tmp_path)
+    adapter = bytewise.adapter()
+    shutil.copytree(adapter, run.places.adapter("closed_form"))
+    folders = run_merge(run, [run.places.adapter("closed_form")])
+    assert [folder.name for folder in folders] == ["tiny-closed_form-gguf-q8_0", "tiny-closed_form-fp16"]
+    written = (folders[0] / GGUF_FILE).stat().st_mtime_ns
+    assert run_merge(run, [run.places.adapter("closed_form")]) == folders
+    assert (folders[0] / GGUF_FILE).stat().st_mtime_ns == written
+    assert Provenance.untouched(folders[0]).whole and not Provenance.untouched(adapter).whole
+    assert {link.what: link.state for link in walk(folders[0])}["adapter"] == "whole"
+    other = quantised(bytewise, "q8_0", 1.5 * read_patch(adapter), "more")
+    assert of_gguf(folders[0], folders[0]) == 0 < of_gguf(folders[0], other) < 1
+
+
+def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: Scene, tmp_path: Path) -> None:
+    run = walk_of(scene, ["merged-fp32", "gguf-q4_0"], tmp_path)
+    scene.program.save(run.places.program)
+    with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):
+        run_plan(run)
+    assert any(choice.chosen for choice in run_plan(walk_of(scene, ["merged-fp32"], tmp_path)))
