@@ -6,7 +6,6 @@ Errors become messages in `compile_steer.__main__`.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +16,9 @@ from compile_steer import forms, pipeline, processes
 from compile_steer.describe import describe_artifact
 from compile_steer.exchange import Import, new_recipe, run_export, run_import
 from compile_steer.on_artifact import audit_, push, reproduce_, show
+from compile_steer.on_several import compose_, together
 from compile_steer.recombine import Recombination, recombine
 from compile_steer.report import (
-    print_composition,
     print_decompiled,
     print_parities,
     print_plan,
@@ -30,8 +29,7 @@ from compile_steer.report import (
     write_page,
 )
 from compile_steer.run import load_program
-from compile_steer.session import Command, Device, Dtype, Json, Seed, Session, Set
-from compile_steer.several import Several, joined, run_compose
+from compile_steer.session import Command, Session
 
 app = typer.Typer(
     add_completion=False,
@@ -234,33 +232,6 @@ def decompile_(
     session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
 
 
-@app.command("compose")
-def compose_(
-    recipes: Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")],
-    backend: Annotated[str, typer.Option(help="Whose adapters are put together.")] = "closed_form",
-    dial: Annotated[list[float] | None, typer.Option(help="Factor of each program, in order. [default: 1]")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME.")] = Path("runs"),
-    out: Annotated[Path | None, typer.Option(help="Folder for composed/. [default: RUNS/NAME1+NAME2]")] = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
-    """Put several compiled programs into one adapter, stacked and compiled jointly, and say how they interfere.
-
-    Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
-    adapter is not the model under all hooks at once.
-    """
-    session = functools.partial(Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
-    sessions = [session(recipe=path) for path in recipes]
-    first, read = sessions[0], [one.recipe for one in sessions]
-    place = out or runs / joined(read)
-    found = run_compose(Several.open(read, dial or [], backend, runs, place, first.meter))
-    first.finish(found.summary(), lambda: print_composition(first.console, found))
-    raise typer.Exit(0 if found.passed else 1)
-
-
 @app.command("task-vector")
 @Command
 def task_vector(
@@ -283,6 +254,8 @@ def task_vector(
     session.finish(found.summary(), lambda: print_recombined(session.console, found))
 
 
+app.command("compose")(compose_)
+app.command()(together)
 app.command()(show)
 app.command("reproduce")(reproduce_)
 app.command("audit")(audit_)

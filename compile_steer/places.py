@@ -69,5 +69,9 @@ class Places:
         """How several programs and their adapters get on with each other."""
         return self.out / "composed" / f"{self.name}-{backend}.json"
 
+    def together(self, backend: str) -> Path:
+        """How their adapters do loaded at once, where nothing was composed."""
+        return self.out / "composed" / f"{self.name}-{backend}-loaded.json"
+
     def merged(self, backend: str, precision: str) -> Path:
         return self.out / "merged" / f"{self.name}-{backend}-{precision}"

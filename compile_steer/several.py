@@ -1,4 +1,4 @@
-"""The walk for several programs at once: their adapters stacked into one, and their sum compiled as one."""
+"""The walk for several programs at once: their adapters loaded together, stacked into one, and their sum compiled as one."""
 
 from __future__ import annotations
 
@@ -159,6 +159,14 @@ def run_compose(several: Several) -> Composition:
         write_patch(folder, patch, several.loaded, origin, model_card(origin, None))
     found = measure(several.loaded, several.members, backend, folders, several.meter)
     found.save(places.composition(backend))
+    return found
+
+
+def run_together(several: Several) -> Composition:
+    """Load the members' adapters at once, as they lie, and measure them against all hooks at once; nothing is compiled."""
+    processes.require_alone("verification")
+    found = measure(several.loaded, several.members, several.backend, {}, several.meter)
+    found.save(several.places.together(several.backend))
     return found
 
 

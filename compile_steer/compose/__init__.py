@@ -4,6 +4,6 @@ A judge: it loads what is on disk through stock PEFT and imports no backend.
 """
 
 from compile_steer.compose.findings import Composition
-from compile_steer.compose.stage import JOINT, STACKED, Member, measure, summed
+from compile_steer.compose.stage import JOINT, LOADED, STACKED, Member, measure, summed
 
-__all__ = ["JOINT", "STACKED", "Composition", "Member", "measure", "summed"]
+__all__ = ["JOINT", "LOADED", "STACKED", "Composition", "Member", "measure", "summed"]

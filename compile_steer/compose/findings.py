@@ -16,8 +16,9 @@ _NOTHING = 1e-9
 class Row:
     """What each thing that is switched on does to one behaviour: change of its contrast against base, nats a token.
 
-    `effects` has a column for the hooks of each program and of all, each adapter, all of them stacked, and the joint
-    one. `cross`: all at once less the sum of each alone, for hooks and adapters. `missed`: what is shipped less the hooks.
+    `effects` has a column for the hooks of each program and of all, each adapter, all of them loaded at once, and each that
+    was composed (stacked, joint). `cross`: all at once less the sum of each alone, for hooks and adapters. `missed`: what
+    is shipped, that is the adapters loaded at once and the composed ones, less the hooks.
     """
 
     behaviour: str
@@ -47,20 +48,22 @@ class Interplay:
     """Norms of final hidden states, relative to the root of the summed squares of what the programs do one by one.
 
     `programs`: what the hooks do at once less the sum of what each does alone. `alone`: the errors of the adapters, each
-    alone against its own hooks, summed. `stacked`, `joint`: the error of what is shipped. `cross`: the stacked error less
-    `alone`, which is what the compile adds by the adapters being on together.
+    alone against its own hooks, summed. `errors`: the error of what is shipped, by how. `cross`: the error of the adapters
+    loaded at once less `alone`, which is what the compile adds by their being on together.
     """
 
     programs: float
     alone: float
-    stacked: float
+    errors: dict[str, float]
     cross: float
-    joint: float
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The interference matrix, the two artifacts against all hooks at once, and every dial by itself."""
+    """The interference matrix, what is shipped against all hooks at once, and every dial by itself.
+
+    `artifacts` are the adapters loaded at once, and what was composed of them, if anything was.
+    """
 
     names: list[str]
     dials: list[float]
@@ -68,7 +71,7 @@ class Composition:
     matrix: list[Row]
     artifacts: dict[str, Fit]
     settings: list[Fit]
-    stacked_from_loaded: float  # mean KL(the adapters loaded at once || stacked), nats a token
+    stacked_from_loaded: float | None  # mean KL(the adapters loaded at once || stacked), nats a token
     interplay: Interplay
     n_tokens: int
     sha256: dict[str, str]

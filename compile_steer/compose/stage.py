@@ -30,7 +30,8 @@ from compile_steer.recipe import Recipe
 from compile_steer.reload import reload_adapters, switch
 from compile_steer.tokens import Encoded
 
-STACKED, JOINT = "stacked", "joint"
+STACKED, JOINT = "stacked", "joint"  # composed adapters
+LOADED = "loaded"  # the members' own, all on at once
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,12 @@ class _Scene:
 def measure(
     base: Loaded, members: Sequence[Member], backend: str, folders: Mapping[str, Path], meter: Meter
 ) -> Composition:
-    """Hold the members' adapters, and the composed ones in `folders` (stacked, joint), against all programs' hooks.
+    """Hold the members' adapters, loaded at once, and the composed ones in `folders` (stacked, joint), against all
+    programs' hooks.
+
+    Each adapter was fitted with the others off, so at once they are off by more than alone: an adapter reads its constant
+    (the A of a rank-1 edit) off activations that another one below it has moved. How much more is `Interplay.cross`.
+    That the programs' own effects do not add up (`Interplay.programs`) is none of the compile's doing: hooks show it too.
 
     Raises:
         ArtifactError: an adapter cannot be loaded. RecipeError: no prompt, or no test pair, is left that no compile saw.
@@ -108,17 +114,17 @@ def measure(
             loaded.append(scene.states(texts, _on(setting)))
             settings.append(_fit(scene, setting, hooked[-1], loaded[-1], plain))
             tick(1)
-    shipped = {way: scene.states(texts, {way: 1.0}) for way in (STACKED, JOINT)}
+    shipped = {LOADED: loaded[0]} | {way: scene.states(texts, {way: 1.0}) for way in folders}
     artifacts = {way: _fit(scene, dials, hooked[0], states, plain) for way, states in shipped.items()}
     count = 1 + len(dials)
     return Composition(
         names=[one.name for one in members],
         dials=list(dials),
         backend=backend,
-        matrix=_matrix(scene, members, pairs, alone, meter),
+        matrix=_matrix(scene, members, pairs, alone, tuple(folders), meter),
         artifacts=artifacts,
         settings=settings,
-        stacked_from_loaded=scene.divergence(loaded[0], shipped[STACKED]).mean,
+        stacked_from_loaded=scene.divergence(loaded[0], shipped[STACKED]).mean if STACKED in shipped else None,
         interplay=_interplay(plain, hooked[:count], loaded[1:count], shipped),
         n_tokens=plain.shape[0],
         sha256={way: sha256(folder) for way, folder in folders.items()}
@@ -178,6 +184,7 @@ def _matrix(
     members: Sequence[Member],
     pairs: Sequence[Sequence[Encoded]],
     alone: Sequence[tuple[float, ...]],
+    composed: Sequence[str],
     meter: Meter,
 ) -> list[Row]:
     """A row a behaviour, a column a way to run."""
@@ -185,7 +192,7 @@ def _matrix(
     ways: dict[str, Way] = {f"hooks {m.name}": summed(members, on) for m, on in zip(members, alone, strict=True)}
     ways |= {"hooks all": everything}
     ways |= {f"adapter {m.name}": _on(on) for m, on in zip(members, alone, strict=True)}
-    ways |= {STACKED: {STACKED: 1.0}, JOINT: {JOINT: 1.0}}
+    ways |= {LOADED: _on([one.dial for one in members])} | {way: {way: 1.0} for way in composed}
     rows = []
     with meter.phase("the interference matrix", len(members) * (1 + len(ways))) as tick:
         for one, own in zip(members, pairs, strict=True):
@@ -195,11 +202,11 @@ def _matrix(
                 tick(1)
             plain = found.pop("base")
             changes = {label: values - plain for label, values in found.items()}
-            rows.append(_row(one, [m.name for m in members], changes))
+            rows.append(_row(one, [m.name for m in members], (LOADED, *composed), changes))
     return rows
 
 
-def _row(member: Member, names: Sequence[str], changes: Mapping[str, np.ndarray]) -> Row:
+def _row(member: Member, names: Sequence[str], shipped: Sequence[str], changes: Mapping[str, np.ndarray]) -> Row:
     """Intervals over pairs, of the changes [n_pairs] and of their differences pair by pair."""
 
     def interval(values: np.ndarray) -> Interval:
@@ -215,9 +222,9 @@ def _row(member: Member, names: Sequence[str], changes: Mapping[str, np.ndarray]
         effects={label: interval(values) for label, values in changes.items()},
         cross={
             "hooks": interval(together - summed_alone("hooks")),
-            "adapters": interval(changes[STACKED] - summed_alone("adapter")),
+            "adapters": interval(changes[LOADED] - summed_alone("adapter")),
         },
-        missed={way: interval(changes[way] - together) for way in (STACKED, JOINT)},
+        missed={way: interval(changes[way] - together) for way in shipped},
     )
 
 
@@ -234,9 +241,8 @@ def _interplay(
     return Interplay(
         programs=float((together - sum(each)).norm()) / size,
         alone=float(errors.norm()) / size,
-        stacked=float(missed[STACKED].norm()) / size,
-        cross=float((missed[STACKED] - errors).norm()) / size,
-        joint=float(missed[JOINT].norm()) / size,
+        errors={way: float(one.norm()) / size for way, one in missed.items()},
+        cross=float((missed[LOADED] - errors).norm()) / size,
     )
 
 

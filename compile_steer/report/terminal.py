@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn.functional import cosine_similarity
 
-from compile_steer.compose import Composition
+from compile_steer.compose import LOADED, Composition
 from compile_steer.decompile import Decompiled
 from compile_steer.plan import Choice
 from compile_steer.program import Program
@@ -195,17 +195,20 @@ def print_composition(console: Console, found: Composition) -> None:
     dials = Table(title=title, title_justify="left")
     for heading in ("adapters", f"dials of {', '.join(found.names)}", "KL", "KL(hooks||base)", "share", "top-1"):
         dials.add_column(heading, justify="left" if heading == "adapters" else "right")
-    for name, fit in [*found.artifacts.items(), *(("loaded at once", fit) for fit in found.settings)]:
+    composed = [(way, fit) for way, fit in found.artifacts.items() if way != LOADED]
+    for name, fit in [*composed, *(("loaded at once", fit) for fit in found.settings)]:
         share = "-" if fit.share is None else f"{fit.share:.2%}"
         setting = ", ".join(f"{dial:g}" for dial in fit.dials)
         dials.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", share, f"{fit.top1:.2%}")
     console.print(dials)
     i = found.interplay
+    errors = "; ".join(f"{way} {error:.3f}" for way, error in i.errors.items())
     console.print(
         f"  final states, relative to what the programs change one by one: the programs' own interference {i.programs:.3f}; "
-        f"errors: adapters alone, summed {i.alone:.3f}; stacked {i.stacked:.3f}, of it only when together {i.cross:.3f}; "
-        f"joint {i.joint:.3f}\n  KL(adapters loaded at once||stacked) = {found.stacked_from_loaded:.1e} nats/token"
+        f"errors: adapters alone, summed {i.alone:.3f}; {errors}; of the loaded ones' only when together {i.cross:.3f}"
     )
+    if found.stacked_from_loaded is not None:
+        console.print(f"  KL(adapters loaded at once||stacked) = {found.stacked_from_loaded:.1e} nats/token")
     for reason in found.reasons:
         console.print(f"  [red]FAILED[/red] {escape(reason)}")
 

@@ -18,16 +18,19 @@ from typer.testing import CliRunner
 
 from compile_steer.chain import walk
 from compile_steer.cli import app
-from compile_steer.compose import JOINT, STACKED, Composition, Member, measure
+from compile_steer.compose import JOINT, LOADED, STACKED, Composition, Member, measure, summed
+from compile_steer.compose.stage import _texts
 from compile_steer.describe import describe_artifact
 from compile_steer.errors import ArtifactError, CompileSteerError
 from compile_steer.export import read_patch, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.files import sha256
+from compile_steer.files import digest, sha256
 from compile_steer.hooks import steered
 from compile_steer.lower import bias
 from compile_steer.lower.closed_form import Stage
+from compile_steer.metrics import divergence
 from compile_steer.models import Loaded, load, quiet
+from compile_steer.observe import final_states
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch, applied
 from compile_steer.places import Places
@@ -210,7 +213,7 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
     assert (done.exit_code == 0) == found["passed"]
     assert [row["behaviour"] for row in found["matrix"]] == list(NAMES)
     columns = [f"{kind} {name}" for kind in ("hooks", "adapter") for name in NAMES]
-    assert set(found["matrix"][0]["effects"]) == {*columns, "hooks all", STACKED, JOINT}
+    assert set(found["matrix"][0]["effects"]) == {*columns, "hooks all", LOADED, STACKED, JOINT}
     assert [fit["dials"] for fit in found["settings"]] == [[1, 0.5], [1, 0], [0, 0.5], [0.5, 0.5], [1, 0.25]]
     for fit in found["settings"]:
         assert fit["kl"] < 0.2 * fit["kl_base"], "each adapter follows its own dial"
@@ -230,6 +233,34 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
     assert describe_artifact(places.composition("closed_form"))["kind"] == "composition"
     card = (places.composed("closed_form", JOINT) / "README.md").read_text(encoding="utf-8")
     assert f"| made of | {NAMES[1]} x 0.5, SHA-256" in card
+
+
+def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench, two: tuple[Path, Path]) -> None:
+    loose = ["--set", "verify.gates.share=0.2"]  # what two rank-4 edits on a random tiny model can be asked
+    command = ["together", *map(str, two), "--runs", str(bench.runs), "--dial", "1", "--dial", "0.5", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*command, *loose, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    places = Places(bench.runs / "+".join(NAMES), "+".join(NAMES))
+    assert json.loads(places.together("closed_form").read_text(encoding="utf-8")) == found
+    assert list(found["artifacts"]) == list(found["interplay"]["errors"]) == [LOADED]
+    assert found["artifacts"][LOADED] == found["settings"][0] and found["stacked_from_loaded"] is None
+    assert set(found["matrix"][0]["missed"]) == {LOADED}
+    # What a user of PEFT does by hand, against both hooks at once, on the very texts.
+    several = bench.open(*two, dials=(1, 0.5))
+    both = summed(several.members, [1, 0.5])
+    model = loaded_at_once(bench.base, [one.adapter for one in several.members], (1, 0.5))
+    heldout = _texts(bench.base, several.members, both, Meter())
+    assert digest([list(one.ids) for one in heldout]) == found["sha256"]["texts"]
+    wanted = final_states(bench.base, heldout, both).response
+    got = final_states(replace(bench.base, model=model), heldout).response
+    by_hand = divergence(bench.base.model, wanted, bench.base.model, got).mean
+    assert found["artifacts"][LOADED]["kl"] == pytest.approx(by_hand, rel=1e-4) and by_hand > 0
+    # One of the two emptied: alone it is nothing, and together they are not both programs.
+    adapter = several.members[1].adapter
+    write_patch(adapter, 0.0 * read_patch(adapter), bench.base, Provenance.read(adapter), "")
+    failed = CliRunner().invoke(app, [*command, *loose])
+    assert failed.exit_code == 1 and "FAILED loaded: KL" in failed.output and "loaded at once" in failed.output
 
 
 def test_a_joint_compile_is_kept_while_nothing_changes(bench: Bench, two: tuple[Path, Path]) -> None:
@@ -264,7 +295,7 @@ def test_a_program_and_its_negation_cancel_and_leave_no_share(bench: Bench) -> N
     for row in found.matrix:
         assert abs(row.effects["hooks all"].value) < 1e-6
         assert abs(row.effects[STACKED].value) < 1e-5, "the sum of an adapter and its negation is nothing"
-    assert found.interplay.stacked < 1e-5
+    assert found.interplay.errors[STACKED] < 1e-5
     # Each alone is off by its own error, and those do not cancel; together they do: all of it is the cross term.
     assert found.interplay.cross == pytest.approx(found.interplay.alone, rel=1e-3)
 
@@ -281,7 +312,7 @@ def test_the_judge_fails_what_is_not_the_sum(bench: Bench, two: tuple[Path, Path
     found = measure(bench.base, several.members, "closed_form", folders, Meter())
     assert not found.passed
     assert any(reason.startswith("stacked: KL") for reason in found.reasons)
-    assert found.stacked_from_loaded > 1e-4
+    assert found.stacked_from_loaded is not None and found.stacked_from_loaded > 1e-4
 
 
 def test_prompts_that_another_compile_has_seen_are_not_judged_on(bench: Bench, two: tuple[Path, Path]) -> None:
