@@ -64,7 +64,7 @@ def recipe(**verify: Any) -> Recipe:
             "ask": "w9 w8",
             "data": {name: f"{name}.jsonl" for name in SPLITS},
             "validate": {"score": {"kind": "keywords", "patterns": ["w4[0-9]"]}},
-            "verify": {"max_new_tokens": 6, **verify},
+            "verify": {"max_new_tokens": 6, "capability": 0, **verify},
             "folder": Path(),
         }
     )

@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
         "neutral": 8,
         "prompts": 8,
         "max_new_tokens": 4,
+        "capability": 2,
     },
 }
 

@@ -138,6 +138,8 @@ def _print_details(console: Console, p: Parity) -> None:
         console.print(f"  {p.backend} adapter's dial against the coefficient's: {', '.join(map(str, p.dial))}")
     tests = [str(one) for one in (p.contrast, p.score) if one is not None]
     console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(tests))}")
+    if p.capability is not None:
+        console.print(f"  {p.backend} {p.form}: {p.capability}")
     if p.rounding is not None:
         console.print(f"  {p.backend} {p.form}: {p.rounding}; with it KL {p.kl_per_token:.1e}, share {p.kl_share:.3%}")
     for reason in p.reasons:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -48,4 +48,7 @@ class Verify(Section):
     long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the neutral texts")
     long_tokens: int = Field(1000, ge=16)
     free_tokens: int = Field(16, ge=4, description="of an answer to these prompts")
+    capability: Literal[0] | Annotated[int, Field(ge=2, le=24)] = Field(
+        24, description="short questions with one right answer, of 24: what the model can still do; 0 asks none"
+    )
     gates: Gates = Gates()

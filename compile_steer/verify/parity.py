@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compile_steer.files import load_json, save_sealed
 from compile_steer.settings import Gates
+from compile_steer.verify.capability import Capability
 from compile_steer.verify.dial import Dial
 from compile_steer.verify.equivalence import Equivalence
 from compile_steer.verify.kinds import OnKind
@@ -120,7 +121,8 @@ class Parity(Likeness, Distance):
 
     `kinds` are prompts of other kinds, answered freely too. `neutral_drift_*` are KL from the base on neutral responses,
     nats a token (of a quantised file from the base quantised the same way). `rounding` is None where all bits are kept.
-    `controls` are an adapter's, `dial` is its scale against the program's. `remarks` say what could not be measured.
+    `capability` are short questions with one right answer; None where none were asked. `controls` are an adapter's, `dial`
+    is its scale against the program's. `remarks` say what could not be measured.
     """
 
     backend: str
@@ -134,6 +136,7 @@ class Parity(Likeness, Distance):
     sha256: dict[str, str]
     compute_dtype: str
     rounding: Rounding | None = None
+    capability: Capability | None = None
     controls: AdapterControls | None = None
     dial: list[Dial] = field(default_factory=list)
     passed: bool = False
@@ -201,6 +204,8 @@ def _unlike(parity: Parity, gates: Gates) -> Iterator[str]:
     # So few prompts that they could not have shown it, whatever the artifact, are no reason.
     score = parity.score if parity.score.enough else None
     yield from (str(test) for test in (parity.contrast, score) if test and not test.equivalent)
+    if parity.capability is not None and parity.capability.worse:
+        yield f"it can do less than the steered model: {parity.capability}; {parity.capability.test}"
 
 
 def _elsewhere(parity: Parity, gates: Gates) -> Iterator[str]:

@@ -23,6 +23,7 @@ from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
+from compile_steer.verify.capability import answered
 from compile_steer.verify.equivalence import Planned, planned
 from compile_steer.verify.kinds import Kinds
 from compile_steer.verify.rounded import Rounded, Rounding
@@ -99,6 +100,8 @@ class Reference:
                 )
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
+            count = recipe.verify.capability
+            self.base_able, self.steered_able = (answered(base, count, p) if count else None for p in (None, program))
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
             tick(1)

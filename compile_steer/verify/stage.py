@@ -18,6 +18,7 @@ from compile_steer.provenance import Provenance, weights_sha256
 from compile_steer.reload import reload
 from compile_steer.settings import Gates
 from compile_steer.tokens import encode
+from compile_steer.verify.capability import Capability, answered, compared
 from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import equivalence
@@ -64,6 +65,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
             "texts": digest([list(one.ids) for one in reference.heldout]),
         },
         compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
+        capability=_capability(reference, artifact),
         rounding=None if rounded is None else _rounding(reference, rounded, artifact, states),
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
@@ -181,6 +183,13 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
         n_prompts=len(base.scores),
         sample=behaving.sample,
     )
+
+
+def _capability(reference: Reference, artifact: Loaded) -> Capability | None:
+    base, steered, options = reference.base_able, reference.steered_able, reference.recipe.verify
+    if base is None or steered is None:
+        return None
+    return compared(base, steered, answered(artifact, options.capability), options.gates.score_margin)
 
 
 def _dose(base: torch.Tensor, steered: torch.Tensor, compiled: torch.Tensor) -> tuple[float, float]:

@@ -41,6 +41,7 @@ SMALL = [
     "verify.max_new_tokens=20",
     "verify.kinds=1",
     "verify.free_tokens=4",
+    "verify.capability=8",
 ]
 
 
