@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,15 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     if config.model_type == "llama":
         config.attention_bias = "blk.0.attn_output.bias" in names
         config.mlp_bias = "blk.0.ffn_down.bias" in names
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        config=config,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    with redirect_stderr(StringIO()):  # its progress bar has no switch of its own
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            output_loading_info=True,
+        )
     odd = [f"the file lacks {name}" for name in sorted(loading["missing_keys"])]
     stored = set(_stored_names(reader, model).values())
     return model, odd + [f"the model has no place for {name}" for name in sorted(names - stored)]

@@ -91,14 +91,23 @@ def test_four_bits_are_four_bits_but_for_the_matrix_that_gives_the_logits(base: 
         assert bool(((query - wanted).abs() <= 2 * step(wanted, 8)).all())
 
 
-def test_an_exact_bias_stays_exact_in_every_precision(base: Save, tmp_path: Path) -> None:
-    one = base("llama")
+@pytest.mark.parametrize(("family", "architecture"), [("llama", ""), ("qwen2", "llama"), ("mistral", "llama")])
+def test_an_exact_bias_stays_exact_in_every_precision(
+    base: Save, tmp_path: Path, family: str, architecture: str
+) -> None:
+    """Also where the checkpoint is rewritten as Llama's, which has the place for it."""
+    one = base(family)
     shift = torch.linspace(-3, 3, HIDDEN)
-    patch = WeightPatch(bias={"model.layers.2.mlp.down_proj": shift}, switches=("mlp_bias",))
+    bias = {"model.layers.2.mlp.down_proj": shift}
+    patch = WeightPatch(bias=bias, switches=("mlp_bias",), architecture=architecture)
     found = reload(written(tmp_path / "q4_0", patch, one, "q4_0"), one).model
     assert torch.equal(found.get_parameter("model.layers.2.mlp.down_proj.bias"), shift)
     assert float(found.get_parameter("model.layers.1.mlp.down_proj.bias").abs().max()) == 0
-    assert found.config.mlp_bias and not found.config.attention_bias
+    assert found.config.model_type == "llama" and found.config.mlp_bias
+    assert found.config.attention_bias == (family == "qwen2")
+    if family == "qwen2":
+        name = "model.layers.1.self_attn.k_proj.bias"
+        assert torch.equal(found.get_parameter(name), one.model.get_parameter(name))
 
 
 def rotated(x: Tensor, angles: Tensor, *, neighbours: bool) -> Tensor:
@@ -221,8 +230,11 @@ def test_a_base_that_is_a_gguf_keeps_its_own_tokenizer_fields(
 ) -> None:
     monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
     one = base("llama")
-    first = written(tmp_path / "first", random_patch(one), one, "q8_0") / GGUF_FILE
+    name, shift = "model.layers.2.mlp.down_proj", torch.linspace(-3, 3, HIDDEN)
+    patch = random_patch(one) + WeightPatch(bias={name: shift}, switches=("mlp_bias",))
+    first = written(tmp_path / "first", patch, one, "q8_0") / GGUF_FILE
     again = load(str(first), device="cpu")
+    assert torch.equal(again.model.get_parameter(f"{name}.bias"), shift), "no config of a GGUF says that there is one"
     second = written(tmp_path / "second", 1e-9 * random_patch(one), again, "q8_0") / GGUF_FILE
     kept = [
         {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if key.startswith("tokenizer.")}
