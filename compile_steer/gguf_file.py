@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+ROPE_FACTORS = "rope_freqs.weight"  # [d_head / 2]: what each frequency is divided by
 _ARCHITECTURES = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -24,7 +25,8 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """The model in `file` with its weights de-quantised, and what is odd: tensors that file or model has for itself.
 
     llama.cpp's llama graph adds a bias wherever the file has one, transformers' only where the config says so, which no
-    GGUF records: it is told by the tensors. The width of a head is recorded, but not read for every family.
+    GGUF records: it is told by the tensors. The width of a head is recorded, but not read for every family; nor are the
+    factors by which Llama 3 slows its rotations.
 
     Raises:
         Exception: what transformers and gguf raise for a file that is damaged, or of a family they do not know.
@@ -47,9 +49,12 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
             dtype=dtype,
             output_loading_info=True,
         )
+    if ROPE_FACTORS in names:
+        rotary = model.model.rotary_emb
+        rotary.inv_freq = rotary.inv_freq / tensors(file)[ROPE_FACTORS].to(rotary.inv_freq)
     odd = [f"the file lacks {name}" for name in sorted(loading["missing_keys"])]
     stored = set(_stored_names(reader, model).values())
-    return model, odd + [f"the model has no place for {name}" for name in sorted(names - stored)]
+    return model, odd + [f"the model has no place for {name}" for name in sorted(names - stored - {ROPE_FACTORS})]
 
 
 def stored_kinds(file: Path, model: Any) -> dict[str, gguf.GGMLQuantizationType]:

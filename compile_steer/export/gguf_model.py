@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +20,7 @@ from compile_steer.export.gguf_tokenizer import Field, tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model, patched_config
 from compile_steer.files import new_folder
+from compile_steer.gguf_file import ROPE_FACTORS
 from compile_steer.models import Loaded, gguf_of
 from compile_steer.patch import WeightPatch
 from compile_steer.provenance import CARD, Provenance
@@ -84,6 +87,8 @@ def _write(path: Path, model: PreTrainedModel, fields: list[Field], precision: s
         _require_room(parameter, tensor, kind)
         values = arrangement.rows(parameter, tensor).float().contiguous().numpy()
         writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
+    if model.config.rope_parameters.get("rope_type") == "llama3":
+        writer.add_tensor(ROPE_FACTORS, _rope_factors(model))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,6 +109,14 @@ def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(model: PreTrainedModel) -> np.ndarray:
+    """What llama.cpp divides the unscaled frequencies by to have the model's own, [d_head / 2]."""
+    own = model.base_model.rotary_emb.inv_freq.double()
+    exponents = torch.arange(len(own), dtype=torch.float64) / len(own)
+    factors: Tensor = model.config.rope_parameters["rope_theta"] ** -exponents / own
+    return factors.float().numpy()
 
 
 def _kind(tensor: Tensor, precision: str, gives_logits: bool) -> gguf.GGMLQuantizationType:

@@ -35,8 +35,8 @@ def refusals(config: PreTrainedConfig) -> list[str]:
 def _unlike(config: PreTrainedConfig) -> Iterator[str]:
     family = config.model_type
     rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope != "default":
-        yield f"GGUF: rope type '{rope}'; needed: default (transformers reads no scaling of it back, so nothing could check it)."
+    if rope not in ("default", "llama3") or (rope == "llama3" and family != "llama"):
+        yield f"GGUF: rope type '{rope}' of {family}; needed: default, or Llama 3's own of llama."
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if sliding or (family == "mistral" and config.sliding_window is not None):
         yield f"GGUF: the attention has a sliding window, which llama.cpp's graph of {family} leaves out."

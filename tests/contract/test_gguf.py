@@ -110,6 +110,23 @@ def test_an_exact_bias_stays_exact_in_every_precision(
         assert torch.equal(found.get_parameter(name), one.model.get_parameter(name))
 
 
+def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
+    slow = {
+        "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    one = byte_level.saved("llama", tmp_path / "base", rope_parameters=slow)
+    folder = written(tmp_path / "f16", 1e-9 * random_patch(one), one, "f16")
+    factors = tensors(folder / GGUF_FILE)["rope_freqs.weight"]
+    assert float(factors[0]) == pytest.approx(1.0) and float(factors[-1]) == pytest.approx(8.0) and len(factors) == 6
+    found, ids = reload(folder, one).model, torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.model.rotary_emb.inv_freq, one.model.model.rotary_emb.inv_freq)
+    error, size = (one.model(ids).logits - found(ids).logits).norm(), one.model(ids).logits.norm()
+    assert float(error / size) < 5e-3
+    found.model.rotary_emb.inv_freq = found.model.rotary_emb.inv_freq * factors
+    assert float((one.model(ids).logits - found(ids).logits).norm() / size) > 0.05
+
+
 def rotated(x: Tensor, angles: Tensor, *, neighbours: bool) -> Tensor:
     """Rotary embedding of one head's rows x [d]: of rows 2i and 2i + 1, or of rows i and i + d/2."""
     first, second = (x[0::2], x[1::2]) if neighbours else x.chunk(2)
@@ -180,7 +197,11 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
         ("qwen3", {"attention_bias": True}, "biases, which llama.cpp's graph of qwen3 does not read"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'linear'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope type 'linear' of llama",
+        ),
     ):
         (reason,) = refusals(build(family, **changes).config)
         assert wanted in reason, (family, reason)
