@@ -103,16 +103,20 @@ def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Par
     if problems:
         raise ArtifactError(problems)
     reference = Reference(run.recipe, run.loaded, program, run.behaviour, run.meter)
-    found = []
+    found: dict[Path, Parity] = {}
     with run.meter.phase("verifying artifacts from disk", len(folders)) as tick:
-        for folder in folders:
+        for folder in sorted(folders, key=_form):  # the base, rounded as a form is, is made once for all of that form
             parity = verify_artifact(reference, folder, program_hash, run.recipe.verify.gates)
             if save:
                 parity.save(folder / PARITY)
                 update_card(folder, run.places.validation)
-            found.append(parity)
+            found[folder] = parity
             tick(1)
-    return found
+    return [found[folder] for folder in folders]
+
+
+def _form(folder: Path) -> str:
+    return Provenance.read(folder).form
 
 
 def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> int:

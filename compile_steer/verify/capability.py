@@ -106,6 +106,8 @@ class Capability:
 def answered(loaded: Loaded, count: int, program: Program | None = None) -> np.ndarray:
     """Which of the first `count` questions get their right answer, greedily, under `program` if given: [count], 1 or 0."""
     items = ITEMS[:count]
+    if not items:
+        return np.zeros(0)
     said = continue_prompts(loaded, [Text(item.prompt) for item in items], program, max_new_tokens=_TOKENS)
     replies = [response_text(loaded, one) for one in said]
     return np.array([float(item.right(reply)) for item, reply in zip(items, replies, strict=True)])

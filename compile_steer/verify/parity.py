@@ -121,7 +121,8 @@ class Parity(Likeness, Distance):
 
     `kinds` are prompts of other kinds, answered freely too. `neutral_drift_*` are KL from the base on neutral responses,
     nats a token (of a quantised file from the base quantised the same way). `rounding` is None where all bits are kept.
-    `capability` are short questions with one right answer; None where none were asked. `controls` are an adapter's, `dial`
+    `capability` are short questions with one right answer (of a quantised file base and steered are so too); None where none
+    were asked. `controls` are an adapter's, `dial`
     is its scale against the program's. `remarks` say what could not be measured.
     """
 

@@ -100,8 +100,7 @@ class Reference:
                 )
             self.neutral_drift = self.drift(base, steered_neutral)
             tick(1)
-            count = recipe.verify.capability
-            self.base_able, self.steered_able = (answered(base, count, p) if count else None for p in (None, program))
+            self.base_able, self.steered_able = (answered(base, recipe.verify.capability, p) for p in (None, program))
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
             tick(1)
@@ -184,6 +183,8 @@ class Reference:
         """The same with the base's weights rounded; kept until another `key` is asked for, since it is a model's size."""
         if self._rounded is None or self._rounded[0] != key:
             self._rounded = None  # freed before the next is made
-            pairs = encode_pairs(self.base, self.behaviour.test[: self.recipe.verify.pairs])
-            self._rounded = key, Rounded(self.base, self.program, self.heldout, self.neutral, pairs, rounding)
+            options = self.recipe.verify
+            pairs = encode_pairs(self.base, self.behaviour.test[: options.pairs])
+            texts = (self.heldout, self.neutral, pairs, options.capability)
+            self._rounded = key, Rounded(self.base, self.program, *texts, rounding)
         return self._rounded[1]

@@ -25,6 +25,7 @@ from compile_steer.observe import States, contrast, final_states
 from compile_steer.program import Program
 from compile_steer.reload import fresh
 from compile_steer.tokens import Encoded
+from compile_steer.verify.capability import answered
 
 _CASTS = {"merged-bf16": torch.bfloat16, "merged-fp16": torch.float16}
 Rounding = Callable[[str, Tensor], Tensor]  # a parameter's name and values -> the values as they are stored
@@ -61,9 +62,11 @@ class Rounded:
         heldout: Sequence[Encoded],
         neutral: Sequence[Encoded],
         pairs: Sequence[Encoded],
+        questions: int,
         rounding: Rounding,
     ) -> None:
         self._base, self._program, self._heldout, self._neutral, self._pairs = base, program, heldout, neutral, pairs
+        self._questions = questions
         self.loaded = fresh(base)
         with torch.no_grad():
             for name, parameter in self.loaded.model.named_parameters():
@@ -83,6 +86,21 @@ class Rounded:
     @cached_property
     def base_neutral(self) -> States:
         return final_states(self.loaded, self._neutral)
+
+    @cached_property
+    def neutral_drift(self) -> float:
+        """Mean KL(rounded base || steered, on it) over the neutral responses, nats a token."""
+        return self.drift(self.loaded, final_states(self.loaded, self._neutral, self._program))
+
+    @cached_property
+    def base_able(self) -> np.ndarray:
+        """[questions], 1 or 0."""
+        return answered(self.loaded, self._questions)
+
+    @cached_property
+    def steered_able(self) -> np.ndarray:
+        """[questions], 1 or 0."""
+        return answered(self.loaded, self._questions, self._program)
 
     def from_steered(self, other: Loaded, states: States) -> Divergence:
         """KL(steered, on the rounded base || other) at the positions that predict the held-out responses."""

@@ -54,7 +54,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         form=origin.form,
         exact=origin.backend in _EXACT_BACKENDS,
         kinds=reference.kinds.measure(artifact),
-        neutral_drift_steered=reference.neutral_drift,
+        neutral_drift_steered=ends.neutral_drift,
         neutral_drift_compiled=ends.drift(artifact, final_states(artifact, reference.neutral)),
         same_tokens=_same_tokens(reference, artifact),
         compile_seconds=origin.seconds,
@@ -65,7 +65,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
             "texts": digest([list(one.ids) for one in reference.heldout]),
         },
         compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
-        capability=_capability(reference, artifact),
+        capability=_capability(reference, artifact, ends),
         rounding=None if rounded is None else _rounding(reference, rounded, artifact, states),
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
@@ -111,6 +111,15 @@ class Ends(Protocol):
 
     @property
     def steered_contrast(self) -> np.ndarray: ...
+
+    @property
+    def base_able(self) -> np.ndarray: ...
+
+    @property
+    def steered_able(self) -> np.ndarray: ...
+
+    @property
+    def neutral_drift(self) -> float: ...
 
     def drift(self, other: Loaded, states: States) -> float: ...
 
@@ -185,11 +194,12 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
     )
 
 
-def _capability(reference: Reference, artifact: Loaded) -> Capability | None:
-    base, steered, options = reference.base_able, reference.steered_able, reference.recipe.verify
-    if base is None or steered is None:
+def _capability(reference: Reference, artifact: Loaded, ends: Ends) -> Capability | None:
+    options = reference.recipe.verify
+    if not options.capability:
         return None
-    return compared(base, steered, answered(artifact, options.capability), options.gates.score_margin)
+    found = answered(artifact, options.capability)
+    return compared(ends.base_able, ends.steered_able, found, options.gates.score_margin)
 
 
 def _dose(base: torch.Tensor, steered: torch.Tensor, compiled: torch.Tensor) -> tuple[float, float]:

@@ -87,8 +87,7 @@ def test_it_is_asked_greedily_and_as_a_user_asks(scene: Scene, monkeypatch: pyte
 def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: Scene) -> None:
     parity, gates = scene.judged(scene.merged()), scene.reference.recipe.verify.gates
     assert parity.passed and parity.capability is not None and parity.capability.n == 3
-    steered = scene.reference.steered_able
-    assert steered is not None and parity.capability.steered == float(steered.mean())
+    assert parity.capability.steered == float(scene.reference.steered_able.mean())
     assert (parity.capability.lost, parity.capability.gained) == (0, 0)
     broken = compared(np.ones(9), np.ones(9), np.array([0.0] * 6 + [1.0] * 3), 0.05)
     (reason,) = judge(replace(parity, capability=broken), gates)

@@ -76,7 +76,8 @@ def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: 
 
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("bytewise"), tokenizer=byte_level.tokenizer(), vocab_size=byte_level.VOCAB)
+    words = byte_level.tokenizer()
+    return Scene.of(tmp_path_factory.mktemp("bytewise"), tokenizer=words, vocab_size=byte_level.VOCAB, capability=2)
 
 
 def quantised(scene: Scene, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
@@ -98,6 +99,8 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: Scene) -> Non
         assert parity.passed, parity.reasons
         assert parity.rounding is not None and parity.rounding.edited == 0 == parity.rounding.kl_edited
         assert parity.rounding.kl < 1e-9 and parity.kl_per_token == pytest.approx(parity.noise_kl, rel=1e-4)
+        assert parity.neutral_drift_compiled == pytest.approx(parity.neutral_drift_steered, rel=1e-5)
+        assert parity.capability is not None and (parity.capability.lost, parity.capability.gained) == (0, 0)
         assert parity.dose == pytest.approx(1.0, abs=1e-4) and parity.recovery == pytest.approx(1.0, abs=1e-4)
     fine, coarse = (found[precision].rounding for precision in ("f16", "q4_0"))
     assert fine is not None and coarse is not None and coarse.kl_base > 100 * fine.kl_base > 0
