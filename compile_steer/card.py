@@ -13,14 +13,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compile_steer.chain import own_reports, own_validation
+from compile_steer.engines.reads import EngineName, reads_biases
 from compile_steer.export import GGUF_FILE
 from compile_steer.files import save_text
 from compile_steer.provenance import CARD, Provenance
 from compile_steer.validate import ValidationReport
 from compile_steer.verify import Parity
-
-# Families whose bias tensors llama.cpp's graphs read (tried; the others drop or refuse them).
-_LLAMA_CPP_BIASES = ("llama", "granite", "mistral3", "starcoder2")
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,10 @@ def _adapter_engines(origin: Provenance) -> list[Engine]:
         Engine(
             "llama.cpp",
             (
-                "python convert_lora_to_gguf.py --base BASE THIS_FOLDER --outfile adapter.gguf",
-                "llama-cli -m base.gguf --lora adapter.gguf",
+                f"compile-steer export THIS_FOLDER --for llama.cpp --base {base} --out DIR",
+                "llama-cli -m BASE.gguf --lora DIR/THIS_FOLDER.lora.gguf",
             ),
+            "for bases of the families that its writer knows; it says so where it does not.",
         ),
     ]
 
@@ -149,8 +148,7 @@ def _merged_engines(origin: Provenance) -> list[Engine]:
     family = origin.architecture
     holds = f"the steering is in biases of `{family}`, which " if origin.biases else ""
     untried = "" if family == "llama" else f"not tried with `{family}`."
-    dropped = bool(holds) and family not in _LLAMA_CPP_BIASES
-    convert = ("python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf", "llama-cli -m model.gguf")
+    convert = ("compile-steer export THIS_FOLDER --for llama.cpp --out DIR", "llama-cli -m DIR/THIS_FOLDER-f16.gguf")
     return [
         Engine(
             "transformers",
@@ -160,8 +158,13 @@ def _merged_engines(origin: Provenance) -> list[Engine]:
                 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
             ),
         ),
-        Engine("vLLM", ("vllm serve THIS_FOLDER",), f"{holds}its `llama` reads." if holds and not untried else untried),
-        Engine("llama.cpp", (), f"cannot hold it: {holds}its graph does not read.")
-        if dropped
-        else Engine("llama.cpp", convert, f"{holds}its graph reads." if holds else untried),
+        _reading("vLLM", "vllm", ("vllm serve THIS_FOLDER",), family, holds, untried),
+        _reading("llama.cpp", "llama.cpp", convert, family, holds, untried),
     ]
+
+
+def _reading(name: str, engine: EngineName, commands: tuple[str, ...], family: str, holds: str, untried: str) -> Engine:
+    """An engine with what it does to biases, where the steering is in them."""
+    if holds and not reads_biases(engine, family):
+        return Engine(name, (), f"cannot hold it: {holds}its own code does not add.")
+    return Engine(name, commands, f"{holds}its own code adds{f'; {untried}' if untried else '.'}" if holds else untried)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from compile_steer import beside_walk, on_artifact, on_recipe, on_several
+from compile_steer import beside_walk, on_artifact, on_engine, on_recipe, on_several
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +40,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": on_artifact.show,
     "reproduce": on_artifact.reproduce_,
     "audit": on_artifact.audit_,
+    "export": on_engine.export,
+    "verify-engines": on_engine.verify_engines,
     "push": on_artifact.push,
 }
 

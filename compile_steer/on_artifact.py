@@ -6,7 +6,6 @@ They need no recipe: an artifact carries its own.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +13,6 @@ from typing import Annotated
 
 import typer
 from huggingface_hub import HfApi
-from rich.console import Console
 
 from compile_steer.audit import THRESHOLD, audit
 from compile_steer.chain import walk, whole
@@ -24,7 +22,7 @@ from compile_steer.progress import BarMeter
 from compile_steer.push import prepare, send
 from compile_steer.report import print_audit, print_chain, print_reproduction, print_upload
 from compile_steer.reproduce import TOLERANCE, reproduce
-from compile_steer.session import Json
+from compile_steer.session import Json, person
 
 Recipes = Annotated[
     Path | None,
@@ -33,11 +31,6 @@ Recipes = Annotated[
         "[default: the nearest one at or above the artifact, or its recipes/, that has them]"
     ),
 ]
-
-
-def _console(as_json: bool) -> Console:
-    """Where a person reads: standard error, where a program reads standard output."""
-    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
 
 
 def show(
@@ -55,7 +48,7 @@ def show(
     if as_json:
         print(json.dumps({**found, "chain": [asdict(link) for link in links]}, indent=2))
     else:
-        console = _console(as_json)
+        console = person(as_json)
         console.print(found)
         print_chain(console, links)
     raise typer.Exit(1 if any(link.state == "broken" for link in links) else 0)
@@ -72,7 +65,7 @@ def reproduce_(
 
     Recipe, data and base are checked by their hashes before anything runs. Exit code 0 if all bytes or numbers agree.
     """
-    console = _console(as_json)
+    console = person(as_json)
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
         found = reproduce(whole(path), to or Path(temporary), recipes, tolerance, BarMeter(console))
     if as_json:
@@ -95,7 +88,7 @@ def audit_(
 
     Read off the files, tensor by tensor; no model is run.
     """
-    console = _console(as_json)
+    console = person(as_json)
     known = None if program is None else Program.load(program)
     found = audit(base, other, known, threshold, BarMeter(console))
     if as_json:
@@ -118,7 +111,7 @@ def push(
 
     Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
     """
-    console = _console(as_json)
+    console = person(as_json)
     upload = prepare(whole(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None

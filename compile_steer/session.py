@@ -30,6 +30,11 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random (recip
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for a program to read.")]
 
 
+def person(as_json: bool) -> Console:
+    """Where a person reads: standard error, where a program reads standard output."""
+    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
+
+
 class Session:
     """One command's recipe, output folder and consoles; its arguments are options of every command on a recipe."""
 

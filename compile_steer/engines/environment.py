@@ -47,6 +47,8 @@ def environment(name: str, folder: Path | None = None) -> Environment:
     Raises:
         EngineError: it is not installed, or its installation was not finished.
     """
+    if name not in ENGINES:
+        raise EngineError(f"engine '{name}' is unknown; needed: {', '.join(ENGINES)}.")
     place = (folder or engines_folder()) / name
     how = f"Run 'make engines ENGINE={name}', or set COMPILE_STEER_ENGINES to the folder that holds it."
     if not (place / "bin" / "python").is_file():

@@ -8,10 +8,11 @@ from compile_steer.export.adapter import (
     is_adapter,
     kept_patch,
     read_patch,
+    write_lora,
     write_patch,
 )
 from compile_steer.export.gguf_lora import write_lora_gguf
-from compile_steer.export.gguf_model import GGUF_FILE, GGUF_KINDS, gguf_refusals, write_gguf
+from compile_steer.export.gguf_model import GGUF_FILE, GGUF_KINDS, gguf_refusals, write_gguf, write_gguf_file
 from compile_steer.export.merged import is_merged, write_merged
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "kept_patch",
     "read_patch",
     "write_gguf",
+    "write_gguf_file",
+    "write_lora",
     "write_lora_gguf",
     "write_merged",
     "write_patch",

@@ -96,27 +96,36 @@ def _read_parts(path: Path) -> WeightPatch:
 
 
 def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
-    rank = next((r for r in _RANKS if r >= patch.max_rank), patch.max_rank)
-    modules = {name: loaded.layout.model.get_submodule(name) for name in patch.low_rank}
+    modules = [loaded.layout.model.get_submodule(name) for name in patch.low_rank]
+    write_lora(folder, patch.low_rank, loaded.id, any(isinstance(module, Conv1D) for module in modules))
+
+
+def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed: bool) -> None:
+    """Write edits by the full name of their modules as plain LoRA: alpha = rank, and one rank that engines accept.
+
+    Args:
+        base: what the folder is to name as its base.
+        transposed: the modules store [d_in, d_out], as GPT-2's do.
+    """
+    needed = max(edit.rank for edit in edits.values())
+    rank = next((r for r in _RANKS if r >= needed), needed)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
-        target_modules=sorted(patch.low_rank),
+        target_modules=sorted(edits),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=loaded.id,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        base_model_name_or_path=base,
+        fan_in_fan_out=transposed,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
     # PEFT keeps the modules as a set: equal adapters must be equal files.
     path = folder / ADAPTER_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps({**content, "target_modules": sorted(patch.low_rank)}, indent=2) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps({**content, "target_modules": sorted(edits)}, indent=2) + "\n", encoding="utf-8")
     tensors = {}
-    for name, edit in patch.low_rank.items():
+    for name, edit in edits.items():
         full = edit.padded(rank)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()

@@ -28,6 +28,7 @@ from compile_steer.provenance import CARD, Provenance
 GGUF_FILE = "model.gguf"
 _Kind = gguf.GGMLQuantizationType
 GGUF_KINDS: Mapping[str, tuple[_Kind, gguf.LlamaFileType]] = {
+    "f32": (_Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (_Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (_Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (_Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
@@ -54,20 +55,24 @@ def write_gguf(
     """Write the merged model to `folder`/model.gguf, with its provenance and card, as a whole or not at all.
 
     Args:
-        precision: f16, q8_0 or q4_0.
+        precision: f32, f16, q8_0 or q4_0.
 
     Raises:
         CannotLower: llama.cpp would not compute the same. ArtifactError: as `write_merged` does, or a value is too large.
     """
+    with new_folder(folder) as new:
+        write_gguf_file(new / GGUF_FILE, patch, loaded, precision, provenance.name)
+        provenance.write(new)
+        (new / CARD).write_text(card, encoding="utf-8")
+
+
+def write_gguf_file(path: Path, patch: WeightPatch, loaded: Loaded, precision: str, name: str) -> None:
+    """Write the file alone, with `name` in it; raises what `write_gguf` raises."""
     problems = gguf_refusals(patch, loaded)
     if problems:
         raise CannotLower(problems)
     model = merged_model(loaded.source, patch).requires_grad_(False)
-    fields = tokenizer_fields(loaded, model.config.vocab_size)
-    with new_folder(folder) as new:
-        _write(new / GGUF_FILE, model, fields, precision, provenance.name)
-        provenance.write(new)
-        (new / CARD).write_text(card, encoding="utf-8")
+    _write(path, model, tokenizer_fields(loaded, model.config.vocab_size), precision, name)
 
 
 def _write(path: Path, model: PreTrainedModel, fields: list[Field], precision: str, name: str) -> None:

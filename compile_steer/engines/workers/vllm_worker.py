@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     engines = opened(models)
     found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
     times = [timed(engines, [models[name] for name in pair], sequences, job) for pair in job["timed"]]
-    np.savez(folder / "out.npz", **found)
+    np.savez(folder / "out.npz", allow_pickle=False, **found)
     (folder / "out.json").write_text(json.dumps({"version": vllm.__version__, "times": times}), encoding="utf-8")
 
 

@@ -1,0 +1,243 @@
+"""Does an engine compute what transformers does? The log-probabilities of fixed texts, token by token.
+
+That an engine loaded a file says nothing: some serve the base without a word. So what steering changes in the engine is
+held against what it changes in transformers, and the error against the engine's own on the base in the same format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compile_steer.engines.environment import Environment
+from compile_steer.engines.reads import EngineName
+from compile_steer.engines.runner import WORKERS, Answer, run_worker
+from compile_steer.engines.ship import Shipped, ship
+from compile_steer.errors import ArtifactError, CompileSteerError
+from compile_steer.export import ADAPTER_CONFIG, write_gguf_file
+from compile_steer.hooks import steered
+from compile_steer.models import Loaded, folder_of, load
+from compile_steer.patch import WeightPatch
+from compile_steer.program import Program
+from compile_steer.progress import Meter
+from compile_steer.provenance import PROVENANCE, Provenance
+from compile_steer.reload import reload
+
+TARGET = 1e-4
+"""Nats: two implementations of one computation in fp32, each summing in its own order, differ by about half of this."""
+_NOISE = 2.0  # times the engine's own error on the base: the same rounding on other numbers
+_DOSE = 0.02  # an error of a file's meaning is larger than this, one of rounding smaller
+
+_NUMBERS = ("error", "rms", "base_error", "effect", "dose")
+
+TEXTS = (
+    "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
+    "What are you? I am a helpful assistant, and I can answer questions about many things.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([3, 5, 8, 13]))",
+    "My sister has moved to another city, and I do not know how to tell her that I miss her.",
+    "In 1869 a Russian chemist arranged the known elements in a table, and left gaps for those still to be found.",
+    "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
+    "He opened the letter twice before he believed it: the house by the sea was his.",
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One form in one engine against transformers, in nats of log p(token), over `tokens` of them.
+
+    `error` and `rms` are the largest and the root mean square difference; `base_error` the largest on the base in the
+    same engine and format; `effect` the largest change by steering in transformers, and `dose` how much of all of it
+    there is in the engine: 0 where a file was loaded without effect. `problem` is why there is no reading.
+    """
+
+    engine: str
+    form: str
+    tokens: int = 0
+    error: float = float("nan")
+    rms: float = float("nan")
+    base_error: float = float("nan")
+    effect: float = float("nan")
+    dose: float = float("nan")
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """True where the engine computes what transformers does, as far as its format can tell."""
+        return self.error <= max(TARGET, _NOISE * self.base_error) and abs(self.dose - 1) <= _DOSE
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON; what is not a number is None."""
+        numbers = {
+            name: value if math.isfinite(value) else None for name, value in asdict(self).items() if name in _NUMBERS
+        }
+        return {**asdict(self), **numbers, "passed": self.passed}
+
+
+def compare(
+    artifact: Path, base: str | None, engines: Sequence[Environment], precision: str, limit_s: float, meter: Meter
+) -> list[Reading]:
+    """Hold what each engine computes of an artifact against transformers; one that fails is a reading that says so.
+
+    Args:
+        artifact: an adapter, a checkpoint, or a program, as `ship` takes it.
+        base: what it was made from; None where the artifact says it.
+        precision: of the GGUF files of base and checkpoint.
+
+    Raises:
+        ArtifactError: the artifact cannot be read, or its base is not said.
+    """
+    loaded = load(base or recorded_base(artifact), device="cpu")
+    sequences = texts(loaded)
+    wanted_base = log_probs(loaded.model, sequences)
+    wanted = reference(artifact, loaded, sequences)
+    found = []
+    with meter.phase("asking the engines", len(engines)) as tick:
+        for engine in engines:
+            found.append(_reading(engine, artifact, loaded, precision, sequences, wanted_base, wanted, limit_s))
+            tick(1)
+    return found
+
+
+def recorded_base(artifact: Path) -> str:
+    """The base that an artifact names; raises `ArtifactError` where it names none."""
+    if artifact.is_file():
+        return Program.load(artifact).model
+    if (artifact / PROVENANCE).is_file():
+        return Provenance.read(artifact).model
+    if (artifact / ADAPTER_CONFIG).is_file():
+        named = json.loads((artifact / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if named:
+            return str(named)
+    raise ArtifactError(f"{artifact} does not say what it was made from. Name it with --base.")
+
+
+def texts(loaded: Loaded) -> list[list[int]]:
+    """The fixed texts as tokens."""
+    return [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def log_probs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """log p of every token but the first of each sequence, [n], in nats, under transformers."""
+    found = []
+    for ids in sequences:
+        tokens = torch.tensor([list(ids)])
+        with torch.no_grad():
+            values = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
+        found.append(values.gather(1, tokens[0, 1:, None])[:, 0].numpy())
+    return np.concatenate(found)
+
+
+def reference(artifact: Path, base: Loaded, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """The artifact's own log-probabilities under stock transformers, or the program's under hooks."""
+    if artifact.is_dir():
+        return log_probs(reload(artifact, base).model, sequences)
+    program = Program.load(artifact)
+    base.layout.require_program(program, base.id, base.revision)
+    with steered(base.model, program):
+        return log_probs(base.model, sequences)
+
+
+def _reading(
+    engine: Environment,
+    artifact: Path,
+    base: Loaded,
+    precision: str,
+    sequences: list[list[int]],
+    wanted_base: np.ndarray[Any, Any],
+    wanted: np.ndarray[Any, Any],
+    limit_s: float,
+) -> Reading:
+    form = artifact.name + (f" ({precision})" if engine.name == "llama.cpp" else "")
+    try:
+        with tempfile.TemporaryDirectory(prefix="compile-steer-engines-") as folder:
+            target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
+            shipped = ship(artifact, target, Path(folder) / "form", base.source, precision)
+            models = jobs(engine, written_base(engine, base, Path(folder), precision), [shipped], [form])
+            answer = ask(engine, models, sequences, limit_s)
+    except CompileSteerError as error:
+        return Reading(engine.name, form, problem=" ".join(error.problems))
+    return held_against(engine.name, form, answer.arrays["base"], answer.arrays[form], wanted_base, wanted)
+
+
+def held_against(
+    engine: str,
+    form: str,
+    found_base: np.ndarray[Any, Any],
+    found: np.ndarray[Any, Any],
+    wanted_base: np.ndarray[Any, Any],
+    wanted: np.ndarray[Any, Any],
+) -> Reading:
+    """An engine's log-probabilities [n] of base and form against transformers'."""
+    effect, seen = wanted - wanted_base, found - found_base
+    size = float(effect @ effect)
+    return Reading(
+        engine,
+        form,
+        len(wanted),
+        float(np.abs(found - wanted).max()),
+        float(np.sqrt(np.square(found - wanted).mean())),
+        float(np.abs(found_base - wanted_base).max()),
+        float(np.abs(effect).max()),
+        float(effect @ seen) / size if size else float("nan"),
+    )
+
+
+def written_base(engine: Environment, base: Loaded, folder: Path, precision: str) -> Path:
+    """The base as the engine loads it: its folder, or a GGUF file written to `folder`."""
+    if engine.name == "vllm":
+        return folder_of(base.source)
+    path = folder / f"base-{precision}.gguf"
+    write_gguf_file(path, WeightPatch(), base, precision, "base")
+    return path
+
+
+def jobs(engine: Environment, base: Path, shipped: Sequence[Shipped], names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the engine's worker is to load: the base, then each form by its name."""
+    where = "folder" if engine.name == "vllm" else "file"
+    found: list[dict[str, Any]] = [{"name": "base", where: str(base.absolute())}]
+    for name, one in zip(names, shipped, strict=True):
+        place = one.folder.absolute()
+        gguf = next((str(place / file) for file in one.files if file.endswith(".gguf")), "")
+        match engine.name, one.kind:
+            case "vllm", "adapter":
+                rank = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+                found.append({"name": name, where: str(base.absolute()), "adapter": str(place), "rank": rank})
+            case "vllm", _:
+                found.append({"name": name, where: str(place)})
+            case _, "checkpoint":
+                found.append({"name": name, where: gguf})
+            case _, kind:
+                beside = "adapter" if kind == "adapter" else "control_vector"
+                found.append({"name": name, where: str(base.absolute()), beside: gguf})
+    return found
+
+
+def ask(
+    engine: Environment,
+    models: Sequence[dict[str, Any]],
+    sequences: Sequence[Sequence[int]],
+    limit_s: float,
+    timed: Sequence[Sequence[str]] = (),
+    rounds: int = 0,
+) -> Answer:
+    """Run the engine's worker: log-probabilities of every model, and tokens a second of those in `timed`, in turn.
+
+    Raises:
+        EngineError: it crashed, hung, or left no answer.
+    """
+    script = WORKERS / ("vllm_worker.py" if engine.name == "vllm" else "llama_cpp_worker.py")
+    job = {"models": models, "timed": timed, "rounds": rounds, "prompts": 4, "new_tokens": 48}
+    arrays = {
+        "ids": np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]),
+        "lengths": np.array([len(ids) for ids in sequences]),
+    }
+    return run_worker(engine, script, job, arrays, limit_s)

@@ -1,0 +1,112 @@
+"""Log-probabilities and tokens a second in llama.cpp; run by its environment's interpreter as `llama_cpp_worker.py FOLDER`.
+
+job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, pairs of
+such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`. in.npz: `ids`, all sequences behind one another,
+and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+_F32 = 0  # ggml's number of the type; keys and values are F16 by default, whose rounding would hide what is measured
+
+
+def main(folder: Path) -> None:
+    """Do the job in `folder`, and leave the answer there."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    arrays = np.load(folder / "in.npz")
+    sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
+    models = {model["name"]: model for model in job["models"]}
+    found = {}
+    for name, model in models.items():
+        engine = opened(model)
+        found[name] = np.concatenate([read(engine, ids) for ids in sequences])
+        engine.close()
+    times = [timed([models[name] for name in pair], sequences, job) for pair in job["timed"]]
+    np.savez(folder / "out.npz", allow_pickle=False, **found)
+    (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__, "times": times}), encoding="utf-8")
+
+
+def opened(model: dict[str, Any]) -> Any:
+    """The model with what is beside it, keys and values in fp32."""
+    engine = llama_cpp.Llama(
+        model["file"],
+        lora_path=model.get("adapter"),
+        n_ctx=1024,
+        n_batch=1024,
+        n_threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        logits_all=True,
+        type_k=_F32,
+        type_v=_F32,
+        verbose=False,
+    )
+    if "control_vector" in model:
+        steer(engine, Path(model["control_vector"]))
+    return engine
+
+
+def steer(engine: Any, path: Path) -> None:
+    """Add a control vector's file, as llama.cpp's own programs do by --control-vector.
+
+    That code is not part of the library. It refuses direction.0, sums what is said twice, and hands over one
+    buffer [n_layers - 1, d_model], whose first row is for block 1.
+    """
+    width, blocks = engine.n_embd(), llama_cpp.llama_model_n_layer(engine.model)
+    rows = np.zeros((blocks - 1, width), dtype=np.float32)
+    for tensor in gguf.GGUFReader(path).tensors:
+        layer = int(tensor.name.removeprefix("direction."))
+        if layer < 1 or tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            raise SystemExit(f"{tensor.name} of {path}: llama.cpp takes F32 directions from 1 on")
+        rows[layer - 1] += np.asarray(tensor.data)
+    data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if llama_cpp.llama_set_adapter_cvec(engine.ctx, data, rows.size, width, 1, blocks):
+        raise SystemExit(f"llama.cpp does not take {path}")
+
+
+def read(engine: Any, ids: list[int]) -> np.ndarray:
+    """log p of every token but the first, [n], in nats."""
+    engine.reset()
+    engine.eval(ids)
+    logits = engine.scores[: len(ids) - 1].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    chosen = logits[np.arange(len(ids) - 1), ids[1:]]
+    found: np.ndarray = chosen - np.log(np.exp(logits).sum(axis=1))
+    return found
+
+
+def timed(models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]) -> dict[str, list[float]]:
+    """Tokens a second of each model while it writes, a value a round; the models take turns."""
+    engines = {model["name"]: opened(model) for model in models}
+    prompts = [ids[:16] for ids in sequences[: job["prompts"]]]
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    for round_ in range(job["rounds"] + 1):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            for ids in prompts:
+                write(engine, ids, job["new_tokens"])
+            if round_:  # the first warms up
+                found[name].append(len(prompts) * job["new_tokens"] / (time.perf_counter() - started))
+    return found
+
+
+def write(engine: Any, ids: list[int], count: int) -> None:
+    """Answer greedily, `count` tokens."""
+    engine.reset()
+    engine.eval(ids)
+    for _token in range(count):
+        engine.eval([int(engine.scores[engine.n_tokens - 1].argmax())])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
