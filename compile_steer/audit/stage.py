@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from compile_steer.audit.settings import SettingsChange, settings_changes
 from compile_steer.audit.tensors import Difference, Names, Tally, TensorChange, of_checkpoints, of_patch
 from compile_steer.checkpoint import Checkpoint
 from compile_steer.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE, read_patch
+from compile_steer.export import ADAPTER_CONFIG, PATCH_FILE, read_patch
+from compile_steer.interop.lora import read_lora
 from compile_steer.layout import Layout
 from compile_steer.models import folder_of, quiet
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Program, read_tensors
+from compile_steer.patch import WeightPatch
+from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.task_vector import vector_at
 
@@ -116,41 +116,9 @@ def _patch(folder: Path) -> WeightPatch | None:
     if (folder / PATCH_FILE).is_file():
         return read_patch(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _lora(folder)
+        return WeightPatch(read_lora(folder).edits)
     if not (folder / "config.json").is_file():
         raise ArtifactError(
             f"{folder} is no model (config.json), no adapter ({ADAPTER_CONFIG}) and no patch ({PATCH_FILE})."
         )
     return None
-
-
-def _lora(folder: Path) -> WeightPatch:
-    """A plain LoRA of anybody's, its scale in B."""
-    try:
-        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{folder / ADAPTER_CONFIG} is damaged ({error}).") from error
-    rich = ("use_dora", "lora_bias", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices")
-    problems = [f"{key}: {config[key]}" for key in rich if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
-        problems.append(f"peft_type: {config['peft_type']}")
-    tensors, _metadata = read_tensors(folder / ADAPTER_WEIGHTS)
-    pairs = {name: tensor.float() for name, tensor in tensors.items()}
-    modules = sorted(name.removesuffix(".lora_A.weight") for name in pairs if name.endswith(".lora_A.weight"))
-    if 2 * len(modules) != len(pairs) or any(f"{name}.lora_B.weight" not in pairs for name in modules):
-        problems.append("tensors other than pairs of lora_A and lora_B")
-    if problems or not modules:
-        raise ArtifactError(
-            f"{folder}: only plain LoRA is read; found {', '.join(problems) or 'no LoRA at all'}. Merge it with PEFT "
-            "(merge_and_unload), save that, and audit it."
-        )
-    rank, alpha = float(config["r"]), float(config["lora_alpha"])
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return WeightPatch(
-        {
-            name.removeprefix("base_model.model."): LowRank(
-                scale * pairs[f"{name}.lora_B.weight"], pairs[f"{name}.lora_A.weight"]
-            )
-            for name in modules
-        }
-    )

