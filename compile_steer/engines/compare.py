@@ -235,7 +235,16 @@ def ask(
         EngineError: it crashed, hung, or left no answer.
     """
     script = WORKERS / ("vllm_worker.py" if engine.name == "vllm" else "llama_cpp_worker.py")
-    job = {"models": models, "timed": timed, "rounds": rounds, "prompts": 4, "new_tokens": 48}
+    new_tokens = 48 if timed else 1
+    context = max(len(ids) for ids in sequences) + new_tokens
+    job = {
+        "models": models,
+        "timed": timed,
+        "rounds": rounds,
+        "prompts": 4,
+        "new_tokens": new_tokens,
+        "context": context,
+    }
     arrays = {
         "ids": np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]),
         "lengths": np.array([len(ids) for ids in sequences]),

@@ -20,8 +20,8 @@ from compile_steer.export import write_patch
 from compile_steer.files import broken_seal, sha256
 from compile_steer.program import Program
 from tests import byte_level
+from tests.contract.test_adapters import origin
 from tests.tiny import LAYERS, Padded, build, intervention, logits, program, random_patch, texts, vector
-from tests.unit.test_audit import origin
 
 BIASED = [
     ("vllm", "qwen3", {"attention_bias": True}, "self_attn.o_proj.bias"),

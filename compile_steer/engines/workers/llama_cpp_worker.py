@@ -1,8 +1,8 @@
 """Log-probabilities and tokens a second in llama.cpp; run by its environment's interpreter as `llama_cpp_worker.py FOLDER`.
 
-job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, pairs of
-such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`. in.npz: `ids`, all sequences behind one another,
-and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
+job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, groups of
+such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`; `context`, the most tokens. in.npz: `ids`, all
+sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     models = {model["name"]: model for model in job["models"]}
     found = {}
     for name, model in models.items():
-        engine = opened(model)
+        engine = opened(model, job["context"])
         found[name] = np.concatenate([read(engine, ids) for ids in sequences])
         engine.close()
     times = [timed([models[name] for name in pair], sequences, job) for pair in job["timed"]]
@@ -38,13 +38,13 @@ def main(folder: Path) -> None:
     (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__, "times": times}), encoding="utf-8")
 
 
-def opened(model: dict[str, Any]) -> Any:
+def opened(model: dict[str, Any], context: int) -> Any:
     """The model with what is beside it, keys and values in fp32."""
     engine = llama_cpp.Llama(
         model["file"],
         lora_path=model.get("adapter"),
-        n_ctx=1024,
-        n_batch=1024,
+        n_ctx=context,
+        n_batch=context,
         n_threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         logits_all=True,
         type_k=_F32,
@@ -87,7 +87,7 @@ def read(engine: Any, ids: list[int]) -> np.ndarray:
 
 def timed(models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]) -> dict[str, list[float]]:
     """Tokens a second of each model while it writes, a value a round; the models take turns."""
-    engines = {model["name"]: opened(model) for model in models}
+    engines = {model["name"]: opened(model, job["context"]) for model in models}
     prompts = [ids[:16] for ids in sequences[: job["prompts"]]]
     found: dict[str, list[float]] = {name: [] for name in engines}
     for round_ in range(job["rounds"] + 1):

@@ -1,8 +1,9 @@
 """Log-probabilities and tokens a second in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
 
 job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`;
-`timed`, pairs of such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`. in.npz: `ids`, all sequences
-behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
+`timed`, groups of such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`; `context`, the most tokens.
+in.npz: `ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each
+sequence's first, in nats.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(folder: Path) -> None:
     arrays = np.load(folder / "in.npz")
     sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
     models = {model["name"]: model for model in job["models"]}
-    engines = opened(models)
+    engines = opened(models, job["context"])
     found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
     times = [timed(engines, [models[name] for name in pair], sequences, job) for pair in job["timed"]]
     np.savez(folder / "out.npz", allow_pickle=False, **found)
@@ -42,7 +43,7 @@ def key(model: dict[str, Any]) -> tuple[str, bool]:
     return model["folder"], "adapter" in model
 
 
-def opened(models: dict[str, dict[str, Any]]) -> dict[tuple[str, bool], LLM]:
+def opened(models: dict[str, dict[str, Any]], context: int) -> dict[tuple[str, bool], LLM]:
     """An engine for every folder, in fp32."""
     ranks: dict[tuple[str, bool], int] = {}
     for model in models.values():
@@ -52,7 +53,7 @@ def opened(models: dict[str, dict[str, Any]]) -> dict[tuple[str, bool], LLM]:
             model=folder,
             dtype="float32",
             enforce_eager=True,
-            max_model_len=1024,
+            max_model_len=context,
             seed=0,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
