@@ -34,10 +34,10 @@ from compile_steer.reload import reload
 
 TARGET = 1e-4
 """Nats: two implementations of one computation in fp32, each summing in its own order, differ by about half of this."""
-_NOISE = 2.0  # times the engine's own error on the base: the same rounding on other numbers
+_NOISE = 2.0  # times the engine's own rms on the base: the same rounding on other numbers
 _DOSE = 0.02  # an error of a file's meaning is larger than this, one of rounding smaller
 
-_NUMBERS = ("error", "rms", "base_error", "effect", "dose")
+_NUMBERS = ("error", "rms", "base_error", "base_rms", "effect", "dose")
 
 TEXTS = (
     "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
@@ -55,8 +55,8 @@ TEXTS = (
 class Reading:
     """One form in one engine against transformers, in nats of log p(token), over `tokens` of them.
 
-    `error` and `rms` are the largest and the root mean square difference; `base_error` the largest on the base in the
-    same engine and format; `effect` the largest change by steering in transformers, and `dose` how much of all of it
+    `error` and `rms` are the largest and the root mean square difference; `base_error` and `base_rms` the same on the
+    base in this engine and format; `effect` the largest change by steering in transformers, and `dose` how much of all of it
     there is in the engine: 0 where a file was loaded without effect. `problem` is why there is no reading.
     """
 
@@ -66,6 +66,7 @@ class Reading:
     error: float = float("nan")
     rms: float = float("nan")
     base_error: float = float("nan")
+    base_rms: float = float("nan")
     effect: float = float("nan")
     dose: float = float("nan")
     problem: str = ""
@@ -73,7 +74,8 @@ class Reading:
     @property
     def passed(self) -> bool:
         """True where the engine computes what transformers does, as far as its format can tell."""
-        return self.error <= max(TARGET, _NOISE * self.base_error) and abs(self.dose - 1) <= _DOSE
+        near = self.error <= TARGET or self.rms <= _NOISE * self.base_rms
+        return near and abs(self.dose - 1) <= _DOSE
 
     def summary(self) -> dict[str, Any]:
         """All of it, as JSON; what is not a number is None."""
@@ -230,6 +232,7 @@ def held_against(
         float(np.abs(found - wanted).max()),
         float(np.sqrt(np.square(found - wanted).mean())),
         float(np.abs(found_base - wanted_base).max()),
+        float(np.sqrt(np.square(found_base - wanted_base).mean())),
         float(np.abs(effect).max()),
         float(effect @ seen) / size if size else float("nan"),
     )

@@ -24,13 +24,14 @@ def print_shipped(console: Console, found: Shipped) -> None:
 def print_readings(console: Console, found: Sequence[Reading]) -> None:
     """A row for every engine; below it why there is none."""
     table = Table(title="log p(token) in each engine less transformers', nats", title_justify="left")
-    for name in ("engine", "form", "largest", "rms", "the base's own", "steering's effect", "dose", ""):
+    for name in ("engine", "form", "largest", "rms", "base: largest", "rms", "steering's effect", "dose", ""):
         table.add_column(name, justify="left" if name in ("engine", "form", "") else "right")
     for one in found:
         numbers = (
             f"{one.error:.1e}",
             f"{one.rms:.1e}",
             f"{one.base_error:.1e}",
+            f"{one.base_rms:.1e}",
             f"{one.effect:.2f}",
             f"{one.dose:.4f}",
         )
@@ -38,7 +39,7 @@ def print_readings(console: Console, found: Sequence[Reading]) -> None:
         table.add_row(
             one.engine,
             one.form,
-            *(("",) * 5 if one.problem else numbers),
+            *(("",) * 6 if one.problem else numbers),
             "[red]none[/red]" if one.problem else verdict,
         )
     console.print(table)
