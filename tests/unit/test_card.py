@@ -119,10 +119,15 @@ def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
     merged = Provenance.read(run.places.merged("bias", "fp32"))
     assert (merged.architecture, merged.biases) == ("llama", 1)
     assert all(engine.commands for engine in engines(merged))
-    assert "biases of `llama`, which its graph reads" in card(run.places.merged("bias", "fp32"))
-    transformers, vllm, llama_cpp = engines(merged.of(architecture="gpt_oss"))
-    assert transformers.commands and vllm.note == "not tried with `gpt_oss`."
+    assert "biases of `llama`, which its own code adds." in card(run.places.merged("bias", "fp32"))
+    transformers, vllm, llama_cpp = engines(merged.of(architecture="smollm3"))
+    assert transformers.commands and vllm.commands
+    assert vllm.note.endswith("which its own code adds; not tried with `smollm3`.")
     assert (llama_cpp.commands, "cannot hold it" in llama_cpp.note) == ((), True)
+    _transformers, vllm, llama_cpp = engines(merged.of(architecture="qwen3"))
+    assert (vllm.commands, "cannot hold it" in vllm.note) == ((), True)
+    assert not llama_cpp.commands
+    assert all(engine.commands for engine in engines(merged.of(architecture="qwen3", biases=0)))
 
 
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:
