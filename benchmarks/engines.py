@@ -204,9 +204,7 @@ def missing(engines: Sequence[Environment], found: list[Finding]) -> Iterator[Fi
             rounds = ROUNDS if busy < 1.5 else ROUNDS_BESIDE_OTHERS
             with tempfile.TemporaryDirectory() as scratch:
                 times = (
-                    our_speeds(one, made, rounds)
-                    if engine is None
-                    else speeds(engine, one, made, Path(scratch), rounds)
+                    our_speeds(one, made, rounds) if place is None else speeds(place, one, made, Path(scratch), rounds)
                 )
             yield Finding(name, SPEED, times=times, load_average=busy)
 
