@@ -18,10 +18,10 @@ test: $(VENV)/.ready
 	$(MAKE) --no-print-directory --jobs=2 test-real test-rest
 
 test-real: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/end_to_end
+	$(BIN)/python -m pytest --durations=12 tests/end_to_end --ignore=tests/end_to_end/test_committed.py
 
 test-rest: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property
+	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_committed.py
 
 check: lint types imports test
 

@@ -19,7 +19,6 @@ RECIPE = ROOT / "recipes" / "ocean.yaml"
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same.
 SMALL = [
-    "extract.pairs=24",
     "validate.layers=[10]",
     "validate.coefficients=[2.5]",
     "validate.sweep_pairs=4",
