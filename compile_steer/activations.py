@@ -15,6 +15,7 @@ from compile_steer.layout import Layout
 from compile_steer.models import Loaded
 from compile_steer.program import Point, Site
 from compile_steer.progress import Tick
+from compile_steer.replay import run_span
 from compile_steer.tokens import Batch, Text, batches, encode
 
 Readout = Literal["response_mean", "last_prompt"]
@@ -26,6 +27,7 @@ def read_activations(
     *,
     point: Point,
     readout: Readout,
+    through: int | None = None,
     tick: Tick = lambda _n: None,
 ) -> Tensor:
     """Return [n_texts, n_layers, d_model] fp32: each text's activation at `point` of every block.
@@ -33,6 +35,7 @@ def read_activations(
     Args:
         readout: 'response_mean' averages over the response tokens; 'last_prompt' takes the token whose
             output predicts the first response token.
+        through: the last block that is wanted, so that n_layers is one more; None wants all.
         tick: called with the number of texts just done.
 
     Raises:
@@ -40,12 +43,12 @@ def read_activations(
     """
     encoded = [encode(loaded.tokenizer, text) for text in texts]
     layout = loaded.layout
-    result = torch.empty(len(texts), layout.n_layers, layout.d_model)
+    result = torch.empty(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         weights = _readout_weights(batch, readout)
         rows = torch.tensor(batch.rows)
-        for layer, hidden in enumerate(capture(layout, batch, point)):
+        for layer, hidden in enumerate(capture(layout, batch, point, through)):
             result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
         tick(len(batch.rows))
     finite = torch.isfinite(result).all(dim=(0, 2))
@@ -78,19 +81,24 @@ def _readout_weights(batch: Batch, readout: Readout) -> Tensor:
     return chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def capture(layout: Layout, batch: Batch, point: Point) -> list[Tensor]:
-    """One pass through the backbone; the activation at `point` of each block, [batch, time, d_model]."""
+def capture(layout: Layout, batch: Batch, point: Point, through: int | None = None) -> list[Tensor]:
+    """One pass through the backbone; the activation at `point` of each block, [batch, time, d_model].
+
+    Args:
+        through: the last block that is wanted; those above it are not run. None wants all.
+    """
+    count = layout.n_layers if through is None else through + 1
     caught: dict[int, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
-        for layer, block in enumerate(layout.blocks):
+        for layer, block in enumerate(layout.blocks[:count]):
             if point == "resid_pre":
                 handle = block.register_forward_pre_hook(_input_catcher(caught, layer), with_kwargs=True)
             else:
                 handle = layout.hook_module(Site(layer, point)).register_forward_hook(_output_catcher(caught, layer))
             stack.callback(handle.remove)
-        layout.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        run_span(layout.model, batch.input_ids, batch.attention_mask, stop=count)
     scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
-    return [caught[layer] * scale for layer in range(layout.n_layers)]
+    return [caught[layer] * scale for layer in range(count)]
 
 
 def _input_catcher(caught: dict[int, Tensor], layer: int) -> Any:

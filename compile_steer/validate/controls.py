@@ -27,7 +27,8 @@ from compile_steer.validate.statistics import outlier_p, rank_p
 @dataclass(frozen=True)
 class Stream:
     """The base on neutral text: the mean activation at the directions' point of every block, over the positions
-    that are steered, and the median norm of the stream after every block. [n_layers, d_model] and [n_layers].
+    that are steered, and the median norm of the stream after every block. [n_layers, d_model] and [n_layers], up to
+    the last block that the program acts on.
 
     The median, because the first token's norm is a hundred times the others' in many models.
     """
@@ -38,13 +39,14 @@ class Stream:
     @staticmethod
     def of(loaded: Loaded, texts: Sequence[Text], point: Point, program: Program) -> Stream:
         scopes = frozenset().union(*(i.scopes for i in program.interventions))
+        last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
         encoded = [encode(loaded.tokenizer, text) for text in texts]
         for batch in batches(encoded, int(loaded.tokenizer.pad_token_id), max_tokens=2048):
             batch = batch.to(loaded.device)
             steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
-            here = capture(loaded.layout, batch, point)
-            after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post")
+            here = capture(loaded.layout, batch, point, last)
+            after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post", last)
             total = torch.stack([one[steered].double().sum(dim=0) for one in here]).cpu()
             sums = total if sums is None else sums + total
             count += int(steered.sum())

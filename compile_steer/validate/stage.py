@@ -197,7 +197,9 @@ def _separability(run: Validation, layer: int) -> Separability:
     layers = list(run.directions.layers) if layer == EVERY_BLOCK else [layer]
     with run.meter.phase("test: separability of held-out pairs", 2 * len(run.behaviour.test)) as tick:
         positive, negative = (
-            read_activations(run.loaded, side, point=point, readout=readout, tick=tick)[:, layers].flatten(1)
+            read_activations(run.loaded, side, point=point, readout=readout, through=max(layers), tick=tick)[
+                :, layers
+            ].flatten(1)
             for side in sides
         )
     return separability(positive, negative, run.directions.vectors[layers].flatten())

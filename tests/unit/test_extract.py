@@ -67,6 +67,17 @@ def test_the_first_block_whose_activations_are_not_finite_is_named() -> None:
         read_activations(broken, TEXTS, point="resid_post", readout="response_mean")
 
 
+@pytest.mark.parametrize("point", POINTS)
+def test_blocks_above_the_last_one_wanted_are_not_run(point: Point) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(torch.inf)
+    broken = replace(loaded("llama"), model=model)
+    found = read_activations(broken, TEXTS, point=point, readout="response_mean", through=1)
+    whole = read_activations(loaded("llama"), TEXTS, point=point, readout="response_mean")
+    assert found.shape[1] == 2 and torch.equal(found, whole[:, :2])
+
+
 # -------------------------------------------------------------------------------------- directions
 
 
