@@ -12,16 +12,19 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
-# Side by side, each with one thread for its own core; the walk on the real model is walked once.
+# Side by side, each with one thread for its own core. The walk on the real model is walked once: by test-real, and by the
+# time that test-rest asks for it, it is there.
 test: export OMP_NUM_THREADS ?= 1
+test: export COMPILE_STEER_WALK := build/walk
 test: $(VENV)/.ready
+	rm -rf $(COMPILE_STEER_WALK)
 	$(MAKE) --no-print-directory --jobs=2 test-real test-rest
 
 test-real: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/end_to_end --ignore=tests/end_to_end/test_committed.py
+	$(BIN)/python -m pytest --durations=12 tests/end_to_end/test_walk.py tests/end_to_end/test_bad_input.py
 
 test-rest: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_committed.py
+	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_committed.py tests/end_to_end/test_judge.py
 
 check: lint types imports test
 

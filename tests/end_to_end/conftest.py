@@ -1,13 +1,19 @@
-"""One small walk of the real command line on the real model, shared by the tests that look at what it left."""
+"""One small walk of the real command line on the real model, shared by the tests that look at what it left.
+
+$COMPILE_STEER_WALK names a folder for it where several processes test side by side: the first to come walks, the others wait.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from compile_steer.places import Places
 from compile_steer.progress import Meter
@@ -19,28 +25,31 @@ RECIPE = ROOT / "recipes" / "ocean.yaml"
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same.
 SMALL = [
+    "extract.shuffled=6",
     "validate.layers=[10]",
     "validate.coefficients=[2.5]",
     "validate.sweep_pairs=4",
     "validate.sweep_prompts=4",
     "validate.sweep_neutral=4",
-    "validate.control_pairs=8",
+    "validate.control_pairs=6",
     "validate.dose_prompts=2",
     "validate.few_shot=0",
-    "validate.prompts=16",
+    "validate.prompts=24",
     "validate.max_new_tokens=20",
     "compile.calibration.prompts=72",
-    "compile.calibration.max_new_tokens=24",
+    "compile.calibration.max_new_tokens=32",
     "compile.distill.prompts=8",
     "compile.distill.block_steps=60",
-    "verify.heldout=8",
+    "verify.forms=[adapter, merged-fp32]",
+    "verify.heldout=12",
     "verify.pairs=8",
     "verify.neutral=8",
     "verify.prompts=8",
-    "verify.max_new_tokens=20",
+    "verify.max_new_tokens=24",
     "verify.kinds=1",
     "verify.free_tokens=4",
-    "verify.capability=8",
+    "verify.long_tokens=200",
+    "verify.capability=4",
 ]
 
 
@@ -66,9 +75,16 @@ class Walk:
 
 @pytest.fixture(scope="session")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    out = tmp_path_factory.mktemp("walk")
-    done = subprocess.run(command("run", RECIPE, "--out", out), capture_output=True, text=True, cwd=ROOT, check=False)
-    return Walk(out, done.returncode, done.stdout, done.stderr)
+    shared = os.environ.get("COMPILE_STEER_WALK")
+    folder = Path(shared).absolute() if shared else tmp_path_factory.mktemp("walk")
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / "told.json"
+    with FileLock(folder / "lock"):
+        if not told.is_file():
+            arguments = command("run", RECIPE, "--out", folder / "out")
+            done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
+            told.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
+    return Walk(folder / "out", *json.loads(told.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

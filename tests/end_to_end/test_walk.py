@@ -26,9 +26,7 @@ FIELDS = {
 }  # fmt: skip
 ARTIFACTS = [
     "adapters/ocean-closed_form", "adapters/ocean-distill",
-    "merged/ocean-bias-fp32", "merged/ocean-bias-bf16",
-    "merged/ocean-closed_form-fp32", "merged/ocean-closed_form-bf16",
-    "merged/ocean-distill-fp32", "merged/ocean-distill-bf16",
+    "merged/ocean-bias-fp32", "merged/ocean-closed_form-fp32", "merged/ocean-distill-fp32",
 ]  # fmt: skip
 
 # Loads an artifact as a stranger would: compile_steer cannot be imported there.
@@ -50,7 +48,7 @@ with torch.no_grad():
 def test_the_walk_ends_well_and_says_what_it_found(walk: Walk) -> None:
     assert walk.code == 0, walk.stdout + walk.stderr
     for text in ("Verdict on test data: PASS", "random directions of the same dose", "Plan for add +2", "refused",
-                 "Compiled against steered", "closed_form merged-bf16", "too high"):  # fmt: skip
+                 "Compiled against steered", "closed_form merged-fp32", "too high"):  # fmt: skip
         assert text in walk.stdout
 
 
@@ -152,7 +150,7 @@ def test_the_losses_stay_and_what_was_kept_to_go_on_from_does_not(walk: Walk) ->
 
 def test_the_page_is_self_contained_and_tells_the_verdict(walk: Walk) -> None:
     page = walk.places.report.read_text()
-    assert "<svg" in page and "closed_form merged-bf16" in page and "What are you?" in page
+    assert "<svg" in page and "closed_form merged-fp32" in page and "What are you?" in page
     assert "<script" not in page and 'src="' not in page
 
 
