@@ -21,10 +21,10 @@ test: $(VENV)/.ready
 	$(MAKE) --no-print-directory --jobs=2 test-real test-rest
 
 test-real: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/end_to_end/test_walk.py tests/end_to_end/test_bad_input.py
+	$(BIN)/python -m pytest --durations=12 tests/end_to_end/test_walk.py tests/end_to_end/test_bad_input.py tests/end_to_end/test_committed.py
 
 test-rest: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_committed.py tests/end_to_end/test_judge.py
+	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_judge.py
 
 check: lint types imports test
 
