@@ -24,7 +24,7 @@ from compile_steer.run import Run
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1), ("shuffled", 2))
-WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 8, 2, 2  # the first so many behaviours
+WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 9, 2, 2  # the first so many behaviours
 
 
 def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
