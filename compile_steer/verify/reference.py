@@ -186,5 +186,6 @@ class Reference:
             options = self.recipe.verify
             pairs = encode_pairs(self.base, self.behaviour.test[: options.pairs])
             texts = (self.heldout, self.neutral, pairs, options.capability)
-            self._rounded = key, Rounded(self.base, self.program, *texts, rounding)
+            whole = (self.base_heldout, self.steered_heldout)
+            self._rounded = key, Rounded(self.base, self.program, *texts, whole, rounding)
         return self._rounded[1]

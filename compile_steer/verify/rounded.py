@@ -63,15 +63,37 @@ class Rounded:
         neutral: Sequence[Encoded],
         pairs: Sequence[Encoded],
         questions: int,
+        whole: tuple[States, States],
         rounding: Rounding,
     ) -> None:
+        """`whole`: the states of base and steered model on `heldout` in full precision."""
         self._base, self._program, self._heldout, self._neutral, self._pairs = base, program, heldout, neutral, pairs
         self._questions = questions
+        self._whole_base, self._whole_steered = whole
         self.loaded = fresh(base)
         with torch.no_grad():
             for name, parameter in self.loaded.model.named_parameters():
                 parameter.copy_(rounding(name, parameter))
         self.base_heldout, self.steered_heldout = (final_states(self.loaded, heldout, p) for p in (None, program))
+
+    @cached_property
+    def kl_base(self) -> float:
+        """Mean KL(base || rounded base) on the held-out texts, nats a token."""
+        return divergence(
+            self._base.model, self._whole_base.response, self.loaded.model, self.base_heldout.response
+        ).mean
+
+    @cached_property
+    def noise(self) -> Divergence:
+        """KL(steered || steered, on the rounded base): what the rounding costs by itself."""
+        return divergence(
+            self._base.model, self._whole_steered.response, self.loaded.model, self.steered_heldout.response
+        )
+
+    @cached_property
+    def changed(self) -> float:
+        """Mean KL(steered, on the rounded base || rounded base), nats a token."""
+        return self.from_steered(self.loaded, self.base_heldout).mean
 
     @cached_property
     def base_contrast(self) -> np.ndarray:
@@ -119,17 +141,13 @@ class Rounded:
             if value.ndim > 1 and not (name in own and torch.equal(value, own[name]))
         ]
 
-    def cost_of(self, edited: Sequence[str], steered: States) -> float:
-        """Mean KL(steered || steered with these matrices alone rounded) on the held-out texts, nats a token.
-
-        Args:
-            steered: the states of the steered model in full precision.
-        """
+    def cost_of(self, edited: Sequence[str]) -> float:
+        """Mean KL(steered || steered with these matrices alone rounded) on the held-out texts, nats a token."""
         if not edited:
             return 0.0
         with self._unrounded_but(edited):
             found = final_states(self.loaded, self._heldout, self._program)
-            return divergence(self._base.model, steered.response, self.loaded.model, found.response).mean
+            return divergence(self._base.model, self._whole_steered.response, self.loaded.model, found.response).mean
 
     @contextmanager
     def _unrounded_but(self, edited: Sequence[str]) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import digest
-from compile_steer.metrics import bootstrap_ratio, bootstrap_recovery, divergence
+from compile_steer.metrics import bootstrap_ratio, bootstrap_recovery
 from compile_steer.models import Loaded
 from compile_steer.observe import States, final_states
 from compile_steer.provenance import Provenance, weights_sha256
@@ -66,7 +66,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         },
         compute_dtype=str(reference.base.model.dtype).removeprefix("torch."),
         capability=_capability(reference, artifact, ends),
-        rounding=None if rounded is None else _rounding(reference, rounded, artifact, states),
+        rounding=None if rounded is None else _rounding(rounded, artifact, states),
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
         remarks=reference.kinds.remarks,
@@ -124,25 +124,20 @@ class Ends(Protocol):
     def drift(self, other: Loaded, states: States) -> float: ...
 
 
-def _rounding(reference: Reference, rounded: Rounded, artifact: Loaded, states: States) -> Rounding:
-    found, changed = (
-        rounded.from_steered(other, seen)
-        for other, seen in ((artifact, states), (rounded.loaded, rounded.base_heldout))
-    )
-    base, edited = reference.base.model, rounded.edited(artifact)
-    plain, own = reference.base_heldout.response, rounded.base_heldout.response
+def _rounding(rounded: Rounded, artifact: Loaded, states: States) -> Rounding:
+    found, edited = rounded.from_steered(artifact, states), rounded.edited(artifact)
     return Rounding(
-        kl_base=divergence(base, plain, rounded.loaded.model, own).mean,
+        kl_base=rounded.kl_base,
         kl=found.mean,
-        share=found.mean / changed.mean,
-        kl_changed=changed.mean,
+        share=found.mean / rounded.changed,
+        kl_changed=rounded.changed,
         edited=len(edited),
-        kl_edited=rounded.cost_of(edited, reference.steered_heldout),
+        kl_edited=rounded.cost_of(edited),
     )
 
 
 def _distance(reference: Reference, artifact: Loaded, states: States, rounded: Rounded | None, ends: Ends) -> Distance:
-    noise = None if rounded is None else reference.from_steered(rounded.loaded, rounded.steered_heldout)
+    noise = None if rounded is None else rounded.noise
     found, base = reference.from_steered(artifact, states), reference.base_divergence
     seed, ones = reference.recipe.seed, torch.ones_like(found.kl)
     kl, share = (bootstrap_ratio(found.kl, below, states.texts, seed=seed) for below in (ones, base.kl))
