@@ -31,8 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for
 
 
 def person(as_json: bool) -> Console:
-    """Where a person reads: standard error, where a program reads standard output."""
-    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132)
+    """Where a person reads: standard error, where a program reads standard output. Of several processes one speaks."""
+    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=processes.rank() > 0)
 
 
 class Session:
@@ -56,9 +56,7 @@ class Session:
         self._given_out = out
         self.out = out or Path("runs") / self.recipe.name
         self.as_json = as_json
-        # A program reads standard output, so what a person watches goes to standard error.
-        # Of several processes one speaks.
-        self.console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=processes.rank() > 0)
+        self.console = person(as_json)
         self.meter: Meter = BarMeter(self.console)
 
     def changed(self, changes: list[str]) -> Session:
