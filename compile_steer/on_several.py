@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from compile_steer.compose import Composition
 from compile_steer.report import print_composition
-from compile_steer.session import Device, Dtype, Json, Seed, Session, Set
+from compile_steer.session import Session
 from compile_steer.several import Several, joined, run_compose, run_together
 
 Recipes = Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")]
@@ -20,57 +22,53 @@ Runs = Annotated[Path, typer.Option(help="Folder that holds each recipe's run, a
 Out = Annotated[Path | None, typer.Option(help="Folder for composed/. [default: RUNS/NAME1+NAME2]")]
 
 
-def compose_(
+def _opened(
     recipes: Recipes,
     backend: Backend = "closed_form",
     dial: Dials = None,
     runs: Runs = Path("runs"),
     out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+    **settings: Any,
+) -> tuple[Session, Several]:
+    """The first recipe's session, which speaks, and what all of them come to; `settings` are a session's, of every one."""
+    sessions = [Session(recipe=path, **settings) for path in recipes]
+    first, read = sessions[0], [one.recipe for one in sessions]
+    return first, Several.open(read, dial or [], backend, runs, out or runs / joined(read), first.meter)
+
+
+class _Command:
+    """What is done to several as a command: exit code 1 if what it finds is not the model under all hooks at once."""
+
+    def __init__(self, work: Callable[[Several], Composition]) -> None:
+        functools.update_wrapper(self, work)
+        self._work = work
+        own, session = (inspect.signature(one, eval_str=True).parameters.values() for one in (_opened, Session))
+        named = [one for one in own if one.kind is not one.VAR_KEYWORD]
+        known = {one.name for one in named} | {"recipe"}
+        shared = [one.replace(kind=one.POSITIONAL_OR_KEYWORD) for one in session if one.name not in known]
+        self.__signature__ = inspect.Signature([*named, *shared])  # what typer reads
+
+    def __call__(self, **given: Any) -> None:
+        session, several = _opened(**given)
+        found = self._work(several)
+        session.finish(found.summary(), lambda: print_composition(session.console, found))
+        raise typer.Exit(0 if found.passed else 1)
+
+
+@_Command
+def compose_(several: Several) -> Composition:
     """Put several compiled programs into one adapter, stacked and compiled jointly, and say how they interfere.
 
     Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
     adapter is not the model under all hooks at once.
     """
-    session = functools.partial(Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
-    first, several = _open([session(recipe=path) for path in recipes], backend, dial, runs, out)
-    _finish(first, run_compose(several))
+    return run_compose(several)
 
 
-def together(
-    recipes: Recipes,
-    backend: Backend = "closed_form",
-    dial: Dials = None,
-    runs: Runs = Path("runs"),
-    out: Out = None,
-    changes: Set = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_Command
+def together(several: Several) -> Composition:
     """Load several recipes' adapters in PEFT at once, all on, and hold them against all programs' hooks at once.
 
     Nothing is compiled; compose makes one adapter of them. Exit code 1 if they are not the model under all hooks.
     """
-    session = functools.partial(Session, changes=changes, device=device, dtype=dtype, seed=seed, as_json=as_json)
-    first, several = _open([session(recipe=path) for path in recipes], backend, dial, runs, out)
-    _finish(first, run_together(several))
-
-
-def _open(
-    sessions: list[Session], backend: str, dials: list[float] | None, runs: Path, out: Path | None
-) -> tuple[Session, Several]:
-    """The first session, which speaks, and what they come to."""
-    first, read = sessions[0], [one.recipe for one in sessions]
-    return first, Several.open(read, dials or [], backend, runs, out or runs / joined(read), first.meter)
-
-
-def _finish(session: Session, found: Composition) -> None:
-    session.finish(found.summary(), lambda: print_composition(session.console, found))
-    raise typer.Exit(0 if found.passed else 1)
+    return run_together(several)
