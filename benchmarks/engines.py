@@ -27,7 +27,6 @@ from benchmarks.ocean import ROOT
 from benchmarks.record import Record
 from compile_steer.engines.compare import TEXTS, Reading, ask, jobs, readings, texts, written_base
 from compile_steer.engines.environment import ENGINES, Environment, environment
-from compile_steer.engines.reads import EngineName
 from compile_steer.engines.ship import ship
 from compile_steer.errors import EngineError
 from compile_steer.export import GGUF_KINDS, read_patch, write_merged
@@ -112,9 +111,8 @@ def speeds(
     engine: Environment, one: Loaded, made: Mapping[str, Path], folder: Path, rounds: int
 ) -> dict[str, list[float]]:
     """Tokens a second of base, merged model and adapter in an engine, a value a round, in turn."""
-    target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
     chosen = [BIASED, ADAPTED]
-    shipped = [ship(made[name], target, folder / name, one.source, "f32") for name in chosen]
+    shipped = [ship(made[name], engine.name, folder / name, one.source, "f32") for name in chosen]
     models = jobs(engine, written_base(engine, one, folder / "base", "f32"), shipped, chosen)
     answer = ask(engine, models, texts(one), LIMIT_S, [["base", *chosen]], rounds)
     found: dict[str, list[float]] = answer.told["times"][0]

@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel
 
 from compile_steer.engines.environment import Environment
-from compile_steer.engines.reads import EngineName
 from compile_steer.engines.runner import WORKERS, Answer, run_worker
 from compile_steer.engines.ship import Shipped, ship
 from compile_steer.errors import ArtifactError, CompileSteerError
@@ -194,12 +193,11 @@ def readings(
     Raises:
         EngineError: the engine crashed, hung, or left no answer.
     """
-    target: EngineName = "vllm" if engine.name == "vllm" else "llama.cpp"
     found: list[Reading] = []
     shipped: dict[str, Shipped] = {}
     for name, artifact in forms.items():
         try:
-            shipped[name] = ship(artifact, target, folder / f"form-{len(shipped)}", base.source, precision)
+            shipped[name] = ship(artifact, engine.name, folder / f"form-{len(shipped)}", base.source, precision)
         except CompileSteerError as error:
             found.append(Reading(engine.name, name, problem=" ".join(error.problems)))
     if not shipped:

