@@ -57,6 +57,14 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     return model, odd + [f"the model has no place for {name}" for name in sorted(names - stored - {ROPE_FACTORS})]
 
 
+def write_out(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added to `writer`, and close its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def stored_kinds(file: Path, model: Any) -> dict[str, gguf.GGMLQuantizationType]:
     """How the file stores each of the parameters of `model`, a model of its family, by their own names."""
     reader = gguf.GGUFReader(file)

@@ -1,8 +1,6 @@
 """Export: a WeightPatch -> files that stock libraries load, each with its chain of origin."""
 
 from compile_steer.export.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     CURVES,
     PATCH_FILE,
     is_adapter,
@@ -14,6 +12,7 @@ from compile_steer.export.adapter import (
 from compile_steer.export.gguf_lora import write_lora_gguf
 from compile_steer.export.gguf_model import GGUF_FILE, GGUF_KINDS, gguf_refusals, write_gguf, write_gguf_file
 from compile_steer.export.merged import is_merged, write_merged
+from compile_steer.interop.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 __all__ = [
     "ADAPTER_CONFIG",

@@ -20,16 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import new_folder
+from compile_steer.interop.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from compile_steer.models import Loaded
 from compile_steer.patch import LowRank, WeightPatch
 from compile_steer.program import read_tensors
 from compile_steer.provenance import CARD, Provenance
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PATCH_FILE = "patch.safetensors"
 CURVES = "training.json"
-_PREFIX = "base_model.model."
 # Ranks that vLLM takes; llama.cpp and PEFT take any.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -127,8 +125,8 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
     tensors = {}
     for name, edit in edits.items():
         full = edit.padded(rank)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
@@ -143,8 +141,8 @@ def read_patch(folder: Path) -> WeightPatch:
             raise ArtifactError(
                 f"{folder}: alpha {config['lora_alpha']} differs from rank {config['r']}; not one of ours."
             )
-        names = sorted(key[len(_PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight"))
-        pairs = {n: (tensors[f"{_PREFIX}{n}.lora_B.weight"], tensors[f"{_PREFIX}{n}.lora_A.weight"]) for n in names}
+        names = sorted(key[len(PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight"))
+        pairs = {n: (tensors[f"{PREFIX}{n}.lora_B.weight"], tensors[f"{PREFIX}{n}.lora_A.weight"]) for n in names}
     except (OSError, KeyError, ValueError) as error:
         raise ArtifactError(f"{folder} is not a PEFT adapter that compile_steer wrote ({error}).") from error
     if not names or 2 * len(names) != len(tensors):

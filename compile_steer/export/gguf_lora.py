@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from compile_steer.errors import ArtifactError
 from compile_steer.export.llama_cpp import Arrangement
 from compile_steer.files import new_file
+from compile_steer.gguf_file import write_out
 from compile_steer.patch import WeightPatch
 
 
@@ -38,10 +39,7 @@ def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) ->
             name, full = arrangement.name(parameter), edit.padded(rank)
             writer.add_tensor(f"{name}.lora_a", _values(full.A))
             writer.add_tensor(f"{name}.lora_b", _values(arrangement.rows(parameter, full.B)))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_out(writer)
 
 
 def _values(tensor: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from compile_steer.export.gguf_tokenizer import Field, tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model, patched_config
 from compile_steer.files import new_folder
-from compile_steer.gguf_file import ROPE_FACTORS
+from compile_steer.gguf_file import ROPE_FACTORS, write_out
 from compile_steer.models import Loaded, gguf_of
 from compile_steer.patch import WeightPatch
 from compile_steer.provenance import CARD, Provenance
@@ -94,10 +94,7 @@ def _write(path: Path, model: PreTrainedModel, fields: list[Field], precision: s
         writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
     if model.config.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor(ROPE_FACTORS, _rope_factors(model))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:

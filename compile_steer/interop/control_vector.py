@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compile_steer.errors import ArtifactError
 from compile_steer.files import new_file
+from compile_steer.gguf_file import write_out
 from compile_steer.interop.foreign import NUMBER, Foreign, Given, placed
 
 _ARCHITECTURE = "controlvector"
@@ -74,7 +75,4 @@ def write(path: Path, vectors: Mapping[int, Tensor], model_type: str) -> None:
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors))
         for layer, vector in sorted(vectors.items()):
             writer.add_tensor(f"direction.{layer}", vector.detach().float().cpu().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_out(writer)

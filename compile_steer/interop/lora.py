@@ -21,8 +21,9 @@ from compile_steer.errors import ArtifactError
 from compile_steer.patch import LowRank
 from compile_steer.program import read_tensors
 
-CONFIG, WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 # What training or PEFT's own bookkeeping reads, and the adapter on disk does not depend on.
 _BESIDE_THE_POINT = {
@@ -105,7 +106,7 @@ def read_lora(folder: Path) -> PlainLora:
         raise ArtifactError([f"{folder}: {problem}" for problem in problems])
     edits, folded = {}, set()
     for module in modules:
-        name = module.removeprefix(_PREFIX)
+        name = module.removeprefix(PREFIX)
         A, B = tensors[module + _A].float(), tensors[module + _B].float()
         rank, scale, how = _scale(name, config)
         problems += [f"{folder}: {name}: {problem}" for problem in _misfits(A, B, rank)]
@@ -119,21 +120,23 @@ def read_lora(folder: Path) -> PlainLora:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder / CONFIG} cannot be read ({error}); needed: a PEFT adapter's folder.") from error
+        raise ArtifactError(
+            f"{folder / ADAPTER_CONFIG} cannot be read ({error}); needed: a PEFT adapter's folder."
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise ArtifactError(f"{folder / CONFIG} is no LoRA's: it has no rank r.")
+        raise ArtifactError(f"{folder / ADAPTER_CONFIG} is no LoRA's: it has no rank r.")
     return config
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / _PICKLE).is_file() and not (folder / WEIGHTS).is_file():
+    if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ArtifactError(
             f"{folder} holds {_PICKLE}, a pickle, which can run code. Load it with PEFT where you trust it, and save it again: "
-            f"it becomes {WEIGHTS}."
+            f"it becomes {ADAPTER_WEIGHTS}."
         )
-    return read_tensors(folder / WEIGHTS)[0]
+    return read_tensors(folder / ADAPTER_WEIGHTS)[0]
 
 
 def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
@@ -188,6 +191,6 @@ def _misfits(A: Tensor, B: Tensor, rank: int) -> Iterator[str]:
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         yield f"lora_A is {list(A.shape)}, lora_B {list(B.shape)}; needed: [r, d_in] and [d_out, r]."
     elif A.shape[0] != rank:
-        yield f"the factors have rank {A.shape[0]}, {CONFIG} says {rank}."
+        yield f"the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}."
     if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
         yield "it holds NaN or infinity."

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compile_steer.card import model_card
 from compile_steer.errors import ArtifactError
-from compile_steer.export import read_patch, write_merged, write_patch
-from compile_steer.export.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE
+from compile_steer.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE, read_patch, write_merged, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import LowRank, WeightPatch, applied
