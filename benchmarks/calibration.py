@@ -86,13 +86,13 @@ def page(found: list[Trial]) -> list[str]:
 
 def _table(found: list[Trial]) -> list[str]:
     return [
-        "| behaviour | direction | verdict | block, coefficient | contrast | p, random | p, shuffled | score | perplexity | "
-        "first reason |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| behaviour | direction | verdict | block, coefficient | contrast | p, random | p, shuffled | score | p, random | "
+        "perplexity | first reason |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {one.behaviour} | {_named(one)} | {one.verdict} | {one.layer}, {one.coefficient:g} | {one.contrast:+.3f} | "
             f"{one.p_random:.2g} | {'-' if one.p_shuffled is None else format(one.p_shuffled, '.2g')} | "
-            f"{one.score_base:.2f} to {one.score_base + one.score:.2f} | x{one.perplexity:.2f} | {one.reason} |"
+            f"{one.score_base:.2f} to {one.score_base + one.score:.2f} | {one.p_over_random:.2g} | x{one.perplexity:.2f} | {one.reason} |"
             for one in found
         ),
     ]

@@ -37,7 +37,7 @@ SETTINGS = [
     "validate.sweep_neutral=4",
     "validate.sweep_prompts=4",
     "validate.sweep_layers=2",
-    "validate.control_pairs=12",
+    "validate.control_pairs=6",
     "validate.dose_prompts=2",
     "validate.prompts=24",
     "validate.max_new_tokens=32",
@@ -78,6 +78,7 @@ class Trial:
     p_shuffled: float | None = None
     score_base: float = 0.0
     score: float = 0.0
+    p_over_random: float = 1.0
     perplexity: float = 1.0
     compiled: Compiled | None = None
 
@@ -136,6 +137,7 @@ def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, sec
         p_shuffled=controls.p_shuffled,
         score_base=scores.base,
         score=scores.effect.value,
+        p_over_random=scores.p_over_random,
         perplexity=report.coherence.perplexity_ratio,
     )
 

@@ -1,9 +1,9 @@
 """The verdict, and reasons that a person can act on.
 
 A direction passes where its effect is none that a direction of no meaning has. A random one that is put in its place
-is the best of the sweep's cells, so ranking first among 20 others (p = 1/21) is not enough: it must also lie
-beyond their distribution, and those from shuffled labels, and change the answers themselves, and more so than random
-directions do. benchmarks/calibration.py measures how often that happens by chance.
+is the best of the sweep's cells, so ranking first among 20 others (p = 1/21) is not enough: it must also be beyond
+what they do to the pairs or to the answers, and beyond those from shuffled labels, and change the answers themselves, and more
+so than random directions do. benchmarks/calibration.py measures how often that happens by chance.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from compile_steer.settings import Validate
 from compile_steer.validate.report import Controls, ValidationReport, Verdict
 from compile_steer.validate.statistics import LEVEL
 
-# One in so many directions at random may lie beyond: small, because the candidate was chosen from a whole sweep.
+# Small, because the candidate was chosen from a whole sweep.
 _BEYOND_RANDOM = 0.002
 _BEYOND_SHUFFLED = 0.02
 _SEPARATES = 0.8
@@ -114,6 +114,16 @@ def _up_to_wall(report: ValidationReport) -> str:
     return "" if wall is None else f" (the ceiling is crossed at {wall:.3g})"
 
 
+def _by_chance(report: ValidationReport) -> float:
+    """How likely a random direction does as much to the pairs or to the answers: Bonferroni over the two.
+
+    Either is enough. Past the first order random directions spread far, most of all those that do damage: one of 20
+    that moves the pairs by -1.1 nats a token hides +0.9 from a test of outliers while no answer under any of them shows
+    the behaviour.
+    """
+    return min(1.0, 2 * min(report.controls.p_random, report.scores.p_over_random))
+
+
 def _doubts(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
     found = []
@@ -122,11 +132,12 @@ def _doubts(report: ValidationReport) -> list[str]:
             f"the effect may be chance on {report.n_pairs} pairs: {report.contrast} nats a token (sign-flip p = "
             f"{report.p_contrast:.3f}); add test pairs"
         )
-    if c.p_value <= LEVEL and c.p_random > _BEYOND_RANDOM:
+    if c.p_value <= LEVEL and _by_chance(report) > _BEYOND_RANDOM:
         found.append(
             f"the effect is first among {len(c.random)} random directions ({c.effect:.3f}, up to {max(c.random):.3f}), but not "
-            f"clear of them: one in {1 / c.p_random:.0f} would do as much, and the sweep chose among several; try other "
-            "layers (validate.layers: search) or more pairs"
+            f"clear of them: one in {1 / c.p_random:.0f} would do as much to the pairs, the answers differ from theirs with p = "
+            f"{s.p_over_random:.3f}, and the sweep chose among several; try other layers (validate.layers: search), more "
+            "pairs or more prompts"
         )
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
         found.append(

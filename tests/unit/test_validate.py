@@ -529,6 +529,19 @@ def test_a_direction_that_separates_but_does_not_steer_is_told_so() -> None:
     assert reasons[0].startswith("the direction separates the pairs (AUROC 0.98), but a random direction")
 
 
+@pytest.mark.parametrize(
+    ("p_random", "p_over_random", "wanted"),
+    [(0.013, 1e-4, "pass"), (1e-4, 0.04, "pass"), (0.0015, 0.0015, "inconclusive"), (0.0009, 0.0015, "pass")],
+)
+def test_beyond_random_directions_on_the_pairs_or_on_the_answers_with_bonferroni(
+    p_random: float, p_over_random: float, wanted: str
+) -> None:
+    report = good()
+    controls = replace(report.controls, p_random=p_random)
+    scores = replace(report.scores, p_over_random=p_over_random)
+    assert judge(replace(report, controls=controls, scores=scores), recipe().validate_)[0] == wanted
+
+
 def test_the_least_score_counts() -> None:
     verdict, reasons = judge(good(), recipe(min_score=0.6).validate_)
     assert verdict == "fail" and "below 0.6" in reasons[0]
