@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
-from compile_steer.engines.compare import TEXTS, Reading, ask, jobs, readings, texts, written_base
+from compile_steer.engines.compare import TEXTS, ask, jobs, readings, texts, written_base
 from compile_steer.engines.environment import ENGINES, Environment, environment
+from compile_steer.engines.reading import Reading
 from compile_steer.engines.ship import ship
 from compile_steer.errors import EngineError
 from compile_steer.export import GGUF_KINDS, read_patch, write_merged

@@ -5,6 +5,7 @@ Every number is read from a report that is of this very artifact, by its hash; w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compile_steer.chain import own_reports, own_validation
+from compile_steer.engines.reading import Reading, own_readings
 from compile_steer.engines.reads import EngineName, reads_biases
 from compile_steer.export import GGUF_FILE
 from compile_steer.files import save_text
@@ -37,17 +39,18 @@ def model_card(origin: Provenance, validation: Path | None) -> str:
         validation: where the run's validation report lies; it counts only if the artifact was compiled by it. None where
             there can be none.
     """
-    return _render(origin, None if validation is None else own_validation(origin, validation), None, {})
+    return _render(origin, None if validation is None else own_validation(origin, validation), None, (), {})
 
 
 def update_card(folder: Path, validation: Path) -> None:
-    """Write the README of `folder` again, with what the judge found; base and licence that somebody filled in stay.
+    """Write the README of `folder` again, with what the judge and serving engines found; base and licence that somebody filled in stay.
 
     Raises:
         ArtifactError: the folder is not one of ours.
     """
     report, parity = own_reports(folder, validation)
-    save_text(folder / CARD, _render(Provenance.read(folder), report, parity, _filled_in(folder / CARD)))
+    kept = _filled_in(folder / CARD)
+    save_text(folder / CARD, _render(Provenance.read(folder), report, parity, own_readings(folder), kept))
 
 
 def _filled_in(path: Path) -> dict[str, str]:
@@ -64,7 +67,11 @@ def _filled_in(path: Path) -> dict[str, str]:
 
 
 def _render(
-    origin: Provenance, validation: ValidationReport | None, parity: Parity | None, kept: dict[str, str]
+    origin: Provenance,
+    validation: ValidationReport | None,
+    parity: Parity | None,
+    readings: Sequence[Reading],
+    kept: dict[str, str],
 ) -> str:
     environment = Environment(
         loader=PackageLoader("compile_steer", "templates"),
@@ -79,6 +86,7 @@ def _render(
         "p": origin,
         "validation": validation,
         "parity": parity,
+        "readings": readings,
         "kept": {"license": "", "base_model": "", **kept},
         "engines": engines(origin),
     }

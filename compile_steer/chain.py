@@ -6,6 +6,7 @@ does not lie there (an adapter by itself, on another machine) cannot be checked,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from compile_steer.errors import CompileSteerError
 from compile_steer.files import broken_seal, digest, seal, sha256
 from compile_steer.places import Places
-from compile_steer.provenance import PARITY, PROVENANCE, Origin, Provenance, artifact_sha256, weights_sha256
+from compile_steer.provenance import ENGINES, PARITY, PROVENANCE, Origin, Provenance, artifact_sha256, weights_sha256
 from compile_steer.recipe import Recipe
 from compile_steer.run import data_on_disk
 from compile_steer.validate import ValidationReport
@@ -75,7 +76,7 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
             yield Link("files", "whole", str(folder), found=f"{len(origin.files_sha256)} as they were written")
     else:
         yield Link("files", "unrecorded", str(folder))
-    yield from _parity(folder)
+    yield from _judged(folder)
     yield from _parents(folder, origin, recipes)
     places = Places(home(folder), origin.name)
     if origin.validation_sha256:
@@ -108,13 +109,21 @@ def _hashed(what: str, path: Path, expected: str) -> Link:
     return Link(what, "whole" if found == expected else "broken", str(path), expected, found)
 
 
-def _parity(folder: Path) -> Iterator[Link]:
-    path = folder / PARITY
-    if not path.is_file():
-        return
-    yield _sealed("parity's record", path)
-    expected, found = Parity.load(path).sha256.get("artifact", ""), weights_sha256(folder)
-    yield Link("parity is of these weights", "whole" if expected == found else "broken", str(path), expected, found)
+def _judged(folder: Path) -> Iterator[Link]:
+    """What was measured of the folder, by the judge and by serving engines: is it of these weights?"""
+    weights = weights_sha256(folder)
+
+    def of_these(what: str, path: Path, expected: str) -> Link:
+        return Link(what, "whole" if expected == weights else "broken", str(path), expected, weights)
+
+    parity, engines = folder / PARITY, folder / ENGINES
+    if parity.is_file():
+        yield _sealed("parity's record", parity)
+        yield of_these("parity is of these weights", parity, Parity.load(parity).sha256.get("artifact", ""))
+    if engines.is_file():
+        yield _sealed("engines' record", engines)
+        measured = json.loads(engines.read_text(encoding="utf-8")).get("artifact", "")
+        yield of_these("engines' readings are of these weights", engines, measured)
 
 
 def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator[Link]:

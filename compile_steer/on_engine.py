@@ -8,11 +8,16 @@ from typing import Annotated
 
 import typer
 
+from compile_steer.card import update_card
+from compile_steer.chain import home
 from compile_steer.engines.compare import compare
 from compile_steer.engines.environment import ENGINES, environment
+from compile_steer.engines.reading import keep_readings
 from compile_steer.engines.reads import EngineName
 from compile_steer.engines.ship import ship
+from compile_steer.places import Places
 from compile_steer.progress import BarMeter
+from compile_steer.provenance import Provenance
 from compile_steer.report import print_readings, print_shipped
 from compile_steer.session import Json, person
 
@@ -57,12 +62,15 @@ def verify_engines(
 ) -> None:
     """Export an artifact for serving engines, run them, and hold their log-probabilities against transformers'.
 
-    Exit code 1 if one of them computes something else, or does not run: some load a file without effect.
+    Exit code 1 if one of them computes something else, or does not run: some load a file without effect. What they computed
+    of an adapter or checkpoint of ours is kept beside it, in engines.json, and shown on its card.
     """
     console = person(as_json)
     found = compare(
         artifact, base, [environment(name) for name in engine or ENGINES], precision, limit, BarMeter(console)
     )
+    if keep_readings(artifact, found):
+        update_card(artifact, Places(home(artifact), Provenance.read(artifact).name).validation)
     if as_json:
         print(json.dumps([one.summary() for one in found], indent=2))
     else:

@@ -21,8 +21,9 @@ from compile_steer.files import broken_seal, own_files, save_sealed, sha256, uns
 PROVENANCE = "compile_steer.json"
 PARITY = "parity.json"
 CARD = "README.md"
-# Reports about the folder, written again when it is judged: no part of what it is.
-_REPORTS = (PARITY, CARD)
+ENGINES = "engines.json"
+REPORTS = (PARITY, ENGINES, CARD)
+"""About the folder, written again when it is judged: no part of what it is."""
 _ORIGIN = "origin"
 
 
@@ -33,12 +34,12 @@ def versions() -> dict[str, str]:
 
 def artifact_sha256(folder: Path) -> str:
     """What a folder made from this one records of it: weights, settings and provenance, not the reports about them."""
-    return sha256(folder, without=_REPORTS)
+    return sha256(folder, without=REPORTS)
 
 
 def weights_sha256(folder: Path) -> str:
     """What a parity report is about: everything that is loaded, whatever is said of it."""
-    return sha256(folder, without=(*_REPORTS, PROVENANCE))
+    return sha256(folder, without=(*REPORTS, PROVENANCE))
 
 
 @dataclass(frozen=True)
@@ -198,4 +199,4 @@ class Provenance:
 
 def _files(folder: Path) -> dict[str, str]:
     """SHA-256 of the folder's files by their relative names; not of the record and the reports."""
-    return {name: sha256(folder / name) for name in own_files(folder) if name not in (*_REPORTS, PROVENANCE)}
+    return {name: sha256(folder / name) for name in own_files(folder) if name not in (*REPORTS, PROVENANCE)}

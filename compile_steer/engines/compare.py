@@ -7,10 +7,9 @@ held against what it changes in transformers, and the error against the engine's
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from compile_steer.engines.environment import Environment
+from compile_steer.engines.reading import Reading
 from compile_steer.engines.runner import WORKERS, Answer, run_worker
 from compile_steer.engines.ship import Shipped, ship
 from compile_steer.errors import ArtifactError, CompileSteerError
@@ -31,13 +31,6 @@ from compile_steer.progress import Meter
 from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.reload import reload
 
-TARGET = 1e-4
-"""Nats: two implementations of one computation in fp32, each summing in its own order, differ by about half of this."""
-_NOISE = 2.0  # times the engine's own rms on the base: the same rounding on other numbers
-_DOSE = 0.02  # an error of a file's meaning is larger than this, one of rounding smaller
-
-_NUMBERS = ("error", "rms", "base_error", "base_rms", "effect", "dose")
-
 TEXTS = (
     "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
     "What are you? I am a helpful assistant, and I can answer questions about many things.",
@@ -48,40 +41,6 @@ TEXTS = (
     "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
     "He opened the letter twice before he believed it: the house by the sea was his.",
 )
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One form in one engine against transformers, in nats of log p(token), over `tokens` of them.
-
-    `error` and `rms` are the largest and the root mean square difference; `base_error` and `base_rms` the same on the
-    base in this engine and format; `effect` the largest change by steering in transformers, and `dose` how much of all of it
-    there is in the engine: 0 where a file was loaded without effect. `problem` is why there is no reading.
-    """
-
-    engine: str
-    form: str
-    tokens: int = 0
-    error: float = float("nan")
-    rms: float = float("nan")
-    base_error: float = float("nan")
-    base_rms: float = float("nan")
-    effect: float = float("nan")
-    dose: float = float("nan")
-    problem: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """True where the engine computes what transformers does, as far as its format can tell."""
-        near = self.error <= TARGET or self.rms <= _NOISE * self.base_rms
-        return near and abs(self.dose - 1) <= _DOSE
-
-    def summary(self) -> dict[str, Any]:
-        """All of it, as JSON; what is not a number is None."""
-        numbers = {
-            name: value if math.isfinite(value) else None for name, value in asdict(self).items() if name in _NUMBERS
-        }
-        return {**asdict(self), **numbers, "passed": self.passed}
 
 
 def compare(
@@ -208,7 +167,8 @@ def readings(
     for name, one in shipped.items():
         files = (written.parent, one.folder) if rounded else None
         plain, wanted = reference(forms[name], base, sequences, files)
-        found.append(held_against(engine.name, name, answer.arrays["base"], answer.arrays[name], plain, wanted))
+        reading = held_against(engine.name, name, answer.arrays["base"], answer.arrays[name], plain, wanted)
+        found.append(replace(reading, version=str(engine)))
     return found
 
 

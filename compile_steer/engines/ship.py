@@ -23,10 +23,10 @@ from compile_steer.interop.lora import PlainLora, read_lora
 from compile_steer.models import folder_of, load, quiet
 from compile_steer.patch import WeightPatch
 from compile_steer.program import Program
-from compile_steer.provenance import CARD, PARITY, PROVENANCE, Provenance, artifact_sha256, versions
+from compile_steer.provenance import PROVENANCE, REPORTS, Provenance, artifact_sha256, versions
 
 RECORD = "export.json"
-_REPORTS = (CARD, PARITY, PROVENANCE)  # about the artifact's own folder; the record names it by its hash
+_BESIDE = (*REPORTS, PROVENANCE)  # about the artifact's own folder; the record names it by its hash
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _checkpoint(folder: Path, engine: EngineName, precision: str) -> _Writer:
 
     def copy(new: Path) -> tuple[list[str], list[str]]:
         for name in own_files(folder):
-            if name not in _REPORTS:
+            if name not in _BESIDE:
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, new / name)
         return [], ["vllm serve OUT" if engine == "vllm" else 'AutoModelForCausalLM.from_pretrained("OUT")']

