@@ -50,6 +50,7 @@ class Validate(Section):
     sweep_prompts: int = Field(12, ge=4)
     sweep_layers: int = Field(2, ge=1, description="how many of the best layers are also scored by generation")
     control_pairs: int = Field(24, ge=4)
+    pairs: int = Field(200, ge=4, description="test pairs measured, at most")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
     max_new_tokens: int = Field(40, ge=4)
     random_directions: int = Field(20, ge=20)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from compile_steer.activations import read_activations
 from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour
+from compile_steer.behaviour import Behaviour, Pair
 from compile_steer.directions import EVERY_BLOCK, Directions
 from compile_steer.metrics import bootstrap_mean
 from compile_steer.models import Loaded
@@ -37,6 +37,11 @@ class Validation:
     score: Score
     mismatched: Directions | None
     meter: Meter
+
+    @property
+    def test(self) -> Sequence[Pair]:
+        """The test pairs that are measured."""
+        return self.behaviour.test[: self.recipe.validate_.pairs]
 
     def make(self, layer: int, coefficient: float, instead: Directions | None = None) -> Program:
         return (instead or self.directions).program(layer, coefficient, self.recipe.validate_.positions)
@@ -103,7 +108,7 @@ def _powers(run: Validation, bench: Bench) -> list[Power]:
             "contrast",
             claim.contrast,
             float(bench.base_contrast.std(ddof=1)),
-            len(behaviour.test),
+            len(run.test),
             "assumed: pairs change as differently as they differ in the base",
         ),
         power(
@@ -126,17 +131,17 @@ def _measure(
     recipe, loaded, behaviour, meter = run.recipe, run.loaded, run.behaviour, run.meter
     options, best = recipe.validate_, swept.best
     with meter.phase("test: all pairs, neutral text", 1) as tick:
-        bench = Bench(loaded, behaviour.test, behaviour.neutral)
+        bench = Bench(loaded, run.test, behaviour.neutral)
         bench.advance(program)
         (change,) = bench.effects([program])
         ratio = bench.perplexity_ratio(program)
         stream = Stream.of(loaded, behaviour.neutral, run.directions.point, program)
         tick(1)
-    few = Bench(loaded, behaviour.test[: options.control_pairs])
+    few = Bench(loaded, run.test[: options.control_pairs])
     random = stream.random(program, options.random_directions, recipe.seed)
     controls = _controls(run, few, best, program, stream, random)
     with meter.phase("test: dose-response", 1) as tick:
-        dosed = Bench(loaded, behaviour.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
+        dosed = Bench(loaded, run.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
         doses = dose_response(dosed, program, best.coefficient, options.max_perplexity_ratio)
         tick(1)
     with meter.phase("test: answers of every arm and dose", 1) as tick:
@@ -168,10 +173,10 @@ def _measure(
         samples=arms.samples,
         program_hash="",
         inputs="",
-        n_pairs=len(behaviour.test),
+        n_pairs=len(run.test),
         n_prompts=len(arms.prompts),
     )
-    return report, [*pair_rows(behaviour.test, bench.base_contrast, change), *arms.rows()]
+    return report, [*pair_rows(run.test, bench.base_contrast, change), *arms.rows()]
 
 
 def _controls(
@@ -192,10 +197,10 @@ def _controls(
 
 def _separability(run: Validation, layer: int) -> Separability:
     """On the activations of the block, or of `EVERY_BLOCK` side by side, as the program acts on them together."""
-    sides = [p.positive for p in run.behaviour.test], [p.negative for p in run.behaviour.test]
+    sides = [pair.positive for pair in run.test], [pair.negative for pair in run.test]
     readout, point = run.recipe.extract.readout, run.directions.point
     layers = list(run.directions.layers) if layer == EVERY_BLOCK else [layer]
-    with run.meter.phase("test: separability of held-out pairs", 2 * len(run.behaviour.test)) as tick:
+    with run.meter.phase("test: separability of held-out pairs", 2 * len(run.test)) as tick:
         positive, negative = (
             read_activations(run.loaded, side, point=point, readout=readout, through=max(layers), tick=tick)[
                 :, layers

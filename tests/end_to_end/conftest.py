@@ -34,6 +34,7 @@ SMALL = [
     "validate.control_pairs=6",
     "validate.dose_prompts=2",
     "validate.few_shot=0",
+    "validate.pairs=16",
     "validate.prompts=24",
     "validate.max_new_tokens=20",
     "compile.calibration.prompts=72",

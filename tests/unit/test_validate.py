@@ -137,6 +137,13 @@ def test_the_chosen_program_is_kept_and_measured_on_test_data() -> None:
     )
 
 
+def test_no_more_pairs_are_measured_than_asked_for_whatever_the_prompts() -> None:
+    report, rows, _programs = run(toward_w40(), pairs=5)
+    assert (report.n_pairs, report.n_prompts) == (5, 8)
+    assert [row["kind"] for row in rows].count("pair") == 5
+    assert report.power[0].there == 5
+
+
 def test_a_report_comes_back_from_disk_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     report, _rows, _kept = usual()
     report.save(tmp_path / "a.json")
