@@ -37,7 +37,18 @@ _Row = TypeVar("_Row")
 RUNS = ROOT / "runs" / "faults"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
-SEEDS = range(100, 110)  # of the false alarms
+SEEDS = range(100, 140)  # of the false alarms
+# Fewer texts than the faults have: there a sound artifact is the likelier to look like another model.
+FEWER = {
+    "heldout": 8,
+    "pairs": 8,
+    "neutral": 8,
+    "prompts": 8,
+    "max_new_tokens": 16,
+    "kinds": 1,
+    "long": 0,
+    "capability": 4,
+}
 
 FAULTS = (
     Fault("none", "adapter", planted.untouched),
@@ -144,16 +155,17 @@ def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
 
 
 def elsewhere(run: Run, seed: int) -> Run:
-    """The same run with another seed, and its held-out prompts, test pairs and neutral texts begun elsewhere."""
+    """The same run with another seed, `FEWER` texts, and its held-out prompts, test pairs and neutral texts begun elsewhere."""
 
-    data = run.behaviour
+    data, recipe = run.behaviour, run.recipe
     behaviour = replace(
         data,
         heldout=_turned(data.heldout, seed),
         test=_turned(data.test, seed),
         neutral=_turned(data.neutral, seed),
     )
-    return replace(run, behaviour=behaviour, recipe=run.recipe.model_copy(update={"seed": seed}))
+    changes = {"seed": seed, "verify": recipe.verify.model_copy(update=FEWER)}
+    return replace(run, behaviour=behaviour, recipe=recipe.model_copy(update=changes))
 
 
 def _turned(rows: tuple[_Row, ...], seed: int) -> tuple[_Row, ...]:
@@ -175,13 +187,15 @@ def page(found: list[Verdict]) -> list[str]:
         lines += [
             "",
             f"False alarms: {raised} of {len(alarms)} artifacts without a fault (95 % interval up to {high:.0%}, Wilson), "
-            f"of them {sum(one.seed is not None for one in alarms)} exact compiles with other seeds and texts.",
+            f"of them {sum(one.seed is not None for one in alarms)} exact compiles with other seeds, and other and fewer texts "
+            f"({', '.join(f'{name} {value}' for name, value in FEWER.items())}).",
         ]
     lines += ["", "| fault | artifact | | by |", "|---|---|---|---|"]
     return lines + [
         f"| {one.fault if one.seed is None else f'none, seed {one.seed}'} | {one.form} | "
         f"{'caught' if one.caught else 'passed'} | {'; '.join(one.reasons).replace('|', '‖')} |"
         for one in found
+        if one.seed is None or one.caught
     ]
 
 
