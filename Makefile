@@ -72,13 +72,13 @@ engines: $(ENGINE:%=.engines/%/versions.txt)
 .engines/vllm/versions.txt: requirements-vllm.txt
 
 # One compiler at a time (about a quarter of an hour), without the part that reads pictures. versions.txt comes last: an
-# environment that has it is whole.
+# environment that has it is whole. What a package says of its Python is not asked: every pin was tried together.
 .engines/%/versions.txt:
 	rm -rf .engines/$*
 	$(PYTHON) -m venv .engines/$*
 	@if .engines/$*/bin/python -m pip install --dry-run --quiet --report - $$(grep '^torch==' $< || echo pip) 2>&1 | grep -q '"nvidia-'; then \
 	  echo "error: torch would be a CUDA build here, gigabytes that nothing uses. Name an index that has CPU builds in PIP_INDEX_URL."; exit 2; fi
-	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS=-DLLAVA_BUILD=OFF .engines/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS=-DLLAVA_BUILD=OFF .engines/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -r $<
 	.engines/$*/bin/python -m pip freeze > .engines/$*/versions.part
 	mv .engines/$*/versions.part $@
 

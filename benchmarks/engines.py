@@ -64,8 +64,8 @@ Biases of every writer in tiny random models of 128 dimensions, put to vLLM raw 
 there in llama, granite, smollm3, gpt2, gpt_neox and phi (dose 1.0000, errors up to 2e-6) and is not there in qwen3 (dose 0.0000): vLLM
 builds its o_proj without one and skips the tensor without a word. `export --for vllm` refuses it. llama.cpp's graphs were read, not run.
 
-The uncompiled program in vLLM: vllm-lens 1.3.0 (made for vLLM 0.30) loads beside this version and adds something else, dose 0.42 and an
-error of 4.1 nats; hotwire-vllm 0.1.2 loads on a CPU without effect. Neither is exported for."""
+The uncompiled program runs in vLLM by its plugin vllm-lens, which is made for vLLM 0.30 and takes the vectors out of each request's
+settings: used again, they steer nothing. hotwire-vllm 0.1.2 loads on a CPU without effect, and is not exported for."""
 ROUNDS, ROUNDS_BESIDE_OTHERS = 7, 3
 
 

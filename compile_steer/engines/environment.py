@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from compile_steer.engines.reads import EngineName
+from compile_steer.engines.reads import PLUGIN, EngineName
 from compile_steer.errors import EngineError
 
 ENGINES: dict[EngineName, tuple[str, ...]] = {
@@ -32,7 +32,8 @@ class Environment:
 
     def __str__(self) -> str:
         """The engine in words, with the versions that matter."""
-        named = (f"{name} {self.versions.get(name, 'of unknown version')}" for name in ENGINES[self.name])
+        beside = (PLUGIN,) if PLUGIN in self.versions else ()
+        named = (f"{name} {self.versions.get(name, 'of unknown version')}" for name in (*ENGINES[self.name], *beside))
         return f"{self.name} ({', '.join(named)})"
 
 

@@ -16,6 +16,9 @@ from compile_steer.layout import FAMILIES
 EngineName = Literal["transformers", "vllm", "llama.cpp"]
 ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
 
+PLUGIN = "vllm-lens"
+"""What adds vectors to activations in vLLM, which by itself cannot."""
+
 _MAX_VLLM_RANK = 512
 # Graphs that add a bias behind o_proj and down_proj; the others have no tensor for it, and a file that holds one is refused.
 _LLAMA_CPP_BIASES = ("llama", "granite", "gpt2", "gpt_neox", "phi", "gpt_oss")

@@ -14,11 +14,11 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from compile_steer.checkpoint import Checkpoint
-from compile_steer.engines.reads import EngineName, adapter_refusals, checkpoint_refusals
+from compile_steer.engines.reads import PLUGIN, EngineName, adapter_refusals, checkpoint_refusals
 from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export import ADAPTER_CONFIG, GGUF_KINDS, PATCH_FILE, write_gguf_file, write_lora, write_lora_gguf
 from compile_steer.files import new_folder, own_files, save_sealed, sha256
-from compile_steer.interop import shifts, write_gguf
+from compile_steer.interop import shifts, write_gguf, write_vllm_lens
 from compile_steer.interop.lora import PlainLora, read_lora
 from compile_steer.models import folder_of, load, quiet
 from compile_steer.patch import WeightPatch
@@ -106,13 +106,14 @@ def _writer(artifact: Path, engine: EngineName, base: str | None, precision: str
 
 def _program(path: Path, engine: EngineName) -> _Writer:
     program = Program.load(path)
-    if engine != "llama.cpp":
-        hooks = "transformers runs it under compile_steer's hooks" if engine == "transformers" else "vLLM has no hooks"
+    if engine == "transformers":
         raise CannotLower(
-            f"{path} is a program, not weights: {hooks}, and no file of it. Run 'compile-steer compile', and export the adapter "
-            "or the merged folder."
+            f"{path} is a program, not weights: transformers runs it under compile_steer's hooks, and no file of it. Run "
+            "'compile-steer compile', and export the adapter or the merged folder."
         )
     vectors = shifts(program)
+    if engine == "vllm":
+        return _for_plugin(path, program)
     if 0 in vectors:
         raise CannotLower(
             f"{path} adds to the output of block 0, which llama.cpp's control vectors cannot: it refuses direction.0. "
@@ -123,6 +124,20 @@ def _program(path: Path, engine: EngineName) -> _Writer:
     def write(folder: Path) -> tuple[list[str], list[str]]:
         notes = write_gguf(folder / name, program, _family(program.model) or "llama")
         return notes, [f"llama-cli -m BASE.gguf --control-vector OUT/{name}"]
+
+    return write
+
+
+def _for_plugin(path: Path, program: Program) -> _Writer:
+    """vLLM has no hooks of its own; its plugin vllm-lens has."""
+    name = f"{path.stem}.{PLUGIN}.json"
+
+    def write(folder: Path) -> tuple[list[str], list[str]]:
+        return write_vllm_lens(folder / name, program), [
+            f"pip install {PLUGIN} && vllm serve {program.model}",
+            f'"vllm_xargs": {{"apply_steering_vectors": TEXT OF OUT/{name}}} in a request, or in Python',
+            f'SamplingParams(extra_args={{"apply_steering_vectors": Path("OUT/{name}").read_text()}})',
+        ]
 
     return write
 

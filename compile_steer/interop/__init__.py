@@ -2,6 +2,16 @@
 
 from compile_steer.interop.foreign import Foreign, Given, LayerConvention
 from compile_steer.interop.formats import Format, read
-from compile_steer.interop.outward import shifts, write_gguf, write_svec
+from compile_steer.interop.outward import shifts, write_gguf, write_svec, write_vllm_lens
 
-__all__ = ["Foreign", "Format", "Given", "LayerConvention", "read", "shifts", "write_gguf", "write_svec"]
+__all__ = [
+    "Foreign",
+    "Format",
+    "Given",
+    "LayerConvention",
+    "read",
+    "shifts",
+    "write_gguf",
+    "write_svec",
+    "write_vllm_lens",
+]

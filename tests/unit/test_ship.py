@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def test_an_uncompiled_program_becomes_a_control_vector(tmp_path: Path) -> None:
     assert shipped.load == [f"llama-cli -m BASE.gguf --control-vector {tmp_path / 'out' / 'tide.control.gguf'}"]
 
 
+def test_an_uncompiled_program_becomes_what_vllms_plugin_takes(tmp_path: Path) -> None:
+    path = saved_program(
+        tmp_path / "tide.safetensors", intervention(layer=0), intervention(layer=3, seed=2, coefficient=-0.7)
+    )
+    shipped = ship(path, "vllm", tmp_path / "out")
+    (one,) = json.loads((tmp_path / "out" / "tide.vllm-lens.json").read_text())
+    packed = one.pop("activations")
+    rows = np.frombuffer(base64.b64decode(packed["data"]), dtype=packed["dtype"]).reshape(packed["shape"])
+    assert np.array_equal(rows, torch.stack([1.7 * vector(0), -0.7 * vector(2)]).numpy())
+    assert packed["original_dtype"] == "torch.float32" and "compression" not in packed
+    assert one == {"layer_indices": [0, 3], "scale": 1.0, "norm_match": False, "position_indices": None}
+    assert any("unsteered without a word" in note for note in shipped.notes)
+    assert any("apply_steering_vectors" in line for line in shipped.load)
+
+
 @pytest.mark.parametrize(
     ("engine", "part", "reason"),
     [
@@ -120,7 +136,8 @@ def test_an_uncompiled_program_becomes_a_control_vector(tmp_path: Path) -> None:
         ("llama.cpp", {"operation": "ablate"}, "operation ablate, only add"),
         ("llama.cpp", {"positions": "response"}, "positions response, only all"),
         ("llama.cpp", {"point": "mlp_out"}, "point mlp_out, only resid_post"),
-        ("vllm", {}, "vLLM has no hooks.*compile-steer compile"),
+        ("vllm", {"operation": "clamp"}, "operation clamp, only add"),
+        ("vllm", {"positions": "prompt"}, "positions prompt, only all"),
         ("transformers", {}, "under compile_steer's hooks.*compile-steer compile"),
     ],
 )

@@ -1,6 +1,7 @@
 """Log-probabilities and tokens a second in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
 
-job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`;
+job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`, for a program
+`steering` (its file for the plugin vllm-lens);
 `timed`, groups of such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`; `context`, the most tokens.
 in.npz: `ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each
 sequence's first, in nats.
@@ -28,6 +29,8 @@ from vllm.lora.request import LoRARequest
 def main(folder: Path) -> None:
     """Do the job in `folder`, and leave the answer there."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    # A plugin gets its hands on every model: it is left out where nothing asks for it.
+    os.environ["VLLM_PLUGINS"] = "activations" if any("steering" in model for model in job["models"]) else ""
     arrays = np.load(folder / "in.npz")
     sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
     models = {model["name"]: model for model in job["models"]}
@@ -75,9 +78,11 @@ def adapter(model: dict[str, Any]) -> LoRARequest | None:
 
 def read(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.ndarray:
     """log p of every token but the first of each sequence, [n], in nats."""
-    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    steering = Path(model["steering"]).read_text(encoding="utf-8") if "steering" in model else None
     values: list[float] = []
     for ids in sequences:  # one at a time: with several, its adapter's share of the logits is taken for the wrong rows
+        extra = {"extra_args": {"apply_steering_vectors": steering}} if steering else {}  # anew: the plugin empties it
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, **extra)
         (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter(model), use_tqdm=False)
         values += [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)]
     return np.array(values, dtype=np.float64)
