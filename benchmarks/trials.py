@@ -7,6 +7,7 @@ chance passes here it would pass there more rarely; the coherence gates are wide
 from __future__ import annotations
 
 import time
+import zlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -83,17 +84,16 @@ class Trial:
     compiled: Compiled | None = None
 
 
-def in_place(real: Directions, kind: Kind, index: int) -> Directions:
-    """`real` with its vectors replaced: by random ones as long, by its `index`-th shuffled ones as they were found (left out
+def in_place(real: Directions, kind: Kind, index: int, behaviour: str) -> Directions:
+    """`real` with its vectors replaced: by random ones as long (of this behaviour alone), by its `index`-th shuffled ones as they were found (left out
     of the controls), or by ones as long at cosine `COSINES[index]` with it."""
     if kind == "real":
         return real
     if kind == "shuffled":
         others = [n for n in range(len(real.shuffled)) if n != index]
         return replace(real, vectors=real.shuffled[index], shuffled=real.shuffled[others])
-    noise = as_long_as(
-        torch.randn(real.vectors.shape, generator=torch.Generator().manual_seed(10_000 + index)), real.vectors
-    )
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{behaviour} {index}".encode()))
+    noise = as_long_as(torch.randn(real.vectors.shape, generator=generator), real.vectors)
     if kind == "weakened":
         cosine = COSINES[index]
         noise = as_long_as(cosine * real.vectors + (1 - cosine**2) ** 0.5 * noise, real.vectors)
@@ -113,7 +113,9 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
 
     started = time.perf_counter()
     try:
-        report, _rows = validate(part.recipe, part.loaded, data, in_place(real, kind, index), keep, "", part.meter)
+        report, _rows = validate(
+            part.recipe, part.loaded, data, in_place(real, kind, index, run.recipe.name), keep, "", part.meter
+        )
     except RecipeError as error:  # no coherent cell: refused before the test
         return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
     found = _trial(run.recipe.name, kind, index, report, time.perf_counter() - started)
