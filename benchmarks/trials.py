@@ -85,8 +85,8 @@ class Trial:
 
 
 def in_place(real: Directions, kind: Kind, index: int, behaviour: str) -> Directions:
-    """`real` with its vectors replaced: by random ones as long (of this behaviour alone), by its `index`-th shuffled ones as they were found (left out
-    of the controls), or by ones as long at cosine `COSINES[index]` with it."""
+    """`real` with its vectors replaced: by random ones as long (each behaviour has its own), by its `index`-th shuffled
+    ones as they were found (left out of the controls), or by ones as long at cosine `COSINES[index]` with it."""
     if kind == "real":
         return real
     if kind == "shuffled":
