@@ -24,15 +24,15 @@ from compile_steer.run import Run
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1), ("shuffled", 2))
-WITH_CHANCE, WITH_WEAKENED, CHANCE_COMPILED = 9, 2, 2  # the first so many behaviours
+BEHAVIOURS, WEAKENED, CHANCE_COMPILED = 9, 2, 2  # the first so many, and of them
 
 
 def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
     """Kind, index and whether it is compiled, for each direction of the behaviour with this number."""
     yield "real", 0, True
-    if number < WITH_WEAKENED:
+    if number < WEAKENED:
         yield "weakened", number % len(COSINES), True
-    for kind, index in CHANCE if number < WITH_CHANCE else ():
+    for kind, index in CHANCE:
         yield kind, index, number < CHANCE_COMPILED and index == 0
 
 
@@ -40,7 +40,7 @@ def measured(found: list[Trial], folder: Path, meter: BarMeter) -> Iterator[Tria
     """The trials that `found` lacks, one after the other."""
     done = {(one.behaviour, one.kind, one.index) for one in found}
     without_pairs = {one.behaviour for one in found if one.verdict == "no pairs"}
-    for number, known in enumerate(KNOWN):
+    for number, known in enumerate(KNOWN[:BEHAVIOURS]):
         if known.name in without_pairs:
             continue
         left = [one for one in planned(number) if (known.name, *one[:2]) not in done]
