@@ -209,7 +209,9 @@ def test_the_page_counts_what_was_caught(tmp_path: Path) -> None:
     text = "\n".join(page(found))
     assert "Caught: 1 of 2 faults. Missed: late (merged-fp32)." in text
     assert "False alarms: 0 of 2 artifacts" in text and "of them 1 exact compiles" in text
-    assert "| emptied | adapter | caught | KL(a‖‖b); top-1 |" in text and "| none, seed 4 |" in text
+    assert "| emptied | adapter | caught | KL(a‖‖b); top-1 |" in text and "seed 4" not in text
+    alarm = Verdict("none", "merged-fp32", True, ["top-1"], 1.0, seed=5)
+    assert "| none, seed 5 | merged-fp32 | caught | top-1 |" in "\n".join(page([*found, alarm]))
     record = replace(faults.RECORD, lines=tmp_path / "verifier.jsonl", page=tmp_path / "VERIFIER.md")
     record.save(found, page(found))
     assert record.read() == found
