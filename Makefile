@@ -7,24 +7,18 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-real test-rest check lint types imports bench model golden clean engines verify-engines
+.PHONY: demo test check lint types imports bench model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
-# Side by side, each with one thread for its own core. The walk on the real model is walked once: by test-real, and by the
-# time that test-rest asks for it, it is there.
+# Two processes with one thread each. The tests on the real model come first: by the time that the other process comes to
+# take over some of them, the one has walked the walk that they look at.
+WALK := tests/end_to_end/test_walk.py
+REAL := $(WALK) $(filter-out $(WALK),$(sort $(wildcard tests/end_to_end/test_*.py)))
 test: export OMP_NUM_THREADS ?= 1
-test: export COMPILE_STEER_WALK := build/walk
 test: $(VENV)/.ready
-	rm -rf $(COMPILE_STEER_WALK)
-	$(MAKE) --no-print-directory --jobs=2 test-real test-rest
-
-test-real: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/end_to_end/test_walk.py tests/end_to_end/test_bad_input.py tests/end_to_end/test_committed.py
-
-test-rest: $(VENV)/.ready
-	$(BIN)/python -m pytest --durations=12 tests/unit tests/contract tests/property tests/end_to_end/test_judge.py
+	$(BIN)/python -m pytest --durations=12 --numprocesses=2 --dist=worksteal $(REAL) tests/unit tests/contract tests/property
 
 check: lint types imports test
 

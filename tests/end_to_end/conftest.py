@@ -1,6 +1,6 @@
 """One small walk of the real command line on the real model, shared by the tests that look at what it left.
 
-$COMPILE_STEER_WALK names a folder for it where several processes test side by side: the first to come walks, the others wait.
+Where several processes test side by side, the first to come walks and the others wait.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Walk:
 
 @pytest.fixture(scope="session")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    shared = os.environ.get("COMPILE_STEER_WALK")
-    folder = Path(shared).absolute() if shared else tmp_path_factory.mktemp("walk")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "walk"
     folder.mkdir(parents=True, exist_ok=True)
     told = folder / "told.json"
     with FileLock(folder / "lock"):
