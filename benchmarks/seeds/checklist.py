@@ -23,7 +23,10 @@ class Item:
 CHECKLIST: dict[str, tuple[Item, ...]] = {
     "a": (
         Item("one trained vector a block, and the arm with three sites", "the table"),
-        Item("language-model loss with an L2 sweep", "0, 1 and 10, at two rates; a rate ten times as high is in docs/LOG.md"),
+        Item(
+            "language-model loss with an L2 sweep",
+            "0, 1 and 10, at two rates; a rate ten times as high is in docs/LOG.md",
+        ),
         Item("end-of-turn rate, identity questions", "ended, identity and unasked"),
         Item("LoRA of as many parameters on the same data", "the table: its loss is lower"),
         Item("compiled: per-layer vectors are biases", "exact, read back from disk"),
