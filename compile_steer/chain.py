@@ -111,12 +111,14 @@ def _hashed(what: str, path: Path, expected: str) -> Link:
 
 def _judged(folder: Path) -> Iterator[Link]:
     """What was measured of the folder, by the judge and by serving engines: is it of these weights?"""
+    parity, engines = folder / PARITY, folder / ENGINES
+    if not parity.is_file() and not engines.is_file():
+        return
     weights = weights_sha256(folder)
 
     def of_these(what: str, path: Path, expected: str) -> Link:
         return Link(what, "whole" if expected == weights else "broken", str(path), expected, weights)
 
-    parity, engines = folder / PARITY, folder / ENGINES
     if parity.is_file():
         yield _sealed("parity's record", parity)
         yield of_these("parity is of these weights", parity, Parity.load(parity).sha256.get("artifact", ""))

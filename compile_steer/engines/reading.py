@@ -71,9 +71,10 @@ def keep_readings(folder: Path, found: Sequence[Reading]) -> bool:
     new = [one for one in found if not one.problem and math.isfinite(one.dose)]
     if not new or not (folder / PROVENANCE).is_file():
         return False
-    by_form = {(one.engine, one.form): one for one in (*own_readings(folder), *new)}
-    record = _Record(weights_sha256(folder), tuple(by_form.values()))
-    save_sealed(folder / ENGINES, asdict(record))
+    weights, before = weights_sha256(folder), _record(folder)
+    old = before.readings if before is not None and before.artifact == weights else ()
+    by_form = {(one.engine, one.form): one for one in (*old, *new)}
+    save_sealed(folder / ENGINES, asdict(_Record(weights, tuple(by_form.values()))))
     return True
 
 
@@ -83,8 +84,13 @@ def own_readings(folder: Path) -> tuple[Reading, ...]:
     Raises:
         ArtifactError: the record is damaged.
     """
+    record = _record(folder)
+    return record.readings if record is not None and record.artifact == weights_sha256(folder) else ()
+
+
+def _record(folder: Path) -> _Record | None:
+    """What lies beside `folder`, of whatever weights; None where there is nothing, or somebody edited it."""
     path = folder / ENGINES
     if not path.is_file() or broken_seal(path):
-        return ()
-    record = load_json(path, _Record, "record of engines", "verify-engines")
-    return record.readings if record.artifact == weights_sha256(folder) else ()
+        return None
+    return load_json(path, _Record, "record of engines", "verify-engines")
