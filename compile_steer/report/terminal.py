@@ -114,16 +114,28 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
 def _print_kinds(console: Console, parities: Sequence[Parity]) -> None:
     """How far each goes the steered model's way by itself, on every kind of prompt."""
     title = (
-        "Answered freely: tokens as steered before the first other one, greedy, sampled (share of KL on sampled ones)"
+        "Answered freely, greedy, sampled: tokens as steered before the first other one (share of KL on sampled ones)"
     )
+    if parities[0].score_by_kind is not None:
+        title += "; score"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for kind in parities[0].kinds:
         table.add_column(f"{kind.kind}, {kind.prompt_tokens:,} tokens", justify="right")
-    table.add_row("base", *(f"{k.greedy.same_base:.0%}, {k.sampled.same_base:.0%}" for k in parities[0].kinds))
+    frees = [(k.greedy, k.sampled) for k in parities[0].kinds]
+    table.add_row(
+        "base", *(f"{g.same_base:.0%}, {s.same_base:.0%}{_two(g.score_base, s.score_base)}" for g, s in frees)
+    )
+    if parities[0].score_by_kind is not None:
+        table.add_row("steered", *(f"-{_two(g.score_steered, s.score_steered)}" for g, s in frees))
     for p in parities:
-        table.add_row(f"{p.backend} {p.form}", *map(str, p.kinds))
+        table.add_row(f"{p.backend} {p.form}", *(f"{k}{_two(k.greedy.score, k.sampled.score)}" for k in p.kinds))
     console.print(table)
+
+
+def _two(greedy: float | None, sampled: float | None) -> str:
+    """Both scores, to stand behind something else; nothing where there are none."""
+    return "" if greedy is None or sampled is None else f"; {greedy:.2f}, {sampled:.2f}"
 
 
 def _print_details(console: Console, p: Parity) -> None:
@@ -136,8 +148,7 @@ def _print_details(console: Console, p: Parity) -> None:
         )
     if p.dial:
         console.print(f"  {p.backend} adapter's dial against the coefficient's: {', '.join(map(str, p.dial))}")
-    tests = [str(one) for one in (p.contrast, p.score) if one is not None]
-    console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(tests))}")
+    console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(map(str, p.tests)))}")
     if p.capability is not None:
         console.print(f"  {p.backend} {p.form}: {p.capability}")
     if p.rounding is not None:

@@ -47,6 +47,10 @@ class Choice(ScorerBase):
 
         return score
 
+    @property
+    def of_any_prompt(self) -> bool:
+        return False
+
     def on_texts(self) -> str:
         return "a choice is the model's, not a text's"
 

@@ -47,6 +47,10 @@ class All(ScorerBase):
 
         return score
 
+    @property
+    def of_any_prompt(self) -> bool:
+        return all(part.of_any_prompt for part in self.all_of)
+
     def on_texts(self) -> ScorerBase | str:
         kept = [part.on_texts() for part in self.all_of]
         able = tuple(part for part in kept if not isinstance(part, str))

@@ -41,6 +41,10 @@ class IFEval(ScorerBase):
             raise ValueError("arguments belong to an id; without one the constraints are those of each prompt's data")
         return self
 
+    @property
+    def of_any_prompt(self) -> bool:
+        return self.id is not None
+
     def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (a constraint is about text)
         require_library("if-verifiable", "ifeval", "validate.score ifeval")
         own = None if self.id is None else (Check(self.id, tuple(self.arguments.items())),)

@@ -70,6 +70,10 @@ class Judge(ScorerBase):
         ledger = Ledger(cache_folder() / "judged" / f"{digest(question)[:16]}.jsonl", question)
         return _Bench(self, ledger).scores
 
+    @property
+    def of_any_prompt(self) -> bool:
+        return False
+
     def on_texts(self) -> str:
         return "a judge's answers cost requests"
 

@@ -37,6 +37,11 @@ class ScorerBase(Section, ABC):
             loaded: the base, whatever the replies come from.
         """
 
+    @property
+    def of_any_prompt(self) -> bool:
+        """True if a reply to a prompt that is not in the data can be scored too, here and at no cost."""
+        return True
+
     def on_texts(self) -> ScorerBase | str:
         """The scorer as far as it can score the texts of the data, or why it cannot: see `require_discrimination`."""
         return self

@@ -13,13 +13,14 @@ from typing import Literal
 import numpy as np
 from scipy.stats import nct, norm, t, ttest_1samp
 
-Measure = Literal["contrast", "score", "capability"]
+Measure = Literal["contrast", "score", "score by kind", "capability"]
 LEVEL = 0.05
 # Where the samples suffice the test is a gate, so an artifact without any difference fails it by chance once in twenty.
 POWER = 0.95
 _UNITS: dict[Measure, tuple[str, str]] = {
     "contrast": (" nats/token", "pairs"),
     "score": ("", "prompts"),
+    "score by kind": ("", "prompts"),
     "capability": ("", "questions"),
 }
 

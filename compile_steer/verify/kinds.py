@@ -18,12 +18,12 @@ from transformers import Cache
 
 from compile_steer.behaviour import Behaviour
 from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_encoded, prefill, response_text, states_after
+from compile_steer.generate import continue_encoded, ended, prefill, response_text, states_after
 from compile_steer.metrics import Divergence, divergence
 from compile_steer.models import Loaded
 from compile_steer.observe import final_states
 from compile_steer.program import Program
-from compile_steer.scoring import repetition
+from compile_steer.scoring import Reply, Score, repetition
 from compile_steer.settings import Verify
 from compile_steer.tokens import Encoded, Text, encode
 
@@ -35,12 +35,16 @@ _TEMPERATURES: dict[Decoding, float] = {"greedy": 0.0, "sampled": 1.0}
 @dataclass(frozen=True)
 class Free:
     """Answers given freely: `same` is the mean share of the steered answer's tokens before the first that differs,
-    under compiled and under base; repetition is the mean share of repeated 3-grams. Sampled ones share their seed."""
+    under compiled and under base; repetition is the mean share of repeated 3-grams. Sampled ones share their seed.
+    `score*` are mean scores of the behaviour, compiled, steered and base; None where the scorer knows the data's prompts alone."""
 
     same: float
     same_base: float
     repetition: float
     repetition_steered: float
+    score: float | None = None
+    score_steered: float | None = None
+    score_base: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,33 @@ class OnKind:
 Answered = dict[Decoding, list[Encoded]]  # by decoding, the answers to all prompts, kind after kind; long ones last
 
 
-def prompts_of(base: Loaded, behaviour: Behaviour, options: Verify) -> tuple[dict[Kind, list[Encoded]], list[str]]:
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as tokens, and the plain prompt of its last turn, which a score is about."""
+
+    plain: str
+    encoded: Encoded
+
+
+def prompts_of(base: Loaded, behaviour: Behaviour, options: Verify) -> tuple[dict[Kind, list[Asked]], list[str]]:
     """The prompts of each kind, and why a kind has none. The recipe's own conversations come before built ones."""
     count, remarks = options.kinds, []
-    found: dict[Kind, list[Encoded]] = {
-        "held-out": [encode(base.tokenizer, text) for text in behaviour.heldout[:count]],
-        "off-topic": [encode(base.tokenizer, replace(text, response="")) for text in behaviour.neutral[:count]],
+
+    def asked(text: Text) -> Asked:
+        return Asked(text.prompt, encode(base.tokenizer, replace(text, response="")))
+
+    found: dict[Kind, list[Asked]] = {
+        "held-out": [asked(text) for text in behaviour.heldout[:count]],
+        "off-topic": [asked(text) for text in behaviour.neutral[:count]],
     }
     try:
-        found["multi-turn"] = [encode(base.tokenizer, text) for text in islice(_conversations(behaviour), count)]
+        found["multi-turn"] = [asked(text) for text in islice(_conversations(behaviour), count)]
     except RecipeError as error:
         remarks.append(f"no prompts of several turns were judged ({error})")
     if options.long:
         found["long"] = [_long(base, behaviour, options.long_tokens, number) for number in range(options.long)]
         room = getattr(base.model.config, "max_position_embeddings", None)
-        longest = max(len(one.ids) for one in found["long"]) + options.free_tokens
+        longest = max(len(one.encoded.ids) for one in found["long"]) + options.free_tokens
         if room is not None and longest > room:
             del found["long"]
             remarks.append(
@@ -98,39 +114,62 @@ def _conversations(behaviour: Behaviour) -> Iterator[Text]:
             yield replace(text, history=((before.prompt, before.response),))
 
 
-def _long(base: Loaded, behaviour: Behaviour, tokens: int, number: int) -> Encoded:
+def _long(base: Loaded, behaviour: Behaviour, tokens: int, number: int) -> Asked:
     """A held-out prompt after neutral exchanges as plain text, in one turn of at least so many tokens."""
     last = behaviour.heldout[number % len(behaviour.heldout)]
     paragraphs: list[str] = []
     for text in islice(cycle(behaviour.neutral), number, None):
         paragraphs.append(f"{text.prompt}\n{text.response}")
-        encoded = encode(base.tokenizer, Text("\n\n".join([*paragraphs, last.prompt])))
+        text = Text("\n\n".join([*paragraphs, last.prompt]))
+        encoded = encode(base.tokenizer, text)
         if len(encoded.ids) >= tokens:
-            return encoded
+            return Asked(text.prompt, encoded)
     raise RecipeError("data.neutral is empty; needed: texts, from which long prompts are made.")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A model on every kind: its free answers, and the final states [n, d_model] that predict the steered sampled ones."""
+    """A model on every kind: its free answers, the final states [n, d_model] that predict the steered sampled ones, and
+    the scores of its own by decoding, [n_prompts]; none where they cannot be scored."""
 
     answers: Answered
     states: list[Tensor]
+    scores: dict[Decoding, np.ndarray]
 
 
 class Kinds:
-    """Base and steered model on prompts of every kind, run once; `remarks` say which kinds are missing and why."""
+    """Base and steered model on prompts of every kind, run once; `remarks` say which kinds are missing and why.
 
-    def __init__(self, base: Loaded, program: Program, behaviour: Behaviour, options: Verify, seed: int) -> None:
-        self._base, self._tokens, self._seed = base, options.free_tokens, seed
-        self.prompts, self.remarks = prompts_of(base, behaviour, options)
+    `score` is None where it cannot be asked about a prompt that is not in the data.
+    """
+
+    def __init__(
+        self, base: Loaded, program: Program, behaviour: Behaviour, options: Verify, seed: int, score: Score | None
+    ) -> None:
+        self._base, self._tokens, self._seed, self._score = base, options.free_tokens, seed, score
+        asked, self.remarks = prompts_of(base, behaviour, options)
+        self.prompts = {kind: [one.encoded for one in some] for kind, some in asked.items()}
+        self._asked = [one.plain for some in asked.values() for one in some]
         self._steered = self._see(base, program, None)
         self._plain = self._see(base, None, self._steered.answers)
         self._base_divergences = self._divergences(base, self._plain)
 
-    def measure(self, artifact: Loaded) -> list[OnKind]:
-        """The same of an artifact, in the order of `prompts`."""
+    @property
+    def base_scores(self) -> np.ndarray | None:
+        """[n_prompts], the mean over ways of decoding; None where they cannot be scored."""
+        return _scores(self._plain)
+
+    @property
+    def steered_scores(self) -> np.ndarray | None:
+        """The same under the program's hooks."""
+        return _scores(self._steered)
+
+    def measure(self, artifact: Loaded) -> tuple[list[OnKind], np.ndarray | None]:
+        """The same of an artifact, in the order of `prompts`, and its own scores as `base_scores`."""
         seen = self._see(artifact, None, self._steered.answers)
+        return self._by_kind(artifact, seen), _scores(seen)
+
+    def _by_kind(self, artifact: Loaded, seen: _Seen) -> list[OnKind]:
         found = self._divergences(artifact, seen)
         return [
             OnKind(
@@ -141,8 +180,8 @@ class Kinds:
                 kl=found[at].mean,
                 share=found[at].mean / changed if (changed := self._base_divergences[at].mean) else None,
                 top1=found[at].top1_agreement,
-                greedy=self._free(artifact, seen.answers, "greedy", at),
-                sampled=self._free(artifact, seen.answers, "sampled", at),
+                greedy=self._free(artifact, seen, "greedy", at),
+                sampled=self._free(artifact, seen, "sampled", at),
             )
             for at, (kind, prompts) in enumerate(self.prompts.items())
         ]
@@ -165,7 +204,19 @@ class Kinds:
                 states.append(torch.cat([states_after(loaded, text, cache, program) for text, cache in after]))
             else:
                 states.append(final_states(loaded, texts, program).response)
-        return _Seen(own, states)
+        return _Seen(own, states, self._scored(loaded, own))
+
+    def _scored(self, loaded: Loaded, own: Answered) -> dict[Decoding, np.ndarray]:
+        """[n_prompts] by decoding."""
+        if self._score is None:
+            return {}
+        found: dict[Decoding, np.ndarray] = {}
+        for how, answers in own.items():
+            said = zip(self._asked, answers, strict=True)
+            found[how] = self._score(
+                [Reply(plain, response_text(loaded, one), ended(loaded, one)) for plain, one in said]
+            )
+        return found
 
     def _continue(
         self,
@@ -193,19 +244,30 @@ class Kinds:
             for wanted, got in zip(self._steered.states, seen.states, strict=True)
         ]
 
-    def _of(self, answered: Answered, how: Decoding, at: int) -> list[Encoded]:
-        """The answers to the prompts of the kind with this number."""
+    def _of(self, at: int) -> slice:
+        """Where the prompts of the kind with this number are."""
         counts = [len(prompts) for prompts in self.prompts.values()]
-        return answered[how][sum(counts[:at]) : sum(counts[: at + 1])]
+        return slice(sum(counts[:at]), sum(counts[: at + 1]))
 
-    def _free(self, artifact: Loaded, answered: Answered, how: Decoding, at: int) -> Free:
-        wanted, got = self._of(self._steered.answers, how, at), self._of(answered, how, at)
+    def _free(self, artifact: Loaded, seen: _Seen, how: Decoding, at: int) -> Free:
+        part = self._of(at)
+        got, wanted, plain = (one.answers[how][part] for one in (seen, self._steered, self._plain))
+        compiled, steered, base = (
+            float(one.scores[how][part].mean()) if one.scores else None for one in (seen, self._steered, self._plain)
+        )
         return Free(
             same=_same(wanted, got),
-            same_base=_same(wanted, self._of(self._plain.answers, how, at)),
+            same_base=_same(wanted, plain),
             repetition=_repetition(artifact, got),
             repetition_steered=_repetition(self._base, wanted),
+            score=compiled,
+            score_steered=steered,
+            score_base=base,
         )
+
+
+def _scores(seen: _Seen) -> np.ndarray | None:
+    return np.mean(list(seen.scores.values()), axis=0) if seen.scores else None
 
 
 def _same(wanted: Sequence[Encoded], found: Sequence[Encoded]) -> float:

@@ -122,8 +122,9 @@ class Parity(Likeness, Distance):
     `kinds` are prompts of other kinds, answered freely too. `neutral_drift_*` are KL from the base on neutral responses,
     nats a token (of a quantised file from the base quantised the same way). `rounding` is None where all bits are kept.
     `capability` are short questions with one right answer (of a quantised file base and steered are so too); None where none
-    were asked. `controls` are an adapter's, `dial`
-    is its scale against the program's. `remarks` say what could not be measured.
+    were asked. `controls` are an adapter's, `dial` is its scale against the program's. `score_by_kind` tests the answers to all
+    `kinds` for equivalence, a prompt's greedy and sampled one as one; None where they cannot be scored. `remarks` say what could
+    not be measured.
     """
 
     backend: str
@@ -140,9 +141,15 @@ class Parity(Likeness, Distance):
     capability: Capability | None = None
     controls: AdapterControls | None = None
     dial: list[Dial] = field(default_factory=list)
+    score_by_kind: Equivalence | None = None
     passed: bool = False
     reasons: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def tests(self) -> list[Equivalence]:
+        """Those of equivalence that were made."""
+        return [test for test in (self.contrast, self.score, self.score_by_kind) if test is not None]
 
     @property
     def quantised(self) -> bool:
@@ -203,8 +210,8 @@ def _unlike(parity: Parity, gates: Gates) -> Iterator[str]:
         if not parity.recovery_low >= gates.recovery_low:
             yield f"recovery's lower bound {parity.recovery_low:.3f}; at least {gates.recovery_low:g}"
     # So few prompts that they could not have shown it, whatever the artifact, are no reason.
-    score = parity.score if parity.score.enough else None
-    yield from (str(test) for test in (parity.contrast, score) if test and not test.equivalent)
+    scores = [test for test in (parity.score, parity.score_by_kind) if test is not None and test.enough]
+    yield from (str(test) for test in (parity.contrast, *scores) if test and not test.equivalent)
     if parity.capability is not None and parity.capability.worse:
         yield f"it can do less than the steered model: {parity.capability}; {parity.capability.test}"
 

@@ -24,7 +24,7 @@ from compile_steer.recipe import Recipe
 from compile_steer.scoring import Score
 from compile_steer.tokens import Encoded, encode
 from compile_steer.verify.capability import answered
-from compile_steer.verify.equivalence import Planned, planned
+from compile_steer.verify.equivalence import Measure, Planned, planned
 from compile_steer.verify.kinds import Kinds
 from compile_steer.verify.rounded import Rounded, Rounding
 
@@ -65,10 +65,12 @@ def behave(
 @dataclass(frozen=True)
 class Margins:
     """Differences from the steered model that count as none: of the contrast in nats a token (0 where steering does not
-    move it, so that there is nothing to be equivalent in), of the score in points."""
+    move it, so that there is nothing to be equivalent in), of the score in points; and of the score of the answers to
+    prompts of every kind (None where these cannot be scored)."""
 
     contrast: float
     score: float
+    by_kind: float | None
 
 
 class Reference:
@@ -104,7 +106,8 @@ class Reference:
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
             tick(1)
-            self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2)
+            scored = self.score if recipe.validate_.score.of_any_prompt else None
+            self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2, scored)
             tick(1)
         self.margins = self._margins()
         for one in self.planned():
@@ -112,12 +115,20 @@ class Reference:
 
     def _margins(self) -> Margins:
         gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
-        contrast, score = (
-            gates.effect_margin * abs(float(effect.mean()))
-            for effect in (steered.contrast - base.contrast, steered.scores - base.scores)
+
+        def share(base: np.ndarray, steered: np.ndarray) -> float:
+            return gates.effect_margin * abs(float((steered - base).mean()))
+
+        def points(base: np.ndarray, steered: np.ndarray) -> float:
+            # Where steering does not move the score there is no effect to take a share of.
+            return min(gates.score_margin, share(base, steered)) or gates.score_margin
+
+        kinds = self.kinds.base_scores, self.kinds.steered_scores
+        return Margins(
+            share(base.contrast, steered.contrast),
+            points(base.scores, steered.scores),
+            None if kinds[0] is None or kinds[1] is None else points(kinds[0], kinds[1]),
         )
-        # Where steering does not move the score there is no effect to take a share of.
-        return Margins(contrast, min(gates.score_margin, score) or gates.score_margin)
 
     def planned(self) -> list[Planned]:
         """What the tests of equivalence can be expected to show, from the reference alone: before any artifact is seen."""
@@ -130,9 +141,16 @@ class Reference:
             spread = left * float(np.sqrt(np.square(effect).mean()))
             assumed = f"assuming {left:.0%} of the effect's size left over, as a share of {gates.share:.0%} allows"
             found.append(planned("contrast", self.margins.contrast, spread, len(effect), assumed))
-        spread = math.sqrt(2) * float(steered.scores.std(ddof=1))
-        assumed = "assuming compiled and steered answers that know nothing of each other"
-        return [*found, planned("score", self.margins.score, spread, len(steered.scores), assumed)]
+        scored: dict[Measure, tuple[np.ndarray | None, float | None]] = {
+            "score": (steered.scores, self.margins.score),
+            "score by kind": (self.kinds.steered_scores, self.margins.by_kind),
+        }
+        for what, (scores, margin) in scored.items():
+            if scores is not None and margin is not None:
+                spread = math.sqrt(2) * float(scores.std(ddof=1))
+                assumed = "assuming compiled and steered answers that know nothing of each other"
+                found.append(planned(what, margin, spread, len(scores), assumed))
+        return found
 
     def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
         """Another behaviour's pairs, and the base's contrast on them, if they were given."""

@@ -21,7 +21,7 @@ from compile_steer.tokens import encode
 from compile_steer.verify.capability import Capability, answered, compared
 from compile_steer.verify.controls import adapter_controls
 from compile_steer.verify.dial import dials
-from compile_steer.verify.equivalence import equivalence
+from compile_steer.verify.equivalence import Equivalence, equivalence
 from compile_steer.verify.overflow import require_finite, require_half_range
 from compile_steer.verify.parity import Distance, Likeness, Parity, Rounding, judge
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
@@ -46,6 +46,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
     rounded = None if stored is None else reference.rounded(*stored)
     ends: Ends = rounded if rounded is not None and origin.form.startswith("gguf-") else reference
     (behaving,) = behave(artifact, reference.behaviour, reference.recipe, reference.score, [None])
+    kinds, scores = reference.kinds.measure(artifact)
     adapter = origin.form == "adapter"
     parity = Parity(
         **vars(_distance(reference, artifact, states, rounded, ends)),
@@ -53,7 +54,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         backend=origin.backend,
         form=origin.form,
         exact=origin.backend in _EXACT_BACKENDS,
-        kinds=reference.kinds.measure(artifact),
+        kinds=kinds,
         neutral_drift_steered=ends.neutral_drift,
         neutral_drift_compiled=ends.drift(artifact, final_states(artifact, reference.neutral)),
         same_tokens=_same_tokens(reference, artifact),
@@ -69,6 +70,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         rounding=None if rounded is None else _rounding(rounded, artifact, states),
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
+        score_by_kind=_score_by_kind(reference, scores),
         remarks=reference.kinds.remarks,
     )
     reasons = judge(parity, gates)
@@ -187,6 +189,13 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
         n_prompts=len(base.scores),
         sample=behaving.sample,
     )
+
+
+def _score_by_kind(reference: Reference, found: np.ndarray | None) -> Equivalence | None:
+    steered, margin = reference.kinds.steered_scores, reference.margins.by_kind
+    if found is None or steered is None or margin is None:
+        return None
+    return equivalence("score by kind", found - steered, margin)
 
 
 def _capability(reference: Reference, artifact: Loaded, ends: Ends) -> Capability | None:

@@ -200,10 +200,10 @@ def test_what_can_be_shown_is_said_before_any_artifact_is_seen(scene: Scene) -> 
     notes = Notes()
     found = Reference(recipe(), scene.base, scene.program, behaviour(), notes)
     assert notes.said == [str(one) for one in found.planned()]
-    first, second = found.planned()
-    assert (first.what, second.what) == ("contrast", "score")
+    first, second, third = found.planned()
+    assert (first.what, second.what, third.what) == ("contrast", "score", "score by kind")
     assert second.spread == pytest.approx(math.sqrt(2) * found.steered_behaving.scores.std(ddof=1))
-    assert second.there == 12 and first.margin == found.margins.contrast
+    assert second.there == 12 and first.margin == found.margins.contrast and third.margin == found.margins.by_kind
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_encoded
+from compile_steer.generate import continue_encoded, response_text
 from compile_steer.hooks import RESPONSE
 from compile_steer.metrics import divergence
 from compile_steer.models import Loaded
@@ -21,6 +23,7 @@ from compile_steer.program import Program
 from compile_steer.report import print_parities
 from compile_steer.settings import Verify
 from compile_steer.tokens import Encoded, Text
+from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.kinds import Kinds, OnKind, _same, prompts_of
 from compile_steer.verify.parity import judge
 from tests.judged import Scene, behaviour, recipe
@@ -35,11 +38,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def kinds(scene: Scene, base: Loaded | None = None) -> Kinds:
-    return Kinds(base or scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5)
+    score = recipe().validate_.score.bind(scene.base, behaviour())
+    return Kinds(base or scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5, score)
 
 
 def test_each_kind_is_what_it_is_called(scene: Scene) -> None:
-    found, remarks = prompts_of(scene.base, behaviour(), recipe(**OPTIONS).verify)
+    asked, remarks = prompts_of(scene.base, behaviour(), recipe(**OPTIONS).verify)
+    found = {kind: [one.encoded for one in some] for kind, some in asked.items()}
+    assert all(one.plain == text.prompt for one, text in zip(asked["multi-turn"], behaviour().heldout, strict=False))
+    assert asked["long"][0].plain.endswith(f"\n\n{behaviour().heldout[0].prompt}")
     assert remarks == [] and list(found) == ["held-out", "off-topic", "multi-turn", "long"]
     assert [len(prompts) for prompts in found.values()] == [2, 2, 2, 2]
     assert all(len(one.ids) == one.n_prompt for prompts in found.values() for one in prompts), "nothing is answered yet"
@@ -55,7 +62,7 @@ def test_the_recipe_s_own_conversations_come_first(scene: Scene) -> None:
     own = Text("w9 w9", history=(("w10", "w11"), ("w12", "w13")))
     data = behaviour(heldout=(*behaviour().heldout, own))
     found, _remarks = prompts_of(scene.base, data, recipe(**OPTIONS).verify)
-    assert [len(one.earlier) for one in found["multi-turn"]] == [2, 1]
+    assert [len(one.encoded.earlier) for one in found["multi-turn"]] == [2, 1]
 
 
 def test_what_a_model_cannot_be_asked_is_said(scene: Scene) -> None:
@@ -84,7 +91,9 @@ def test_an_answer_is_the_same_up_to_its_first_other_token(found: list[int], sha
 
 
 def test_the_base_is_as_far_away_as_itself(scene: Scene) -> None:
-    measured = kinds(scene).measure(scene.base)
+    both = kinds(scene)
+    measured, scores = both.measure(scene.base)
+    assert scores is not None and both.base_scores is not None and scores.tolist() == both.base_scores.tolist()
     for one in measured:
         assert one.share == pytest.approx(1.0)
         assert one.greedy.same == one.greedy.same_base and one.sampled.same == one.sampled.same_base
@@ -94,7 +103,7 @@ def test_the_base_is_as_far_away_as_itself(scene: Scene) -> None:
 def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
     one = kinds(scene)
     adapter = _reloaded(scene, scene.adapter("figures"))
-    (found,) = [found for found in one.measure(adapter) if found.kind == "long"]
+    (found,) = [found for found in one.measure(adapter)[0] if found.kind == "long"]
 
     def answers(model: Loaded, program: Program | None) -> list[Encoded]:
         asked = [[prompt] for prompt in one.prompts["long"]]
@@ -113,6 +122,41 @@ def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
     assert found.share == pytest.approx(kl / changed, rel=1e-3) and found.n_tokens == len(p)
     assert found.sampled.same_base == _same(wanted, answers(scene.base, None))
     assert found.sampled.same == _same(wanted, answers(adapter, None))
+
+
+def test_free_answers_are_scored_as_the_recipe_says(scene: Scene) -> None:
+    both, adapter = kinds(scene), _reloaded(scene, scene.adapter("scored"))
+    found, scores = both.measure(adapter)
+    prompts = [[prompt] for some in both.prompts.values() for prompt in some]
+    wanted = {}
+    for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        short = [prompt for kind, some in both.prompts.items() if kind != "long" for prompt in some]
+        settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": temperature, "seed": 5}
+        said = continue_encoded(adapter, short, **settings)
+        said += [continue_encoded(adapter, [one], **settings)[0] for one in both.prompts["long"]]
+        wanted[how] = np.array([float("w4" in re.sub(r"w4\b", "", response_text(adapter, one))) for one in said])
+    assert len(prompts) == len(wanted["greedy"]) and scores is not None
+    np.testing.assert_array_equal(scores, (wanted["greedy"] + wanted["sampled"]) / 2)
+    assert 0 < scores.mean() < 1, "or it would show nothing"
+    assert [one.greedy.score for one in found] == [wanted["greedy"][2 * at : 2 * at + 2].mean() for at in range(4)]
+    assert [one.sampled.score for one in found] == [wanted["sampled"][2 * at : 2 * at + 2].mean() for at in range(4)]
+
+
+def test_a_score_that_knows_the_data_s_prompts_alone_is_not_asked_about_others(scene: Scene) -> None:
+    nobody = Kinds(scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5, None)
+    found, scores = nobody.measure(scene.base)
+    assert scores is None and nobody.base_scores is None and found[0].greedy.score is None
+
+
+def test_answers_of_every_kind_are_tested_for_equivalence(scene: Scene) -> None:
+    parity, gates = scene.judged(scene.merged("tested")), recipe().verify.gates
+    assert parity.score_by_kind is not None and parity.score_by_kind.n == 8 and parity.score_by_kind.equivalent
+    assert parity.score_by_kind in parity.tests
+    other = equivalence("score by kind", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
+    reasons = judge(replace(parity, score_by_kind=replace(other, needed=4)), gates)
+    assert len(reasons) == 1 and reasons[0].startswith("score by kind -0.975 [")
+    assert judge(replace(parity, score_by_kind=replace(other, needed=5)), gates) == [], "too few to have shown it"
+    assert any(one.what == "score by kind" and one.there == 8 for one in scene.reference.planned())
 
 
 def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: Scene, tmp_path: Path) -> None:
@@ -136,7 +180,9 @@ def test_the_terminal_says_it_by_kind(scene: Scene) -> None:
     parity = scene.judged(scene.merged("shown"))
     stream = StringIO()
     print_parities(Console(file=stream, width=300), [replace(parity, remarks=["no long prompts"])])
-    assert "100%, 100% (0.00%)" in stream.getvalue()
+    first = parity.kinds[0]
+    assert f"100%, 100% (0.00%); {first.greedy.score:.2f}, {first.sampled.score:.2f}" in stream.getvalue()
+    assert f"-; {first.greedy.score_steered:.2f}, {first.sampled.score_steered:.2f}" in stream.getvalue()
     assert f"long, {parity.kinds[-1].prompt_tokens} tokens" in stream.getvalue()
     assert "  no long prompts" in stream.getvalue()
 

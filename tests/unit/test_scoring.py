@@ -156,3 +156,22 @@ def test_a_contrast_is_positive_minus_negative_of_each_pair_under_the_plain_prom
     assert encoded[4] == encode(one.tokenizer, Text("w7 w50", "w37 w40 w41"))
     wanted = [mean_by_hand((n, 50, 20, 21), 2) - mean_by_hand((n, 50, 30 + n, 40, 41), 2) for n in (6, 7, 8)]
     assert contrast_scores(mean_log_probabilities(one, encoded)) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("score", "able"),
+    [
+        ({"kind": "keywords", "patterns": ["sea"]}, True),
+        ({"kind": "perplexity", "max": 9}, True),
+        ({"kind": "ifeval"}, False),
+        ({"kind": "ifeval", "id": "punctuation:no_comma"}, True),
+        ({"kind": "choice"}, False),
+        ({"kind": "judge", "base_url": "http://localhost:1/v1", "model": "m", "prompt": "{reply}?"}, False),
+        ({"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "lowercase"}]}, True),
+        ({"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "ifeval"}]}, False),
+    ],
+)
+def test_replies_to_prompts_that_are_not_in_the_data_are_scored_where_that_is_possible_and_costs_nothing(
+    score: dict[str, Any], able: bool
+) -> None:
+    assert TypeAdapter(Scorer).validate_python(score).of_any_prompt is able
