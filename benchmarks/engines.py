@@ -2,7 +2,7 @@
 
     python -m benchmarks.engines
 
-Needs what `make engines` installs; without it, it says what is missing and writes nothing. Takes about ten minutes on a
+Needs what `make engines` installs; without it, it says what is missing and writes nothing. Takes about half an hour on a
 quiet machine; what was found is kept, and a run that was stopped goes on. Remove docs/engines.jsonl to begin anew.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
+import random
 import sys
 import tempfile
 import time
@@ -20,12 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import bootstrap
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
-from compile_steer.engines.compare import TEXTS, ask, jobs, readings, texts, written_base
+from compile_steer.engines.compare import PROMPTS, TEXTS, WRITTEN, ask, jobs, readings, texts, written_base
 from compile_steer.engines.environment import ENGINES, Environment, environment
 from compile_steer.engines.reading import Reading
 from compile_steer.engines.ship import ship
@@ -66,7 +68,12 @@ builds its o_proj without one and skips the tensor without a word. `export --for
 
 The uncompiled program runs in vLLM by its plugin vllm-lens, which is made for vLLM 0.30 and takes the vectors out of each request's
 settings: used again, they steer nothing. hotwire-vllm 0.1.2 loads on a CPU without effect, and is not exported for."""
-ROUNDS, ROUNDS_BESIDE_OTHERS = 7, 3
+THROUGHPUT = f"""\
+Greedy, fp32, {PROMPTS} prompts x {WRITTEN} tokens of each form in each of {{rounds}} rounds, every round in an order of its own; load
+average up to {{busy:.1f}}. Over base: the median of the rounds' ratios, with its 95 % interval (bootstrap over rounds). The base loaded
+a second time is the control: what it differs from 1 by is this machine. vLLM is slower with adapters enabled, whichever is asked."""
+AGAIN = "base, loaded again"
+ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -108,27 +115,35 @@ def as_others_save_it(folder: Path) -> Path:
     return folder
 
 
-def speeds(
-    engine: Environment, one: Loaded, made: Mapping[str, Path], folder: Path, rounds: int
-) -> dict[str, list[float]]:
-    """Tokens a second of base, merged model and adapter in an engine, a value a round, in turn."""
-    chosen = [BIASED, ADAPTED]
-    shipped = [ship(made[name], engine.name, folder / name, one.source, "f32") for name in chosen]
-    models = jobs(engine, written_base(engine, one, folder / "base", "f32"), shipped, chosen)
-    answer = ask(engine, models, texts(one), LIMIT_S, [["base", *chosen]], rounds)
-    found: dict[str, list[float]] = answer.told["times"][0]
+def speeds(engine: Environment, one: Loaded, made: Mapping[str, Path], folder: Path) -> dict[str, list[float]]:
+    """Tokens a second of base, merged model and adapter in an engine, a value a round."""
+    names = [BIASED, ADAPTED]
+    shipped = [ship(made[name], engine.name, folder / name, one.source, "f32") for name in names]
+    base = written_base(engine, one, folder / "base", "f32")
+    again = folder / "again"
+    again.symlink_to(base)  # one path is one model to vLLM
+    models = [*jobs(engine, base, shipped, names), {**jobs(engine, again, [], [])[0], "name": AGAIN}]
+    answer = ask(engine, models, texts(one), LIMIT_S, ["base", AGAIN, *names], ROUNDS)
+    found: dict[str, list[float]] = answer.told["times"]
     return found
 
 
-def our_speeds(one: Loaded, made: Mapping[str, Path], rounds: int) -> dict[str, list[float]]:
+def our_speeds(one: Loaded, made: Mapping[str, Path]) -> dict[str, list[float]]:
     """The same in transformers, and under hooks."""
-    models = {"base": one, BIASED: reload(made[BIASED], one), ADAPTED: reload(made[ADAPTED], one)}
+    models = {
+        "base": one,
+        AGAIN: load(one.source, device="cpu"),
+        **{name: reload(made[name], one) for name in (BIASED, ADAPTED)},
+    }
     program = Program.load(PROGRAM)
-    prompts = [ids[:16] for ids in texts(one)[:4]]
+    prompts = [ids[:16] for ids in texts(one)[:PROMPTS]]
 
     def write(model: Any) -> None:
         for ids in prompts:
-            tokens, settings = torch.tensor([ids]), {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
+            tokens, settings = (
+                torch.tensor([ids]),
+                {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False},
+            )
             with torch.no_grad():
                 model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
 
@@ -139,12 +154,12 @@ def our_speeds(one: Loaded, made: Mapping[str, Path], rounds: int) -> dict[str, 
     works: dict[str, Callable[[], None]] = {name: partial(write, model.model) for name, model in models.items()}
     works["base under hooks"] = hooked
     found: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(rounds + 1):
-        for name, work in works.items():
+    for round_ in range(ROUNDS + 1):
+        for name in random.Random(round_).sample(list(works), len(works)):
             started = time.perf_counter()
-            work()
-            if round_:
-                found[name].append(len(prompts) * 48 / (time.perf_counter() - started))
+            works[name]()
+            if round_:  # the first warms up
+                found[name].append(PROMPTS * WRITTEN / (time.perf_counter() - started))
     return found
 
 
@@ -170,12 +185,15 @@ def reading_rows(found: Sequence[tuple[str, Reading]]) -> list[str]:
 
 def speed_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """Markdown: a row an engine and form, its median and what it is of the base's, round by round."""
-    rows = ["| | form | tokens a second | over base [least, most] |", "|---|---|---|---|"]
+    rows = ["| | form | tokens a second | over base |", "|---|---|---|---|"]
     for engine, times in found.items():
         for name, values in times.items():
-            ratios = sorted(value / base for value, base in zip(values, times["base"], strict=True))
-            over = f"{statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]" if name != "base" else ""
-            rows.append(f"| {engine} | {name} | {statistics.median(values):.1f} | {over} |")
+            over = ""
+            if name != "base":
+                ratios = np.array(values) / np.array(times["base"])
+                low, high = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
+                over = f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+            rows.append(f"| {engine} | {name} | {np.median(values):.1f} | {over} |")
     return rows
 
 
@@ -200,11 +218,8 @@ def missing(engines: Sequence[Environment], found: list[Finding]) -> Iterator[Fi
             if (name, SPEED) in known:
                 continue
             busy = os.getloadavg()[0]
-            rounds = ROUNDS if busy < 1.5 else ROUNDS_BESIDE_OTHERS
             with tempfile.TemporaryDirectory() as scratch:
-                times = (
-                    our_speeds(one, made, rounds) if place is None else speeds(place, one, made, Path(scratch), rounds)
-                )
+                times = our_speeds(one, made) if place is None else speeds(place, one, made, Path(scratch))
             yield Finding(name, SPEED, times=times, load_average=busy)
 
 
@@ -215,12 +230,7 @@ def told(found: Sequence[Finding]) -> list[str]:
     lines = [INTRODUCTION, "", *reading_rows(readings_), "", FAMILIES, "", "## Throughput", ""]
     if not timed:
         return [*lines, "Not measured yet: `make verify-engines` goes on where it was stopped."]
-    rounds = {len(values) for one in timed for values in one.times.values()}
-    busy = max(one.load_average for one in timed)
-    setting = (
-        f"Greedy, 4 prompts x 48 tokens, fp32, medians of {', '.join(map(str, sorted(rounds)))} rounds in turn; "
-        f"load average up to {busy:.1f}."
-    )
+    setting = THROUGHPUT.format(rounds=ROUNDS, busy=max(one.load_average for one in timed))
     return [*lines, setting, "", *speed_rows({one.engine: one.times for one in timed})]
 
 

@@ -1,8 +1,9 @@
 """Log-probabilities and tokens a second in llama.cpp; run by its environment's interpreter as `llama_cpp_worker.py FOLDER`.
 
-job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, groups of
-such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`; `context`, the most tokens. in.npz: `ids`, all
-sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats.
+job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, those names
+that write `prompts` x `new_tokens` tokens in each of `rounds` rounds, in an order of its own; `context`, the most tokens. in.npz:
+`ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in
+nats. out.json: the `version`, and `times`, tokens a second by name, a value a round.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -33,7 +35,7 @@ def main(folder: Path) -> None:
         engine = opened(model, job["context"])
         found[name] = np.concatenate([read(engine, ids) for ids in sequences])
         engine.close()
-    times = [timed([models[name] for name in pair], sequences, job) for pair in job["timed"]]
+    times = timed([models[name] for name in job["timed"]], sequences, job)
     np.savez(folder / "out.npz", allow_pickle=False, **found)
     (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__, "times": times}), encoding="utf-8")
 
@@ -86,15 +88,15 @@ def read(engine: Any, ids: list[int]) -> np.ndarray:
 
 
 def timed(models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]) -> dict[str, list[float]]:
-    """Tokens a second of each model while it writes, a value a round; the models take turns."""
+    """Tokens a second of each model while it writes, a value a round."""
     engines = {model["name"]: opened(model, job["context"]) for model in models}
     prompts = [ids[:16] for ids in sequences[: job["prompts"]]]
     found: dict[str, list[float]] = {name: [] for name in engines}
     for round_ in range(job["rounds"] + 1):
-        for name, engine in engines.items():
+        for name in random.Random(round_).sample(list(engines), len(engines)):
             started = time.perf_counter()
             for ids in prompts:
-                write(engine, ids, job["new_tokens"])
+                write(engines[name], ids, job["new_tokens"])
             if round_:  # the first warms up
                 found[name].append(len(prompts) * job["new_tokens"] / (time.perf_counter() - started))
     return found

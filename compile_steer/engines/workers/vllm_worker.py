@@ -1,16 +1,17 @@
 """Log-probabilities and tokens a second in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
 
 job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`, for a program
-`steering` (its file for the plugin vllm-lens);
-`timed`, groups of such names to be timed in turn, `rounds` times, over `prompts` x `new_tokens`; `context`, the most tokens.
-in.npz: `ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each
-sequence's first, in nats.
+`steering` (its file for the plugin vllm-lens); `timed`, those names that write `prompts` x `new_tokens` tokens in each of `rounds`
+rounds, in an order of its own; `context`, the most tokens. in.npz: `ids`, all sequences behind one another, and their `lengths`.
+out.npz: by name, log p of every token but each sequence's first, in nats. out.json: the `version`, and `times`, tokens a second by
+name, a value a round.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(folder: Path) -> None:
     models = {model["name"]: model for model in job["models"]}
     engines = opened(models, job["context"])
     found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
-    times = [timed(engines, [models[name] for name in pair], sequences, job) for pair in job["timed"]]
+    times = timed(engines, [models[name] for name in job["timed"]], sequences, job)
     np.savez(folder / "out.npz", allow_pickle=False, **found)
     (folder / "out.json").write_text(json.dumps({"version": vllm.__version__, "times": times}), encoding="utf-8")
 
@@ -91,12 +92,12 @@ def read(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.n
 def timed(
     engines: dict[tuple[str, bool], LLM], models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]
 ) -> dict[str, list[float]]:
-    """Tokens a second of each model, a value a round; the models take turns."""
+    """Tokens a second of each model, a value a round."""
     asked = SamplingParams(max_tokens=job["new_tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids[:16]} for ids in sequences[: job["prompts"]]]
     found: dict[str, list[float]] = {model["name"]: [] for model in models}
     for round_ in range(job["rounds"] + 1):
-        for model in models:
+        for model in random.Random(round_).sample(models, len(models)):
             started = time.perf_counter()
             engines[key(model)].generate(prompts, asked, lora_request=adapter(model), use_tqdm=False)
             if round_:  # the first warms up
