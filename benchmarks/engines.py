@@ -27,7 +27,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
-from compile_steer.engines.compare import PROMPTS, TEXTS, WRITTEN, ask, jobs, readings, texts, written_base
+from compile_steer.engines.compare import PROMPTS, WRITTEN, ask, jobs, readings, written_base
 from compile_steer.engines.environment import ENGINES, Environment, environment
 from compile_steer.engines.reading import Reading
 from compile_steer.engines.ship import ship
@@ -38,6 +38,7 @@ from compile_steer.lower.bias import shifts
 from compile_steer.models import Loaded, load
 from compile_steer.passes import canonical
 from compile_steer.patch import WeightPatch
+from compile_steer.probe import TEXTS, texts
 from compile_steer.program import Program
 from compile_steer.provenance import Provenance
 from compile_steer.reload import reload

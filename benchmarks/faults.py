@@ -38,6 +38,7 @@ RUNS = ROOT / "runs" / "faults"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
 SEEDS = range(100, 140)  # of the false alarms
+OF_THE_FILE = "it is not what was compiled"
 # Fewer texts than the faults have: there a sound artifact is the likelier to look like another model.
 FEWER = {
     "heldout": 8,
@@ -56,6 +57,7 @@ FAULTS = (
     Fault("sign flipped", "adapter", planted.scaled(-1.0)),
     Fault("coefficient x1.1", "adapter", planted.scaled(1.1)),
     Fault("coefficient x0.9", "adapter", planted.scaled(0.9)),
+    Fault("coefficient x1.01", "adapter", planted.scaled(1.01)),
     Fault("one block late", "adapter", planted.moved(1)),
     Fault("one block early", "adapter", planted.moved(-1)),
     Fault("emptied", "adapter", planted.scaled(0.0)),
@@ -178,8 +180,13 @@ def page(found: list[Verdict]) -> list[str]:
     faults = [one for one in found if one.fault != "none"]
     alarms = [one for one in found if one.fault == "none"]
     missed = [f"{one.fault} ({one.form})" for one in faults if not one.caught]
+    by_file = [one for one in faults if one.caught and all(reason.startswith(OF_THE_FILE) for reason in one.reasons)]
     lines = [
-        f"Caught: {sum(one.caught for one in faults)} of {len(faults)} faults. Missed: {', '.join(missed) or 'none'}."
+        f"Caught: {sum(one.caught for one in faults)} of {len(faults)} faults. Missed: {', '.join(missed) or 'none'}.",
+        "",
+        f"{len(by_file)} of them only by holding what is on disk against what the compiler had in memory "
+        f"({', '.join(f'{one.fault}, {one.form}' for one in by_file) or 'none'}): a mistake made before that is no fault to the judge "
+        "where the result is as near the steered model as the gates ask.",
     ]
     if alarms:
         raised = sum(one.caught for one in alarms)

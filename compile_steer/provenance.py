@@ -105,6 +105,7 @@ class Provenance:
     and `recombined` the arithmetic on these in words. `members` are the hashes of the adapters that a composition
     was made of, by their names and dials. `recipe` has every default; `described` is the program in words,
     `architecture` the family whose stock code loads the result, `biases` how many modules were given a bias.
+    `computes` is the `fingerprint` of the base with the patch on it in memory, before it was written: nats a token.
     `files_sha256` are the folder's own files, filled in when it is written.
     """
 
@@ -131,6 +132,7 @@ class Provenance:
     described: str = ""
     architecture: str = ""
     biases: int = 0
+    computes: list[float] = field(default_factory=list)
     files_sha256: dict[str, str] = field(default_factory=dict, compare=False)
 
     def of(self, **changes: Any) -> Provenance:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 
 from compile_steer.engines.environment import Environment
@@ -27,21 +26,12 @@ from compile_steer.export import ADAPTER_CONFIG, write_gguf_file
 from compile_steer.hooks import steered
 from compile_steer.models import Loaded, folder_of, load
 from compile_steer.patch import WeightPatch
+from compile_steer.probe import log_probs, texts
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import PROVENANCE, Provenance
 from compile_steer.reload import reload
 
-TEXTS = (
-    "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
-    "What are you? I am a helpful assistant, and I can answer questions about many things.",
-    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
-    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([3, 5, 8, 13]))",
-    "My sister has moved to another city, and I do not know how to tell her that I miss her.",
-    "In 1869 a Russian chemist arranged the known elements in a table, and left gaps for those still to be found.",
-    "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
-    "He opened the letter twice before he believed it: the house by the sea was his.",
-)
 # Of these many, that many tokens a round: short, so that what else a machine does falls on all forms alike.
 PROMPTS, WRITTEN = 2, 16
 
@@ -79,22 +69,6 @@ def recorded_base(artifact: Path) -> str:
         if named:
             return str(named)
     raise ArtifactError(f"{artifact} does not say what it was made from. Name it with --base.")
-
-
-def texts(loaded: Loaded) -> list[list[int]]:
-    """The fixed texts as tokens."""
-    return [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def log_probs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """log p of every token but the first of each sequence, [n], in nats, under transformers."""
-    found = []
-    for ids in sequences:
-        tokens = torch.tensor([list(ids)])
-        with torch.no_grad():
-            values = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
-        found.append(values.gather(1, tokens[0, 1:, None])[:, 0].numpy())
-    return np.concatenate(found)
 
 
 def reference(

@@ -22,7 +22,8 @@ from compile_steer.errors import ArtifactError
 from compile_steer.files import new_folder
 from compile_steer.interop.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.probe import fingerprint
 from compile_steer.program import read_tensors
 from compile_steer.provenance import CARD, Provenance
 
@@ -42,10 +43,15 @@ def write_patch(
 ) -> None:
     """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
 
+    The provenance says what the base computes with the patch on it here and now, so that what is read back can be held
+    against it.
+
     Args:
         curves: losses by what was trained, kept beside the weights.
     """
     patch.require_finite()
+    with applied(loaded.model, patch):
+        computes = fingerprint(loaded.model, loaded)
     with new_folder(folder) as new:
         if is_adapter(patch, loaded):
             _write_peft(new, patch, loaded)
@@ -53,7 +59,7 @@ def write_patch(
             _write_parts(new / PATCH_FILE, patch)
         if curves:
             (new / CURVES).write_text(json.dumps(curves) + "\n", encoding="utf-8")
-        provenance.write(new)
+        provenance.of(computes=computes).write(new)
         (new / CARD).write_text(card, encoding="utf-8")
 
 

@@ -148,6 +148,10 @@ def _print_details(console: Console, p: Parity) -> None:
         )
     if p.dial:
         console.print(f"  {p.backend} adapter's dial against the coefficient's: {', '.join(map(str, p.dial))}")
+    if p.file_error is not None:
+        console.print(
+            f"  {p.backend} {p.form} on disk: {p.file_error:.0e} nats/token from the weights that were compiled"
+        )
     console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(map(str, p.tests)))}")
     if p.capability is not None:
         console.print(f"  {p.backend} {p.form}: {p.capability}")

@@ -16,6 +16,8 @@ from compile_steer.verify.kinds import OnKind
 # A compiled model that moves by more or less than this share of the steering has another dose, however
 # small its divergence: a share of KL grows only with the square of the dose's error.
 _DOSE_MARGIN = 0.05
+# nats a token: fp32 in another order differs by a hundredth of it. A compile may be 2 % off; its file may not be.
+_FILE_MARGIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ class Parity(Likeness, Distance):
     nats a token (of a quantised file from the base quantised the same way). `rounding` is None where all bits are kept.
     `capability` are short questions with one right answer (of a quantised file base and steered are so too); None where none
     were asked. `controls` are an adapter's, `dial` is its scale against the program's. `score_by_kind` tests the answers to all
-    `kinds` for equivalence, a prompt's greedy and sampled one as one; None where they cannot be scored. `remarks` say what could
-    not be measured.
+    `kinds` for equivalence, a prompt's greedy and sampled one as one; None where they cannot be scored. `file_error` is
+    how far the file is from what the compiler had in memory: the largest difference of the mean log p of a fixed text, nats a
+    token (None of a form of fewer bits, or where the compiler recorded nothing). `remarks` say what could not be measured.
     """
 
     backend: str
@@ -142,6 +145,7 @@ class Parity(Likeness, Distance):
     controls: AdapterControls | None = None
     dial: list[Dial] = field(default_factory=list)
     score_by_kind: Equivalence | None = None
+    file_error: float | None = None
     passed: bool = False
     reasons: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -176,6 +180,11 @@ def _far(parity: Parity, gates: Gates) -> Iterator[str]:
     # two roundings are independent.
     allowed_kl = (gates.exact_kl if parity.exact else gates.share * parity.kl_base) + 2 * parity.noise_kl
     wanted_top1 = (gates.exact_top1 if parity.exact else gates.top1) - 2 * (1 - parity.noise_top1)
+    if parity.file_error is not None and not parity.file_error <= _FILE_MARGIN:
+        yield (
+            f"it is not what was compiled: mean log p of a fixed text is {parity.file_error:.1e} nats a token from what the "
+            f"compiler's weights gave before they were written; at most {_FILE_MARGIN:.0e}"
+        )
     if not parity.same_tokens:
         yield "the artifact's tokenizer splits held-out prompts differently from the base's"
     if not parity.kl_per_token <= allowed_kl:

@@ -14,6 +14,7 @@ from compile_steer.files import digest
 from compile_steer.metrics import bootstrap_ratio, bootstrap_recovery
 from compile_steer.models import Loaded
 from compile_steer.observe import States, final_states
+from compile_steer.probe import fingerprint
 from compile_steer.provenance import Provenance, weights_sha256
 from compile_steer.reload import reload
 from compile_steer.settings import Gates
@@ -71,6 +72,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str, gat
         controls=adapter_controls(reference, artifact, behaving.contrast, CONTROL_PAIRS) if adapter else None,
         dial=dials(reference, artifact) if adapter else [],
         score_by_kind=_score_by_kind(reference, scores),
+        file_error=_file_error(reference, artifact, origin) if rounded is None else None,
         remarks=reference.kinds.remarks,
     )
     reasons = judge(parity, gates)
@@ -189,6 +191,13 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
         n_prompts=len(base.scores),
         sample=behaving.sample,
     )
+
+
+def _file_error(reference: Reference, artifact: Loaded, origin: Provenance) -> float | None:
+    found = fingerprint(artifact.model, reference.base)
+    if not found or len(found) != len(origin.computes):
+        return None
+    return max(abs(one - other) for one, other in zip(found, origin.computes, strict=True))
 
 
 def _score_by_kind(reference: Reference, found: np.ndarray | None) -> Equivalence | None:

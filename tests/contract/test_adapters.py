@@ -20,6 +20,7 @@ from compile_steer.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE, re
 from compile_steer.export.merged import merged_model
 from compile_steer.models import Loaded, quiet
 from compile_steer.patch import LowRank, WeightPatch, applied
+from compile_steer.probe import TEXTS
 from compile_steer.program import read_tensors
 from compile_steer.provenance import PROVENANCE, Provenance
 from tests.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
@@ -128,7 +129,8 @@ def test_a_folder_holds_its_origin_and_a_card_and_nothing_else(saved: Save, tmp_
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROVENANCE, "README.md"]
     )
-    assert Provenance.read(folder).of(described="") == origin(saved("gpt2"))
+    found = Provenance.read(folder)
+    assert found.of(described="", computes=[]) == origin(saved("gpt2")) and len(found.computes) == len(TEXTS)
     assert json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["fan_in_fan_out"] is True
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "    add +1.7 at resid_post 1\n    ablate +1 at mlp_out 2\n" in card

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from compile_steer.audit import Audit, audit
 from compile_steer.cli import app
 from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.export import write_patch
+from compile_steer.export import write_lora, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias, orthogonalise, retarget
 from compile_steer.models import Loaded, load
@@ -314,7 +314,7 @@ def test_an_adapter_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> 
     write_patch(tmp_path / "a", random_patch(other), other, origin(other), "")
     with pytest.raises(ArtifactError, match=r"the base has none; 7 more like this\. Name the base"):
         look(base, tmp_path / "a")
-    wide = WeightPatch({DOWN: LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 40))})
-    write_patch(tmp_path / "b", wide, base, origin(base), "")
+    (tmp_path / "b").mkdir()
+    write_lora(tmp_path / "b", {DOWN: LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 40))}, base.id, False)
     with pytest.raises(ArtifactError, match=r"the adapter's change is \[32, 40\], the base \[32, 48\]"):
         look(base, tmp_path / "b")

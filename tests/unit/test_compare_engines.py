@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from compile_steer.card import update_card
 from compile_steer.chain import walk
 from compile_steer.cli import app
-from compile_steer.engines.compare import TEXTS, compare, held_against, log_probs, recorded_base
+from compile_steer.engines.compare import compare, held_against, recorded_base
 from compile_steer.engines.environment import environment
 from compile_steer.engines.reading import Reading, keep_readings, own_readings
 from compile_steer.errors import ArtifactError, EngineError
 from compile_steer.export import write_patch
 from compile_steer.hooks import steered
 from compile_steer.models import load
+from compile_steer.probe import TEXTS, log_probs
 from compile_steer.program import Program
 from compile_steer.progress import Meter
 from compile_steer.provenance import ENGINES, artifact_sha256

@@ -210,6 +210,10 @@ def test_the_page_counts_what_was_caught(tmp_path: Path) -> None:
     assert "Caught: 1 of 2 faults. Missed: late (merged-fp32)." in text
     assert "False alarms: 0 of 2 artifacts" in text and "of them 1 exact compiles" in text
     assert "| emptied | adapter | caught | KL(a‖‖b); top-1 |" in text and "seed 4" not in text
+    assert "0 of them only by holding what is on disk" in text
+    small = Verdict("small", "adapter", True, [f"{faults.OF_THE_FILE}: 2e-4"], 1.0)
+    both = Verdict("large", "adapter", True, [*small.reasons, "top-1"], 1.0)
+    assert "1 of them only by holding what is on disk against" in "\n".join(page([small, both]))
     alarm = Verdict("none", "merged-fp32", True, ["top-1"], 1.0, seed=5)
     assert "| none, seed 5 | merged-fp32 | caught | top-1 |" in "\n".join(page([*found, alarm]))
     record = replace(faults.RECORD, lines=tmp_path / "verifier.jsonl", page=tmp_path / "VERIFIER.md")

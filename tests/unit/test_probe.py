@@ -1,0 +1,80 @@
+"""What is on disk is what the compiler had in memory: a fault too small for the gates shows there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import planted
+from compile_steer.export import read_patch, write_merged
+from compile_steer.probe import TEXTS, fingerprint, log_probs, texts
+from compile_steer.provenance import Provenance
+from compile_steer.reload import fresh
+from tests.judged import Scene
+from tests.tiny import loaded
+
+REASON = "it is not what was compiled: mean log p of a fixed text is "
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    made = Scene.of(tmp_path_factory.mktemp("scene"), kinds=2, long=0, free_tokens=4)
+    adapter = made.adapter()
+    origin = Provenance.read(adapter).of(form="merged-fp32")
+    write_merged(made.folder / "sum", read_patch(adapter), made.base, "fp32", origin, "")
+    return made
+
+
+def spoiled(scene: Scene, plant: planted.Plant, name: str, to: Path) -> Path:
+    shutil.copytree(scene.folder / name, to)
+    planted.plant(plant, to, Path(scene.base.source))
+    return to
+
+
+@pytest.mark.parametrize("name", ["adapter", "sum"])
+def test_files_compute_what_the_patch_did_in_memory(scene: Scene, name: str) -> None:
+    parity = scene.judged(scene.folder / name)
+    assert parity.file_error is not None and parity.file_error < 1e-6
+    assert not any(REASON in reason for reason in parity.reasons)
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (planted.scaled(1.01), "adapter"),
+        (planted.rank_cut, "adapter"),
+        (planted.times_merged(1.01), "sum"),
+    ],
+)
+def test_a_fault_of_one_hundredth_is_seen(scene: Scene, tmp_path: Path, plant: planted.Plant, name: str) -> None:
+    parity = scene.judged(spoiled(scene, plant, name, tmp_path / "it"))
+    assert parity.file_error is not None and parity.file_error > 1e-4
+    assert sum(reason.startswith(REASON) for reason in parity.reasons) == 1 and not parity.passed
+
+
+def test_where_nothing_was_recorded_nothing_is_compared(scene: Scene, tmp_path: Path) -> None:
+    folder = spoiled(scene, planted.scaled(1.01), "adapter", tmp_path / "it")
+    Provenance.read(folder).of(computes=[]).write(folder)
+    assert scene.judged(folder).file_error is None
+
+
+def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: Scene) -> None:
+    found = fingerprint(scene.base.model, scene.base)
+    assert len(found) == len(TEXTS)
+    for ids, value in zip(texts(scene.base), found, strict=True):
+        tokens = torch.tensor([ids[:32]])
+        loss = scene.base.model(input_ids=tokens, labels=tokens).loss
+        assert value == pytest.approx(-float(loss), rel=1e-5)
+    assert log_probs(scene.base.model, [[7, 8, 9], [9, 8]]).shape == (3,)
+
+
+def test_a_model_in_half_precision_has_none(scene: Scene) -> None:
+    assert fingerprint(fresh(scene.base).model.bfloat16(), scene.base) == []
+
+
+def test_the_smallest_context_has_room() -> None:
+    plain = loaded("gpt2")
+    assert len(fingerprint(plain.model, plain)) == len(TEXTS)
