@@ -39,7 +39,7 @@ from compile_steer.tokens import Encoded, Text, encode
 NEW_TOKENS = 32
 DIALS = (0.5, 1.0, 1.5)
 THREE_SITES = ("attn_out", "mlp_out")
-STRONG, FAST = 10.0, 0.05
+WEAK, FAST = 1.0, 0.05
 LORA_RATES = (0.005, 0.03)
 BIPO_BLOCK = 12
 
@@ -202,9 +202,9 @@ def compiled(run: Run, test: Test, program: Program) -> Compiled:
 ARMS: Mapping[str, Mapping[str, object]] = {
     "a vector a block": {},
     "a vector a block, l2 0": {"l2": 0.0},
-    f"a vector a block, l2 {STRONG:g}": {"l2": STRONG},
+    f"a vector a block, l2 {WEAK:g}": {"l2": WEAK},
     f"a vector a block, l2 0, rate {FAST:g}": {"l2": 0.0, "learning_rate": FAST},
-    f"a vector a block, l2 {STRONG:g}, rate {FAST:g}": {"l2": STRONG, "learning_rate": FAST},
+    f"a vector a block, rate {FAST:g}": {"learning_rate": FAST},
     # Two of the three are the same place for a shift, so a step at the same rate would go three times as far.
     "three sites a block": {"beside": THREE_SITES, "learning_rate": 0.02 / 3},
     f"BiPO, one vector at block {BIPO_BLOCK}": {"loss": "bipo", "layers": (BIPO_BLOCK,)},
