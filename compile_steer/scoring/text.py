@@ -87,8 +87,13 @@ class Repetition(TextScorer):
         return float(bool(text.split()) and repetition(text) <= self.max)
 
 
+# Longer than a word: a loop without spaces, or a script that has none, is read character by character.
+_LONGEST_WORD = 20
+
+
 def repetition(text: str) -> float:
-    """Share of a text's word 3-grams that stood in it before (above .2 is broken); 0 for short texts."""
-    words = text.lower().split()
+    """Share of a text's 3-grams that stood in it before (above .2 is broken), of words, and of the characters of what is
+    too long to be one; 0 for short texts."""
+    words = [piece for word in text.lower().split() for piece in ([word] if len(word) <= _LONGEST_WORD else word)]
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

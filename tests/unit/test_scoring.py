@@ -79,7 +79,19 @@ def test_what_each_scorer_of_text_gets_wrong_is_what_its_docstring_says() -> Non
 
 @pytest.mark.parametrize(
     ("text", "share"),
-    [("", 0.0), ("a b", 0.0), ("a b c d e", 0.0), ("a b c a b c", 0.25), ("A a a a a", 2 / 3), ("go " * 12, 0.9)],
+    [
+        ("", 0.0),
+        ("a b", 0.0),
+        ("a b c d e", 0.0),
+        ("a b c a b c", 0.25),
+        ("A a a a a", 2 / 3),
+        ("go " * 12, 0.9),
+        ("<" * 32, 29 / 30),
+        ("so " + "ab" * 11, 18 / 21),
+        ("<" * 20, 0.0),
+        ("你" * 24, 21 / 22),
+        ("internationalization a b", 0.0),
+    ],
 )
 def test_repetition_is_the_share_of_three_grams_seen_before(text: str, share: float) -> None:
     assert repetition(text) == pytest.approx(share)
