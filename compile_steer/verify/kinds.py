@@ -120,10 +120,10 @@ def _long(base: Loaded, behaviour: Behaviour, tokens: int, number: int) -> Asked
     paragraphs: list[str] = []
     for text in islice(cycle(behaviour.neutral), number, None):
         paragraphs.append(f"{text.prompt}\n{text.response}")
-        text = Text("\n\n".join([*paragraphs, last.prompt]))
-        encoded = encode(base.tokenizer, text)
+        whole = Text("\n\n".join([*paragraphs, last.prompt]))
+        encoded = encode(base.tokenizer, whole)
         if len(encoded.ids) >= tokens:
-            return Asked(text.prompt, encoded)
+            return Asked(whole.prompt, encoded)
     raise RecipeError("data.neutral is empty; needed: texts, from which long prompts are made.")
 
 
