@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import nct, norm, t, ttest_1samp
 
 Measure = Literal["contrast", "score", "score by kind", "capability"]
+_COUNTED: frozenset[Measure] = frozenset({"score", "score by kind", "capability"})  # 0 or 1 a sample, mostly
 LEVEL = 0.05
 # Where the samples suffice the test is a gate, so an artifact without any difference fails it by chance once in twenty.
 POWER = 0.95
@@ -82,13 +83,15 @@ class Equivalence:
         return f"{self.what} {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] of +-{self.margin:.3g}{unit}, {shown}"
 
 
-def needed(spread: float, margin: float) -> int:
+def needed(spread: float, margin: float, *, counted: bool = False) -> int:
     """The least number of paired differences with which TOST shows `margin` at 5 % with 95 % power, if there is none.
 
     The power of both tests at once is at least 2 P(T > t) - 1, T noncentral t: exact but for the part where both fail.
 
     Args:
         spread: standard deviation of a difference.
+        counted: a difference is a whole point or none. Where none was seen (`spread` 0) it takes as many as would have shown one
+            with 95 %, if they were a share `margin` of all: (1 - margin)^n below 5 %.
 
     Raises:
         ValueError: a margin that is not above 0, or a spread that is negative or not finite.
@@ -97,6 +100,8 @@ def needed(spread: float, margin: float) -> int:
         raise ValueError(
             f"found margin {margin} and spread {spread}; needed: a margin above 0, a spread of at least 0."
         )
+    if spread == 0 and counted and margin < 1:
+        return max(2, math.ceil(math.log(LEVEL) / math.log1p(-margin)))
     z = float(norm.ppf(1 - LEVEL) + norm.ppf((1 + POWER) / 2))
     count = max(2, math.ceil((z * spread / margin) ** 2))
     while _power(count, spread, margin) < POWER:
@@ -113,7 +118,7 @@ def _power(count: int, spread: float, margin: float) -> float:
 
 def planned(what: Measure, margin: float, spread: float, there: int, assumption: str) -> Planned:
     """What `there` samples can be expected to show; raises `ValueError` as `needed` does."""
-    return Planned(what, margin, spread, assumption, needed(spread, margin), there)
+    return Planned(what, margin, spread, assumption, needed(spread, margin, counted=what in _COUNTED), there)
 
 
 def equivalence(what: Measure, differences: np.ndarray, margin: float) -> Equivalence:
@@ -127,12 +132,13 @@ def equivalence(what: Measure, differences: np.ndarray, margin: float) -> Equiva
     mean = float(differences.mean())
     spread = 0.0 if np.ptp(differences) == 0 else float(differences.std(ddof=1))
     if spread == 0:  # no interval to speak of, and no t: the differences are all the same
-        low, high, p = mean, mean, 0.0 if abs(mean) < margin else 1.0
+        unseen = (1 - min(margin, 1.0)) ** len(differences) if what in _COUNTED else 0.0
+        low, high, p = mean, mean, unseen if abs(mean) < margin else 1.0
     else:
         bounds = ttest_1samp(differences, 0.0).confidence_interval(1 - 2 * LEVEL)
         low, high = float(bounds.low), float(bounds.high)
         above = ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = ttest_1samp(differences, margin, alternative="less").pvalue
         p = float(max(above, below))
-    count = needed(spread, margin)
+    count = needed(spread, margin, counted=what in _COUNTED)
     return Equivalence(what, margin, mean, low, high, p, spread, len(differences), count, p < LEVEL)

@@ -62,7 +62,8 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
     compiled[10] = 0.0
     assert compared(np.ones(12), steered, compiled, 0.05).worse, "seven lost and none gained"
     same = compared(np.ones(12), steered, steered, 0.05)
-    assert (same.lost, same.gained, same.p, same.worse) == (0, 0, 1.0, False) and same.test.equivalent
+    assert (same.lost, same.gained, same.p, same.worse) == (0, 0, 1.0, False)
+    assert same.test.difference == 0 and not same.test.enough, "twelve answers alike do not show that 95 of 100 are"
     # A bare handful shows nothing, and is not held against it.
     one = compared(np.ones(4), np.ones(4), np.array([1.0, 1.0, 1.0, 0.0]), 0.05)
     assert not one.test.equivalent and not one.test.enough and not one.worse

@@ -91,9 +91,20 @@ def test_unrelated_answers_need_the_thousands_that_are_known() -> None:
 
 
 def test_differences_that_are_all_the_same_need_no_interval() -> None:
-    same, other = (equivalence("score", np.full(7, value), 0.05) for value in (0.01, 0.1))
+    same, other = (equivalence("contrast", np.full(7, value), 0.05) for value in (0.01, 0.1))
     assert (same.low, same.high, same.p, same.equivalent) == (0.01, 0.01, 0.0, True)
     assert (other.p, other.equivalent, other.enough) == (1.0, False, True)
+
+
+def test_of_a_few_answers_that_are_all_as_good_nothing_is_shown() -> None:
+    """Were one prompt in twenty another, 58 would show none more often than once in twenty."""
+    few, enough = (equivalence("score", np.zeros(n), 0.05) for n in (58, 59))
+    assert 0.95**59 < 0.05 < 0.95**58 and few.needed == enough.needed == 59
+    assert not few.equivalent and few.p == pytest.approx(0.95**58) and enough.equivalent
+    assert str(few).endswith("not shown: needs 59 prompts, there are 58")
+    assert planned("score", 0.05, 0.0, 12, "all the same").needed == 59
+    assert planned("contrast", 0.05, 0.0, 12, "all the same").needed == 2
+    assert equivalence("score", np.zeros(3), 1.0).equivalent
 
 
 @pytest.mark.parametrize("values", [[], [0.1], [0.1, math.nan, 0.2], [math.inf, 0.0]])
@@ -158,7 +169,7 @@ def test_states_know_their_texts(scene: Scene) -> None:
 
 def test_an_exact_compile_is_equivalent_and_its_report_comes_back(scene: Scene, exact: Parity, tmp_path: Path) -> None:
     assert exact.contrast is not None
-    assert exact.contrast.equivalent and exact.score.equivalent and exact.score.difference == 0.0
+    assert exact.contrast.equivalent and exact.score.difference == 0.0 and not exact.score.enough
     assert exact.reasons == [] and exact.passed
     assert 0 <= exact.kl_low <= exact.kl_per_token <= exact.kl_high < 1e-6
     assert exact.kl_share == pytest.approx(exact.kl_per_token / exact.kl_base)
@@ -192,7 +203,7 @@ def test_the_contrast_is_a_gate_and_the_score_where_the_prompts_suffice(exact: P
     assert judge(replace(exact, contrast=off), gates) == [str(off)]
     few = equivalence("score", np.array([0.0, 1.0, 0.0, 0.0]), 0.05)
     assert not few.enough and judge(replace(exact, score=few), gates) == []
-    many = equivalence("score", np.full(40, 0.2), 0.05)
+    many = equivalence("score", np.full(60, 0.2), 0.05)
     assert many.enough and judge(replace(exact, score=many), gates) == [str(many)]
 
 

@@ -150,7 +150,8 @@ def test_a_score_that_knows_the_data_s_prompts_alone_is_not_asked_about_others(s
 
 def test_answers_of_every_kind_are_tested_for_equivalence(scene: Scene) -> None:
     parity, gates = scene.judged(scene.merged("tested")), recipe().verify.gates
-    assert parity.score_by_kind is not None and parity.score_by_kind.n == 8 and parity.score_by_kind.equivalent
+    assert parity.score_by_kind is not None and parity.score_by_kind.n == 8
+    assert parity.score_by_kind.difference == 0 and not parity.score_by_kind.enough and parity.passed
     assert parity.score_by_kind in parity.tests
     other = equivalence("score by kind", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
     reasons = judge(replace(parity, score_by_kind=replace(other, needed=4)), gates)
