@@ -74,7 +74,7 @@ Greedy, fp32, {PROMPTS} prompts x {WRITTEN} tokens of each form in each of {{rou
 average up to {{busy:.1f}}. Over base: the median of the rounds' ratios, with its 95 % interval (bootstrap over rounds). The base loaded
 a second time is the control: what it differs from 1 by is this machine. vLLM is slower with adapters enabled, whichever is asked."""
 AGAIN = "base, loaded again"
-ROUNDS = 30
+ROUNDS = 24
 
 
 @dataclass(frozen=True)
