@@ -141,10 +141,8 @@ def our_speeds(one: Loaded, made: Mapping[str, Path]) -> dict[str, list[float]]:
 
     def write(model: Any) -> None:
         for ids in prompts:
-            tokens, settings = (
-                torch.tensor([ids]),
-                {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False},
-            )
+            tokens = torch.tensor([ids])
+            settings = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
             with torch.no_grad():
                 model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
 
@@ -231,7 +229,8 @@ def told(found: Sequence[Finding]) -> list[str]:
     lines = [INTRODUCTION, "", *reading_rows(readings_), "", FAMILIES, "", "## Throughput", ""]
     if not timed:
         return [*lines, "Not measured yet: `make verify-engines` goes on where it was stopped."]
-    setting = THROUGHPUT.format(rounds=ROUNDS, busy=max(one.load_average for one in timed))
+    rounds = ", ".join(map(str, sorted({len(values) for one in timed for values in one.times.values()})))
+    setting = THROUGHPUT.format(rounds=rounds, busy=max(one.load_average for one in timed))
     return [*lines, setting, "", *speed_rows({one.engine: one.times for one in timed})]
 
 

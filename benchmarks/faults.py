@@ -38,7 +38,7 @@ RUNS = ROOT / "runs" / "faults"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
 SEEDS = range(100, 140)  # of the false alarms
-OF_THE_FILE = "it is not what was compiled"
+OF_THE_FILE = "it is not what was compiled"  # how the judge's reason begins
 # Fewer texts than the faults have: there a sound artifact is the likelier to look like another model.
 FEWER = {
     "heldout": 8,

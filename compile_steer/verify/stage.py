@@ -194,8 +194,10 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
 
 
 def _file_error(reference: Reference, artifact: Loaded, origin: Provenance) -> float | None:
+    if not origin.computes:
+        return None
     found = fingerprint(artifact.model, reference.base)
-    if not found or len(found) != len(origin.computes):
+    if len(found) != len(origin.computes):
         return None
     return max(abs(one - other) for one, other in zip(found, origin.computes, strict=True))
 

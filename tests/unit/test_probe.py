@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import planted
+from benchmarks.faults import OF_THE_FILE
 from compile_steer.export import read_patch, write_merged
 from compile_steer.probe import TEXTS, fingerprint, log_probs, texts
 from compile_steer.provenance import Provenance
@@ -16,7 +17,7 @@ from compile_steer.reload import fresh
 from tests.judged import Scene
 from tests.tiny import loaded
 
-REASON = "it is not what was compiled: mean log p of a fixed text is "
+REASON = f"{OF_THE_FILE}: mean log p of a fixed text is "
 
 
 @pytest.fixture(scope="module")
