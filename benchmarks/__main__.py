@@ -19,20 +19,22 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.files import save_text, sha256
-from compile_steer.forms import artifacts, run_merge, run_verify
-from compile_steer.lower import Job, closed_form, distill
-from compile_steer.metrics import CHUNK_TOKENS, divergence
-from compile_steer.models import Loaded
-from compile_steer.observe import final_states
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch, applied
+from compile_steer.artifact_formats import artifacts, run_merge, run_verify
+from compile_steer.artifacts.files import save_text, sha256
+from compile_steer.common.progress import BarMeter
+from compile_steer.lower import closed_form, distill
+from compile_steer.lower.job import Job
+from compile_steer.models.divergence import CHUNK_TOKENS, divergence
+from compile_steer.models.forward import readout, run_span
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import final_states
+from compile_steer.models.tokens import batches
 from compile_steer.pipeline import run_compile
-from compile_steer.progress import BarMeter
-from compile_steer.replay import readout, run_span
 from compile_steer.run import Run, load_program
-from compile_steer.tokens import batches
-from compile_steer.verify import Parity, Reference
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.verify.parity import Parity
+from compile_steer.verify.reference import Reference
 
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",

@@ -18,12 +18,12 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from benchmarks.ocean import ROOT
-from compile_steer.errors import RecipeError
-from compile_steer.places import Places
-from compile_steer.progress import BarMeter
+from compile_steer.artifacts.paths import Places
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import BarMeter
+from compile_steer.extract.generation_report import WritingReport
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
-from compile_steer.write import WritingReport
 
 _DATA = ROOT / "recipes" / "data"
 

@@ -17,9 +17,9 @@ from benchmarks.behaviours import KNOWN, recipe_for
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import BarMeter
 from compile_steer.pipeline import run_extract
-from compile_steer.progress import BarMeter
 from compile_steer.run import Run
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there

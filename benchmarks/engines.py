@@ -27,21 +27,23 @@ from scipy.stats import bootstrap
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
-from compile_steer.engines.compare import PROMPTS, WRITTEN, ask, jobs, readings, written_base
-from compile_steer.engines.environment import ENGINES, Environment, environment
-from compile_steer.engines.reading import Reading
-from compile_steer.engines.ship import ship
-from compile_steer.errors import EngineError
-from compile_steer.export import GGUF_KINDS, read_patch, write_merged
-from compile_steer.hooks import steered
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import EngineError
+from compile_steer.export.adapter import read_patch
+from compile_steer.export.gguf_model import GGUF_KINDS
+from compile_steer.export.merged import write_merged
 from compile_steer.lower.bias import shifts
-from compile_steer.models import Loaded, load
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch
-from compile_steer.probe import TEXTS, texts
-from compile_steer.program import Program
-from compile_steer.provenance import Provenance
-from compile_steer.reload import reload
+from compile_steer.models.fingerprint import TEXTS, texts
+from compile_steer.models.load import Loaded, load
+from compile_steer.models.reload import reload
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.tools.serving.compare import PROMPTS, WRITTEN, ask, jobs, readings, written_base
+from compile_steer.tools.serving.environment import ENGINES, Environment, environment
+from compile_steer.tools.serving.export import ship
+from compile_steer.tools.serving.record import Reading
 
 SPEED = "speed"
 PROGRAM = ROOT / "vectors" / "ocean.safetensors"

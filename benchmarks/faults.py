@@ -23,15 +23,16 @@ from benchmarks import planted
 from benchmarks.ocean import ROOT, ocean
 from benchmarks.planted import Fault, Judge
 from benchmarks.record import Record
-from compile_steer.errors import ArtifactError
-from compile_steer.files import sha256
-from compile_steer.forms import run_merge
-from compile_steer.hooks import steered
+from compile_steer.artifact_formats import run_merge
+from compile_steer.artifacts.files import sha256
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import BarMeter
 from compile_steer.pipeline import run_compile
-from compile_steer.program import Program
-from compile_steer.progress import BarMeter
 from compile_steer.run import Run, load_program
-from compile_steer.verify import Reference, verify_artifact
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Program
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import verify_artifact
 
 _Row = TypeVar("_Row")
 RUNS = ROOT / "runs" / "faults"

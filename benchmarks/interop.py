@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.ocean import ROOT, machine
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import ArtifactError
+from compile_steer.artifacts.files import save_text
+from compile_steer.common.errors import ArtifactError
 from compile_steer.extract.imported import read
-from compile_steer.files import save_text
-from compile_steer.hooks import steered
-from compile_steer.interop import write_gguf
-from compile_steer.models import Loaded, load
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.settings import Extract
+from compile_steer.extract.options import Extract
+from compile_steer.models.load import Loaded, load
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.tools.vector_files import write_gguf
 
 PAGE = ROOT / "docs" / "INTEROP.md"
 LIBRARIES = {"repeng": "repeng", "steering-vectors": "steering_vectors"}

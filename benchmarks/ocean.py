@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from compile_steer.hooks import PAD
-from compile_steer.passes import canonical
-from compile_steer.program import Program
-from compile_steer.progress import Meter
+from compile_steer.common.progress import Meter
+from compile_steer.models.forward import run_span
+from compile_steer.models.tokens import batches, encode
 from compile_steer.recipe import read_recipe
-from compile_steer.replay import run_span
 from compile_steer.run import Run
-from compile_steer.tokens import batches, encode
+from compile_steer.steering.hooks import PAD
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 

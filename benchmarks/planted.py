@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compile_steer.provenance import Provenance
+from compile_steer.artifacts.provenance import Provenance
 
 Plant = Callable[[Path, Path], None]
 Tensors = dict[str, Tensor]

@@ -20,21 +20,23 @@ import torch
 from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine, ocean, stream
-from compile_steer.directions import Directions
+from compile_steer.artifacts.files import save_text
+from compile_steer.common.progress import BarMeter
 from compile_steer.export.merged import merged_model
-from compile_steer.files import save_text
-from compile_steer.generate import continue_prompts
-from compile_steer.lower import BACKENDS, Job, distill
-from compile_steer.metrics import Divergence, divergence
-from compile_steer.models import Loaded
-from compile_steer.observe import final_states
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch, applied
+from compile_steer.lower import distill
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.models.divergence import Divergence, divergence
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import final_states
+from compile_steer.models.tokens import Encoded
 from compile_steer.pipeline import run_extract
-from compile_steer.program import Intervention, Program, Site, ablate_everywhere
-from compile_steer.progress import BarMeter
 from compile_steer.run import Run
-from compile_steer.tokens import Encoded
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Intervention, Program, Site, ablate_everywhere
 
 SETTINGS = [
     "compile.calibration.max_new_tokens=72",

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from benchmarks.ocean import machine
-from compile_steer.files import save_text
+from compile_steer.artifacts.files import save_text
 
 _Finding = TypeVar("_Finding", bound=Any)  # a dataclass
 

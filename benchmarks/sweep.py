@@ -21,18 +21,18 @@ import torch
 from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.contrast import contrast_scores, encode_pairs
-from compile_steer.directions import Directions
-from compile_steer.files import save_text
-from compile_steer.hooks import steered
-from compile_steer.metrics import log_softmax
+from compile_steer.artifacts.files import save_text
+from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.models.divergence import log_softmax
+from compile_steer.models.logprobs import contrast_scores, encode_pairs
+from compile_steer.models.tokens import batches, encode
 from compile_steer.pipeline import run_extract
-from compile_steer.program import Program
-from compile_steer.progress import BarMeter, Meter
 from compile_steer.run import Run
-from compile_steer.settings import Validate
-from compile_steer.tokens import batches, encode
-from compile_steer.validate.measure import Bench
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Program
+from compile_steer.validate.evaluator import Bench
+from compile_steer.validate.options import Validate
 from compile_steer.validate.report import Cell
 from compile_steer.validate.sweep import measure_layers, search_layers
 

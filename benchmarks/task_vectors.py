@@ -18,12 +18,13 @@ from rich.console import Console
 
 from benchmarks.ocean import committed_program, ocean
 from benchmarks.programs import Measure
-from compile_steer.errors import CannotLower
-from compile_steer.lower import Job, full
-from compile_steer.progress import Meter
+from compile_steer.common.errors import CannotLower
+from compile_steer.common.progress import Meter
+from compile_steer.lower import full
+from compile_steer.lower.job import Job
+from compile_steer.lower.options import Full
 from compile_steer.run import Run
-from compile_steer.settings import Full
-from compile_steer.task_vector import cut, look_into
+from compile_steer.tools.task_vector import cut, look_into
 
 SETTINGS = [
     "compile.calibration.prompts=28",

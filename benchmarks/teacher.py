@@ -27,11 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import ROOT, committed_program, machine, ocean
-from compile_steer.files import save_text
-from compile_steer.hooks import steered
-from compile_steer.lower import Job, distill
-from compile_steer.progress import Meter
-from compile_steer.tokens import Encoded
+from compile_steer.artifacts.files import save_text
+from compile_steer.common.progress import Meter
+from compile_steer.lower import distill
+from compile_steer.lower.job import Job
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.hooks import steered
 
 SETTINGS = [
     "compile.calibration.prompts=48",

@@ -15,18 +15,20 @@ import numpy as np
 import torch
 
 from benchmarks.programs import Measure
-from compile_steer.answers import Request, answer
-from compile_steer.contrast import encode_pairs
-from compile_steer.directions import Directions, as_long_as
-from compile_steer.errors import RecipeError
-from compile_steer.lower import BACKENDS, Job
-from compile_steer.observe import contrast
-from compile_steer.passes import canonical
-from compile_steer.patch import applied
-from compile_steer.program import Program
-from compile_steer.progress import Meter
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.models.logprobs import encode_pairs
+from compile_steer.models.observe import contrast
 from compile_steer.run import Run
-from compile_steer.validate import ValidationReport, validate
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.steering.directions import Directions, as_long_as
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import applied
+from compile_steer.steering.program import Program
+from compile_steer.validate.report import ValidationReport
+from compile_steer.validate.stage import validate
 
 SETTINGS = [
     "extract.shuffled=12",

@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compile_steer.hooks import steered
-    from compile_steer.program import Intervention, Program, Site
+    from compile_steer.steering.hooks import steered
+    from compile_steer.steering.program import Intervention, Program, Site
 
 __all__ = ["Intervention", "Program", "Site", "steered"]
 
@@ -16,4 +16,6 @@ def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that the command line can answer before torch is loaded."""
     if name not in __all__:
         raise AttributeError(f"module 'compile_steer' has no attribute '{name}'")
-    return getattr(import_module("compile_steer.hooks" if name == "steered" else "compile_steer.program"), name)
+    return getattr(
+        import_module("compile_steer.steering.hooks" if name == "steered" else "compile_steer.steering.program"), name
+    )

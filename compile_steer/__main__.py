@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from compile_steer.errors import CompileSteerError
+from compile_steer.common.errors import CompileSteerError
 
 
 class _Stopped(BaseException):

@@ -11,27 +11,32 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from compile_steer import processes
-from compile_steer.behaviour import require_distinct
-from compile_steer.card import model_card
-from compile_steer.decompile import Decompiled, decompile
-from compile_steer.directions import Directions
-from compile_steer.errors import ArtifactError, CannotLower, RecipeError
-from compile_steer.export import CURVES, gguf_refusals, is_adapter, kept_patch, write_patch
-from compile_steer.extract import extract, source
-from compile_steer.files import broken_seal, digest, save_text, sha256
-from compile_steer.lower import BACKENDS, Job, Work
-from compile_steer.models import revision_of
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch
-from compile_steer.plan import Choice, plan
-from compile_steer.program import Program
-from compile_steer.provenance import Provenance
-from compile_steer.reload import reload
+from compile_steer.artifacts.files import broken_seal, digest, save_text, sha256
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common import distributed
+from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
+from compile_steer.data.behaviour import require_distinct
+from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, write_patch
+from compile_steer.export.gguf_model import gguf_refusals
+from compile_steer.extract.generation_report import WritingReport
+from compile_steer.extract.stage import extract, source
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.lower.plan import Choice, plan
+from compile_steer.lower.work import Work
+from compile_steer.models.load import revision_of
+from compile_steer.models.reload import reload
+from compile_steer.report.card import model_card
 from compile_steer.run import Run, load_program
-from compile_steer.settings import any_gguf
-from compile_steer.validate import ValidationReport, choose_layers, validate
-from compile_steer.write import WritingReport
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.tools.decompile import Decompiled, decompile
+from compile_steer.validate.report import ValidationReport
+from compile_steer.validate.stage import validate
+from compile_steer.validate.sweep import choose_layers
+from compile_steer.verify.options import any_gguf
 
 
 def run_write(run: Run) -> WritingReport:
@@ -53,7 +58,7 @@ def _extracted_from(run: Run) -> str:
 
 def run_extract(run: Run) -> Directions:
     """Directions of every block, from the training pairs."""
-    processes.require_alone("extraction")
+    distributed.require_alone("extraction")
     require_distinct(run.loaded.tokenizer, run.behaviour)
     inputs = run.inputs("data", "extract", after=_extracted_from(run))
     if run.places.directions.is_file():
@@ -133,10 +138,10 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     verdict, report_hash = _verdict(run, force)
     chosen = [choice.backend for choice in run_plan(run) if choice.chosen]
     program_hash = sha256(run.places.program)
-    alone = processes.count() == 1
+    alone = distributed.count() == 1
     for name in chosen:
         if not BACKENDS[name].shares:
-            processes.require_alone(name)
+            distributed.require_alone(name)
     work = Work(run.places.work if alone else None, run.inputs("data", "compile", after=program_hash))
     job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter, work)
     folders = []
@@ -160,7 +165,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
             seconds=time.perf_counter() - started,
             inputs=inputs,
         )
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             write_patch(folder, patch, run.loaded, origin, model_card(origin, run.places.validation), job.curves)
     work.clear()
     return folders
@@ -204,7 +209,7 @@ def read_curves(run: Run) -> dict[str, dict[str, list[float]]]:
 
 def run_decompile(run: Run, folder: Path) -> Decompiled:
     """The program that explains the artifact at `folder` best, left beside the recipe's own."""
-    processes.require_alone("decompilation")
+    distributed.require_alone("decompilation")
     found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.meter)
     found.save(run.places.decompiled, run.places.decompiled.with_suffix(".json"))
     return found

@@ -16,12 +16,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from compile_steer.behaviour import Data
-from compile_steer.errors import RecipeError
-from compile_steer.files import digest
-from compile_steer.program import parse_positions
-from compile_steer.section import Section
-from compile_steer.settings import Compile, Extract, Validate, Verify
+from compile_steer.artifacts.files import digest
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.options import Section
+from compile_steer.data.kinds import Data
+from compile_steer.extract.options import Extract
+from compile_steer.lower.options import Compile
+from compile_steer.steering.program import parse_positions
+from compile_steer.validate.options import Validate
+from compile_steer.verify.options import Verify
 
 
 class Recipe(Section):

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from compile_steer.behaviour import SPLITS, Behaviour, Pair, Pairs, asked_key, read_pairs
-from compile_steer.behaviour.sources import Reader
-from compile_steer.errors import RecipeError
-from compile_steer.extract import source
-from compile_steer.files import digest
-from compile_steer.models import Loaded, load
-from compile_steer.places import Places
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import Origin
+from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Origin
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import SPLITS, Behaviour, Pair, asked_key
+from compile_steer.data.pairs import Pairs, read_pairs
+from compile_steer.data.sources import Reader
+from compile_steer.extract.generate_pairs import write
+from compile_steer.extract.stage import source
+from compile_steer.models.load import Loaded, load
 from compile_steer.recipe import Recipe
-from compile_steer.write import write
+from compile_steer.steering.program import Program
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.models import Loaded, weights_revision
+from compile_steer.models.load import Loaded, weights_revision
 from tests.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
 
 MERGES = [("h", "e"), ("Ġ", "w"), ("Ġw", "1")]

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from compile_steer.models import Loaded
+from compile_steer.models.load import Loaded
 from tests import tiny
 
 torch.set_num_threads(1)

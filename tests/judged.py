@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.export import write_merged, write_patch
-from compile_steer.models import Loaded, weights_revision
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.export.adapter import write_patch
+from compile_steer.export.merged import write_merged
+from compile_steer.models.load import Loaded, weights_revision
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
-from compile_steer.tokens import Text
-from compile_steer.verify import Parity, Reference, verify_artifact
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.verify.parity import Parity
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import verify_artifact
 from tests.tiny import HIDDEN, VOCAB, build, chatting, intervention
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")

@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from compile_steer.behaviour import Behaviour, Check, Pair, Question
-from compile_steer.models import Loaded
-from compile_steer.scoring import Discrimination, Reply, Scorer, ScorerBase, require_discrimination
-from compile_steer.tokens import Text
+from compile_steer.data.behaviour import Behaviour, Check, Pair, Question
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
+from compile_steer.scoring.check import Discrimination, require_discrimination
+from compile_steer.scoring.reply import Reply, ScorerBase
+from compile_steer.scoring.scorer import Scorer
 
 Sides = Sequence[tuple[str, str]]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from compile_steer.forms import run_merge, run_verify
+from compile_steer.artifact_formats import run_merge, run_verify
+from compile_steer.artifacts.paths import Places
+from compile_steer.common.progress import Meter
 from compile_steer.pipeline import run_compile, run_validate
-from compile_steer.places import Places
-from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 from tests.tiny import build, chatting

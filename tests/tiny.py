@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import POINTS, Intervention, OperationName, Point, Program, Site
-from compile_steer.tokens import Encoded
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.program import POINTS, Intervention, OperationName, Point, Program, Site
 
 VOCAB, HIDDEN, FFN, LAYERS = 97, 32, 48, 4
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3

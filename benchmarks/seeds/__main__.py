@@ -13,8 +13,8 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine
 from benchmarks.seeds.checklist import ticked
-from compile_steer.files import save_text
-from compile_steer.progress import BarMeter
+from compile_steer.artifacts.files import save_text
+from compile_steer.common.progress import BarMeter
 
 PAGE = ROOT / "docs" / "SEEDS.md"
 NAMES = ("a", "b", "c", "d", "e")

@@ -19,22 +19,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 
 from benchmarks.ocean import ROOT
-from compile_steer.answers import Request, answer
-from compile_steer.extract.objective import Objective
+from compile_steer.artifact_formats import run_merge
+from compile_steer.common.progress import BarMeter, Meter, Tick
+from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
-from compile_steer.forms import run_merge
-from compile_steer.generate import continue_prompts
-from compile_steer.metrics import Divergence, bootstrap_mean, divergence
-from compile_steer.models import Loaded, load, quiet
-from compile_steer.observe import final_states, log_probabilities
+from compile_steer.extract.trained_loss import Objective
+from compile_steer.models.divergence import Divergence, bootstrap_mean, divergence
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import Loaded, load, quiet
+from compile_steer.models.observe import final_states, log_probabilities
+from compile_steer.models.reload import reload
+from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.pipeline import run_compile
-from compile_steer.program import Intervention, Program
-from compile_steer.progress import BarMeter, Meter, Tick
 from compile_steer.recipe import read_recipe
-from compile_steer.reload import reload
 from compile_steer.run import Run
-from compile_steer.settings import Extract, Trained
-from compile_steer.tokens import Encoded, Text, encode
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.steering.program import Intervention, Program
 
 NEW_TOKENS = 32
 DIALS = (0.5, 1.0, 1.5)

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from benchmarks.ocean import ROOT
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
-from compile_steer.activations import median_norms, read_activations
-from compile_steer.behaviour import Behaviour
+from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.found import Found
-from compile_steer.lower import Job, closed_form
-from compile_steer.models import EMBEDDED, Loaded, load
-from compile_steer.patch import applied
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.progress import BarMeter, Meter
+from compile_steer.lower import closed_form
+from compile_steer.lower.job import Job
+from compile_steer.lower.options import Calibration, Compile
+from compile_steer.models.activations import median_norms, read_activations
+from compile_steer.models.load import EMBEDDED, Loaded, load
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring import Reply
 from compile_steer.scoring.likelihood import perplexities
-from compile_steer.settings import Calibration, Compile
-from compile_steer.tokens import Text
+from compile_steer.scoring.reply import Reply
+from compile_steer.steering.patch import applied
+from compile_steer.steering.program import Intervention, Program, Site
 
 KINDS = (
     "detectable_format:title",

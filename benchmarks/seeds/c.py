@@ -12,19 +12,19 @@ from rich.console import Console
 
 from benchmarks.ocean import ocean, opened
 from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
-from compile_steer.activations import read_activations
-from compile_steer.contrast import encode_pairs
-from compile_steer.directions import Directions
-from compile_steer.forms import artifacts, run_merge, run_verify
-from compile_steer.metrics import bootstrap_mean
-from compile_steer.observe import contrast
+from compile_steer.artifact_formats import artifacts, run_merge, run_verify
+from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.models.activations import read_activations
+from compile_steer.models.divergence import bootstrap_mean
+from compile_steer.models.logprobs import encode_pairs
+from compile_steer.models.observe import contrast
 from compile_steer.pipeline import run_compile, run_extract, run_validate
-from compile_steer.program import Program
-from compile_steer.progress import BarMeter, Meter
 from compile_steer.run import Run, load_program
-from compile_steer.validate import ValidationReport
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.program import Program
 from compile_steer.validate.controls import separability
-from compile_steer.verify import Parity
+from compile_steer.validate.report import ValidationReport
+from compile_steer.verify.parity import Parity
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS, EVERY = 16, 8, 32, 32, 3

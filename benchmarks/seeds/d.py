@@ -15,12 +15,12 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT, ocean, stream
 from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
-from compile_steer.directions import Directions
-from compile_steer.metrics import bootstrap_mean
+from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.pipeline import run_extract
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.progress import BarMeter, Meter
 from compile_steer.run import Run
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.program import Intervention, Program, Site
 
 BLOCK, CHOSEN = 10, 2.5
 DOSES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 9.0)

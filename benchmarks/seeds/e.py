@@ -21,17 +21,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.ocean import ROOT
-from compile_steer.behaviour import Question
-from compile_steer.directions import as_long_as
+from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.data.behaviour import Question
 from compile_steer.extract import choices
 from compile_steer.extract.choices import Item
-from compile_steer.hooks import steered
-from compile_steer.models import EMBEDDED, Loaded, load
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.progress import BarMeter, Meter
+from compile_steer.models.load import EMBEDDED, Loaded, load
+from compile_steer.models.tokens import Text, encode
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring import letter_tokens
-from compile_steer.tokens import Text, encode
+from compile_steer.scoring.choice import letter_tokens
+from compile_steer.steering.directions import as_long_as
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Intervention, Program, Site
 
 RECIPE = ROOT / "recipes" / "pas.yaml"
 SEEDS = 5  # splits; the paper has 15

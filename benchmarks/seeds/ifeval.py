@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from compile_steer.behaviour import Behaviour, Check, Pair
-from compile_steer.errors import RecipeError
-from compile_steer.files import digest, save_json
-from compile_steer.generate import continue_prompts, ended, response_text
-from compile_steer.models import Loaded, cache_folder
-from compile_steer.program import Program
-from compile_steer.scoring import IFEval, Reply, Score
-from compile_steer.tokens import Text
+from compile_steer.artifacts.files import digest, save_json
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Behaviour, Check, Pair
+from compile_steer.models.generate import continue_prompts, ended, response_text
+from compile_steer.models.load import Loaded, cache_folder
+from compile_steer.models.tokens import Text
+from compile_steer.scoring.ifeval import IFEval
+from compile_steer.scoring.reply import Reply, Score
+from compile_steer.steering.program import Program
 
 FOLDER = "COMPILE_STEER_IFEVAL"
 FORMAT, INCLUDE, EXCLUDE = (

@@ -18,14 +18,14 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.errors import ArtifactError
-from compile_steer.files import new_folder
-from compile_steer.interop.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied
-from compile_steer.probe import fingerprint
-from compile_steer.program import read_tensors
-from compile_steer.provenance import CARD, Provenance
+from compile_steer.artifacts.files import new_folder
+from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.common.errors import ArtifactError
+from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from compile_steer.models.fingerprint import fingerprint
+from compile_steer.models.load import Loaded
+from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.program import read_tensors
 
 PATCH_FILE = "patch.safetensors"
 CURVES = "training.json"

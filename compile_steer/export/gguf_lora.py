@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compile_steer.errors import ArtifactError
+from compile_steer.artifacts.files import new_file
+from compile_steer.common.errors import ArtifactError
 from compile_steer.export.llama_cpp import Arrangement
-from compile_steer.files import new_file
-from compile_steer.gguf_file import write_out
-from compile_steer.patch import WeightPatch
+from compile_steer.models.gguf import write_out
+from compile_steer.steering.patch import WeightPatch
 
 
 def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) -> None:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.artifacts.files import new_folder
+from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.gguf_tokenizer import Field, tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model, patched_config
-from compile_steer.files import new_folder
-from compile_steer.gguf_file import ROPE_FACTORS, write_out
-from compile_steer.models import Loaded, gguf_of
-from compile_steer.patch import WeightPatch
-from compile_steer.provenance import CARD, Provenance
+from compile_steer.models.gguf import ROPE_FACTORS, write_out
+from compile_steer.models.load import Loaded, gguf_of
+from compile_steer.steering.patch import WeightPatch
 
 GGUF_FILE = "model.gguf"
 _Kind = gguf.GGMLQuantizationType

@@ -15,8 +15,8 @@ from typing import Any
 import gguf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from compile_steer.errors import CannotLower
-from compile_steer.models import Loaded, gguf_of
+from compile_steer.common.errors import CannotLower
+from compile_steer.models.load import Loaded, gguf_of
 
 _FIELDS = "tokenizer."
 _TEMPLATE = gguf.Keys.Tokenizer.CHAT_TEMPLATE

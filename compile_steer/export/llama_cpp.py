@@ -13,7 +13,7 @@ import gguf
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compile_steer.errors import ArtifactError, CannotLower
+from compile_steer.common.errors import ArtifactError, CannotLower
 
 # transformers' family -> llama.cpp's architecture.
 _ARCHITECTURES = {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from compile_steer.errors import ArtifactError
-from compile_steer.files import new_folder
-from compile_steer.models import Loaded, quiet
-from compile_steer.patch import WeightPatch, weight_delta
-from compile_steer.provenance import CARD, Provenance
+from compile_steer.artifacts.files import new_folder
+from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.common.errors import ArtifactError
+from compile_steer.models.load import Loaded, quiet
+from compile_steer.steering.patch import WeightPatch, weight_delta
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.activations import read_activations
-from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Question
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Tick
+from compile_steer.data.behaviour import Question
 from compile_steer.extract.found import Found
-from compile_steer.models import Loaded
-from compile_steer.program import Point
-from compile_steer.progress import Tick
-from compile_steer.settings import ChoiceMethod
-from compile_steer.tokens import Text
+from compile_steer.extract.options import ChoiceMethod
+from compile_steer.models.activations import read_activations
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.steering.program import Point
 
 _LEAST = 2  # one item of a kind cannot be shuffled
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compile_steer.directions import FROM_LABELS, unit
+from compile_steer.steering.directions import FROM_LABELS, unit
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compile_steer.directions import as_long_as
-from compile_steer.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError
 from compile_steer.extract.found import Found
-from compile_steer.interop import Foreign, Given
-from compile_steer.interop import read as read_foreign
-from compile_steer.layout import Layout
-from compile_steer.program import Point
-from compile_steer.settings import Extract
+from compile_steer.extract.options import Extract
+from compile_steer.formats.foreign import Foreign, Given
+from compile_steer.formats.formats import read as read_foreign
+from compile_steer.steering.directions import as_long_as
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.program import Point
 
 
 def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point, Found]:

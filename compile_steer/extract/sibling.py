@@ -6,8 +6,8 @@ share is the residual stream, so only models of the same shape and tokenizer are
 
 from __future__ import annotations
 
-from compile_steer.errors import LayoutError
-from compile_steer.models import Loaded, load
+from compile_steer.common.errors import LayoutError
+from compile_steer.models.load import Loaded, load
 
 
 def load_sibling(reference: str, target: Loaded, dtype: str) -> Loaded:

@@ -9,22 +9,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compile_steer.activations import median_norms, read_activations
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.directions import Directions, Source
-from compile_steer.errors import RecipeError
+from compile_steer.artifacts.files import sha256
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
 from compile_steer.extract import choices, imported
 from compile_steer.extract.found import Found
-from compile_steer.extract.from_pairs import find
+from compile_steer.extract.options import ChoiceMethod, Extract, PairMethod
+from compile_steer.extract.pairs import find
 from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
-from compile_steer.files import sha256
-from compile_steer.models import Loaded
-from compile_steer.program import Point
-from compile_steer.progress import Meter
+from compile_steer.models.activations import median_norms, read_activations
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
-from compile_steer.settings import ChoiceMethod, Extract, PairMethod
-from compile_steer.tokens import Text
+from compile_steer.steering.directions import Directions, Source
+from compile_steer.steering.program import Point
 
 
 def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:

@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from compile_steer.activations import read_activations
-from compile_steer.behaviour import Pair
-from compile_steer.directions import Directions, as_long_as
-from compile_steer.errors import RecipeError
-from compile_steer.extract.from_pairs import fit
-from compile_steer.extract.objective import Objective
-from compile_steer.models import Loaded
-from compile_steer.program import Intervention, Point, Program, Site
-from compile_steer.progress import Meter, Tick
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter, Tick
+from compile_steer.data.behaviour import Pair
+from compile_steer.extract.options import Extract, Trained
+from compile_steer.extract.pairs import fit
+from compile_steer.extract.trained_loss import Objective
+from compile_steer.models.activations import read_activations
+from compile_steer.models.load import Loaded
 from compile_steer.recipe import Recipe
-from compile_steer.settings import Extract, Trained
+from compile_steer.steering.directions import Directions, as_long_as
+from compile_steer.steering.program import Intervention, Point, Program, Site
 
 _HELD_OUT_EVERY = 6
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
 from compile_steer.lower.job import Job, first_refusal
-from compile_steer.patch import WeightPatch
-from compile_steer.program import Intervention, Program, Site
+from compile_steer.steering.layout import EXPERTS, Layout, Writer, WriterKind
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Intervention, Program, Site
 
 
 def refusal(program: Program, layout: Layout) -> str | None:

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compile_steer.layout import Layout
+from compile_steer.common.progress import Tick
 from compile_steer.lower.optimise import adamw, held_out_split, set_rate, trainable, worn
-from compile_steer.lower.walk import Flow, Walk, run_block
+from compile_steer.lower.teacher_student import Flow, Walk, run_block
 from compile_steer.lower.work import Curve
-from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
-from compile_steer.progress import Tick
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
 
 
 def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, seed: int, tick: Tick) -> Curve:

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer import processes
-from compile_steer.errors import CannotLower
-from compile_steer.layout import EXPERTS, Layout, Writer, WriterKind
+from compile_steer.common import distributed
+from compile_steer.common.errors import CannotLower
+from compile_steer.common.progress import Tick
 from compile_steer.lower.job import Job
 from compile_steer.lower.regression import Sums, fit
-from compile_steer.lower.walk import Walk, run_block
+from compile_steer.lower.teacher_student import Walk, run_block
 from compile_steer.lower.work import NOWHERE, Work
-from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied, linear_shape
-from compile_steer.program import Program
-from compile_steer.progress import Tick
-from compile_steer.tokens import Encoded
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.layout import EXPERTS, Layout, Writer, WriterKind
+from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
+from compile_steer.steering.program import Program
 
 _HELD_OUT_EVERY = 5
 _CORRECTION_RANK = 8
@@ -158,7 +158,7 @@ def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
             y, weight = channel.pull_back((flow.target - student)[real].float(), written, student[real].float())
             rows = torch.tensor(flow.batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
             held = (
-                rows * processes.count() + processes.rank()
+                rows * distributed.count() + distributed.rank()
             ) % _HELD_OUT_EVERY == 0  # the same texts, however they are shared
             for part, chosen in zip(sums, (~held, held), strict=True):
                 part.add(x[chosen], y[chosen], weight[chosen])

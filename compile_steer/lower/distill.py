@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compile_steer.layout import Layout
+from compile_steer.common.progress import Tick
 from compile_steer.lower import closed_form, likelihood
 from compile_steer.lower.block_fit import fit_block, random_edits
 from compile_steer.lower.job import Job
 from compile_steer.lower.optimise import adamw, require_rank, trainable, worn
+from compile_steer.lower.teacher_student import Walk
 from compile_steer.lower.train import train
-from compile_steer.lower.walk import Walk
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.progress import Tick
-from compile_steer.tokens import Encoded
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import LowRank, WeightPatch
 
 
 def lower(job: Job) -> WeightPatch:

@@ -13,16 +13,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from compile_steer.errors import CannotLower
-from compile_steer.layout import Layout
+from compile_steer.common.errors import CannotLower
 from compile_steer.lower.apollo import Apollo
 from compile_steer.lower.job import Job
 from compile_steer.lower.optimise import BETAS, require_rank
+from compile_steer.lower.options import Full
 from compile_steer.lower.train import train
-from compile_steer.patch import WeightPatch
-from compile_steer.program import Program
-from compile_steer.settings import Full
-from compile_steer.task_vector import cut
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.tools.task_vector import cut
 
 
 def adapter_refusal(_program: Program, _layout: Layout) -> str:

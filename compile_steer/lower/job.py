@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from compile_steer import processes
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_encoded
-from compile_steer.layout import Layout
+from compile_steer.common import distributed
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter, Tick
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.lower.options import Compile
 from compile_steer.lower.work import NOWHERE, Curve, Work
-from compile_steer.models import Loaded
-from compile_steer.patch import WeightPatch
-from compile_steer.program import Intervention, Program
-from compile_steer.progress import Meter, Tick
-from compile_steer.settings import Compile
-from compile_steer.tokens import Encoded, Text, encode
+from compile_steer.models.generate import continue_encoded
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Intervention, Program
 
 Refusal = Callable[[Program, Layout], str | None]
 
@@ -83,9 +83,9 @@ class Job:
             return [Encoded.from_json(one) for one in kept[1]]
         # By length, because a batch is padded to its longest prompt.
         prompts = [encode(self.loaded.tokenizer, text) for text in sorted(available[start:stop], key=_length)]
-        mine = processes.share(prompts)
+        mine = distributed.share(prompts)
         with self.meter.phase(f"steered model writes {label}", len(mine)) as tick:
-            found = self.write(mine, self.program, self.seed + start + 104729 * processes.rank(), tick)
+            found = self.write(mine, self.program, self.seed + start + 104729 * distributed.rank(), tick)
         self.work.keep(label, {}, [asdict(one) for one in found])
         return found
 

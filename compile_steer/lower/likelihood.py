@@ -17,14 +17,14 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.extras import require_library
+from compile_steer.common.errors import require_library
+from compile_steer.common.progress import Tick
 from compile_steer.lower.job import Job
 from compile_steer.lower.optimise import Factors, adamw
 from compile_steer.lower.train import Batches
-from compile_steer.models import quiet
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.progress import Tick
-from compile_steer.tokens import Encoded
+from compile_steer.models.load import quiet
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.patch import LowRank, WeightPatch
 
 
 def require_trl() -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compile_steer.metrics import chunks, log_softmax
-from compile_steer.replay import readout
+from compile_steer.models.divergence import chunks, log_softmax
+from compile_steer.models.forward import readout
 
 
 @dataclass(frozen=True)

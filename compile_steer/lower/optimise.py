@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from compile_steer.errors import CannotLower
-from compile_steer.layout import Layout
-from compile_steer.patch import LowRank, WeightPatch, linear_shape
+from compile_steer.common.errors import CannotLower
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import LowRank, WeightPatch, linear_shape
 
 T = TypeVar("T")
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]

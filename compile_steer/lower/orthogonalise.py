@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.layout import EXPERTS, Layout, WriterKind
 from compile_steer.lower import bias
 from compile_steer.lower.job import Job, first_refusal
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Intervention, Program, Site
+from compile_steer.steering.layout import EXPERTS, Layout, WriterKind
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.program import Intervention, Program, Site
 
 _EMBEDDINGS = Site(0, "resid_pre")
 

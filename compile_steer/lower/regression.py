@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compile_steer.patch import LowRank
-from compile_steer.processes import sum_over_all
+from compile_steer.common.distributed import sum_over_all
+from compile_steer.steering.patch import LowRank
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 

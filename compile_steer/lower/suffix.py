@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from compile_steer.hooks import PAD, steered
-from compile_steer.lower.walk import run_block
-from compile_steer.metrics import divergence
-from compile_steer.models import Loaded
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.program import Program
-from compile_steer.replay import run_span
-from compile_steer.tokens import Batch, Encoded, batches
+from compile_steer.lower.teacher_student import run_block
+from compile_steer.models.divergence import divergence
+from compile_steer.models.forward import run_span
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Batch, Encoded, batches
+from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Program
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from compile_steer.common.progress import Tick
 from compile_steer.lower.job import Job
 from compile_steer.lower.objective import OBJECTIVES, Objective
 from compile_steer.lower.optimise import held_out_split, set_rate
+from compile_steer.lower.options import Training
 from compile_steer.lower.suffix import Item, Suffix
-from compile_steer.metrics import divergence
-from compile_steer.models import DTYPES
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.program import Program
-from compile_steer.progress import Tick
-from compile_steer.settings import Training
-from compile_steer.tokens import Encoded
+from compile_steer.models.divergence import divergence
+from compile_steer.models.load import DTYPES
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Program
 
 
 def train(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from compile_steer.engines.reading import Reading
-from compile_steer.engines.ship import Shipped
+from compile_steer.tools.serving.export import Shipped
+from compile_steer.tools.serving.record import Reading
 
 
 def print_shipped(console: Console, found: Shipped) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compile_steer.files import save_text
-from compile_steer.plan import Choice
+from compile_steer.artifacts.files import save_text
+from compile_steer.lower.plan import Choice
 from compile_steer.recipe import Recipe
-from compile_steer.validate import ValidationReport, block_name
-from compile_steer.verify import Parity
+from compile_steer.validate.report import ValidationReport, block_name
+from compile_steer.verify.parity import Parity
 
 matplotlib.use("svg")
 from matplotlib.figure import Figure

@@ -10,14 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn.functional import cosine_similarity
 
-from compile_steer.compose import LOADED, Composition
-from compile_steer.decompile import Decompiled
-from compile_steer.plan import Choice
-from compile_steer.program import Program
-from compile_steer.recombine import Recombined
-from compile_steer.validate import ValidationReport, block_name
-from compile_steer.verify import Parity
-from compile_steer.write import WritingReport
+from compile_steer.extract.generation_report import WritingReport
+from compile_steer.lower.plan import Choice
+from compile_steer.steering.program import Program
+from compile_steer.tools.decompile import Decompiled
+from compile_steer.tools.interference import LOADED
+from compile_steer.tools.interference_report import Composition
+from compile_steer.tools.recombine import Recombined
+from compile_steer.validate.report import ValidationReport, block_name
+from compile_steer.verify.parity import Parity
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 

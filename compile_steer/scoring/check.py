@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import RecipeError
-from compile_steer.metrics import auroc
-from compile_steer.models import Loaded
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.divergence import auroc
+from compile_steer.models.load import Loaded
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 

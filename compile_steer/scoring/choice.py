@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import RecipeError
-from compile_steer.models import Loaded
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
-from compile_steer.tokens import Text, encode
 
 
 class Choice(ScorerBase):

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.errors import RecipeError
-from compile_steer.metrics import auroc
-from compile_steer.models import Loaded, quiet
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.models.divergence import auroc
+from compile_steer.models.load import Loaded, quiet
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 _BATCH = 32

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.models import Loaded
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded
 from compile_steer.scoring.choice import Choice
 from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.ifeval import IFEval

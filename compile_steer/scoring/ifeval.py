@@ -12,10 +12,9 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from compile_steer.behaviour import Behaviour, Check
-from compile_steer.errors import RecipeError
-from compile_steer.extras import require_library
-from compile_steer.models import Loaded
+from compile_steer.common.errors import RecipeError, require_library
+from compile_steer.data.behaviour import Behaviour, Check
+from compile_steer.models.load import Loaded
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 _PROBE = "It is so. It was so."

@@ -11,11 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import RecipeError
-from compile_steer.extras import require_library
-from compile_steer.files import digest
-from compile_steer.models import Loaded, cache_folder
+from compile_steer.artifacts.files import digest
+from compile_steer.common.errors import RecipeError, require_library
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded, cache_folder
 from compile_steer.scoring.ledger import Ledger
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 

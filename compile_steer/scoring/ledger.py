@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compile_steer.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError
 
 
 class Ledger:

@@ -8,11 +8,11 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.contrast import mean_log_probabilities
-from compile_steer.models import Loaded
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded
+from compile_steer.models.logprobs import mean_log_probabilities
+from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
-from compile_steer.tokens import Encoded, Text, encode
 
 
 class Perplexity(ScorerBase):

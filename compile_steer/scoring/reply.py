@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.models import Loaded
-from compile_steer.section import Section
+from compile_steer.common.options import Section
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.activations import capture, read_activations
-from compile_steer.behaviour import Pair
-from compile_steer.directions import Directions, as_long_as, unit
-from compile_steer.errors import RecipeError
-from compile_steer.hooks import PAD, in_scope
-from compile_steer.metrics import auroc
-from compile_steer.models import Loaded
-from compile_steer.program import Intervention, Point, Program, replace_intervention
-from compile_steer.progress import Tick
-from compile_steer.tokens import Text, batches, encode
-from compile_steer.validate.measure import Bench
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Tick
+from compile_steer.data.behaviour import Pair
+from compile_steer.models.activations import capture, read_activations
+from compile_steer.models.divergence import auroc
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text, batches, encode
+from compile_steer.steering.directions import Directions, as_long_as, unit
+from compile_steer.steering.hooks import PAD, in_scope
+from compile_steer.steering.program import Intervention, Point, Program, replace_intervention
+from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Controls, Separability
 from compile_steer.validate.statistics import outlier_p, rank_p
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from compile_steer.directions import EVERY_BLOCK, FROM_LABELS
-from compile_steer.files import load_json, save_sealed
-from compile_steer.metrics import Interval
+from compile_steer.artifacts.files import load_json, save_sealed
+from compile_steer.models.divergence import Interval
+from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validate.search import Rung
 from compile_steer.validate.statistics import Power
 

@@ -6,22 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compile_steer.activations import read_activations
-from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.metrics import bootstrap_mean
-from compile_steer.models import Loaded
-from compile_steer.program import Program
-from compile_steer.progress import Meter
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.models.activations import read_activations
+from compile_steer.models.divergence import bootstrap_mean
+from compile_steer.models.load import Loaded
 from compile_steer.recipe import Recipe
-from compile_steer.scoring import Score, require_discrimination
-from compile_steer.validate.arms import answer_arms, pair_rows
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.scoring.check import require_discrimination
+from compile_steer.scoring.reply import Score
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.program import Program
+from compile_steer.validate.conditions import answer_arms, pair_rows
 from compile_steer.validate.controls import Stream, measure_controls, mismatched_directions, separability
-from compile_steer.validate.doses import dose_response
-from compile_steer.validate.measure import Bench
+from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Cell, Coherence, Controls, Separability, ValidationReport
 from compile_steer.validate.statistics import Power, power, score_spread, sign_flip
+from compile_steer.validate.strengths import dose_response
 from compile_steer.validate.sweep import Sweep, candidates, sweep
 from compile_steer.validate.verdict import judge, remarks
 

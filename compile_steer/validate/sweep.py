@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compile_steer.answers import Answers, Request, answer
-from compile_steer.behaviour import Behaviour
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import LayoutError, RecipeError
-from compile_steer.models import Loaded
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.scoring import Score
-from compile_steer.settings import Target, Validate
-from compile_steer.validate.measure import Bench
+from compile_steer.common.errors import LayoutError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.load import Loaded
+from compile_steer.scoring.answers import Answers, Request, answer
+from compile_steer.scoring.reply import Score
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.program import Program
+from compile_steer.validate.evaluator import Bench
+from compile_steer.validate.options import Target, Validate
 from compile_steer.validate.report import Cell, block_name
 from compile_steer.validate.search import Rung, climb, halve, solve
 from compile_steer.validate.statistics import discoveries, sign_flip

@@ -8,8 +8,8 @@ so than random directions do. benchmarks/calibration.py measures how often that 
 
 from __future__ import annotations
 
-from compile_steer.directions import FROM_LABELS
-from compile_steer.settings import Validate
+from compile_steer.steering.directions import FROM_LABELS
+from compile_steer.validate.options import Validate
 from compile_steer.validate.report import Controls, ValidationReport, Verdict
 from compile_steer.validate.statistics import LEVEL
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from compile_steer.generate import continue_prompts, response_text
-from compile_steer.models import Loaded
-from compile_steer.program import Program
-from compile_steer.tokens import Text
+from compile_steer.models.generate import continue_prompts, response_text
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
+from compile_steer.steering.program import Program
 from compile_steer.verify.equivalence import LEVEL, Equivalence, equivalence
 
 _TOKENS = 12  # the longest right answer has five words

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.errors import ArtifactError
-from compile_steer.models import Loaded
-from compile_steer.observe import States, final_states
-from compile_steer.tokens import Encoded
+from compile_steer.common.errors import ArtifactError
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import States, final_states
+from compile_steer.models.tokens import Encoded
 
 HALF = float(torch.finfo(torch.float16).max)
 _TEXTS = 4  # what overflows does so on any text: the largest activations are those of a text's first token

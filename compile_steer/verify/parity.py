@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from compile_steer.files import load_json, save_sealed
-from compile_steer.settings import Gates
+from compile_steer.artifacts.files import load_json, save_sealed
+from compile_steer.verify.adapter_scale import Dial
 from compile_steer.verify.capability import Capability
-from compile_steer.verify.dial import Dial
 from compile_steer.verify.equivalence import Equivalence
-from compile_steer.verify.kinds import OnKind
+from compile_steer.verify.options import Gates
+from compile_steer.verify.prompt_sets import OnKind
 
 # A compiled model that moves by more or less than this share of the steering has another dose, however
 # small its divergence: a share of KL grows only with the square of the dose's error.

@@ -10,23 +10,23 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour
-from compile_steer.contrast import encode_pairs
-from compile_steer.errors import ArtifactError, RecipeError
-from compile_steer.generate import continue_prompts
-from compile_steer.metrics import Divergence, divergence
-from compile_steer.models import Loaded
-from compile_steer.observe import States, contrast, final_states
-from compile_steer.program import Program
-from compile_steer.progress import Meter
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.divergence import Divergence, divergence
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import Loaded
+from compile_steer.models.logprobs import encode_pairs
+from compile_steer.models.observe import States, contrast, final_states
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.recipe import Recipe
-from compile_steer.scoring import Score
-from compile_steer.tokens import Encoded, encode
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.scoring.reply import Score
+from compile_steer.steering.program import Program
 from compile_steer.verify.capability import answered
 from compile_steer.verify.equivalence import Measure, Planned, planned
-from compile_steer.verify.kinds import Kinds
-from compile_steer.verify.rounded import Rounded, Rounding
+from compile_steer.verify.prompt_sets import Kinds
+from compile_steer.verify.quantized import Rounded, Rounding
 
 DIALS = (0.0, 0.5, 1.0, -1.0)
 _DIAL_TEXTS = 4

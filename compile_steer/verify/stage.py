@@ -9,24 +9,24 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from compile_steer.errors import ArtifactError
-from compile_steer.files import digest
-from compile_steer.metrics import bootstrap_ratio, bootstrap_recovery
-from compile_steer.models import Loaded
-from compile_steer.observe import States, final_states
-from compile_steer.probe import fingerprint
-from compile_steer.provenance import Provenance, weights_sha256
-from compile_steer.reload import reload
-from compile_steer.settings import Gates
-from compile_steer.tokens import encode
+from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.provenance import Provenance, weights_sha256
+from compile_steer.common.errors import ArtifactError
+from compile_steer.models.divergence import bootstrap_ratio, bootstrap_recovery
+from compile_steer.models.fingerprint import fingerprint
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import States, final_states
+from compile_steer.models.reload import reload
+from compile_steer.models.tokens import encode
+from compile_steer.verify.adapter_controls import adapter_controls
+from compile_steer.verify.adapter_scale import dials
 from compile_steer.verify.capability import Capability, answered, compared
-from compile_steer.verify.controls import adapter_controls
-from compile_steer.verify.dial import dials
 from compile_steer.verify.equivalence import Equivalence, equivalence
+from compile_steer.verify.options import Gates
 from compile_steer.verify.overflow import require_finite, require_half_range
 from compile_steer.verify.parity import Distance, Likeness, Parity, Rounding, judge
+from compile_steer.verify.quantized import Rounded, rounding_of
 from compile_steer.verify.reference import CONTROL_PAIRS, Behaving, Reference, behave
-from compile_steer.verify.rounded import Rounded, rounding_of
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.hooks import steered
-from compile_steer.lower import Job
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.lower.closed_form import Stage, solve_stages
-from compile_steer.models import Loaded
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.program import Intervention, Program
-from compile_steer.progress import Meter
-from compile_steer.settings import Compile
-from compile_steer.tokens import Encoded
+from compile_steer.lower.job import Job
+from compile_steer.lower.options import Compile
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Intervention, Program
 from tests.tiny import Padded, logits, program, texts
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite")

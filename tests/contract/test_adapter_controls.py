@@ -11,14 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from compile_steer.behaviour import Pair
-from compile_steer.contrast import encode_pairs
-from compile_steer.models import Loaded
-from compile_steer.observe import contrast
-from compile_steer.reload import reload
-from compile_steer.tokens import Text
-from compile_steer.verify import Reference
-from compile_steer.verify.controls import _factors, _norm, _randomised, adapter_controls
+from compile_steer.data.behaviour import Pair
+from compile_steer.models.load import Loaded
+from compile_steer.models.logprobs import encode_pairs
+from compile_steer.models.observe import contrast
+from compile_steer.models.reload import reload
+from compile_steer.models.tokens import Text
+from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
+from compile_steer.verify.reference import Reference
 from tests.tiny import REVISION, build, saved, tokenizer
 
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]

@@ -14,15 +14,16 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from compile_steer.card import model_card
-from compile_steer.errors import ArtifactError
-from compile_steer.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PATCH_FILE, read_patch, write_merged, write_patch
-from compile_steer.export.merged import merged_model
-from compile_steer.models import Loaded, quiet
-from compile_steer.patch import LowRank, WeightPatch, applied
-from compile_steer.probe import TEXTS
-from compile_steer.program import read_tensors
-from compile_steer.provenance import PROVENANCE, Provenance
+from compile_steer.artifacts.provenance import PROVENANCE, Provenance
+from compile_steer.common.errors import ArtifactError
+from compile_steer.export.adapter import PATCH_FILE, read_patch, write_patch
+from compile_steer.export.merged import merged_model, write_merged
+from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from compile_steer.models.fingerprint import TEXTS
+from compile_steer.models.load import Loaded, quiet
+from compile_steer.report.card import model_card
+from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.program import read_tensors
 from tests.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
 Save = Callable[[str], Loaded]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_steer.errors import CompileSteerError
-from compile_steer.lower import BACKENDS, closed_form
+from compile_steer.common.errors import CompileSteerError
+from compile_steer.lower import closed_form
+from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Intervention
-from compile_steer.settings import ClosedForm, ClosedFormStage, Compile
+from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.program import Intervention
 from tests.contract.fitting import (
     FAMILIES,
     HELD_OUT,

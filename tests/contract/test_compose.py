@@ -16,31 +16,31 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from compile_steer.chain import walk
+from compile_steer.artifacts.files import digest, sha256
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.cli import app
-from compile_steer.compose import JOINT, LOADED, STACKED, Composition, Member, measure, summed
-from compile_steer.compose.stage import _texts
-from compile_steer.describe import describe_artifact
-from compile_steer.errors import ArtifactError, CompileSteerError
-from compile_steer.export import read_patch, write_patch
+from compile_steer.common.errors import ArtifactError, CompileSteerError
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.files import digest, sha256
-from compile_steer.hooks import steered
 from compile_steer.lower import bias
 from compile_steer.lower.closed_form import Stage
-from compile_steer.metrics import divergence
-from compile_steer.models import Loaded, load, quiet
-from compile_steer.observe import final_states
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.places import Places
-from compile_steer.program import Intervention, Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance, artifact_sha256
+from compile_steer.models.divergence import divergence
+from compile_steer.models.load import Loaded, load, quiet
+from compile_steer.models.observe import final_states
+from compile_steer.models.reload import reload_adapters, switch
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.reload import reload_adapters, switch
-from compile_steer.several import Several, run_compose
-from compile_steer.tokens import Text
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.tools.compose import Several, run_compose
+from compile_steer.tools.describe import describe_artifact
+from compile_steer.tools.interference import JOINT, LOADED, STACKED, Member, _texts, measure, summed
+from compile_steer.tools.interference_report import Composition
+from compile_steer.tools.lineage import walk
 from tests.contract.fitting import solve
 from tests.contract.test_adapters import origin
 from tests.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts

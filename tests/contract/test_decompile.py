@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.decompile import Decompiled, decompile
-from compile_steer.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias
-from compile_steer.models import Loaded
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.tokens import Text
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.tools.decompile import Decompiled, decompile
 from tests.tiny import build, intervention, loaded, program, random_patch
 
 Save = Callable[[str], Loaded]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_steer.errors import CannotLower
-from compile_steer.layout import WriterKind
+from compile_steer.common.errors import CannotLower
 from compile_steer.lower import closed_form, distill
 from compile_steer.lower.closed_form import Stage, plan_stages
-from compile_steer.models import Loaded
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.program import Program
-from compile_steer.settings import ClosedForm, ClosedFormStage, Compile, Distill
+from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile, Distill
+from compile_steer.models.load import Loaded
+from compile_steer.steering.layout import WriterKind
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Program
 from tests.contract.fitting import (
     CALIBRATION,
     FAMILIES,

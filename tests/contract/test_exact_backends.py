@@ -10,18 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
-from compile_steer.hooks import steered
-from compile_steer.layout import Layout
-from compile_steer.lower import BACKENDS, Job, bias, orthogonalise, retarget
-from compile_steer.models import Loaded, quiet
-from compile_steer.passes import canonical
-from compile_steer.patch import WeightPatch
-from compile_steer.program import POINTS, Point, Program, ablate_everywhere
-from compile_steer.progress import Meter
-from compile_steer.settings import Compile
+from compile_steer.lower import bias, convert_architecture, orthogonalise
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.lower.options import Compile
+from compile_steer.models.load import Loaded, quiet
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import POINTS, Point, Program, ablate_everywhere
 from tests.tiny import (
     EVERYWHERE,
     FAMILIES,
@@ -227,9 +229,9 @@ def test_a_window_that_acts_is_not_rewritten_away() -> None:
     steering = canonical(program("mistral", intervention()))
     for window, refused in ((6, True), (64, False), (None, False)):
         layout = Layout.of(build("mistral", sliding_window=window))
-        assert (retarget.refusal(steering, layout) is not None) == refused
-    assert "not one of the families" in (retarget.refusal(steering, loaded("gpt2").layout) or "")
-    assert retarget.refusal(steering, loaded("llama").layout) == "it is llama already"
+        assert (convert_architecture.refusal(steering, layout) is not None) == refused
+    assert "not one of the families" in (convert_architecture.refusal(steering, loaded("gpt2").layout) or "")
+    assert convert_architecture.refusal(steering, loaded("llama").layout) == "it is llama already"
 
 
 # ------------------------------------------------------------------------------------------- merging

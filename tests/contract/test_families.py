@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.hooks import RESPONSE, steered
-from compile_steer.layout import FAMILIES as KNOWN
-from compile_steer.lower import BACKENDS
-from compile_steer.passes import canonical
-from compile_steer.program import OPERATIONS, POINTS, Intervention, Point
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.steering.hooks import RESPONSE, steered
+from compile_steer.steering.layout import FAMILIES as KNOWN
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.program import OPERATIONS, POINTS, Intervention, Point
 from tests.tiny import (
     EVERYWHERE,
     FAMILIES,

@@ -9,15 +9,17 @@ import pytest
 import torch
 from peft import PeftModel
 
-from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import is_adapter, read_patch
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.export.adapter import is_adapter, read_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.hooks import steered
-from compile_steer.lower import BACKENDS, Job, full
-from compile_steer.models import Loaded, quiet
-from compile_steer.patch import WeightPatch, applied
-from compile_steer.program import Program
-from compile_steer.settings import Compile, Full
+from compile_steer.lower import full
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.lower.options import Compile, Full
+from compile_steer.models.load import Loaded, quiet
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.program import Program
 from tests.contract.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, job, share, steering_of
 from tests.contract.test_adapters import plain, write
 from tests.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error

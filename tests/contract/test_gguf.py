@@ -15,16 +15,18 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
-from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import GGUF_FILE, read_patch, write_gguf, write_lora_gguf, write_patch
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.export.adapter import read_patch, write_patch
+from compile_steer.export.gguf_lora import write_lora_gguf
+from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model
-from compile_steer.gguf_file import tensors
-from compile_steer.models import Loaded, load
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.provenance import Provenance
-from compile_steer.reload import reload
+from compile_steer.models.gguf import tensors
+from compile_steer.models.load import Loaded, load
+from compile_steer.models.reload import reload
+from compile_steer.steering.patch import LowRank, WeightPatch
 from tests import byte_level
 from tests.tiny import CONFIGS, HIDDEN, build, loaded, random_patch
 

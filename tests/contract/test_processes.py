@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compile_steer import processes
-from compile_steer.errors import RecipeError
+from compile_steer.common import distributed
+from compile_steer.common.errors import RecipeError
 from compile_steer.lower.closed_form import Stage, solve_stages
-from compile_steer.patch import WeightPatch
+from compile_steer.steering.patch import WeightPatch
 from tests.contract.fitting import CALIBRATION, steering_of
 from tests.tiny import intervention, loaded
 
@@ -24,7 +24,7 @@ STAGES = [Stage(1, "mlp", 3), Stage(2, "attn", 2)]
 
 def solved() -> WeightPatch:
     steering = steering_of("granite", intervention("ablate", "mlp_out", 1))
-    return solve_stages(steering, loaded("granite"), processes.share(CALIBRATION), STAGES, lambda _done: None).patch
+    return solve_stages(steering, loaded("granite"), distributed.share(CALIBRATION), STAGES, lambda _done: None).patch
 
 
 def test_two_processes_solve_what_one_does(tmp_path: Path) -> None:
@@ -48,15 +48,15 @@ def test_two_processes_solve_what_one_does(tmp_path: Path) -> None:
 
 
 def test_what_one_process_alone_can_do_is_refused_to_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes.require_alone("merging")
+    distributed.require_alone("merging")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="merging runs in one process; start it without torchrun"):
-        processes.require_alone("merging")
+        distributed.require_alone("merging")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes.join()
+    distributed.join()
     deltas = {name: (edit.B @ edit.A).contiguous() for name, edit in solved().low_rank.items()}
-    save_file(deltas, str(Path(sys.argv[1]) / f"{processes.rank()}.safetensors"))
-    processes.leave()
+    save_file(deltas, str(Path(sys.argv[1]) / f"{distributed.rank()}.safetensors"))
+    distributed.leave()

@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from compile_steer.__main__ import main
-from compile_steer.chain import walk
-from compile_steer.errors import ArtifactError
-from compile_steer.export import read_patch, write_patch
-from compile_steer.forms import artifacts, run_merge
+from compile_steer.artifact_formats import artifacts, run_merge
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Provenance, artifact_sha256
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lower.train import train
-from compile_steer.models import Loaded, load
-from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.models.load import Loaded, load
+from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_compile
-from compile_steer.places import Places
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance, artifact_sha256
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.reload import reload
 from compile_steer.run import Run
+from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.steering.program import Program
+from compile_steer.tools.lineage import walk
 from tests.contract.test_adapters import origin
 from tests.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
 

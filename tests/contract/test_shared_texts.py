@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.hooks import PROMPT, RESPONSE, steered
-from compile_steer.metrics import divergence
-from compile_steer.models import Loaded
-from compile_steer.program import Program
-from compile_steer.replay import run_span
-from compile_steer.tokens import Encoded, pad
-from compile_steer.validate.packing import can_share, pack
-from compile_steer.validate.shared import SharedTexts
+from compile_steer.models.divergence import divergence
+from compile_steer.models.forward import run_span
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded, pad
+from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
+from compile_steer.steering.program import Program
+from compile_steer.validate.packed_batch import can_share, pack
+from compile_steer.validate.prefix_cache import SharedTexts
 from tests.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
 
 

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from compile_steer.hooks import steered
-from compile_steer.lower import Job, Work, distill
+from compile_steer.lower import distill
+from compile_steer.lower.job import Job
 from compile_steer.lower.objective import OBJECTIVES
 from compile_steer.lower.optimise import adamw, trainable, worn
+from compile_steer.lower.options import Calibration, Compile, Distill
 from compile_steer.lower.suffix import Suffix
 from compile_steer.lower.train import train
-from compile_steer.models import Loaded
-from compile_steer.patch import LowRank, WeightPatch, applied
-from compile_steer.program import Program
-from compile_steer.settings import Calibration, Compile, Distill
-from compile_steer.tokens import Encoded
+from compile_steer.lower.work import Work
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.program import Program
 from tests.contract.fitting import CALIBRATION, HELD_OUT, TRAINING, job, share, steering_of
 from tests.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
 

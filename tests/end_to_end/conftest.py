@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from compile_steer.places import Places
-from compile_steer.progress import Meter
+from compile_steer.artifacts.paths import Places
+from compile_steer.common.progress import Meter
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 

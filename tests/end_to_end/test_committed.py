@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from compile_steer.files import sha256
-from compile_steer.forms import run_verify
-from compile_steer.places import Places
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
+from compile_steer.artifact_formats import run_verify
+from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.progress import Meter
 from compile_steer.recipe import read_recipe
 from compile_steer.run import Run
-from compile_steer.validate import ValidationReport
+from compile_steer.steering.program import Program
+from compile_steer.validate.report import ValidationReport
 from tests.end_to_end.conftest import RECIPE, ROOT, SMALL
 
 PLACES = Places(ROOT, "ocean")

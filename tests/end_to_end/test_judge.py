@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from compile_steer.export import read_patch, write_merged, write_patch
-from compile_steer.files import sha256
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.provenance import Provenance
+from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.export.adapter import read_patch, write_patch
+from compile_steer.export.merged import write_merged
 from compile_steer.run import Run, load_program
-from compile_steer.verify import Parity, Reference, verify_artifact
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.verify.parity import Parity
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import verify_artifact
 from tests.end_to_end.conftest import Walk
 
 Fault = Callable[[WeightPatch], WeightPatch]

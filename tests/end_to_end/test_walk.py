@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.decompile import decompile
-from compile_steer.describe import describe_artifact
-from compile_steer.hooks import steered
-from compile_steer.program import Program
-from compile_steer.reload import reload
+from compile_steer.models.reload import reload
+from compile_steer.models.tokens import encode, pad
 from compile_steer.run import Run, load_program
-from compile_steer.tokens import encode, pad
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Program
+from compile_steer.tools.decompile import decompile
+from compile_steer.tools.describe import describe_artifact
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
 FIELDS = {
@@ -118,8 +118,8 @@ def test_the_program_file_is_what_the_format_says(walk: Walk) -> None:
 
 
 def test_the_chain_of_hashes_joins_data_vector_adapter_and_merged(walk: Walk) -> None:
-    from compile_steer.files import sha256
-    from compile_steer.provenance import artifact_sha256
+    from compile_steer.artifacts.files import sha256
+    from compile_steer.artifacts.provenance import artifact_sha256
 
     adapter = json.loads((walk.out / "adapters/ocean-closed_form/compile_steer.json").read_text())
     merged = json.loads((walk.out / "merged/ocean-closed_form-fp32/compile_steer.json").read_text())

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compile_steer.hooks import steered
-from compile_steer.passes import canonical
-from compile_steer.program import (
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.program import (
     OPERATIONS,
     POINTS,
     Intervention,

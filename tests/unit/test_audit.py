@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compile_steer.audit import Audit, audit
 from compile_steer.cli import app
-from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.export import write_lora, write_patch
+from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import write_lora, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import bias, orthogonalise, retarget
-from compile_steer.models import Loaded, load
-from compile_steer.passes import canonical
-from compile_steer.patch import LowRank, WeightPatch
-from compile_steer.program import Program, ablate_everywhere
-from compile_steer.progress import Meter
+from compile_steer.lower import bias, convert_architecture, orthogonalise
+from compile_steer.models.load import Loaded, load
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.program import Program, ablate_everywhere
+from compile_steer.tools.audit import Audit, audit
 from tests.contract.fitting import job
 from tests.contract.test_adapters import origin
 from tests.tiny import HIDDEN, LAYERS, build, chatting, intervention, random_patch, vector
@@ -181,7 +181,9 @@ def test_tensors_that_came_went_or_changed_shape_are_told_apart(base: Loaded, tm
 def test_another_architecture_and_an_untied_head_are_seen_through(tmp_path: Path) -> None:
     one = on_disk("qwen2", tmp_path / "qwen")
     program = Program((intervention(layer=1),), one.id, one.revision)
-    found = look(one, merged(one, retarget.lower(job(one, canonical(program))), tmp_path / "llama"), program)
+    found = look(
+        one, merged(one, convert_architecture.lower(job(one, canonical(program))), tmp_path / "llama"), program
+    )
     assert {setting.key for setting in found.settings} >= {"model_type", "architectures"}
     (baked,) = found.baked
     assert baked.kind == "added"

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from compile_steer.behaviour import SPLITS, Behaviour, Pairs
-from compile_steer.errors import RecipeError
-from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from compile_steer.tokens import Encoded, Text, batches, encode, pad, prompt_text
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import SPLITS, Behaviour
+from compile_steer.data.pairs import Pairs
+from compile_steer.models.tokens import Encoded, Text, batches, encode, pad, prompt_text
+from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from tests.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
 
 Row = dict[str, Any]

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from scipy.stats import binom
 
-from compile_steer.generate import continue_prompts, response_text
-from compile_steer.report import print_parities
-from compile_steer.settings import Verify
-from compile_steer.tokens import Text
+from compile_steer.models.generate import continue_prompts, response_text
+from compile_steer.models.tokens import Text
+from compile_steer.report.terminal import print_parities
 from compile_steer.verify.capability import _TOKENS, ITEMS, Item, answered, compared
+from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
 from tests.judged import Scene
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from compile_steer.card import engines, model_card, update_card
-from compile_steer.files import save_sealed
-from compile_steer.forms import run_verify
-from compile_steer.provenance import Provenance
-from compile_steer.validate import ValidationReport
-from compile_steer.verify import Parity
+from compile_steer.artifact_formats import run_verify
+from compile_steer.artifacts.files import save_sealed
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.report.card import engines, model_card, update_card
+from compile_steer.validate.report import ValidationReport
+from compile_steer.verify.parity import Parity
 from tests.small_run import SmallRun
 
 

@@ -11,16 +11,16 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer.chain import Link, walk
+from compile_steer.artifact_formats import run_merge, run_verify
+from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.cli import app
-from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError
-from compile_steer.files import sha256
-from compile_steer.forms import run_merge, run_verify
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.pipeline import run_compile, run_validate
-from compile_steer.places import Places
-from compile_steer.program import Program, read_tensors
-from compile_steer.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.steering.program import Program, read_tensors
+from compile_steer.tools.lineage import Link, walk
 from tests.small_run import NAME, SPLITS, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]

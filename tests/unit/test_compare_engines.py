@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from compile_steer.card import update_card
-from compile_steer.chain import walk
+from compile_steer.artifacts.provenance import ENGINES, artifact_sha256
 from compile_steer.cli import app
-from compile_steer.engines.compare import compare, held_against, recorded_base
-from compile_steer.engines.environment import environment
-from compile_steer.engines.reading import Reading, keep_readings, own_readings
-from compile_steer.errors import ArtifactError, EngineError
-from compile_steer.export import write_patch
-from compile_steer.hooks import steered
-from compile_steer.models import load
-from compile_steer.probe import TEXTS, log_probs
-from compile_steer.program import Program
-from compile_steer.progress import Meter
-from compile_steer.provenance import ENGINES, artifact_sha256
-from compile_steer.reload import reload
+from compile_steer.common.errors import ArtifactError, EngineError
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import write_patch
+from compile_steer.models.fingerprint import TEXTS, log_probs
+from compile_steer.models.load import load
+from compile_steer.models.reload import reload
+from compile_steer.report.card import update_card
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Program
+from compile_steer.tools.lineage import walk
+from compile_steer.tools.serving.compare import compare, held_against, recorded_base
+from compile_steer.tools.serving.environment import environment
+from compile_steer.tools.serving.record import Reading, keep_readings, own_readings
 from tests import byte_level, false_engine
 from tests.contract.test_adapters import origin
 from tests.tiny import intervention, random_patch

@@ -10,15 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.metrics import divergence
-from compile_steer.models import Loaded
-from compile_steer.observe import final_states
-from compile_steer.reload import reload
-from compile_steer.report import print_parities
-from compile_steer.verify import Parity
-from compile_steer.verify.controls import _factors
-from compile_steer.verify.dial import Dial, dials
-from compile_steer.verify.parity import judge
+from compile_steer.models.divergence import divergence
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import final_states
+from compile_steer.models.reload import reload
+from compile_steer.report.terminal import print_parities
+from compile_steer.verify.adapter_controls import _factors
+from compile_steer.verify.adapter_scale import Dial, dials
+from compile_steer.verify.parity import Parity, judge
 from tests.judged import Scene, recipe
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compile_steer.engines.environment import Environment, environment
-from compile_steer.engines.runner import LOG, run_worker
-from compile_steer.errors import EngineError
+from compile_steer.common.errors import EngineError
+from compile_steer.tools.serving.environment import Environment, environment
+from compile_steer.tools.serving.runner import LOG, run_worker
 from tests.false_engine import install
 
 READ = """

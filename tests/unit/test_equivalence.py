@@ -13,19 +13,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.errors import ArtifactError, RecipeError
-from compile_steer.hooks import steered
-from compile_steer.metrics import bootstrap_ratio
-from compile_steer.observe import contrast, final_states
-from compile_steer.progress import Meter
-from compile_steer.provenance import PARITY, Provenance
+from compile_steer.artifacts.provenance import PARITY, Provenance
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.models.divergence import bootstrap_ratio
+from compile_steer.models.observe import contrast, final_states
+from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
-from compile_steer.report import print_parities
-from compile_steer.tokens import Encoded
-from compile_steer.verify import Parity, Reference
+from compile_steer.report.terminal import print_parities
+from compile_steer.steering.hooks import steered
 from compile_steer.verify.equivalence import LEVEL, POWER, equivalence, needed, planned
-from compile_steer.verify.parity import judge
+from compile_steer.verify.parity import Parity, judge
+from compile_steer.verify.reference import Reference
 from tests.judged import Notes, Scene, behaviour, recipe
 
 
@@ -188,7 +188,7 @@ def test_the_margins_are_shares_of_the_effect(scene: Scene, exact: Parity) -> No
 
 
 def test_half_the_dose_is_not_equivalent(scene: Scene) -> None:
-    from compile_steer.contrast import encode_pairs
+    from compile_steer.models.logprobs import encode_pairs
 
     pairs = encode_pairs(scene.base, behaviour().test)
     wanted = scene.reference.steered_behaving.contrast

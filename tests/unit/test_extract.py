@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compile_steer.activations import read_activations
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.directions import Directions
-from compile_steer.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.extract import extract
-from compile_steer.extract.from_pairs import find, fit
-from compile_steer.program import POINTS, Point, Site
-from compile_steer.progress import Meter
+from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.extract.options import Extract, PairMethod
+from compile_steer.extract.pairs import find, fit
+from compile_steer.extract.stage import extract
+from compile_steer.models.activations import read_activations
+from compile_steer.models.tokens import Text, encode
 from compile_steer.recipe import Recipe
-from compile_steer.settings import Extract, PairMethod, Validate
-from compile_steer.tokens import Text, encode
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.program import POINTS, Point, Site
+from compile_steer.validate.options import Validate
 from compile_steer.validate.sweep import candidates
 from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 

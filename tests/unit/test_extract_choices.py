@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_steer.activations import read_activations
-from compile_steer.behaviour import Behaviour, Pair, Question
-from compile_steer.errors import RecipeError
-from compile_steer.extract import extract
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair, Question
 from compile_steer.extract.choices import Item, choose, fit, read_items, relabelled, sides
-from compile_steer.program import Point
-from compile_steer.progress import Meter
-from compile_steer.settings import ChoiceMethod
-from compile_steer.tokens import Text, encode
+from compile_steer.extract.options import ChoiceMethod
+from compile_steer.extract.stage import extract
+from compile_steer.models.activations import read_activations
+from compile_steer.models.tokens import Text, encode
+from compile_steer.steering.program import Point
 from tests.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 

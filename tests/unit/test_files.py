@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.files import digest, new_file, new_folder, save_json, save_tensors, save_text, sha256
-from compile_steer.program import read_tensors
+from compile_steer.artifacts.files import digest, new_file, new_folder, save_json, save_tensors, save_text, sha256
+from compile_steer.steering.program import read_tensors
 
 
 def names(folder: Path) -> list[str]:

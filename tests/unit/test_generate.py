@@ -7,11 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compile_steer.generate import continue_encoded, continue_prompts, ended, prefill, response_text, states_after
-from compile_steer.hooks import steered
-from compile_steer.models import Loaded
-from compile_steer.observe import final_states
-from compile_steer.tokens import Encoded, Text, encode, pad
+from compile_steer.models.generate import (
+    continue_encoded,
+    continue_prompts,
+    ended,
+    prefill,
+    response_text,
+    states_after,
+)
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import final_states
+from compile_steer.models.tokens import Encoded, Text, encode, pad
+from compile_steer.steering.hooks import steered
 from tests.tiny import EOS_ID, build, chatting, intervention, loaded, program
 
 PROMPTS = (Text("w20 w21 w22 w23 w24"), Text("w30"), Text("w40 w41 w42"))

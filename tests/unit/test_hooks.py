@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from compile_steer.errors import ArtifactError, LayoutError
-from compile_steer.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE, in_scope, prompt_roles, steered
-from compile_steer.program import POINTS, Intervention, OperationName, Point, Program, Site, parse_positions
+from compile_steer.common.errors import ArtifactError, LayoutError
+from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE, in_scope, prompt_roles, steered
+from compile_steer.steering.program import POINTS, Intervention, OperationName, Point, Program, Site, parse_positions
 from tests.tiny import (
     CONFIGS,
     FAMILIES,

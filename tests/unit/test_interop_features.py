@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compile_steer.behaviour import Behaviour
-from compile_steer.directions import Directions
-from compile_steer.errors import ArtifactError
-from compile_steer.extract import extract, source
-from compile_steer.program import Site
-from compile_steer.progress import Meter
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.extract.stage import extract, source
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
-from compile_steer.tokens import Text
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.program import Site
 from tests.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compile_steer.errors import ArtifactError
-from compile_steer.interop import Foreign, Format, Given, read
+from compile_steer.common.errors import ArtifactError
+from compile_steer.formats.foreign import Foreign, Given
+from compile_steer.formats.formats import Format, read
 from tests.foreign import F16, by_block, gguf, gguf_bytes, repsteer, rows, svec, tensor
 from tests.tiny import HIDDEN, LAYERS, vector
 

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compile_steer.chain import walk
+from compile_steer.artifacts.paths import Places
 from compile_steer.cli import app
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
-from compile_steer.extract import extract
-from compile_steer.hooks import steered
-from compile_steer.interop import Given, read, shifts, write_gguf, write_svec
-from compile_steer.places import Places
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.progress import Meter
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.extract.stage import extract
+from compile_steer.formats.foreign import Given
+from compile_steer.formats.formats import read
 from compile_steer.recipe import read_recipe
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.tools.lineage import walk
+from compile_steer.tools.vector_files import shifts, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe
 from tests.foreign import by_block, gguf, rows, svec, tensor
 from tests.tiny import (

@@ -13,19 +13,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_encoded, response_text
-from compile_steer.hooks import RESPONSE
-from compile_steer.metrics import divergence
-from compile_steer.models import Loaded
-from compile_steer.observe import final_states
-from compile_steer.program import Program
-from compile_steer.report import print_parities
-from compile_steer.settings import Verify
-from compile_steer.tokens import Encoded, Text
+from compile_steer.common.errors import RecipeError
+from compile_steer.models.divergence import divergence
+from compile_steer.models.generate import continue_encoded, response_text
+from compile_steer.models.load import Loaded
+from compile_steer.models.observe import final_states
+from compile_steer.models.tokens import Encoded, Text
+from compile_steer.report.terminal import print_parities
+from compile_steer.steering.hooks import RESPONSE
+from compile_steer.steering.program import Program
 from compile_steer.verify.equivalence import equivalence
-from compile_steer.verify.kinds import Kinds, OnKind, _same, prompts_of
+from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
+from compile_steer.verify.prompt_sets import Kinds, OnKind, _same, prompts_of
 from tests.judged import Scene, behaviour, recipe
 from tests.tiny import loaded
 
@@ -195,7 +195,7 @@ def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> No
 
 
 def _reloaded(scene: Scene, folder: Path) -> Loaded:
-    from compile_steer.reload import reload
+    from compile_steer.models.reload import reload
 
     torch.manual_seed(0)
     return reload(folder, scene.base)

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compile_steer.engines.ship import ship
-from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.interop.lora import read_lora
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.formats.lora import read_lora
+from compile_steer.tools.serving.export import ship
 from tests.tiny import Padded, build, logits, relative_error, texts
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]

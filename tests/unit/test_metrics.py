@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compile_steer.metrics import (
+from compile_steer.models.divergence import (
     CHUNK_TOKENS,
     Divergence,
     Interval,
@@ -18,7 +18,7 @@ from compile_steer.metrics import (
     kl_divergence,
     log_softmax,
 )
-from compile_steer.replay import readout
+from compile_steer.models.forward import readout
 from tests.tiny import HIDDEN, loaded
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compile_steer.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.layout import Layout
-from compile_steer.models import Loaded, choose_device, load, weights_revision
-from compile_steer.program import Site
+from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.models.load import Loaded, choose_device, load, weights_revision
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.program import Site
 from tests.tiny import (
     FAMILIES,
     FFN,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_steer.errors import CannotLower
-from compile_steer.passes import canonical, drop_inactive, input_to_output, merge_shifts
-from compile_steer.plan import plan
-from compile_steer.program import Program
+from compile_steer.common.errors import CannotLower
+from compile_steer.lower.plan import plan
+from compile_steer.steering.passes import canonical, drop_inactive, input_to_output, merge_shifts
+from compile_steer.steering.program import Program
 from tests.tiny import intervention, loaded, program
 
 

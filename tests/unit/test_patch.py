@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from compile_steer.errors import ArtifactError
-from compile_steer.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_delta
 from tests.tiny import FAMILIES, Padded, build, loaded, logits, n_hooks, random_patch, relative_error, texts, vector
 
 

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer
 from benchmarks import faults, planted
 from benchmarks.faults import FAULTS, Verdict, page
 from benchmarks.planted import Fault, weights_file
-from compile_steer.errors import ArtifactError
-from compile_steer.hooks import steered
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
-from compile_steer.verify import Reference, verify_artifact
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import ArtifactError
+from compile_steer.common.progress import Meter
+from compile_steer.steering.hooks import steered
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import verify_artifact
 from tests.judged import PROGRAM_HASH, Scene, behaviour, recipe
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"

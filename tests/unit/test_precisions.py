@@ -14,24 +14,26 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.agreement import of_gguf
-from compile_steer.card import engines, model_card
-from compile_steer.chain import walk
-from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import GGUF_FILE, read_patch, write_gguf, write_merged
-from compile_steer.forms import run_merge
-from compile_steer.observe import final_states
-from compile_steer.patch import LowRank, WeightPatch
+from compile_steer.artifact_formats import run_merge
+from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import read_patch
+from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
+from compile_steer.export.merged import write_merged
+from compile_steer.models.observe import final_states
+from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_plan
-from compile_steer.places import Places
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
-from compile_steer.reload import reload
-from compile_steer.report import print_parities
+from compile_steer.report.card import engines, model_card
+from compile_steer.report.terminal import print_parities
 from compile_steer.run import Run
-from compile_steer.settings import Form
+from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.tools.compare import of_gguf
+from compile_steer.tools.lineage import walk
+from compile_steer.verify.options import Form
 from compile_steer.verify.overflow import HALF, first_beyond
-from compile_steer.verify.rounded import rounding_of
+from compile_steer.verify.quantized import rounding_of
 from tests import byte_level
 from tests.judged import Scene, behaviour, recipe
 from tests.tiny import FFN, HIDDEN

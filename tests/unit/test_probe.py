@@ -10,10 +10,11 @@ import torch
 
 from benchmarks import planted
 from benchmarks.faults import OF_THE_FILE
-from compile_steer.export import read_patch, write_merged
-from compile_steer.probe import TEXTS, fingerprint, log_probs, texts
-from compile_steer.provenance import Provenance
-from compile_steer.reload import fresh
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.export.adapter import read_patch
+from compile_steer.export.merged import write_merged
+from compile_steer.models.fingerprint import TEXTS, fingerprint, log_probs, texts
+from compile_steer.models.reload import fresh
 from tests.judged import Scene
 from tests.tiny import loaded
 

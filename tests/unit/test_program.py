@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compile_steer.errors import ArtifactError
-from compile_steer.program import OPERATIONS, Intervention, Program, Site, parse_positions
+from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.program import OPERATIONS, Intervention, Program, Site, parse_positions
 from tests.tiny import HIDDEN, REVISION, intervention, program, vector
 
 

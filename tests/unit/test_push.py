@@ -13,10 +13,10 @@ import pytest
 from huggingface_hub import CommitOperationAdd
 from typer.testing import CliRunner
 
+from compile_steer.artifacts.files import sha256
 from compile_steer.cli import app
-from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.files import sha256
-from compile_steer.push import prepare, send
+from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
+from compile_steer.tools.push import prepare, send
 from tests.small_run import SmallRun
 
 TARGET = "somebody/tide"

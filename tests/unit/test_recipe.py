@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compile_steer.behaviour import SPLITS
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import SPLITS
 from compile_steer.recipe import Recipe, read_recipe, rewritten
 
 GOOD = """\

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compile_steer.hooks import steered
-from compile_steer.layout import Layout
-from compile_steer.patch import applied
-from compile_steer.program import Program
-from compile_steer.replay import readout, run_span
+from compile_steer.models.forward import readout, run_span
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import applied
+from compile_steer.steering.program import Program
 from tests.tiny import (
     FAMILIES,
     HIDDEN,

@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer import agreement
-from compile_steer.chain import walk
+from compile_steer.artifacts.files import digest, save_sealed
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.cli import app
-from compile_steer.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.export import read_patch, write_patch
-from compile_steer.files import digest, save_sealed
+from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.pipeline import run_compile, run_extract
-from compile_steer.program import Program, read_tensors
-from compile_steer.progress import Meter
-from compile_steer.provenance import Provenance
-from compile_steer.reproduce import TOLERANCE, Reproduction, reproduce
 from compile_steer.run import Run
+from compile_steer.steering.program import Program, read_tensors
+from compile_steer.tools import compare
+from compile_steer.tools.lineage import walk
+from compile_steer.tools.reproduce import TOLERANCE, Reproduction, reproduce
 from tests.small_run import NAME, SmallRun
 from tests.tiny import loaded, random_patch
 from tests.unit.test_write import recipe as written_recipe
@@ -105,14 +105,14 @@ def test_nothing_runs_on_other_inputs(
         path = run.root / "recipes" / "data" / "train.jsonl"
         path.write_text(path.read_text(encoding="utf-8").replace("w9", "w8"), encoding="utf-8")
     elif what == "base":
-        monkeypatch.setattr("compile_steer.reproduce.revision_of", lambda _model: "sha256:other")
+        monkeypatch.setattr("compile_steer.tools.reproduce.revision_of", lambda _model: "sha256:other")
     else:
         run.places.program.unlink()  # else the vector's own record is read first
         origin = Provenance.read(folder)
         path = folder / "compile_steer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**content, "recipe": {**origin.recipe, "seed": 77}}), encoding="utf-8")
-    monkeypatch.setattr("compile_steer.reproduce.Run", None)
+    monkeypatch.setattr("compile_steer.tools.reproduce.Run", None)
     found = again(folder, tmp_path)
     assert {link.what for link in found.links if link.state == "differs"} == {what}
     assert "recorded" in next(link.note for link in found.links if link.what == what)
@@ -123,7 +123,7 @@ def test_nothing_runs_on_other_inputs(
 def test_other_versions_are_named(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run.places.directions
     torch_now = torch.__version__
-    monkeypatch.setattr("compile_steer.reproduce.versions", lambda: {"torch": "9.9", "transformers": "8.8"})
+    monkeypatch.setattr("compile_steer.tools.reproduce.versions", lambda: {"torch": "9.9", "transformers": "8.8"})
     found = again(path, tmp_path)
     assert found.versions["torch"] == (torch_now, "9.9")
     assert found.versions["peft"][1] == ""
@@ -181,7 +181,7 @@ def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypat
     def gone(_reference: str) -> str:
         raise RecipeError("model 'x': no such folder")
 
-    monkeypatch.setattr("compile_steer.reproduce.revision_of", gone)
+    monkeypatch.setattr("compile_steer.tools.reproduce.revision_of", gone)
     with pytest.raises(RecipeError, match="no such folder"):
         again(run.places.program, tmp_path)
 
@@ -210,17 +210,17 @@ def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
 
 
 def test_factors_that_differ_are_one_patch_if_their_products_agree(tmp_path: Path) -> None:
-    from compile_steer.patch import LowRank, WeightPatch
+    from compile_steer.steering.patch import LowRank, WeightPatch
     from tests.contract.test_adapters import write
 
     one = loaded("llama")
     patch = random_patch(one)
     turned = WeightPatch({n: LowRank(-1.7 * e.B, e.A / -1.7) for n, e in patch.low_rank.items()})
     folders = [write(tmp_path / name, which, one) for name, which in (("a", patch), ("b", turned), ("c", 1.3 * patch))]
-    assert agreement.of_patches(folders[0], folders[1]) < 1e-6
-    assert agreement.of_patches(folders[0], folders[2]) == pytest.approx(0.3, rel=1e-4)
+    assert compare.of_patches(folders[0], folders[1]) < 1e-6
+    assert compare.of_patches(folders[0], folders[2]) == pytest.approx(0.3, rel=1e-4)
     fewer = WeightPatch(dict(list(patch.low_rank.items())[:2]))
-    assert agreement.of_patches(folders[0], write(tmp_path / "d", fewer, one)) == math.inf
+    assert compare.of_patches(folders[0], write(tmp_path / "d", fewer, one)) == math.inf
 
 
 def test_a_checkpoint_is_compared_by_what_it_changed(tmp_path: Path) -> None:
@@ -236,26 +236,26 @@ def test_a_checkpoint_is_compared_by_what_it_changed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file(content, str(tmp_path / name / "model.safetensors"))
     old, base_folder = tmp_path / "old", tmp_path / "base"
-    assert agreement.of_checkpoints(old, old, base_folder) == 0.0
-    assert agreement.of_checkpoints(old, tmp_path / "new", base_folder) == pytest.approx(1.0, rel=1e-3)
-    assert agreement.of_checkpoints(old, tmp_path / "moved", base_folder) == math.inf, "it was left alone"
-    assert agreement.of_checkpoints(old, base_folder, base_folder) == math.inf
+    assert compare.of_checkpoints(old, old, base_folder) == 0.0
+    assert compare.of_checkpoints(old, tmp_path / "new", base_folder) == pytest.approx(1.0, rel=1e-3)
+    assert compare.of_checkpoints(old, tmp_path / "moved", base_folder) == math.inf, "it was left alone"
+    assert compare.of_checkpoints(old, base_folder, base_folder) == math.inf
 
 
 def test_programs_and_reports_are_compared_by_what_they_do(run: SmallRun, tmp_path: Path) -> None:
     program = Program.load(run.places.program)
     (1.5 * program).save(tmp_path / "more.safetensors")
-    assert agreement.of_programs(run.places.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
+    assert compare.of_programs(run.places.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
     (program + program).save(tmp_path / "twice.safetensors")
-    assert agreement.of_programs(run.places.program, tmp_path / "twice.safetensors") == math.inf
+    assert compare.of_programs(run.places.program, tmp_path / "twice.safetensors") == math.inf
     content = json.loads(run.places.validation.read_text(encoding="utf-8"))
     size = max(abs(content["contrast"]["value"]), content["contrast"]["high"] - content["contrast"]["low"])
     content["contrast"]["value"] += 0.25 * size
     (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
-    assert agreement.of_reports(run.places.validation, tmp_path / "other.json") == pytest.approx(0.25)
+    assert compare.of_reports(run.places.validation, tmp_path / "other.json") == pytest.approx(0.25)
     (tmp_path / "verdict.json").write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
-    assert agreement.of_reports(run.places.validation, tmp_path / "verdict.json") == math.inf
+    assert compare.of_reports(run.places.validation, tmp_path / "verdict.json") == math.inf
     tensors, metadata = read_tensors(run.places.directions)
     tensors["directions"] = tensors["directions"] * 1.25
     save_file(tensors, str(tmp_path / f"{NAME}.safetensors"), metadata=metadata)
-    assert agreement.of_directions(run.places.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)
+    assert compare.of_directions(run.places.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)

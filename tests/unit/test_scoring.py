@@ -9,13 +9,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from compile_steer.behaviour import Pair
-from compile_steer.contrast import contrast_scores, encode_pairs, mean_log_probabilities
-from compile_steer.hooks import steered
-from compile_steer.observe import log_probabilities
-from compile_steer.replay import run_span
-from compile_steer.scoring import Keywords, Length, Lowercase, Repetition, Scorer, repetition
-from compile_steer.tokens import Batch, Text, encode
+from compile_steer.data.behaviour import Pair
+from compile_steer.models.forward import run_span
+from compile_steer.models.logprobs import contrast_scores, encode_pairs, mean_log_probabilities
+from compile_steer.models.observe import log_probabilities
+from compile_steer.models.tokens import Batch, Text, encode
+from compile_steer.scoring.scorer import Scorer
+from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
+from compile_steer.steering.hooks import steered
 from tests.tiny import intervention, loaded, program, texts
 
 

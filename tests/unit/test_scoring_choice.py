@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Question
-from compile_steer.errors import RecipeError
-from compile_steer.generate import continue_prompts, response_text
-from compile_steer.hooks import prompt_roles, steered
-from compile_steer.program import Program, replace_intervention
-from compile_steer.scoring import Reply, Score, letter_tokens
-from compile_steer.tokens import Text, encode
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Question
+from compile_steer.models.generate import continue_prompts, response_text
+from compile_steer.models.tokens import Text, encode
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.scoring.choice import letter_tokens
+from compile_steer.scoring.reply import Reply, Score
+from compile_steer.steering.hooks import prompt_roles, steered
+from compile_steer.steering.program import Program, replace_intervention
 from tests.scored import behaviour, replies, scorer
 from tests.tiny import REVISION, chatting, intervention, loaded, n_hooks, program, tokenizer
 

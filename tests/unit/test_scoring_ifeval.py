@@ -9,8 +9,8 @@ from typing import Any
 import nltk
 import pytest
 
-from compile_steer.behaviour import Check
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Check
 from tests.scored import behaviour, discrimination, replies, scorer
 from tests.tiny import loaded
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from compile_steer.errors import RecipeError
-from compile_steer.scoring import Judge, Score
+from compile_steer.common.errors import RecipeError
+from compile_steer.scoring.judge import Judge
+from compile_steer.scoring.reply import Score
 from tests.scored import behaviour, replies, scorer
 from tests.tiny import loaded
 

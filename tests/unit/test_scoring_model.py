@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from compile_steer.behaviour import Question
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Question
+from compile_steer.models.tokens import Text, encode
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring import Classifier, Discrimination, ScorerBase
+from compile_steer.scoring.check import Discrimination
+from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.likelihood import perplexities
-from compile_steer.tokens import Text, encode
+from compile_steer.scoring.reply import ScorerBase
 from tests.scored import behaviour, discrimination, replies, scorer
 from tests.tiny import VOCAB, loaded, tokenizer
 

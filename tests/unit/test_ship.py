@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from compile_steer.artifacts.files import broken_seal, sha256
 from compile_steer.cli import app
-from compile_steer.engines.ship import ship
-from compile_steer.errors import ArtifactError, CannotLower
-from compile_steer.export import write_patch
-from compile_steer.files import broken_seal, sha256
-from compile_steer.program import Program
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.export.adapter import write_patch
+from compile_steer.steering.program import Program
+from compile_steer.tools.serving.export import ship
 from tests import byte_level
 from tests.contract.test_adapters import origin
 from tests.tiny import LAYERS, Padded, build, intervention, logits, program, random_patch, texts, vector

@@ -11,18 +11,18 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from compile_steer.describe import describe_artifact
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import LayoutError, RecipeError
-from compile_steer.extract import extract
-from compile_steer.generate import continue_prompts
-from compile_steer.models import Loaded, completion_template, load
+from compile_steer.artifacts.paths import Places
+from compile_steer.common.errors import LayoutError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.extract.stage import extract
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import Loaded, completion_template, load
+from compile_steer.models.tokens import Text, encode
 from compile_steer.pipeline import run_extract
-from compile_steer.places import Places
-from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
-from compile_steer.tokens import Text, encode
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.tools.describe import describe_artifact
 from tests.tiny import build, chatting, loaded, tokenizer
 from tests.unit.test_trained import behaviour, recipe
 

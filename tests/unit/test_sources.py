@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from compile_steer.behaviour.sources import Dataset, Reader
-from compile_steer.errors import RecipeError
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.sources import Dataset, Reader
 from compile_steer.recipe import read_recipe
 
 datasets = pytest.importorskip("datasets")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_steer.errors import ArtifactError
-from compile_steer.patch import LowRank, WeightPatch, weight_delta
-from compile_steer.task_vector import cut, look_into
+from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.patch import LowRank, WeightPatch, weight_delta
+from compile_steer.tools.task_vector import cut, look_into
 from tests.tiny import intervention, loaded, program, random_patch, vector
 
 DOWN, QUERY, EMBEDDINGS = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.q_proj", "model.embed_tokens"

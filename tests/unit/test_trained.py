@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.describe import describe_artifact
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import RecipeError
-from compile_steer.extract import extract
-from compile_steer.extract.from_pairs import fit
-from compile_steer.extract.objective import Objective, bipo_loss
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.extract.options import Extract, Trained
+from compile_steer.extract.pairs import fit
+from compile_steer.extract.stage import extract
 from compile_steer.extract.trained import Start, starting_point, train
-from compile_steer.generate import continue_prompts
-from compile_steer.hooks import steered
-from compile_steer.models import Loaded
-from compile_steer.program import Intervention, Program, Site
-from compile_steer.progress import Meter
+from compile_steer.extract.trained_loss import Objective, bipo_loss
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
-from compile_steer.settings import Extract, Trained
-from compile_steer.tokens import Text
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.tools.describe import describe_artifact
 from tests.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
 
 N_PAIRS = 13
@@ -218,7 +218,7 @@ def test_training_from_the_mean_difference_begins_there() -> None:
     )
     start = starting_point(one, PAIRS, options)
     assert [str(site) for site in start.sites] == ["resid_post 1", "resid_post 3", "attn_out 1", "attn_out 3"]
-    from compile_steer.activations import read_activations
+    from compile_steer.models.activations import read_activations
 
     for n, site in enumerate(start.sites):
         positive, negative = (

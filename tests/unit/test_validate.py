@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.answers import Request, answer
-from compile_steer.behaviour import Behaviour, Pair
-from compile_steer.directions import EVERY_BLOCK, Directions
-from compile_steer.errors import ArtifactError, RecipeError
-from compile_steer.metrics import Interval
-from compile_steer.models import Loaded
-from compile_steer.program import Point, Program
-from compile_steer.progress import Meter
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.models.divergence import Interval
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
-from compile_steer.tokens import Text
-from compile_steer.validate import ValidationReport, block_name, validate
+from compile_steer.scoring.answers import Request, answer
+from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.program import Point, Program
 from compile_steer.validate.controls import Stream, measure_controls
-from compile_steer.validate.measure import Bench
+from compile_steer.validate.evaluator import Bench
+from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.validate.search import climb, solve
+from compile_steer.validate.stage import validate
 from compile_steer.validate.sweep import candidates, measure_layers, search_layers
 from compile_steer.validate.verdict import judge, remarks
 from tests.tiny import HIDDEN, LAYERS, REVISION, build, chatting

@@ -15,19 +15,23 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.behaviour import SPLITS, Behaviour, Pair, Write
-from compile_steer.errors import ArtifactError, RecipeError
-from compile_steer.generate import continue_prompts, response_text
-from compile_steer.models import Loaded
+from compile_steer.artifacts.paths import Places
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.progress import Meter
+from compile_steer.data.behaviour import SPLITS, Behaviour, Pair
+from compile_steer.data.section import Write
+from compile_steer.extract import completions
+from compile_steer.extract.completions import Side, cut, write_side
+from compile_steer.extract.generate_pairs import write
+from compile_steer.extract.generation_report import SplitReport, WritingReport
+from compile_steer.models.generate import continue_prompts, response_text
+from compile_steer.models.load import Loaded
+from compile_steer.models.tokens import Text
 from compile_steer.pipeline import run_extract, run_write
-from compile_steer.places import Places
-from compile_steer.progress import Meter
 from compile_steer.recipe import Recipe
 from compile_steer.run import Run, data_on_disk
-from compile_steer.scoring import Reply, repetition
-from compile_steer.tokens import Text
-from compile_steer.write import SplitReport, WritingReport, sides, write
-from compile_steer.write.sides import Side, cut, write_side
+from compile_steer.scoring.reply import Reply
+from compile_steer.scoring.text import repetition
 from tests.tiny import VOCAB, build
 
 N = 24
@@ -204,9 +208,9 @@ def test_a_side_is_told_by_the_first_thing_that_is_wrong_with_it(monkeypatch: py
         assert options["temperature"] == (0.0, 0.6)[attempt]
         return [script[text.prompt][attempt] for text in texts]
 
-    monkeypatch.setattr(sides, "continue_prompts", answer)
-    monkeypatch.setattr(sides, "response_text", lambda _loaded, text: text)
-    monkeypatch.setattr(sides, "ended", lambda _loaded, text: text in ("Yes", "Never.") or "yes and" in text)
+    monkeypatch.setattr(completions, "continue_prompts", answer)
+    monkeypatch.setattr(completions, "response_text", lambda _loaded, text: text)
+    monkeypatch.setattr(completions, "ended", lambda _loaded, text: text in ("Yes", "Never.") or "yes and" in text)
     prompts = list(script)
     options = Write(tries=2, temperature=0.6, max_new_tokens=9)
 

@@ -1,0 +1,52 @@
+"""The errors a user can cause, each with one message that says what was found, needed and what to do.
+
+Whoever raises one has gathered every problem of that input first, so that nobody mends a recipe one
+line at a time. The command line prints the message and leaves with exit code 2; a check that ran and
+failed is a result, not an error (exit code 1).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+
+class CompileSteerError(Exception):
+    """Base of every error that is the input's fault. `problems` holds one line per problem."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RecipeError(CompileSteerError):
+    """A recipe, its data or a command line value is unusable."""
+
+
+class LayoutError(CompileSteerError):
+    """The model is missing, of an unknown family, or lacks the site that was asked for."""
+
+
+class CannotLower(CompileSteerError):
+    """No backend or file format, or not the one asked for, can express the program."""
+
+
+class ArtifactError(CompileSteerError):
+    """A file on disk is missing, damaged, foreign, or made for another model."""
+
+
+class EngineError(CompileSteerError):
+    """A serving engine is not installed, or its worker crashed, hung or left no answer."""
+
+
+def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
+    """Raise `RecipeError` where the `library` that `what` needs, and `extra` installs, is not there.
+
+    Args:
+        otherwise: a sentence on what to do without it.
+    """
+    if importlib.util.find_spec(library.replace("-", "_")) is None:
+        raise RecipeError(
+            f"{what} needs the library {library}, which is not installed: pip install 'compile-steer[{extra}]'. "
+            f"{otherwise}".rstrip()
+        )

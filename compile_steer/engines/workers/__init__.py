@@ -1,1 +1,0 @@
-"""Scripts that are run by an engine's own interpreter, never imported here; they know numpy and their engine alone."""

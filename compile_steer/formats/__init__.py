@@ -1,0 +1,1 @@
+"""Files of other tools: steering vectors and LoRA folders."""

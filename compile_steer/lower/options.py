@@ -1,0 +1,95 @@
+"""`compile`: the backends, and the texts they are fitted to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from compile_steer.common.options import Section
+
+BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
+
+
+class Calibration(Section):
+    """The texts that the compiler sees: the steered model's own continuations of calibration prompts."""
+
+    prompts: int = Field(180, ge=1)
+    max_new_tokens: int = Field(48, ge=1)
+    batch: int = Field(96, ge=1, description="prompts continued at once")
+
+
+class ClosedFormStage(Section):
+    """One regression: a writer of the block `offset` after the first intervened one, cut to `rank`."""
+
+    offset: int = Field(ge=0)
+    writer: Literal["attn", "mlp"]
+    rank: int = Field(ge=1)
+
+
+class ClosedForm(Section):
+    """Which writers are solved for, in which order of blocks."""
+
+    stages: tuple[ClosedFormStage, ...] | None = Field(
+        None,
+        min_length=1,
+        description="within a block in this order, a writer named again is solved anew; None: by the program",
+    )
+
+
+class Training(Section):
+    """Training end to end: for how long, and within which memory."""
+
+    epochs: float = Field(2.0, gt=0, description="passes over the training texts")
+    learning_rate: float = Field(0.02, gt=0)
+    batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
+    accumulate: int = Field(1, ge=1, description="batches to a step")
+    recompute_every: int = Field(
+        2, ge=0, description="of one block in so many, compute again for the gradient instead of keeping; 0: of none"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's matrix products")
+    neutral_weight: float = Field(
+        0.0, ge=0, description="of being further from the base, on its own texts, than steering is"
+    )
+    save_every: int = Field(50, ge=1, description="steps after which the state is kept, to go on from")
+
+
+class Distill(Training):
+    """Training: each intervened block on its own output, then end to end.
+
+    `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
+    """
+
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = "forward_kl"
+    start: Literal["closed_form", "random"] = "closed_form"
+    rank: int = Field(8, ge=1)
+    prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
+    block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
+    block_batch_tokens: int = Field(512, ge=64)
+    block_learning_rate: float = Field(0.3, gt=0)
+
+
+class Full(Training):
+    """Whole weights trained end to end, on the texts of the closed form and of `distill`.
+
+    `cut_rank` is `full_cut`'s: the result as a LoRA.
+    """
+
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden"] = "forward_kl"
+    optimizer: Literal["apollo", "adamw"] = "apollo"
+    modules: tuple[str, ...] = Field(
+        (), description="endings of module names, as mlp.down_proj; none: every Linear from the first steered block on"
+    )
+    learning_rate: float = Field(0.001, gt=0, description="relative to the root mean square of each weight")
+    apollo_rank: int = Field(8, ge=1, description="of the optimizer's random subspace; 1: APOLLO-Mini")
+    cut_rank: int = Field(8, ge=1)
+
+
+class Compile(Section):
+    """Backends, and the texts they are fitted to."""
+
+    backends: tuple[BackendName, ...] | Literal["auto"] = "auto"
+    calibration: Calibration = Calibration()
+    closed_form: ClosedForm = ClosedForm()
+    distill: Distill = Distill()
+    full: Full = Full()

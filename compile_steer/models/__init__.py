@@ -1,0 +1,1 @@
+"""Load a model, tokenise, run, generate, and read log-probabilities."""

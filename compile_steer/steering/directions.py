@@ -1,0 +1,143 @@
+"""The artifact between extraction and validation: one candidate direction per block, and its controls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from compile_steer.artifacts.files import save_tensors
+from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.program import POINTS, Intervention, Point, Program, Site, ablate_everywhere, read_tensors
+
+EVERY_BLOCK = -1
+FROM_LABELS = "from shuffled labels"
+_BESIDE = "beside."
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """`vectors` [..., d] at length 1; those that are 0 stay so."""
+    length: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.clamp(min=1e-12)
+
+
+def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
+    """`vectors` [..., L, d] with the lengths of `pattern` [L, d]."""
+    length: Tensor = pattern.norm(dim=-1, keepdim=True)
+    return unit(vectors) * length
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that directions were taken from, where it is not the one that they are for."""
+
+    model: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Directions:
+    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model] are the controls: what
+    the same method finds from labels that say nothing, or what `controls` says in words.
+
+    `operation` is what they are for; a clamp gives h.u the value `projections` [1 + n, n_layers] of its block, those of
+    the controls after the first; `ablate` takes the candidate's direction out of everything that the model writes. Of `joint`
+    directions one program holds all blocks' at once, under the layer `EVERY_BLOCK`; otherwise each is a candidate.
+    `beside` are those of other points of the same blocks, [1 + n, n_layers, d_model], the controls after the first.
+    `curves`: what training measured, an epoch a number.
+    """
+
+    vectors: Tensor
+    shuffled: Tensor
+    model: str
+    revision: str
+    point: Point
+    inputs: str
+    operation: Literal["add", "clamp", "ablate"] = "add"
+    projections: Tensor | None = None
+    joint: bool = False
+    controls: str = FROM_LABELS
+    beside: Mapping[Point, Tensor] = field(default_factory=dict)
+    source: Source | None = None
+    curves: Mapping[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a direction."""
+        return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
+
+    def program(self, layer: int, coefficient: float, positions: str) -> Program:
+        """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`.
+
+        An ablation is of all `positions`.
+        """
+        if self.operation == "ablate":
+            everywhere = ablate_everywhere(unit(self.vectors[layer]), self.vectors.shape[0], coefficient)
+            return Program(everywhere, self.model, self.revision)
+        layers = self.layers if layer == EVERY_BLOCK else (layer,)
+        parts = [self._intervention(k, coefficient, positions) for k in layers]
+        for point, vectors in self.beside.items():
+            parts += [Intervention(Site(k, point), "add", vectors[0, k], coefficient, positions) for k in layers]
+        return Program(tuple(parts), self.model, self.revision)
+
+    def control(self, index: int) -> Directions:
+        """The directions of shuffled labels number `index` in the place of the real ones."""
+        beside = {point: vectors[[index + 1]] for point, vectors in self.beside.items()}
+        projections = None if self.projections is None else self.projections[[index + 1]]
+        return replace(
+            self, vectors=self.shuffled[index], shuffled=self.shuffled[:0], projections=projections, beside=beside
+        )
+
+    def _intervention(self, layer: int, coefficient: float, positions: str) -> Intervention:
+        site, vector = Site(layer, self.point), self.vectors[layer]
+        if self.operation == "add":
+            return Intervention(site, "add", vector, coefficient, positions)
+        if self.projections is None:
+            raise ValueError("a clamp needs a projection a block")
+        projection = float(self.projections[0, layer])
+        return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
+
+    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write safetensors with all else as JSON under metadata key `directions`, `extra` beside it."""
+        header = {
+            **extra,
+            "model": self.model,
+            "revision": self.revision,
+            "point": self.point,
+            "inputs": self.inputs,
+            "operation": self.operation,
+            "joint": self.joint,
+            "controls": self.controls,
+            "source": None if self.source is None else asdict(self.source),
+            "curves": dict(self.curves),
+        }
+        tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
+        tensors |= {f"{_BESIDE}{point}": vectors.contiguous() for point, vectors in self.beside.items()}
+        if self.projections is not None:
+            tensors["projections"] = self.projections.contiguous()
+        save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> Directions:
+        """Raises `ArtifactError` for a missing, damaged or foreign file."""
+        tensors, metadata = read_tensors(path)
+        try:
+            header = json.loads(metadata["directions"])
+            vectors, shuffled = tensors["directions"], tensors["shuffled"]
+            source = header.pop("source")
+            header.pop("origin", None)  # see provenance.Origin
+            return Directions(
+                vectors,
+                shuffled,
+                projections=tensors.get("projections"),
+                beside={p: tensors[f"{_BESIDE}{p}"] for p in POINTS if f"{_BESIDE}{p}" in tensors},
+                source=None if source is None else Source(**source),
+                **header,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} holds no directions. Make it with 'compile-steer extract'.") from error

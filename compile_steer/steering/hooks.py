@@ -1,0 +1,216 @@
+"""The reference semantics of a program: the model with hooks on.
+
+Whatever is compiled is judged against this file, so it is kept apart from every backend. It is right
+in prefill and in cached decoding, for left and right padding and for prompts of different lengths:
+what a token is (prompt, last prompt token, response) is told per row, never by its column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.program import Intervention, Program, Scope, Site
+
+# Roles of a token, [batch, time] int8. The last prompt token is a prompt token too.
+PAD, PROMPT, LAST_PROMPT, RESPONSE = 0, 1, 2, 3
+_ROLES_OF: dict[Scope, tuple[int, ...]] = {
+    "all": (PROMPT, LAST_PROMPT, RESPONSE),
+    "prompt": (PROMPT, LAST_PROMPT),
+    "last_prompt": (LAST_PROMPT,),
+    "response": (RESPONSE,),
+}
+
+
+def in_scope(roles: Tensor, scopes: frozenset[Scope]) -> Tensor:
+    """Boolean [batch, time]: the positions whose role belongs to any of `scopes`."""
+    wanted = sorted({role for scope in scopes for role in _ROLES_OF[scope]})
+    return torch.isin(roles, torch.tensor(wanted, dtype=roles.dtype, device=roles.device))
+
+
+def prompt_roles(attention_mask: Tensor) -> Tensor:
+    """Roles of a batch that holds prompts only: the last token that is not padding is LAST_PROMPT."""
+    mask = attention_mask.bool()
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, columns, -1).amax(dim=1, keepdim=True)
+    return torch.where(mask, torch.where(columns == last, LAST_PROMPT, PROMPT), PAD).to(torch.int8)
+
+
+class _Roles:
+    """Follows the model's forward passes and says what each token of the current one is.
+
+    A pass that goes on from a cache is the response. Without a cache, so is what a pass appends to the
+    ids of the prompt before it, which is how `generate(use_cache=False)` runs.
+    """
+
+    def __init__(self, explicit: Tensor | None) -> None:
+        self._explicit = explicit
+        self._past = 0
+        self._mask: Tensor | None = None
+        self._prompt: Tensor | None = None
+
+    def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self._past = 0 if cache is None else int(cache.get_seq_length())
+        mask = kwargs.get("attention_mask")
+        # generate() may hand over a prepared 4-d mask; the 2-d one is what tells padding.
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self._past == 0 and not self._goes_on(ids):
+            self._prompt = ids
+
+    def _goes_on(self, ids: Tensor | None) -> bool:
+        """True if `ids` begin with the last prompt's."""
+        before = self._prompt
+        if ids is None or before is None or ids.shape[0] != before.shape[0] or ids.shape[1] <= before.shape[1]:
+            return False
+        return torch.equal(ids[:, : before.shape[1]], before)
+
+    def current(self, hidden: Tensor) -> Tensor:
+        batch, time = hidden.shape[:2]
+        if self._explicit is not None:
+            explicit = self._explicit.to(hidden.device)
+            if self._past == 0 and self._prompt is not None and time > explicit.shape[1] == self._prompt.shape[1]:
+                return torch.cat([explicit, explicit.new_full((batch, time - explicit.shape[1]), RESPONSE)], dim=1)
+            if self._past > 0 and explicit.shape[1] == self._past + time:
+                return explicit[:, self._past :]
+            if self._past > 0 and explicit.shape[1] <= self._past:
+                return explicit.new_full((batch, time), RESPONSE)
+            if explicit.shape != (batch, time):
+                raise ArtifactError(
+                    f"roles are {list(self._explicit.shape)} but the model runs {[batch, time]}; "
+                    "give the roles of exactly this batch, or none to have them inferred."
+                )
+            return explicit
+        if self._past > 0:
+            return torch.full((batch, time), RESPONSE, dtype=torch.int8, device=hidden.device)
+        width = time if self._prompt is None else self._prompt.shape[1]
+        mask = torch.ones(batch, time, device=hidden.device) if self._mask is None else self._mask.to(hidden.device)
+        said = torch.full((batch, time - width), RESPONSE, dtype=torch.int8, device=hidden.device)
+        return torch.cat([prompt_roles(mask[:, :width]), said], dim=1)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One edit in normal form; with a row a program, `basis`, `shift` and `strength` have a row each.
+
+    `basis` [d_model, 1] or [batch, d_model, 1], `shift` [d_model] or [batch, 1, d_model], `strength` or [batch, 1, 1].
+    """
+
+    basis: Tensor | None
+    shift: Tensor
+    strength: float | Tensor
+    scopes: frozenset[Scope]
+
+    def __call__(self, hidden: Tensor, roles: _Roles) -> Tensor:
+        if self.shift.ndim == 3 and self.shift.shape[0] != hidden.shape[0]:
+            raise ArtifactError(
+                f"{self.shift.shape[0]} programs for a batch of {hidden.shape[0]} rows; needed: one for all, or one a row."
+            )
+        change = self.shift.to(hidden)
+        if self.basis is not None:
+            basis = self.basis.to(hidden)
+            change = change - (hidden @ basis) @ basis.mT
+        if isinstance(self.strength, Tensor):
+            change = (self.strength.to(hidden.device) * change).to(hidden.dtype)
+        else:
+            change = self.strength * change
+        if "all" not in self.scopes:
+            change = change * in_scope(roles.current(hidden), self.scopes).unsqueeze(-1)
+        return hidden + change
+
+
+def _groups(programs: Sequence[Program]) -> list[tuple[Intervention, ...]]:
+    """Interventions that run together. In a batch of programs a row with coefficient 0 is the base."""
+    if len(programs) == 1:
+        return [(one,) for one in programs[0].active]
+    shapes = [tuple(i for i in p.interventions if i.enabled) for p in programs]
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ArtifactError("programs that run as rows of one batch must have the same number of interventions.")
+    return list(zip(*shapes, strict=True))
+
+
+def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edit]]:
+    """Turn one program, or a batch of programs of one shape, into edits in running order."""
+    result = []
+    for group in _groups(programs):
+        first = group[0]
+        if any((i.site, i.operation, i.scopes) != (first.site, first.operation, first.scopes) for i in group):
+            raise ArtifactError("programs that run as rows of one batch must share sites, operations and positions.")
+        # The point is defined on the stream: where the family scales a sublayer's output before adding
+        # it, the same edit has to be made before that factor.
+        scale = layout.stream_scale(first)
+        basis, shift = first.normal_form()
+        strength: float | Tensor = first.coefficient
+        if len(group) > 1:
+            bases, shifts = zip(*(i.normal_form() for i in group), strict=True)
+            basis = None if basis is None else torch.stack(bases)
+            shift = torch.stack(shifts).unsqueeze(1)
+            strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
+        result.append((first.site, _Edit(basis, shift / scale, strength, first.scopes)))
+    # Stable: within one module, edits of the block's output come before those of the next block's input.
+    return sorted(result, key=lambda item: item[0].point == "resid_pre")
+
+
+@contextmanager
+def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Tensor | None = None) -> Iterator[None]:
+    """Run `model` under `program` inside the block.
+
+    Args:
+        model: a causal language model of a known family (PEFT-wrapped or not).
+        program: one program for every row, or one per row of the batch (same sites and operations), which
+            is how a sweep runs many coefficients or directions at once.
+        roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
+            that `generate` is given (earlier turns of the assistant are responses too); what follows them is
+            the response. A pass from a cache takes those of the whole.
+            Without them a pass that starts a cache is all prompt.
+
+    Raises:
+        LayoutError: the model lacks a site. ArtifactError: another width, or rows that do not match.
+    """
+    layout = Layout.of(model)
+    programs = [program] if isinstance(program, Program) else list(program)
+    for one in programs:
+        one.require(one.model, one.revision, layout.d_model, layout.n_layers)
+    follow = _Roles(roles)
+    with ExitStack() as stack:
+        handle = layout.backbone.register_forward_pre_hook(follow.observe, with_kwargs=True)
+        stack.callback(handle.remove)
+        # Prepended, so that transformers' own capture of hidden states sees the steered ones; in reverse,
+        # so that they still run in the program's order.
+        for site, edit in reversed(_edits(programs, layout)):
+            module = layout.hook_module(site)
+            if site == Site(0, "resid_pre"):
+                stack.callback(
+                    module.register_forward_pre_hook(_input_hook(edit, follow), with_kwargs=True, prepend=True).remove
+                )
+            else:
+                stack.callback(module.register_forward_hook(_output_hook(edit, follow), prepend=True).remove)
+        yield
+
+
+def _input_hook(edit: _Edit, roles: _Roles) -> Any:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (edit(args[0], roles), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"], roles)}
+
+    return hook
+
+
+def _output_hook(edit: _Edit, roles: _Roles) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (edit(output[0], roles), *output[1:])
+        return edit(output, roles)
+
+    return hook

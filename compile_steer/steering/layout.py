@@ -1,0 +1,217 @@
+"""What a model family is: where its blocks, points, writers and biases are.
+
+A *writer* is a Linear (or GPT-2's Conv1D) whose output goes into the residual stream: the attention's
+output projection and the MLP's down projection. In a post-norm family (Gemma 2 and 3, OLMo 2) a norm
+stands between the writer and the stream, so the point `mlp_out` is the norm's output and a bias of
+the writer is not a shift of the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compile_steer.common.errors import LayoutError
+from compile_steer.steering.program import Intervention, Program, Site
+
+WriterKind = Literal["attn", "mlp"]
+EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names, relative to a block, and how stock code of the family comes to hold a writer's bias.
+
+    `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config switch
+    that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
+    block 0, by their full names. With `experts` the MLP is a mixture: `mlp` names it whole, and no one matrix
+    of it writes the stream. `expert_bias` is then the parameter [n_experts, d_model] that each expert adds, where the
+    router's weights sum to 1, so that the same row for all is a shift of the stream.
+    """
+
+    blocks: str
+    attn: str
+    mlp: str
+    attn_bias: str | None = None
+    mlp_bias: str | None = None
+    attn_norm: str | None = None
+    mlp_norm: str | None = None
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    experts: bool = False
+    expert_bias: str | None = None
+
+
+_LLAMA_NAMES: dict[str, Any] = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+_POST_NORMS: dict[str, Any] = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+
+# Read off each family's stock modelling code; tests/contract builds every one and compares with hooks.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
+    "smollm3": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
+    "granite": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
+    "qwen3": Family(**_LLAMA_NAMES, attn_bias="attention_bias"),
+    "qwen3_moe": Family("model.layers", "self_attn.o_proj", "mlp", attn_bias="attention_bias", experts=True),
+    "gpt_oss": Family(
+        "model.layers",
+        "self_attn.o_proj",
+        "mlp",
+        attn_bias="attention_bias",
+        experts=True,
+        expert_bias="mlp.experts.down_proj_bias",
+    ),
+    "qwen2": Family(**_LLAMA_NAMES),
+    "mistral": Family(**_LLAMA_NAMES),
+    "phi3": Family(**_LLAMA_NAMES),
+    "gemma2": Family(**_LLAMA_NAMES, **_POST_NORMS),
+    "gemma3_text": Family(**_LLAMA_NAMES, **_POST_NORMS),
+    "olmo2": Family(**_LLAMA_NAMES, **_POST_NORMS),
+    "gpt2": Family(
+        "transformer.h",
+        "attn.c_proj",
+        "mlp.c_proj",
+        "native",
+        "native",
+        embeddings=("transformer.wte", "transformer.wpe"),
+    ),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h", "native", "native", embeddings=("gpt_neox.embed_in",)
+    ),
+    "phi": Family("model.layers", "self_attn.dense", "mlp.fc2", "native", "native"),
+}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One writer: its block, kind, full module name in the causal language model, and module."""
+
+    layer: int
+    kind: WriterKind
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A loaded model seen through its family."""
+
+    model: PreTrainedModel
+    family: Family
+
+    @staticmethod
+    def of(model: nn.Module) -> Layout:
+        """Return the layout of a causal language model, also when PEFT has wrapped it; raises `LayoutError`."""
+        unwrap = getattr(model, "get_base_model", None)
+        inner: PreTrainedModel = model if unwrap is None else unwrap()
+        family = FAMILIES.get(inner.config.model_type)
+        if family is None:
+            raise LayoutError(
+                f"model family '{inner.config.model_type}' ({type(inner).__name__}) is not known. "
+                f"Known: {', '.join(sorted(FAMILIES))}. Add a Family to compile_steer/layout.py and to the contract tests."
+            )
+        return Layout(inner, family)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its language-model head."""
+        return cast(nn.Module, self.model.base_model)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks, in order."""
+        return list(cast(nn.ModuleList, self.model.get_submodule(self.family.blocks)))
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def post_norm(self) -> bool:
+        """True where a norm stands between the writers and the residual stream."""
+        return self.family.mlp_norm is not None
+
+    @property
+    def tied(self) -> bool:
+        """True where the language-model head is the token embedding itself."""
+        head = self.model.get_output_embeddings()
+        return head is not None and head.weight is self.model.get_input_embeddings().weight
+
+    @property
+    def residual_multiplier(self) -> float:
+        """What the family multiplies a sublayer's output by before adding it (Granite); 1 elsewhere."""
+        return float(getattr(self.model.config, "residual_multiplier", 1.0))
+
+    @property
+    def writer_kinds(self) -> tuple[WriterKind, ...]:
+        """The sublayers whose output one matrix writes: a mixture of experts has none."""
+        return ("attn",) if self.family.experts else ("attn", "mlp")
+
+    def writer(self, layer: int, kind: WriterKind) -> Writer:
+        """The attention's or the MLP's writer of a block; raises `LayoutError` where there is no one writer."""
+        if kind not in self.writer_kinds:
+            raise LayoutError(f"the MLP of {self.model.config.model_type} is {EXPERTS}.")
+        relative = self.family.attn if kind == "attn" else self.family.mlp
+        name = f"{self.family.blocks}.{layer}.{relative}"
+        return Writer(layer, kind, name, self.model.get_submodule(name))
+
+    @property
+    def writers(self) -> dict[str, Writer]:
+        """Every writer of the model by its module's name, in the order of the blocks."""
+        found = [self.writer(layer, kind) for layer in range(self.n_layers) for kind in self.writer_kinds]
+        return {writer.name: writer for writer in found}
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """Every Linear (or Conv1D) of a block, by its full name in the causal language model."""
+        prefix = f"{self.family.blocks}.{layer}"
+        modules = self.blocks[layer].named_modules()
+        return {f"{prefix}.{name}": module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+
+    def hook_module(self, site: Site) -> nn.Module:
+        """The module whose output is the activation at `site`.
+
+        The output of block k-1 is the input of block k, so `resid_pre` k > 0 is hooked on block k-1:
+        the edit is then part of what block k-1 hands on. `resid_pre` 0 has no block before it: the
+        block itself is returned and its input is to be hooked.
+        """
+        self.require(site)
+        if site.point in ("resid_pre", "resid_post"):
+            return self.blocks[site.changes_from]
+        norm = self.family.attn_norm if site.point == "attn_out" else self.family.mlp_norm
+        if norm is not None:
+            return self.blocks[site.layer].get_submodule(norm)
+        return self.blocks[site.layer].get_submodule(self.family.attn if site.point == "attn_out" else self.family.mlp)
+
+    def require(self, site: Site) -> None:
+        """Raise `LayoutError` if the model lacks that block."""
+        if site.layer >= self.n_layers:
+            raise LayoutError(
+                f"layer {site.layer} does not exist in this model; it has blocks 0 to {self.n_layers - 1} (0-based)."
+            )
+
+    def require_program(self, program: Program, model: str, revision: str) -> None:
+        """Raise `ArtifactError` unless `program` was made for this very model."""
+        program.require(model, revision, self.d_model, self.n_layers)
+
+    def expert_bias(self, layer: int) -> str | None:
+        """The full name of the parameter that shifts what a mixture of experts writes, or None."""
+        relative = self.family.expert_bias
+        return None if relative is None else f"{self.family.blocks}.{layer}.{relative}"
+
+    def bias_switch(self, kind: WriterKind) -> str | None:
+        """'native', the config switch that gives that writer a bias, or None."""
+        return self.family.attn_bias if kind == "attn" else self.family.mlp_bias
+
+    def has_bias(self, writer: Writer) -> bool:
+        """True if the loaded module already carries a bias."""
+        return cast("Tensor | None", writer.module.bias) is not None
+
+    def stream_scale(self, intervention: Intervention) -> float:
+        """What an edit at that point is multiplied by on its way into the residual stream."""
+        return self.residual_multiplier if intervention.site.point in ("attn_out", "mlp_out") else 1.0

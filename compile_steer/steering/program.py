@@ -1,0 +1,290 @@
+"""The steering program: the intermediate representation that every stage reads.
+
+One intervention is an affine edit of an activation h at a site, for some token positions:
+
+    h <- h + c * (s - V (V^T h))        V [d_model, k] orthonormal or empty, s [d_model], c a scalar
+
+`Add` has V empty and s = v; `Ablate` has V = u and s = 0; `Clamp` has V = u and s = t*u. The
+coefficient c is therefore a dial that is 0 for "off" and linear for every operation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compile_steer.artifacts.files import save_tensors
+from compile_steer.common.errors import ArtifactError
+
+Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
+OperationName = Literal["add", "ablate", "clamp"]
+Scope = Literal["all", "prompt", "response", "last_prompt"]
+
+POINTS: tuple[Point, ...] = get_args(Point)
+OPERATIONS: tuple[OperationName, ...] = get_args(OperationName)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+_UNIT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an activation is read or edited: 0-based block `layer`, and a `point` in it."""
+
+    layer: int
+    point: Point = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise ArtifactError(f"point '{self.point}' is unknown; choose one of {', '.join(POINTS)}.")
+        if self.layer < 0:
+            raise ArtifactError(f"layer {self.layer} is negative; blocks are counted from 0.")
+
+    @property
+    def changes_from(self) -> int:
+        """The block whose output an edit here is first part of."""
+        return max(self.layer - 1, 0) if self.point == "resid_pre" else self.layer
+
+    def __str__(self) -> str:
+        return f"{self.point} {self.layer}"
+
+
+def parse_positions(text: str) -> frozenset[Scope]:
+    """Parse 'all' or scopes joined by '+' ('last_prompt+response'); raises `ArtifactError`."""
+    scopes = frozenset(part.strip() for part in text.split("+"))
+    unknown = scopes - set(SCOPES)
+    if unknown:
+        raise ArtifactError(
+            f"positions '{text}': {', '.join(sorted(unknown))} unknown; use {', '.join(SCOPES)}, joined by '+'."
+        )
+    if "all" in scopes or scopes >= {"prompt", "response"}:
+        return frozenset(("all",))
+    return frozenset(scope for scope in SCOPES if scope in scopes)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """One affine edit. `vector` [d_model]: any length for `add`, unit for `ablate` and `clamp`.
+
+    `projection` is the value that `clamp` gives to h.u, in the activation's own units; it is None for
+    the other operations. `enabled` switches the intervention without losing it.
+    """
+
+    site: Site
+    operation: OperationName
+    vector: Tensor
+    coefficient: float = 1.0
+    positions: str = "all"
+    projection: float | None = None
+    enabled: bool = True
+    scopes: frozenset[Scope] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scopes", parse_positions(self.positions))
+        problems = list(self._problems())
+        if problems:
+            raise ArtifactError([f"intervention at {self.site}: {problem}" for problem in problems])
+
+    def _problems(self) -> Iterable[str]:
+        if self.operation not in OPERATIONS:
+            yield f"operation '{self.operation}' is unknown; use one of {', '.join(OPERATIONS)}."
+        if self.vector.ndim != 1 or not self.vector.is_floating_point():
+            yield f"the vector has shape {list(self.vector.shape)} and type {self.vector.dtype}; needed: [d_model] floats."
+        elif not bool(torch.isfinite(self.vector).all()):
+            yield "the vector holds NaN or infinity; extract it again (see 'dtype' if the model overflows)."
+        elif self.operation != "add" and abs(float(self.vector.norm()) - 1.0) > _UNIT_TOLERANCE:
+            yield f"'{self.operation}' needs a unit direction; found norm {float(self.vector.norm()):.4g}."
+        if not math.isfinite(self.coefficient):
+            yield f"coefficient {self.coefficient} is not a finite number."
+        if self.projection is not None and not math.isfinite(self.projection):
+            yield f"projection {self.projection} is not a finite number."
+        if (self.operation == "clamp") != (self.projection is not None):
+            yield "'clamp' needs a projection, and only 'clamp' takes one."
+
+    def normal_form(self) -> tuple[Tensor | None, Tensor]:
+        """Return (V [d_model, 1] or None, s [d_model]) of h + c (s - V V^T h), in fp32."""
+        vector = self.vector.float()
+        if self.operation == "add":
+            return None, vector
+        target = 0.0 if self.projection is None else self.projection
+        return vector.unsqueeze(1), target * vector
+
+    def describe(self) -> str:
+        """One line for a person: operation, coefficient, site, positions and norm."""
+        name = "add" if self.operation == "add" else f"{self.operation} (projection {self.projection or 0.0:g})"
+        norm = f", ||c v|| = {abs(self.coefficient) * float(self.vector.norm()):.3g}" if self.operation == "add" else ""
+        off = "" if self.enabled else " [off]"
+        return f"{name} {self.coefficient:+g} at {self.site}, positions {self.positions}{norm}{off}"
+
+
+def ablate_everywhere(direction: Tensor, n_layers: int, coefficient: float = 1.0) -> tuple[Intervention, ...]:
+    """Ablate a unit `direction` [d_model] at the embeddings and at every write to the stream of `n_layers` blocks.
+
+    With coefficient 1 the stream then never holds it, at any point (Arditi et al. 2406.11717).
+    """
+    sites = [Site(0, "resid_pre"), *(Site(k, point) for k in range(n_layers) for point in ("attn_out", "mlp_out"))]
+    return tuple(Intervention(site, "ablate", direction, coefficient) for site in sites)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A tuple of interventions for one model. `model` and `revision` name what it was made for."""
+
+    interventions: tuple[Intervention, ...]
+    model: str
+    revision: str
+
+    def __post_init__(self) -> None:
+        widths = {int(i.vector.shape[0]) for i in self.interventions}
+        if len(widths) > 1:
+            raise ArtifactError(f"the interventions are for widths {sorted(widths)}; a program has one d_model.")
+
+    @property
+    def active(self) -> tuple[Intervention, ...]:
+        """The interventions that are on and do anything."""
+        return tuple(i for i in self.interventions if i.enabled and i.coefficient != 0.0)
+
+    @property
+    def shape(self) -> tuple[tuple[Site, OperationName, frozenset[Scope]], ...]:
+        """Sites, operations and positions of what is switched on: programs of one shape can be rows of one batch."""
+        return tuple((i.site, i.operation, i.scopes) for i in self.interventions if i.enabled)
+
+    @property
+    def first_layer(self) -> int:
+        """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
+        return min((i.site.changes_from for i in self.active), default=0)
+
+    def scaled(self, factor: float, index: int | None = None) -> Program:
+        """Multiply every coefficient, or only that of intervention `index`, by `factor`."""
+        return self._map(lambda i: replace_intervention(i, coefficient=i.coefficient * factor), index)
+
+    def toggled(self, index: int, on: bool) -> Program:
+        """Switch intervention `index` on or off; its coefficient is kept."""
+        return self._map(lambda i: replace_intervention(i, enabled=on), index)
+
+    def _map(self, change: Any, index: int | None) -> Program:
+        chosen = range(len(self.interventions)) if index is None else [range(len(self.interventions))[index]]
+        return replace(
+            self, interventions=tuple(change(i) if n in chosen else i for n, i in enumerate(self.interventions))
+        )
+
+    def __neg__(self) -> Program:
+        return self.scaled(-1.0)
+
+    def __mul__(self, factor: float) -> Program:
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Program) -> Program:
+        """Run `self`, then `other`; refuses a program made for another model."""
+        other.require(self.model, self.revision)
+        return replace(self, interventions=self.interventions + other.interventions)
+
+    def require(self, model: str, revision: str, d_model: int | None = None, n_layers: int | None = None) -> None:
+        """Raise `ArtifactError` with every reason why this program does not belong to that model."""
+        problems = []
+        if self.model != model:
+            problems.append(f"the program was made for model '{self.model}', not '{model}'.")
+        elif self.revision != revision:
+            problems.append(f"the program was made for revision {self.revision} of '{model}'; found {revision}.")
+        for i in self.interventions:
+            if d_model is not None and i.vector.shape[0] != d_model:
+                problems.append(f"the vector at {i.site} has width {i.vector.shape[0]}; the model has {d_model}.")
+            if n_layers is not None and i.site.layer >= n_layers:
+                problems.append(f"layer {i.site.layer} does not exist: the model has blocks 0 to {n_layers - 1}.")
+        if problems:
+            raise ArtifactError([*problems, "Extract the vector from this model, or load the one it was made for."])
+
+    def describe(self) -> str:
+        """The program as text: one intervention a line, one line for a long run that differs in the site alone."""
+        lines = [i.describe() for i in self.interventions]
+        kinds = {line.replace(f" at {i.site},", ",") for line, i in zip(lines, self.interventions, strict=True)}
+        if len(lines) > 8 and len(kinds) == 1:
+            first, last = self.interventions[0].site, self.interventions[-1].site
+            return f"{kinds.pop()}: at {len(lines)} sites from {first} to {last}"
+        return "\n".join(lines) or "(empty program)"
+
+    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` (JSON) beside it.
+
+        One metadata key only: several are written in no fixed order, and equal programs must be equal files.
+        """
+        tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
+        header = {
+            **extra,
+            "model": self.model,
+            "revision": self.revision,
+            "interventions": [
+                {
+                    "layer": i.site.layer,
+                    "point": i.site.point,
+                    "operation": i.operation,
+                    "coefficient": i.coefficient,
+                    "positions": i.positions,
+                    "projection": i.projection,
+                    "enabled": i.enabled,
+                    "tensor": f"intervention.{n}",
+                }
+                for n, i in enumerate(self.interventions)
+            ],
+        }
+        save_tensors(path, tensors, {"program": json.dumps(header, sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> Program:
+        """Read a program; raises `ArtifactError` for a missing, damaged or foreign file."""
+        tensors, metadata = read_tensors(path)
+        if "program" not in metadata:
+            raise ArtifactError(f"{path} is safetensors, but not a steering program (no 'program' in its metadata).")
+        try:
+            header = json.loads(metadata["program"])
+            interventions = tuple(_intervention(entry, tensors) for entry in header["interventions"])
+            return Program(interventions, str(header["model"]), str(header["revision"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{path}: the 'program' metadata is damaged ({type(error).__name__}: {error}). "
+                "Make the program again with 'compile-steer validate'."
+            ) from error
+        except ArtifactError as error:
+            raise ArtifactError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def replace_intervention(intervention: Intervention, **changes: Any) -> Intervention:
+    """`dataclasses.replace` for an intervention."""
+    return replace(intervention, **changes)
+
+
+def _intervention(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
+    if entry["tensor"] not in tensors:
+        raise ArtifactError(f"tensor '{entry['tensor']}' is named by the program but not in the file.")
+    projection = entry.get("projection")
+    return Intervention(
+        site=Site(int(entry["layer"]), entry["point"]),
+        operation=entry["operation"],
+        vector=tensors[entry["tensor"]],
+        coefficient=float(entry["coefficient"]),
+        positions=str(entry["positions"]),
+        projection=None if projection is None else float(projection),
+        enabled=bool(entry.get("enabled", True)),
+    )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file as (tensors, metadata); raises `ArtifactError` if it cannot be one."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error

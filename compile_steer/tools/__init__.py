@@ -1,0 +1,1 @@
+"""Beside the main line: lineage, audit, composition, serving engines, other tools' vectors."""

@@ -1,0 +1,119 @@
+"""Send an artifact to a hub: what would be sent is listed first, and what is not the steered model is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.errors import HfHubHTTPError
+
+from compile_steer.artifacts.files import own_files, sha256
+from compile_steer.artifacts.provenance import PARITY, Provenance
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.tools.lineage import own_parity, walk
+
+_TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# What a hub's client raises: its bases are the errors of whichever HTTP library it uses, and OSError.
+_HUB_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
+
+
+class Hub(Protocol):
+    """What is needed of `huggingface_hub.HfApi`."""
+
+    def create_repo(self, repo_id: str, *, private: bool, repo_type: str, exist_ok: bool) -> object: ...
+
+    def create_commit(
+        self, repo_id: str, operations: Sequence[CommitOperationAdd], *, commit_message: str
+    ) -> object: ...
+
+
+@dataclass(frozen=True)
+class File:
+    """One file as it is sent: its name in the repository, bytes, SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Everything that `send` will do. `refusals` are why it should not be done, `notes` what to know before."""
+
+    folder: Path
+    target: str
+    private: bool
+    files: tuple[File, ...]
+    refusals: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def prepare(folder: Path, target: str, private: bool) -> Upload:
+    """List what sending `folder` to `target` (OWNER/NAME) would do; nothing leaves the machine.
+
+    Raises:
+        RecipeError: `target` names no repository. ArtifactError: the folder is not one of ours, or damaged.
+    """
+    if not _TARGET.fullmatch(target):
+        raise RecipeError(f"--to {target}: needed: OWNER/NAME, of letters, digits, '.', '_' and '-'.")
+    origin = Provenance.read(folder)
+    paths = {name: folder / name for name in own_files(folder)}
+    files = tuple(File(name, path.stat().st_size, sha256(path)) for name, path in paths.items())
+    return Upload(folder, target, private, files, tuple(_refusals(folder)), tuple(_notes(origin)))
+
+
+def _refusals(folder: Path) -> list[str]:
+    found = [
+        f"{link.what}: {link.where} is broken (expected {link.expected or 'no such file'}, found {link.found or 'nothing'})."
+        for link in walk(folder)
+        if link.state == "broken"
+    ]
+    parity = own_parity(folder)
+    if parity is None:
+        why = "is missing" if not (folder / PARITY).is_file() else "is of other weights, or was edited"
+        found.append(f"not verified: {PARITY} {why}. Run 'compile-steer verify'.")
+    elif not parity.passed:
+        found.append(f"verification failed: {'; '.join(parity.reasons)}.")
+    return found
+
+
+def _notes(origin: Provenance) -> list[str]:
+    notes = []
+    if origin.verdict != "pass":
+        forced = ", and compiled with --force" if origin.forced else ""
+        notes.append(f"validation: {origin.verdict}{forced}; the card says so.")
+    if not origin.revision.startswith("hub:"):
+        notes.append(
+            f"the base is named as '{origin.model}' in the files, a local model; name its id in the card (base_model)."
+        )
+    notes.append("fill in the licence in the card's header before it is public: the base's binds it.")
+    return notes
+
+
+def send(upload: Upload, hub: Hub) -> str:
+    """Make the repository if there is none and commit exactly the listed files; returns where they are.
+
+    Raises:
+        ArtifactError: a file is not what was listed any more, or the hub refused or could not be reached.
+    """
+    changed = [file.name for file in upload.files if sha256(upload.folder / file.name) != file.sha256]
+    if changed:
+        raise ArtifactError(f"{upload.folder}: {', '.join(changed)} changed since it was listed; nothing was sent.")
+    operations = [CommitOperationAdd(file.name, upload.folder / file.name) for file in upload.files]
+    try:
+        hub.create_repo(upload.target, private=upload.private, repo_type="model", exist_ok=True)
+        done = hub.create_commit(upload.target, operations, commit_message=f"compile_steer: {upload.folder.name}")
+    except _HUB_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArtifactError(
+            f"{upload.target} was not written ({reason}). Log in with 'hf auth login', with a token that may write there."
+        ) from error
+    return str(done)

@@ -1,0 +1,1 @@
+"""Serving engines: what they load, and what they compute of it."""

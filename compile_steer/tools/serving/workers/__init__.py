@@ -1,0 +1,1 @@
+"""Scripts that run under an engine's own interpreter, and import nothing of ours."""
