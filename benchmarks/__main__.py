@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.artifact_formats import artifacts, run_merge, run_verify
 from compile_steer.artifacts.files import save_text, sha256
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 from compile_steer.lower import closed_form, distill
 from compile_steer.lower.job import Job
 from compile_steer.models.divergence import CHUNK_TOKENS, divergence
-from compile_steer.models.forward import readout, run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import lm_head, run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import batches
 from compile_steer.pipeline import run_compile
@@ -68,23 +68,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         shutil.copytree(ROOT / "vectors", out / "vectors")
-        run = ocean(SETTINGS, out, BarMeter(console))
+        run = ocean(SETTINGS, out, ProgressBars(console))
         run_compile(run)
         run_merge(run)
         parities = {(p.backend, p.form): p for p in run_verify(run, artifacts(run))}
         job = _job(run)
-        reference = Reference(run.recipe, run.loaded, load_program(run), run.behaviour, run.meter)
+        reference = Reference(run.recipe, run.loaded, load_program(run), run.behaviour, run.progress)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
         tokens = sum(len(text.ids) for text in job.regression_texts)
-        page = _page(rows, list(parities.values()), tokens, sha256(run.places.program))
+        page = _page(rows, list(parities.values()), tokens, sha256(run.paths.program))
     save_text(ROOT / "docs" / "BENCHMARKS.md", page)
     console.print(page, markup=False)
 
 
 def _job(run: Run) -> Job:
     recipe = run.recipe
-    return Job(canonical(load_program(run)), run.loaded, run.behaviour, recipe.compile, recipe.seed, run.meter)
+    return Job(canonical(load_program(run)), run.loaded, run.behaviour, recipe.compile, recipe.seed, run.progress)
 
 
 def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
@@ -118,9 +118,9 @@ def _forward(run: Run, job: Job) -> None:
     model = run.loaded.model
     for batch in batches(job.regression_texts, int(run.loaded.tokenizer.pad_token_id)):
         with torch.no_grad():
-            hidden = run_span(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
+            hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
             for start in range(0, len(hidden), CHUNK_TOKENS):
-                readout(model, hidden[start : start + CHUNK_TOKENS])
+                lm_head(model, hidden[start : start + CHUNK_TOKENS])
 
 
 def _closed_form_cost(run: Run, job: Job) -> list[Row]:
@@ -188,7 +188,7 @@ def _throughput(run: Run, out: Path) -> list[Row]:
     prompts = [text.prompt for text in run.behaviour.heldout[:16]]
     plain = replace(run.loaded, model=merged)
 
-    def generate(loaded: Loaded) -> None:
+    def generate(loaded: LoadedModel) -> None:
         inputs = loaded.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         with torch.no_grad():
             loaded.model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)

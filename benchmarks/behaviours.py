@@ -18,9 +18,9 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from benchmarks.ocean import ROOT
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 from compile_steer.extract.generation_report import WritingReport
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
@@ -123,20 +123,20 @@ def main() -> None:
         out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary)
         table = Table("behaviour", "train", "validation", "test", "most often dropped because")
         for one in KNOWN:
-            table.add_row(one.name, *_yields(one, out, BarMeter(console)))
+            table.add_row(one.name, *_yields(one, out, ProgressBars(console)))
         console.print(table)
 
 
-def _yields(one: Known, out: Path, meter: BarMeter) -> Iterator[str]:
+def _yields(one: Known, out: Path, progress: ProgressBars) -> Iterator[str]:
     """Pairs kept of prompts asked in each split, and the first reason why the others were not."""
     recipe = recipe_for(one, out)
-    places = Places(out / one.name, one.name)
+    paths = RunPaths(out / one.name, one.name)
     try:
-        Run.open(recipe, places.out, meter)
+        Run.open(recipe, paths.out, progress)
     except RecipeError:
-        if not places.writing.is_file():  # too few pairs: the table says so
+        if not paths.writing.is_file():  # too few pairs: the table says so
             raise
-    splits = WritingReport.load(places.writing).splits
+    splits = WritingReport.load(paths.writing).splits
     reasons: dict[str, int] = {}
     for split in splits.values():
         yield f"{split.kept} of {split.wanted}"

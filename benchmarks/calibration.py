@@ -18,7 +18,7 @@ from benchmarks.ocean import ROOT
 from benchmarks.record import Record
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
 
@@ -36,7 +36,7 @@ def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
         yield kind, index, number < CHANCE_COMPILED and index == 0
 
 
-def measured(found: list[Trial], folder: Path, meter: BarMeter) -> Iterator[Trial]:
+def measured(found: list[Trial], folder: Path, progress: ProgressBars) -> Iterator[Trial]:
     """The trials that `found` lacks, one after the other."""
     done = {(one.behaviour, one.kind, one.index) for one in found}
     without_pairs = {one.behaviour for one in found if one.verdict == "no pairs"}
@@ -47,7 +47,7 @@ def measured(found: list[Trial], folder: Path, meter: BarMeter) -> Iterator[Tria
         if not left:
             continue
         try:
-            run = Run.open(recipe_for(known, folder, SETTINGS), folder / known.name, meter)
+            run = Run.open(recipe_for(known, folder, SETTINGS), folder / known.name, progress)
         except RecipeError as error:  # the model does not show it often enough when it is asked
             yield Trial(known.name, "real", 0, "no pairs", str(error), 0.0)
             continue
@@ -152,9 +152,9 @@ RECORD = Record(
 
 def main() -> None:
     """Measure what is left."""
-    meter = BarMeter(Console(width=132))
+    progress = ProgressBars(Console(width=132))
     RECORD.resume(
-        lambda found: measured(found, RUNS, meter),
+        lambda found: measured(found, RUNS, progress),
         page,
         lambda one: f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}",
     )

@@ -27,6 +27,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
+from compile_steer.artifacts.engine_record import Reading
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
@@ -34,7 +35,7 @@ from compile_steer.export.gguf_model import GGUF_KINDS
 from compile_steer.export.merged import write_merged
 from compile_steer.lower.bias import shifts
 from compile_steer.models.fingerprint import TEXTS, texts
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
@@ -43,7 +44,6 @@ from compile_steer.steering.program import Program
 from compile_steer.tools.serving.compare import PROMPTS, WRITTEN, ask, jobs, readings, written_base
 from compile_steer.tools.serving.environment import ENGINES, Environment, environment
 from compile_steer.tools.serving.export import ship
-from compile_steer.tools.serving.record import Reading
 
 SPEED = "speed"
 PROGRAM = ROOT / "vectors" / "ocean.safetensors"
@@ -90,7 +90,7 @@ class Finding:
     load_average: float = 0.0
 
 
-def forms(folder: Path, one: Loaded) -> dict[str, Path]:
+def forms(folder: Path, one: LoadedModel) -> dict[str, Path]:
     """The ocean program in every form that lies on disk, by name."""
     program = canonical(Program.load(PROGRAM))
     origin = Provenance.read(ADAPTER).of(form="merged-fp32")
@@ -118,7 +118,7 @@ def as_others_save_it(folder: Path) -> Path:
     return folder
 
 
-def speeds(engine: Environment, one: Loaded, made: Mapping[str, Path], folder: Path) -> dict[str, list[float]]:
+def speeds(engine: Environment, one: LoadedModel, made: Mapping[str, Path], folder: Path) -> dict[str, list[float]]:
     """Tokens a second of base, merged model and adapter in an engine, a value a round."""
     names = [BIASED, ADAPTED]
     shipped = [ship(made[name], engine.name, folder / name, one.source, "f32") for name in names]
@@ -131,7 +131,7 @@ def speeds(engine: Environment, one: Loaded, made: Mapping[str, Path], folder: P
     return found
 
 
-def our_speeds(one: Loaded, made: Mapping[str, Path]) -> dict[str, list[float]]:
+def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[float]]:
     """The same in transformers, and under hooks."""
     models = {
         "base": one,

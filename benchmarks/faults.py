@@ -26,7 +26,7 @@ from benchmarks.record import Record
 from compile_steer.artifact_formats import run_merge
 from compile_steer.artifacts.files import sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline import run_compile
 from compile_steer.run import Run, load_program
 from compile_steer.steering.hooks import steered
@@ -101,10 +101,10 @@ class Verdict:
     seed: int | None = None
 
 
-def prepared(meter: BarMeter) -> Run:
+def prepared(progress: ProgressBars) -> Run:
     """The committed program compiled and merged; what is there is kept."""
     shutil.copytree(ROOT / "vectors", RUNS / "vectors", dirs_exist_ok=True)
-    run = ocean(SETTINGS, RUNS, meter)
+    run = ocean(SETTINGS, RUNS, progress)
     run_compile(run)
     run_merge(run)
     return run
@@ -112,18 +112,18 @@ def prepared(meter: BarMeter) -> Run:
 
 def artifact(run: Run, form: str) -> Path:
     """The closed form's adapter, or the bias merged at that precision."""
-    return run.places.adapter("closed_form") if form == "adapter" else run.places.merged("bias", form[len("merged-") :])
+    return run.paths.adapter("closed_form") if form == "adapter" else run.paths.merged("bias", form[len("merged-") :])
 
 
 @contextmanager
 def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
     """The reference, and the hash of the program that it is about; what is wrong with the judge holds inside the block."""
-    program, hashed = load_program(run), sha256(run.places.program)
+    program, hashed = load_program(run), sha256(run.paths.program)
     if kind == "response only":
         only = tuple(replace(one, positions="response") for one in program.interventions)
         program, hashed = Program(only, program.model, program.revision), RESPONSE_ONLY
     with steered(run.loaded.model, program) if kind == "hooked base" else nullcontext():
-        yield Reference(run.recipe, run.loaded, program, run.behaviour, run.meter), hashed
+        yield Reference(run.recipe, run.loaded, program, run.behaviour, run.progress), hashed
 
 
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
@@ -220,7 +220,7 @@ RECORD = Record(
 
 def main() -> None:
     """Judge what is left."""
-    run = prepared(BarMeter(Console(width=132)))
+    run = prepared(ProgressBars(Console(width=132)))
     RECORD.resume(
         lambda found: judged(run, found),
         page,

@@ -28,7 +28,7 @@ from compile_steer.artifacts.files import save_text
 from compile_steer.common.errors import ArtifactError
 from compile_steer.extract.imported import read
 from compile_steer.extract.options import Extract
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program, Site
@@ -49,20 +49,20 @@ class Row:
     elsewhere: float | None = None
 
 
-def logits(one: Loaded) -> Tensor:
+def logits(one: LoadedModel) -> Tensor:
     """[tokens, vocabulary] of the text."""
     with torch.no_grad():
         found: Tensor = one.model(**one.tokenizer(TEXT, return_tensors="pt")).logits[0]
     return found
 
 
-def ours(one: Loaded, program: Program) -> Tensor:
+def ours(one: LoadedModel, program: Program) -> Tensor:
     """Logits under our hooks."""
     with steered(one.model, program):
         return logits(one)
 
 
-def imported(one: Loaded, path: Path, coefficient: float, **said: Any) -> Program:
+def imported(one: LoadedModel, path: Path, coefficient: float, **said: Any) -> Program:
     """All vectors of a file at once, at a coefficient, by the way that a recipe takes."""
     options = Extract.model_validate({"method": "imported", "imported": {"file": path, "joint": "all", **said}})
     point, found = read(path, options, one.layout, 0)
@@ -70,7 +70,7 @@ def imported(one: Loaded, path: Path, coefficient: float, **said: Any) -> Progra
     return directions.program(EVERY_BLOCK, coefficient, "all")
 
 
-def vectors(one: Loaded, *blocks: int) -> dict[int, Tensor]:
+def vectors(one: LoadedModel, *blocks: int) -> dict[int, Tensor]:
     """Random vectors an eighth as long as the stream usually is there (about 120 in the middle of SmolLM2-135M)."""
     generator = torch.Generator().manual_seed(1)
     drawn = {k: torch.randn(one.layout.d_model, generator=generator) for k in blocks}
@@ -83,7 +83,7 @@ def apart(found: Tensor, wanted: Tensor, base: Tensor) -> float:
 
 
 @contextmanager
-def controlled(repeng: Any, one: Loaded, control: Any, coefficient: float) -> Iterator[None]:
+def controlled(repeng: Any, one: LoadedModel, control: Any, coefficient: float) -> Iterator[None]:
     """The model under repeng's own control, unwrapped afterwards."""
     wrapped = repeng.ControlModel(one.model, list(control.directions))
     wrapped.set_control(control, coefficient)
@@ -93,7 +93,7 @@ def controlled(repeng: Any, one: Loaded, control: Any, coefficient: float) -> It
         wrapped.unwrap()
 
 
-def with_repeng(one: Loaded, folder: Path) -> list[Row]:
+def with_repeng(one: LoadedModel, folder: Path) -> list[Row]:
     """repeng's file in, under both conventions; ours read by repeng."""
     repeng = importlib.import_module("repeng")
     base, drawn = logits(one), vectors(one, 9, 10, 11, 12)
@@ -118,7 +118,7 @@ def with_repeng(one: Loaded, folder: Path) -> list[Row]:
     return [*rows, Row(name, apart(ours(one, program), found, base))]
 
 
-def with_steering_vectors(one: Loaded, folder: Path) -> list[Row]:
+def with_steering_vectors(one: LoadedModel, folder: Path) -> list[Row]:
     """A saved SteeringVector: refused, converted by the lines of the refusal, imported."""
     library = importlib.import_module("steering_vectors")
     base, drawn = logits(one), vectors(one, 10, 12)
@@ -135,7 +135,7 @@ def with_steering_vectors(one: Loaded, folder: Path) -> list[Row]:
     return rows
 
 
-def convert(one: Loaded, path: Path, point: str) -> Path:
+def convert(one: LoadedModel, path: Path, point: str) -> Path:
     """What the lines that the refusal of a pickle says leave, for vectors of that point."""
     try:
         imported(one, path, 1.0, format="caa")

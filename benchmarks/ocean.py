@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from compile_steer.common.progress import Meter
-from compile_steer.models.forward import run_span
+from compile_steer.common.progress import Progress
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.tokens import batches, encode
 from compile_steer.recipe import read_recipe
 from compile_steer.run import Run
@@ -22,14 +22,14 @@ from compile_steer.steering.program import Program
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def ocean(settings: Sequence[str], out: Path, meter: Meter) -> Run:
+def ocean(settings: Sequence[str], out: Path, progress: Progress) -> Run:
     """The ocean recipe, with `settings` in place of its own."""
-    return opened("ocean", settings, out, meter)
+    return opened("ocean", settings, out, progress)
 
 
-def opened(name: str, settings: Sequence[str], out: Path, meter: Meter) -> Run:
+def opened(name: str, settings: Sequence[str], out: Path, progress: Progress) -> Run:
     """A recipe of this repository, with `settings` in place of its own."""
-    return Run.open(read_recipe(ROOT / "recipes" / f"{name}.yaml", settings), out, meter)
+    return Run.open(read_recipe(ROOT / "recipes" / f"{name}.yaml", settings), out, progress)
 
 
 def committed_program(run: Run) -> Program:
@@ -47,7 +47,7 @@ def stream(run: Run, layer: int, count: int) -> torch.Tensor:
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         with torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
+            hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
         real = batch.roles != PAD
         first = real & (real.cumsum(dim=1) == 1)
         found.append(hidden[real & ~first].float().cpu())

@@ -21,14 +21,14 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine, ocean, stream
 from compile_steer.artifacts.files import save_text
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import distill
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.pipeline import run_extract
@@ -105,7 +105,7 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
 class Measure:
     """A program's held-out texts, and the steered model's final states on them."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     texts: list[Encoded]
     steered: torch.Tensor
     base: Divergence
@@ -118,7 +118,7 @@ class Measure:
         wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
         return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))
 
-    def against(self, other: Loaded) -> Divergence:
+    def against(self, other: LoadedModel) -> Divergence:
         """KL(steered || other) on the held-out texts."""
         return divergence(self.loaded.model, self.steered, other.model, final_states(other, self.texts).response)
 
@@ -138,7 +138,7 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     prompts = MOST_PROMPTS.get(name, PROMPTS)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
     options = run.recipe.compile.model_copy(update={"calibration": calibration})
-    job = Job(program, run.loaded, run.behaviour, options, run.recipe.seed, run.meter)
+    job = Job(program, run.loaded, run.behaviour, options, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     texts = [*job.regression_texts, *job.training_texts]  # written before any clock starts
     cells, peers = [], []
@@ -179,7 +179,7 @@ def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, obje
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     backend = EXACT[name]
     merged = replace(run.loaded, model=merged_model(run.loaded.source, BACKENDS[backend].lower(job)).eval())
@@ -238,7 +238,7 @@ def main() -> None:
     """Measure every program, or those whose names begin as asked; the page is written after each."""
     console, page = Console(width=160), Page.read()
     with tempfile.TemporaryDirectory() as folder:
-        run = ocean(SETTINGS, Path(folder), BarMeter(console))
+        run = ocean(SETTINGS, Path(folder), ProgressBars(console))
         found = programs(run, run_extract(run))
         for name in (name for name in NAMES if name.startswith(tuple(sys.argv[1:]) or "")):
             if name in FITTED:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.artifacts.files import save_text
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.divergence import log_softmax
 from compile_steer.models.logprobs import contrast_scores, encode_pairs
 from compile_steer.models.tokens import batches, encode
@@ -126,7 +126,7 @@ def _measured(
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
 
-    return measure_layers(bench, options, layers, make, Meter(), margin)[0]
+    return measure_layers(bench, options, layers, make, Progress(), margin)[0]
 
 
 def cost(
@@ -140,7 +140,7 @@ def cost(
         "ours, stopping at the ceiling": Arm(lambda: ours(run, directions, grid, 1.1), {}),
     }
     steps: dict[str, Way] = {}
-    with run.meter.phase("plain loop and ours in turn", len(layers)) as tick:
+    with run.progress.phase("plain loop and ours in turn", len(layers)) as advance:
         for name, arm in arms.items():
             started = time.process_time()
             steps[name] = arm.start()
@@ -150,7 +150,7 @@ def cost(
                 started = time.process_time()
                 arm.cells.update(steps[name](layer))
                 arm.seconds += time.process_time() - started
-            tick(1)
+            advance(1)
     return arms
 
 
@@ -206,7 +206,7 @@ def search_table(run: Run, directions: Directions, options: Validate) -> list[st
     cells = _measured(_bench(run, grid), directions, grid, every, math.inf)
     lines.append(_best("whole grid", cells, time.process_time() - started))
     started = time.process_time()
-    left, _rungs = search_layers(run.loaded, run.behaviour, grid, every, make, Meter())
+    left, _rungs = search_layers(run.loaded, run.behaviour, grid, every, make, Progress())
     cells = _measured(_bench(run, grid), directions, grid, left)
     lines.append(_best("successive halving", cells, time.process_time() - started))
     return lines
@@ -276,7 +276,7 @@ def main() -> None:
     for name in sys.argv[1:] or PARTS:
         title, measure, settings = PARTS[name]
         with tempfile.TemporaryDirectory() as folder:
-            run = ocean(settings, Path(folder), BarMeter(Console()))
+            run = ocean(settings, Path(folder), ProgressBars(Console()))
             options = run.recipe.validate_
             lines = measure(run, run_extract(run), options)
         texts = f"The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} neutral texts."

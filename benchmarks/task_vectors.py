@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.ocean import committed_program, ocean
 from benchmarks.programs import Measure
 from compile_steer.common.errors import CannotLower
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.lower import full
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Full
@@ -78,7 +78,7 @@ def arm(job: Job, measure: Measure, options: Full) -> str:
 def table(run: Run, show: Console) -> None:
     """Print the lines of the table as they are measured, a few minutes each."""
     program = committed_program(run)
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program, HELD_OUT)
     tokens = sum(len(text.ids) for text in (*job.regression_texts, *job.training_texts))
     show.print(f"{program.describe()}; {tokens} tokens; KL(steered||base) {measure.base.mean:.3f}", markup=False)
@@ -91,7 +91,7 @@ def main() -> None:
     """Measure every arm."""
     console = Console(width=200)
     with tempfile.TemporaryDirectory() as folder:
-        table(ocean(SETTINGS, Path(folder), Meter()), console)
+        table(ocean(SETTINGS, Path(folder), Progress()), console)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import ROOT, committed_program, machine, ocean
 from compile_steer.artifacts.files import save_text
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.lower import distill
 from compile_steer.lower.job import Job
 from compile_steer.models.tokens import Encoded
@@ -63,8 +63,8 @@ def _memory() -> float:
 
 
 def _job(folder: str) -> Job:
-    run = ocean(SETTINGS, Path(folder), Meter())
-    return Job(committed_program(run), run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+    run = ocean(SETTINGS, Path(folder), Progress())
+    return Job(committed_program(run), run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
 
 
 def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.programs import Measure
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.models.logprobs import encode_pairs
@@ -106,7 +106,7 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     """Validate a direction with the run's recipe on a part of its test data; `compiles` what was chosen."""
     test, neutral = run.behaviour.test[: run.recipe.validate_.prompts], run.behaviour.neutral[:NEUTRAL]
     data = replace(run.behaviour, test=test, neutral=neutral)
-    part = replace(run, behaviour=data, meter=Meter())
+    part = replace(run, behaviour=data, progress=Progress())
     kept: list[Program] = []
 
     def keep(program: Program) -> str:
@@ -116,7 +116,7 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     started = time.perf_counter()
     try:
         report, _rows = validate(
-            part.recipe, part.loaded, data, in_place(real, kind, index, run.recipe.name), keep, "", part.meter
+            part.recipe, part.loaded, data, in_place(real, kind, index, run.recipe.name), keep, "", part.progress
         )
     except RecipeError as error:  # no coherent cell: refused before the test
         return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
@@ -150,7 +150,7 @@ def compiled(run: Run, program: Program) -> Compiled:
     """Closed form, measured on held-out continuations and on the test pairs and prompts that validation used."""
     program, loaded, test, options = canonical(program), run.loaded, run.behaviour.test, run.recipe.validate_
     patch = BACKENDS["closed_form"].lower(
-        Job(program, loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter)
+        Job(program, loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
     )
     measure = Measure.of(run, program, HELD_OUT)
     score = options.score.bind(loaded, run.behaviour)

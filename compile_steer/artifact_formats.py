@@ -35,17 +35,17 @@ def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
     """
     distributed.require_alone("merging")
     wanted = [form for form in run.recipe.verify.forms if form != "adapter"]
-    chosen = given or [run.places.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
+    chosen = given or [run.paths.adapter(choice.backend) for choice in run_plan(run) if choice.chosen]
     patches = [(folder, *_patch(run, folder)) for folder in chosen]
     if any_gguf(wanted):
         _require_gguf(run, {folder: patch for folder, patch, _origin in patches})
     folders = []
-    with run.meter.phase("merging in fp32, one cast", len(patches) * len(wanted)) as tick:
+    with run.progress.phase("merging in fp32, one cast", len(patches) * len(wanted)) as advance:
         for folder, patch, origin in patches:
             parent = artifact_sha256(folder)
             for form in wanted:
                 folders.append(_merge(run, patch, origin.of(form=form, parent=parent)))
-                tick(1)
+                advance(1)
     return folders
 
 
@@ -67,11 +67,11 @@ def _require_gguf(run: Run, patches: Mapping[Path, WeightPatch]) -> None:
 def _merge(run: Run, patch: WeightPatch, origin: Provenance) -> Path:
     """Write the form that `origin` says of the base with `patch`, unless it is there; returns its folder."""
     precision = precision_of(origin.form)
-    folder = run.places.merged(origin.backend, precision)
+    folder = run.paths.merged(origin.backend, precision)
     now = origin.of(inputs=digest([origin.inputs, origin.parent, precision]))
     if not is_merged(folder, now):
         write = write_gguf if origin.form.startswith("gguf-") else write_merged
-        write(folder, patch, run.loaded, precision.removeprefix("gguf-"), now, model_card(now, run.places.validation))
+        write(folder, patch, run.loaded, precision.removeprefix("gguf-"), now, model_card(now, run.paths.validation))
     return folder
 
 
@@ -87,9 +87,9 @@ def artifacts(run: Run) -> list[Path]:
         if choice.chosen:
             for form in run.recipe.verify.forms:
                 if form != "adapter":
-                    folders.append(run.places.merged(choice.backend, precision_of(form)))
+                    folders.append(run.paths.merged(choice.backend, precision_of(form)))
                 elif choice.adapter_refusal is None:
-                    folders.append(run.places.adapter(choice.backend))
+                    folders.append(run.paths.adapter(choice.backend))
     return folders
 
 
@@ -97,7 +97,7 @@ def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Par
     """Judge what is on disk; with `save` a parity.json is left beside each artifact."""
     distributed.require_alone("verification")
     program = load_program(run)
-    program_hash = sha256(run.places.program)
+    program_hash = sha256(run.paths.program)
     problems: list[str] = []
     for folder in folders:
         try:
@@ -106,16 +106,16 @@ def run_verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Par
             problems += error.problems
     if problems:
         raise ArtifactError(problems)
-    reference = Reference(run.recipe, run.loaded, program, run.behaviour, run.meter)
+    reference = Reference(run.recipe, run.loaded, program, run.behaviour, run.progress)
     found: dict[Path, Parity] = {}
-    with run.meter.phase("verifying artifacts from disk", len(folders)) as tick:
+    with run.progress.phase("verifying artifacts from disk", len(folders)) as advance:
         for folder in sorted(folders, key=_form):  # the base, rounded as a form is, is made once for all of that form
             parity = verify_artifact(reference, folder, program_hash, run.recipe.verify.gates)
             if save:
                 parity.save(folder / PARITY)
-                update_card(folder, run.places.validation)
+                update_card(folder, run.paths.validation)
             found[folder] = parity
-            tick(1)
+            advance(1)
     return [found[folder] for folder in folders]
 
 

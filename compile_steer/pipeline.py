@@ -25,14 +25,12 @@ from compile_steer.lower.job import Job
 from compile_steer.lower.plan import Choice, plan
 from compile_steer.lower.work import Work
 from compile_steer.models.load import revision_of
-from compile_steer.models.reload import reload
 from compile_steer.report.card import model_card
 from compile_steer.run import Run, load_program
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.decompile import Decompiled, decompile
 from compile_steer.validate.report import ValidationReport
 from compile_steer.validate.stage import validate
 from compile_steer.validate.sweep import choose_layers
@@ -46,7 +44,7 @@ def run_write(run: Run) -> WritingReport:
             f"data.kind {run.recipe.data.kind}: its rows have their responses, there is nothing to write. The model "
             "writes the pairs of kind: written and kind: instructions."
         )
-    return WritingReport.load(run.places.writing)
+    return WritingReport.load(run.paths.writing)
 
 
 def _extracted_from(run: Run) -> str:
@@ -61,15 +59,15 @@ def run_extract(run: Run) -> Directions:
     distributed.require_alone("extraction")
     require_distinct(run.loaded.tokenizer, run.behaviour)
     inputs = run.inputs("data", "extract", after=_extracted_from(run))
-    if run.places.directions.is_file():
+    if run.paths.directions.is_file():
         try:
-            kept = Directions.load(run.places.directions)
+            kept = Directions.load(run.paths.directions)
             if kept.inputs == inputs:
                 return kept
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
-    directions = extract(run.recipe, run.loaded, run.behaviour, inputs, run.meter)
-    directions.save(run.places.directions, run.origin().header())
+    directions = extract(run.recipe, run.loaded, run.behaviour, inputs, run.progress)
+    directions.save(run.paths.directions, run.origin().header())
     return directions
 
 
@@ -77,42 +75,40 @@ def run_validate(run: Run) -> ValidationReport:
     """The chosen program and the report on it; extracts first if need be."""
     choose_layers(run.recipe.validate_, run.loaded.layout.n_layers)  # refuses what the model lacks before the work
     directions = run_extract(run)
-    places = run.places
-    after = digest([sha256(places.directions), [asdict(pair) for pair in run.behaviour.mismatched]])
+    paths = run.paths
+    after = digest([sha256(paths.directions), [asdict(pair) for pair in run.behaviour.mismatched]])
     inputs = run.inputs("data", "extract", "validate", "ask", "too_high", after=after)
-    if places.validation.is_file() and places.program.is_file():
+    if paths.validation.is_file() and paths.program.is_file():
         try:
-            kept = ValidationReport.load(places.validation)
-            same = kept.inputs == inputs and kept.program_hash == sha256(places.program)
-            if same and not broken_seal(places.validation):
+            kept = ValidationReport.load(paths.validation)
+            same = kept.inputs == inputs and kept.program_hash == sha256(paths.program)
+            if same and not broken_seal(paths.validation):
                 return kept
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
 
     def keep(program: Program) -> str:
-        program.save(places.program, run.origin(sha256(places.directions)).header())
-        return sha256(places.program)
+        program.save(paths.program, run.origin(sha256(paths.directions)).header())
+        return sha256(paths.program)
 
-    report, rows = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.meter)
-    save_text(places.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    report.save(places.validation)
+    report, rows = validate(run.recipe, run.loaded, run.behaviour, directions, keep, inputs, run.progress)
+    save_text(paths.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    report.save(paths.validation)
     return report
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:
     """(verdict, hash of the report) that allow a compile; raises `CannotLower` where only force does."""
-    path = run.places.validation
+    path = run.paths.validation
     if not path.is_file():
         if not force:
             raise CannotLower(
-                f"{run.places.program} was never validated (no {path.name}). Run 'compile-steer validate' first, or "
+                f"{run.paths.program} was never validated (no {path.name}). Run 'compile-steer validate' first, or "
                 "compile with --force; the artifact will say so."
             )
         return "none", ""
     report = ValidationReport.load(path)
-    other = [f"is about another program than {run.places.program}"] * (
-        report.program_hash != sha256(run.places.program)
-    )
+    other = [f"is about another program than {run.paths.program}"] * (report.program_hash != sha256(run.paths.program))
     other += ["was edited after it was written"] * broken_seal(path)
     verdict = "none" if other else report.verdict
     if other and not force:
@@ -137,16 +133,16 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
     program = canonical(load_program(run))
     verdict, report_hash = _verdict(run, force)
     chosen = [choice.backend for choice in run_plan(run) if choice.chosen]
-    program_hash = sha256(run.places.program)
+    program_hash = sha256(run.paths.program)
     alone = distributed.count() == 1
     for name in chosen:
         if not BACKENDS[name].shares:
             distributed.require_alone(name)
-    work = Work(run.places.work if alone else None, run.inputs("data", "compile", after=program_hash))
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.meter, work)
+    work = Work(run.paths.work if alone else None, run.inputs("data", "compile", after=program_hash))
+    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress, work)
     folders = []
     for name in chosen:
-        folder = run.places.adapter(name)
+        folder = run.paths.adapter(name)
         folders.append(folder)
         inputs = run.inputs("data", "compile", after=digest([program_hash, report_hash, verdict, force, name]))
         kept = kept_patch(folder, inputs)
@@ -166,7 +162,7 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
             inputs=inputs,
         )
         if distributed.rank() == 0:
-            write_patch(folder, patch, run.loaded, origin, model_card(origin, run.places.validation), job.curves)
+            write_patch(folder, patch, run.loaded, origin, model_card(origin, run.paths.validation), job.curves)
     work.clear()
     return folders
 
@@ -180,8 +176,8 @@ def _provenance(run: Run, backend: str, patch: WeightPatch, program: Program) ->
         form="adapter" if is_adapter(patch, run.loaded) else "patch",
         model=run.loaded.id,
         revision=run.loaded.revision,
-        program=run.places.program.name,
-        program_sha256=sha256(run.places.program),
+        program=run.paths.program.name,
+        program_sha256=sha256(run.paths.program),
         validation_sha256="",
         verdict="none",
         forced=False,
@@ -201,15 +197,7 @@ def read_curves(run: Run) -> dict[str, dict[str, list[float]]]:
     """The losses that the backends of the plan left beside their weights, by 'BACKEND, WHAT'."""
     found: dict[str, dict[str, list[float]]] = {}
     for choice in run_plan(run):
-        path = run.places.adapter(choice.backend) / CURVES
+        path = run.paths.adapter(choice.backend) / CURVES
         if choice.chosen and path.is_file():
             found |= {f"{choice.backend}, {what}": one for what, one in json.loads(path.read_text("utf-8")).items()}
-    return found
-
-
-def run_decompile(run: Run, folder: Path) -> Decompiled:
-    """The program that explains the artifact at `folder` best, left beside the recipe's own."""
-    distributed.require_alone("decompilation")
-    found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.meter)
-    found.save(run.places.decompiled, run.places.decompiled.with_suffix(".json"))
     return found

@@ -6,16 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from compile_steer.artifacts.files import digest
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin
-from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import SPLITS, Behaviour, Pair, asked_key
-from compile_steer.data.pairs import Pairs, read_pairs
-from compile_steer.data.sources import Reader
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
+from compile_steer.data.pairs import read_pairs
 from compile_steer.extract.generate_pairs import write
 from compile_steer.extract.stage import source
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.tokens import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.program import Program
 
@@ -25,18 +24,18 @@ class Run:
     """A recipe with its model and data loaded: what every span needs."""
 
     recipe: Recipe
-    places: Places
-    loaded: Loaded
+    paths: RunPaths
+    loaded: LoadedModel
     behaviour: Behaviour
-    meter: Meter
+    progress: Progress
 
     @staticmethod
-    def open(recipe: Recipe, out: Path, meter: Meter) -> Run:
+    def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
-        places = Places(out, recipe.name)
+        paths = RunPaths(out, recipe.name)
         asked = replace(recipe.data.read(recipe.folder), mismatched=mismatched(recipe))
         loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
-        return Run(recipe, places, loaded, answered(recipe, loaded, asked, places, meter), meter)
+        return Run(recipe, paths, loaded, answered(recipe, loaded, asked, paths, progress), progress)
 
     def inputs(self, *sections: str, after: str = "") -> str:
         """Fingerprint of what a span depends on: recipe sections, data, model, seed, the artifact before it."""
@@ -55,43 +54,20 @@ def _digest(pairs: tuple[Pair, ...]) -> str:
     return digest([asdict(pair) for pair in pairs]) if pairs else ""
 
 
-def data_on_disk(recipe: Recipe, places: Places) -> tuple[dict[str, str], list[str]]:
-    """SHA-256 of the rows of every file that the recipe reads, under the keys of `Origin.data_sha256`; and what is wrong.
-
-    A file that is not there is not among them, nor is a data set that is no file.
-    """
-    found, problems = recipe.data.hashes(recipe.folder)
-    if recipe.data.writing is not None:
-        found = {asked_key(name) if name in SPLITS else name: one for name, one in found.items()}
-        reader = Reader(places.out)
-        for name in SPLITS:
-            if places.pairs(name).is_file():
-                reader.rows(name, places.pairs(name).resolve(), Pairs.keys)
-        found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
-    other = recipe.validate_.mismatched
-    read = {"imported": source(recipe)}
-    if other is not None and (recipe.folder / other).is_file():
-        try:
-            read["mismatched"] = _digest(mismatched(recipe))
-        except RecipeError as error:
-            problems = [*problems, *error.problems]
-    return {**found, **{name: one for name, one in read.items() if one}}, problems
-
-
 def mismatched(recipe: Recipe) -> tuple[Pair, ...]:
     """Another behaviour's pairs, if the recipe names any; raises `RecipeError` where they cannot be read."""
     path = recipe.validate_.mismatched
     return () if path is None else tuple(read_pairs("validate.mismatched", recipe.folder / path))
 
 
-def answered(recipe: Recipe, loaded: Loaded, asked: Behaviour, places: Places, meter: Meter) -> Behaviour:
+def answered(recipe: Recipe, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress) -> Behaviour:
     """The recipe's data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
     options = recipe.data.writing
-    return asked if options is None else write(recipe, options, loaded, asked, places, meter)
+    return asked if options is None else write(recipe, options, loaded, asked, paths, progress)
 
 
 def load_program(run: Run) -> Program:
     """The program on disk, checked against the model; raises `ArtifactError`."""
-    program = Program.load(run.places.program)
+    program = Program.load(run.paths.program)
     run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
     return program

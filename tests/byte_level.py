@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.models.load import Loaded, weights_revision
+from compile_steer.models.load import LoadedModel, weights_revision
 from tests.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
 
 MERGES = [("h", "e"), ("Ġ", "w"), ("Ġw", "1")]
@@ -28,9 +28,9 @@ def tokenizer(split: Any = None) -> PreTrainedTokenizerFast:
     return found
 
 
-def saved(family: str, folder: Path, **changes: Any) -> Loaded:
+def saved(family: str, folder: Path, **changes: Any) -> LoadedModel:
     """A tiny model of `family` with that tokenizer, in `folder` and in memory."""
     model = build(family, vocab_size=VOCAB, **changes)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return Loaded(model, tokenizer(), f"tiny-{family}", weights_revision(folder), str(folder))
+    return LoadedModel(model, tokenizer(), f"tiny-{family}", weights_revision(folder), str(folder))

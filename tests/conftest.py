@@ -8,18 +8,18 @@ from functools import cache
 import pytest
 import torch
 
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from tests import tiny
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedModel]:
     """Give the tiny model of a family, saved to disk once a session."""
 
     @cache
-    def save(family: str) -> Loaded:
+    def save(family: str) -> LoadedModel:
         return tiny.saved(family, tmp_path_factory.mktemp(family))
 
     return save

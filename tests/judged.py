@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from compile_steer.artifacts.provenance import Provenance
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.models.load import Loaded, weights_revision
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel, weights_revision
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Program
@@ -30,7 +30,7 @@ WRITER, BLOCK = "mlp.down_proj", 1
 PROGRAM_HASH = "hash of the program"
 
 
-class Notes(Meter):
+class Notes(Progress):
     """Keeps what is said before the work goes on."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Scene:
     """A base on disk, the program, and the folder in which artifacts are written."""
 
     folder: Path
-    base: Loaded
+    base: LoadedModel
     program: Program
     verify: dict[str, Any]
 
@@ -93,13 +93,13 @@ class Scene:
         model, words = build("llama", max_position_embeddings=128, vocab_size=vocab_size), tokenizer or chatting()
         model.save_pretrained(folder / "base")
         words.save_pretrained(folder / "base")
-        base = Loaded(model, words, "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
+        base = LoadedModel(model, words, "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
         program = Program((intervention(layer=BLOCK, positions=positions),), base.id, base.revision)
         return Scene(folder, base, program, verify)
 
     @cached_property
     def reference(self) -> Reference:
-        return Reference(recipe(**self.verify), self.base, self.program, behaviour(), Meter())
+        return Reference(recipe(**self.verify), self.base, self.program, behaviour(), Progress())
 
     @property
     def module(self) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from compile_steer.data.behaviour import Behaviour, Check, Pair, Question
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.data.behaviour import Behaviour, Check, Question
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.scoring.check import Discrimination, require_discrimination
 from compile_steer.scoring.reply import Reply, ScorerBase
 from compile_steer.scoring.scorer import Scorer
@@ -46,6 +46,6 @@ def scorer(**settings: Any) -> ScorerBase:
     return adapter.validate_python(settings)
 
 
-def discrimination(one: ScorerBase, model: Loaded, data: Behaviour) -> Discrimination:
+def discrimination(one: ScorerBase, model: LoadedModel, data: Behaviour) -> Discrimination:
     """What is found before a sweep: the scorer bound, then held against the data."""
     return require_discrimination(one, one.bind(model, data), model, data)

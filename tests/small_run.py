@@ -11,8 +11,8 @@ import torch
 from ruamel.yaml import YAML
 
 from compile_steer.artifact_formats import run_merge, run_verify
-from compile_steer.artifacts.paths import Places
-from compile_steer.common.progress import Meter
+from compile_steer.artifacts.paths import RunPaths
+from compile_steer.common.progress import Progress
 from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
@@ -65,14 +65,14 @@ class SmallRun:
         return self.root / "recipes" / f"{NAME}.yaml"
 
     @property
-    def places(self) -> Places:
-        return Places(self.root / "runs" / NAME, NAME)
+    def paths(self) -> RunPaths:
+        return RunPaths(self.root / "runs" / NAME, NAME)
 
     def read(self) -> Recipe:
         return read_recipe(self.recipe)
 
     def open(self) -> Run:
-        return Run.open(self.read(), self.places.out, Meter())
+        return Run.open(self.read(), self.paths.out, Progress())
 
 
 def prepare(root: Path) -> SmallRun:
@@ -109,6 +109,6 @@ def walked(root: Path) -> SmallRun:
     run_validate(opened)
     run_compile(opened, force=True)
     run_merge(opened)
-    places = run.places
-    run_verify(opened, [places.adapter("closed_form"), places.merged("bias", "fp32")])
+    paths = run.paths
+    run_verify(opened, [paths.adapter("closed_form"), paths.merged("bias", "fp32")])
     return run

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from compile_steer.steering.patch import LowRank, WeightPatch
@@ -157,16 +157,16 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 @cache
-def loaded(family: str, seed: int = 0) -> Loaded:
+def loaded(family: str, seed: int = 0) -> LoadedModel:
     """A shared tiny model with its tokenizer, not on disk; tests leave it as they found it."""
-    return Loaded(build(family, seed), tokenizer(), f"tiny-{family}", REVISION, "")
+    return LoadedModel(build(family, seed), tokenizer(), f"tiny-{family}", REVISION, "")
 
 
-def saved(family: str, folder: Path) -> Loaded:
+def saved(family: str, folder: Path) -> LoadedModel:
     """The shared tiny model with its weights saved to `folder`, from where it can be loaded again."""
     one = loaded(family)
     one.model.save_pretrained(folder)
-    return Loaded(one.model, one.tokenizer, one.id, one.revision, str(folder))
+    return LoadedModel(one.model, one.tokenizer, one.id, one.revision, str(folder))
 
 
 # --------------------------------------------------------------------------------------------- texts
@@ -357,7 +357,7 @@ def n_hooks(model: nn.Module) -> int:
 # -------------------------------------------------------------------------------------------- patches
 
 
-def random_patch(one: Loaded, *, ranks: Sequence[int] = (2, 3), scale: float = 0.3, seed: int = 0) -> WeightPatch:
+def random_patch(one: LoadedModel, *, ranks: Sequence[int] = (2, 3), scale: float = 0.3, seed: int = 0) -> WeightPatch:
     """Low-rank edits of alternating ranks for every Linear of blocks 1 and 2."""
     generator = torch.Generator().manual_seed(seed)
     edits: dict[str, LowRank] = {}

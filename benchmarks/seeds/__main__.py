@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.ocean import ROOT, machine
 from benchmarks.seeds.checklist import ticked
 from compile_steer.artifacts.files import save_text
-from compile_steer.common.progress import BarMeter
+from compile_steer.common.progress import ProgressBars
 
 PAGE = ROOT / "docs" / "SEEDS.md"
 NAMES = ("a", "b", "c", "d", "e")
@@ -45,7 +45,7 @@ def main() -> None:
     console = Console(width=160)
     found = kept()
     for name in sys.argv[1:] or NAMES:
-        lines = import_module(f"benchmarks.seeds.{name}").section(BarMeter(console))
+        lines = import_module(f"benchmarks.seeds.{name}").section(ProgressBars(console))
         found[name] = "\n".join([*lines[:1], "", f"Measured {machine()}", *lines[1:]]).rstrip() + "\n\n"
         write(found)
         console.print(found[name], markup=False)

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT
 from compile_steer.artifact_formats import run_merge
-from compile_steer.common.progress import BarMeter, Meter, Tick
+from compile_steer.common.progress import Advance, Progress, ProgressBars
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
 from compile_steer.extract.trained_loss import Objective
 from compile_steer.models.divergence import Divergence, bootstrap_mean, divergence
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded, load, quiet
+from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.observe import final_states, log_probabilities
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import Encoded, Text, encode
@@ -74,7 +74,7 @@ class Test:
         self.prompts = [pair.prompt for pair in run.behaviour.test]
         self.asks = np.array(["AI assistant" in pair.positive.response for pair in run.behaviour.test])
 
-    def outcomes(self, loaded: Loaded, programs: Sequence[Program | None], before: str = "") -> list[Outcome]:
+    def outcomes(self, loaded: LoadedModel, programs: Sequence[Program | None], before: str = "") -> list[Outcome]:
         """One a program, all as rows of one batch; `before` is put before every prompt."""
         prompts = [before + prompt for prompt in self.prompts]
         score = self.run.recipe.validate_.score.bind(loaded, self.run.behaviour)
@@ -91,7 +91,7 @@ class Test:
             for program, one in zip(programs, found, strict=True)
         ]
 
-    def _nll(self, loaded: Loaded, program: Program | None, prompts: Sequence[str]) -> np.ndarray:
+    def _nll(self, loaded: LoadedModel, program: Program | None, prompts: Sequence[str]) -> np.ndarray:
         end = int(loaded.tokenizer.eos_token_id or 0)
         pairs = zip(prompts, self.run.behaviour.test, strict=True)
         encoded = [encode(loaded.tokenizer, Text(prompt, pair.positive.response)) for prompt, pair in pairs]
@@ -102,18 +102,18 @@ class Test:
 # ------------------------------------------------------------------------------------------- arms
 
 
-def vectors(run: Run, tick: Tick, **changes: object) -> tuple[Start, Fitted, Program]:
+def vectors(run: Run, advance: Advance, **changes: object) -> tuple[Start, Fitted, Program]:
     """Train as the recipe says, with changes; the program holds the kept vectors at coefficient 1."""
     options = run.recipe.extract.trained.model_copy(update=changes)
     extract = Extract(method="trained", trained=Trained.model_validate(options.model_dump()))
     pairs, loaded = run.behaviour.train, run.loaded
     start = starting_point(loaded, pairs, extract)
-    fitted = train(loaded, pairs, start, extract.trained, "all", run.recipe.seed, tick)
+    fitted = train(loaded, pairs, start, extract.trained, "all", run.recipe.seed, advance)
     parts = (Intervention(site, "add", v) for site, v in zip(start.sites, fitted.best, strict=True))
     return start, fitted, Program(tuple(parts), loaded.id, loaded.revision)
 
 
-def lora(run: Run, rate: float, tick: Tick) -> tuple[Loaded, list[float]]:
+def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[float]]:
     """A LoRA with as many parameters as the vectors, by the same loss, batches, optimizer and choice of the epoch.
 
     Rank 1 at the attention's output of every second block: (576 + 576) x 15 = 576 x 30.
@@ -145,7 +145,7 @@ def lora(run: Run, rate: float, tick: Tick) -> tuple[Loaded, list[float]]:
         curve.append(objective.measure(held_out, empty))
         if curve[-1] == min(curve):
             best = [factor.detach().clone() for factor in factors]
-        tick(1)
+        advance(1)
     with torch.no_grad():
         for factor, value in zip(factors, best, strict=True):
             factor.copy_(value)
@@ -174,7 +174,7 @@ class Compiled:
 def compiled(run: Run, test: Test, program: Program) -> Compiled:
     """Compile with `bias`, merge in fp32 and read it again, as a user's stack would."""
     loaded = run.loaded
-    program.save(run.places.program)
+    program.save(run.paths.program)
     started = time.perf_counter()
     run_compile(run, force=True)
     seconds = time.perf_counter() - started
@@ -211,30 +211,30 @@ ARMS: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def section(meter: Meter) -> list[str]:
+def section(progress: Progress) -> list[str]:
     """The Markdown of seed A, measured now."""
     with tempfile.TemporaryDirectory() as folder:
         changes = ["compile.backends=[bias]", "verify.forms=[merged-fp32]"]
-        run = Run.open(read_recipe(ROOT / "recipes" / "instruct.yaml", changes), Path(folder), meter)
+        run = Run.open(read_recipe(ROOT / "recipes" / "instruct.yaml", changes), Path(folder), progress)
         test, seed = Test(run), run.recipe.seed
         arms = {}
         epochs = run.recipe.extract.trained.epochs
-        with meter.phase("seed A: training", epochs * (len(ARMS) + len(LORA_RATES))) as tick:
+        with progress.phase("seed A: training", epochs * (len(ARMS) + len(LORA_RATES))) as advance:
             for name, changed in ARMS.items():
-                arms[name] = vectors(run, tick, **changed)
-            loras = {rate: lora(run, rate, tick) for rate in LORA_RATES}
-        with meter.phase("seed A: test prompts", 3) as tick:
+                arms[name] = vectors(run, advance, **changed)
+            loras = {rate: lora(run, rate, advance) for rate in LORA_RATES}
+        with progress.phase("seed A: test prompts", 3) as advance:
             (base,) = test.outcomes(run.loaded, [None])
             (asked,) = test.outcomes(run.loaded, [None], f"{run.recipe.validate_.instruction} ")
             (chatting,) = test.outcomes(load(run.recipe.model, dtype=run.recipe.dtype), [None])
-            tick(1)
+            advance(1)
             found = {name: test.outcomes(run.loaded, [program])[0] for name, (_s, _f, program) in arms.items()}
             program = arms["a vector a block"][2]
             dial = dict(zip(DIALS, test.outcomes(run.loaded, [program.scaled(c) for c in DIALS]), strict=True))
-            tick(1)
+            advance(1)
             rate = min(loras, key=lambda one: min(loras[one][1]))
             (adapted,) = test.outcomes(loras[rate][0], [None])
-            tick(1)
+            advance(1)
         merged = compiled(run, test, program)
     rows = [
         f"| base, as it is | 0 | | | {base.cells(seed)} |",
@@ -300,7 +300,7 @@ def main() -> None:
     """Measure and print."""
     console = Console(width=160)
     started = time.perf_counter()
-    lines = section(BarMeter(console))
+    lines = section(ProgressBars(console))
     console.print("\n".join(lines), markup=False)
     console.print(f"{math.ceil(time.perf_counter() - started)} s")
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from benchmarks.ocean import ROOT
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.found import Found
 from compile_steer.lower import closed_form
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Calibration, Compile
 from compile_steer.models.activations import median_norms, read_activations
-from compile_steer.models.load import EMBEDDED, Loaded, load
+from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.tokens import Text
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.likelihood import perplexities
@@ -61,7 +61,7 @@ class Instruction:
     test: Sequence[Row]
     layer: int = 0
 
-    def program(self, loaded: Loaded, layer: int | None = None) -> Program:
+    def program(self, loaded: LoadedModel, layer: int | None = None) -> Program:
         """Give the projection on the direction the mean value that it has with the instruction, everywhere."""
         at = self.layer if layer is None else layer
         vector, projections = self.found.vectors[at], self.found.projections()
@@ -71,19 +71,19 @@ class Instruction:
         return Program((clamp,), loaded.id, loaded.revision)
 
 
-def last_token(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
+def last_token(loaded: LoadedModel, prompts: Sequence[str]) -> Tensor:
     """Mean activation [L, d] at the prompts' last token."""
     texts = [Text(prompt) for prompt in prompts]
     return read_activations(loaded, texts, point="resid_post", readout="last_prompt").mean(dim=0)
 
 
-def contrast(loaded: Loaded, asked: Sequence[str], plain: Sequence[str]) -> Found:
+def contrast(loaded: LoadedModel, asked: Sequence[str], plain: Sequence[str]) -> Found:
     """The difference [L, d] at the prompt's last token between asking with an instruction and without."""
     high, low = last_token(loaded, asked), last_token(loaded, plain)
     return Found(high - low, high.new_zeros(0, *high.shape), high)
 
 
-def instructions(loaded: Loaded) -> list[Instruction]:
+def instructions(loaded: LoadedModel) -> list[Instruction]:
     """Of every kind the last rows are the test's; the others make the vector, and the first of them choose the layer."""
     found = []
     for kind, rows in by_kind(read(FORMAT)).items():
@@ -95,25 +95,25 @@ def instructions(loaded: Loaded) -> list[Instruction]:
     return sorted(found, key=lambda one: KINDS.index(one.kind))
 
 
-def degenerate(loaded: Loaded, replies: Sequence[Reply]) -> int:
+def degenerate(loaded: LoadedModel, replies: Sequence[Reply]) -> int:
     """How many replies the base finds too easy to foresee; the authors ask GPT-2, which is not to be had offline."""
     return int((perplexities(loaded, replies) < DEGENERATE).sum())
 
 
-def choose_layers(say: Answers, kinds: Sequence[Instruction], meter: Meter) -> list[Instruction]:
+def choose_layers(say: Answers, kinds: Sequence[Instruction], progress: Progress) -> list[Instruction]:
     """For every kind the layer with the best accuracy; one with more degenerate answers than unsteered scores 0."""
     prompts = [row.plain for one in kinds for row in one.search]
     base = _parts(say(prompts), [one.search for one in kinds])
     allowed = [degenerate(say.loaded, replies) for replies in base]
     scores: list[dict[int, float]] = [{} for _ in kinds]
-    with meter.phase("seed B: layers", len(LAYERS)) as tick:
+    with progress.phase("seed B: layers", len(LAYERS)) as advance:
         for layer in LAYERS:
             programs = [one.program(say.loaded, layer) for one in kinds for _row in one.search]
             under = _parts(say(prompts, programs), [one.search for one in kinds])
             for n, (one, replies) in enumerate(zip(kinds, under, strict=True)):
                 broken = degenerate(say.loaded, replies) > allowed[n]
                 scores[n][layer] = 0.0 if broken else float(follows(say.loaded, one.search, replies).mean())
-            tick(1)
+            advance(1)
     return [replace(one, layer=max(found, key=found.__getitem__)) for one, found in zip(kinds, scores, strict=True)]
 
 
@@ -122,18 +122,18 @@ def _parts(replies: Sequence[Reply], like: Sequence[Sequence[Row]]) -> list[list
     return [list(islice(rest, len(rows))) for rows in like]
 
 
-def formats(say: Answers, kinds: Sequence[Instruction], meter: Meter) -> list[str]:
+def formats(say: Answers, kinds: Sequence[Instruction], progress: Progress) -> list[str]:
     """A line a kind: with and without the instruction, unsteered and steered, and under another kind's vector."""
     rows = [row for one in kinds for row in one.test]
     plain, asked = [row.plain for row in rows], [row.asked for row in rows]
     own = [one.program(say.loaded) for one in kinds for _row in one.test]
     others = [kinds[(n + 1) % len(kinds)].program(say.loaded) for n, one in enumerate(kinds) for _row in one.test]
     arms = ((plain, None), (plain, own), (plain, others), (asked, None), (asked, own))
-    with meter.phase("seed B: formats", len(arms)) as tick:
+    with progress.phase("seed B: formats", len(arms)) as advance:
         scores = []
         for prompts, programs in arms:
             scores.append(follows(say.loaded, rows, say(prompts, programs)))
-            tick(1)
+            advance(1)
     whole, lines, start = np.array(scores), [], 0
     for one in kinds:
         stop = start + len(one.test)
@@ -146,7 +146,7 @@ def _cells(scores: np.ndarray) -> str:
     return " | ".join(f"{value:.2f}" for value in scores.mean(axis=1))
 
 
-def words(say: Answers, behaviour: Behaviour, meter: Meter) -> list[str]:
+def words(say: Answers, behaviour: Behaviour, progress: Progress) -> list[str]:
     """Inclusion by adding, exclusion by subtracting the inclusion vector: 'include this word' over other prompts."""
     loaded, lines = say.loaded, []
     weight = WORD_SHARE * float(median_norms(loaded, behaviour.neutral, "resid_post")[WORD_LAYER])
@@ -155,13 +155,13 @@ def words(say: Answers, behaviour: Behaviour, meter: Meter) -> list[str]:
     for label, name, sign in (("inclusion", INCLUDE, 1.0), ("exclusion (negated inclusion)", EXCLUDE, -1.0)):
         rows = _different_words(read(name))[:WORDS]
         programs = []
-        with meter.phase(f"seed B: word {label}", len(rows)) as tick:
+        with progress.phase(f"seed B: word {label}", len(rows)) as advance:
             for row in rows:
                 asking = [f'{prompt} Include the word "{row.word}" in your answer.' for prompt in general]
                 vector = (last_token(loaded, asking) - without)[WORD_LAYER]
                 one = Intervention(Site(WORD_LAYER), "add", vector / vector.norm(), sign * weight)
                 programs.append(Program((one,), loaded.id, loaded.revision))
-                tick(1)
+                advance(1)
         plain, asked = [row.plain for row in rows], [row.asked for row in rows]
         arms = (say(plain), say(plain, programs), say(asked))
         scores = np.array([follows(loaded, rows, replies) for replies in arms])
@@ -209,12 +209,12 @@ def composed(say: Answers, kinds: Sequence[Instruction]) -> str:
     return f"Two at once (layers {first.layer} and {layer}), {len(prompts)} prompts: {'; '.join(parts)}."
 
 
-def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, meter: Meter) -> str:
+def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, progress: Progress) -> str:
     """The first kind's clamp lowered by the closed form, and answers of what came out, with no hook."""
     one = kinds[0]
     program, plain = one.program(say.loaded), [row.plain for row in one.test]
     options = Compile(calibration=Calibration(prompts=COMPILED_PROMPTS, max_new_tokens=TOKENS))
-    patch = closed_form.lower(Job(program, say.loaded, behaviour, options, 0, meter))
+    patch = closed_form.lower(Job(program, say.loaded, behaviour, options, 0, progress))
     with applied(say.loaded.model, patch):
         weights = say(plain, patched=f"closed_form of {one.kind} at {one.layer}, {COMPILED_PROMPTS} prompts")
     arms = [say(plain), say(plain, [program] * len(plain)), weights]
@@ -227,14 +227,14 @@ def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, m
     )
 
 
-def section(meter: Meter) -> list[str]:
+def section(progress: Progress) -> list[str]:
     """The lines of docs/SEEDS.md; raises `RecipeError` where the prompts are not given."""
     read(FORMAT)
     loaded = load(EMBEDDED)
     recipe = read_recipe(ROOT / "recipes" / "lowercase.yaml")
     behaviour = recipe.data.read(recipe.folder)
     say = Answers(loaded, TOKENS)
-    kinds = choose_layers(say, instructions(loaded), meter)
+    kinds = choose_layers(say, instructions(loaded), progress)
     return [
         "## B. Instructions as steering vectors (Stolfo et al., 2410.12877)",
         "",
@@ -249,17 +249,17 @@ def section(meter: Meter) -> list[str]:
         "",
         "| | n | layer | without | steered | another's | asked | asked and steered |",
         "|---|---|---|---|---|---|---|---|",
-        *formats(say, kinds, meter),
+        *formats(say, kinds, progress),
         "",
         "| | n | layer | without | steered | asked |",
         "|---|---|---|---|---|---|",
-        *words(say, behaviour, meter),
+        *words(say, behaviour, progress),
         "",
         length(say, behaviour),
         "",
         composed(say, kinds),
         "",
-        compiled(say, kinds, behaviour, meter),
+        compiled(say, kinds, behaviour, progress),
         "",
     ]
 
@@ -267,7 +267,7 @@ def section(meter: Meter) -> list[str]:
 def main() -> None:
     """Print the section."""
     console = Console(width=200)
-    console.print("\n".join(section(BarMeter(Console(stderr=True)))), markup=False)
+    console.print("\n".join(section(ProgressBars(Console(stderr=True)))), markup=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.ocean import ocean, opened
 from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
 from compile_steer.artifact_formats import artifacts, run_merge, run_verify
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.activations import read_activations
 from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.logprobs import encode_pairs
@@ -32,17 +32,17 @@ SETTINGS = ["compile.backends=[bias, closed_form]", "verify.forms=[merged-fp32]"
 OCEAN_BLOCK, OCEAN_DOSE = 10, 2.0
 
 
-def section(meter: Meter) -> list[str]:
+def section(progress: Progress) -> list[str]:
     """The Markdown of seed C, measured now."""
     with tempfile.TemporaryDirectory() as folder:
-        run = opened("listening", SETTINGS, Path(folder), meter)
+        run = opened("listening", SETTINGS, Path(folder), progress)
         directions = run_extract(run)
         report = run_validate(run)
         program = load_program(run)
         run_compile(run, force=True)
         run_merge(run)
         parities = run_verify(run, artifacts(run))
-        other = ocean([], Path(folder), meter)
+        other = ocean([], Path(folder), progress)
         sea = run_extract(other).program(OCEAN_BLOCK, OCEAN_DOSE, "all")
         return [
             "## C. The vector is the prototype, the weights are the product (listening)",
@@ -134,4 +134,4 @@ def _compiled(parities: list[Parity]) -> list[str]:
 
 if __name__ == "__main__":
     console = Console(width=160)
-    console.print("\n".join(section(BarMeter(console))), markup=False)
+    console.print("\n".join(section(ProgressBars(console))), markup=False)

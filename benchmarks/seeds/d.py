@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT, ocean, stream
 from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
@@ -30,21 +30,21 @@ PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS = 12, 8, 24, 32
 FIGURE = "seed_d.svg"
 
 
-def section(meter: Meter) -> list[str]:
+def section(progress: Progress) -> list[str]:
     """The Markdown of seed D, measured now; leaves its figure in docs/."""
     with tempfile.TemporaryDirectory() as folder:
-        run = ocean([], Path(folder), meter)
+        run = ocean([], Path(folder), progress)
         directions = run_extract(run)
         dial = Dial(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
-        with meter.phase("seed D: the dial", 4) as tick:
+        with progress.phase("seed D: the dial", 4) as advance:
             real = dial.read([directions.program(BLOCK, dose, "all") for dose in DOSES])
-            tick(1)
+            advance(1)
             random = dial.read([_random(run, directions).scaled(dose) for dose in RANDOM_DOSES])
-            tick(1)
+            advance(1)
             spread = dial.read([_several(directions)])
-            tick(1)
+            advance(1)
             clamped = dial.read([_clamp(run, directions)])
-            tick(1)
+            advance(1)
     return _report(run, directions, real, random, spread[0], clamped[0])
 
 
@@ -140,4 +140,4 @@ def _draw(real: list[Reading], random: list[Reading], per_unit: float) -> None:
 
 if __name__ == "__main__":
     console = Console(width=160)
-    console.print("\n".join(section(BarMeter(console))), markup=False)
+    console.print("\n".join(section(ProgressBars(console))), markup=False)

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.ocean import ROOT
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Question
 from compile_steer.extract import choices
 from compile_steer.extract.choices import Item
-from compile_steer.models.load import EMBEDDED, Loaded, load
+from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.tokens import Text, encode
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.choice import letter_tokens
@@ -47,14 +47,14 @@ AUTHORS = "+10.1 points on bias, +5.2 on morality, +34.8 on alignment (iPAS, 8B 
 class Prompts:
     """Prompts up to their last token as a cache, and that token; row n is question n."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     questions: Sequence[Question]
     cache: DynamicCache
     last: Tensor
     mask: Tensor
 
     @staticmethod
-    def of(loaded: Loaded, questions: Sequence[Question], history: tuple[tuple[str, str], ...] = ()) -> Prompts:
+    def of(loaded: LoadedModel, questions: Sequence[Question], history: tuple[tuple[str, str], ...] = ()) -> Prompts:
         """Left-padded, so that all last tokens are in one column."""
         texts = [encode(loaded.tokenizer, Text(question.prompt, history=history)).ids for question in questions]
         width = max(map(len, texts))
@@ -155,15 +155,17 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def measure(loaded: Loaded, meter: Meter) -> tuple[dict[str, list[Outcome]], list[float], list[float], list[float]]:
+def measure(
+    loaded: LoadedModel, progress: Progress
+) -> tuple[dict[str, list[Outcome]], list[float], list[float], list[float]]:
     """Outcomes by arm; accuracy of the base, of the base with examples, and share of its answers that are A, by split."""
     questions = read_questions()
-    with meter.phase("seed E: activations of all answers", 2 * len(questions)) as tick:
-        items = choices.read_items(loaded, questions, "resid_post", tick)
+    with progress.phase("seed E: activations of all answers", 2 * len(questions)) as advance:
+        items = choices.read_items(loaded, questions, "resid_post", advance)
         everything = Prompts.of(loaded, questions)
     outcomes: dict[str, list[Outcome]] = {arm: [] for arm in ARMS}
     plain, shown, said_a = [], [], []
-    with meter.phase("seed E: splits", SEEDS * len(ARMS)) as tick:
+    with progress.phase("seed E: splits", SEEDS * len(ARMS)) as advance:
         for seed in range(SEEDS):
             train, validation, test = split(len(questions), seed)
             candidates, held_out = everything.only(validation), everything.only(test)
@@ -184,14 +186,14 @@ def measure(loaded: Loaded, meter: Meter) -> tuple[dict[str, list[Outcome]], lis
                         one.coefficient,
                     )
                 )
-                tick(1)
+                advance(1)
     return outcomes, plain, shown, said_a
 
 
-def section(meter: Meter) -> list[str]:
+def section(progress: Progress) -> list[str]:
     """The lines of docs/SEEDS.md."""
     loaded = load(EMBEDDED)
-    outcomes, plain, shown, said_a = measure(loaded, meter)
+    outcomes, plain, shown, said_a = measure(loaded, progress)
     n = len(read_questions())
     rows = [_row(arm, found, plain, shown) for arm, found in outcomes.items()]
     return [
@@ -247,7 +249,7 @@ def _low(values: Sequence[float]) -> float:
 def main() -> None:
     """Print the section."""
     console = Console(width=200)
-    console.print("\n".join(section(BarMeter(Console(stderr=True)))), markup=False)
+    console.print("\n".join(section(ProgressBars(Console(stderr=True)))), markup=False)
 
 
 if __name__ == "__main__":

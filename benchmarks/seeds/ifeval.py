@@ -16,10 +16,10 @@ import numpy as np
 
 from compile_steer.artifacts.files import digest, save_json
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import Behaviour, Check, Pair
+from compile_steer.data.behaviour import Behaviour, Check
 from compile_steer.models.generate import continue_prompts, ended, response_text
-from compile_steer.models.load import Loaded, cache_folder
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel, cache_folder
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.scoring.ifeval import IFEval
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.steering.program import Program
@@ -80,7 +80,7 @@ def by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
 class Answers:
     """Greedy answers of `max_new_tokens`, kept on disk by what they depend on: a run that was stopped goes on."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     max_new_tokens: int
     path: Path = field(default_factory=lambda: cache_folder() / "seed-b-answers.json")
     kept: dict[str, list[tuple[str, bool]]] = field(default_factory=dict)
@@ -124,12 +124,12 @@ def _values(program: Program) -> list[object]:
     return [[i.describe(), i.projection, [round(x, 4) for x in i.vector.tolist()]] for i in program.interventions]
 
 
-def follows(loaded: Loaded, rows: Sequence[Row], replies: Sequence[Reply]) -> np.ndarray:
+def follows(loaded: LoadedModel, rows: Sequence[Row], replies: Sequence[Reply]) -> np.ndarray:
     """[n] whether each reply satisfies its row's constraint, loosely as the authors count."""
     return _score(loaded, rows)([Reply(row.asked, one.text, one.ended) for row, one in zip(rows, replies, strict=True)])
 
 
-def _score(loaded: Loaded, rows: Sequence[Row]) -> Score:
+def _score(loaded: LoadedModel, rows: Sequence[Row]) -> Score:
     pairs = tuple(Pair(Text(row.asked), Text(row.plain), row.asked) for row in rows)
     behaviour = Behaviour((), (), pairs, (), (), (), {}, checks={row.asked: (row.check,) for row in rows})
     return IFEval(kind="ifeval", loose=True).bind(loaded, behaviour)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
 
     Of several programs at once NAME is all their names, joined by '+'; what they are compiled into is in `composed/`.

@@ -19,7 +19,7 @@ class Checkpoint:
         self.folder = folder
 
     @cached_property
-    def places(self) -> Mapping[str, Path]:
+    def files(self) -> Mapping[str, Path]:
         """The file of each tensor; raises `ArtifactError` where there is none, or one is damaged."""
         found: dict[str, Path] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -34,8 +34,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
-        if name not in self.places:
+        if name not in self.files:
             return None
-        with safe_open(self.places[name], framework="pt") as content:
+        with safe_open(self.files[name], framework="pt") as content:
             found: Tensor = content.get_tensor(name)
         return found

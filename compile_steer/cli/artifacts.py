@@ -15,8 +15,8 @@ import typer
 from huggingface_hub import HfApi
 
 from compile_steer.cli.options import Json, person
-from compile_steer.common.progress import BarMeter
-from compile_steer.report.artifacts import print_audit, print_chain, print_reproduction, print_upload
+from compile_steer.cli.tables import print_audit, print_chain, print_reproduction, print_upload
+from compile_steer.common.progress import ProgressBars
 from compile_steer.steering.program import Program
 from compile_steer.tools.audit import THRESHOLD, audit
 from compile_steer.tools.describe import describe_artifact
@@ -67,7 +67,7 @@ def reproduce_(
     """
     console = person(as_json)
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
-        found = reproduce(whole(path), to or Path(temporary), recipes, tolerance, BarMeter(console))
+        found = reproduce(whole(path), to or Path(temporary), recipes, tolerance, ProgressBars(console))
     if as_json:
         print(json.dumps(found.summary(), indent=2))
     else:
@@ -90,7 +90,7 @@ def audit_(
     """
     console = person(as_json)
     known = None if program is None else Program.load(program)
-    found = audit(base, other, known, threshold, BarMeter(console))
+    found = audit(base, other, known, threshold, ProgressBars(console))
     if as_json:
         print(json.dumps(found.summary(), indent=2))
     else:

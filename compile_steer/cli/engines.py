@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.engine_record import keep_readings
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.cli.options import Json, person
-from compile_steer.common.progress import BarMeter
+from compile_steer.cli.tables import print_readings, print_shipped
+from compile_steer.common.progress import ProgressBars
+from compile_steer.export.engine_support import EngineName
 from compile_steer.report.card import update_card
-from compile_steer.report.engines import print_readings, print_shipped
 from compile_steer.tools.lineage import home
 from compile_steer.tools.serving.compare import compare
 from compile_steer.tools.serving.environment import ENGINES, environment
 from compile_steer.tools.serving.export import ship
-from compile_steer.tools.serving.record import keep_readings
-from compile_steer.tools.serving.support import EngineName
 
 Base = Annotated[
     str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
@@ -67,10 +67,10 @@ def verify_engines(
     """
     console = person(as_json)
     found = compare(
-        artifact, base, [environment(name) for name in engine or ENGINES], precision, limit, BarMeter(console)
+        artifact, base, [environment(name) for name in engine or ENGINES], precision, limit, ProgressBars(console)
     )
     if keep_readings(artifact, found):
-        update_card(artifact, Places(home(artifact), Provenance.read(artifact).name).validation)
+        update_card(artifact, RunPaths(home(artifact), Provenance.read(artifact).name).validation)
     if as_json:
         print(json.dumps([one.summary() for one in found], indent=2))
     else:

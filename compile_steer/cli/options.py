@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from compile_steer.common import distributed
-from compile_steer.common.progress import BarMeter, Meter
+from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 
@@ -57,7 +57,7 @@ class Session:
         self.out = out or Path("runs") / self.recipe.name
         self.as_json = as_json
         self.console = person(as_json)
-        self.meter: Meter = BarMeter(self.console)
+        self.progress: Progress = ProgressBars(self.console)
 
     def changed(self, changes: list[str]) -> Session:
         """The same with changes of the recipe, before those that were asked for; where it lies follows its name."""
@@ -67,7 +67,7 @@ class Session:
         self.console.print(f"\n[bold blue]{text}[/bold blue]")
 
     def open(self) -> Run:
-        return Run.open(self.recipe, self.out, self.meter)
+        return Run.open(self.recipe, self.out, self.progress)
 
     def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
         if self.as_json and distributed.rank() == 0:

@@ -29,7 +29,7 @@ def write(session: Session) -> None:
     """
     run = session.open()
     report = pipeline.run_write(run)
-    session.finish(asdict(report), lambda: print_writing(session.console, report, run.places.writing.parent))
+    session.finish(asdict(report), lambda: print_writing(session.console, report, run.paths.writing.parent))
 
 
 @Command
@@ -37,7 +37,7 @@ def extract(session: Session) -> None:
     """Read a direction off contrast pairs, at every block of the model in one pass."""
     run = session.open()
     pipeline.run_extract(run)
-    path = run.places.directions
+    path = run.paths.directions
     session.finish(describe_artifact(path), lambda: session.console.print(f"Directions: {path}"))
 
 
@@ -126,8 +126,8 @@ def run(session: Session, *, force: Force = False) -> None:
     print_parities(session.console, parities)
     print_samples(session.console, session.recipe.ask, report, parities, session.recipe.too_high)
     curves = pipeline.read_curves(opened)
-    write_page(opened.places.report, session.recipe, program, choices, report, parities, curves)
-    session.console.print(f"\nArtifacts in {session.out}/, the whole run as a page in {opened.places.report}")
+    write_page(opened.paths.report, session.recipe, program, choices, report, parities, curves)
+    session.console.print(f"\nArtifacts in {session.out}/, the whole run as a page in {opened.paths.report}")
     session.finish({"validation": asdict(report), "parities": [asdict(parity) for parity in parities]})
     raise typer.Exit(code)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from compile_steer.cli.options import Session
-from compile_steer.report.terminal import print_composition
+from compile_steer.cli.tables import print_composition
 from compile_steer.tools.compose import Several, joined, run_compose, run_together
 from compile_steer.tools.interference_report import Composition
 
@@ -33,7 +33,7 @@ def _opened(
     """The first recipe's session, which speaks, and what all of them come to; `settings` are a session's, of every one."""
     sessions = [Session(recipe=path, **settings) for path in recipes]
     first, read = sessions[0], [one.recipe for one in sessions]
-    return first, Several.open(read, dial or [], backend, runs, out or runs / joined(read), first.meter)
+    return first, Several.open(read, dial or [], backend, runs, out or runs / joined(read), first.progress)
 
 
 class _Command:

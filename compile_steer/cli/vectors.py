@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from compile_steer import pipeline
 from compile_steer.cli.options import Command, Session
-from compile_steer.report.terminal import print_decompiled, print_recombined
+from compile_steer.cli.tables import print_decompiled, print_recombined
 from compile_steer.run import load_program
+from compile_steer.tools.decompile import run_decompile
 from compile_steer.tools.describe import describe_artifact
 from compile_steer.tools.recombine import Recombination, recombine
 from compile_steer.tools.vector_recipes import Import, new_recipe, run_export, run_import
@@ -44,7 +44,7 @@ def import_(
     opened = session.open()
     run_import(opened, made)
     told = f"Recipe: {made.path}; next: compile-steer validate {made.path}"
-    found = {"recipe": str(made.path), **describe_artifact(opened.places.directions)}
+    found = {"recipe": str(made.path), **describe_artifact(opened.paths.directions)}
     session.finish(found, lambda: session.console.print(told))
 
 
@@ -76,8 +76,8 @@ def decompile_(
     The way back from weights to vectors; ours or anybody's. Leaves vectors/NAME.decompiled.safetensors.
     """
     opened = session.open()
-    found = pipeline.run_decompile(opened, artifact)
-    known = load_program(opened) if opened.places.program.is_file() else None
+    found = run_decompile(opened, artifact)
+    known = load_program(opened) if opened.paths.program.is_file() else None
     session.finish(found.summary(), lambda: print_decompiled(session.console, found, known))
 
 
@@ -96,7 +96,7 @@ def task_vector(
     W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
     """
     opened = session.open()
-    known = load_program(opened) if opened.places.program.is_file() else None
+    known = load_program(opened) if opened.paths.program.is_file() else None
     wanted = Recombination(artifact, scale, tuple(add or ()), cut, to)
-    found = recombine(wanted, opened.loaded, opened.places, known)
+    found = recombine(wanted, opened.loaded, opened.paths, known)
     session.finish(found.summary(), lambda: print_recombined(session.console, found))

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
-Tick = Callable[[float], None]
+Advance = Callable[[float], None]
 
 
-class Meter:
+class Progress:
     """Silent; also the interface of the visible one."""
 
     @contextmanager
-    def phase(self, label: str, total: float) -> Iterator[Tick]:  # noqa: ARG002  (the interface)
+    def phase(self, label: str, total: float) -> Iterator[Advance]:  # noqa: ARG002  (the interface)
         """A piece of work of `total` units; the yielded function is called with units just done."""
         yield lambda _done: None
 
@@ -23,14 +24,14 @@ class Meter:
         """Something that is to be known before the work goes on."""
 
 
-class BarMeter(Meter):
+class ProgressBars(Progress):
     """A bar a phase on `console`; on a stream that is no terminal, one line a finished phase."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
-    def phase(self, label: str, total: float) -> Iterator[Tick]:
+    def phase(self, label: str, total: float) -> Iterator[Advance]:
         columns = (
             TextColumn("  {task.description:<44}"),
             BarColumn(bar_width=30),
@@ -38,10 +39,10 @@ class BarMeter(Meter):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(label, total=total)
-            yield lambda done: progress.advance(task, done)
-            progress.update(task, completed=total)
+        with RichProgress(*columns, console=self._console) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda done: bars.advance(task, done)
+            bars.update(task, completed=total)
 
     def note(self, text: str) -> None:
         self._console.print(f"  {text}", markup=False, highlight=False)

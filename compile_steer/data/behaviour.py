@@ -9,18 +9,11 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.models.tokens import Text, encode
+from compile_steer.common.progress import Progress
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text, encode
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts that differ in the behaviour, and the plain prompt that both came from."""
-
-    positive: Text
-    negative: Text
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -89,3 +82,13 @@ def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -
             )
     if problems:
         raise RecipeError(problems)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given beside the value before it and its own options."""
+
+    model: LoadedModel
+    data: Behaviour
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)

@@ -8,10 +8,10 @@ from string import ascii_uppercase
 from typing import Literal
 
 from compile_steer.artifacts.files import digest
-from compile_steer.data.behaviour import SPLITS, Pair, Question
+from compile_steer.data.behaviour import SPLITS, Question
 from compile_steer.data.section import DataSection, Rows, fill, template_problems
 from compile_steer.data.sources import Row
-from compile_steer.models.tokens import Text
+from compile_steer.models.tokens import Pair, Text
 
 
 class Choices(DataSection):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from compile_steer.data.behaviour import SPLITS, Check, Pair
+from compile_steer.data.behaviour import SPLITS, Check
 from compile_steer.data.pairs import TwoSided
 from compile_steer.data.section import DataSection, Rows, Write
 from compile_steer.data.sources import Row
-from compile_steer.models.tokens import Text
+from compile_steer.models.tokens import Pair, Text
 
 
 class Written(TwoSided):

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
-from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Pair, Question
+from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.sources import Reader, Row, Source
-from compile_steer.models.tokens import Text
+from compile_steer.models.tokens import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
 _PROMPTS = ("heldout", "calibration")

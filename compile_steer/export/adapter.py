@@ -23,7 +23,7 @@ from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from compile_steer.models.fingerprint import fingerprint
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
 from compile_steer.steering.program import read_tensors
 
@@ -36,7 +36,7 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def write_patch(
     folder: Path,
     patch: WeightPatch,
-    loaded: Loaded,
+    loaded: LoadedModel,
     provenance: Provenance,
     card: str,
     curves: Mapping[str, Any] = MappingProxyType({}),
@@ -63,7 +63,7 @@ def write_patch(
         (new / CARD).write_text(card, encoding="utf-8")
 
 
-def is_adapter(patch: WeightPatch, loaded: Loaded) -> bool:
+def is_adapter(patch: WeightPatch, loaded: LoadedModel) -> bool:
     """True if a plain LoRA holds the whole patch."""
     embeddings = set(loaded.layout.family.embeddings)
     rest = patch.bias or patch.dense or patch.switches or patch.untie or patch.architecture
@@ -99,7 +99,7 @@ def _read_parts(path: Path) -> WeightPatch:
         raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
 
 
-def _write_peft(folder: Path, patch: WeightPatch, loaded: Loaded) -> None:
+def _write_peft(folder: Path, patch: WeightPatch, loaded: LoadedModel) -> None:
     modules = [loaded.layout.model.get_submodule(name) for name in patch.low_rank]
     write_lora(folder, patch.low_rank, loaded.id, any(isinstance(module, Conv1D) for module in modules))
 

@@ -22,7 +22,7 @@ from compile_steer.export.gguf_tokenizer import Field, tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model, patched_config
 from compile_steer.models.gguf import ROPE_FACTORS, write_out
-from compile_steer.models.load import Loaded, gguf_of
+from compile_steer.models.load import LoadedModel, gguf_of
 from compile_steer.steering.patch import WeightPatch
 
 GGUF_FILE = "model.gguf"
@@ -37,7 +37,7 @@ GGUF_KINDS: Mapping[str, tuple[_Kind, gguf.LlamaFileType]] = {
 _LARGEST = {_Kind.F16: 65504.0, _Kind.Q8_0: 127 * 65504.0, _Kind.Q4_0: 8 * 65504.0}
 
 
-def gguf_refusals(patch: WeightPatch, loaded: Loaded) -> list[str]:
+def gguf_refusals(patch: WeightPatch, loaded: LoadedModel) -> list[str]:
     """Why the base with `patch` cannot be written as GGUF; empty where it can. Nothing is computed."""
     config = patched_config(loaded.source, patch)
     problems = refusals(config)
@@ -50,7 +50,7 @@ def gguf_refusals(patch: WeightPatch, loaded: Loaded) -> list[str]:
 
 
 def write_gguf(
-    folder: Path, patch: WeightPatch, loaded: Loaded, precision: str, provenance: Provenance, card: str
+    folder: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, provenance: Provenance, card: str
 ) -> None:
     """Write the merged model to `folder`/model.gguf, with its provenance and card, as a whole or not at all.
 
@@ -66,7 +66,7 @@ def write_gguf(
         (new / CARD).write_text(card, encoding="utf-8")
 
 
-def write_gguf_file(path: Path, patch: WeightPatch, loaded: Loaded, precision: str, name: str) -> None:
+def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, name: str) -> None:
     """Write the file alone, with `name` in it; raises what `write_gguf` raises."""
     problems = gguf_refusals(patch, loaded)
     if problems:

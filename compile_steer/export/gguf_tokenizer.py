@@ -16,7 +16,7 @@ import gguf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.models.load import Loaded, gguf_of
+from compile_steer.models.load import LoadedModel, gguf_of
 
 _FIELDS = "tokenizer."
 _TEMPLATE = gguf.Keys.Tokenizer.CHAT_TEMPLATE
@@ -45,7 +45,7 @@ class Field:
         writer.add_key_value(self.key, self.value, self.kind, self.of)
 
 
-def tokenizer_fields(loaded: Loaded, vocabulary: int) -> list[Field]:
+def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
     """The fields of the tokenizer of `loaded`, with its chat template.
 
     Args:

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.patch import WeightPatch, weight_delta
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_merged(
-    folder: Path, patch: WeightPatch, loaded: Loaded, precision: str, provenance: Provenance, card: str
+    folder: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, provenance: Provenance, card: str
 ) -> None:
     """Merge into a fresh copy of the base read from disk, so that a failure cannot leave it half changed.
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import Question
 from compile_steer.extract.found import Found
 from compile_steer.extract.options import ChoiceMethod
 from compile_steer.models.activations import read_activations
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Text
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.program import Point
@@ -37,7 +37,7 @@ class Item:
     own: int
 
 
-def choose(loaded: Loaded, questions: Sequence[Question]) -> list[int]:
+def choose(loaded: LoadedModel, questions: Sequence[Question]) -> list[int]:
     """The letter that the model finds likeliest for each question, as an index; raises `RecipeError` for bad letters."""
     asked = Request([question.prompt for question in questions], scored=False)
     by_prompt = {question.prompt: question for question in questions}
@@ -45,8 +45,8 @@ def choose(loaded: Loaded, questions: Sequence[Question]) -> list[int]:
     return [question.letters.index(letter) for question, letter in zip(questions, found.texts, strict=True)]
 
 
-def read_items(loaded: Loaded, questions: Sequence[Question], point: Point, tick: Tick) -> list[Item]:
-    """Every question with each answer; `tick` is called with the number of answers just read.
+def read_items(loaded: LoadedModel, questions: Sequence[Question], point: Point, advance: Advance) -> list[Item]:
+    """Every question with each answer; `advance` is called with the number of answers just read.
 
     Raises:
         RecipeError: letters that are no single tokens. LayoutError: NaN activations.
@@ -54,7 +54,7 @@ def read_items(loaded: Loaded, questions: Sequence[Question], point: Point, tick
     own = choose(loaded, questions)
     texts = [Text(question.prompt, letter) for question in questions for letter in question.letters]
     # The letter is the whole response, and the last token of the text.
-    activations = read_activations(loaded, texts, point=point, readout="response_mean", tick=tick)
+    activations = read_activations(loaded, texts, point=point, readout="response_mean", advance=advance)
     parts = activations.split([len(question.letters) for question in questions])
     return [Item(part, question.answer, mine) for part, question, mine in zip(parts, questions, own, strict=True)]
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.data.section import Write
 from compile_steer.models.generate import continue_prompts, ended, response_text
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Text
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.scoring.text import repetition
@@ -38,7 +38,7 @@ class Side:
 
 
 def write_side(
-    loaded: Loaded, side: Side, prompts: Sequence[str], score: Score, options: Write, seed: int, tick: Tick
+    loaded: LoadedModel, side: Side, prompts: Sequence[str], score: Score, options: Write, seed: int, advance: Advance
 ) -> tuple[list[Answer], int]:
     """Answer each text of a side until one answer can be used or all tries are spent; and how many were written.
 
@@ -68,7 +68,7 @@ def write_side(
                 problem = _problem(side, kept, float(value), options)
                 found[n] = Answer(kept or text, problem)
             written += len(rows)
-            tick(len(rows))
+            advance(len(rows))
     return [found[n] for n in range(len(prompts))], written
 
 

@@ -9,23 +9,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from compile_steer.artifacts.files import digest, save_text
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Meter, Tick
-from compile_steer.data.behaviour import SPLITS, Behaviour, Pair, asked_key
+from compile_steer.common.progress import Advance, Progress
+from compile_steer.data.behaviour import SPLITS, Behaviour, asked_key
 from compile_steer.data.pairs import Pairs
 from compile_steer.data.section import Write, folded
 from compile_steer.data.sources import Reader
 from compile_steer.extract.completions import Answer, Side, write_side
 from compile_steer.extract.generation_report import SplitReport, WritingReport
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.reply import Score
 
 
-def write(recipe: Recipe, options: Write, loaded: Loaded, asked: Behaviour, places: Places, meter: Meter) -> Behaviour:
-    """The behaviour with the responses that its pairs lack, from the files of `places`; writes those first if need be.
+def write(
+    recipe: Recipe, options: Write, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress
+) -> Behaviour:
+    """The behaviour with the responses that its pairs lack, from the files of `paths`; writes those first if need be.
 
     Files that were written from the same inputs are taken as they are now, so what a person mended in them counts.
 
@@ -36,13 +39,13 @@ def write(recipe: Recipe, options: Write, loaded: Loaded, asked: Behaviour, plac
         RecipeError: too few pairs of a split show the behaviour, or an edited file is unusable.
     """
     inputs = _inputs(recipe, options, loaded, asked)
-    if not _is_kept(places, inputs):
+    if not _is_kept(paths, inputs):
         distributed.require_alone("writing pairs")
-        _write(recipe, options, loaded, asked, places, inputs, meter)
-    return _read(options, asked, places)
+        _write(recipe, options, loaded, asked, paths, inputs, progress)
+    return _read(options, asked, paths)
 
 
-def _inputs(recipe: Recipe, options: Write, loaded: Loaded, asked: Behaviour) -> str:
+def _inputs(recipe: Recipe, options: Write, loaded: LoadedModel, asked: Behaviour) -> str:
     """Fingerprint of what the pairs depend on; how many are needed is not among it."""
     pairs = {name: [asdict(pair) for pair in asked.split(name)] for name in SPLITS}
     checks = {prompt: [asdict(check) for check in found] for prompt, found in asked.checks.items()}
@@ -50,34 +53,46 @@ def _inputs(recipe: Recipe, options: Write, loaded: Loaded, asked: Behaviour) ->
     return digest([pairs, checks, how, loaded.id, loaded.revision, recipe.dtype, recipe.seed])
 
 
-def _is_kept(places: Places, inputs: str) -> bool:
+def _is_kept(paths: RunPaths, inputs: str) -> bool:
     try:
-        kept = WritingReport.load(places.writing)
+        kept = WritingReport.load(paths.writing)
     except ArtifactError:
         return False  # none yet, or damaged: written again, and replaced as a whole
-    return kept.inputs == inputs and all(places.pairs(name).is_file() for name in SPLITS)
+    return kept.inputs == inputs and all(paths.pairs(name).is_file() for name in SPLITS)
 
 
 def _write(
-    recipe: Recipe, options: Write, loaded: Loaded, asked: Behaviour, places: Places, inputs: str, meter: Meter
+    recipe: Recipe,
+    options: Write,
+    loaded: LoadedModel,
+    asked: Behaviour,
+    paths: RunPaths,
+    inputs: str,
+    progress: Progress,
 ) -> None:
     score = recipe.validate_.score.bind(loaded, asked)
     answers = 2 * sum(len(asked.split(name)) for name in SPLITS)
     seen: set[str] = set()
     splits: dict[str, SplitReport] = {}
     files: dict[Path, str] = {}
-    with meter.phase("the model writes both sides of its pairs", answers) as tick:
+    with progress.phase("the model writes both sides of its pairs", answers) as advance:
         for name in SPLITS:
-            rows, splits[name] = _write_split(asked.split(name), loaded, score, options, recipe.seed, seen, tick)
-            files[places.pairs(name)] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    places.writing.unlink(missing_ok=True)  # the report is the mark that all files belong together: it goes last
+            rows, splits[name] = _write_split(asked.split(name), loaded, score, options, recipe.seed, seen, advance)
+            files[paths.pairs(name)] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    paths.writing.unlink(missing_ok=True)  # the report is the mark that all files belong together: it goes last
     for path, text in files.items():
         save_text(path, text)
-    WritingReport(splits, inputs).save(places.writing)
+    WritingReport(splits, inputs).save(paths.writing)
 
 
 def _write_split(
-    pairs: Sequence[Pair], loaded: Loaded, score: Score, options: Write, seed: int, seen: set[str], tick: Tick
+    pairs: Sequence[Pair],
+    loaded: LoadedModel,
+    score: Score,
+    options: Write,
+    seed: int,
+    seen: set[str],
+    advance: Advance,
 ) -> tuple[list[dict[str, str]], SplitReport]:
     """The rows of one split, and what became of the others.
 
@@ -87,7 +102,7 @@ def _write_split(
     prompts = [pair.prompt for pair in pairs]
     sides = [Side("positive", [p.positive for p in pairs], True), Side("negative", [p.negative for p in pairs], False)]
     answered, written = zip(
-        *(write_side(loaded, side, prompts, score, options, seed, tick) for side in sides), strict=True
+        *(write_side(loaded, side, prompts, score, options, seed, advance) for side in sides), strict=True
     )
     rows: list[dict[str, str]] = []
     dropped: Counter[str] = Counter()
@@ -116,14 +131,14 @@ def _dropped(positive: Answer, negative: Answer, seen: set[str]) -> tuple[str, s
     return "", ""
 
 
-def _read(options: Write, asked: Behaviour, places: Places) -> Behaviour:
+def _read(options: Write, asked: Behaviour, paths: RunPaths) -> Behaviour:
     """The pairs on disk, put together with what each side was asked; raises `RecipeError`."""
-    reader = Reader(places.pairs("train").parent)
-    report = WritingReport.load(places.writing)
+    reader = Reader(paths.pairs("train").parent)
+    report = WritingReport.load(paths.writing)
     found: dict[str, tuple[Pair, ...]] = {}
     short: list[str] = []
     for name in SPLITS:
-        path = places.pairs(name)
+        path = paths.pairs(name)
         rows = reader.rows(name, path.resolve(), Pairs.keys) if path.stat().st_size else []
         known = {pair.prompt: pair for pair in asked.split(name)}
         foreign = [row["prompt"] for row in rows if row["prompt"] not in known]
@@ -136,7 +151,7 @@ def _read(options: Write, asked: Behaviour, places: Places) -> Behaviour:
         if len(found[name]) < options.min_pairs:
             short.append(
                 f"data.{name}: {len(found[name])} written pairs, needed: {options.min_pairs}. When they were written "
-                f"{report.splits[name].describe()}; an answer for each reason is in {places.writing}. Ask in other words, "
+                f"{report.splits[name].describe()}; an answer for each reason is in {paths.writing}. Ask in other words, "
                 "give more prompts or data.write.tries, or lower data.write.min_pairs."
             )
     if reader.problems or short:

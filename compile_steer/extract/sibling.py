@@ -7,10 +7,10 @@ share is the residual stream, so only models of the same shape and tokenizer are
 from __future__ import annotations
 
 from compile_steer.common.errors import LayoutError
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 
 
-def load_sibling(reference: str, target: Loaded, dtype: str) -> Loaded:
+def load_sibling(reference: str, target: LoadedModel, dtype: str) -> LoadedModel:
     """The other model, which reads its data through its own chat template; raises `LayoutError` for another shape."""
     source = load(reference, device=str(target.device), dtype=dtype)
     problems = []

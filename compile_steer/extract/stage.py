@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compile_steer.artifacts.files import sha256
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract import choices, imported
 from compile_steer.extract.found import Found
 from compile_steer.extract.options import ChoiceMethod, Extract, PairMethod
@@ -20,14 +20,14 @@ from compile_steer.extract.pairs import find
 from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
 from compile_steer.models.activations import median_norms, read_activations
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, Source
 from compile_steer.steering.program import Point
 
 
-def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
+def extract(recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, inputs: str, progress: Progress) -> Directions:
     """Find directions by the recipe's method, on the recipe's model or on the sibling that it names.
 
     Raises:
@@ -37,27 +37,27 @@ def extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, m
         LayoutError: NaN activations, or a sibling of another shape.
     """
     if recipe.extract.model is None:
-        return _extract(recipe, loaded, behaviour, inputs, meter)
+        return _extract(recipe, loaded, behaviour, inputs, progress)
     sibling = load_sibling(recipe.extract.model, loaded, recipe.dtype)
-    found = _extract(recipe, sibling, behaviour, inputs, meter)
+    found = _extract(recipe, sibling, behaviour, inputs, progress)
     source = Source(sibling.id, sibling.revision)
     return replace(found, model=loaded.id, revision=loaded.revision, source=source)
 
 
-def _extract(recipe: Recipe, loaded: Loaded, behaviour: Behaviour, inputs: str, meter: Meter) -> Directions:
+def _extract(recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, inputs: str, progress: Progress) -> Directions:
     """Find a direction at every block, at the length and for the operation that the recipe names."""
     options = recipe.extract
     if options.method == "trained":
         _require_count(options, len(behaviour.train), "pairs")
-        return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, meter)
+        return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, progress)
     point: Point = options.point
     match options.method:
         case "imported":
             point, found = imported.read(source_path(recipe), options, loaded.layout, recipe.seed)
         case "pasf" | "ipasa" | "ipaswo" as method:
-            found = _from_choices(loaded, behaviour, options, method, recipe.seed, meter)
+            found = _from_choices(loaded, behaviour, options, method, recipe.seed, progress)
         case _ as method:
-            found = _from_pairs(loaded, behaviour, options, method, recipe.seed, meter)
+            found = _from_pairs(loaded, behaviour, options, method, recipe.seed, progress)
     if float(found.vectors.norm(dim=-1).max()) == 0.0:
         raise RecipeError("the two sides of the data have equal activations; there is no direction between them.")
     length = _length(loaded, behaviour, options, point)
@@ -89,7 +89,7 @@ def source(recipe: Recipe) -> str:
     return sha256(path) if recipe.extract.method == "imported" and path.exists() else ""
 
 
-def _length(loaded: Loaded, behaviour: Behaviour, options: Extract, point: Point) -> Tensor | None:
+def _length(loaded: LoadedModel, behaviour: Behaviour, options: Extract, point: Point) -> Tensor | None:
     """[L] lengths that the recipe wants; None: the method's own."""
     if options.length == "own":
         return None
@@ -103,7 +103,7 @@ def _read_at(options: Extract) -> Point:
 
 
 def _from_choices(
-    loaded: Loaded, behaviour: Behaviour, options: Extract, method: ChoiceMethod, seed: int, meter: Meter
+    loaded: LoadedModel, behaviour: Behaviour, options: Extract, method: ChoiceMethod, seed: int, progress: Progress
 ) -> Found:
     prompts = list(dict.fromkeys(pair.prompt for pair in behaviour.train))
     questions = [behaviour.questions[prompt] for prompt in prompts if prompt in behaviour.questions]
@@ -111,21 +111,23 @@ def _from_choices(
     questions = questions[: options.pairs]
     choices.require_questions(questions, method)
     total = sum(len(question.letters) for question in questions)
-    with meter.phase("reading activations of all answers", total) as tick:
-        items = choices.read_items(loaded, questions, _read_at(options), tick)
+    with progress.phase("reading activations of all answers", total) as advance:
+        items = choices.read_items(loaded, questions, _read_at(options), advance)
     return choices.fit(items, method, options.shuffled, seed)
 
 
 def _from_pairs(
-    loaded: Loaded, behaviour: Behaviour, options: Extract, method: PairMethod, seed: int, meter: Meter
+    loaded: LoadedModel, behaviour: Behaviour, options: Extract, method: PairMethod, seed: int, progress: Progress
 ) -> Found:
     """Both sides of the training pairs, read once."""
     _require_count(options, len(behaviour.train), "pairs")
     pairs = behaviour.train[: options.pairs]
     _require_contrast(pairs, options)
-    with meter.phase("reading activations of all blocks", 2 * len(pairs)) as tick:
+    with progress.phase("reading activations of all blocks", 2 * len(pairs)) as advance:
         positive, negative = (
-            read_activations(loaded, _read(side, options), point=_read_at(options), readout=options.readout, tick=tick)
+            read_activations(
+                loaded, _read(side, options), point=_read_at(options), readout=options.readout, advance=advance
+            )
             for side in ([p.positive for p in pairs], [p.negative for p in pairs])
         )
     return find(positive, negative, method, options.shuffled, seed)

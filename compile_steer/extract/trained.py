@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter, Tick
-from compile_steer.data.behaviour import Pair
+from compile_steer.common.progress import Advance, Progress
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.pairs import fit
 from compile_steer.extract.trained_loss import Objective
 from compile_steer.models.activations import read_activations
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.program import Intervention, Point, Program, Site
@@ -51,7 +51,9 @@ class Fitted:
     curves: dict[str, list[float]]
 
 
-def trained_directions(recipe: Recipe, loaded: Loaded, pairs: Sequence[Pair], inputs: str, meter: Meter) -> Directions:
+def trained_directions(
+    recipe: Recipe, loaded: LoadedModel, pairs: Sequence[Pair], inputs: str, progress: Progress
+) -> Directions:
     """Train the vectors, and as controls others on pairs of which a random half has its sides swapped.
 
     The controls are the last epoch's, as long as the real ones at every site: what all responses have in common is
@@ -63,8 +65,10 @@ def trained_directions(recipe: Recipe, loaded: Loaded, pairs: Sequence[Pair], in
     options, positions = recipe.extract, recipe.validate_.positions
     _require(options, loaded, pairs)
     start = starting_point(loaded, pairs, options)
-    with meter.phase("training vectors, and their controls", (1 + options.shuffled) * options.trained.epochs) as tick:
-        real = train(loaded, pairs, start, options.trained, positions, recipe.seed, tick)
+    with progress.phase(
+        "training vectors, and their controls", (1 + options.shuffled) * options.trained.epochs
+    ) as advance:
+        real = train(loaded, pairs, start, options.trained, positions, recipe.seed, advance)
         before, best = real.curves["held_out"][0], min(real.curves["held_out"])
         if best >= before:
             raise RecipeError(
@@ -75,7 +79,7 @@ def trained_directions(recipe: Recipe, loaded: Loaded, pairs: Sequence[Pair], in
         found = [real.best]
         for n in range(options.shuffled):
             swapped = _half_swapped(pairs, recipe.seed + n)
-            last = train(loaded, swapped, start, options.trained, positions, recipe.seed + n, tick).last
+            last = train(loaded, swapped, start, options.trained, positions, recipe.seed + n, advance).last
             found.append(as_long_as(last, real.best))
     whole = _by_point(torch.stack(found), start.sites, loaded.layout.n_layers)
     mine = whole.pop(options.point)
@@ -92,7 +96,7 @@ def trained_directions(recipe: Recipe, loaded: Loaded, pairs: Sequence[Pair], in
     )
 
 
-def _require(options: Extract, loaded: Loaded, pairs: Sequence[Pair]) -> None:
+def _require(options: Extract, loaded: LoadedModel, pairs: Sequence[Pair]) -> None:
     n_layers, layers = loaded.layout.n_layers, options.trained.layers
     problems = []
     if len(pairs) < _HELD_OUT_EVERY:
@@ -108,7 +112,7 @@ def _require(options: Extract, loaded: Loaded, pairs: Sequence[Pair]) -> None:
         raise RecipeError([f"extract: {problem}" for problem in problems])
 
 
-def starting_point(loaded: Loaded, pairs: Sequence[Pair], options: Extract) -> Start:
+def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: Extract) -> Start:
     """The sites, the vectors to start from, and the median norm of the positive responses' mean stream by block."""
     layers = range(loaded.layout.n_layers) if options.trained.layers == "all" else options.trained.layers
     points: tuple[Point, ...] = (options.point, *options.trained.beside)
@@ -130,9 +134,15 @@ def starting_point(loaded: Loaded, pairs: Sequence[Pair], options: Extract) -> S
 
 
 def train(
-    loaded: Loaded, pairs: Sequence[Pair], start: Start, options: Trained, positions: str, seed: int, tick: Tick
+    loaded: LoadedModel,
+    pairs: Sequence[Pair],
+    start: Start,
+    options: Trained,
+    positions: str,
+    seed: int,
+    advance: Advance,
 ) -> Fitted:
-    """Train from `start`; `tick` is called once an epoch.
+    """Train from `start`; `advance` is called once an epoch.
 
     Raises:
         RecipeError: the loss is not finite.
@@ -172,7 +182,7 @@ def train(
         curves["norm"].append(float(weights.detach().norm(dim=1).mean()))
         if curves["held_out"][-1] == min(curves["held_out"]):
             best = now
-        tick(1)
+        advance(1)
     return Fitted(best.cpu(), now.cpu(), curves)
 
 

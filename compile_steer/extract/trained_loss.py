@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compile_steer.data.behaviour import Pair
 from compile_steer.models.divergence import chunks, token_log_probabilities
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Batch, Encoded, Text, batches, encode, pad
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Batch, Encoded, Pair, Text, batches, encode, pad
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 
@@ -44,7 +43,7 @@ class Item:
 class Objective:
     """A loss of the recipe, on a model that is run from block `first` on."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     kind: Literal["likelihood", "bipo"]
     beta: float
     first: int
@@ -63,7 +62,7 @@ class Objective:
     def _item(self, batch: Batch) -> Item:
         batch, model = batch.to(self.loaded.device), self.loaded.model
         with torch.no_grad():
-            prefix = run_span(model, batch.input_ids, batch.attention_mask, stop=self.first) if self.first else None
+            prefix = run_blocks(model, batch.input_ids, batch.attention_mask, stop=self.first) if self.first else None
             item = Item(batch, prefix, torch.zeros(len(batch.rows), device=self.loaded.device))
             if self.kind == "likelihood":
                 return item  # needs no base
@@ -100,7 +99,7 @@ class Objective:
         batch, model = item.batch, self.loaded.model
         under = program or Program((), self.loaded.id, self.loaded.revision)
         with steered(model, under, roles=batch.roles):
-            hidden = run_span(model, batch.input_ids, batch.attention_mask, start=self.first, hidden=item.prefix)
+            hidden = run_blocks(model, batch.input_ids, batch.attention_mask, start=self.first, hidden=item.prefix)
         chosen = batch.predicts_response
         states, targets = hidden[chosen], torch.roll(batch.input_ids, -1, dims=1)[chosen]
         # A chunk of logits is all that ever exists: for the gradient they are computed again.
@@ -118,7 +117,7 @@ def bipo_loss(log_probabilities: Tensor, reference: Tensor, beta: float, sign: f
     return nn.functional.softplus(-sign * beta * (positive - negative)).mean()
 
 
-def _closed(loaded: Loaded, prompt: str, response: str) -> Encoded:
+def _closed(loaded: LoadedModel, prompt: str, response: str) -> Encoded:
     """The response to the plain prompt, and the token that ends the turn."""
     one, end = encode(loaded.tokenizer, Text(prompt, response)), loaded.tokenizer.eos_token_id
     return one if end is None else replace(one, ids=(*one.ids, int(end)))

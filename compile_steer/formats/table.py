@@ -14,13 +14,13 @@ from compile_steer.steering.program import POINTS, Point, read_tensors
 def read(path: Path, _given: Given) -> Foreign:
     """The vectors of one point; raises `ArtifactError` for other names, several points, or a damaged file."""
     tensors, _metadata = read_tensors(path)
-    places = {name: re.fullmatch(rf"(\w+)\.{NUMBER}", name) for name in tensors}
-    foreign = [name for name, found in places.items() if found is None or found[1] not in POINTS]
-    points: set[Point] = {point for point in get_args(Point) if any(name.startswith(f"{point}.") for name in places)}
+    matches = {name: re.fullmatch(rf"(\w+)\.{NUMBER}", name) for name in tensors}
+    foreign = [name for name, found in matches.items() if found is None or found[1] not in POINTS]
+    points: set[Point] = {point for point in get_args(Point) if any(name.startswith(f"{point}.") for name in matches)}
     if foreign or len(points) != 1:
         raise ArtifactError(
-            f"{path} holds {', '.join(sorted(places)) or 'nothing'}; needed: tensors named POINT.K, for example "
+            f"{path} holds {', '.join(sorted(matches)) or 'nothing'}; needed: tensors named POINT.K, for example "
             f"resid_post.14 for the output of block 14, of one point ({', '.join(POINTS)})."
         )
-    vectors = {int(found[2]): tensors[name].float() for name, found in places.items() if found is not None}
+    vectors = {int(found[2]): tensors[name].float() for name, found in matches.items() if found is not None}
     return Foreign(vectors, points.pop())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compile_steer.lower.job import Job, first_refusal
-from compile_steer.steering.layout import EXPERTS, Layout, Writer, WriterKind
+from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program, Site
 
@@ -33,7 +33,7 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     if layout.post_norm:
         return f"{layout.model.config.model_type} normalises what its writers write, so a bias is not a shift of the stream"
     kind = _writer(one)
-    if kind in layout.writer_kinds:
+    if kind in layout.projection_kinds:
         return _writer_refusal(one, layout, kind)
     if layout.family.expert_bias is None:
         point = "attn_out"
@@ -44,11 +44,11 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     return None
 
 
-def _writer_refusal(one: Intervention, layout: Layout, kind: WriterKind) -> str | None:
+def _writer_refusal(one: Intervention, layout: Layout, kind: ProjectionKind) -> str | None:
     """Why the matrix that writes there has no stock bias, or None."""
-    writer, switch = layout.writer(one.site.layer, kind), layout.bias_switch(kind)
+    writer, switch = layout.output_projection(one.site.layer, kind), layout.bias_switch(kind)
     if switch is None or (switch == "native" and not layout.has_bias(writer)):
-        other: WriterKind = "attn" if kind == "mlp" else "mlp"
+        other: ProjectionKind = "attn" if kind == "mlp" else "mlp"
         point = "attn_out" if other == "attn" else "mlp_out"
         instead = (
             "" if layout.bias_switch(other) is None else f", but could hold a shift of {point} (extract.point: {point})"
@@ -57,7 +57,7 @@ def _writer_refusal(one: Intervention, layout: Layout, kind: WriterKind) -> str 
     return None
 
 
-def _writer(one: Intervention) -> WriterKind:
+def _writer(one: Intervention) -> ProjectionKind:
     return "attn" if one.site.point == "attn_out" else "mlp"
 
 
@@ -66,7 +66,7 @@ def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
     return "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
 
 
-def switches_for(layout: Layout, writer: Writer) -> set[str]:
+def switches_for(layout: Layout, writer: OutputProjection) -> set[str]:
     """The config switch that makes stock code build that writer's bias, where the model has none yet."""
     switch = layout.bias_switch(writer.kind)
     return set() if switch is None or layout.has_bias(writer) else {switch}
@@ -78,8 +78,8 @@ def shifts(program: Program, layout: Layout) -> WeightPatch:
     switches: set[str] = set()
     for one in program.interventions:
         kind, name = _writer(one), layout.expert_bias(one.site.layer)
-        if kind in layout.writer_kinds or name is None:
-            writer = layout.writer(one.site.layer, kind)
+        if kind in layout.projection_kinds or name is None:
+            writer = layout.output_projection(one.site.layer, kind)
             name = writer.name
             switches |= switches_for(layout, writer)
         shift = one.coefficient * one.vector.float() / layout.residual_multiplier

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower.optimise import adamw, held_out_split, set_rate, trainable, worn
 from compile_steer.lower.teacher_student import Flow, Walk, run_block
 from compile_steer.lower.work import Curve
@@ -26,7 +26,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
 
 
-def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, seed: int, tick: Tick) -> Curve:
+def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, seed: int, advance: Advance) -> Curve:
     """Put the trained edits of `block` into `walk.solved`, unless they are no better on held-out batches.
 
     Returns the curve: the loss of every step, and the held-out error before and after.
@@ -62,7 +62,7 @@ def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, see
             set_rate(optimizer, step, steps)
             optimizer.step()
             losses.append(float((error / size).detach()))
-            tick(1)
+            advance(1)
     errors = [_relative_error(walk, held_out, block, one) for one in (before, patch)]
     if errors[1] < errors[0]:
         walk.solved.update({name: LowRank(B.detach(), A.detach()) for name, (B, A) in factors.items()})

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower.job import Job
 from compile_steer.lower.regression import Sums, fit
 from compile_steer.lower.teacher_student import Walk, run_block
 from compile_steer.lower.work import NOWHERE, Work
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.layout import EXPERTS, Layout, Writer, WriterKind
+from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
 from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
 from compile_steer.steering.program import Program
 
@@ -46,15 +46,15 @@ class Stage:
     """One regression: a writer of block `layer`, cut to `rank`."""
 
     layer: int
-    writer: WriterKind
+    writer: ProjectionKind
     rank: int
 
 
 def lower(job: Job) -> WeightPatch:
     """Return the patch after which the plain model imitates the program on calibration texts."""
     stages = plan_stages(job)
-    with job.meter.phase("closed form: regression", len(job.regression_texts) * (1 + len(stages))) as tick:
-        return solve_stages(job.program, job.loaded, job.regression_texts, stages, tick, work=job.work).patch
+    with job.progress.phase("closed form: regression", len(job.regression_texts) * (1 + len(stages))) as advance:
+        return solve_stages(job.program, job.loaded, job.regression_texts, stages, advance, work=job.work).patch
 
 
 def plan_stages(job: Job) -> list[Stage]:
@@ -74,22 +74,22 @@ def plan_stages(job: Job) -> list[Stage]:
         here = [one for one in program.interventions if one.site.changes_from == block]
         constant = bool(here) and all(one.operation == "add" and "all" in one.scopes for one in here)
         rank = 1 if constant else _CORRECTION_RANK
-        order: list[tuple[WriterKind, int]] = [("attn", _CORRECTION_RANK), ("mlp", _CORRECTION_RANK)]
+        order: list[tuple[ProjectionKind, int]] = [("attn", _CORRECTION_RANK), ("mlp", _CORRECTION_RANK)]
         if any(one.site.point == "attn_out" for one in here):
             order = [("attn", rank), ("mlp", _CORRECTION_RANK)]
         elif here:
             order = [("mlp", rank), ("attn", rank), ("mlp", _CORRECTION_RANK)]
         if block < layout.n_layers:
-            found += [Stage(block, writer, r) for writer, r in order if writer in layout.writer_kinds]
+            found += [Stage(block, writer, r) for writer, r in order if writer in layout.projection_kinds]
     return found
 
 
 def solve_stages(
     program: Program,
-    loaded: Loaded,
+    loaded: LoadedModel,
     texts: Sequence[Encoded],
     stages: Sequence[Stage],
-    tick: Tick,
+    advance: Advance,
     *,
     refine: Refine | None = None,
     max_tokens: int = 4096,
@@ -105,16 +105,16 @@ def solve_stages(
         work: where, under `name`, what is solved is kept after each block, and found again.
     """
     _require_stages(stages, loaded.layout)
-    walk = Walk.start(program, loaded, texts, max_tokens, tick)
+    walk = Walk.start(program, loaded, texts, max_tokens, advance)
     last = max(stage.layer for stage in stages)
     kept = walk.restore(work, name)
     for block in range(program.first_layer, last + 1):
         walk.aim(block)
         if block >= kept:
             for stage in (stage for stage in stages if stage.layer == block):
-                writer = loaded.layout.writer(block, stage.writer)
+                writer = loaded.layout.output_projection(block, stage.writer)
                 walk.solved.pop(writer.name, None)
-                walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, tick)
+                walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, advance)
             if refine is not None:
                 refine(walk, block)
             walk.keep(work, name, block + 1)
@@ -131,20 +131,22 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
         if s.layer >= n_layers
     ]
     problems += [
-        f"stage mlp of block {s.layer}: the MLP is {EXPERTS}." for s in stages if s.writer not in layout.writer_kinds
+        f"stage mlp of block {s.layer}: the MLP is {EXPERTS}."
+        for s in stages
+        if s.writer not in layout.projection_kinds
     ]
     problems += [
         f"stage {s.writer} of block {s.layer}: rank {s.rank} is above what its matrix can have."
         for s in stages
         if s.layer < n_layers
-        and s.writer in layout.writer_kinds
-        and s.rank > min(linear_shape(layout.writer(s.layer, s.writer).module))
+        and s.writer in layout.projection_kinds
+        and s.rank > min(linear_shape(layout.output_projection(s.layer, s.writer).module))
     ]
     if problems:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
+def _solve_stage(walk: Walk, writer: OutputProjection, rank: int, advance: Advance) -> LowRank:
     loaded = walk.loaded
     _d_model, d_in = linear_shape(writer.module)
     channel = _Channel(loaded.layout, writer)
@@ -162,7 +164,7 @@ def _solve_stage(walk: Walk, writer: Writer, rank: int, tick: Tick) -> LowRank:
             ) % _HELD_OUT_EVERY == 0  # the same texts, however they are shared
             for part, chosen in zip(sums, (~held, held), strict=True):
                 part.add(x[chosen], y[chosen], weight[chosen])
-            tick(len(flow.batch.rows))
+            advance(len(flow.batch.rows))
     train, held_out = (part.over_all_processes() for part in sums)
     edit = channel.push_forward(fit(train, held_out, rank))
     return LowRank(edit.B.float(), edit.A.float())
@@ -176,7 +178,7 @@ class _Channel:
     so that the error that is minimised is the one in the stream.
     """
 
-    def __init__(self, layout: Layout, writer: Writer) -> None:
+    def __init__(self, layout: Layout, writer: OutputProjection) -> None:
         self._multiplier = layout.residual_multiplier
         norm_name = layout.family.attn_norm if writer.kind == "attn" else layout.family.mlp_norm
         self._gain: Tensor | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower import closed_form, likelihood
 from compile_steer.lower.block_fit import fit_block, random_edits
 from compile_steer.lower.job import Job
@@ -31,21 +31,21 @@ def lower(job: Job) -> WeightPatch:
     else:
         start = random_patch(job.loaded.layout, job.program.first_layer, options.rank, job.seed)
     texts = job.training_texts
-    with job.meter.phase(f"distill: {options.objective}", options.epochs * len(texts)) as tick:
-        return distil(job, texts, start, tick)
+    with job.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
+        return distil(job, texts, start, advance)
 
 
-def distil(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) -> WeightPatch:
+def distil(job: Job, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:
     """Train `start` end to end on `texts` by the recipe's objective.
 
     A sixth of the batches is held out; `start` is returned where the result's KL is not lower on it.
     """
     options = job.options.distill
     if options.objective == "likelihood":
-        return likelihood.train(job, texts, start, tick)
+        return likelihood.train(job, texts, start, advance)
     factors = trainable(start.low_rank, job.loaded.device)
     optimizer = adamw(factors, options.learning_rate)
-    before, after = train(job, texts, worn(factors), optimizer, options, options.objective, "distill", tick)
+    before, after = train(job, texts, worn(factors), optimizer, options, options.objective, "distill", advance)
     trained = {name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()}
     return WeightPatch(trained) if after < before else start
 
@@ -56,7 +56,7 @@ def fitted_patch(job: Job) -> WeightPatch:
     stages = closed_form.plan_stages(job)
     blocks = {one.site.changes_from for one in job.program.interventions}
     total = (1 + len(stages)) * len(texts) + options.block_steps * len(blocks)
-    with job.meter.phase("distill: block by block", total) as tick:
+    with job.progress.phase("distill: block by block", total) as advance:
 
         def refine(walk: Walk, block: int) -> None:
             if block in blocks and options.block_steps > 0:
@@ -67,7 +67,7 @@ def fitted_patch(job: Job) -> WeightPatch:
                     steps=options.block_steps,
                     rate=options.block_learning_rate,
                     seed=job.seed,
-                    tick=tick,
+                    advance=advance,
                 )
 
         walk = closed_form.solve_stages(
@@ -75,7 +75,7 @@ def fitted_patch(job: Job) -> WeightPatch:
             job.loaded,
             texts,
             stages,
-            tick,
+            advance,
             refine=refine,
             max_tokens=options.block_batch_tokens,
             work=job.work,

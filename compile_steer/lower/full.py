@@ -42,9 +42,9 @@ def lower(job: Job) -> WeightPatch:
     texts = [*job.regression_texts, *job.training_texts]
     deltas = {name: nn.Parameter(torch.zeros_like(weight, dtype=torch.float32)) for name, weight in weights.items()}
     optimizer = optimizer_of(deltas, weights, options, job.seed)
-    with job.meter.phase(f"full: {options.optimizer}", options.epochs * len(texts)) as tick:
+    with job.progress.phase(f"full: {options.optimizer}", options.epochs * len(texts)) as advance:
         worn = WeightPatch(dense=deltas)
-        before, after = train(job, texts, worn, optimizer, options, options.objective, "full", tick)
+        before, after = train(job, texts, worn, optimizer, options, options.objective, "full", advance)
     if not after < before:
         raise CannotLower(
             f"full: training left KL {after:.3g} nats a token on held-out texts, where the base itself has {before:.3g}; "

@@ -8,12 +8,12 @@ from functools import cached_property
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter, Tick
+from compile_steer.common.progress import Advance, Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.lower.options import Compile
 from compile_steer.lower.work import NOWHERE, Curve, Work
 from compile_steer.models.generate import continue_encoded
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
@@ -50,11 +50,11 @@ class Job:
     """
 
     program: Program
-    loaded: Loaded
+    loaded: LoadedModel
     behaviour: Behaviour
     options: Compile
     seed: int
-    meter: Meter
+    progress: Progress
     work: Work = NOWHERE
     curves: dict[str, Curve] = field(default_factory=dict)
     finished: dict[str, WeightPatch] = field(default_factory=dict)
@@ -84,13 +84,13 @@ class Job:
         # By length, because a batch is padded to its longest prompt.
         prompts = [encode(self.loaded.tokenizer, text) for text in sorted(available[start:stop], key=_length)]
         mine = distributed.share(prompts)
-        with self.meter.phase(f"steered model writes {label}", len(mine)) as tick:
-            found = self.write(mine, self.program, self.seed + start + 104729 * distributed.rank(), tick)
+        with self.progress.phase(f"steered model writes {label}", len(mine)) as advance:
+            found = self.write(mine, self.program, self.seed + start + 104729 * distributed.rank(), advance)
         self.work.keep(label, {}, [asdict(one) for one in found])
         return found
 
     def write(
-        self, prompts: Sequence[Encoded], program: Program | None, seed: int, tick: Tick = lambda _n: None
+        self, prompts: Sequence[Encoded], program: Program | None, seed: int, advance: Advance = lambda _n: None
     ) -> list[Encoded]:
         """Continue the prompts at temperature 1, under `program` or with whatever is on."""
         found: list[Encoded] = []
@@ -104,5 +104,5 @@ class Job:
                 temperature=1.0,
                 seed=seed + at,
             )
-            tick(len(found[at:]))
+            advance(len(found[at:]))
         return found

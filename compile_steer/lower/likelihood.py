@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import require_library
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower.job import Job
 from compile_steer.lower.optimise import Factors, adamw
 from compile_steer.lower.train import Batches
@@ -32,7 +32,7 @@ def require_trl() -> None:
     require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
 
 
-def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) -> WeightPatch:
+def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:
     """Return the trained patch, or `start` where its KL on the held-out batches is not lower."""
     options = job.options.distill
     parts = Batches.of(job, texts, start, options.batch_tokens)
@@ -41,7 +41,7 @@ def train(job: Job, texts: Sequence[Encoded], start: WeightPatch, tick: Tick) ->
     factors = {name: _factors(wrapped, name) for name in start.low_rank}
     losses = _fit(job, wrapped, factors, parts.texts)
     trained = WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
-    tick(options.epochs * len(texts))
+    advance(options.epochs * len(texts))
     after = parts.whole.mean_kl(parts.held_out, trained)
     job.curves["distill"] = {"loss": losses, "held_out_kl": [before, after]}
     return trained if after < before else start

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.models.divergence import chunks, log_softmax
-from compile_steer.models.forward import readout
+from compile_steer.models.forward import lm_head
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def _on_logits(
         leaf, total = student.detach().requires_grad_(), 0.0
         for part in chunks(leaf.shape[0]):
             with torch.no_grad():
-                log_p = log_softmax(readout(model, teacher[part]))
-            loss = per_token(log_p, log_softmax(readout(model, leaf[part]))).sum() / leaf.shape[0]
+                log_p = log_softmax(lm_head(model, teacher[part]))
+            loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / leaf.shape[0]
             (weight * loss).backward()
             total += float(loss.detach())
         student.backward(leaf.grad)

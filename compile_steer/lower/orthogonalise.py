@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.lower import bias
 from compile_steer.lower.job import Job, first_refusal
-from compile_steer.steering.layout import EXPERTS, Layout, WriterKind
+from compile_steer.steering.layout import EXPERTS, Layout, ProjectionKind
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Intervention, Program, Site
 
@@ -33,7 +33,7 @@ def refusal(program: Program, layout: Layout) -> str | None:
 
 def _refusal(one: Intervention, layout: Layout) -> str | None:
     if one.operation == "add":
-        held = one.site == _EMBEDDINGS or _kind(one) in layout.writer_kinds
+        held = one.site == _EMBEDDINGS or _kind(one) in layout.projection_kinds
         return bias.shift_refusal(one, layout) if held else f"the MLP is {EXPERTS}"
     if "all" not in one.scopes:
         return f"weights act at every position, not at {one.positions} alone"
@@ -45,7 +45,7 @@ def _refusal(one: Intervention, layout: Layout) -> str | None:
         )
     if one.site.point in ("resid_pre", "resid_post"):
         return "the stream there is a sum of many writers; ablate at every one of them (see ablate_everywhere)"
-    if layout.post_norm or _kind(one) not in layout.writer_kinds:
+    if layout.post_norm or _kind(one) not in layout.projection_kinds:
         family = layout.model.config.model_type
         return f"{family} normalises what its writers write" if layout.post_norm else f"the MLP is {EXPERTS}"
     return bias.shift_refusal(one, layout) if one.operation == "clamp" else None
@@ -56,12 +56,12 @@ def adapter_refusal(program: Program, layout: Layout) -> str | None:
     for one in program.interventions:
         if one.site == _EMBEDDINGS:
             return "it edits the embeddings, which a plain LoRA does not hold: merged checkpoint only"
-        if one.operation != "ablate" or layout.has_bias(layout.writer(one.site.layer, _kind(one))):
+        if one.operation != "ablate" or layout.has_bias(layout.output_projection(one.site.layer, _kind(one))):
             return bias.adapter_refusal(program, layout)
     return None
 
 
-def _kind(one: Intervention) -> WriterKind:
+def _kind(one: Intervention) -> ProjectionKind:
     return "attn" if one.site.point == "attn_out" else "mlp"
 
 
@@ -90,7 +90,11 @@ def lower(job: Job) -> WeightPatch:
     # A shift of the block's output comes after what happens at its sublayers, whatever the program's order.
     for one in sorted(job.program.interventions, key=lambda one: one.site.point == "resid_post"):
         kind = _kind(one)
-        names = layout.family.embeddings if one.site == _EMBEDDINGS else (layout.writer(one.site.layer, kind).name,)
+        names = (
+            layout.family.embeddings
+            if one.site == _EMBEDDINGS
+            else (layout.output_projection(one.site.layer, kind).name,)
+        )
         basis, shift = one.normal_form()
         for name in names:
             affine = edited.setdefault(name, _read(layout.model.get_submodule(name)))
@@ -98,7 +102,7 @@ def lower(job: Job) -> WeightPatch:
                 affine.ablate(basis[:, 0].double().to(affine.weight.device), one.coefficient)
             affine.bias = affine.bias + one.coefficient * shift.to(affine.bias) / layout.residual_multiplier
         if bool(shift.any()):
-            switches |= bias.switches_for(layout, layout.writer(one.site.layer, kind))
+            switches |= bias.switches_for(layout, layout.output_projection(one.site.layer, kind))
     embeddings = [name for name in edited if name in layout.family.embeddings]
     return WeightPatch(
         low_rank={name: _factors(affine, name in embeddings) for name, affine in edited.items() if affine.B},

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_steer.lower.teacher_student import run_block
 from compile_steer.models.divergence import divergence
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.patch import WeightPatch, applied
@@ -43,7 +43,7 @@ class Suffix:
     gradient; with `dtype` bfloat16 its matrix products are rounded (autocast), its patch is not.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     program: Program
     first: int
     stop: int | None = None
@@ -59,9 +59,9 @@ class Suffix:
         """One batch, its prefix and what the teacher hands on."""
         model, ids, mask = self.loaded.model, batch.input_ids, batch.attention_mask
         with torch.no_grad():
-            prefix = run_span(model, ids, mask, stop=self.first) if self.first else None
+            prefix = run_blocks(model, ids, mask, stop=self.first) if self.first else None
             with steered(model, self.program, roles=batch.roles):
-                teacher = run_span(model, ids, mask, start=self.first, stop=self.stop, hidden=prefix)
+                teacher = run_blocks(model, ids, mask, start=self.first, stop=self.stop, hidden=prefix)
         return Item(batch, prefix, teacher[batch.roles != PAD])
 
     def student(self, item: Item) -> Tensor:
@@ -73,7 +73,7 @@ class Suffix:
 
     def _run(self, batch: Batch, hidden: Tensor | None, start: int) -> Tensor:
         model = self.loaded.model
-        return run_span(model, batch.input_ids, batch.attention_mask, start=start, stop=self.stop, hidden=hidden)
+        return run_blocks(model, batch.input_ids, batch.attention_mask, start=start, stop=self.stop, hidden=hidden)
 
     def _in_pieces(self, item: Item) -> Tensor:
         hidden = item.prefix

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower.work import Curve, Work
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
@@ -40,9 +40,9 @@ class Flow:
         return self.batch.roles != PAD
 
 
-def run_block(loaded: Loaded, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
+def run_block(loaded: LoadedModel, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
     """What `block` hands on for `hidden`, under the hooks and patches that are on; [batch, time, d_model]."""
-    return run_span(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=block + 1, hidden=hidden)
+    return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=block + 1, hidden=hidden)
 
 
 @dataclass
@@ -50,22 +50,24 @@ class Walk:
     """The state of a walk: the edits so far by module name, and the curves of what was trained on the way."""
 
     program: Program
-    loaded: Loaded
+    loaded: LoadedModel
     flows: list[Flow]
     solved: dict[str, LowRank] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
 
     @staticmethod
-    def start(program: Program, loaded: Loaded, texts: Sequence[Encoded], max_tokens: int, tick: Tick) -> Walk:
+    def start(
+        program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
+    ) -> Walk:
         """Run the prefix that both models share, below the first intervened block."""
         first = program.first_layer
         flows = []
         for batch in batches(texts, int(loaded.tokenizer.pad_token_id), max_tokens=max_tokens):
             batch = batch.to(loaded.device)
             with torch.no_grad():
-                hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
+                hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
             flows.append(Flow(batch, hidden, hidden, torch.empty(0)))
-            tick(len(batch.rows))
+            advance(len(batch.rows))
         return Walk(program, loaded, flows)
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.lower.job import Job
 from compile_steer.lower.objective import OBJECTIVES, Objective
 from compile_steer.lower.optimise import held_out_split, set_rate
@@ -35,7 +35,7 @@ def train(
     options: Training,
     objective: str,
     name: str,
-    tick: Tick,
+    advance: Advance,
 ) -> tuple[float, float]:
     """Train what `optimizer` holds; return the mean KL(steered || student) on held-out batches before and after.
 
@@ -44,7 +44,7 @@ def train(
         patch: on live parameters, those of `optimizer`.
         objective: a name in `OBJECTIVES`.
         name: under which the state is kept and the curve is recorded.
-        tick: called with the number of texts just seen.
+        advance: called with the number of texts just seen.
     """
     run = _Run(job, texts, patch, optimizer, options, OBJECTIVES[objective])
     before = run.measure()
@@ -56,7 +56,7 @@ def train(
         if fresh or not run.items:
             run.start_epoch(step // run.epoch)
         losses.append(run.step(step))
-        tick(len(texts) / run.epoch)
+        advance(len(texts) / run.epoch)
         step += 1
     after = run.measure()
     job.curves[name] = {"loss": losses, "held_out_kl": [before, after]}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import LayoutError
-from compile_steer.common.progress import Tick
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
+from compile_steer.common.progress import Advance
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Text, batches, encode
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
@@ -22,13 +22,13 @@ Readout = Literal["response_mean", "last_prompt"]
 
 
 def read_activations(
-    loaded: Loaded,
+    loaded: LoadedModel,
     texts: Sequence[Text],
     *,
     point: Point,
     readout: Readout,
     through: int | None = None,
-    tick: Tick = lambda _n: None,
+    advance: Advance = lambda _n: None,
 ) -> Tensor:
     """Return [n_texts, n_layers, d_model] fp32: each text's activation at `point` of every block.
 
@@ -36,7 +36,7 @@ def read_activations(
         readout: 'response_mean' averages over the response tokens; 'last_prompt' takes the token whose
             output predicts the first response token.
         through: the last block that is wanted, so that n_layers is one more; None wants all.
-        tick: called with the number of texts just done.
+        advance: called with the number of texts just done.
 
     Raises:
         LayoutError: an activation is NaN or infinite (the message names the first such block).
@@ -50,7 +50,7 @@ def read_activations(
         rows = torch.tensor(batch.rows)
         for layer, hidden in enumerate(capture(layout, batch, point, through)):
             result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
-        tick(len(batch.rows))
+        advance(len(batch.rows))
     finite = torch.isfinite(result).all(dim=(0, 2))
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
@@ -61,7 +61,7 @@ def read_activations(
     return result
 
 
-def median_norms(loaded: Loaded, texts: Sequence[Text], point: Point) -> Tensor:
+def median_norms(loaded: LoadedModel, texts: Sequence[Text], point: Point) -> Tensor:
     """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`.
 
     The median, because the first token's norm is a hundred times the others' in many models.
@@ -96,7 +96,7 @@ def capture(layout: Layout, batch: Batch, point: Point, through: int | None = No
             else:
                 handle = layout.hook_module(Site(layer, point)).register_forward_hook(_output_catcher(caught, layer))
             stack.callback(handle.remove)
-        run_span(layout.model, batch.input_ids, batch.attention_mask, stop=count)
+        run_blocks(layout.model, batch.input_ids, batch.attention_mask, stop=count)
     scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
     return [caught[layer] * scale for layer in range(count)]
 

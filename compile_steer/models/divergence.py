@@ -13,7 +13,7 @@ import torch
 from scipy.stats import bootstrap, mannwhitneyu
 from torch import Tensor, nn
 
-from compile_steer.models.forward import readout
+from compile_steer.models.forward import lm_head
 
 CHUNK_TOKENS = 128
 
@@ -66,7 +66,7 @@ def token_log_probabilities(model: nn.Module, states: Tensor, targets: Tensor) -
 
     All their logits exist at once: give it a chunk of tokens at a time.
     """
-    return log_softmax(readout(model, states)).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return log_softmax(lm_head(model, states)).gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def chunks(n: int, size: int = CHUNK_TOKENS) -> Iterator[slice]:
@@ -80,8 +80,8 @@ def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_
     parts = []
     with torch.no_grad():
         for part in chunks(hidden_p.shape[0]):
-            log_p = torch.log_softmax(readout(model_p, hidden_p[part]).double(), dim=-1)
-            log_q = torch.log_softmax(readout(model_q, hidden_q[part]).double(), dim=-1)
+            log_p = torch.log_softmax(lm_head(model_p, hidden_p[part]).double(), dim=-1)
+            log_q = torch.log_softmax(lm_head(model_q, hidden_q[part]).double(), dim=-1)
             same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
             parts.append(Divergence(kl_divergence(log_p, log_q).cpu(), same.cpu()))
     return Divergence.join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 
 TEXTS = (
     "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
@@ -23,7 +23,7 @@ TEXTS = (
 _LONGEST = 32  # tokens of a text that a fingerprint reads: the smallest models have few positions
 
 
-def texts(loaded: Loaded) -> list[list[int]]:
+def texts(loaded: LoadedModel) -> list[list[int]]:
     """The fixed texts as tokens."""
     return [loaded.tokenizer(text)["input_ids"] for text in TEXTS]
 
@@ -39,7 +39,7 @@ def log_probs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any,
     return np.concatenate(found)
 
 
-def fingerprint(model: Any, base: Loaded) -> list[float]:
+def fingerprint(model: Any, base: LoadedModel) -> list[float]:
     """Mean log p of each fixed text, nats a token, under `model`, as the tokenizer of `base` splits it; none where the model
     computes in less than fp32, whose rounding would hide what differs."""
     if model.dtype != torch.float32:

@@ -31,7 +31,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = own
 
 
-def run_span(
+def run_blocks(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -86,7 +86,7 @@ def run_span(
     return caught[0] if caught else output.last_hidden_state
 
 
-def readout(model: nn.Module, hidden: Tensor) -> Tensor:
+def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [n, vocab] of final hidden states [n, d_model], with the family's own scaling and soft cap."""
     layout = Layout.of(model)
     final = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.unsqueeze(0))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.program import Program
 
 
 def continue_prompts(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: Sequence[Text],
     program: Program | Sequence[Program] | None = None,
     *,
@@ -32,7 +32,7 @@ def continue_prompts(
 
 
 def continue_encoded(
-    loaded: Loaded,
+    loaded: LoadedModel,
     texts: Sequence[Encoded],
     program: Program | Sequence[Program] | None = None,
     *,
@@ -79,7 +79,7 @@ def continue_encoded(
     ]
 
 
-def prefill(loaded: Loaded, prompt: Encoded, program: Program | None = None) -> Cache:
+def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache:
     """Keys and values of a prompt but its last token, so of two or more: of a long one, for all that is asked after it."""
     ids, roles = _row(loaded, prompt, prompt.n_prompt - 1)
     hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
@@ -88,7 +88,7 @@ def prefill(loaded: Loaded, prompt: Encoded, program: Program | None = None) -> 
     return found
 
 
-def states_after(loaded: Loaded, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
+def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
     """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
     ids, roles = _row(loaded, text, len(text.ids))
     hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
@@ -99,13 +99,13 @@ def states_after(loaded: Loaded, text: Encoded, cache: Cache, program: Program |
     return states
 
 
-def _row(loaded: Loaded, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:
+def _row(loaded: LoadedModel, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:
     """The first `stop` ids and their roles, [1, stop]."""
     ids = torch.tensor([text.ids[:stop]], device=loaded.device)
     return ids, torch.tensor([text.roles[:stop]], dtype=torch.int8, device=loaded.device)
 
 
-def _end_tokens(loaded: Loaded) -> set[int]:
+def _end_tokens(loaded: LoadedModel) -> set[int]:
     end = loaded.model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {loaded.tokenizer.eos_token_id}
     return {int(token) for token in ends if token is not None}
@@ -119,11 +119,11 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens
 
 
-def ended(loaded: Loaded, encoded: Encoded) -> bool:
+def ended(loaded: LoadedModel, encoded: Encoded) -> bool:
     """True if the continuation closed its turn by itself."""
     return encoded.ids[-1] in _end_tokens(loaded) and len(encoded.ids) > encoded.n_prompt
 
 
-def response_text(loaded: Loaded, encoded: Encoded) -> str:
+def response_text(loaded: LoadedModel, encoded: Encoded) -> str:
     """The continuation as text, without special tokens."""
     return str(loaded.tokenizer.decode(list(encoded.ids[encoded.n_prompt :]), skip_special_tokens=True)).strip()

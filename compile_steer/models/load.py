@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to run: `id` and `revision` are what programs and artifacts record of it."""
 
     model: PreTrainedModel
@@ -78,7 +78,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None) -> Loaded:
+def load(
+    reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None
+) -> LoadedModel:
     """Load model and tokenizer in evaluation mode.
 
     Args:
@@ -109,7 +111,7 @@ def load(reference: str, *, device: str = "auto", dtype: str = "float32", prompt
         tokenizer.chat_template = completion_template(prompt_format, tokenizer)
     model.to(target).eval().requires_grad_(False)
     Layout.of(model)
-    return Loaded(model, tokenizer, reference, revision, folder)
+    return LoadedModel(model, tokenizer, reference, revision, folder)
 
 
 def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -185,7 +187,7 @@ def weights_revision(folder: Path) -> str:
     checkpoint = Checkpoint(folder)
     whole = hashlib.sha256()
     try:
-        for name in sorted(checkpoint.places):
+        for name in sorted(checkpoint.files):
             tensor = checkpoint.tensor(name)
             assert tensor is not None, "its own name"
             whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from compile_steer.data.behaviour import Pair
 from compile_steer.models.divergence import chunks, token_log_probabilities
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Batch, Encoded, Text, batches, encode
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Batch, Encoded, Pair, Text, batches, encode
 
 
-def encode_pairs(loaded: Loaded, pairs: Sequence[Pair]) -> list[Encoded]:
+def encode_pairs(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Encoded]:
     """Both sides of each pair under the plain prompt: positives first, then negatives.
 
     The contrast asks what the model would rather *say* to the same prompt, so an instruction that a
@@ -31,7 +30,7 @@ def contrast_scores(log_probabilities: np.ndarray) -> np.ndarray:
 
 
 def mean_log_probabilities(
-    loaded: Loaded, encoded: Sequence[Encoded], *, final: Callable[[Batch], torch.Tensor] | None = None
+    loaded: LoadedModel, encoded: Sequence[Encoded], *, final: Callable[[Batch], torch.Tensor] | None = None
 ) -> np.ndarray:
     """Mean log-probability of each text's response tokens, [n] in nats a token.
 
@@ -43,12 +42,12 @@ def mean_log_probabilities(
     for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
         batch = batch.to(loaded.device)
         with torch.no_grad():
-            hidden = final(batch) if final else run_span(loaded.model, batch.input_ids, batch.attention_mask)
+            hidden = final(batch) if final else run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
             result[list(batch.rows)] = _response_means(loaded, batch, hidden)
     return result
 
 
-def _response_means(loaded: Loaded, batch: Batch, hidden: torch.Tensor) -> np.ndarray:
+def _response_means(loaded: LoadedModel, batch: Batch, hidden: torch.Tensor) -> np.ndarray:
     chosen = batch.predicts_response
     targets = torch.roll(batch.input_ids, -1, dims=1)[chosen]
     states = hidden[chosen]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.gguf import gguf_in, read_gguf
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
 
 ADAPTER = "default"  # PEFT's name for the one that is loaded
 
 
-def reload(folder: Path, base: Loaded) -> Loaded:
+def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     """Load the adapter at `folder` on a fresh copy of `base`, or the checkpoint (or GGUF file) with its own tokenizer.
 
     Raises:
@@ -36,10 +36,10 @@ def reload(folder: Path, base: Loaded) -> Loaded:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
             tokenizer = AutoTokenizer.from_pretrained(folder)
     model.to(base.device).eval().requires_grad_(False)
-    return Loaded(model, tokenizer, str(folder), "", str(folder))
+    return LoadedModel(model, tokenizer, str(folder), "", str(folder))
 
 
-def _dequantised(file: Path, base: Loaded) -> tuple[Any, Any]:
+def _dequantised(file: Path, base: LoadedModel) -> tuple[Any, Any]:
     """Model and tokenizer as transformers reads them; raises `ArtifactError` where not all of the file is in the model."""
     model, odd = read_gguf(file, base.model.dtype)
     if odd:
@@ -47,7 +47,7 @@ def _dequantised(file: Path, base: Loaded) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def reload_adapters(folders: Mapping[str, Path], base: Loaded) -> Loaded:
+def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedModel:
     """Load several adapters, by name, on one fresh copy of `base`; `switch` says which of them are on.
 
     Raises:
@@ -61,10 +61,10 @@ def reload_adapters(folders: Mapping[str, Path], base: Loaded) -> Loaded:
             else:
                 model.load_adapter(str(folder), adapter_name=name)
     model.to(base.device).eval().requires_grad_(False)
-    return Loaded(model, base.tokenizer, "adapters", "", base.source)
+    return LoadedModel(model, base.tokenizer, "adapters", "", base.source)
 
 
-def switch(adapters: Loaded, dials: Mapping[str, float]) -> None:
+def switch(adapters: LoadedModel, dials: Mapping[str, float]) -> None:
     """Have the adapters named in `dials` on, each times its dial, and the others off."""
     wrapped: Any = adapters.model
     wrapped.base_model.set_adapter(list(dials), inference_mode=True)
@@ -75,7 +75,7 @@ def switch(adapters: Loaded, dials: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def switched(adapter: Loaded, dial: float) -> Iterator[None]:
+def switched(adapter: LoadedModel, dial: float) -> Iterator[None]:
     """Have the one adapter that `reload` has loaded on, times `dial`, inside the block; at its own scale after it."""
     switch(adapter, {ADAPTER: dial})
     try:
@@ -84,7 +84,7 @@ def switched(adapter: Loaded, dial: float) -> Iterator[None]:
         switch(adapter, {ADAPTER: 1.0})
 
 
-def fresh(base: Loaded) -> Loaded:
+def fresh(base: LoadedModel) -> LoadedModel:
     """Another copy of `base`, read from where it lies."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)

@@ -30,6 +30,15 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two texts that differ in the behaviour, and the plain prompt that both came from."""
+
+    positive: Text
+    negative: Text
+    prompt: str
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Token ids of one conversation; the first `n_prompt` are the prompt, template tokens included.
 

@@ -13,14 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from compile_steer.artifacts.engine_record import Reading, own_readings
 from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.export.engine_support import EngineName, reads_biases
 from compile_steer.export.gguf_model import GGUF_FILE
-from compile_steer.tools.lineage import own_reports, own_validation
-from compile_steer.tools.serving.record import Reading, own_readings
-from compile_steer.tools.serving.support import EngineName, reads_biases
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.parity import Parity
+from compile_steer.validate.report import ValidationReport, own_validation
+from compile_steer.verify.parity import Parity, own_parity
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ def update_card(folder: Path, validation: Path) -> None:
     Raises:
         ArtifactError: the folder is not one of ours.
     """
-    report, parity = own_reports(folder, validation)
+    origin = Provenance.read(folder)
+    report, parity = own_validation(origin, validation), own_parity(folder)
     kept = _filled_in(folder / CARD)
-    save_text(folder / CARD, _render(Provenance.read(folder), report, parity, own_readings(folder), kept))
+    save_text(folder / CARD, _render(origin, report, parity, own_readings(folder), kept))
 
 
 def _filled_in(path: Path) -> dict[str, str]:

@@ -8,15 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.nn.functional import cosine_similarity
 
 from compile_steer.extract.generation_report import WritingReport
 from compile_steer.lower.plan import Choice
-from compile_steer.steering.program import Program
-from compile_steer.tools.decompile import Decompiled
-from compile_steer.tools.interference import LOADED
-from compile_steer.tools.interference_report import Composition
-from compile_steer.tools.recombine import Recombined
 from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.verify.parity import Parity
 
@@ -172,73 +166,3 @@ def print_samples(
     too_high = f"steered, {report.coefficient * factor:g}: too high"
     for name, text in [*answers, (too_high, report.samples["too_high"])]:
         console.print(f"  [cyan]{name}[/cyan]: {escape(' '.join(text.split()))}")
-
-
-def print_decompiled(console: Console, found: Decompiled, known: Program | None) -> None:
-    """The blocks that were changed, beside the program that is known, if any."""
-    table = Table(title="What the artifact's blocks were changed to do", title_justify="left")
-    for heading in ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector"):
-        table.add_column(heading, justify="right")
-    wanted = {i.site.layer: i.vector for i in known.active if i.site.point == "resid_post"} if known else {}
-    for block, one in zip(found.blocks, found.program.interventions, strict=True):
-        beside = wanted.get(block.layer)
-        same = "" if beside is None else f"{float(cosine_similarity(one.vector, beside, dim=0)):.4f}"
-        table.add_row(
-            str(block.layer), f"{block.norm:.3g}", f"{block.relative_size:.2%}", f"{block.explained:.1%}", same
-        )
-    console.print(table)
-    console.print(
-        f"Adding these constants explains {found.explained:.1%} of KL(artifact||base) on neutral text "
-        f"({found.kl_base:.3g} nats a token, {found.kl_left:.3g} left)."
-    )
-
-
-def print_composition(console: Console, found: Composition) -> None:
-    """The interference matrix, what is shipped, each dial, and how much of the error is the compile's."""
-    pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in found.matrix)
-    table = Table(
-        title=f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})", title_justify="left"
-    )
-    table.add_column("switched on")
-    for row in found.matrix:
-        table.add_column(f"on {row.behaviour} [95 %]", justify="right")
-    for label in found.matrix[0].effects:
-        table.add_row(label, *(f"{row.effects[label]}" for row in found.matrix))
-    for kind in found.matrix[0].cross:
-        table.add_row(f"{kind}: all less the sum", *(f"{row.cross[kind]}" for row in found.matrix), style="dim")
-    for way in found.matrix[0].missed:
-        table.add_row(f"{way} less hooks", *(f"{row.missed[way]}" for row in found.matrix), style="dim")
-    console.print(table)
-    title = f"Adapters against hooks, {found.n_tokens} held-out response tokens written under all hooks"
-    dials = Table(title=title, title_justify="left")
-    for heading in ("adapters", f"dials of {', '.join(found.names)}", "KL", "KL(hooks||base)", "share", "top-1"):
-        dials.add_column(heading, justify="left" if heading == "adapters" else "right")
-    composed = [(way, fit) for way, fit in found.artifacts.items() if way != LOADED]
-    for name, fit in [*composed, *(("loaded at once", fit) for fit in found.settings)]:
-        share = "-" if fit.share is None else f"{fit.share:.2%}"
-        setting = ", ".join(f"{dial:g}" for dial in fit.dials)
-        dials.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", share, f"{fit.top1:.2%}")
-    console.print(dials)
-    i = found.interplay
-    errors = "; ".join(f"{way} {error:.3f}" for way, error in i.errors.items())
-    console.print(
-        f"  final states, relative to what the programs change one by one: the programs' own interference {i.programs:.3f}; "
-        f"errors: adapters alone, summed {i.alone:.3f}; {errors}; of the loaded ones' only when together {i.cross:.3f}"
-    )
-    if found.stacked_from_loaded is not None:
-        console.print(f"  KL(adapters loaded at once||stacked) = {found.stacked_from_loaded:.1e} nats/token")
-    for reason in found.reasons:
-        console.print(f"  [red]FAILED[/red] {escape(reason)}")
-
-
-def print_recombined(console: Console, found: Recombined) -> None:
-    """The matrices of a task vector, and where it lies."""
-    table = Table(title="What the task vector changes", title_justify="left")
-    for heading in ("matrix", "norm", "stable rank", "rank of 99 %", "cosine with the vector"):
-        table.add_column(heading, justify="left" if heading == "matrix" else "right")
-    for one in found.matrices:
-        cosine = "" if one.cosine is None else f"{one.cosine:.3f}"
-        table.add_row(one.name, f"{one.norm:.3g}", f"{one.stable_rank:.2f}", str(one.rank_99), cosine)
-    if found.matrices:
-        console.print(table)
-    console.print(f"Written as {found.form}: {found.folder}", soft_wrap=True)

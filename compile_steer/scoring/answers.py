@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from compile_steer.data.behaviour import Question
-from compile_steer.models.forward import readout, run_span
+from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.generate import continue_prompts, ended, response_text
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Text, batches, encode
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.scoring.reply import Reply, Score
@@ -64,7 +64,7 @@ class _Row:
 
 
 def answer(
-    loaded: Loaded,
+    loaded: LoadedModel,
     requests: Sequence[Request],
     score: Score,
     max_new_tokens: int,
@@ -132,7 +132,7 @@ def _groups(rows: Sequence[_Row]) -> list[_Group]:
     return found
 
 
-def _generate(loaded: Loaded, group: _Group, max_new_tokens: int) -> dict[int, Reply]:
+def _generate(loaded: LoadedModel, group: _Group, max_new_tokens: int) -> dict[int, Reply]:
     """The rows that are no questions, by their index, answered in full."""
     open_ended = [(index, row) for index, row in group.rows if row.question is None]
     found: dict[int, Reply] = {}
@@ -145,7 +145,7 @@ def _generate(loaded: Loaded, group: _Group, max_new_tokens: int) -> dict[int, R
     return found
 
 
-def _choose(loaded: Loaded, group: _Group) -> dict[int, Reply]:
+def _choose(loaded: LoadedModel, group: _Group) -> dict[int, Reply]:
     """The questions among the rows, by their index: each answered with its likeliest letter."""
     asked = [(index, row, row.question) for index, row in group.rows if row.question is not None]
     tokens = {q.letters: letter_tokens(loaded.tokenizer, q.letters) for _index, _row, q in asked}
@@ -157,9 +157,9 @@ def _choose(loaded: Loaded, group: _Group) -> dict[int, Reply]:
         under = group.under([row for _index, row, _question in chosen])
         hooks = nullcontext() if under is None else steered(loaded.model, under, roles=batch.roles)
         with hooks, torch.no_grad():
-            hidden = run_span(loaded.model, batch.input_ids, batch.attention_mask)
+            hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
             last = batch.attention_mask.sum(dim=1) - 1
-            logits = readout(loaded.model, hidden[torch.arange(len(chosen), device=hidden.device), last])
+            logits = lm_head(loaded.model, hidden[torch.arange(len(chosen), device=hidden.device), last])
         for (index, row, question), scores in zip(chosen, logits, strict=True):
             best = int(scores[tokens[question.letters]].argmax())
             found[index] = Reply(row.prompt, question.letters[best], True)

@@ -9,7 +9,7 @@ import numpy as np
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import auroc
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 
@@ -26,7 +26,9 @@ class Discrimination:
     skipped: str = ""
 
 
-def require_discrimination(scorer: ScorerBase, score: Score, loaded: Loaded, behaviour: Behaviour) -> Discrimination:
+def require_discrimination(
+    scorer: ScorerBase, score: Score, loaded: LoadedModel, behaviour: Behaviour
+) -> Discrimination:
     """Score both sides' responses of the validation pairs, as replies that ended.
 
     Args:

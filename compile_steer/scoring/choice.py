@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Text, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
@@ -24,7 +24,7 @@ class Choice(ScorerBase):
 
     kind: Literal["choice"]
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         right = {prompt: question.letters[question.answer] for prompt, question in behaviour.questions.items()}
         asked = [pair.prompt for pair in (*behaviour.validation, *behaviour.test)]
         missing = [prompt for prompt in asked if prompt not in right]

@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import auroc
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.tokens import Pair
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 _BATCH = 32
@@ -44,7 +45,7 @@ class Classifier(ScorerBase):
             )
         return self
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         if self.model is None or self.label is None:
             probability = _trained(behaviour.train)
         else:

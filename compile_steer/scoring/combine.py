@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.choice import Choice
 from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.ifeval import IFEval
@@ -33,7 +33,7 @@ class All(ScorerBase):
     kind: Literal["all"]
     all_of: tuple[Annotated[Single, Field(discriminator="kind")], ...] = Field(min_length=2)
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         # Stable: what costs a request comes last.
         parts = [part.bind(loaded, behaviour) for part in sorted(self.all_of, key=lambda part: part.kind == "judge")]
 

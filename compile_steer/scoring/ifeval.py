@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from compile_steer.common.errors import RecipeError, require_library
 from compile_steer.data.behaviour import Behaviour, Check
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 _PROBE = "It is so. It was so."
@@ -44,7 +44,7 @@ class IFEval(ScorerBase):
     def of_any_prompt(self) -> bool:
         return self.id is not None
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (a constraint is about text)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (a constraint is about text)
         require_library("if-verifiable", "ifeval", "validate.score ifeval")
         own = None if self.id is None else (Check(self.id, tuple(self.arguments.items())),)
         checks = behaviour.checks if own is None else {}

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, require_library
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded, cache_folder
+from compile_steer.models.load import LoadedModel, cache_folder
 from compile_steer.scoring.ledger import Ledger
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
@@ -59,7 +59,7 @@ class Judge(ScorerBase):
             raise ValueError("the worst and the best number must differ")
         return scale
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (it reads what was said)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (it reads what was said)
         require_library("openai", "judge", "validate.score judge")
         if self.api_key_env and not os.environ.get(self.api_key_env):
             raise RecipeError(

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import mean_log_probabilities
 from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
@@ -34,7 +34,7 @@ class Perplexity(ScorerBase):
             raise ValueError("give max, min, or both")
         return self
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the model says it all)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the model says it all)
         def score(replies: Sequence[Reply]) -> np.ndarray:
             good = np.array([bool(reply.text.strip()) for reply in replies])
             if self.max is not None:
@@ -49,7 +49,7 @@ class Perplexity(ScorerBase):
         return "the perplexity of a model's replies is not that of texts that somebody else wrote"
 
 
-def perplexities(loaded: Loaded, replies: Sequence[Reply], *, alone: bool = False) -> np.ndarray:
+def perplexities(loaded: LoadedModel, replies: Sequence[Reply], *, alone: bool = False) -> np.ndarray:
     """Perplexity [n] of each reply's text after its prompt, or `alone`; infinite where there is no text."""
     tokenizer = loaded.tokenizer
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -73,7 +73,7 @@ class Ended(ScorerBase):
 
     kind: Literal["ended"]
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the reply says it all)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the reply says it all)
         return lambda replies: np.array([float(reply.ended) for reply in replies])
 
     def on_texts(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from compile_steer.common.options import Section
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ScorerBase(Section, ABC):
     """A section of the recipe that says how replies are scored."""
 
     @abstractmethod
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         """The score itself, with what it needs of model and data; raises `RecipeError` for what cannot be scored.
 
         Args:
@@ -53,5 +53,5 @@ class TextScorer(ScorerBase):
     @abstractmethod
     def score(self, text: str) -> float: ...
 
-    def bind(self, loaded: Loaded, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the text says it all)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (the text says it all)
         return lambda replies: np.array([self.score(reply.text) for reply in replies])

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.common.errors import LayoutError
 from compile_steer.steering.program import Intervention, Program, Site
 
-WriterKind = Literal["attn", "mlp"]
+ProjectionKind = Literal["attn", "mlp"]
 EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream"
 
 
@@ -85,11 +85,11 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class Writer:
+class OutputProjection:
     """One writer: its block, kind, full module name in the causal language model, and module."""
 
     layer: int
-    kind: WriterKind
+    kind: ProjectionKind
     name: str
     module: nn.Module
 
@@ -149,22 +149,24 @@ class Layout:
         return float(getattr(self.model.config, "residual_multiplier", 1.0))
 
     @property
-    def writer_kinds(self) -> tuple[WriterKind, ...]:
+    def projection_kinds(self) -> tuple[ProjectionKind, ...]:
         """The sublayers whose output one matrix writes: a mixture of experts has none."""
         return ("attn",) if self.family.experts else ("attn", "mlp")
 
-    def writer(self, layer: int, kind: WriterKind) -> Writer:
+    def output_projection(self, layer: int, kind: ProjectionKind) -> OutputProjection:
         """The attention's or the MLP's writer of a block; raises `LayoutError` where there is no one writer."""
-        if kind not in self.writer_kinds:
+        if kind not in self.projection_kinds:
             raise LayoutError(f"the MLP of {self.model.config.model_type} is {EXPERTS}.")
         relative = self.family.attn if kind == "attn" else self.family.mlp
         name = f"{self.family.blocks}.{layer}.{relative}"
-        return Writer(layer, kind, name, self.model.get_submodule(name))
+        return OutputProjection(layer, kind, name, self.model.get_submodule(name))
 
     @property
-    def writers(self) -> dict[str, Writer]:
+    def output_projections(self) -> dict[str, OutputProjection]:
         """Every writer of the model by its module's name, in the order of the blocks."""
-        found = [self.writer(layer, kind) for layer in range(self.n_layers) for kind in self.writer_kinds]
+        found = [
+            self.output_projection(layer, kind) for layer in range(self.n_layers) for kind in self.projection_kinds
+        ]
         return {writer.name: writer for writer in found}
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
@@ -204,11 +206,11 @@ class Layout:
         relative = self.family.expert_bias
         return None if relative is None else f"{self.family.blocks}.{layer}.{relative}"
 
-    def bias_switch(self, kind: WriterKind) -> str | None:
+    def bias_switch(self, kind: ProjectionKind) -> str | None:
         """'native', the config switch that gives that writer a bias, or None."""
         return self.family.attn_bias if kind == "attn" else self.family.mlp_bias
 
-    def has_bias(self, writer: Writer) -> bool:
+    def has_bias(self, writer: OutputProjection) -> bool:
         """True if the loaded module already carries a bias."""
         return cast("Tensor | None", writer.module.bias) is not None
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
 from compile_steer.models.load import folder_of, quiet
@@ -49,7 +49,7 @@ class Audit:
         return asdict(self)
 
 
-def audit(base: str, other: str, program: Program | None, threshold: float, meter: Meter) -> Audit:
+def audit(base: str, other: str, program: Program | None, threshold: float, progress: Progress) -> Audit:
     """Compare `other` (a model folder, hub id, adapter or patch folder) with `base`; no model is loaded.
 
     Args:
@@ -66,12 +66,12 @@ def audit(base: str, other: str, program: Program | None, threshold: float, mete
     patch = _patch(folder)
     layout = _layout(base_folder if patch is not None else folder)
     names = Names(layout)
-    total = len(Checkpoint(folder).places) if patch is None else len(patch.low_rank) + len(patch.dense)
-    with meter.phase("comparing tensors", total) as tick:
+    total = len(Checkpoint(folder).files) if patch is None else len(patch.low_rank) + len(patch.dense)
+    with progress.phase("comparing tensors", total) as advance:
         if patch is None:
-            found = of_checkpoints(before, Checkpoint(folder), names, threshold, tally, tick)
+            found = of_checkpoints(before, Checkpoint(folder), names, threshold, tally, advance)
         else:
-            found = of_patch(before, patch, names, threshold, tick)
+            found = of_patch(before, patch, names, threshold, advance)
         differences = list(found)
     baked, why = find_baked(differences, layout, program)
     return Audit(
@@ -91,9 +91,9 @@ def audit(base: str, other: str, program: Program | None, threshold: float, mete
 
 def _told(one: Difference, layout: Layout | None, program: Program | None) -> TensorChange:
     """The change with the known vector beside what a writer writes most."""
-    if layout is None or program is None or one.top is None or one.module not in layout.writers:
+    if layout is None or program is None or one.top is None or one.module not in layout.output_projections:
         return one.change
-    vector = vector_at(program, layout.writers[one.module].layer)
+    vector = vector_at(program, layout.output_projections[one.module].layer)
     if vector is None or vector.shape != one.top.u.shape:
         return one.change
     return replace(one.change, cosine=abs(float(torch.cosine_similarity(one.top.u, vector, dim=0))))

@@ -53,7 +53,7 @@ def find_baked(
     if not real:
         return [], "no weight was changed"
     embeddings = layout.family.embeddings
-    outside = [one for one in real if one.module not in layout.writers and one.module not in embeddings]
+    outside = [one for one in real if one.module not in layout.output_projections and one.module not in embeddings]
     if outside:
         return (
             [],
@@ -71,15 +71,15 @@ def find_baked(
 
 def _added(one: Difference, layout: Layout, program: Program | None) -> Baked:
     assert one.vector is not None, "a bias"
-    block = layout.writers[one.module].layer
+    block = layout.output_projections[one.module].layer
     return Baked(
         "added", [one.change.name], block, one.change.norm, cosine=_cosine(one.vector, _vectors(program, block), True)
     )
 
 
 def _written(one: Difference, layout: Layout, program: Program | None) -> Baked:
-    block = layout.writers[one.module].layer if one.module in layout.writers else None
-    cosine = _cosine(_direction(one, one.module not in layout.writers), _vectors(program, block), False)
+    block = layout.output_projections[one.module].layer if one.module in layout.output_projections else None
+    cosine = _cosine(_direction(one, one.module not in layout.output_projections), _vectors(program, block), False)
     return Baked("written", [one.change.name], block, one.change.norm, cosine=cosine)
 
 

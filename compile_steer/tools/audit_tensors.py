@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Tick
+from compile_steer.common.progress import Advance
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import LowRank, WeightPatch, turned
 from compile_steer.tools.task_vector import decompose
@@ -101,7 +101,7 @@ class Names:
 
     def of(self, checkpoint: Checkpoint) -> dict[str, str]:
         """The checkpoint's own names by the model's: what is saved without the head is saved without its prefix too."""
-        return {self._full(name): name for name in checkpoint.places}
+        return {self._full(name): name for name in checkpoint.files}
 
     def _full(self, name: str) -> str:
         prefixed = f"{self._prefix}.{name}"
@@ -113,7 +113,7 @@ class Names:
 
 
 def of_checkpoints(
-    base: Checkpoint, other: Checkpoint, names: Names, threshold: float, tally: Tally, tick: Tick
+    base: Checkpoint, other: Checkpoint, names: Names, threshold: float, tally: Tally, advance: Advance
 ) -> Iterator[Difference]:
     """Every tensor of `other` against the base's of the same name, then what is gone; `tally` is kept up to date.
 
@@ -122,7 +122,7 @@ def of_checkpoints(
     before, after = names.of(base), names.of(other)
     for name in sorted(after):
         tally.looked += 1
-        tick(1)
+        advance(1)
         new = _tensor(other, after[name])
         source = before.get(name) or (before.get(names.embeddings) if name == names.head else None)
         old = None if source is None else _tensor(base, source)
@@ -141,7 +141,9 @@ def of_checkpoints(
             yield from _replaced(name, old, None)
 
 
-def of_patch(base: Checkpoint, patch: WeightPatch, names: Names, threshold: float, tick: Tick) -> Iterator[Difference]:
+def of_patch(
+    base: Checkpoint, patch: WeightPatch, names: Names, threshold: float, advance: Advance
+) -> Iterator[Difference]:
     """Everything that a patch adds, without summing it into the base.
 
     Raises:
@@ -150,7 +152,7 @@ def of_patch(base: Checkpoint, patch: WeightPatch, names: Names, threshold: floa
     before = names.of(base)
     _require_fits(base, patch, names, before)
     for module in sorted({*patch.low_rank, *patch.dense}):
-        tick(1)
+        advance(1)
         name = f"{module}.weight"
         old = base.tensor(before.get(name, name))
         yield _difference(name, old, patch.dense.get(module), patch.low_rank.get(module), names, threshold)

@@ -108,9 +108,9 @@ def _product(factors: tuple[Tensor, ...]) -> Tensor:
 def of_checkpoints(old: Path, new: Path, base: Path) -> float:
     """Of what each tensor was changed by from its base; raises `ArtifactError`."""
     one, other, start = Checkpoint(old), Checkpoint(new), Checkpoint(base)
-    if one.places.keys() != other.places.keys():
+    if one.files.keys() != other.files.keys():
         return math.inf
-    return _largest(between(one.tensor(name), other.tensor(name), start.tensor(name)) for name in one.places)
+    return _largest(between(one.tensor(name), other.tensor(name), start.tensor(name)) for name in one.files)
 
 
 def of_gguf(old: Path, new: Path) -> float:

@@ -10,15 +10,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 from compile_steer.artifacts.files import digest, sha256
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import kept_patch, read_patch, write_patch
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
 from compile_steer.report.card import model_card
@@ -38,13 +38,13 @@ class Several:
     members: tuple[Member, ...]
     origins: tuple[Provenance, ...]
     backend: str
-    places: Places
-    loaded: Loaded
-    meter: Meter
+    paths: RunPaths
+    loaded: LoadedModel
+    progress: Progress
 
     @staticmethod
     def open(
-        recipes: Sequence[Recipe], dials: Sequence[float], backend: str, runs: Path, out: Path, meter: Meter
+        recipes: Sequence[Recipe], dials: Sequence[float], backend: str, runs: Path, out: Path, progress: Progress
     ) -> Several:
         """Read the runs of `recipes` from `runs`/NAME; `dials` are one a recipe, or none for 1 each.
 
@@ -69,14 +69,14 @@ class Several:
         for one in members:
             loaded.layout.require_program(one.program, loaded.id, loaded.revision)
         members = tuple(
-            replace(one, behaviour=answered(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), meter))
+            replace(one, behaviour=answered(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), progress))
             for one in members
         )
-        return Several(members, origins, backend, Places(out, joined(recipes)), loaded, meter)
+        return Several(members, origins, backend, RunPaths(out, joined(recipes)), loaded, progress)
 
 
-def _places(runs: Path, recipe: Recipe) -> Places:
-    return Places(runs / recipe.name, recipe.name)
+def _places(runs: Path, recipe: Recipe) -> RunPaths:
+    return RunPaths(runs / recipe.name, recipe.name)
 
 
 def joined(recipes: Sequence[Recipe]) -> str:
@@ -105,21 +105,21 @@ def _disagreements(recipes: Sequence[Recipe], dials: Sequence[float], backend: s
             yield f"compose: the recipes have different values of '{key}': {listed}; programs run at once on one model only."
 
 
-def _member(recipe: Recipe, places: Places, backend: str, dial: float) -> tuple[Member, Provenance]:
+def _member(recipe: Recipe, paths: RunPaths, backend: str, dial: float) -> tuple[Member, Provenance]:
     """One recipe's data, program and adapter as they are on disk; raises `CompileSteerError` with every problem."""
     problems: list[str] = []
-    folder = places.adapter(backend)
-    if not places.program.is_file():
-        problems.append(f"{recipe.name}: {places.program} does not exist. Make it with 'compile-steer validate'.")
+    folder = paths.adapter(backend)
+    if not paths.program.is_file():
+        problems.append(f"{recipe.name}: {paths.program} does not exist. Make it with 'compile-steer validate'.")
     if not folder.is_dir():
         problems.append(
-            f"{recipe.name}: {folder} does not exist. Make it with 'compile-steer compile --out {places.out} "
+            f"{recipe.name}: {folder} does not exist. Make it with 'compile-steer compile --out {paths.out} "
             f"--set compile.backends=[{backend}]'."
         )
     if problems:
         raise ArtifactError(problems)
-    program = Program.load(places.program)
-    origin = require_same_origin(folder, program.model, program.revision, sha256(places.program))
+    program = Program.load(paths.program)
+    origin = require_same_origin(folder, program.model, program.revision, sha256(paths.program))
     if origin.form != "adapter":
         raise CannotLower(
             f"{recipe.name}: {folder} is no PEFT adapter ({backend} makes a merged checkpoint), so it cannot be loaded "
@@ -146,29 +146,29 @@ def run_compose(several: Several) -> Composition:
         CannotLower: the backend cannot express the sum as an adapter.
     """
     distributed.require_alone("composition")
-    places, backend = several.places, several.backend
+    paths, backend = several.paths, several.backend
     program = summed(several.members, [one.dial for one in several.members])
     _require_legal(several, program)
-    program.save(places.program)
-    folders = {way: places.composed(backend, way) for way in (STACKED, JOINT)}
+    program.save(paths.program)
+    folders = {way: paths.composed(backend, way) for way in (STACKED, JOINT)}
     for way, folder in folders.items():
-        origin = _origin(several, way, program, sha256(places.program))
+        origin = _origin(several, way, program, sha256(paths.program))
         if kept_patch(folder, origin.inputs) is not None:
             continue
         started = time.perf_counter()
         patch = _stack(several) if way == STACKED else _compile(several, program)
         origin = origin.of(seconds=time.perf_counter() - started)
         write_patch(folder, patch, several.loaded, origin, model_card(origin, None))
-    found = measure(several.loaded, several.members, backend, folders, several.meter)
-    found.save(places.composition(backend))
+    found = measure(several.loaded, several.members, backend, folders, several.progress)
+    found.save(paths.composition(backend))
     return found
 
 
 def run_together(several: Several) -> Composition:
     """Load the members' adapters at once, as they lie, and measure them against all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
-    found = measure(several.loaded, several.members, several.backend, {}, several.meter)
-    found.save(several.places.together(several.backend))
+    found = measure(several.loaded, several.members, several.backend, {}, several.progress)
+    found.save(several.paths.together(several.backend))
     return found
 
 
@@ -193,7 +193,7 @@ def _compile(several: Several, program: Program) -> WeightPatch:
     behaviour = replace(first.behaviour, calibration=_in_turn([one.behaviour.calibration for one in several.members]))
     recipe, whole = first.recipe, canonical(program)
     return BACKENDS[several.backend].lower(
-        Job(whole, several.loaded, behaviour, recipe.compile, recipe.seed, several.meter)
+        Job(whole, several.loaded, behaviour, recipe.compile, recipe.seed, several.progress)
     )
 
 
@@ -210,12 +210,12 @@ def _origin(several: Several, way: str, program: Program, program_sha256: str) -
     made_of = [members, program_sha256, several.backend, way]
     settings = [first.part("compile", "dtype", "seed"), [one.behaviour.hashes for one in several.members]]
     return Provenance(
-        name=f"{several.places.name}-{way}",
+        name=f"{several.paths.name}-{way}",
         backend=several.backend,
         form="adapter",
         model=several.loaded.id,
         revision=several.loaded.revision,
-        program=several.places.program.name,
+        program=several.paths.program.name,
         program_sha256=program_sha256,
         validation_sha256="",
         verdict=", ".join(f"{origin.name} {origin.verdict}" for origin in several.origins),

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.artifacts.files import save_json
+from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import divergence
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.reload import reload
 from compile_steer.models.tokens import Batch, Encoded, Text, batches, encode
+from compile_steer.run import Run
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.program import Intervention, Program, Site
 
@@ -65,7 +68,7 @@ class Decompiled:
         save_json(report, self.summary())
 
 
-def decompile(base: Loaded, other: Loaded, behaviour: Behaviour, meter: Meter) -> Decompiled:
+def decompile(base: LoadedModel, other: LoadedModel, behaviour: Behaviour, progress: Progress) -> Decompiled:
     """Fit on both sides of the training pairs, measure on the neutral texts.
 
     Raises:
@@ -78,13 +81,13 @@ def decompile(base: Loaded, other: Loaded, behaviour: Behaviour, meter: Meter) -
             "needed: a fine-tuned copy of the base, or an adapter for it."
         )
     sides = [side for pair in behaviour.train for side in (pair.positive, pair.negative)]
-    with meter.phase("block by block: what was changed", base.layout.n_layers) as tick:
+    with progress.phase("block by block: what was changed", base.layout.n_layers) as advance:
         flows: list[tuple[Batch, Tensor | None]] = [(batch, None) for batch in _batches(base, sides)]
         found = []
         for layer in range(base.layout.n_layers):
             flows, vector, change = _block(base, other, flows, layer)
             found.append((vector, change))
-            tick(1)
+            advance(1)
     kept = [(vector, change) for vector, change in found if change.relative_size > _UNTOUCHED]
     if not kept:
         raise ArtifactError(f"{other.id} computes what its base does at every block; there is nothing to decompile.")
@@ -95,13 +98,13 @@ def decompile(base: Loaded, other: Loaded, behaviour: Behaviour, meter: Meter) -
     return Decompiled(program, [change for _vector, change in kept], kl_base, kl_left)
 
 
-def _batches(base: Loaded, texts: Sequence[Text]) -> list[Batch]:
+def _batches(base: LoadedModel, texts: Sequence[Text]) -> list[Batch]:
     encoded: list[Encoded] = [encode(base.tokenizer, text) for text in texts]
     return [batch.to(base.device) for batch in batches(encoded, int(base.tokenizer.pad_token_id))]
 
 
 def _block(
-    base: Loaded, other: Loaded, flows: Sequence[tuple[Batch, Tensor | None]], layer: int
+    base: LoadedModel, other: LoadedModel, flows: Sequence[tuple[Batch, Tensor | None]], layer: int
 ) -> tuple[list[tuple[Batch, Tensor | None]], Tensor, BlockChange]:
     """Run one block of both on the other's stream: its outputs, the mean difference [d_model], and its measure."""
     d_model = base.layout.d_model
@@ -126,21 +129,29 @@ def _block(
 
 def _run(model: nn.Module, batch: Batch, hidden: Tensor | None, layer: int) -> Tensor:
     with torch.no_grad():
-        return run_span(model, batch.input_ids, batch.attention_mask, start=layer, stop=layer + 1, hidden=hidden)
+        return run_blocks(model, batch.input_ids, batch.attention_mask, start=layer, stop=layer + 1, hidden=hidden)
 
 
-def _divergences(base: Loaded, other: Loaded, program: Program, texts: Sequence[Text]) -> tuple[float, float]:
+def _divergences(base: LoadedModel, other: LoadedModel, program: Program, texts: Sequence[Text]) -> tuple[float, float]:
     """Mean KL(other || base) and KL(other || base under the program), nats a token of the responses."""
     states: list[list[Tensor]] = [[], [], []]
     for batch in _batches(base, texts):
         chosen = batch.predicts_response
         with torch.no_grad():
-            states[0].append(run_span(other.model, batch.input_ids, batch.attention_mask)[chosen])
-            states[1].append(run_span(base.model, batch.input_ids, batch.attention_mask)[chosen])
+            states[0].append(run_blocks(other.model, batch.input_ids, batch.attention_mask)[chosen])
+            states[1].append(run_blocks(base.model, batch.input_ids, batch.attention_mask)[chosen])
             with steered(base.model, program, roles=batch.roles):
-                states[2].append(run_span(base.model, batch.input_ids, batch.attention_mask)[chosen])
+                states[2].append(run_blocks(base.model, batch.input_ids, batch.attention_mask)[chosen])
     changed, plain, under = (torch.cat(parts) for parts in states)
     return (
         divergence(other.model, changed, base.model, plain).mean,
         divergence(other.model, changed, base.model, under).mean,
     )
+
+
+def run_decompile(run: Run, folder: Path) -> Decompiled:
+    """The program that explains the artifact at `folder` best, left beside the recipe's own."""
+    distributed.require_alone("decompilation")
+    found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.progress)
+    found.save(run.paths.decompiled, run.paths.decompiled.with_suffix(".json"))
+    return found

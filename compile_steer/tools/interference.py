@@ -17,11 +17,11 @@ from torch import Tensor
 
 from compile_steer.artifacts.files import digest, sha256
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import Divergence, Interval, bootstrap_mean, divergence
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast, final_states
 from compile_steer.models.reload import reload_adapters, switch
@@ -61,12 +61,12 @@ Way = Program | Mapping[str, float] | None
 class _Scene:
     """The base, and one copy of it that holds every adapter."""
 
-    def __init__(self, base: Loaded, members: Sequence[Member], folders: Mapping[str, Path]) -> None:
+    def __init__(self, base: LoadedModel, members: Sequence[Member], folders: Mapping[str, Path]) -> None:
         self.base = base
         own = {_adapter(n): one.adapter for n, one in enumerate(members)}
         self._adapters = reload_adapters({**own, **folders}, base)
 
-    def under(self, way: Way) -> tuple[Loaded, Program | None]:
+    def under(self, way: Way) -> tuple[LoadedModel, Program | None]:
         """The model, and the hooks, that make it run that way; holds until the next call."""
         if way is None or isinstance(way, Program):
             return self.base, way
@@ -88,7 +88,7 @@ class _Scene:
 
 
 def measure(
-    base: Loaded, members: Sequence[Member], backend: str, folders: Mapping[str, Path], meter: Meter
+    base: LoadedModel, members: Sequence[Member], backend: str, folders: Mapping[str, Path], progress: Progress
 ) -> Composition:
     """Hold the members' adapters, loaded at once, and the composed ones in `folders` (stacked, joint), against all
     programs' hooks.
@@ -103,17 +103,17 @@ def measure(
     pairs = [_test_pairs(base, members, one) for one in members]
     scene = _Scene(base, members, folders)
     dials = tuple(one.dial for one in members)
-    texts = _texts(base, members, summed(members, dials), meter)
+    texts = _texts(base, members, summed(members, dials), progress)
     plain = scene.states(texts, None)
     alone = [tuple(dial if n == m else 0.0 for m, dial in enumerate(dials)) for n in range(len(dials))]
     halved = [tuple(dial / 2 if n == m else dial for m, dial in enumerate(dials)) for n in range(len(dials))]
     settings, hooked, loaded = [], [], []
-    with meter.phase("each dial: hooks against adapters", 1 + 2 * len(dials)) as tick:
+    with progress.phase("each dial: hooks against adapters", 1 + 2 * len(dials)) as advance:
         for setting in (dials, *alone, *halved):
             hooked.append(scene.states(texts, summed(members, setting)))
             loaded.append(scene.states(texts, _on(setting)))
             settings.append(_fit(scene, setting, hooked[-1], loaded[-1], plain))
-            tick(1)
+            advance(1)
     shipped = {LOADED: loaded[0]} | {way: scene.states(texts, {way: 1.0}) for way in folders}
     artifacts = {way: _fit(scene, dials, hooked[0], states, plain) for way, states in shipped.items()}
     count = 1 + len(dials)
@@ -121,7 +121,7 @@ def measure(
         names=[one.name for one in members],
         dials=list(dials),
         backend=backend,
-        matrix=_matrix(scene, members, pairs, alone, tuple(folders), meter),
+        matrix=_matrix(scene, members, pairs, alone, tuple(folders), progress),
         artifacts=artifacts,
         settings=settings,
         stacked_from_loaded=scene.divergence(loaded[0], shipped[STACKED]).mean if STACKED in shipped else None,
@@ -141,11 +141,11 @@ def _on(dials: Sequence[float]) -> dict[str, float]:
     return {_adapter(n): dial for n, dial in enumerate(dials) if dial}
 
 
-def _texts(base: Loaded, members: Sequence[Member], program: Program, meter: Meter) -> list[Encoded]:
+def _texts(base: LoadedModel, members: Sequence[Member], program: Program, progress: Progress) -> list[Encoded]:
     """Every member's held-out prompts, continued by the model under all hooks; none that any compile has seen."""
     met = _calibrated(members)
     found: list[Encoded] = []
-    with meter.phase("reference: the model under all hooks", len(members)) as tick:
+    with progress.phase("reference: the model under all hooks", len(members)) as advance:
         for one in members:
             options = one.recipe.verify
             prompts = [text for text in one.behaviour.heldout if text.prompt not in met][: options.heldout]
@@ -153,7 +153,7 @@ def _texts(base: Loaded, members: Sequence[Member], program: Program, meter: Met
             if prompts:
                 limit, seed = options.max_new_tokens, one.recipe.seed + 1
                 found += continue_prompts(base, prompts, program, max_new_tokens=limit, temperature=1.0, seed=seed)
-            tick(1)
+            advance(1)
     if not found:
         raise RecipeError(
             "data.heldout: every prompt is among a recipe's calibration prompts; give prompts of their own."
@@ -170,7 +170,7 @@ def _fit(scene: _Scene, dials: tuple[float, ...], hooked: Tensor, compiled: Tens
     return Fit(dials, found.mean, scene.divergence(hooked, plain).mean, found.top1_agreement)
 
 
-def _test_pairs(base: Loaded, members: Sequence[Member], one: Member) -> list[Encoded]:
+def _test_pairs(base: LoadedModel, members: Sequence[Member], one: Member) -> list[Encoded]:
     """Both sides of a member's own test pairs, but those whose prompt a compile has seen; raises `RecipeError`."""
     met = _calibrated(members)
     fresh = [pair for pair in one.behaviour.test if pair.prompt not in met][: one.recipe.verify.pairs]
@@ -185,7 +185,7 @@ def _matrix(
     pairs: Sequence[Sequence[Encoded]],
     alone: Sequence[tuple[float, ...]],
     composed: Sequence[str],
-    meter: Meter,
+    progress: Progress,
 ) -> list[Row]:
     """A row a behaviour, a column a way to run."""
     everything = summed(members, [one.dial for one in members])
@@ -194,12 +194,12 @@ def _matrix(
     ways |= {f"adapter {m.name}": _on(on) for m, on in zip(members, alone, strict=True)}
     ways |= {LOADED: _on([one.dial for one in members])} | {way: {way: 1.0} for way in composed}
     rows = []
-    with meter.phase("the interference matrix", len(members) * (1 + len(ways))) as tick:
+    with progress.phase("the interference matrix", len(members) * (1 + len(ways))) as advance:
         for one, own in zip(members, pairs, strict=True):
             found = {}
             for label, way in {"base": None, **ways}.items():
                 found[label] = scene.contrast(own, way)
-                tick(1)
+                advance(1)
             plain = found.pop("base")
             changes = {label: values - plain for label, values in found.items()}
             rows.append(_row(one, [m.name for m in members], (LOADED, *composed), changes))

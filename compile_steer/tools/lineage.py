@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compile_steer.artifacts.files import broken_seal, digest, seal, sha256
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.files import digest, seal, sha256
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import (
     ENGINES,
     PARITY,
@@ -23,9 +23,13 @@ from compile_steer.artifacts.provenance import (
     artifact_sha256,
     weights_sha256,
 )
-from compile_steer.common.errors import CompileSteerError
+from compile_steer.common.errors import CompileSteerError, RecipeError
+from compile_steer.data.behaviour import SPLITS, asked_key
+from compile_steer.data.pairs import Pairs
+from compile_steer.data.sources import Reader
+from compile_steer.extract.stage import source
 from compile_steer.recipe import Recipe
-from compile_steer.run import data_on_disk
+from compile_steer.run import _digest, mismatched
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
 
@@ -86,12 +90,12 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
         yield Link("files", "unrecorded", str(folder))
     yield from _judged(folder)
     yield from _parents(folder, origin, recipes)
-    places = Places(home(folder), origin.name)
+    paths = RunPaths(home(folder), origin.name)
     if origin.validation_sha256:
-        link = _hashed("validation", places.validation, origin.validation_sha256)
+        link = _hashed("validation", paths.validation, origin.validation_sha256)
         yield link
         if link.state == "whole":
-            yield _sealed("validation's record", places.validation)
+            yield _sealed("validation's record", paths.validation)
     vector = home(folder) / "vectors" / Path(origin.program).name
     link = _hashed("vector", vector, origin.program_sha256)
     yield link
@@ -141,14 +145,14 @@ def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator
     out = home(folder)
     for name, expected in origin.members.items():
         member = name.rpartition(" x ")[0]
-        adapter = Places(out.parent / member, member).adapter(origin.backend)
+        adapter = RunPaths(out.parent / member, member).adapter(origin.backend)
         link = _hashed(f"member {name}", adapter, expected)
         yield link
         if link.state == "whole":
             yield from (replace(one, what=f"{member}: {one.what}") for one in _folder(adapter, recipes))
     hashes = origin.parent.split()
     if origin.whole and len(hashes) == 1:
-        yield _hashed("adapter", Places(out, origin.name).adapter(origin.backend), hashes[0])
+        yield _hashed("adapter", RunPaths(out, origin.name).adapter(origin.backend), hashes[0])
         return
     known = {
         artifact_sha256(one): one for one in sorted((out / "adapters").glob("*")) if one.is_dir() and one != folder
@@ -202,7 +206,7 @@ def _sources(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Link]
         yield from (Link(f"data {name}", "absent", "", one) for name, one in origin.data_sha256.items())
         return
     recipe = Recipe.recall(origin.recipe, folder)
-    there, problems = data_on_disk(recipe, Places(home(path), recipe.name))
+    there, problems = data_on_disk(recipe, RunPaths(home(path), recipe.name))
     for name, expected in origin.data_sha256.items():
         found = there.get(name, "")
         state: State = "absent" if not found else "whole" if found == expected else "broken"
@@ -223,22 +227,24 @@ def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
     return None
 
 
-def own_reports(folder: Path, validation: Path) -> tuple[ValidationReport | None, Parity | None]:
-    """The validation and the parity that are of this very artifact: never a number of another one, nor an edited one."""
-    origin = Provenance.read(folder)
-    return own_validation(origin, validation), own_parity(folder)
+def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 of the rows of every file that the recipe reads, under the keys of `Origin.data_sha256`; and what is wrong.
 
-
-def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
-    """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
-    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not broken_seal(path)
-    return ValidationReport.load(path) if whole else None
-
-
-def own_parity(folder: Path) -> Parity | None:
-    """The parity report beside `folder`, if it is of these weights and nobody edited it."""
-    path = folder / PARITY
-    if not path.is_file() or broken_seal(path):
-        return None
-    parity = Parity.load(path)
-    return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None
+    A file that is not there is not among them, nor is a data set that is no file.
+    """
+    found, problems = recipe.data.hashes(recipe.folder)
+    if recipe.data.writing is not None:
+        found = {asked_key(name) if name in SPLITS else name: one for name, one in found.items()}
+        reader = Reader(paths.out)
+        for name in SPLITS:
+            if paths.pairs(name).is_file():
+                reader.rows(name, paths.pairs(name).resolve(), Pairs.keys)
+        found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
+    other = recipe.validate_.mismatched
+    read = {"imported": source(recipe)}
+    if other is not None and (recipe.folder / other).is_file():
+        try:
+            read["mismatched"] = _digest(mismatched(recipe))
+        except RecipeError as error:
+            problems = [*problems, *error.problems]
+    return {**found, **{name: one for name, one in read.items() if one}}, problems

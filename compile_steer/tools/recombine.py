@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from compile_steer.artifacts.files import digest
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import is_adapter, read_patch, write_patch
 from compile_steer.lower.backends import BACKENDS
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -51,8 +51,8 @@ class Recombined:
         return {"folder": str(self.folder), "form": self.form, "matrices": matrices}
 
 
-def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Program | None) -> Recombined:
-    """Write the new patch to `places.adapter(wanted.name)`.
+def recombine(wanted: Recombination, loaded: LoadedModel, paths: RunPaths, program: Program | None) -> Recombined:
+    """Write the new patch to `paths.adapter(wanted.name)`.
 
     Args:
         program: whose vectors the report compares with, if it is known.
@@ -60,7 +60,7 @@ def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Pr
     Raises:
         ArtifactError: a folder holds no patch, or of another base than `loaded`; the factor, rank or name is no good.
     """
-    folder = places.adapter(wanted.name)
+    folder = paths.adapter(wanted.name)
     problems = _problems(wanted, folder)
     patches: list[WeightPatch] = []
     origins: list[Provenance] = []
@@ -80,7 +80,7 @@ def recombine(wanted: Recombination, loaded: Loaded, places: Places, program: Pr
     if wanted.rank is not None:
         patch = cut(patch, wanted.rank, loaded.layout)
     form = "adapter" if is_adapter(patch, loaded) else "patch"
-    origin = _origin(wanted, origins, form, places.name).of(biases=len(patch.bias))
+    origin = _origin(wanted, origins, form, paths.name).of(biases=len(patch.bias))
     write_patch(folder, patch, loaded, origin, model_card(origin, None))
     return Recombined(folder, form, look_into(patch, loaded.layout, program))
 

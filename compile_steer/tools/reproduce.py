@@ -11,17 +11,17 @@ from typing import Any, get_args
 
 from compile_steer.artifact_formats import run_merge
 from compile_steer.artifacts.files import digest, sha256
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, versions
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS
 from compile_steer.models.load import revision_of
 from compile_steer.pipeline import run_compile, run_extract, run_validate
 from compile_steer.recipe import Recipe
-from compile_steer.run import Run, data_on_disk
+from compile_steer.run import Run
 from compile_steer.tools import compare
-from compile_steer.tools.lineage import home, recipe_folder
+from compile_steer.tools.lineage import data_on_disk, home, recipe_folder
 from compile_steer.verify.options import Form
 
 TOLERANCE = 1e-3
@@ -67,8 +67,8 @@ class _Original:
     recipes: Path | None
 
     @property
-    def places(self) -> Places:
-        return Places(home(self.path), str(self.origin.recipe["name"]))
+    def paths(self) -> RunPaths:
+        return RunPaths(home(self.path), str(self.origin.recipe["name"]))
 
     def recipe(self, origin: Origin) -> Recipe:
         """What `origin` recorded, its paths relative to where the data are; raises `ArtifactError`."""
@@ -81,7 +81,7 @@ class _Original:
         return Recipe.recall(origin.recipe, folder)
 
 
-def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, meter: Meter) -> Reproduction:
+def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, progress: Progress) -> Reproduction:
     """Run the recorded recipe from its data on, in the empty folder `to`, up to the artifact at `path`.
 
     Stops before any work where recipe, data or base are not those that were recorded.
@@ -96,7 +96,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, mete
     now = versions()
     changed = {name: (one, now.get(name, "")) for name, one in original.origin.versions.items() if now.get(name) != one}
     found = Reproduction(path, tolerance, versions=changed)
-    found.links += _replayed(original, to, tolerance, meter)
+    found.links += _replayed(original, to, tolerance, progress)
     return found
 
 
@@ -123,19 +123,19 @@ def _read(path: Path, recipes: Path | None) -> _Original:
     return _Original(path, origin, folder, recipes)
 
 
-def _replayed(original: _Original, to: Path, tolerance: float, meter: Meter) -> Iterator[compare.Agreement]:
+def _replayed(original: _Original, to: Path, tolerance: float, progress: Progress) -> Iterator[compare.Agreement]:
     """Each link of the chain in turn, until recipe, data or base are found to be others."""
     folder = original.folder
-    origin = original.origin if folder is None else _vectors(original, original.places)
+    origin = original.origin if folder is None else _vectors(original, original.paths)
     if origin is None:
         yield _taken(original, to, tolerance)
     else:
-        links = list(_vector(original, origin, to, tolerance, meter))
+        links = list(_vector(original, origin, to, tolerance, progress))
         yield from links
         if _stopped(links):
             return
     if folder is not None:
-        yield from _compiled(original, folder, origin, to, tolerance, meter)
+        yield from _compiled(original, folder, origin, to, tolerance, progress)
 
 
 def _stopped(links: list[compare.Agreement]) -> bool:
@@ -145,7 +145,7 @@ def _stopped(links: list[compare.Agreement]) -> bool:
 def _taken(original: _Original, to: Path, tolerance: float) -> compare.Agreement:
     """The vector that a compiled artifact was made from, where nothing but the file says what it is."""
     assert original.folder is not None, "a vector that was asked for has an origin"
-    old, new = original.places.program, Places(to, original.places.name).program
+    old, new = original.paths.program, RunPaths(to, original.paths.name).program
     new.parent.mkdir(parents=True)
     shutil.copy(old, new)
     note, expected = "no recipe made it: taken as it is", original.folder.program_sha256
@@ -153,15 +153,15 @@ def _taken(original: _Original, to: Path, tolerance: float) -> compare.Agreement
 
 
 def _vector(
-    original: _Original, origin: Origin, to: Path, tolerance: float, meter: Meter
+    original: _Original, origin: Origin, to: Path, tolerance: float, progress: Progress
 ) -> Iterator[compare.Agreement]:
     """From the data to the vector, or to the directions where these were asked for."""
-    old, folder = original.places, original.folder
+    old, folder = original.paths, original.folder
     inputs = list(_same_inputs(original, origin))
     yield from inputs
     if _stopped(inputs):
         return
-    run = Run.open(original.recipe(origin), to, meter)
+    run = Run.open(original.recipe(origin), to, progress)
     written = list(_same_data(run, origin))
     yield from written
     if _stopped(written):
@@ -170,7 +170,7 @@ def _vector(
     only = folder is None and not origin.directions_sha256  # directions know of none that they came from
     directions = original.path if only else old.directions
     expected = sha256(directions) if only else origin.directions_sha256
-    yield compare.file("directions", directions, run.places.directions, expected, compare.of_directions, tolerance)
+    yield compare.file("directions", directions, run.paths.directions, expected, compare.of_directions, tolerance)
     if only:
         return
     run_validate(run)
@@ -178,31 +178,31 @@ def _vector(
         yield compare.file(
             "validation",
             old.validation,
-            run.places.validation,
+            run.paths.validation,
             folder.validation_sha256,
             compare.of_reports,
             tolerance,
         )
     vector = original.path if folder is None else old.program
     expected = sha256(vector) if folder is None else folder.program_sha256
-    yield compare.file("vector", vector, run.places.program, expected, compare.of_programs, tolerance)
+    yield compare.file("vector", vector, run.paths.program, expected, compare.of_programs, tolerance)
 
 
-def _vectors(original: _Original, places: Places) -> Origin | None:
+def _vectors(original: _Original, paths: RunPaths) -> Origin | None:
     """What a compiled artifact's vector was made from; None for one that was written by hand.
 
     Without the vector's file the artifact's own recipe stands for it.
     """
-    if not places.program.is_file():
+    if not paths.program.is_file():
         return original.origin
     try:
-        return Origin.read(places.program)
+        return Origin.read(paths.program)
     except ArtifactError:
         return original.origin  # cut short, as 'show' says; its numbers cannot be compared
 
 
 def _compiled(
-    original: _Original, folder: Provenance, vectors: Origin | None, to: Path, tolerance: float, meter: Meter
+    original: _Original, folder: Provenance, vectors: Origin | None, to: Path, tolerance: float, progress: Progress
 ) -> Iterator[compare.Agreement]:
     own = original.origin
     if vectors is None or (vectors.recipe_sha256, vectors.data_sha256) != (own.recipe_sha256, own.data_sha256):
@@ -210,9 +210,9 @@ def _compiled(
         yield from inputs
         if _stopped(inputs):
             return
-    run = Run.open(_up_to(original.recipe(own), folder), to, meter)
+    run = Run.open(_up_to(original.recipe(own), folder), to, progress)
     run_compile(run, force=True)  # whether the verdict is the same was looked at before
-    old, new = original.places.adapter(folder.backend), run.places.adapter(folder.backend)
+    old, new = original.paths.adapter(folder.backend), run.paths.adapter(folder.backend)
     if not folder.whole:
         yield compare.folder(folder.form, original.path, new, folder, compare.of_patches, tolerance)
         return
@@ -251,7 +251,7 @@ def _same_inputs(original: _Original, origin: Origin) -> Iterator[compare.Agreem
     lost = [str(recipe.folder / file) for file in recipe.data.files.values() if not (recipe.folder / file).is_file()]
     if lost:
         raise ArtifactError([f"{one} does not exist; {original.path} was made from it." for one in lost])
-    there, _problems = data_on_disk(recipe, original.places)
+    there, _problems = data_on_disk(recipe, original.paths)
     written = SPLITS if recipe.data.writing is not None else ()
     for name, expected in origin.data_sha256.items():
         if name in there and name not in written:

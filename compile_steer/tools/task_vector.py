@@ -76,20 +76,20 @@ class MatrixReport:
 
 def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> list[MatrixReport]:
     """A report on every matrix that the patch changes, in the order of the blocks."""
-    places = {
+    sites = {
         name: (block, module) for block in range(layout.n_layers) for name, module in layout.linears(block).items()
     }
-    writers = layout.writers
-    order = list(places)
+    writers = layout.output_projections
+    order = list(sites)
     found = []
-    for name in sorted(_matrices(patch), key=lambda name: order.index(name) if name in places else -1):
+    for name in sorted(_matrices(patch), key=lambda name: order.index(name) if name in sites else -1):
         U, S, V = _decomposed(patch, name, layout)
         squares = S.double().square()
         total = float(squares.sum())
         if total == 0.0:
             found.append(MatrixReport(name, 0.0, 0.0, 0, None))
             continue
-        vector = vector_at(program, places[name][0]) if program is not None and name in places else None
+        vector = vector_at(program, sites[name][0]) if program is not None and name in sites else None
         top = U[:, 0] if name in writers else V[0]
         found.append(
             MatrixReport(

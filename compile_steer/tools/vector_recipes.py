@@ -91,7 +91,7 @@ def run_export(run: Run, kind: str, to: Path | None, convention: str | None) -> 
         CannotLower: the format cannot hold the program.
     """
     program = load_program(run)
-    path = to or run.places.program.with_suffix(f".{kind}")
+    path = to or run.paths.program.with_suffix(f".{kind}")
     model_type = str(run.loaded.model.config.model_type)
     match kind, convention:
         case "gguf", None:

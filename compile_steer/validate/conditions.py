@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import bootstrap_mean
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text, encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.reply import Score
@@ -76,7 +76,7 @@ class Arms:
 
 def answer_arms(
     recipe: Recipe,
-    loaded: Loaded,
+    loaded: LoadedModel,
     behaviour: Behaviour,
     program: Program,
     random: Sequence[Program],
@@ -117,7 +117,7 @@ def answer_arms(
 
 
 def _few_shot(
-    loaded: Loaded, behaviour: Behaviour, prompts: Sequence[str], score: Score, options: Validate
+    loaded: LoadedModel, behaviour: Behaviour, prompts: Sequence[str], score: Score, options: Validate
 ) -> Answers | None:
     """The base after the first training positives as earlier turns; None where the template cannot have them.
 

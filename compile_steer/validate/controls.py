@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Tick
-from compile_steer.data.behaviour import Pair
+from compile_steer.common.progress import Advance
 from compile_steer.models.activations import capture, read_activations
 from compile_steer.models.divergence import auroc
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text, batches, encode
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text, batches, encode
 from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Point, Program, replace_intervention
@@ -37,7 +36,7 @@ class Stream:
     norms: Tensor
 
     @staticmethod
-    def of(loaded: Loaded, texts: Sequence[Text], point: Point, program: Program) -> Stream:
+    def of(loaded: LoadedModel, texts: Sequence[Text], point: Point, program: Program) -> Stream:
         scopes = frozenset().union(*(i.scopes for i in program.interventions))
         last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
@@ -101,14 +100,14 @@ def measure_controls(
     random: Sequence[Program],
     shuffled: Sequence[Program],
     mismatched: Program | None,
-    tick: Tick,
+    advance: Advance,
 ) -> Controls:
     """Mean contrast effects of the program, of the other directions, and of the opposite sign on the bench's pairs."""
     bench.advance(program)
 
     def effects(programs: Sequence[Program]) -> list[float]:
         found = [float(value) for value in bench.effects(programs).mean(axis=1)]
-        tick(len(programs))
+        advance(len(programs))
         return found
 
     effect, opposite, *other = effects([program, -program, *([mismatched] if mismatched else [])])
@@ -125,7 +124,7 @@ def measure_controls(
     )
 
 
-def mismatched_directions(loaded: Loaded, pairs: Sequence[Pair], real: Directions) -> Directions:
+def mismatched_directions(loaded: LoadedModel, pairs: Sequence[Pair], real: Directions) -> Directions:
     """Another behaviour's mean differences of response means, as long as the real directions and where they are."""
 
     def instead(point: Point, pattern: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compile_steer.data.behaviour import Pair
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import contrast_scores, encode_pairs
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.tokens import Pair, Text, encode
 from compile_steer.steering.program import Program
 from compile_steer.validate.prefix_cache import SharedTexts
 
@@ -17,7 +16,7 @@ from compile_steer.validate.prefix_cache import SharedTexts
 class Bench:
     """The base's scores are read once; `advance` then saves the blocks that no program touches."""
 
-    def __init__(self, loaded: Loaded, pairs: Sequence[Pair], neutral: Sequence[Text] = ()) -> None:
+    def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], neutral: Sequence[Text] = ()) -> None:
         self._pairs = SharedTexts(loaded, encode_pairs(loaded, pairs))
         self._neutral = SharedTexts(loaded, [encode(loaded.tokenizer, text) for text in neutral]) if neutral else None
         self.base_contrast = contrast_scores(self._pairs.base())

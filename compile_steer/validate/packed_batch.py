@@ -180,5 +180,5 @@ def _batch(rows: Sequence[_Row], texts: Sequence[Encoded], pad_id: int, dtype: t
 
 
 def _predicted(text: Encoded) -> list[int]:
-    """The places of the response's tokens, earlier turns' included: those that the token before them predicts."""
+    """The positions of the response's tokens, earlier turns' included: those that the token before them predicts."""
     return [t for t, role in enumerate(text.roles) if role == RESPONSE and t > 0]

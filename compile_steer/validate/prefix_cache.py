@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compile_steer.models.divergence import chunks, divergence
-from compile_steer.models.forward import readout, run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import lm_head, run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -30,7 +30,7 @@ class SharedTexts:
     `token_blocks` counts the work: padded tokens times the blocks that they were run through.
     """
 
-    def __init__(self, loaded: Loaded, encoded: Sequence[Encoded]) -> None:
+    def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
         self._loaded = loaded
         self._n = len(encoded)
         packed = pack(loaded.layout, encoded, int(loaded.tokenizer.pad_token_id), loaded.model.dtype)
@@ -97,7 +97,7 @@ class SharedTexts:
         end = self._loaded.layout.n_layers if stop is None else stop
         self.token_blocks += copies * packed.n_tokens * (end - self._layer)
         with torch.no_grad():
-            return run_span(
+            return run_blocks(
                 self._loaded.model,
                 packed.input_ids.repeat(copies, 1),
                 packed.attention_mask.repeat(copies, *[1] * (packed.attention_mask.ndim - 1)),
@@ -108,12 +108,12 @@ class SharedTexts:
             )
 
 
-def _response_means(loaded: Loaded, packed: Packed, states: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _response_means(loaded: LoadedModel, packed: Packed, states: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(mean log-probability of each response [k], which texts they are [k]) from states [n_nodes, d_model]."""
     found = torch.empty(len(packed.which), device=states.device)
     with torch.no_grad():
         for part in chunks(states.shape[0]):
-            logits = readout(loaded.model, states[part]).float()
+            logits = lm_head(loaded.model, states[part]).float()
             here = ((packed.which >= part.start) & (packed.which < part.stop)).nonzero()[:, 0]
             row = packed.which[here] - part.start
             found[here] = logits[row, packed.targets[here]] - logits.logsumexp(dim=-1)[row]

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from compile_steer.artifacts.files import load_json, save_sealed
+from compile_steer.artifacts.files import broken_seal, load_json, save_sealed, sha256
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.models.divergence import Interval
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validate.search import Rung
@@ -166,3 +167,9 @@ class ValidationReport:
     def load(path: Path) -> ValidationReport:
         """Raises `ArtifactError` for a missing or damaged report."""
         return load_json(path, ValidationReport, "validation report", "validate")
+
+
+def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
+    """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
+    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not broken_seal(path)
+    return ValidationReport.load(path) if whole else None

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.activations import read_activations
 from compile_steer.models.divergence import bootstrap_mean
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.check import require_discrimination
@@ -32,12 +33,12 @@ class Validation:
     """One run of the stage: what everything in it is measured with."""
 
     recipe: Recipe
-    loaded: Loaded
+    loaded: LoadedModel
     behaviour: Behaviour
     directions: Directions
     score: Score
     mismatched: Directions | None
-    meter: Meter
+    progress: Progress
 
     @property
     def test(self) -> Sequence[Pair]:
@@ -50,12 +51,12 @@ class Validation:
 
 def validate(
     recipe: Recipe,
-    loaded: Loaded,
+    loaded: LoadedModel,
     behaviour: Behaviour,
     directions: Directions,
     keep: Callable[[Program], str],
     inputs: str,
-    meter: Meter,
+    progress: Progress,
 ) -> tuple[ValidationReport, list[dict[str, Any]]]:
     """Choose the program, measure it on test data and judge it; returns the report and a row a test pair and prompt.
 
@@ -70,12 +71,12 @@ def validate(
     layers = candidates(options, directions)
     score = options.score.bind(loaded, behaviour)
     require_discrimination(options.score, score, loaded, behaviour)
-    mismatched = _mismatched(recipe, loaded, behaviour, directions, meter)
-    run = Validation(recipe, loaded, behaviour, directions, score, mismatched, meter)
+    mismatched = _mismatched(recipe, loaded, behaviour, directions, progress)
+    run = Validation(recipe, loaded, behaviour, directions, score, mismatched, progress)
     pairs = behaviour.validation[: options.sweep_pairs]
     bench = Bench(loaded, pairs, behaviour.neutral[: options.sweep_neutral])
     powers = _powers(run, bench)
-    swept = sweep(loaded, behaviour, options, layers, run.make, bench, score, recipe.seed, meter)
+    swept = sweep(loaded, behaviour, options, layers, run.make, bench, score, recipe.seed, progress)
     program = run.make(swept.best.layer, swept.best.coefficient)
     report, rows = _measure(run, program, swept, powers)
     verdict, reasons = judge(report, options)
@@ -84,15 +85,15 @@ def validate(
 
 
 def _mismatched(
-    recipe: Recipe, loaded: Loaded, behaviour: Behaviour, directions: Directions, meter: Meter
+    recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, directions: Directions, progress: Progress
 ) -> Directions | None:
     """Another behaviour's, if its pairs were given."""
     pairs = behaviour.mismatched[: recipe.validate_.control_pairs]
     if not pairs:
         return None
-    with meter.phase("another behaviour's direction", 1) as tick:
+    with progress.phase("another behaviour's direction", 1) as advance:
         found = mismatched_directions(loaded, pairs, directions)
-        tick(1)
+        advance(1)
     return found
 
 
@@ -100,9 +101,9 @@ def _powers(run: Validation, bench: Bench) -> list[Power]:
     """How many pairs and prompts the claims need, told before the sweep begins."""
     options, behaviour = run.recipe.validate_, run.behaviour
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
-    with run.meter.phase("base: answers to validation prompts", 1) as tick:
+    with run.progress.phase("base: answers to validation prompts", 1) as advance:
         (base,) = answer(run.loaded, [Request(prompts)], run.score, options.max_new_tokens, behaviour.questions)
-        tick(1)
+        advance(1)
     mean, claim = float(base.scores.mean()), options.claim
     found = [
         power(
@@ -121,7 +122,7 @@ def _powers(run: Validation, bench: Bench) -> list[Power]:
         ),
     ]
     for one in found:
-        run.meter.note(str(one))
+        run.progress.note(str(one))
     return found
 
 
@@ -129,25 +130,25 @@ def _measure(
     run: Validation, program: Program, swept: Sweep, powers: list[Power]
 ) -> tuple[ValidationReport, list[dict[str, Any]]]:
     """Everything that is measured on test data, once. The verdict is left open."""
-    recipe, loaded, behaviour, meter = run.recipe, run.loaded, run.behaviour, run.meter
+    recipe, loaded, behaviour, progress = run.recipe, run.loaded, run.behaviour, run.progress
     options, best = recipe.validate_, swept.best
-    with meter.phase("test: all pairs, neutral text", 1) as tick:
+    with progress.phase("test: all pairs, neutral text", 1) as advance:
         bench = Bench(loaded, run.test, behaviour.neutral)
         bench.advance(program)
         (change,) = bench.effects([program])
         ratio = bench.perplexity_ratio(program)
         stream = Stream.of(loaded, behaviour.neutral, run.directions.point, program)
-        tick(1)
+        advance(1)
     few = Bench(loaded, run.test[: options.control_pairs])
     random = stream.random(program, options.random_directions, recipe.seed)
     controls = _controls(run, few, best, program, stream, random)
-    with meter.phase("test: dose-response", 1) as tick:
+    with progress.phase("test: dose-response", 1) as advance:
         dosed = Bench(loaded, run.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
         doses = dose_response(dosed, program, best.coefficient, options.max_perplexity_ratio)
-        tick(1)
-    with meter.phase("test: answers of every arm and dose", 1) as tick:
+        advance(1)
+    with progress.phase("test: answers of every arm and dose", 1) as advance:
         arms = answer_arms(recipe, loaded, behaviour, program, random, doses, run.score)
-        tick(1)
+        advance(1)
     report = ValidationReport(
         name=recipe.name,
         layer=best.layer,
@@ -191,8 +192,8 @@ def _controls(
     shuffled = [instead(run.directions.control(n)) for n in range(len(run.directions.shuffled))]
     mismatched = None if run.mismatched is None else stream.like(program, instead(run.mismatched))
     total = 2 + len(random) + len(shuffled) + (mismatched is not None)
-    with run.meter.phase("test: control directions", total) as tick:
-        found = measure_controls(bench, program, random, shuffled, mismatched, tick)
+    with run.progress.phase("test: control directions", total) as advance:
+        found = measure_controls(bench, program, random, shuffled, mismatched, advance)
     return replace(found, kind=run.directions.controls)
 
 
@@ -201,9 +202,9 @@ def _separability(run: Validation, layer: int) -> Separability:
     sides = [pair.positive for pair in run.test], [pair.negative for pair in run.test]
     readout, point = run.recipe.extract.readout, run.directions.point
     layers = list(run.directions.layers) if layer == EVERY_BLOCK else [layer]
-    with run.meter.phase("test: separability of held-out pairs", 2 * len(run.test)) as tick:
+    with run.progress.phase("test: separability of held-out pairs", 2 * len(run.test)) as advance:
         positive, negative = (
-            read_activations(run.loaded, side, point=point, readout=readout, through=max(layers), tick=tick)[
+            read_activations(run.loaded, side, point=point, readout=readout, through=max(layers), advance=advance)[
                 :, layers
             ].flatten(1)
             for side in sides

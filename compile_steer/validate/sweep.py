@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compile_steer.common.errors import LayoutError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.reply import Score
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
@@ -97,7 +97,7 @@ def candidates(options: Validate, directions: Directions) -> list[int]:
 
 
 def sweep(
-    loaded: Loaded,
+    loaded: LoadedModel,
     behaviour: Behaviour,
     options: Validate,
     layers: Sequence[int],
@@ -105,7 +105,7 @@ def sweep(
     bench: Bench,
     score: Score,
     seed: int,
-    meter: Meter,
+    progress: Progress,
 ) -> Sweep:
     """Measure every cell by contrast and neutral perplexity, the best layers by generation, and choose.
 
@@ -116,23 +116,28 @@ def sweep(
     """
     rungs: list[Rung] = []
     if options.layers == "search":
-        layers, rungs = search_layers(loaded, behaviour, options, layers, make, meter)
-    cells, effects = measure_layers(bench, options, layers, make, meter)
+        layers, rungs = search_layers(loaded, behaviour, options, layers, make, progress)
+    cells, effects = measure_layers(bench, options, layers, make, progress)
     cells = _corrected(cells, effects, seed)
-    cells = _answer_best_layers(loaded, behaviour, options, make, cells, score, meter)
+    cells = _answer_best_layers(loaded, behaviour, options, make, cells, score, progress)
     best = _choose(cells, options)
     mine = {c: found for (layer, c), found in effects.items() if layer == best.layer}
     return Sweep(cells, best, mine, rungs)
 
 
 def measure_layers(
-    bench: Bench, options: Validate, layers: Sequence[int], make: MakeProgram, meter: Meter, margin: float = STOP_MARGIN
+    bench: Bench,
+    options: Validate,
+    layers: Sequence[int],
+    make: MakeProgram,
+    progress: Progress,
+    margin: float = STOP_MARGIN,
 ) -> tuple[list[Cell], dict[tuple[int, float], np.ndarray]]:
     """The cells of every layer, and the effects [n_pairs] of those that were measured; skipped ones say why."""
     cells: list[Cell] = []
     effects: dict[tuple[int, float], np.ndarray] = {}
     start = 1.0
-    with meter.phase("sweep: log-probability contrast", len(layers)) as tick:
+    with progress.phase("sweep: log-probability contrast", len(layers)) as advance:
         for layer in layers:
             bench.advance(make(layer, 1.0))
             if isinstance(options.coefficients, Target):
@@ -147,7 +152,7 @@ def measure_layers(
             cells += [
                 cell if cell.skipped else replace(cell, contrast=float(by[cell.coefficient].mean())) for cell in mine
             ]
-            tick(1)
+            advance(1)
     return cells, effects
 
 
@@ -189,7 +194,12 @@ def _solved(bench: Bench, target: Target, layer: int, make: MakeProgram, start: 
 
 
 def search_layers(
-    loaded: Loaded, behaviour: Behaviour, options: Validate, layers: Sequence[int], make: MakeProgram, meter: Meter
+    loaded: LoadedModel,
+    behaviour: Behaviour,
+    options: Validate,
+    layers: Sequence[int],
+    make: MakeProgram,
+    progress: Progress,
 ) -> tuple[list[int], list[Rung]]:
     """Successive halving of `layers` by the contrast at each layer's largest coherent coefficient."""
     most = min(options.sweep_pairs, len(behaviour.validation))
@@ -207,10 +217,10 @@ def search_layers(
             near = known[layer] = max(map(abs, largest), default=near)
             effects = bench.effects([make(layer, c) for c in largest])
             found[layer] = float(max(effects.mean(axis=1), default=-math.inf))
-            tick(1)
+            advance(1)
         return found
 
-    with meter.phase("sweep: search over all blocks", 2 * len(layers) - keep) as tick:
+    with progress.phase("sweep: search over all blocks", 2 * len(layers) - keep) as advance:
         return halve(layers, _FIRST_PAIRS, most, keep, measure)
 
 
@@ -244,13 +254,13 @@ def _corrected(cells: Sequence[Cell], effects: dict[tuple[int, float], np.ndarra
 
 
 def _answer_best_layers(
-    loaded: Loaded,
+    loaded: LoadedModel,
     behaviour: Behaviour,
     options: Validate,
     make: MakeProgram,
     cells: Sequence[Cell],
     score: Score,
-    meter: Meter,
+    progress: Progress,
 ) -> list[Cell]:
     """Add the generation score to the coherent cells of the layers with the strongest contrast."""
     coherent = [cell for cell in cells if not cell.skipped and _ratio(cell) <= options.max_perplexity_ratio]
@@ -260,7 +270,7 @@ def _answer_best_layers(
     layers = sorted(strongest, key=lambda layer: -strongest[layer])[: options.sweep_layers]
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
     answered: dict[tuple[int, float], Cell] = {}
-    with meter.phase("sweep: answers of the best layers", len(layers)) as tick:
+    with progress.phase("sweep: answers of the best layers", len(layers)) as advance:
         for layer in layers:
             mine = [cell for cell in coherent if cell.layer == layer]
             requests = [Request(prompts, make(layer, cell.coefficient)) for cell in mine]
@@ -269,7 +279,7 @@ def _answer_best_layers(
                 answered[layer, cell.coefficient] = replace(
                     cell, score=float(one.scores.mean()), repetition=float(one.repetition.mean())
                 )
-            tick(1)
+            advance(1)
     return [answered.get((cell.layer, cell.coefficient), cell) for cell in cells]
 
 

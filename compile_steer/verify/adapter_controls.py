@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast
 from compile_steer.models.reload import ADAPTER, switched
@@ -20,7 +20,9 @@ from compile_steer.verify.reference import Reference
 _RANDOM = 3
 
 
-def adapter_controls(reference: Reference, artifact: Loaded, compiled: np.ndarray, n_pairs: int) -> AdapterControls:
+def adapter_controls(
+    reference: Reference, artifact: LoadedModel, compiled: np.ndarray, n_pairs: int
+) -> AdapterControls:
     """Mean change of the contrast on the first test pairs under the adapter, random ones of the same norms, the
     adapter negated and halved; and under the adapter on another behaviour's pairs, if the recipe names them.
 
@@ -54,7 +56,7 @@ def adapter_controls(reference: Reference, artifact: Loaded, compiled: np.ndarra
 
 
 @contextmanager
-def _randomised(artifact: Loaded, seed: int) -> Iterator[None]:
+def _randomised(artifact: LoadedModel, seed: int) -> Iterator[None]:
     """Every B A of the adapter replaced by a random product of the same rank and Frobenius norm."""
     generator = torch.Generator().manual_seed(seed)
     factors = list(_factors(artifact))
@@ -72,7 +74,7 @@ def _randomised(artifact: Loaded, seed: int) -> Iterator[None]:
             B.copy_(before_B)
 
 
-def _factors(artifact: Loaded) -> Iterator[tuple[Tensor, Tensor]]:
+def _factors(artifact: LoadedModel) -> Iterator[tuple[Tensor, Tensor]]:
     """The adapter's (A [r, d_in], B [d_out, r]), of Linears and of embeddings."""
     for module in artifact.model.modules():
         if isinstance(module, LoraLayer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compile_steer.models.divergence import divergence
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.reload import switched
 from compile_steer.verify.reference import Reference
@@ -27,7 +27,7 @@ class Dial:
         return f"x{self.scale:g} {off if self.share is None else f'share {self.share:.2%}'}"
 
 
-def dials(reference: Reference, artifact: Loaded) -> list[Dial]:
+def dials(reference: Reference, artifact: LoadedModel) -> list[Dial]:
     """Hold the adapter at each of the reference's scales against the hooks at that scale.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Text
 from compile_steer.steering.program import Program
 from compile_steer.verify.equivalence import LEVEL, Equivalence, equivalence
@@ -40,8 +40,8 @@ class Item:
 
 def _first(words: tuple[str, ...], reply: str) -> str | None:
     """Which of `words` is said first."""
-    places = {word: re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE) for word in words}
-    found = {word: place.start() for word, place in places.items() if place is not None}
+    matches = {word: re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE) for word in words}
+    found = {word: match.start() for word, match in matches.items() if match is not None}
     return min(found, key=lambda word: found[word], default=None)
 
 
@@ -103,7 +103,7 @@ class Capability:
         )
 
 
-def answered(loaded: Loaded, count: int, program: Program | None = None) -> np.ndarray:
+def answered(loaded: LoadedModel, count: int, program: Program | None = None) -> np.ndarray:
     """Which of the first `count` questions get their right answer, greedily, under `program` if given: [count], 1 or 0."""
     items = ITEMS[:count]
     if not items:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import States, final_states
 from compile_steer.models.tokens import Encoded
 
@@ -18,7 +18,7 @@ HALF = float(torch.finfo(torch.float16).max)
 _TEXTS = 4  # what overflows does so on any text: the largest activations are those of a text's first token
 
 
-def require_finite(folder: Path, artifact: Loaded, texts: Sequence[Encoded], states: States) -> None:
+def require_finite(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded], states: States) -> None:
     """Weights that have overflowed compare with nothing: that is damage, not a divergence.
 
     Args:
@@ -36,7 +36,7 @@ def require_finite(folder: Path, artifact: Loaded, texts: Sequence[Encoded], sta
         )
 
 
-def require_half_range(folder: Path, artifact: Loaded, texts: Sequence[Encoded]) -> None:
+def require_half_range(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded]) -> None:
     """Raise `ArtifactError` where a module's output is beyond half precision: whoever computes in fp16 gets infinity there.
 
     The judge computes in the recipe's dtype, where it would not be seen.
@@ -50,7 +50,7 @@ def require_half_range(folder: Path, artifact: Loaded, texts: Sequence[Encoded])
         )
 
 
-def first_beyond(loaded: Loaded, texts: Sequence[Encoded], limit: float) -> tuple[str, float] | None:
+def first_beyond(loaded: LoadedModel, texts: Sequence[Encoded], limit: float) -> tuple[str, float] | None:
     """The first module, in the order of computation, whose output is NaN or not below `limit` in size on a text, and
     the largest absolute value there; None where all stay below."""
     found: list[tuple[str, float]] = []

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from compile_steer.artifacts.files import load_json, save_sealed
+from compile_steer.artifacts.files import broken_seal, load_json, save_sealed
+from compile_steer.artifacts.provenance import PARITY, weights_sha256
 from compile_steer.verify.adapter_scale import Dial
 from compile_steer.verify.capability import Capability
 from compile_steer.verify.equivalence import Equivalence
@@ -245,3 +246,12 @@ def _elsewhere(parity: Parity, gates: Gates) -> Iterator[str]:
             f"a random adapter of the same norms moves the test pairs as much ({max(parity.controls.random):.3f} against "
             f"{parity.controls.effect:.3f} nats a token): what it does is not the behaviour"
         )
+
+
+def own_parity(folder: Path) -> Parity | None:
+    """The parity report beside `folder`, if it is of these weights and nobody edited it."""
+    path = folder / PARITY
+    if not path.is_file() or broken_seal(path):
+        return None
+    parity = Parity.load(path)
+    return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None

@@ -20,7 +20,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_encoded, ended, prefill, response_text, states_after
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import Encoded, Text, encode
 from compile_steer.scoring.reply import Reply, Score
@@ -80,7 +80,7 @@ class Asked:
     encoded: Encoded
 
 
-def prompts_of(base: Loaded, behaviour: Behaviour, options: Verify) -> tuple[dict[Kind, list[Asked]], list[str]]:
+def prompts_of(base: LoadedModel, behaviour: Behaviour, options: Verify) -> tuple[dict[Kind, list[Asked]], list[str]]:
     """The prompts of each kind, and why a kind has none. The recipe's own conversations come before built ones."""
     count, remarks = options.kinds, []
 
@@ -115,7 +115,7 @@ def _conversations(behaviour: Behaviour) -> Iterator[Text]:
             yield replace(text, history=((before.prompt, before.response),))
 
 
-def _long(base: Loaded, behaviour: Behaviour, tokens: int, number: int) -> Asked:
+def _long(base: LoadedModel, behaviour: Behaviour, tokens: int, number: int) -> Asked:
     """A held-out prompt after neutral exchanges as plain text, in one turn of at least so many tokens."""
     last = behaviour.heldout[number % len(behaviour.heldout)]
     paragraphs: list[str] = []
@@ -145,7 +145,7 @@ class Kinds:
     """
 
     def __init__(
-        self, base: Loaded, program: Program, behaviour: Behaviour, options: Verify, seed: int, score: Score | None
+        self, base: LoadedModel, program: Program, behaviour: Behaviour, options: Verify, seed: int, score: Score | None
     ) -> None:
         self._base, self._tokens, self._seed, self._score = base, options.free_tokens, seed, score
         asked, self.remarks = prompts_of(base, behaviour, options)
@@ -165,12 +165,12 @@ class Kinds:
         """The same under the program's hooks."""
         return _scores(self._steered)
 
-    def measure(self, artifact: Loaded) -> tuple[list[OnKind], np.ndarray | None]:
+    def measure(self, artifact: LoadedModel) -> tuple[list[OnKind], np.ndarray | None]:
         """The same of an artifact, in the order of `prompts`, and its own scores as `base_scores`."""
         seen = self._see(artifact, None, self._steered.answers)
         return self._by_kind(artifact, seen), _scores(seen)
 
-    def _by_kind(self, artifact: Loaded, seen: _Seen) -> list[OnKind]:
+    def _by_kind(self, artifact: LoadedModel, seen: _Seen) -> list[OnKind]:
         found = self._divergences(artifact, seen)
         return [
             OnKind(
@@ -187,7 +187,7 @@ class Kinds:
             for at, (kind, prompts) in enumerate(self.prompts.items())
         ]
 
-    def _see(self, loaded: Loaded, program: Program | None, wanted: Answered | None) -> _Seen:
+    def _see(self, loaded: LoadedModel, program: Program | None, wanted: Answered | None) -> _Seen:
         """Answer every prompt, and read the `wanted` answers, by default the model's own."""
         short = [one for kind, prompts in self.prompts.items() if kind != "long" for one in prompts]
         own: Answered = {how: self._continue(loaded, program, short, how) for how in _TEMPERATURES}
@@ -207,7 +207,7 @@ class Kinds:
                 states.append(final_states(loaded, texts, program).response)
         return _Seen(own, states, self._scored(loaded, own))
 
-    def _scored(self, loaded: Loaded, own: Answered) -> dict[Decoding, np.ndarray]:
+    def _scored(self, loaded: LoadedModel, own: Answered) -> dict[Decoding, np.ndarray]:
         """[n_prompts] by decoding."""
         if self._score is None:
             return {}
@@ -221,7 +221,7 @@ class Kinds:
 
     def _continue(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         program: Program | None,
         prompts: Sequence[Encoded],
         how: Decoding,
@@ -238,7 +238,7 @@ class Kinds:
             cache=cache,
         )
 
-    def _divergences(self, other: Loaded, seen: _Seen) -> list[Divergence]:
+    def _divergences(self, other: LoadedModel, seen: _Seen) -> list[Divergence]:
         """KL(steered||other) on the steered model's sampled answers of each kind."""
         return [
             divergence(self._base.model, wanted, other.model, got)
@@ -250,7 +250,7 @@ class Kinds:
         counts = [len(prompts) for prompts in self.prompts.values()]
         return slice(sum(counts[:at]), sum(counts[: at + 1]))
 
-    def _free(self, artifact: Loaded, seen: _Seen, how: Decoding, at: int) -> Free:
+    def _free(self, artifact: LoadedModel, seen: _Seen, how: Decoding, at: int) -> Free:
         part = self._of(at)
         got, wanted, plain = (one.answers[how][part] for one in (seen, self._steered, self._plain))
         compiled, steered, base = (
@@ -281,5 +281,5 @@ def _same(wanted: Sequence[Encoded], found: Sequence[Encoded]) -> float:
     return float(np.mean(shares))
 
 
-def _repetition(loaded: Loaded, answers: Sequence[Encoded]) -> float:
+def _repetition(loaded: LoadedModel, answers: Sequence[Encoded]) -> float:
     return float(np.mean([repetition(response_text(loaded, one)) for one in answers]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.gguf import gguf_in, stored_kinds
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import States, contrast, final_states
 from compile_steer.models.reload import fresh
 from compile_steer.models.tokens import Encoded
@@ -31,7 +31,7 @@ _CASTS = {"merged-bf16": torch.bfloat16, "merged-fp16": torch.float16}
 Rounding = Callable[[str, Tensor], Tensor]  # a parameter's name and values -> the values as they are stored
 
 
-def rounding_of(form: str, folder: Path, base: Loaded) -> tuple[object, Rounding] | None:
+def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Rounding] | None:
     """How `folder`, of that form, stores the base's weights, with what tells it from other ways; None for all bits.
 
     Of a GGUF file it is read off the file itself, tensor by tensor.
@@ -57,7 +57,7 @@ class Rounded:
 
     def __init__(
         self,
-        base: Loaded,
+        base: LoadedModel,
         program: Program,
         heldout: Sequence[Encoded],
         neutral: Sequence[Encoded],
@@ -124,15 +124,15 @@ class Rounded:
         """[questions], 1 or 0."""
         return answered(self.loaded, self._questions, self._program)
 
-    def from_steered(self, other: Loaded, states: States) -> Divergence:
+    def from_steered(self, other: LoadedModel, states: States) -> Divergence:
         """KL(steered, on the rounded base || other) at the positions that predict the held-out responses."""
         return divergence(self.loaded.model, self.steered_heldout.response, other.model, states.response)
 
-    def drift(self, other: Loaded, states: States) -> float:
+    def drift(self, other: LoadedModel, states: States) -> float:
         """Mean KL(rounded base || other) over the neutral responses, nats a token."""
         return divergence(self.loaded.model, self.base_neutral.response, other.model, states.response).mean
 
-    def edited(self, artifact: Loaded) -> list[str]:
+    def edited(self, artifact: LoadedModel) -> list[str]:
         """The matrices of `artifact` that are not the rounded base's own, by their names."""
         own = dict(self.loaded.model.named_parameters(remove_duplicate=False))
         return [

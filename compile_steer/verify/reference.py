@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import States, contrast, final_states
 from compile_steer.models.tokens import Encoded, encode
@@ -44,7 +44,7 @@ class Behaving:
 
 
 def behave(
-    loaded: Loaded, behaviour: Behaviour, recipe: Recipe, score: Score, programs: Sequence[Program | None]
+    loaded: LoadedModel, behaviour: Behaviour, recipe: Recipe, score: Score, programs: Sequence[Program | None]
 ) -> list[Behaving]:
     """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
     options = recipe.verify
@@ -76,11 +76,13 @@ class Margins:
 class Reference:
     """Base and steered model on held-out continuations, neutral text, test pairs and test prompts."""
 
-    def __init__(self, recipe: Recipe, base: Loaded, program: Program, behaviour: Behaviour, meter: Meter) -> None:
+    def __init__(
+        self, recipe: Recipe, base: LoadedModel, program: Program, behaviour: Behaviour, progress: Progress
+    ) -> None:
         self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
         self.score = recipe.validate_.score.bind(base, behaviour)
         self._rounded: tuple[object, Rounded] | None = None
-        with meter.phase("reference: base and steered model", 5) as tick:
+        with progress.phase("reference: base and steered model", 5) as advance:
             self.heldout = continue_prompts(
                 base,
                 behaviour.heldout[: recipe.verify.heldout],
@@ -89,10 +91,10 @@ class Reference:
                 temperature=1.0,
                 seed=recipe.seed + 1,
             )
-            tick(1)
+            advance(1)
             self.neutral = [encode(base.tokenizer, text) for text in behaviour.neutral[: recipe.verify.neutral]]
             self.base_heldout, self.steered_heldout = (final_states(base, self.heldout, p) for p in (None, program))
-            tick(1)
+            advance(1)
             self.base_neutral, steered_neutral = (final_states(base, self.neutral, p) for p in (None, program))
             self.base_divergence = self.from_steered(base, self.base_heldout)
             if not 0 < self.base_divergence.mean < math.inf:
@@ -101,17 +103,17 @@ class Reference:
                     "there, or too much to be computed. Needed: a program that steers; validate it again."
                 )
             self.neutral_drift = self.drift(base, steered_neutral)
-            tick(1)
+            advance(1)
             self.base_able, self.steered_able = (answered(base, recipe.verify.capability, p) for p in (None, program))
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
-            tick(1)
+            advance(1)
             scored = self.score if recipe.validate_.score.of_any_prompt else None
             self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2, scored)
-            tick(1)
+            advance(1)
         self.margins = self._margins()
         for one in self.planned():
-            meter.note(str(one))
+            progress.note(str(one))
 
     def _margins(self) -> Margins:
         gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
@@ -159,15 +161,15 @@ class Reference:
         pairs = encode_pairs(self.base, self.behaviour.mismatched[:CONTROL_PAIRS])
         return pairs, contrast(self.base, pairs)
 
-    def from_steered(self, other: Loaded, states: States) -> Divergence:
+    def from_steered(self, other: LoadedModel, states: States) -> Divergence:
         """KL(steered || other) at the positions that predict the held-out responses."""
         return divergence(self.base.model, self.steered_heldout.response, other.model, states.response)
 
-    def prompt_kl(self, other: Loaded, states: States) -> float:
+    def prompt_kl(self, other: LoadedModel, states: States) -> float:
         """Mean KL(steered || other) over the other positions of the held-out texts, nats a token."""
         return divergence(self.base.model, self.steered_heldout.prompt, other.model, states.prompt).mean
 
-    def drift(self, other: Loaded, states: States) -> float:
+    def drift(self, other: LoadedModel, states: States) -> float:
         """Mean KL(base || other) over the neutral responses, nats a token."""
         return divergence(self.base.model, self.base_neutral.response, other.model, states.response).mean
 

@@ -14,7 +14,7 @@ from compile_steer.artifacts.provenance import Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.divergence import bootstrap_ratio, bootstrap_recovery
 from compile_steer.models.fingerprint import fingerprint
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import States, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
@@ -97,7 +97,7 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
     return origin
 
 
-def _same_tokens(reference: Reference, artifact: Loaded) -> bool:
+def _same_tokens(reference: Reference, artifact: LoadedModel) -> bool:
     return all(
         encode(artifact.tokenizer, prompt) == encode(reference.base.tokenizer, prompt)
         for prompt in reference.behaviour.heldout
@@ -125,10 +125,10 @@ class Ends(Protocol):
     @property
     def neutral_drift(self) -> float: ...
 
-    def drift(self, other: Loaded, states: States) -> float: ...
+    def drift(self, other: LoadedModel, states: States) -> float: ...
 
 
-def _rounding(rounded: Rounded, artifact: Loaded, states: States) -> Rounding:
+def _rounding(rounded: Rounded, artifact: LoadedModel, states: States) -> Rounding:
     found, edited = rounded.from_steered(artifact, states), rounded.edited(artifact)
     return Rounding(
         kl_base=rounded.kl_base,
@@ -140,7 +140,9 @@ def _rounding(rounded: Rounded, artifact: Loaded, states: States) -> Rounding:
     )
 
 
-def _distance(reference: Reference, artifact: Loaded, states: States, rounded: Rounded | None, ends: Ends) -> Distance:
+def _distance(
+    reference: Reference, artifact: LoadedModel, states: States, rounded: Rounded | None, ends: Ends
+) -> Distance:
     noise = None if rounded is None else rounded.noise
     found, base = reference.from_steered(artifact, states), reference.base_divergence
     seed, ones = reference.recipe.seed, torch.ones_like(found.kl)
@@ -193,7 +195,7 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
     )
 
 
-def _file_error(reference: Reference, artifact: Loaded, origin: Provenance) -> float | None:
+def _file_error(reference: Reference, artifact: LoadedModel, origin: Provenance) -> float | None:
     if not origin.computes:
         return None
     found = fingerprint(artifact.model, reference.base)
@@ -209,7 +211,7 @@ def _score_by_kind(reference: Reference, found: np.ndarray | None) -> Equivalenc
     return equivalence("score by kind", found - steered, margin)
 
 
-def _capability(reference: Reference, artifact: Loaded, ends: Ends) -> Capability | None:
+def _capability(reference: Reference, artifact: LoadedModel, ends: Ends) -> Capability | None:
     options = reference.recipe.verify
     if not options.capability:
         return None

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.lower.closed_form import Stage, solve_stages
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Compile
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
@@ -33,16 +33,16 @@ def steering_of(family: str, *interventions: Intervention) -> Program:
     return canonical(program(family, *interventions))
 
 
-def job(one: Loaded, steering: Program, options: Compile | None = None) -> Job:
+def job(one: LoadedModel, steering: Program, options: Compile | None = None) -> Job:
     nothing = Behaviour((), (), (), (), (), (), {})
-    return Job(steering, one, nothing, options or Compile(), 0, Meter())
+    return Job(steering, one, nothing, options or Compile(), 0, Progress())
 
 
-def solve(one: Loaded, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
+def solve(one: LoadedModel, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
     return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None).patch
 
 
-def kl(one: Loaded, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
+def kl(one: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
     """Mean KL(steered || patched) in nats a token, from whole passes with explicit roles."""
     batch = Padded.of(rows, "right")
     with steered(one.model, steering, roles=batch.roles):
@@ -52,5 +52,5 @@ def kl(one: Loaded, steering: Program, patch: WeightPatch, rows: Sequence[Encode
     return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
-def share(one: Loaded, steering: Program, patch: WeightPatch) -> float:
+def share(one: LoadedModel, steering: Program, patch: WeightPatch) -> float:
     return kl(one, steering, patch) / kl(one, steering, WeightPatch())

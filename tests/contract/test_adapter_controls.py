@@ -11,12 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from compile_steer.data.behaviour import Pair
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast
 from compile_steer.models.reload import reload
-from compile_steer.models.tokens import Text
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verify.reference import Reference
 from tests.tiny import REVISION, build, saved, tokenizer
@@ -24,7 +23,7 @@ from tests.tiny import REVISION, build, saved, tokenizer
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]
 
 
-def adapter(folder: Path, rank: int = 3) -> Loaded:
+def adapter(folder: Path, rank: int = 3) -> LoadedModel:
     """A random adapter, alpha unlike the rank, on Linears and the embeddings, from disk through stock PEFT."""
     base = saved("llama", folder / "base")
     torch.manual_seed(4)
@@ -38,7 +37,7 @@ def adapter(folder: Path, rank: int = 3) -> Loaded:
     return reload(folder / "adapter", base)
 
 
-def reference(base: Loaded) -> Reference:
+def reference(base: LoadedModel) -> Reference:
     pairs = encode_pairs(base, PAIRS)
     behaving = SimpleNamespace(contrast=contrast(base, pairs))
     found = SimpleNamespace(
@@ -52,7 +51,7 @@ def reference(base: Loaded) -> Reference:
 
 def test_controls_are_the_adapters_effects_at_other_dials_and_of_other_weights(tmp_path: Path) -> None:
     one = adapter(tmp_path)
-    base = Loaded(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
+    base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     compiled = contrast(one, encode_pairs(one, PAIRS))
     found = adapter_controls(reference(base), one, compiled, 4)

@@ -20,16 +20,16 @@ from compile_steer.export.adapter import PATCH_FILE, read_patch, write_patch
 from compile_steer.export.merged import merged_model, write_merged
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from compile_steer.models.fingerprint import TEXTS
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
 from compile_steer.steering.program import read_tensors
 from tests.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 
 
-def origin(one: Loaded, form: str = "adapter", backend: str = "closed_form") -> Provenance:
+def origin(one: LoadedModel, form: str = "adapter", backend: str = "closed_form") -> Provenance:
     return Provenance(
         name="tiny",
         backend=backend,
@@ -49,13 +49,13 @@ def origin(one: Loaded, form: str = "adapter", backend: str = "closed_form") -> 
     )
 
 
-def write(folder: Path, patch: WeightPatch, one: Loaded) -> Path:
+def write(folder: Path, patch: WeightPatch, one: LoadedModel) -> Path:
     found = origin(one).of(described="add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
     write_patch(folder, patch, one, found, model_card(found, None))
     return folder
 
 
-def plain(one: Loaded) -> torch.nn.Module:
+def plain(one: LoadedModel) -> torch.nn.Module:
     """The base as a user's plain transformers loads it from disk."""
     with quiet():
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(one.source, dtype=torch.float32).eval()
@@ -167,7 +167,7 @@ def test_what_is_not_finite_is_not_written_over_what_is(saved: Save, tmp_path: P
 # ------------------------------------------------------------------------------------ foreign folders
 
 
-def adapter_of(folder: Path, one: Loaded) -> Path:
+def adapter_of(folder: Path, one: LoadedModel) -> Path:
     return write(
         folder, WeightPatch({"model.layers.1.mlp.down_proj": LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 48))}), one
     )

@@ -108,7 +108,7 @@ def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_is_asked
     steering = steering_of(family, intervention())
     patch = solve(one, steering, [Stage(1, "mlp", 8)])
     ((name, edit),) = patch.low_rank.items()
-    assert name == one.layout.writer(1, "mlp").name
+    assert name == one.layout.output_projection(1, "mlp").name
     assert (tuple(edit.B.shape), tuple(edit.A.shape)) == ((32, 8), (8, 48))
     assert (edit.B.dtype, edit.A.dtype) == (torch.float32, torch.float32)
     sizes = torch.linalg.svdvals(edit.B @ edit.A)
@@ -204,7 +204,7 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
     """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
     layout = loaded(family).layout
-    channel = closed_form._Channel(layout, layout.writer(1, "mlp"))
+    channel = closed_form._Channel(layout, layout.output_projection(1, "mlp"))
     written, stream, wanted, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
     y, weight = channel.pull_back(wanted, written, stream)
     # The edit is diag(edit) in the regression's own coordinates; push_forward gives what the writer really adds.

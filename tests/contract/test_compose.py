@@ -17,17 +17,17 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import digest, sha256
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias
 from compile_steer.lower.closed_form import Stage
 from compile_steer.models.divergence import divergence
-from compile_steer.models.load import Loaded, load, quiet
+from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.observe import final_states
 from compile_steer.models.reload import reload_adapters, switch
 from compile_steer.models.tokens import Text
@@ -45,7 +45,7 @@ from tests.contract.fitting import solve
 from tests.contract.test_adapters import origin
 from tests.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts
 
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 NAMES = ("high.tide", "still")  # PEFT takes no dot in an adapter's name
 SETTINGS = {
     "compile": {"calibration": {"prompts": 24, "max_new_tokens": 8}},
@@ -91,7 +91,7 @@ class Bench:
     """A tiny llama on disk, and recipes with runs made for it."""
 
     root: Path
-    base: Loaded
+    base: LoadedModel
 
     @property
     def runs(self) -> Path:
@@ -102,11 +102,11 @@ class Bench:
 
     def run(self, name: str, steering: Program, patch: WeightPatch | None, start: int = 0, **changes: Any) -> Path:
         """A recipe with its program, and its adapter if there is a patch; `changes` are the adapter's provenance's."""
-        places = Places(self.runs / name, name)
-        steering.save(places.program)
+        paths = RunPaths(self.runs / name, name)
+        steering.save(paths.program)
         if patch is not None:
-            found = origin(self.base).of(name=name, program_sha256=sha256(places.program), **changes)
-            write_patch(places.adapter("closed_form"), patch, self.base, found, steering.describe())
+            found = origin(self.base).of(name=name, program_sha256=sha256(paths.program), **changes)
+            write_patch(paths.adapter("closed_form"), patch, self.base, found, steering.describe())
         return write_recipe(self.root, name, self.base.source, start)
 
     def compiled(self, name: str, steering: Program, start: int = 0) -> Path:
@@ -116,7 +116,7 @@ class Bench:
 
     def open(self, *recipes: Path, dials: tuple[float, ...] = (), backend: str = "closed_form") -> Several:
         read = [read_recipe(path) for path in recipes]
-        return Several.open(read, dials, backend, self.runs, self.root / "out", Meter())
+        return Several.open(read, dials, backend, self.runs, self.root / "out", Progress())
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def two(bench: Bench) -> tuple[Path, Path]:
 # ------------------------------------------------------------------------------- stacked, loaded at once
 
 
-def loaded_at_once(one: Loaded, folders: list[Path], dials: tuple[float, ...]) -> torch.nn.Module:
+def loaded_at_once(one: LoadedModel, folders: list[Path], dials: tuple[float, ...]) -> torch.nn.Module:
     """What a user of PEFT would write, without any code of ours."""
     with quiet():
         base = AutoModelForCausalLM.from_pretrained(one.source, dtype=torch.float32)
@@ -208,8 +208,8 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code in (0, 1), done.output
     found = json.loads(done.stdout)
-    places = Places(bench.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(places.composition("closed_form").read_text(encoding="utf-8")) == found
+    paths = RunPaths(bench.runs / "+".join(NAMES), "+".join(NAMES))
+    assert json.loads(paths.composition("closed_form").read_text(encoding="utf-8")) == found
     assert (done.exit_code == 0) == found["passed"]
     assert [row["behaviour"] for row in found["matrix"]] == list(NAMES)
     columns = [f"{kind} {name}" for kind in ("hooks", "adapter") for name in NAMES]
@@ -219,19 +219,19 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
         assert fit["kl"] < 0.2 * fit["kl_base"], "each adapter follows its own dial"
     assert found["stacked_from_loaded"] < 1e-9
     for way in (STACKED, JOINT):
-        came = Provenance.read(places.composed("closed_form", way))
-        assert came.program_sha256 == sha256(places.program)
-        adapter = Places(bench.runs / NAMES[1], NAMES[1]).adapter("closed_form")
+        came = Provenance.read(paths.composed("closed_form", way))
+        assert came.program_sha256 == sha256(paths.program)
+        adapter = RunPaths(bench.runs / NAMES[1], NAMES[1]).adapter("closed_form")
         assert came.members[f"{NAMES[1]} x 0.5"] == artifact_sha256(adapter)
-        links = {link.what: link for link in walk(places.composed("closed_form", way))}
+        links = {link.what: link for link in walk(paths.composed("closed_form", way))}
         assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "whole"
-    assert [i.coefficient for i in Program.load(places.program).interventions] == [0.4, -0.25]
+    assert [i.coefficient for i in Program.load(paths.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == done.exit_code
     for wanted in ("hooks high.tide", "adapters: all less the sum", "joint less hooks", "1, 0.25", "interference"):
         assert wanted in shown.output
-    assert describe_artifact(places.composition("closed_form"))["kind"] == "composition"
-    card = (places.composed("closed_form", JOINT) / "README.md").read_text(encoding="utf-8")
+    assert describe_artifact(paths.composition("closed_form"))["kind"] == "composition"
+    card = (paths.composed("closed_form", JOINT) / "README.md").read_text(encoding="utf-8")
     assert f"| made of | {NAMES[1]} x 0.5, SHA-256" in card
 
 
@@ -241,8 +241,8 @@ def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench,
     done = CliRunner().invoke(app, [*command, *loose, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    places = Places(bench.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(places.together("closed_form").read_text(encoding="utf-8")) == found
+    paths = RunPaths(bench.runs / "+".join(NAMES), "+".join(NAMES))
+    assert json.loads(paths.together("closed_form").read_text(encoding="utf-8")) == found
     assert list(found["artifacts"]) == list(found["interplay"]["errors"]) == [LOADED]
     assert found["artifacts"][LOADED] == found["settings"][0] and found["stacked_from_loaded"] is None
     assert set(found["matrix"][0]["missed"]) == {LOADED}
@@ -250,7 +250,7 @@ def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench,
     several = bench.open(*two, dials=(1, 0.5))
     both = summed(several.members, [1, 0.5])
     model = loaded_at_once(bench.base, [one.adapter for one in several.members], (1, 0.5))
-    heldout = _texts(bench.base, several.members, both, Meter())
+    heldout = _texts(bench.base, several.members, both, Progress())
     assert digest([list(one.ids) for one in heldout]) == found["sha256"]["texts"]
     wanted = final_states(bench.base, heldout, both).response
     got = final_states(replace(bench.base, model=model), heldout).response
@@ -266,12 +266,12 @@ def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench,
 def test_a_joint_compile_is_kept_while_nothing_changes(bench: Bench, two: tuple[Path, Path]) -> None:
     several = bench.open(*two)
     run_compose(several)
-    places = several.places
-    first = {way: places.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)}
+    paths = several.paths
+    first = {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)}
     run_compose(several)
-    assert {way: places.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)} == first
+    assert {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)} == first
     run_compose(bench.open(*two, dials=(1, 0.9)))
-    assert all(places.composed("closed_form", way).stat().st_ino != first[way] for way in (STACKED, JOINT))
+    assert all(paths.composed("closed_form", way).stat().st_ino != first[way] for way in (STACKED, JOINT))
 
 
 def composed(bench: Bench, two: tuple[Path, Path], *dials: float) -> Composition:
@@ -304,12 +304,12 @@ def test_a_program_and_its_negation_cancel_and_leave_no_share(bench: Bench) -> N
 def test_the_judge_fails_what_is_not_the_sum(bench: Bench, two: tuple[Path, Path], planted: str) -> None:
     several = bench.open(*two, dials=(1, 2))
     run_compose(several)
-    folder = several.places.composed("closed_form", STACKED)
+    folder = several.paths.composed("closed_form", STACKED)
     own = [read_patch(one.adapter) for one in several.members]
     wrong = {"one left out": own[0], "a dial ignored": own[0] + own[1], "emptied": 0.0 * (own[0] + own[1])}[planted]
     write_patch(folder, wrong, bench.base, Provenance.read(folder), "")
-    folders = {way: several.places.composed("closed_form", way) for way in (STACKED, JOINT)}
-    found = measure(bench.base, several.members, "closed_form", folders, Meter())
+    folders = {way: several.paths.composed("closed_form", way) for way in (STACKED, JOINT)}
+    found = measure(bench.base, several.members, "closed_form", folders, Progress())
     assert not found.passed
     assert any(reason.startswith("stacked: KL") for reason in found.reasons)
     assert found.stacked_from_loaded is not None and found.stacked_from_loaded > 1e-4
@@ -321,18 +321,18 @@ def test_prompts_that_another_compile_has_seen_are_not_judged_on(bench: Bench, t
     data = second.behaviour
     seen = replace(first.behaviour, heldout=data.calibration[:9])
     folders = {way: first.adapter for way in (STACKED, JOINT)}
-    found = measure(bench.base, [replace(first, behaviour=seen), second], "closed_form", folders, Meter())
-    only = measure(bench.base, [replace(first, behaviour=replace(seen, heldout=())), second], "", folders, Meter())
+    found = measure(bench.base, [replace(first, behaviour=seen), second], "closed_form", folders, Progress())
+    only = measure(bench.base, [replace(first, behaviour=replace(seen, heldout=())), second], "", folders, Progress())
     assert found.sha256["texts"] == only.sha256["texts"]
     nothing: list[Member] = [
         replace(one, behaviour=replace(one.behaviour, heldout=data.calibration)) for one in several.members
     ]
     with pytest.raises(CompileSteerError, match=r"data\.heldout: every prompt is among"):
-        measure(bench.base, nothing, "", folders, Meter())
+        measure(bench.base, nothing, "", folders, Progress())
     prompts = tuple(Text(pair.prompt) for pair in first.behaviour.test)
     met = replace(second, behaviour=replace(data, calibration=prompts))
     with pytest.raises(CompileSteerError, match=r"data\.test: every prompt of high\.tide is among"):
-        measure(bench.base, [first, met], "", folders, Meter())
+        measure(bench.base, [first, met], "", folders, Progress())
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -350,7 +350,7 @@ def test_every_problem_is_said_at_once(bench: Bench) -> None:
         bench.run("shift", steering, WeightPatch(bias={"model.layers.1.mlp.down_proj": torch.ones(32)}), form="patch"),
         write_recipe(bench.root, "no-run", bench.base.source, 0),
     ]
-    stale = Places(bench.runs / "stale", "stale")
+    stale = RunPaths(bench.runs / "stale", "stale")
     (2.0 * steering).save(stale.program)
     with pytest.raises(ArtifactError) as raised:
         bench.open(*recipes, dials=(1.0, 0.0))
@@ -377,11 +377,11 @@ def test_one_recipe_twins_other_models_and_unknown_backends_are_refused(bench: B
         bench.open(*two, backend="magic")
     other: Recipe = read_recipe(two[1]).model_copy(update={"model": "other"})
     with pytest.raises(ArtifactError, match=r"different values of 'model': .*\(high\.tide\), 'other' \(still\)"):
-        Several.open([read_recipe(two[0]), other], (), "closed_form", bench.runs, bench.root, Meter())
+        Several.open([read_recipe(two[0]), other], (), "closed_form", bench.runs, bench.root, Progress())
 
 
 def test_an_adapter_that_is_not_ours_is_refused(bench: Bench, two: tuple[Path, Path]) -> None:
-    adapter = Places(bench.runs / NAMES[0], NAMES[0]).adapter("closed_form")
+    adapter = RunPaths(bench.runs / NAMES[0], NAMES[0]).adapter("closed_form")
     (adapter / "compile_steer.json").unlink()
     with pytest.raises(ArtifactError, match="it was not made by compile_steer"):
         bench.open(*two)

@@ -11,19 +11,19 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import Decompiled, decompile
 from tests.tiny import build, intervention, loaded, program, random_patch
 
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 
 
 def words(seed: int, count: int) -> str:
@@ -34,12 +34,12 @@ PAIRS = tuple(Pair(Text(words(n, 4), words(n + 50, 9)), Text(words(n, 4), words(
 BEHAVIOUR = Behaviour(PAIRS, (), (), tuple(Text(words(n, 3), words(n + 9, 8)) for n in range(200, 208)), (), (), {})
 
 
-def compiled(one: Loaded, patch: WeightPatch) -> Loaded:
+def compiled(one: LoadedModel, patch: WeightPatch) -> LoadedModel:
     return replace(one, model=merged_model(one.source, patch).eval().requires_grad_(False), id="compiled")
 
 
-def read_off(one: Loaded, other: Loaded) -> Decompiled:
-    return decompile(one, other, BEHAVIOUR, Meter())
+def read_off(one: LoadedModel, other: LoadedModel) -> Decompiled:
+    return decompile(one, other, BEHAVIOUR, Progress())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "gpt_neox"])

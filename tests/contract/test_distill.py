@@ -9,8 +9,8 @@ from compile_steer.common.errors import CannotLower
 from compile_steer.lower import closed_form, distill
 from compile_steer.lower.closed_form import Stage, plan_stages
 from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile, Distill
-from compile_steer.models.load import Loaded
-from compile_steer.steering.layout import WriterKind
+from compile_steer.models.load import LoadedModel
+from compile_steer.steering.layout import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Program
 from tests.contract.fitting import (
@@ -27,11 +27,11 @@ from tests.tiny import Padded, intervention, loaded, logits, n_hooks
 
 OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
 
-KINDS: tuple[WriterKind, ...] = ("attn", "mlp")
+KINDS: tuple[ProjectionKind, ...] = ("attn", "mlp")
 ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
 
 
-def train(one: Loaded, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
+def train(one: LoadedModel, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
     return distill.distil(job(one, steering, Compile(distill=options)), TRAINING, start, lambda _done: None)
 
 

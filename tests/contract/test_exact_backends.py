@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias, convert_architecture, orthogonalise
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Compile
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.passes import canonical
@@ -41,20 +41,20 @@ from tests.tiny import (
     vector,
 )
 
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 # Every writer of these families is a matrix whose output is added to the stream as it is.
-PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in loaded(f).layout.writer_kinds]
+PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in loaded(f).layout.projection_kinds]
 
 
 # --------------------------------------------------------------------------------- the bias backend
 
 
-def job(one: Loaded, steering: Program) -> Job:
+def job(one: LoadedModel, steering: Program) -> Job:
     nothing = Behaviour((), (), (), (), (), (), {})
-    return Job(canonical(steering), one, nothing, Compile(), 0, Meter())
+    return Job(canonical(steering), one, nothing, Compile(), 0, Progress())
 
 
-def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> PreTrainedModel:
+def reloaded(one: LoadedModel, patch: WeightPatch, folder: Path) -> PreTrainedModel:
     """The merged checkpoint as a user's plain transformers would load it."""
     merged = merged_model(one.source, patch)
     with quiet():
@@ -67,7 +67,7 @@ def reloaded(one: Loaded, patch: WeightPatch, folder: Path) -> PreTrainedModel:
     return found
 
 
-def must_equal_hooks(one: Loaded, steering: Program, folder: Path, name: str = "bias") -> WeightPatch:
+def must_equal_hooks(one: LoadedModel, steering: Program, folder: Path, name: str = "bias") -> WeightPatch:
     """Lower, merge, save and reload; compare with the hooks on both padding sides and through the cache."""
     backend = BACKENDS[name]
     assert backend.refusal(canonical(steering), one.layout) is None

@@ -16,7 +16,7 @@ from compile_steer.lower import full
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Compile, Full
-from compile_steer.models.load import Loaded, quiet
+from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Program
@@ -24,12 +24,12 @@ from tests.contract.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, jo
 from tests.contract.test_adapters import plain, write
 from tests.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
 
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 OPTIONS = Full(optimizer="adamw", batch_tokens=256, epochs=6, learning_rate=0.02, cut_rank=4)
 APOLLO = OPTIONS.model_copy(update={"optimizer": "apollo", "apollo_rank": 4})
 
 
-def task(one: Loaded, steering: Program, options: Full = OPTIONS) -> Job:
+def task(one: LoadedModel, steering: Program, options: Full = OPTIONS) -> Job:
     found = job(one, steering, Compile(full=options))
     found.__dict__.update(regression_texts=CALIBRATION, training_texts=TRAINING)
     return found

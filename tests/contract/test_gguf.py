@@ -24,7 +24,7 @@ from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model
 from compile_steer.models.gguf import tensors
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.steering.patch import LowRank, WeightPatch
 from tests import byte_level
@@ -32,7 +32,7 @@ from tests.tiny import CONFIGS, HIDDEN, build, loaded, random_patch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HALF = 65504.0
-Save = Callable[[str], Loaded]
+Save = Callable[[str], LoadedModel]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Save:
     return cache(lambda family: byte_level.saved(family, tmp_path_factory.mktemp(family)))
 
 
-def origin(one: Loaded, form: str) -> Provenance:
+def origin(one: LoadedModel, form: str) -> Provenance:
     return Provenance(
         "tide", "closed_form", form, one.id, one.revision, "tide.safetensors", "", "", "pass", False, "", {}, 1, 0.0, "",
     )  # fmt: skip
 
 
-def written(folder: Path, patch: WeightPatch, one: Loaded, precision: str) -> Path:
+def written(folder: Path, patch: WeightPatch, one: LoadedModel, precision: str) -> Path:
     write_gguf(folder, patch, one, precision, origin(one, f"gguf-{precision}"), "a card")
     return folder
 
@@ -209,7 +209,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path:
         assert wanted in reason, (family, reason)
     one = byte_level.saved("llama", tmp_path / "base", hidden_act="gelu")
     words = loaded("llama").tokenizer
-    odd = Loaded(one.model, words, one.id, one.revision, one.source)
+    odd = LoadedModel(one.model, words, one.id, one.revision, one.source)
     with pytest.raises(
         CannotLower, match=r"gelu[\s\S]*WordLevel that splits text by .*WhitespaceSplit.*byte-level BPE"
     ):
@@ -233,7 +233,7 @@ def test_the_splitting_of_text_is_named_or_refused(base: Save, name: str) -> Non
         ]
     split = pre_tokenizers.Sequence(steps) if isinstance(steps, list) else steps
     one = base("llama")
-    asked = Loaded(one.model, byte_level.tokenizer(split), one.id, one.revision, one.source)
+    asked = LoadedModel(one.model, byte_level.tokenizer(split), one.id, one.revision, one.source)
     if not name:
         with pytest.raises(CannotLower, match=r"splits text by \\w\+; needed"):
             tokenizer_fields(asked, byte_level.VOCAB)

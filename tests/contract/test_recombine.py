@@ -13,13 +13,13 @@ import torch
 
 from compile_steer.__main__ import main
 from compile_steer.artifact_formats import artifacts, run_merge
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lower.train import train
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_compile
 from compile_steer.recipe import Recipe, read_recipe
@@ -47,7 +47,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def base(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """The tiny model with its tokenizer in a folder that a recipe can name."""
     folder = tmp_path_factory.mktemp("base")
     loaded("llama").model.save_pretrained(folder)
@@ -56,11 +56,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
-    return Places(tmp_path / "out", "ocean")
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "out", "ocean")
 
 
-def recipe(base: Loaded, *changes: str) -> Recipe:
+def recipe(base: LoadedModel, *changes: str) -> Recipe:
     return read_recipe(RECIPE, [f"model={base.id}", "device=cpu", *SETTINGS, *changes])
 
 
@@ -68,21 +68,21 @@ def dense(seed: int) -> WeightPatch:
     return WeightPatch(dense={DOWN: torch.randn(32, 48, generator=torch.Generator().manual_seed(seed))})
 
 
-def write(places: Places, name: str, patch: WeightPatch, base: Loaded) -> Path:
-    folder = places.adapter(name)
+def write(paths: RunPaths, name: str, patch: WeightPatch, base: LoadedModel) -> Path:
+    folder = paths.adapter(name)
     write_patch(folder, patch, base, origin(base), "add +1.7 at resid_post 1")
     return folder
 
 
 @pytest.fixture
 def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Loaded, places: Places
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: LoadedModel, paths: RunPaths
 ) -> Callable[..., tuple[int, str, str]]:
     """Run `compile-steer task-vector`: exit code, standard output, standard error."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         line = ["compile-steer", "task-vector", RECIPE, "--set", f"model={base.id}", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--out", places.out, *arguments])])
+        monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--out", paths.out, *arguments])])
         with pytest.raises(SystemExit) as stopped:
             main()
         said = capsys.readouterr()
@@ -92,30 +92,30 @@ def call(
 
 
 def test_scaled_and_added_and_cut_on_disk(
-    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+    call: Callable[..., tuple[int, str, str]], base: LoadedModel, paths: RunPaths
 ) -> None:
-    one, two = write(places, "one", dense(1), base), write(places, "two", dense(2), base)
-    three = write(places, "three", random_patch(base), base)
-    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    one, two = write(paths, "one", dense(1), base), write(paths, "two", dense(2), base)
+    three = write(paths, "three", random_patch(base), base)
+    Program((intervention(),), base.id, base.revision).save(paths.program, {})
     code, said, _ = call("--artifact", one, "--scale", "-1", "--add", two, "--add", three, "--to", "mix", "--json")
     assert code == 0
     found = json.loads(said)
-    assert (found["folder"], found["form"]) == (str(places.adapter("mix")), "patch")
+    assert (found["folder"], found["form"]) == (str(paths.adapter("mix")), "patch")
     reports = {matrix["name"]: matrix for matrix in found["matrices"]}
     assert len(reports) == 14
     assert all(matrix["cosine"] is not None for matrix in reports.values())
-    patch = read_patch(places.adapter("mix"))
+    patch = read_patch(paths.adapter("mix"))
     whole = dense(2).dense[DOWN] - dense(1).dense[DOWN]
     assert torch.allclose(patch.dense[DOWN], whole)
     assert torch.equal(patch.low_rank[DOWN].A, read_patch(three).low_rank[DOWN].A)
-    left = Provenance.read(places.adapter("mix"))
+    left = Provenance.read(paths.adapter("mix"))
     assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
     assert left.parent.split() == [artifact_sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
-    parts = [link for link in walk(places.adapter("mix")) if link.what == "part"]
+    parts = [link for link in walk(paths.adapter("mix")) if link.what == "part"]
     assert [(link.state, link.where) for link in parts] == [("whole", str(folder)) for folder in (one, two, three)]
-    (merged,) = run_merge(Run.open(recipe(base), places.out, Meter()), [places.adapter("mix")])
-    for folder in (places.adapter("mix"), merged):
+    (merged,) = run_merge(Run.open(recipe(base), paths.out, Progress()), [paths.adapter("mix")])
+    for folder in (paths.adapter("mix"), merged):
         card = (folder / "README.md").read_text("utf-8")
         assert left.recombined in card
         assert "Arithmetic on compiled task vectors" in card
@@ -125,20 +125,20 @@ def test_scaled_and_added_and_cut_on_disk(
         wanted = logits(base.model, batch)
     assert relative_error(logits(reload(merged, base).model, batch), wanted) < 1e-5
 
-    code, said, _ = call("--artifact", places.adapter("mix"), "--cut", "5")
+    code, said, _ = call("--artifact", paths.adapter("mix"), "--cut", "5")
     assert code == 0
     assert "Written as adapter" in said
-    small = read_patch(places.adapter("task_vector")).low_rank[DOWN]
+    small = read_patch(paths.adapter("task_vector")).low_rank[DOWN]
     everything = whole + weight_delta(base.model.get_submodule(DOWN), patch.low_rank[DOWN])
     wanted = torch.linalg.svdvals(everything)[5:].norm()
     assert float((everything - small.B @ small.A).norm()) == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_every_problem_is_named_at_once(
-    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+    call: Callable[..., tuple[int, str, str]], base: LoadedModel, paths: RunPaths
 ) -> None:
-    one = write(places, "one", dense(1), base)
-    other = places.adapter("other")
+    one = write(paths, "one", dense(1), base)
+    other = paths.adapter("other")
     write_patch(other, dense(2), base, origin(base).of(model="some/model", revision="r7"), "add")
     code, _, said = call(
         "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
@@ -153,26 +153,26 @@ def test_every_problem_is_named_at_once(
     ):
         assert words in said
     assert read_patch(one).dense
-    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    Program((intervention(),), base.id, base.revision).save(paths.program, {})
     with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
-        run_merge(Run.open(recipe(base), places.out, Meter()), [other])
+        run_merge(Run.open(recipe(base), paths.out, Progress()), [other])
     code, _, said = call("--artifact", one, "--to", "full")
     assert code == 2
     assert "'full' cannot be the new name" in said
 
 
 def test_two_rewritten_families_cannot_be_added(
-    call: Callable[..., tuple[int, str, str]], base: Loaded, places: Places
+    call: Callable[..., tuple[int, str, str]], base: LoadedModel, paths: RunPaths
 ) -> None:
     patches = [WeightPatch(bias={DOWN: torch.ones(32)}, architecture=name) for name in ("llama", "granite")]
-    one, two = (write(places, patch.architecture, patch, base) for patch in patches)
+    one, two = (write(paths, patch.architecture, patch, base) for patch in patches)
     code, _, said = call("--artifact", one, "--add", two)
     assert code == 2
     assert "one patch is for the base rewritten as granite, the other as llama" in said
 
 
 def test_the_walk_trains_once_for_both_backends_and_again_never(
-    base: Loaded, places: Places, monkeypatch: pytest.MonkeyPatch
+    base: LoadedModel, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[Any, ...]] = []
 
@@ -181,8 +181,8 @@ def test_the_walk_trains_once_for_both_backends_and_again_never(
         return train(*given)
 
     monkeypatch.setattr("compile_steer.lower.full.train", counted)
-    run = Run.open(recipe(base), places.out, Meter())
-    Program((intervention(),), base.id, base.revision).save(places.program, {})
+    run = Run.open(recipe(base), paths.out, Progress())
+    Program((intervention(),), base.id, base.revision).save(paths.program, {})
     whole, small = run_compile(run, force=True)
     assert len(trained) == 1
     assert list(read_patch(whole).dense) == list(read_patch(small).low_rank)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from compile_steer.models.divergence import divergence
-from compile_steer.models.forward import run_span
-from compile_steer.models.load import Loaded
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program
@@ -36,7 +36,7 @@ def sharing_texts(template: int = 3, seed: int = 0, longest: int = 5) -> list[En
     return found
 
 
-def alone(one: Loaded, texts: list[Encoded], under: Program | None) -> np.ndarray:
+def alone(one: LoadedModel, texts: list[Encoded], under: Program | None) -> np.ndarray:
     """Each text by itself through the whole model, all logits."""
     found = []
     for text in texts:
@@ -48,8 +48,8 @@ def alone(one: Loaded, texts: list[Encoded], under: Program | None) -> np.ndarra
                 with steered(one.model, under, roles=batch.roles):
                     logits = one.model(batch.input_ids).logits
         log_p = torch.log_softmax(logits[0], dim=-1)
-        places = [t for t, role in enumerate(text.roles) if role == RESPONSE]
-        found.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in places]))
+        paths = [t for t, role in enumerate(text.roles) if role == RESPONSE]
+        found.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in paths]))
     return np.array(found)
 
 
@@ -110,7 +110,7 @@ def test_the_divergence_is_that_of_the_texts_alone() -> None:
         states = []
         for single in (None, under):
             with torch.no_grad(), steered(one.model, single or under.scaled(0.0), roles=batch.roles):
-                states.append(run_span(one.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
+                states.append(run_blocks(one.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
         parts.append(divergence(one.model, states[1], one.model, states[0]).kl)
     shared = SharedTexts(one, texts)
     shared.advance(LAYERS - 2)

@@ -17,7 +17,7 @@ from compile_steer.lower.options import Calibration, Compile, Distill
 from compile_steer.lower.suffix import Suffix
 from compile_steer.lower.train import train
 from compile_steer.lower.work import Work
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
@@ -28,7 +28,7 @@ from tests.tiny import Padded, intervention, loaded, logits, n_hooks, random_pat
 OPTIONS = Distill(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
 
 
-def task(one: Loaded, steering: Program, **changes: Any) -> Job:
+def task(one: LoadedModel, steering: Program, **changes: Any) -> Job:
     options = Compile(calibration=Calibration(prompts=1, max_new_tokens=8), distill=OPTIONS.model_copy(update=changes))
     return job(one, steering, options)
 
@@ -37,7 +37,7 @@ def trained(work: Job, start: WeightPatch, texts: list[Encoded] = TRAINING) -> W
     return distill.distil(work, texts, start, lambda _done: None)
 
 
-def random_start(one: Loaded, first: int = 1) -> WeightPatch:
+def random_start(one: LoadedModel, first: int = 1) -> WeightPatch:
     return distill.random_patch(one.layout, first, OPTIONS.rank, seed=0)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from compile_steer.artifacts.paths import Places
-from compile_steer.common.progress import Meter
+from compile_steer.artifacts.paths import RunPaths
+from compile_steer.common.progress import Progress
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 
@@ -70,8 +70,8 @@ class Walk:
     stderr: str
 
     @property
-    def places(self) -> Places:
-        return Places(self.out, "ocean")
+    def paths(self) -> RunPaths:
+        return RunPaths(self.out, "ocean")
 
 
 @pytest.fixture(scope="session")
@@ -96,4 +96,4 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def opened(walk: Walk, recipe: Recipe) -> Run:
     """The walk's run, open in this process."""
-    return Run.open(recipe, walk.out, Meter())
+    return Run.open(recipe, walk.out, Progress())

@@ -70,22 +70,22 @@ def core(opened: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def reference(core: Run) -> Reference:
-    return Reference(core.recipe, core.loaded, load_program(core), core.behaviour, core.meter)
+    return Reference(core.recipe, core.loaded, load_program(core), core.behaviour, core.progress)
 
 
 def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
-    return verify_artifact(reference, folder, sha256(opened.places.program), opened.recipe.verify.gates)
+    return verify_artifact(reference, folder, sha256(opened.paths.program), opened.recipe.verify.gates)
 
 
 def faulty_bias(opened: Run, fault: Fault, folder: Path) -> Path:
-    source = opened.places.adapter("bias")
+    source = opened.paths.adapter("bias")
     origin = Provenance.read(source).of(form="merged-fp32")
     write_merged(folder, fault(read_patch(source)), opened.loaded, "fp32", origin, "")
     return folder
 
 
 def faulty_adapter(opened: Run, fault: Fault, folder: Path) -> Path:
-    source = opened.places.adapter("closed_form")
+    source = opened.paths.adapter("closed_form")
     write_patch(folder, fault(read_patch(source)), opened.loaded, Provenance.read(source), "")
     return folder
 
@@ -103,10 +103,10 @@ def test_a_faulty_adapter_is_caught(walk: Walk, opened: Run, reference: Referenc
 
 
 def test_the_untouched_adapter_passes_the_same_judge(opened: Run, reference: Reference) -> None:
-    assert judged(opened, reference, opened.places.adapter("closed_form")).reasons == []
+    assert judged(opened, reference, opened.paths.adapter("closed_form")).reasons == []
 
 
 def test_the_untouched_bias_passes_it_on_other_texts_too(core: Run) -> None:
     other = replace(core, recipe=core.recipe.model_copy(update={"seed": 11}))
-    fresh = Reference(other.recipe, other.loaded, load_program(other), other.behaviour, other.meter)
-    assert judged(other, fresh, core.places.merged("bias", "fp32")).reasons == []
+    fresh = Reference(other.recipe, other.loaded, load_program(other), other.behaviour, other.progress)
+    assert judged(other, fresh, core.paths.merged("bias", "fp32")).reasons == []

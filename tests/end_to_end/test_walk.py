@@ -103,7 +103,7 @@ def test_stock_libraries_load_the_results_without_compile_steer(walk: Walk, open
 def test_the_program_file_is_what_the_format_says(walk: Walk) -> None:
     from safetensors import safe_open
 
-    with safe_open(walk.places.program, framework="pt") as file:
+    with safe_open(walk.paths.program, framework="pt") as file:
         program = json.loads(file.metadata()["program"])
         (entry,) = program["interventions"]
         assert entry.keys() >= {"layer", "point", "operation", "coefficient", "positions", "tensor"}
@@ -123,8 +123,8 @@ def test_the_chain_of_hashes_joins_data_vector_adapter_and_merged(walk: Walk) ->
 
     adapter = json.loads((walk.out / "adapters/ocean-closed_form/compile_steer.json").read_text())
     merged = json.loads((walk.out / "merged/ocean-closed_form-fp32/compile_steer.json").read_text())
-    assert adapter["program_sha256"] == merged["program_sha256"] == sha256(walk.places.program)
-    assert adapter["validation_sha256"] == sha256(walk.places.validation)
+    assert adapter["program_sha256"] == merged["program_sha256"] == sha256(walk.paths.program)
+    assert adapter["validation_sha256"] == sha256(walk.paths.validation)
     assert merged["parent"] == artifact_sha256(walk.out / "adapters/ocean-closed_form")
     assert adapter["verdict"] == "pass" and not adapter["forced"] and len(adapter["data_sha256"]) == 7
 
@@ -144,12 +144,12 @@ def test_the_losses_stay_and_what_was_kept_to_go_on_from_does_not(walk: Walk) ->
     (block,) = [name for name in curves if name.startswith("block ")]
     assert len(curves[block]["loss"]) == 60
     assert len(curves["distill"]["held_out_kl"]) == 2
-    assert f"distill, {block}" in walk.places.report.read_text()
-    assert not walk.places.work.exists()
+    assert f"distill, {block}" in walk.paths.report.read_text()
+    assert not walk.paths.work.exists()
 
 
 def test_the_page_is_self_contained_and_tells_the_verdict(walk: Walk) -> None:
-    page = walk.places.report.read_text()
+    page = walk.paths.report.read_text()
     assert "<svg" in page and "closed_form merged-fp32" in page and "What are you?" in page
     assert "<script" not in page and 'src="' not in page
 
@@ -176,7 +176,7 @@ def test_decompiling_what_was_compiled_gives_the_direction_back(
     walk: Walk, opened: Run, name: str, cosine: float
 ) -> None:
     few = replace(opened.behaviour, train=opened.behaviour.train[:12], neutral=opened.behaviour.neutral[:6])
-    found = decompile(opened.loaded, reload(walk.out / name, opened.loaded), few, opened.meter)
+    found = decompile(opened.loaded, reload(walk.out / name, opened.loaded), few, opened.progress)
     (wanted,) = load_program(opened).interventions
     (got,) = [i for i in found.program.interventions if i.site.layer == wanted.site.layer]
     assert float(torch.cosine_similarity(got.vector, wanted.vector, dim=0)) > cosine
@@ -185,7 +185,7 @@ def test_decompiling_what_was_compiled_gives_the_direction_back(
 
 
 def test_a_program_survives_saving_bit_for_bit(walk: Walk, tmp_path: Path) -> None:
-    program = Program.load(walk.places.program)
+    program = Program.load(walk.paths.program)
     program.save(tmp_path / "again.safetensors")
     again = Program.load(tmp_path / "again.safetensors")
     assert torch.equal(again.interventions[0].vector, program.interventions[0].vector)

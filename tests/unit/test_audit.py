@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_lora, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias, convert_architecture, orthogonalise
-from compile_steer.models.load import Loaded, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
@@ -36,29 +36,29 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Loaded:
+def base(tmp_path: Path) -> LoadedModel:
     return on_disk("llama", tmp_path / "base")
 
 
-def on_disk(family: str, folder: Path, **changes: Any) -> Loaded:
+def on_disk(family: str, folder: Path, **changes: Any) -> LoadedModel:
     build(family, **changes).save_pretrained(folder)
     chatting().save_pretrained(folder)
     return load(str(folder), device="cpu")
 
 
-def merged(base: Loaded, patch: WeightPatch, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def merged(base: LoadedModel, patch: WeightPatch, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     merged_model(base.source, patch).to(dtype).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     return folder
 
 
-def look(base: Loaded, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
-    found = audit(base.source, str(other), program, threshold, Meter())
+def look(base: LoadedModel, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
+    found = audit(base.source, str(other), program, threshold, Progress())
     json.dumps(found.summary(), allow_nan=False)
     return found
 
 
-def rewritten(base: Loaded, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def rewritten(base: LoadedModel, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of the base with some tensors changed."""
     shutil.copytree(base.source, folder)
     tensors = load_file(str(folder / "model.safetensors"))
@@ -67,7 +67,7 @@ def rewritten(base: Loaded, folder: Path, change: Callable[[dict[str, Tensor]], 
     return folder
 
 
-def test_a_copy_has_no_change_and_a_cast_is_only_that(base: Loaded, tmp_path: Path) -> None:
+def test_a_copy_has_no_change_and_a_cast_is_only_that(base: LoadedModel, tmp_path: Path) -> None:
     same = look(base, Path(base.source))
     assert (same.kind, same.changes, same.settings, same.baked) == ("checkpoint", [], [], [])
     assert same.n_same == same.n_tensors > 0
@@ -78,7 +78,7 @@ def test_a_copy_has_no_change_and_a_cast_is_only_that(base: Loaded, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_added_direction_is_found_in_its_bias(base: Loaded, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_added_direction_is_found_in_its_bias(base: LoadedModel, tmp_path: Path, dtype: torch.dtype) -> None:
     program = Program((intervention(layer=1, coefficient=-1.7),), base.id, base.revision)
     other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other", dtype)
     found = look(base, other, program)
@@ -94,7 +94,7 @@ def test_an_added_direction_is_found_in_its_bias(base: Loaded, tmp_path: Path, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coefficient", [1.0, 0.6])
 def test_an_ablated_direction_is_found_in_all_writers(
-    base: Loaded, tmp_path: Path, dtype: torch.dtype, coefficient: float
+    base: LoadedModel, tmp_path: Path, dtype: torch.dtype, coefficient: float
 ) -> None:
     u = vector(3, norm=1.0)
     program = Program(ablate_everywhere(u, LAYERS, coefficient), base.id, base.revision)
@@ -113,7 +113,7 @@ def test_an_ablated_direction_is_found_in_all_writers(
     assert look(base, patch, program).baked[0].coefficient == pytest.approx(coefficient, abs=1e-4)
 
 
-def test_a_rank_one_writer_is_said_to_write_along_its_direction(base: Loaded, tmp_path: Path) -> None:
+def test_a_rank_one_writer_is_said_to_write_along_its_direction(base: LoadedModel, tmp_path: Path) -> None:
     program = Program((intervention(layer=1),), base.id, base.revision)
     edit = LowRank(program.interventions[0].vector.view(-1, 1), torch.randn(1, 48))
     write_patch(tmp_path / "a", WeightPatch({DOWN: edit}), base, origin(base), "")
@@ -126,7 +126,7 @@ def test_a_rank_one_writer_is_said_to_write_along_its_direction(base: Loaded, tm
     assert baked.norm == pytest.approx(float((edit.B @ edit.A).norm()), rel=1e-4)
 
 
-def test_ranks_norms_and_shares_are_those_of_the_difference(base: Loaded, tmp_path: Path) -> None:
+def test_ranks_norms_and_shares_are_those_of_the_difference(base: LoadedModel, tmp_path: Path) -> None:
     patch = random_patch(base)
     found = look(base, merged(base, patch, tmp_path / "other"))
     changes = {change.name: change for change in found.changes}
@@ -146,7 +146,7 @@ def test_ranks_norms_and_shares_are_those_of_the_difference(base: Loaded, tmp_pa
     assert {change.rank for change in coarse.changes} == {1}
 
 
-def test_a_tuned_writer_is_no_direction(base: Loaded, tmp_path: Path) -> None:
+def test_a_tuned_writer_is_no_direction(base: LoadedModel, tmp_path: Path) -> None:
     def tune(tensors: dict[str, Tensor]) -> None:
         tensors[f"{DOWN}.weight"] += 0.1 * torch.randn(HIDDEN, 48)
         tensors["model.norm.weight"] *= 1.1
@@ -162,7 +162,7 @@ def test_a_tuned_writer_is_no_direction(base: Loaded, tmp_path: Path) -> None:
     assert "another rank than 1" in look(base, only).not_baked
 
 
-def test_tensors_that_came_went_or_changed_shape_are_told_apart(base: Loaded, tmp_path: Path) -> None:
+def test_tensors_that_came_went_or_changed_shape_are_told_apart(base: LoadedModel, tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["model.layers.3.input_layernorm.weight"]
         tensors["extra.weight"] = torch.ones(3, 2)
@@ -205,11 +205,11 @@ def test_names_without_the_models_prefix_are_the_same_tensors(tmp_path: Path) ->
     patch = random_patch(one)
     name = "transformer.h.1.mlp.c_proj"
     other = merged(one, WeightPatch({name: patch.low_rank[name]}), tmp_path / "other")
-    found = audit(str(bare), str(other), None, 0.01, Meter())
+    found = audit(str(bare), str(other), None, 0.01, Progress())
     assert [(change.name, change.rank) for change in found.changes] == [(f"{name}.weight", patch.low_rank[name].rank)]
 
 
-def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: Loaded, tmp_path: Path) -> None:
+def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: LoadedModel, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(base.source, other)
     config = json.loads((other / "config.json").read_text())
@@ -227,7 +227,7 @@ def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: Loa
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_anybodys_plain_lora_is_read_with_its_scale(base: Loaded, tmp_path: Path, rslora: bool) -> None:
+def test_anybodys_plain_lora_is_read_with_its_scale(base: LoadedModel, tmp_path: Path, rslora: bool) -> None:
     config = LoraConfig(r=3, lora_alpha=7, target_modules=["down_proj"], use_rslora=rslora, init_lora_weights=False)
     wrapped: Any = get_peft_model(base.model, config)
     wrapped.save_pretrained(tmp_path / "a")
@@ -240,7 +240,7 @@ def test_anybodys_plain_lora_is_read_with_its_scale(base: Loaded, tmp_path: Path
 
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias", "modules_to_save", "peft_type"])
-def test_a_richer_adapter_is_refused_with_what_to_do(base: Loaded, tmp_path: Path, key: str) -> None:
+def test_a_richer_adapter_is_refused_with_what_to_do(base: LoadedModel, tmp_path: Path, key: str) -> None:
     write_patch(tmp_path / "a", random_patch(base), base, origin(base), "")
     path = tmp_path / "a" / "adapter_config.json"
     value = {"modules_to_save": ["lm_head"], "peft_type": "IA3"}.get(key, True)
@@ -250,7 +250,7 @@ def test_a_richer_adapter_is_refused_with_what_to_do(base: Loaded, tmp_path: Pat
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "config", "foreign", "missing", "empty", "threshold", "tokenizer"])
-def test_bad_input_is_refused_in_words(base: Loaded, tmp_path: Path, spoil: str) -> None:
+def test_bad_input_is_refused_in_words(base: LoadedModel, tmp_path: Path, spoil: str) -> None:
     other = tmp_path / "other"
     shutil.copytree(base.source, other)
     weights, threshold = other / "model.safetensors", 0.01
@@ -276,7 +276,7 @@ def test_bad_input_is_refused_in_words(base: Loaded, tmp_path: Path, spoil: str)
         look(base, other, threshold=threshold)
 
 
-def test_a_family_that_is_not_known_is_still_compared(base: Loaded, tmp_path: Path) -> None:
+def test_a_family_that_is_not_known_is_still_compared(base: LoadedModel, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -290,12 +290,12 @@ def test_a_family_that_is_not_known_is_still_compared(base: Loaded, tmp_path: Pa
     key = next(name for name in tensors if name.endswith("fc2.weight"))
     tensors[key] = tensors[key] + torch.outer(torch.randn(32), torch.randn(48))
     save_file(tensors, str(path))
-    found = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Meter())
+    found = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Progress())
     assert [change.rank for change in found.changes] == [1]
     assert "family is not known" in found.not_baked
 
 
-def test_the_command_prints_and_writes_json(base: Loaded, tmp_path: Path) -> None:
+def test_the_command_prints_and_writes_json(base: LoadedModel, tmp_path: Path) -> None:
     program = Program((intervention(layer=1),), base.id, base.revision)
     program.save(tmp_path / "v.safetensors")
     other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other")
@@ -311,7 +311,7 @@ def test_the_command_prints_and_writes_json(base: Loaded, tmp_path: Path) -> Non
     assert isinstance(CliRunner().invoke(app, ["audit", str(tmp_path / "x" / "y" / "z"), "b"]).exception, RecipeError)
 
 
-def test_an_adapter_of_another_base_is_refused(base: Loaded, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(base: LoadedModel, tmp_path: Path) -> None:
     other = on_disk("gpt2", tmp_path / "gpt2")
     write_patch(tmp_path / "a", random_patch(other), other, origin(other), "")
     with pytest.raises(ArtifactError, match=r"the base has none; 7 more like this\. Name the base"):

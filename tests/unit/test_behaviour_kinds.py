@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Pair, Question, require_distinct
+from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, require_distinct
 from compile_steer.data.choices import Choices
 from compile_steer.data.prompts import Instructions, Written
 from compile_steer.data.section import DataSection, fill
-from compile_steer.models.tokens import Text, encode, prompt_text
+from compile_steer.models.tokens import Pair, Text, encode, prompt_text
 from tests.tiny import chatting, tokenizer
 
 Row = dict[str, Any]

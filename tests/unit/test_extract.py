@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.options import Extract, PairMethod
 from compile_steer.extract.pairs import find, fit
 from compile_steer.extract.stage import extract
 from compile_steer.models.activations import read_activations
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.tokens import Pair, Text, encode
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import POINTS, Point, Site
@@ -54,7 +54,7 @@ def test_reading_ticks_once_a_text_and_leaves_no_hook() -> None:
     one = loaded("gpt2")
     done: list[float] = []
     before = n_hooks(one.model)
-    read_activations(one, TEXTS, point="mlp_out", readout="response_mean", tick=done.append)
+    read_activations(one, TEXTS, point="mlp_out", readout="response_mean", advance=done.append)
     assert sum(done) == len(TEXTS)
     assert n_hooks(one.model) == before
 
@@ -211,7 +211,7 @@ PAIRS = tuple(Pair(Text(f"w{n} w60 w8", f"w4{n} w50"), Text(f"w{n} w70 w8", f"w5
 def test_extraction_fits_each_block_on_the_pairs_asked_for_and_comes_back_from_disk(tmp_path: Path) -> None:
     one = loaded("granite")
     options = {"pairs": 3, "point": "mlp_out", "method": "pca", "shuffled": 6}
-    found = extract(recipe(**options), one, behaviour(*PAIRS), "inputs", Meter())
+    found = extract(recipe(**options), one, behaviour(*PAIRS), "inputs", Progress())
     positive, negative = (
         read_activations(one, side, point="mlp_out", readout="response_mean")
         for side in ([p.positive for p in PAIRS[:3]], [p.negative for p in PAIRS[:3]])
@@ -236,26 +236,26 @@ def test_directions_that_are_no_directions_are_refused(tmp_path: Path) -> None:
 
 def test_more_pairs_than_there_are_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"extract\.pairs: 9 wanted, but data\.train has 4"):
-        extract(recipe(pairs=9), loaded("llama"), behaviour(*PAIRS), "", Meter())
+        extract(recipe(pairs=9), loaded("llama"), behaviour(*PAIRS), "", Progress())
 
 
 def test_the_same_prompt_on_both_sides_cannot_be_read_at_its_last_token() -> None:
     same = [replace(p, negative=Text(p.positive.prompt, "w50")) for p in PAIRS[:2]]
     with pytest.raises(RecipeError, match="2 of 4 pairs ask the same prompt on both sides"):
-        extract(recipe(readout="last_prompt"), loaded("llama"), behaviour(*same, *PAIRS[2:]), "", Meter())
+        extract(recipe(readout="last_prompt"), loaded("llama"), behaviour(*same, *PAIRS[2:]), "", Progress())
 
 
 def test_sides_that_are_the_same_text_have_no_direction() -> None:
     same = [replace(p, negative=p.positive) for p in PAIRS]
     with pytest.raises(RecipeError, match="there is no direction between them"):
-        extract(recipe(), loaded("llama"), behaviour(*same), "", Meter())
+        extract(recipe(), loaded("llama"), behaviour(*same), "", Progress())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_embeddings_below_do_not_hide_the_directions_above(method: PairMethod) -> None:
     """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
     options = recipe(point="resid_pre", readout="last_prompt", method=method)
-    found = extract(options, loaded("llama"), behaviour(*PAIRS), "", Meter())
+    found = extract(options, loaded("llama"), behaviour(*PAIRS), "", Progress())
     assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1
     assert bool(torch.isfinite(found.vectors).all())
     assert bool(torch.isfinite(found.shuffled).all())
@@ -272,7 +272,7 @@ ASKED = tuple(
 def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> None:
     """u = normalised mean of x(q + instruction) - x(q), t = mean of x(q + instruction) . u, both at the last token."""
     one = loaded("llama")
-    found = extract(recipe(readout="last_prompt", operation="clamp"), one, behaviour(*ASKED), "", Meter())
+    found = extract(recipe(readout="last_prompt", operation="clamp"), one, behaviour(*ASKED), "", Progress())
     states = []
     for side in ([p.positive for p in ASKED], [p.negative for p in ASKED]):
         rows = []
@@ -292,7 +292,9 @@ def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> N
 def test_a_response_that_is_not_read_changes_nothing() -> None:
     answered = [replace(p, positive=replace(p.positive, response="w33 w34")) for p in ASKED]
     options = recipe(readout="last_prompt")
-    first, second = (extract(options, loaded("llama"), behaviour(*pairs), "", Meter()) for pairs in (ASKED, answered))
+    first, second = (
+        extract(options, loaded("llama"), behaviour(*pairs), "", Progress()) for pairs in (ASKED, answered)
+    )
     assert torch.equal(first.vectors, second.vectors)
 
 
@@ -301,7 +303,8 @@ def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
     neutral = (Text("w8 w9", "w10 w11 w12"), Text("w13", "w14 w15"), Text("w40 w41", "w42"))
     whole = replace(behaviour(*PAIRS), neutral=neutral)
     own, unit, stream = (
-        extract(recipe(length=length, point="mlp_out"), one, whole, "", Meter()) for length in ("own", "unit", "stream")
+        extract(recipe(length=length, point="mlp_out"), one, whole, "", Progress())
+        for length in ("own", "unit", "stream")
     )
     norms: list[list[float]] = [[] for _ in range(LAYERS)]
     for text in neutral:
@@ -318,7 +321,7 @@ def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
 
 
 def test_only_layers_with_a_direction_are_swept() -> None:
-    found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Meter())
+    found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Progress())
     assert found.layers == tuple(range(LAYERS))
     options = recipe().validate_
     assert candidates(options, found) == [1, 2, 3]

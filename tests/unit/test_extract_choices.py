@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair, Question
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour, Question
 from compile_steer.extract.choices import Item, choose, fit, read_items, relabelled, sides
 from compile_steer.extract.options import ChoiceMethod
 from compile_steer.extract.stage import extract
 from compile_steer.models.activations import read_activations
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.tokens import Pair, Text, encode
 from compile_steer.steering.program import Point
 from tests.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
@@ -76,7 +76,7 @@ def test_pasf_is_right_minus_the_mean_of_the_wrong_answers_over_all_questions() 
     for one in asked:
         others = [at_letter(one, n) for n in range(len(one.letters)) if n != one.answer]
         wanted += (at_letter(one, one.answer) - torch.stack(others).mean(dim=0)) / len(asked)
-    found = extract(recipe(method="pasf"), loaded("llama"), behaviour(asked), "", Meter())
+    found = extract(recipe(method="pasf"), loaded("llama"), behaviour(asked), "", Progress())
     assert torch.allclose(found.vectors, wanted, atol=1e-4)
     assert found.operation == "add"
 
@@ -87,7 +87,7 @@ def test_ipasa_is_its_own_answers_where_right_against_where_wrong() -> None:
     right = [at_letter(one, mine) for one, mine in zip(asked, own, strict=True) if mine == one.answer]
     wrong = [at_letter(one, mine) for one, mine in zip(asked, own, strict=True) if mine != one.answer]
     assert (len(right), len(wrong)) == (4, 5)
-    found = extract(recipe(method="ipasa"), loaded("llama"), behaviour(asked), "", Meter())
+    found = extract(recipe(method="ipasa"), loaded("llama"), behaviour(asked), "", Progress())
     assert torch.allclose(found.vectors, torch.stack(right).mean(0) - torch.stack(wrong).mean(0), atol=1e-4)
 
 
@@ -99,14 +99,14 @@ def test_ipaswo_is_the_right_against_its_own_answer_where_that_is_wrong() -> Non
         for one, mine in zip(asked, own, strict=True)
         if mine != one.answer
     ]
-    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(asked), "", Meter())
+    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(asked), "", Progress())
     assert torch.allclose(found.vectors, torch.stack(differences).mean(0), atol=1e-4)
 
 
 def test_off_by_one_reads_the_block_s_input_and_steers_its_output() -> None:
     asked = questions(8, right=3)
     plain, shifted = (
-        extract(recipe(method="pasf", off_by_one=arm), loaded("llama"), behaviour(asked), "", Meter())
+        extract(recipe(method="pasf", off_by_one=arm), loaded("llama"), behaviour(asked), "", Progress())
         for arm in (False, True)
     )
     assert torch.allclose(shifted.vectors[1:], plain.vectors[:-1], atol=1e-5)
@@ -116,7 +116,7 @@ def test_off_by_one_reads_the_block_s_input_and_steers_its_output() -> None:
 
 def test_a_clamp_sets_the_mean_projection_of_the_positive_side() -> None:
     asked = questions(7, right=3)
-    found = extract(recipe(method="pasf", operation="clamp"), loaded("llama"), behaviour(asked), "", Meter())
+    found = extract(recipe(method="pasf", operation="clamp"), loaded("llama"), behaviour(asked), "", Progress())
     positive = torch.stack([at_letter(one, one.answer) for one in asked]).mean(dim=0)
     one = found.program(1, 0.7, "last_prompt").interventions[0]
     assert one.operation == "clamp"
@@ -168,11 +168,11 @@ def test_every_item_of_ipasa_counts_on_the_side_that_the_shuffled_labels_say() -
 )
 def test_too_few_right_or_wrong_answers_are_refused(method: ChoiceMethod, right: int, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        extract(recipe(method=method), loaded("llama"), behaviour(questions(8, right=right)), "", Meter())
+        extract(recipe(method=method), loaded("llama"), behaviour(questions(8, right=right)), "", Progress())
 
 
 def test_all_wrong_is_enough_for_ipaswo() -> None:
-    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(questions(8, right=0)), "", Meter())
+    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(questions(8, right=0)), "", Progress())
     assert float(found.vectors.norm(dim=-1).min()) > 0.01
 
 
@@ -180,15 +180,15 @@ def test_what_are_no_questions_is_refused() -> None:
     one = loaded("llama")
     same = [question(n, 1) for n in range(5)]
     with pytest.raises(RecipeError, match="the right answer is w41 in all 5 questions"):
-        extract(recipe(method="pasf"), one, behaviour(same), "", Meter())
+        extract(recipe(method="pasf"), one, behaviour(same), "", Progress())
     with pytest.raises(RecipeError, match=r"data\.train has none; give rows of question, choices"):
-        extract(recipe(method="pasf"), one, behaviour([]), "", Meter())
+        extract(recipe(method="pasf"), one, behaviour([]), "", Progress())
     with pytest.raises(RecipeError, match=r"extract\.pairs: 30 wanted, but data\.train has 12 questions"):
-        extract(recipe(method="pasf", pairs=30), one, behaviour(questions()), "", Meter())
+        extract(recipe(method="pasf", pairs=30), one, behaviour(questions()), "", Progress())
     for letters in (("w30 w31", "w41"), ("nothing", "else")):  # two tokens; one and the same
         asked = [question(n, n % 2, letters) for n in range(4)]
         with pytest.raises(RecipeError, match="needs letters that are one token each"):
-            extract(recipe(method="pasf"), one, behaviour(asked), "", Meter())
+            extract(recipe(method="pasf"), one, behaviour(asked), "", Progress())
 
 
 @pytest.mark.parametrize(

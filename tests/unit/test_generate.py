@@ -15,7 +15,7 @@ from compile_steer.models.generate import (
     response_text,
     states_after,
 )
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import Encoded, Text, encode, pad
 from compile_steer.steering.hooks import steered
@@ -24,7 +24,7 @@ from tests.tiny import EOS_ID, build, chatting, intervention, loaded, program
 PROMPTS = (Text("w20 w21 w22 w23 w24"), Text("w30"), Text("w40 w41 w42"))
 
 
-def unending(family: str) -> Loaded:
+def unending(family: str) -> LoadedModel:
     """A model of its own without an end-of-turn token in its settings."""
     model = build(family)
     assert model.generation_config is not None
@@ -32,7 +32,7 @@ def unending(family: str) -> Loaded:
     return replace(loaded(family), model=model)
 
 
-def greedy_by_hand(one: Loaded, prompt: Text, steps: int) -> tuple[int, ...]:
+def greedy_by_hand(one: LoadedModel, prompt: Text, steps: int) -> tuple[int, ...]:
     ids = list(encode(one.tokenizer, prompt).ids)
     for _ in range(steps):
         with torch.no_grad():

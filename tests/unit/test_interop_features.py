@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.stage import extract, source
 from compile_steer.models.tokens import Text
@@ -63,7 +63,7 @@ def asked(file: Path, index: int | None = None, **options: object) -> Recipe:
 
 
 def found(file: Path, index: int | None = INDEX, **options: object) -> Directions:
-    return extract(asked(file, index, **options), loaded("llama"), DATA, "", Meter())
+    return extract(asked(file, index, **options), loaded("llama"), DATA, "", Progress())
 
 
 @pytest.mark.parametrize("old", [True, False])

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.extract.stage import extract
 from compile_steer.formats.foreign import Given
 from compile_steer.formats.formats import read
@@ -53,7 +53,7 @@ FAMILIES = ("llama", "gpt2", "gemma2")
 
 def imported(family: str, file: Path, **said: Any) -> Directions:
     options = recipe(method="imported", imported={"file": file, **said}, shuffled=5)
-    return extract(options, loaded(family), DATA, "", Meter())
+    return extract(options, loaded(family), DATA, "", Progress())
 
 
 def by_hand(family: str, vectors: dict[int, Tensor], coefficient: float) -> Tensor:
@@ -264,14 +264,14 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     made = read_recipe(tmp_path / "happy.yaml")
     assert (made.name, made.device, str(made.extract.imported.file)) == ("happy", "cpu", "theirs/happy.gguf")
     assert (tmp_path / "happy.yaml").read_text().startswith("# Where it comes from\n")
-    places = Places(tmp_path / "runs" / "happy", "happy")
-    directions = Directions.load(places.directions)
+    paths = RunPaths(tmp_path / "runs" / "happy", "happy")
+    directions = Directions.load(paths.directions)
     assert directions.joint
     assert torch.equal(directions.vectors[1], vectors[1])
-    assert {link.what: link.state for link in walk(places.directions)}["data imported"] == "whole"
-    first = places.directions.stat().st_ino
+    assert {link.what: link.state for link in walk(paths.directions)}["data imported"] == "whole"
+    first = paths.directions.stat().st_ino
     run("extract", tmp_path / "happy.yaml")
-    assert places.directions.stat().st_ino == first, "the new recipe keeps what the import left"
+    assert paths.directions.stat().st_ino == first, "the new recipe keeps what the import left"
     run(*command, "--layer-convention", "block", "--joint", "1,2")
     with pytest.raises(RecipeError, match="is there already and says something else"):
         run(*command, "--layer-convention", "hidden_state")
@@ -281,9 +281,9 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     with pytest.raises(RecipeError, match="--joint 1;2: needed: all, or blocks"):
         run(*command, "--layer-convention", "block", "--joint", "1;2")
 
-    directions.program(EVERY_BLOCK, 0.6, "all").save(places.program)
+    directions.program(EVERY_BLOCK, 0.6, "all").save(paths.program)
     told = run("export-vector", tmp_path / "happy.yaml")
-    assert told["file"] == str(places.program.with_suffix(".gguf").relative_to(tmp_path))
+    assert told["file"] == str(paths.program.with_suffix(".gguf").relative_to(tmp_path))
     back = read(Path(told["file"]), None, given(layer_convention="block"))
     assert all(torch.equal(back.vectors[k], 0.6 * v) for k, v in vectors.items())
     run("export-vector", tmp_path / "happy.yaml", "--format", "svec", "--layer-convention", "block", "--to", "b.svec")

@@ -16,7 +16,7 @@ from rich.console import Console
 from compile_steer.common.errors import RecipeError
 from compile_steer.models.divergence import divergence
 from compile_steer.models.generate import continue_encoded, response_text
-from compile_steer.models.load import Loaded
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import Encoded, Text
 from compile_steer.report.terminal import print_parities
@@ -37,7 +37,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene.of(tmp_path_factory.mktemp("scene"), **OPTIONS)
 
 
-def kinds(scene: Scene, base: Loaded | None = None) -> Kinds:
+def kinds(scene: Scene, base: LoadedModel | None = None) -> Kinds:
     score = recipe().validate_.score.bind(scene.base, behaviour())
     return Kinds(base or scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5, score)
 
@@ -105,7 +105,7 @@ def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
     adapter = _reloaded(scene, scene.adapter("figures"))
     (found,) = [found for found in one.measure(adapter)[0] if found.kind == "long"]
 
-    def answers(model: Loaded, program: Program | None) -> list[Encoded]:
+    def answers(model: LoadedModel, program: Program | None) -> list[Encoded]:
         asked = [[prompt] for prompt in one.prompts["long"]]
         return [continue_encoded(model, p, program, max_new_tokens=5, temperature=1.0, seed=5)[0] for p in asked]
 
@@ -194,7 +194,7 @@ def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> No
         Verify(**change)
 
 
-def _reloaded(scene: Scene, folder: Path) -> Loaded:
+def _reloaded(scene: Scene, folder: Path) -> LoadedModel:
     from compile_steer.models.reload import reload
 
     torch.manual_seed(0)

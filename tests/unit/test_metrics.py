@@ -18,7 +18,7 @@ from compile_steer.models.divergence import (
     kl_divergence,
     log_softmax,
 )
-from compile_steer.models.forward import readout
+from compile_steer.models.forward import lm_head
 from tests.tiny import HIDDEN, loaded
 
 
@@ -60,7 +60,7 @@ def test_two_models_are_compared_chunk_by_chunk_over_all_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(CHUNK_TOKENS + 37, HIDDEN, generator=generator) for _ in range(2))
     found = divergence(llama, p, granite, q)
-    log_p, log_q = log_softmax(readout(llama, p)), log_softmax(readout(granite, q))
+    log_p, log_q = log_softmax(lm_head(llama, p)), log_softmax(lm_head(granite, q))
     wanted = functional.kl_div(log_q.double(), log_p.double(), reduction="none", log_target=True).sum(dim=-1)
     assert torch.allclose(found.kl, wanted, rtol=1e-4)
     assert torch.equal(found.same_top1, log_p.argmax(dim=-1) == log_q.argmax(dim=-1))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.models.load import Loaded, choose_device, load, weights_revision
+from compile_steer.models.load import LoadedModel, choose_device, load, weights_revision
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Site
 from tests.tiny import (
@@ -32,7 +32,7 @@ from tests.tiny import (
 
 
 @pytest.fixture
-def folder(saved: Callable[[str], Loaded], tmp_path: Path) -> Path:
+def folder(saved: Callable[[str], LoadedModel], tmp_path: Path) -> Path:
     """A model folder with its tokenizer, of this test's own."""
     copy = tmp_path / "model"
     shutil.copytree(saved("llama").source, copy)
@@ -98,9 +98,9 @@ def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
     one = loaded(family)
     layout = one.layout
     assert (layout.n_layers, layout.d_model) == (LAYERS, HIDDEN)
-    for kind in layout.writer_kinds:
+    for kind in layout.projection_kinds:
         d_in = FFN if kind == "mlp" else None
-        writer = layout.writer(2, kind)
+        writer = layout.output_projection(2, kind)
         assert one.model.get_submodule(writer.name) is writer.module
         weight = writer.module.weight
         assert isinstance(weight, nn.Parameter)
@@ -112,9 +112,9 @@ def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
 
 def test_a_mixture_of_experts_has_no_one_writer_in_its_mlp() -> None:
     layout = loaded("qwen3_moe").layout
-    assert layout.writer_kinds == ("attn",)
+    assert layout.projection_kinds == ("attn",)
     with pytest.raises(LayoutError, match="the MLP of qwen3_moe is a mixture of experts"):
-        layout.writer(2, "mlp")
+        layout.output_projection(2, "mlp")
 
 
 def test_a_layout_refuses_sites_and_programs_the_model_does_not_have() -> None:

@@ -19,7 +19,7 @@ from benchmarks.faults import FAULTS, Verdict, page
 from benchmarks.planted import Fault, weights_file
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.steering.hooks import steered
 from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact
@@ -187,14 +187,14 @@ def test_the_judge_passes_the_untouched(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_program_of_other_positions_is_seen(scene: Scene) -> None:
     only = replace(scene.program, interventions=(replace(scene.program.interventions[0], positions="response"),))
-    other = Reference(recipe(**scene.verify), scene.base, only, behaviour(), Meter())
+    other = Reference(recipe(**scene.verify), scene.base, only, behaviour(), Progress())
     assert verify_artifact(other, scene.folder / "merged", PROGRAM_HASH, other.recipe.verify.gates).reasons
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_hook_that_was_left_on_is_seen(scene: Scene, form: str) -> None:
     with steered(scene.base.model, scene.program):
-        other = Reference(recipe(**scene.verify), scene.base, scene.program, behaviour(), Meter())
+        other = Reference(recipe(**scene.verify), scene.base, scene.program, behaviour(), Progress())
         found = verify_artifact(other, scene.folder / form, PROGRAM_HASH, other.recipe.verify.gates)
     assert any("adapter at scale 0" in reason for reason in found.reasons) or form == "merged"
     assert found.reasons

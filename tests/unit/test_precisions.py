@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 from compile_steer.artifact_formats import run_merge
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
 from compile_steer.export.merged import write_merged
@@ -178,17 +178,17 @@ def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: Scene) -> Non
 
 
 def walk_of(scene: Scene, forms: list[Form], out: Path) -> Run:
-    return Run(recipe(forms=forms), Places(out, "tiny"), scene.base, behaviour(), Meter())
+    return Run(recipe(forms=forms), RunPaths(out, "tiny"), scene.base, behaviour(), Progress())
 
 
 def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: Scene, tmp_path: Path) -> None:
     run = walk_of(bytewise, ["adapter", "gguf-q8_0", "merged-fp16"], tmp_path)
     adapter = bytewise.adapter()
-    shutil.copytree(adapter, run.places.adapter("closed_form"))
-    folders = run_merge(run, [run.places.adapter("closed_form")])
+    shutil.copytree(adapter, run.paths.adapter("closed_form"))
+    folders = run_merge(run, [run.paths.adapter("closed_form")])
     assert [folder.name for folder in folders] == ["tiny-closed_form-gguf-q8_0", "tiny-closed_form-fp16"]
     written = (folders[0] / GGUF_FILE).stat().st_mtime_ns
-    assert run_merge(run, [run.places.adapter("closed_form")]) == folders
+    assert run_merge(run, [run.paths.adapter("closed_form")]) == folders
     assert (folders[0] / GGUF_FILE).stat().st_mtime_ns == written
     assert Provenance.untouched(folders[0]).whole and not Provenance.untouched(adapter).whole
     assert {link.what: link.state for link in walk(folders[0])}["adapter"] == "whole"
@@ -198,7 +198,7 @@ def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: Scene, tm
 
 def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: Scene, tmp_path: Path) -> None:
     run = walk_of(scene, ["merged-fp32", "gguf-q4_0"], tmp_path)
-    scene.program.save(run.places.program)
+    scene.program.save(run.paths.program)
     with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):
         run_plan(run)
     assert any(choice.chosen for choice in run_plan(walk_of(scene, ["merged-fp32"], tmp_path)))

@@ -57,7 +57,7 @@ def push(*arguments: str | Path) -> Any:
 
 
 def test_without_yes_it_lists_and_does_nothing(run: SmallRun, hub: Hub) -> None:
-    folder = run.places.merged("bias", "fp32")
+    folder = run.paths.merged("bias", "fp32")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "left").touch()
     told = push(folder)
@@ -72,7 +72,7 @@ def test_without_yes_it_lists_and_does_nothing(run: SmallRun, hub: Hub) -> None:
 
 
 def test_with_yes_exactly_the_listed_files_are_sent(run: SmallRun, hub: Hub) -> None:
-    folder = run.places.merged("bias", "fp32")
+    folder = run.paths.merged("bias", "fp32")
     done = push(folder, "--yes", "--json")
     assert done.exit_code == 0
     listed = json.loads(done.stdout)
@@ -96,16 +96,16 @@ def test_with_yes_exactly_the_listed_files_are_sent(run: SmallRun, hub: Hub) -> 
     ],
 )
 def test_what_is_not_known_to_be_the_steered_model_is_refused(run: SmallRun, hub: Hub, case: str, words: str) -> None:
-    places = run.places
-    folder = places.merged("bias", "fp32")
+    paths = run.paths
+    folder = paths.merged("bias", "fp32")
     if case == "failed":
-        folder = places.adapter("closed_form")
+        folder = paths.adapter("closed_form")
     elif case == "missing":
         (folder / "parity.json").unlink()
     elif case == "of another":
-        shutil.copy(places.adapter("closed_form") / "parity.json", folder / "parity.json")
+        shutil.copy(paths.adapter("closed_form") / "parity.json", folder / "parity.json")
     elif case == "edited":
-        folder = places.adapter("closed_form")
+        folder = paths.adapter("closed_form")
         content = json.loads((folder / "parity.json").read_text())
         (folder / "parity.json").write_text(json.dumps({**content, "passed": True, "reasons": []}))
     elif case == "tampered":
@@ -127,7 +127,7 @@ def test_what_is_not_known_to_be_the_steered_model_is_refused(run: SmallRun, hub
 @pytest.mark.parametrize("target", ["tide", "a/b/c", "somebody/ti de", "--x/y"])
 def test_a_target_that_is_no_repository_is_refused(run: SmallRun, target: str) -> None:
     with pytest.raises(RecipeError, match="--to"):
-        prepare(run.places.adapter("bias"), target, private=True)
+        prepare(run.paths.adapter("bias"), target, private=True)
 
 
 def test_foreign_and_missing_folders_are_refused(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_foreign_and_missing_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_changes_after_the_listing_is_not_sent(run: SmallRun) -> None:
-    folder, hub = run.places.merged("bias", "fp32"), Hub()
+    folder, hub = run.paths.merged("bias", "fp32"), Hub()
     upload = prepare(folder, TARGET, private=True)
     (folder / "README.md").write_text("another card")
     with pytest.raises(ArtifactError, match="README.md changed since it was listed"):
@@ -148,7 +148,7 @@ def test_what_changes_after_the_listing_is_not_sent(run: SmallRun) -> None:
 
 def test_a_hub_that_refuses_is_a_message(run: SmallRun, hub: Hub) -> None:
     hub.error = ConnectionError("no route to host")
-    told = push(run.places.merged("bias", "fp32"), "--yes")
+    told = push(run.paths.merged("bias", "fp32"), "--yes")
     assert isinstance(told.exception, CompileSteerError)
     assert "no route to host" in str(told.exception)
     assert "hf auth login" in str(told.exception)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compile_steer.models.forward import readout, run_span
+from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import applied
@@ -46,7 +46,7 @@ def steering(family: str) -> Program:
 
 def span(model: nn.Module, batch: Padded, **bounds: Any) -> Tensor:
     with torch.no_grad():
-        return run_span(model, batch.input_ids, batch.attention_mask, **bounds)
+        return run_blocks(model, batch.input_ids, batch.attention_mask, **bounds)
 
 
 def final_states(model: nn.Module, batch: Padded) -> Tensor:
@@ -130,15 +130,15 @@ def test_readout_of_the_final_states_is_the_model_s_logits(family: str) -> None:
     model = loaded(family).model
     batch = Padded.of(texts(), "right")
     states = torch.cat(batch.rows(span(model, batch)))
-    assert relative_error(readout(model, states), logits(model, batch)) < 1e-6
+    assert relative_error(lm_head(model, states), logits(model, batch)) < 1e-6
 
 
 def test_readout_and_spans_let_gradients_through() -> None:
     model = loaded("gemma2").model
     batch = Padded.of(texts(), "right")
     hidden = span(model, batch, stop=2).requires_grad_()
-    final = run_span(model, batch.input_ids, batch.attention_mask, start=2, hidden=hidden)
-    readout(model, final[0]).square().mean().backward()
+    final = run_blocks(model, batch.input_ids, batch.attention_mask, start=2, hidden=hidden)
+    lm_head(model, final[0]).square().mean().backward()
     assert hidden.grad is not None
     assert float(hidden.grad[0].abs().max()) > 0
     assert not hidden.grad[1:].any(), "the other rows were not read out"
@@ -149,7 +149,7 @@ def test_a_span_leaves_the_model_as_it_was_even_after_an_error() -> None:
     batch = Padded.of(texts(), "right")
     before, base = n_hooks(model), logits(model, batch)
     span(model, batch, start=1, stop=2, hidden=torch.ones(3, 10, HIDDEN))
-    readout(model, torch.ones(2, HIDDEN))
+    lm_head(model, torch.ones(2, HIDDEN))
     with pytest.raises(RuntimeError):
         span(model, batch, start=1, hidden=torch.ones(3, 10, HIDDEN + 1))
     assert n_hooks(model) == before

@@ -16,7 +16,7 @@ from compile_steer.artifacts.files import digest, save_sealed
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.pipeline import run_compile, run_extract
 from compile_steer.run import Run
@@ -31,7 +31,7 @@ from tests.unit.test_write import speaker
 
 
 def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproduction:
-    return reproduce(path, tmp_path / "again", recipes, TOLERANCE, Meter())
+    return reproduce(path, tmp_path / "again", recipes, TOLERANCE, Progress())
 
 
 def states(found: Reproduction) -> dict[str, str]:
@@ -50,7 +50,7 @@ def states(found: Reproduction) -> dict[str, str]:
     ],
 )
 def test_the_same_recipe_gives_the_same_bytes(run: SmallRun, tmp_path: Path, name: str, links: list[str]) -> None:
-    found = again(run.places.out / name, tmp_path)
+    found = again(run.paths.out / name, tmp_path)
     assert [link.what for link in found.links if link.what.split()[0] not in ("recipe", "data", "base")] == links
     assert set(states(found).values()) == {"bytes"}
     assert found.agrees
@@ -61,7 +61,7 @@ def test_the_same_recipe_gives_the_same_bytes(run: SmallRun, tmp_path: Path, nam
 
 def rewritten(run: SmallRun, factor: float) -> Path:
     """The adapter with its weights times `factor`, as if another machine had computed and recorded them."""
-    folder = run.places.adapter("closed_form")
+    folder = run.paths.adapter("closed_form")
     origin = Provenance.read(folder)
     write_patch(folder, factor * read_patch(folder), run.open().loaded, origin, "")
     return folder
@@ -78,16 +78,16 @@ def test_other_bytes_are_told_by_their_numbers(run: SmallRun, tmp_path: Path) ->
     assert states(far)["adapter"] == "differs"
     assert far.links[-1].difference == pytest.approx(0.1 / 1.1, rel=0.01)
     assert not far.agrees
-    shown = CliRunner().invoke(app, ["reproduce", str(run.places.adapter("closed_form")), "--json"])
+    shown = CliRunner().invoke(app, ["reproduce", str(run.paths.adapter("closed_form")), "--json"])
     assert shown.exit_code == 1
     assert json.loads(shown.stdout)["links"][-1]["state"] == "differs"
-    allowed = CliRunner().invoke(app, ["reproduce", str(run.places.adapter("closed_form")), "--tolerance", "0.2"])
+    allowed = CliRunner().invoke(app, ["reproduce", str(run.paths.adapter("closed_form")), "--tolerance", "0.2"])
     assert allowed.exit_code == 0
     assert "numbers agree" in allowed.output
 
 
 def test_tampered_weights_are_not_what_the_recipe_gives(run: SmallRun, tmp_path: Path) -> None:
-    folder = run.places.adapter("closed_form")
+    folder = run.paths.adapter("closed_form")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
     found = again(folder, tmp_path)
@@ -100,14 +100,14 @@ def test_tampered_weights_are_not_what_the_recipe_gives(run: SmallRun, tmp_path:
 def test_nothing_runs_on_other_inputs(
     run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    folder = run.places.adapter("bias")
+    folder = run.paths.adapter("bias")
     if what == "data train":
         path = run.root / "recipes" / "data" / "train.jsonl"
         path.write_text(path.read_text(encoding="utf-8").replace("w9", "w8"), encoding="utf-8")
     elif what == "base":
         monkeypatch.setattr("compile_steer.tools.reproduce.revision_of", lambda _model: "sha256:other")
     else:
-        run.places.program.unlink()  # else the vector's own record is read first
+        run.paths.program.unlink()  # else the vector's own record is read first
         origin = Provenance.read(folder)
         path = folder / "compile_steer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def test_nothing_runs_on_other_inputs(
 
 
 def test_other_versions_are_named(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = run.places.directions
+    path = run.paths.directions
     torch_now = torch.__version__
     monkeypatch.setattr("compile_steer.tools.reproduce.versions", lambda: {"torch": "9.9", "transformers": "8.8"})
     found = again(path, tmp_path)
@@ -132,7 +132,7 @@ def test_other_versions_are_named(run: SmallRun, tmp_path: Path, monkeypatch: py
 
 def test_an_adapter_by_itself_is_made_again_from_its_own_recipe(run: SmallRun, tmp_path: Path) -> None:
     alone = tmp_path.parent / f"{tmp_path.name}-alone" / "adapters" / "tide-bias"
-    shutil.copytree(run.places.adapter("bias"), alone)
+    shutil.copytree(run.paths.adapter("bias"), alone)
     with pytest.raises(ArtifactError, match="--recipes"):
         again(alone, tmp_path)
     found = again(alone, tmp_path, run.root / "recipes")
@@ -142,11 +142,11 @@ def test_an_adapter_by_itself_is_made_again_from_its_own_recipe(run: SmallRun, t
 
 
 def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Path) -> None:
-    places = run.places
-    places.validation.unlink()
-    (2.0 * Program.load(places.program)).save(places.program)
+    paths = run.paths
+    paths.validation.unlink()
+    (2.0 * Program.load(paths.program)).save(paths.program)
     run_compile(run.open(), force=True)
-    found = again(places.adapter("bias"), tmp_path)
+    found = again(paths.adapter("bias"), tmp_path)
     (vector,) = [link for link in found.links if link.what == "vector"]
     assert (vector.state, vector.note) == ("bytes", "no recipe made it: taken as it is")
     assert states(found)["patch"] == "bytes"
@@ -154,7 +154,7 @@ def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Pat
 
 
 def test_what_cannot_be_replayed_is_refused_in_words(run: SmallRun, tmp_path: Path) -> None:
-    folder = run.places.adapter("bias")
+    folder = run.paths.adapter("bias")
     origin = Provenance.read(folder)
     (run.root / "recipes" / "data" / "test.jsonl").unlink()
     with pytest.raises(CompileSteerError, match="test.jsonl does not exist"):
@@ -166,15 +166,15 @@ def test_what_cannot_be_replayed_is_refused_in_words(run: SmallRun, tmp_path: Pa
     with pytest.raises(ArtifactError, match="recorded no recipe"):
         again(folder, tmp_path)
     with pytest.raises(ArtifactError, match="is a report; name what it is about"):
-        again(run.places.validation, tmp_path)
+        again(run.paths.validation, tmp_path)
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "something").touch()
     with pytest.raises(ArtifactError, match="not an empty folder"):
-        again(run.places.program, tmp_path)
+        again(run.paths.program, tmp_path)
     with pytest.raises(ArtifactError, match="does not exist"):
-        reproduce(tmp_path / "nothing", tmp_path / "new", None, TOLERANCE, Meter())
+        reproduce(tmp_path / "nothing", tmp_path / "new", None, TOLERANCE, Progress())
     with pytest.raises(ArtifactError, match="was not made by compile_steer"):
-        reproduce(tmp_path / "again", tmp_path / "new", None, TOLERANCE, Meter())
+        reproduce(tmp_path / "again", tmp_path / "new", None, TOLERANCE, Progress())
 
 
 def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("compile_steer.tools.reproduce.revision_of", gone)
     with pytest.raises(RecipeError, match="no such folder"):
-        again(run.places.program, tmp_path)
+        again(run.paths.program, tmp_path)
 
 
 def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
@@ -193,14 +193,14 @@ def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
     folder, out = tmp_path / "recipes", tmp_path / "runs" / "said"
     folder.mkdir()
     recipe = written_recipe(folder).model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
-    opened = Run.open(recipe, out, Meter())
+    opened = Run.open(recipe, out, Progress())
     run_extract(opened)
-    path = opened.places.directions
+    path = opened.paths.directions
     assert {link.state for link in walk(path)} == {"whole"}
     found = again(path, tmp_path)
     assert set(states(found).values()) == {"bytes"}
     assert states(found).keys() >= {"data train", "data train, asked", "data neutral"}
-    pairs = opened.places.pairs("test")
+    pairs = opened.paths.pairs("test")
     pairs.write_text(pairs.read_text(encoding="utf-8").replace("w", "w1", 1), encoding="utf-8")
     assert [link.what for link in walk(path) if link.state == "broken"] == ["data test"]
     assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are written again, not read"
@@ -243,19 +243,19 @@ def test_a_checkpoint_is_compared_by_what_it_changed(tmp_path: Path) -> None:
 
 
 def test_programs_and_reports_are_compared_by_what_they_do(run: SmallRun, tmp_path: Path) -> None:
-    program = Program.load(run.places.program)
+    program = Program.load(run.paths.program)
     (1.5 * program).save(tmp_path / "more.safetensors")
-    assert compare.of_programs(run.places.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
+    assert compare.of_programs(run.paths.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
     (program + program).save(tmp_path / "twice.safetensors")
-    assert compare.of_programs(run.places.program, tmp_path / "twice.safetensors") == math.inf
-    content = json.loads(run.places.validation.read_text(encoding="utf-8"))
+    assert compare.of_programs(run.paths.program, tmp_path / "twice.safetensors") == math.inf
+    content = json.loads(run.paths.validation.read_text(encoding="utf-8"))
     size = max(abs(content["contrast"]["value"]), content["contrast"]["high"] - content["contrast"]["low"])
     content["contrast"]["value"] += 0.25 * size
     (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
-    assert compare.of_reports(run.places.validation, tmp_path / "other.json") == pytest.approx(0.25)
+    assert compare.of_reports(run.paths.validation, tmp_path / "other.json") == pytest.approx(0.25)
     (tmp_path / "verdict.json").write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
-    assert compare.of_reports(run.places.validation, tmp_path / "verdict.json") == math.inf
-    tensors, metadata = read_tensors(run.places.directions)
+    assert compare.of_reports(run.paths.validation, tmp_path / "verdict.json") == math.inf
+    tensors, metadata = read_tensors(run.paths.directions)
     tensors["directions"] = tensors["directions"] * 1.25
     save_file(tensors, str(tmp_path / f"{NAME}.safetensors"), metadata=metadata)
-    assert compare.of_directions(run.places.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)
+    assert compare.of_directions(run.paths.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)

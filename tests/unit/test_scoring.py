@@ -9,11 +9,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from compile_steer.data.behaviour import Pair
-from compile_steer.models.forward import run_span
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.logprobs import contrast_scores, encode_pairs, mean_log_probabilities
 from compile_steer.models.observe import log_probabilities
-from compile_steer.models.tokens import Batch, Text, encode
+from compile_steer.models.tokens import Batch, Pair, Text, encode
 from compile_steer.scoring.scorer import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
 from compile_steer.steering.hooks import steered
@@ -147,7 +146,7 @@ def test_steered_final_states_are_scored_when_they_are_given() -> None:
 
     def final(batch: Batch) -> torch.Tensor:
         with steered(one.model, steering, roles=batch.roles):
-            return run_span(one.model, batch.input_ids, batch.attention_mask)
+            return run_blocks(one.model, batch.input_ids, batch.attention_mask)
 
     with steered(one.model, steering):
         # Every pass is taken for a prompt here, so the response is left alone.

@@ -128,7 +128,7 @@ def test_numbers_of_the_scale_become_scores_and_the_question_holds_what_was_said
     found = bind(judge(endpoint.url))(replies("a", "a b {prompt}", "a b c d e f", "", " ", prompt="Why {reply}?"))
     assert list(found) == [0.0, 0.5, 1.0, 0.0, 0.0]
     assert endpoint.questions[1] == "Asked: Why {reply}?. Said: a b {prompt}. How wet, 1 to 5?", (
-        "places in texts are text"
+        "paths in texts are text"
     )
     assert len(endpoint.asked) == 3, "an empty reply is 0 unasked"
     assert {(one["model"], one["temperature"], one["max_tokens"]) for one in endpoint.asked} == {("grader", 0.0, 64)}

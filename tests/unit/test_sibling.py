@@ -11,12 +11,12 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import LayoutError, RecipeError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
 from compile_steer.extract.stage import extract
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded, completion_template, load
+from compile_steer.models.load import LoadedModel, completion_template, load
 from compile_steer.models.tokens import Text, encode
 from compile_steer.pipeline import run_extract
 from compile_steer.recipe import Recipe, read_recipe
@@ -27,14 +27,14 @@ from tests.tiny import build, chatting, loaded, tokenizer
 from tests.unit.test_trained import behaviour, recipe
 
 
-def on_disk(folder: Path, seed: int = 0, **changes: object) -> Loaded:
+def on_disk(folder: Path, seed: int = 0, **changes: object) -> LoadedModel:
     """A tiny model of its own in `folder`, loaded from there."""
     build("llama", seed, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return load(str(folder), device="cpu")
 
 
-def related(folder: Path, base: Loaded, size: float = 0.02) -> Loaded:
+def related(folder: Path, base: LoadedModel, size: float = 0.02) -> LoadedModel:
     """What a little training would have made of `base`: every weight moved by a share of its own spread."""
     model = build("llama")
     generator = torch.Generator().manual_seed(9)
@@ -52,9 +52,9 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
     sibling = related(tmp_path / "tuned", base)
     options: dict[str, object] = {"method": method, "shuffled": 5 if method == "mean_difference" else 1}
     given = recipe_of(options, model=str(tmp_path / "tuned"))
-    found = extract(given, base, behaviour(), "inputs", Meter())
-    its_own = extract(recipe_of(options), sibling, behaviour(), "inputs", Meter())
-    on_base = extract(recipe_of(options), base, behaviour(), "inputs", Meter())
+    found = extract(given, base, behaviour(), "inputs", Progress())
+    its_own = extract(recipe_of(options), sibling, behaviour(), "inputs", Progress())
+    on_base = extract(recipe_of(options), base, behaviour(), "inputs", Progress())
     assert torch.equal(found.vectors, its_own.vectors)
     assert not torch.allclose(found.vectors, on_base.vectors)
     assert float(torch.nn.functional.cosine_similarity(found.vectors, on_base.vectors).min()) > 0.5
@@ -88,7 +88,7 @@ def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_differenc
     other.add_tokens(["w1000"])
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(LayoutError) as error:
-        extract(recipe(model=str(tmp_path / "other")), base, behaviour(), "", Meter())
+        extract(recipe(model=str(tmp_path / "other")), base, behaviour(), "", Progress())
     for line in (
         "has 3 blocks; ",
         "has 40 dimensions of the stream; ",
@@ -100,14 +100,14 @@ def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_differenc
 
 def test_a_sibling_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such folder"):
-        extract(recipe(model=str(tmp_path / "none")), loaded("llama"), behaviour(), "", Meter())
+        extract(recipe(model=str(tmp_path / "none")), loaded("llama"), behaviour(), "", Progress())
 
 
 def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
     related(tmp_path / "tuned", base)
     given = recipe_of({"model": str(tmp_path / "tuned")})
-    run = Run(given, Places(tmp_path, "a"), base, behaviour(), Meter())
+    run = Run(given, RunPaths(tmp_path, "a"), base, behaviour(), Progress())
     first, again = run_extract(run), run_extract(run)
     assert torch.equal(first.vectors, again.vectors)
     shutil.rmtree(tmp_path / "tuned")
@@ -117,7 +117,7 @@ def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) 
 
 def test_trained_directions_are_made_anew_for_other_positions(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
-    runs = [Run(recipe(where), Places(tmp_path, "a"), base, behaviour(), Meter()) for where in ("all", "response")]
+    runs = [Run(recipe(where), RunPaths(tmp_path, "a"), base, behaviour(), Progress()) for where in ("all", "response")]
     first, other = (run_extract(run) for run in runs)
     assert first.inputs != other.inputs
     assert not torch.allclose(first.vectors, other.vectors)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.pairs import fit
 from compile_steer.extract.stage import extract
 from compile_steer.extract.trained import Start, starting_point, train
 from compile_steer.extract.trained_loss import Objective, bipo_loss
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
@@ -37,7 +37,7 @@ PAIRS = tuple(
 QUICK = {"epochs": 3, "learning_rate": 0.07, "batch_tokens": 64, "l2": 0.003}
 
 
-def misleading(one: Loaded, seed: int) -> tuple[Pair, ...]:
+def misleading(one: LoadedModel, seed: int) -> tuple[Pair, ...]:
     """Pairs of which those that `seed` holds out say what the base would, and the rest says something else."""
     held_out = random.Random(seed).sample(range(N_PAIRS), N_PAIRS)[::6]
     own = continue_prompts(one, [Text(pair.prompt) for pair in PAIRS], max_new_tokens=8)
@@ -75,11 +75,11 @@ def behaviour(pairs: Sequence[Pair] = PAIRS) -> Behaviour:
     return Behaviour(tuple(pairs), (), (), (), (), (), {})
 
 
-def found(one: Loaded, positions: str = "all", **options: object) -> Directions:
-    return extract(recipe(positions, **options), one, behaviour(), "inputs", Meter())
+def found(one: LoadedModel, positions: str = "all", **options: object) -> Directions:
+    return extract(recipe(positions, **options), one, behaviour(), "inputs", Progress())
 
 
-def response_sums(one: Loaded, program: Program, sides: Sequence[str]) -> list[float]:
+def response_sums(one: LoadedModel, program: Program, sides: Sequence[str]) -> list[float]:
     """log p(response and end of turn) of each text from whole passes of its own: no batch, no chunk, no prefix."""
     sums = []
     for pair, side in zip(PAIRS, sides, strict=True):
@@ -92,7 +92,7 @@ def response_sums(one: Loaded, program: Program, sides: Sequence[str]) -> list[f
     return sums
 
 
-def program(one: Loaded, coefficient: float = 1.7) -> Program:
+def program(one: LoadedModel, coefficient: float = 1.7) -> Program:
     """Vectors at two blocks and two points."""
     sites = (Site(1), Site(2, "attn_out"))
     return Program(
@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_vectors_and_another_seed_others() -> None:
     first, again = found(one), found(one)
     assert torch.equal(first.vectors, again.vectors)
     assert torch.equal(first.shuffled, again.shuffled)
-    other = extract(recipe().model_copy(update={"seed": 4}), one, behaviour(), "inputs", Meter())
+    other = extract(recipe().model_copy(update={"seed": 4}), one, behaviour(), "inputs", Progress())
     assert not torch.allclose(first.vectors, other.vectors)
 
 
@@ -204,7 +204,7 @@ def test_nothing_below_the_first_trained_block_is_run_again() -> None:
         def count(*_args: object, n: int = n) -> None:
             runs[n] += 1
 
-        one.layout.writer(layer, "mlp").module.register_forward_hook(count)
+        one.layout.output_projection(layer, "mlp").module.register_forward_hook(count)
     options = Trained.model_validate({**QUICK, "layers": (2,)})
     start = Start((Site(2),), torch.zeros(1, HIDDEN), torch.tensor([[5.0]]))
     train(one, PAIRS, start, options, "all", 0, lambda _n: None)
@@ -295,7 +295,7 @@ def test_options_that_do_not_fit_are_refused_all_at_once() -> None:
 def test_too_few_pairs_and_blocks_that_are_missing_are_refused() -> None:
     options = recipe(trained={"layers": (1, 9)})
     with pytest.raises(RecipeError) as error:
-        extract(options, loaded("llama"), behaviour(PAIRS[:4]), "", Meter())
+        extract(options, loaded("llama"), behaviour(PAIRS[:4]), "", Progress())
     assert "found 4 pairs, needed 6 or more" in str(error.value)
     assert "trained.layers: 9 not in this model, which has blocks 0 to 3" in str(error.value)
 
@@ -312,4 +312,4 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
 def test_a_training_that_learns_nothing_is_refused() -> None:
     options = recipe(trained={"learning_rate": 30.0, "l2": 0.0})
     with pytest.raises(RecipeError, match="held-out loss was never below its start"):
-        extract(options, loaded("llama"), behaviour(misleading(loaded("llama"), 3)), "", Meter())
+        extract(options, loaded("llama"), behaviour(misleading(loaded("llama"), 3)), "", Progress())

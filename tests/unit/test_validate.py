@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import Interval
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
 from compile_steer.scoring.answers import Request, answer
@@ -37,8 +37,8 @@ SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 
 
 @cache
-def chatty() -> Loaded:
-    return Loaded(build("qwen2", 5), chatting(), "tiny-qwen2", REVISION, "")
+def chatty() -> LoadedModel:
+    return LoadedModel(build("qwen2", 5), chatting(), "tiny-qwen2", REVISION, "")
 
 
 def words(seed: int, count: int) -> str:
@@ -109,7 +109,7 @@ def run(directions: Directions, **options: Any) -> tuple[ValidationReport, list[
 
     one = recipe(**options)
     data = replace(behaviour(), mismatched=mismatched(one))
-    found = validate(one, chatty(), data, directions, keep, "inputs", Meter())
+    found = validate(one, chatty(), data, directions, keep, "inputs", Progress())
     return *found, kept
 
 
@@ -225,7 +225,7 @@ def test_another_behaviours_pairs_give_a_control(tmp_path: Path) -> None:
 def test_what_the_claims_need_is_told_before_the_sweep() -> None:
     told: list[str] = []
 
-    class Listening(Meter):
+    class Listening(Progress):
         def note(self, text: str) -> None:
             told.append(text)
 
@@ -264,21 +264,21 @@ def make(layer: int, coefficient: float) -> Program:
 def test_a_layer_stops_beyond_the_ceiling_and_says_what_it_left_out() -> None:
     grid = (0.4, 3.0, 9.0, -0.4)
     options = recipe(coefficients=grid, max_perplexity_ratio=1.4).validate_
-    cells, effects = measure_layers(rising(), options, [1], make, Meter())
+    cells, effects = measure_layers(rising(), options, [1], make, Progress())
     assert [cell.coefficient for cell in cells] == list(grid)
     kept, stop, beyond, negative = cells
     assert not kept.skipped and not negative.skipped and set(effects) == {(1, 0.4), (1, -0.4)}
     assert stop.skipped.startswith("neutral perplexity x") and stop.perplexity_ratio == pytest.approx(math.exp(0.495))
     assert beyond.skipped == "coefficient 3 of this layer is beyond the ceiling already"
     assert beyond.perplexity_ratio is None and beyond.contrast is None
-    everything, _effects = measure_layers(rising(), options, [1], make, Meter(), margin=math.inf)
+    everything, _effects = measure_layers(rising(), options, [1], make, Progress(), margin=math.inf)
     assert not any(cell.skipped for cell in everything)
     assert everything[0] == kept and everything[1].perplexity_ratio == pytest.approx(stop.perplexity_ratio, rel=1e-6)
 
 
 def test_a_solver_finds_the_largest_coefficient_below_the_ceiling_in_a_handful_of_evaluations() -> None:
     options = recipe(coefficients={"ceiling": 1.3}).validate_
-    cells, _effects = measure_layers(rising(), options, [1, 2], make, Meter())
+    cells, _effects = measure_layers(rising(), options, [1, 2], make, Progress())
     for cell in cells:
         exact = math.sqrt(math.log(1.3) * (1 + cell.layer) / 0.11)
         assert cell.evaluations is not None and cell.evaluations <= 6
@@ -287,7 +287,7 @@ def test_a_solver_finds_the_largest_coefficient_below_the_ceiling_in_a_handful_o
 
 def test_a_solver_finds_the_coefficient_of_a_divergence() -> None:
     options = recipe(coefficients={"kl": 0.2}).validate_
-    cells, _effects = measure_layers(sweep_bench(), options, [1, 2], make, Meter())
+    cells, _effects = measure_layers(sweep_bench(), options, [1, 2], make, Progress())
     for cell in cells:
         assert cell.evaluations is not None and cell.evaluations <= 8
         assert sweep_bench().divergence(make(cell.layer, cell.coefficient)) == pytest.approx(0.2, rel=0.05)
@@ -307,7 +307,7 @@ def test_the_solver_is_within_its_tolerance_for_curves_that_are_no_parabolas(pow
 
 def test_what_no_coefficient_reaches_is_skipped_with_the_reason() -> None:
     options = recipe(coefficients={"kl": 500.0}).validate_
-    (cell,), effects = measure_layers(sweep_bench(), options, [1], make, Meter())
+    (cell,), effects = measure_layers(sweep_bench(), options, [1], make, Progress())
     assert "reaches KL(steered||base) = 500" in cell.skipped and not effects
 
 
@@ -340,11 +340,11 @@ def test_halving_keeps_the_layers_that_a_whole_grid_would() -> None:
     before = module._LAST_LAYERS
     module._LAST_LAYERS = 1
     try:
-        left, rungs = search_layers(chatty(), behaviour(), options, range(LAYERS), pick, Meter())
+        left, rungs = search_layers(chatty(), behaviour(), options, range(LAYERS), pick, Progress())
     finally:
         module._LAST_LAYERS = before
     assert [rung.pairs for rung in rungs] == [4, 6] and [len(rung.contrasts) for rung in rungs] == [4, 2]
-    cells, _effects = measure_layers(sweep_bench(), options, range(LAYERS), pick, Meter())
+    cells, _effects = measure_layers(sweep_bench(), options, range(LAYERS), pick, Progress())
     best = max((cell for cell in cells if cell.contrast is not None), key=lambda cell: cell.contrast or 0.0)
     assert left == [best.layer]
 

@@ -15,23 +15,24 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.artifacts.paths import Places
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Meter
-from compile_steer.data.behaviour import SPLITS, Behaviour, Pair
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import SPLITS, Behaviour
 from compile_steer.data.section import Write
 from compile_steer.extract import completions
 from compile_steer.extract.completions import Side, cut, write_side
 from compile_steer.extract.generate_pairs import write
 from compile_steer.extract.generation_report import SplitReport, WritingReport
 from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.load import Loaded
-from compile_steer.models.tokens import Text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Pair, Text
 from compile_steer.pipeline import run_extract, run_write
 from compile_steer.recipe import Recipe
-from compile_steer.run import Run, data_on_disk
+from compile_steer.run import Run
 from compile_steer.scoring.reply import Reply
 from compile_steer.scoring.text import repetition
+from compile_steer.tools.lineage import data_on_disk
 from tests.tiny import VOCAB, build
 
 N = 24
@@ -40,7 +41,7 @@ SHOWS = r"\bw[4-6]\d"
 """A behaviour that a random model shows now and then."""
 
 
-def speaker() -> Loaded:
+def speaker() -> LoadedModel:
     """A tiny model of which every third word ends a sentence."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "user": 4, "assistant": 5}
     words |= {f"w{n}" + "x." * (n % 3 == 0): n for n in range(6, VOCAB)}
@@ -49,7 +50,7 @@ def speaker() -> Loaded:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    return Loaded(build("llama", seed=3), tokenizer, "tiny-llama", "sha256:tiny", "")
+    return LoadedModel(build("llama", seed=3), tokenizer, "tiny-llama", "sha256:tiny", "")
 
 
 def recipe(folder: Path, **data: Any) -> Recipe:
@@ -76,11 +77,11 @@ def recipe(folder: Path, **data: Any) -> Recipe:
     )
 
 
-def written(one: Recipe, loaded: Loaded, out: Path) -> tuple[Behaviour, WritingReport]:
+def written(one: Recipe, loaded: LoadedModel, out: Path) -> tuple[Behaviour, WritingReport]:
     assert one.data.writing is not None
-    places = Places(out, one.name)
-    found = write(one, one.data.writing, loaded, one.data.read(one.folder), places, Meter())
-    return found, WritingReport.load(places.writing)
+    paths = RunPaths(out, one.name)
+    found = write(one, one.data.writing, loaded, one.data.read(one.folder), paths, Progress())
+    return found, WritingReport.load(paths.writing)
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -101,7 +102,7 @@ def test_what_is_kept_shows_the_behaviour_on_one_side_alone_and_the_rest_is_acco
             assert all(repetition(text) <= 0.4 for text in said)
             assert [text.prompt.endswith(" w50") for text in texts] == [side == "positive"] * len(pairs)
             seen.update(set(said))
-        assert lines(Places(tmp_path / "out", "said").pairs(name)) == [
+        assert lines(RunPaths(tmp_path / "out", "said").pairs(name)) == [
             {"prompt": p.prompt, "positive": p.positive.response, "negative": p.negative.response} for p in pairs
         ]
         assert (split.wanted, split.kept) == (N, len(pairs))
@@ -110,9 +111,9 @@ def test_what_is_kept_shows_the_behaviour_on_one_side_alone_and_the_rest_is_acco
         assert set(split.examples) == set(split.dropped)
     assert set(seen.values()) == {1}, "no answer is in two splits"
     assert found.hashes["train"] != one.data.read(tmp_path).hashes["train"]
-    places = Places(tmp_path / "out", "said")
-    recorded = Run(one, places, loaded, found, Meter()).origin().data_sha256
-    assert recorded == data_on_disk(one, places)[0]
+    paths = RunPaths(tmp_path / "out", "said")
+    recorded = Run(one, paths, loaded, found, Progress()).origin().data_sha256
+    assert recorded == data_on_disk(one, paths)[0]
     assert recorded["train, asked"] == one.data.read(tmp_path).hashes["train"]
 
 
@@ -138,7 +139,7 @@ def test_the_first_answer_is_the_greedy_one_and_what_was_good_at_once_stays(tmp_
 def test_files_are_kept_with_what_a_person_mended_until_what_they_come_from_changes(tmp_path: Path) -> None:
     one, loaded, out = recipe(tmp_path), speaker(), tmp_path / "out"
     before, _report = written(one, loaded, out)
-    path = Places(out, "said").pairs("test")
+    path = RunPaths(out, "said").pairs("test")
     rows = lines(path)[1:]
     rows[0]["positive"] = "w40 w41."
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -157,7 +158,7 @@ def test_files_are_kept_with_what_a_person_mended_until_what_they_come_from_chan
 def test_pairs_whose_prompt_is_not_the_recipes_are_refused_with_broken_lines(tmp_path: Path) -> None:
     one, loaded, out = recipe(tmp_path), speaker(), tmp_path / "out"
     written(one, loaded, out)
-    path = Places(out, "said").pairs("test")
+    path = RunPaths(out, "said").pairs("test")
     path.write_text(path.read_text() + '{"prompt": "new", "positive": "w40.", "negative": "w7."}\nnot json\n')
     with pytest.raises(RecipeError) as caught:
         written(one, loaded, out)
@@ -171,7 +172,7 @@ def test_too_few_pairs_end_in_their_number_and_the_reasons(tmp_path: Path) -> No
     with pytest.raises(RecipeError) as caught:
         written(one, speaker(), tmp_path / "out")
     assert [line.split(":")[0] for line in caught.value.problems] == [f"data.{name}" for name in SPLITS]
-    report = WritingReport.load(Places(tmp_path / "out", "said").writing)
+    report = WritingReport.load(RunPaths(tmp_path / "out", "said").writing)
     line, split = caught.value.problems[0], report.splits["train"]
     assert f"{split.kept} written pairs, needed: {N}" in line
     assert split.describe() in line
@@ -187,7 +188,7 @@ def test_a_behaviour_that_is_never_shown_leaves_empty_files_and_one_reason(tmp_p
     assert len(caught.value.problems) == 3
     assert "0 of 24 prompts gave a pair" in caught.value.problems[0]
     assert "positive does not show the behaviour" in caught.value.problems[0]
-    assert Places(tmp_path / "out", "said").pairs("train").read_text() == ""
+    assert RunPaths(tmp_path / "out", "said").pairs("train").read_text() == ""
 
 
 def test_a_side_is_told_by_the_first_thing_that_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_a_side_is_told_by_the_first_thing_that_is_wrong_with_it(monkeypatch: py
     }
     asked: list[Sequence[str]] = []
 
-    def answer(_loaded: Loaded, texts: Sequence[Text], **options: Any) -> list[str]:
+    def answer(_loaded: LoadedModel, texts: Sequence[Text], **options: Any) -> list[str]:
         attempt = options["seed"] - 11
         asked.append([text.prompt for text in texts])
         assert options["temperature"] == (0.0, 0.6)[attempt]
@@ -253,13 +254,13 @@ def test_an_open_run_has_its_pairs_and_a_damaged_report_is_no_report(
 ) -> None:
     loaded = speaker()
     monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: loaded)
-    run = Run.open(recipe(tmp_path), tmp_path / "out", Meter())
+    run = Run.open(recipe(tmp_path), tmp_path / "out", Progress())
     assert run_write(run).splits["train"].kept == len(run.behaviour.train) > 0
     assert "w50" in run.behaviour.train[0].positive.prompt
-    run.places.writing.write_text('{"splits": []}')
+    run.paths.writing.write_text('{"splits": []}')
     with pytest.raises(ArtifactError, match="Make it with 'compile-steer write'"):
         run_write(run)
-    again = Run.open(run.recipe, run.places.out, Meter())
+    again = Run.open(run.recipe, run.paths.out, Progress())
     assert again.behaviour == run.behaviour
 
 
@@ -272,12 +273,12 @@ def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(
     one = Recipe.model_validate({**given, "folder": tmp_path})
     path = tmp_path / "other.jsonl"
     path.write_text('{"prompt": "w8", "positive": "w7", "negative": "w9"}')
-    run = Run.open(one, tmp_path / "out", Meter())
+    run = Run.open(one, tmp_path / "out", Progress())
     assert run.behaviour.mismatched == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
     assert len(run.behaviour.train) > 0
     path.write_text('{"prompt": "w8", "positive": ""}')
     with pytest.raises(RecipeError, match="other.jsonl:1: found .* needed the keys prompt, positive, negative"):
-        Run.open(one, tmp_path / "out", Meter())
+        Run.open(one, tmp_path / "out", Progress())
 
 
 def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
@@ -293,12 +294,12 @@ def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
     plain = {**one.data.model_dump(exclude={"kind", "write"}), "positive_template": "{prompt}"}
     run = Run.open(Recipe.model_validate({**one.model_dump(by_alias=True), "data": plain, "folder": tmp_path}),
-                   tmp_path / "out", Meter())  # fmt: skip
+                   tmp_path / "out", Progress())  # fmt: skip
     with pytest.raises(RecipeError, match=f"the two sides of {N} of {N} pairs are the same tokens"):
         run_extract(run)
     with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
         run_write(run)
-    assert not run.places.out.exists()
+    assert not run.paths.out.exists()
 
 
 def test_a_report_says_what_is_most_frequent_first() -> None:

@@ -16,29 +16,29 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
+from compile_steer.artifacts.engine_record import Reading
 from compile_steer.artifacts.provenance import PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError
-from compile_steer.common.progress import Meter
+from compile_steer.common.progress import Progress
+from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf_model import write_gguf_file
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.fingerprint import log_probs, texts
-from compile_steer.models.load import Loaded, folder_of, load
+from compile_steer.models.load import LoadedModel, folder_of, load
 from compile_steer.models.reload import reload
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.serving.environment import Environment
 from compile_steer.tools.serving.export import Shipped, ship
-from compile_steer.tools.serving.record import Reading
 from compile_steer.tools.serving.runner import WORKERS, Answer, run_worker
-from compile_steer.tools.serving.support import PLUGIN
 
 # Of these many, that many tokens a round: short, so that what else a machine does falls on all forms alike.
 PROMPTS, WRITTEN = 2, 16
 
 
 def compare(
-    artifact: Path, base: str | None, engines: Sequence[Environment], precision: str, limit_s: float, meter: Meter
+    artifact: Path, base: str | None, engines: Sequence[Environment], precision: str, limit_s: float, progress: Progress
 ) -> list[Reading]:
     """Hold what each engine computes of an artifact against transformers; one that fails is a reading that says so.
 
@@ -52,10 +52,10 @@ def compare(
     """
     loaded = load(base or recorded_base(artifact), device="cpu")
     sequences, found = texts(loaded), []
-    with meter.phase("asking the engines", len(engines)) as tick:
+    with progress.phase("asking the engines", len(engines)) as advance:
         for engine in engines:
             found.append(_reading(engine, artifact, loaded, precision, sequences, limit_s))
-            tick(1)
+            advance(1)
     return found
 
 
@@ -73,7 +73,7 @@ def recorded_base(artifact: Path) -> str:
 
 
 def reference(
-    artifact: Path, base: Loaded, sequences: Sequence[Sequence[int]], files: tuple[Path, Path] | None = None
+    artifact: Path, base: LoadedModel, sequences: Sequence[Sequence[int]], files: tuple[Path, Path] | None = None
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Log-probabilities of base and artifact under stock transformers, or of a program under hooks.
 
@@ -95,7 +95,9 @@ def reference(
     return plain, log_probs(reload(files[1], base).model, sequences)
 
 
-def _under_hooks(path: Path, base: Loaded, run: Loaded, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+def _under_hooks(
+    path: Path, base: LoadedModel, run: LoadedModel, sequences: Sequence[Sequence[int]]
+) -> np.ndarray[Any, Any]:
     program = Program.load(path)
     base.layout.require_program(program, base.id, base.revision)
     with steered(run.model, program):
@@ -103,7 +105,7 @@ def _under_hooks(path: Path, base: Loaded, run: Loaded, sequences: Sequence[Sequ
 
 
 def _reading(
-    engine: Environment, artifact: Path, base: Loaded, precision: str, sequences: list[list[int]], limit_s: float
+    engine: Environment, artifact: Path, base: LoadedModel, precision: str, sequences: list[list[int]], limit_s: float
 ) -> Reading:
     form = artifact.name + (f" ({precision})" if engine.name == "llama.cpp" else "")
     try:
@@ -116,7 +118,7 @@ def _reading(
 def readings(
     engine: Environment,
     forms: Mapping[str, Path],
-    base: Loaded,
+    base: LoadedModel,
     precision: str,
     sequences: list[list[int]],
     folder: Path,
@@ -176,7 +178,7 @@ def held_against(
     )
 
 
-def written_base(engine: Environment, base: Loaded, folder: Path, precision: str) -> Path:
+def written_base(engine: Environment, base: LoadedModel, folder: Path, precision: str) -> Path:
     """The base as the engine loads it: its folder, or a GGUF file written to `folder`."""
     if engine.name == "vllm":
         return folder_of(base.source)

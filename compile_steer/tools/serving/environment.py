@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compile_steer.common.errors import EngineError
-from compile_steer.tools.serving.support import PLUGIN, EngineName
+from compile_steer.export.engine_support import PLUGIN, EngineName
 
 ENGINES: dict[EngineName, tuple[str, ...]] = {
     "llama.cpp": ("llama_cpp_python",),

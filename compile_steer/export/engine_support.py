@@ -57,7 +57,7 @@ def _biased_writers(family: str, weights: Checkpoint) -> list[str]:
         return []
     ends = (f".{known.attn}.bias", f".{known.mlp}.bias")
     found = []
-    for name in sorted(weights.places):
+    for name in sorted(weights.files):
         if name.endswith(ends):
             tensor = weights.tensor(name)
             if tensor is not None and bool(torch.count_nonzero(tensor)):
