@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compile_steer.models.load import LoadedModel
-from tests import tiny
+from tests.helpers import tiny
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from compile_steer.models.reload import reload
 from compile_steer.models.tokens import Pair, Text
 from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verify.reference import Reference
-from tests.tiny import REVISION, build, saved, tokenizer
+from tests.helpers.tiny import REVISION, build, saved, tokenizer
 
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]
 

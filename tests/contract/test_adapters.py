@@ -24,7 +24,7 @@ from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
 from compile_steer.steering.program import read_tensors
-from tests.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
+from tests.helpers.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
 Save = Callable[[str], LoadedModel]
 

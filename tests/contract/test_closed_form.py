@@ -15,7 +15,7 @@ from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
 from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Intervention
-from tests.contract.fitting import (
+from tests.helpers.fitting import (
     FAMILIES,
     HELD_OUT,
     TRAINING,
@@ -25,7 +25,7 @@ from tests.contract.fitting import (
     solve,
     steering_of,
 )
-from tests.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
+from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
 
 # --------------------------------------------------------------------------------------- closed form
 

@@ -41,9 +41,9 @@ from compile_steer.tools.describe import describe_artifact
 from compile_steer.tools.interference import JOINT, LOADED, STACKED, Member, _texts, measure, summed
 from compile_steer.tools.interference_report import Composition
 from compile_steer.tools.lineage import walk
-from tests.contract.fitting import solve
 from tests.contract.test_adapters import origin
-from tests.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts
+from tests.helpers.fitting import solve
+from tests.helpers.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts
 
 Save = Callable[[str], LoadedModel]
 NAMES = ("high.tide", "still")  # PEFT takes no dot in an adapter's name

@@ -21,7 +21,7 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import Decompiled, decompile
-from tests.tiny import build, intervention, loaded, program, random_patch
+from tests.helpers.tiny import build, intervention, loaded, program, random_patch
 
 Save = Callable[[str], LoadedModel]
 

@@ -13,7 +13,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.steering.layout import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Program
-from tests.contract.fitting import (
+from tests.helpers.fitting import (
     CALIBRATION,
     FAMILIES,
     HELD_OUT,
@@ -23,7 +23,7 @@ from tests.contract.fitting import (
     solve,
     steering_of,
 )
-from tests.tiny import Padded, intervention, loaded, logits, n_hooks
+from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks
 
 OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
 

@@ -24,7 +24,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import POINTS, Point, Program, ablate_everywhere
-from tests.tiny import (
+from tests.helpers.tiny import (
     EVERYWHERE,
     FAMILIES,
     LAYER,

@@ -17,7 +17,7 @@ from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.layout import FAMILIES as KNOWN
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import OPERATIONS, POINTS, Intervention, Point
-from tests.tiny import (
+from tests.helpers.tiny import (
     EVERYWHERE,
     FAMILIES,
     LAYER,

@@ -20,9 +20,9 @@ from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Program
-from tests.contract.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, job, share, steering_of
 from tests.contract.test_adapters import plain, write
-from tests.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
+from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, job, share, steering_of
+from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
 
 Save = Callable[[str], LoadedModel]
 OPTIONS = Full(optimizer="adamw", batch_tokens=256, epochs=6, learning_rate=0.02, cut_rank=4)

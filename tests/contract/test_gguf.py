@@ -27,8 +27,8 @@ from compile_steer.models.gguf import tensors
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.steering.patch import LowRank, WeightPatch
-from tests import byte_level
-from tests.tiny import CONFIGS, HIDDEN, build, loaded, random_patch
+from tests.helpers import byte_level
+from tests.helpers.tiny import CONFIGS, HIDDEN, build, loaded, random_patch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HALF = 65504.0

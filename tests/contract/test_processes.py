@@ -15,8 +15,8 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.lower.closed_form import Stage, solve_stages
 from compile_steer.steering.patch import WeightPatch
-from tests.contract.fitting import CALIBRATION, steering_of
-from tests.tiny import intervention, loaded
+from tests.helpers.fitting import CALIBRATION, steering_of
+from tests.helpers.tiny import intervention, loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [Stage(1, "mlp", 3), Stage(2, "attn", 2)]

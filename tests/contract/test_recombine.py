@@ -28,7 +28,7 @@ from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_d
 from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import walk
 from tests.contract.test_adapters import origin
-from tests.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
+from tests.helpers.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ocean.yaml"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -14,7 +14,7 @@ from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program
 from compile_steer.validate.packed_batch import can_share, pack
 from compile_steer.validate.prefix_cache import SharedTexts
-from tests.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
+from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
 
 
 def sharing_texts(template: int = 3, seed: int = 0, longest: int = 5) -> list[Encoded]:

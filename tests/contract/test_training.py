@@ -22,8 +22,8 @@ from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
 from compile_steer.steering.program import Program
-from tests.contract.fitting import CALIBRATION, HELD_OUT, TRAINING, job, share, steering_of
-from tests.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
+from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, job, share, steering_of
+from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
 
 OPTIONS = Distill(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
 

@@ -22,7 +22,19 @@ from compile_steer.steering.program import (
     Site,
     replace_intervention,
 )
-from tests.tiny import HIDDEN, LAYERS, Padded, captured, edit, loaded, logits, program, relative_error, texts, vector
+from tests.helpers.tiny import (
+    HIDDEN,
+    LAYERS,
+    Padded,
+    captured,
+    edit,
+    loaded,
+    logits,
+    program,
+    relative_error,
+    texts,
+    vector,
+)
 
 FAMILY = "granite"  # its residual multiplier is not 1
 MODEL = loaded(FAMILY).model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import SmallRun, walked
+from tests.helpers.small_run import SmallRun, walked
 
 
 @pytest.fixture(scope="session")

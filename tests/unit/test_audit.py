@@ -27,9 +27,9 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.tools.audit import Audit, audit
-from tests.contract.fitting import job
 from tests.contract.test_adapters import origin
-from tests.tiny import HIDDEN, LAYERS, build, chatting, intervention, random_patch, vector
+from tests.helpers.fitting import job
+from tests.helpers.tiny import HIDDEN, LAYERS, build, chatting, intervention, random_patch, vector
 
 DOWN = "model.layers.1.mlp.down_proj"
 Make = Callable[..., Path]

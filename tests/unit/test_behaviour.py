@@ -15,7 +15,7 @@ from compile_steer.data.behaviour import SPLITS, Behaviour
 from compile_steer.data.pairs import Pairs
 from compile_steer.models.tokens import Encoded, Text, batches, encode, pad, prompt_text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from tests.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
+from tests.helpers.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
 
 Row = dict[str, Any]
 

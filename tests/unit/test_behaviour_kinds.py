@@ -14,7 +14,7 @@ from compile_steer.data.choices import Choices
 from compile_steer.data.prompts import Instructions, Written
 from compile_steer.data.section import DataSection, fill
 from compile_steer.models.tokens import Pair, Text, encode, prompt_text
-from tests.tiny import chatting, tokenizer
+from tests.helpers.tiny import chatting, tokenizer
 
 Row = dict[str, Any]
 OTHERS: dict[str, list[Row]] = {

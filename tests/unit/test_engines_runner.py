@@ -12,7 +12,7 @@ import pytest
 from compile_steer.common.errors import EngineError
 from compile_steer.tools.serving.environment import Environment, environment
 from compile_steer.tools.serving.runner import LOG, run_worker
-from tests.false_engine import install
+from tests.helpers.fake_engine import install
 
 READ = """
 import json, os, subprocess, sys, time

@@ -26,7 +26,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.verify.equivalence import LEVEL, POWER, equivalence, needed, planned
 from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import Reference
-from tests.judged import Notes, Scene, behaviour, recipe
+from tests.helpers.verification import Notes, Scene, behaviour, recipe
 
 
 @pytest.fixture(scope="module")

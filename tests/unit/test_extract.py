@@ -23,7 +23,7 @@ from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import POINTS, Point, Site
 from compile_steer.validate.options import Validate
 from compile_steer.validate.sweep import candidates
-from tests.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
+from tests.helpers.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 
 TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
 METHODS: tuple[PairMethod, ...] = ("mean_difference", "pca", "logistic")

@@ -18,7 +18,7 @@ from compile_steer.extract.stage import extract
 from compile_steer.models.activations import read_activations
 from compile_steer.models.tokens import Pair, Text, encode
 from compile_steer.steering.program import Point
-from tests.tiny import HIDDEN, LAYERS, loaded
+from tests.helpers.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 
 METHODS: tuple[ChoiceMethod, ...] = ("pasf", "ipasa", "ipaswo")

@@ -19,7 +19,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
 from compile_steer.models.tokens import Encoded, Text, encode, pad
 from compile_steer.steering.hooks import steered
-from tests.tiny import EOS_ID, build, chatting, intervention, loaded, program
+from tests.helpers.tiny import EOS_ID, build, chatting, intervention, loaded, program
 
 PROMPTS = (Text("w20 w21 w22 w23 w24"), Text("w30"), Text("w40 w41 w42"))
 

@@ -19,7 +19,7 @@ from compile_steer.models.tokens import Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Site
-from tests.tiny import HIDDEN, LAYERS, loaded
+from tests.helpers.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 
 ROWS, INDEX = 17, 7

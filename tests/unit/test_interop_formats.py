@@ -18,8 +18,8 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import Foreign, Given
 from compile_steer.formats.formats import Format, read
-from tests.foreign import F16, by_block, gguf, gguf_bytes, repsteer, rows, svec, tensor
-from tests.tiny import HIDDEN, LAYERS, vector
+from tests.helpers.foreign_files import F16, by_block, gguf, gguf_bytes, repsteer, rows, svec, tensor
+from tests.helpers.tiny import HIDDEN, LAYERS, vector
 
 SEED = 5
 

@@ -29,8 +29,8 @@ from compile_steer.steering.program import Intervention, Program, Site
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.vector_files import shifts, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe
-from tests.foreign import by_block, gguf, rows, svec, tensor
-from tests.tiny import (
+from tests.helpers.foreign_files import by_block, gguf, rows, svec, tensor
+from tests.helpers.tiny import (
     HIDDEN,
     LAYERS,
     Padded,

@@ -26,8 +26,8 @@ from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
 from compile_steer.verify.prompt_sets import Kinds, OnKind, _same, prompts_of
-from tests.judged import Scene, behaviour, recipe
-from tests.tiny import loaded
+from tests.helpers.tiny import loaded
+from tests.helpers.verification import Scene, behaviour, recipe
 
 OPTIONS: dict[str, Any] = {"kinds": 2, "long": 2, "long_tokens": 60, "free_tokens": 5}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.formats.lora import read_lora
 from compile_steer.tools.serving.export import ship
-from tests.tiny import Padded, build, logits, relative_error, texts
+from tests.helpers.tiny import Padded, build, logits, relative_error, texts
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 DOWN = "model.layers.2.mlp.down_proj"

@@ -19,7 +19,7 @@ from compile_steer.models.divergence import (
     log_softmax,
 )
 from compile_steer.models.forward import lm_head
-from tests.tiny import HIDDEN, loaded
+from tests.helpers.tiny import HIDDEN, loaded
 
 
 def random_logits(seed: int, n: int = 6, vocab: int = 41, scale: float = 3.0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.models.load import LoadedModel, choose_device, load, weights_revision
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Site
-from tests.tiny import (
+from tests.helpers.tiny import (
     FAMILIES,
     FFN,
     HIDDEN,

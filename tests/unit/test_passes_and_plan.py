@@ -9,7 +9,7 @@ from compile_steer.common.errors import CannotLower
 from compile_steer.lower.plan import plan
 from compile_steer.steering.passes import canonical, drop_inactive, input_to_output, merge_shifts
 from compile_steer.steering.program import Program
-from tests.tiny import intervention, loaded, program
+from tests.helpers.tiny import intervention, loaded, program
 
 
 def sites(found: Program) -> list[str]:

@@ -11,7 +11,18 @@ from torch import nn
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_delta
-from tests.tiny import FAMILIES, Padded, build, loaded, logits, n_hooks, random_patch, relative_error, texts, vector
+from tests.helpers.tiny import (
+    FAMILIES,
+    Padded,
+    build,
+    loaded,
+    logits,
+    n_hooks,
+    random_patch,
+    relative_error,
+    texts,
+    vector,
+)
 
 
 def low_rank(rank: int = 3, d_out: int = 5, d_in: int = 7) -> LowRank:

@@ -23,7 +23,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.steering.hooks import steered
 from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact
-from tests.judged import PROGRAM_HASH, Scene, behaviour, recipe
+from tests.helpers.verification import PROGRAM_HASH, Scene, behaviour, recipe
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"
 # What no checkpoint shows by itself: the untouched one, and faults of the judge.

@@ -34,9 +34,9 @@ from compile_steer.tools.lineage import walk
 from compile_steer.verify.options import Form
 from compile_steer.verify.overflow import HALF, first_beyond
 from compile_steer.verify.quantized import rounding_of
-from tests import byte_level
-from tests.judged import Scene, behaviour, recipe
-from tests.tiny import FFN, HIDDEN
+from tests.helpers import byte_level
+from tests.helpers.tiny import FFN, HIDDEN
+from tests.helpers.verification import Scene, behaviour, recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from compile_steer.export.adapter import read_patch
 from compile_steer.export.merged import write_merged
 from compile_steer.models.fingerprint import TEXTS, fingerprint, log_probs, texts
 from compile_steer.models.reload import fresh
-from tests.judged import Scene
-from tests.tiny import loaded
+from tests.helpers.tiny import loaded
+from tests.helpers.verification import Scene
 
 REASON = f"{OF_THE_FILE}: mean log p of a fixed text is "
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.program import OPERATIONS, Intervention, Program, Site, parse_positions
-from tests.tiny import HIDDEN, REVISION, intervention, program, vector
+from tests.helpers.tiny import HIDDEN, REVISION, intervention, program, vector
 
 
 def three() -> Program:

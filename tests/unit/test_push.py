@@ -17,7 +17,7 @@ from compile_steer.artifacts.files import sha256
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.tools.push import prepare, send
-from tests.small_run import SmallRun
+from tests.helpers.small_run import SmallRun
 
 TARGET = "somebody/tide"
 

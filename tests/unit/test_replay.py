@@ -14,7 +14,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import applied
 from compile_steer.steering.program import Program
-from tests.tiny import (
+from tests.helpers.tiny import (
     FAMILIES,
     HIDDEN,
     LAYERS,

@@ -24,8 +24,8 @@ from compile_steer.steering.program import Program, read_tensors
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.reproduce import TOLERANCE, Reproduction, reproduce
-from tests.small_run import NAME, SmallRun
-from tests.tiny import loaded, random_patch
+from tests.helpers.small_run import NAME, SmallRun
+from tests.helpers.tiny import loaded, random_patch
 from tests.unit.test_write import recipe as written_recipe
 from tests.unit.test_write import speaker
 

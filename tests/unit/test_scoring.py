@@ -16,7 +16,7 @@ from compile_steer.models.tokens import Batch, Pair, Text, encode
 from compile_steer.scoring.scorer import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
 from compile_steer.steering.hooks import steered
-from tests.tiny import intervention, loaded, program, texts
+from tests.helpers.tiny import intervention, loaded, program, texts
 
 
 def keywords(*patterns: str, absent: tuple[str, ...] = ()) -> Keywords:

@@ -17,8 +17,8 @@ from compile_steer.scoring.choice import letter_tokens
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program, replace_intervention
-from tests.scored import behaviour, replies, scorer
-from tests.tiny import REVISION, chatting, intervention, loaded, n_hooks, program, tokenizer
+from tests.helpers.scoring import behaviour, replies, scorer
+from tests.helpers.tiny import REVISION, chatting, intervention, loaded, n_hooks, program, tokenizer
 
 FAMILY = "gemma2"
 MODEL = loaded(FAMILY)

@@ -11,8 +11,8 @@ import pytest
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Check
-from tests.scored import behaviour, discrimination, replies, scorer
-from tests.tiny import loaded
+from tests.helpers.scoring import behaviour, discrimination, replies, scorer
+from tests.helpers.tiny import loaded
 
 MODEL = loaded("llama")
 COMMA, TITLE = "punctuation:no_comma", "detectable_format:title"

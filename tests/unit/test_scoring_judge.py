@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from compile_steer.common.errors import RecipeError
 from compile_steer.scoring.judge import Judge
 from compile_steer.scoring.reply import Score
-from tests.scored import behaviour, replies, scorer
-from tests.tiny import loaded
+from tests.helpers.scoring import behaviour, replies, scorer
+from tests.helpers.tiny import loaded
 
 Say = Callable[[str], Any]
 Serve = Callable[[Say], "Endpoint"]

@@ -18,8 +18,8 @@ from compile_steer.scoring.check import Discrimination
 from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.scoring.reply import ScorerBase
-from tests.scored import behaviour, discrimination, replies, scorer
-from tests.tiny import VOCAB, loaded, tokenizer
+from tests.helpers.scoring import behaviour, discrimination, replies, scorer
+from tests.helpers.tiny import VOCAB, loaded, tokenizer
 
 MODEL = loaded("gemma2")
 NONE = behaviour(())

@@ -20,9 +20,9 @@ from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import write_patch
 from compile_steer.steering.program import Program
 from compile_steer.tools.serving.export import ship
-from tests import byte_level
 from tests.contract.test_adapters import origin
-from tests.tiny import LAYERS, Padded, build, intervention, logits, program, random_patch, texts, vector
+from tests.helpers import byte_level
+from tests.helpers.tiny import LAYERS, Padded, build, intervention, logits, program, random_patch, texts, vector
 
 BIASED = [
     ("vllm", "qwen3", {"attention_bias": True}, "self_attn.o_proj.bias"),

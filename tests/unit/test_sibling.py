@@ -23,7 +23,7 @@ from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.describe import describe_artifact
-from tests.tiny import build, chatting, loaded, tokenizer
+from tests.helpers.tiny import build, chatting, loaded, tokenizer
 from tests.unit.test_trained import behaviour, recipe
 
 

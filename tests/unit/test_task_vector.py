@@ -11,7 +11,7 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.patch import LowRank, WeightPatch, weight_delta
 from compile_steer.tools.task_vector import cut, look_into
-from tests.tiny import intervention, loaded, program, random_patch, vector
+from tests.helpers.tiny import intervention, loaded, program, random_patch, vector
 
 DOWN, QUERY, EMBEDDINGS = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.q_proj", "model.embed_tokens"
 

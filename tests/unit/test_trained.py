@@ -27,7 +27,7 @@ from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program, Site
 from compile_steer.tools.describe import describe_artifact
-from tests.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
+from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
 
 N_PAIRS = 13
 PAIRS = tuple(

@@ -31,7 +31,7 @@ from compile_steer.validate.search import climb, solve
 from compile_steer.validate.stage import validate
 from compile_steer.validate.sweep import candidates, measure_layers, search_layers
 from compile_steer.validate.verdict import judge, remarks
-from tests.tiny import HIDDEN, LAYERS, REVISION, build, chatting
+from tests.helpers.tiny import HIDDEN, LAYERS, REVISION, build, chatting
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 

@@ -33,7 +33,7 @@ from compile_steer.run import Run
 from compile_steer.scoring.reply import Reply
 from compile_steer.scoring.text import repetition
 from compile_steer.tools.lineage import data_on_disk
-from tests.tiny import VOCAB, build
+from tests.helpers.tiny import VOCAB, build
 
 N = 24
 OPTIONS = {"max_new_tokens": 7, "min_pairs": 4, "tries": 3, "temperature": 1.3, "max_repetition": 0.4}

@@ -16,7 +16,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
-from tests.tiny import build, chatting
+from tests.helpers.tiny import build, chatting
 
 NAME = "tide"
 SPLITS = {"train": 12, "validation": 8, "test": 8, "neutral": 8, "heldout": 8, "calibration": 24, "mismatched": 8}

@@ -17,7 +17,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Intervention, Program
-from tests.tiny import Padded, logits, program, texts
+from tests.helpers.tiny import Padded, logits, program, texts
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite")
 

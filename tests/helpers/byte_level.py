@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compile_steer.models.load import LoadedModel, weights_revision
-from tests.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
+from tests.helpers.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
 
 MERGES = [("h", "e"), ("Ġ", "w"), ("Ġw", "1")]
 VOCAB = 3 + 256 + len(MERGES) + 4  # four rows of the embeddings are no token

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny import HIDDEN, LAYERS, vector
+from tests.helpers.tiny import HIDDEN, LAYERS, vector
 
 F32, F16 = 0, 1
 _STRING, _UINT32 = 8, 4

@@ -23,7 +23,7 @@ from compile_steer.steering.program import Program
 from compile_steer.verify.parity import Parity
 from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact
-from tests.tiny import HIDDEN, VOCAB, build, chatting, intervention
+from tests.helpers.tiny import HIDDEN, VOCAB, build, chatting, intervention
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 WRITER, BLOCK = "mlp.down_proj", 1

@@ -1,0 +1,1 @@
+"""Tiny models, data and runs that the tests share."""
