@@ -14,7 +14,7 @@ from compile_steer.data.pairs import read_pairs
 from compile_steer.extract.generate_pairs import write
 from compile_steer.extract.stage import source
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.tokens import Pair
+from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.program import Program
 

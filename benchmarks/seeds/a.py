@@ -29,7 +29,8 @@ from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.observe import final_states, log_probabilities
 from compile_steer.models.reload import reload
-from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.pipeline import run_compile
 from compile_steer.recipe import read_recipe
 from compile_steer.run import Run

@@ -26,7 +26,7 @@ from compile_steer.lower.job import Job
 from compile_steer.lower.options import Calibration, Compile
 from compile_steer.models.activations import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.scoring.reply import Reply

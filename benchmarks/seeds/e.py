@@ -26,7 +26,8 @@ from compile_steer.data.behaviour import Question
 from compile_steer.extract import choices
 from compile_steer.extract.choices import Item
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.steering.directions import as_long_as

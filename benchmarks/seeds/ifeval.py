@@ -19,7 +19,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour, Check
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel, cache_folder
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.scoring.ifeval import IFEval
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.steering.program import Program

@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import encode
 
 SPLITS = ("train", "validation", "test")
 

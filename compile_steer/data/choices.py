@@ -11,7 +11,7 @@ from compile_steer.artifacts.files import digest
 from compile_steer.data.behaviour import SPLITS, Question
 from compile_steer.data.section import DataSection, Rows, fill, template_problems
 from compile_steer.data.sources import Row
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 
 
 class Choices(DataSection):

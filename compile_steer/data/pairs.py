@@ -10,7 +10,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS
 from compile_steer.data.section import DataSection, Rows, fill, folded, template_problems
 from compile_steer.data.sources import Reader, Row
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 
 
 class TwoSided(DataSection):

@@ -9,7 +9,7 @@ from compile_steer.data.behaviour import SPLITS, Check
 from compile_steer.data.pairs import TwoSided
 from compile_steer.data.section import DataSection, Rows, Write
 from compile_steer.data.sources import Row
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 
 
 class Written(TwoSided):

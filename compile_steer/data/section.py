@@ -13,7 +13,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.sources import Reader, Row, Source
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
 _PROMPTS = ("heldout", "calibration")

@@ -21,7 +21,7 @@ from compile_steer.extract.found import Found
 from compile_steer.extract.options import ChoiceMethod
 from compile_steer.models.activations import read_activations
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.program import Point
 

@@ -20,7 +20,7 @@ from compile_steer.data.sources import Reader
 from compile_steer.extract.completions import Answer, Side, write_side
 from compile_steer.extract.generation_report import SplitReport, WritingReport
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair
+from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.reply import Score
 

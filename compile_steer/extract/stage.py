@@ -21,7 +21,7 @@ from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
 from compile_steer.models.activations import median_norms, read_activations
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, Source
 from compile_steer.steering.program import Point

@@ -22,7 +22,7 @@ from compile_steer.extract.pairs import fit
 from compile_steer.extract.trained_loss import Objective
 from compile_steer.models.activations import read_activations
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair
+from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.program import Intervention, Point, Program, Site

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from compile_steer.models.divergence import chunks, token_log_probabilities
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Batch, Encoded, Pair, Text, batches, encode, pad
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import Batch, Encoded, batches, encode, pad
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 

@@ -14,7 +14,8 @@ from compile_steer.lower.options import Compile
 from compile_steer.lower.work import NOWHERE, Curve, Work
 from compile_steer.models.generate import continue_encoded
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program

@@ -13,7 +13,8 @@ from compile_steer.common.errors import LayoutError
 from compile_steer.common.progress import Advance
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Batch, Text, batches, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Batch, batches, encode
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Point, Site

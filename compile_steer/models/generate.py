@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.program import Program
 

@@ -10,7 +10,8 @@ import torch
 from compile_steer.models.divergence import chunks, token_log_probabilities
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Batch, Encoded, Pair, Text, batches, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import Batch, Encoded, batches, encode
 
 
 def encode_pairs(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Encoded]:

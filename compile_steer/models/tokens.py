@@ -12,30 +12,8 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import RecipeError
+from compile_steer.models.text import Text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-
-
-@dataclass(frozen=True)
-class Text:
-    """A user prompt and the assistant's response to it (empty where only the prompt matters).
-
-    `history` holds the turns before: what the user said and what the assistant answered. `system` is the system
-    prompt before all of it; where it is empty the chat template writes its own, if it has one.
-    """
-
-    prompt: str
-    response: str = ""
-    history: tuple[tuple[str, str], ...] = ()
-    system: str = ""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts that differ in the behaviour, and the plain prompt that both came from."""
-
-    positive: Text
-    negative: Text
-    prompt: str
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from compile_steer.data.behaviour import Question
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Text, batches, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import batches, encode
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.scoring.text import repetition

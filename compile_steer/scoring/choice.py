@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 

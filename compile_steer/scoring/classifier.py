@@ -15,7 +15,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import auroc
 from compile_steer.models.load import LoadedModel, quiet
-from compile_steer.models.tokens import Pair
+from compile_steer.models.text import Pair
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 _BATCH = 32

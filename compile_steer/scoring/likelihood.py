@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import mean_log_probabilities
-from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
 
 

@@ -19,7 +19,7 @@ from compile_steer.export.adapter import kept_patch, read_patch, write_patch
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe
 from compile_steer.report.card import model_card
 from compile_steer.run import answered

@@ -25,7 +25,8 @@ from compile_steer.models.divergence import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.reload import reload
-from compile_steer.models.tokens import Batch, Encoded, Text, batches, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Batch, Encoded, batches, encode
 from compile_steer.run import Run
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.program import Intervention, Program, Site

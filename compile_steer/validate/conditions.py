@@ -12,7 +12,8 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.reply import Score

@@ -14,7 +14,8 @@ from compile_steer.common.progress import Advance
 from compile_steer.models.activations import capture, read_activations
 from compile_steer.models.divergence import auroc
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text, batches, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import batches, encode
 from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Point, Program, replace_intervention

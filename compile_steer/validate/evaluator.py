@@ -8,7 +8,8 @@ import numpy as np
 
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import contrast_scores, encode_pairs
-from compile_steer.models.tokens import Pair, Text, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import encode
 from compile_steer.steering.program import Program
 from compile_steer.validate.prefix_cache import SharedTexts
 

@@ -11,7 +11,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.activations import read_activations
 from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair
+from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.check import require_discrimination

@@ -22,7 +22,8 @@ from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_encoded, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
-from compile_steer.models.tokens import Encoded, Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.program import Program

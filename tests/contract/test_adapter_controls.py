@@ -15,7 +15,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast
 from compile_steer.models.reload import reload
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verify.reference import Reference
 from tests.helpers.tiny import REVISION, build, saved, tokenizer

@@ -30,7 +30,7 @@ from compile_steer.models.divergence import divergence
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.observe import final_states
 from compile_steer.models.reload import reload_adapters, switch
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical

@@ -16,7 +16,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program

@@ -16,7 +16,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import write_merged
 from compile_steer.models.load import LoadedModel, weights_revision
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.patch import LowRank, WeightPatch
 from compile_steer.steering.program import Program

@@ -13,7 +13,8 @@ import torch
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour
 from compile_steer.data.pairs import Pairs
-from compile_steer.models.tokens import Encoded, Text, batches, encode, pad, prompt_text
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, batches, encode, pad, prompt_text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from tests.helpers.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy.stats import binom
 
 from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.report.terminal import print_parities
 from compile_steer.verify.capability import _TOKENS, ITEMS, Item, answered, compared
 from compile_steer.verify.options import Verify

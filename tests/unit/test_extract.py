@@ -17,7 +17,8 @@ from compile_steer.extract.options import Extract, PairMethod
 from compile_steer.extract.pairs import find, fit
 from compile_steer.extract.stage import extract
 from compile_steer.models.activations import read_activations
-from compile_steer.models.tokens import Pair, Text, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import POINTS, Point, Site

@@ -17,7 +17,8 @@ from compile_steer.models.generate import (
 )
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
-from compile_steer.models.tokens import Encoded, Text, encode, pad
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode, pad
 from compile_steer.steering.hooks import steered
 from tests.helpers.tiny import EOS_ID, build, chatting, intervention, loaded, program
 

@@ -15,7 +15,7 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.stage import extract, source
-from compile_steer.models.tokens import Text
+from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Site

@@ -18,7 +18,8 @@ from compile_steer.models.divergence import divergence
 from compile_steer.models.generate import continue_encoded, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import final_states
-from compile_steer.models.tokens import Encoded, Text
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program

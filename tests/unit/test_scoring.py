@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.logprobs import contrast_scores, encode_pairs, mean_log_probabilities
 from compile_steer.models.observe import log_probabilities
-from compile_steer.models.tokens import Batch, Pair, Text, encode
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import Batch, encode
 from compile_steer.scoring.scorer import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
 from compile_steer.steering.hooks import steered

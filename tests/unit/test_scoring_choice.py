@@ -11,7 +11,8 @@ import torch
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Question
 from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.scoring.reply import Reply, Score

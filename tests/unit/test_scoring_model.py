@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Question
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.check import Discrimination
 from compile_steer.scoring.classifier import Classifier

@@ -17,7 +17,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.extract.stage import extract
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, completion_template, load
-from compile_steer.models.tokens import Text, encode
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import encode
 from compile_steer.pipeline import run_extract
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run

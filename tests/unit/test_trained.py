@@ -21,7 +21,7 @@ from compile_steer.extract.trained import Start, starting_point, train
 from compile_steer.extract.trained_loss import Objective, bipo_loss
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered

@@ -18,7 +18,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.divergence import Interval
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
 from compile_steer.scoring.answers import Request, answer

@@ -26,7 +26,7 @@ from compile_steer.extract.generate_pairs import write
 from compile_steer.extract.generation_report import SplitReport, WritingReport
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Pair, Text
+from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline import run_extract, run_write
 from compile_steer.recipe import Recipe
 from compile_steer.run import Run
