@@ -13,8 +13,8 @@ from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, req
 from compile_steer.data.choices import Choices
 from compile_steer.data.prompts import Instructions, Written
 from compile_steer.data.section import DataSection, fill
-from compile_steer.models.tokens import encode, prompt_text
 from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import encode, prompt_text
 from tests.helpers.tiny import chatting, tokenizer
 
 Row = dict[str, Any]
