@@ -31,7 +31,8 @@ from compile_steer.extract.options import Extract
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 from compile_steer.tools.vector_files import write_gguf
 
 PAGE = ROOT / "docs" / "INTEROP.md"

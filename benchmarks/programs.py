@@ -36,7 +36,8 @@ from compile_steer.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, applied
-from compile_steer.steering.program import Intervention, Program, Site, ablate_everywhere
+from compile_steer.steering.program import Intervention, Program, ablate_everywhere
+from compile_steer.steering.sites import Site
 
 SETTINGS = [
     "compile.calibration.max_new_tokens=72",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compile_steer.steering.hooks import steered
-    from compile_steer.steering.program import Intervention, Program, Site
+    from compile_steer.steering.program import Intervention, Program
+    from compile_steer.steering.sites import Site
 
 __all__ = ["Intervention", "Program", "Site", "steered"]
 

@@ -22,7 +22,7 @@ from compile_steer.common.options import Section
 from compile_steer.data.kinds import Data
 from compile_steer.extract.options import Extract
 from compile_steer.lower.options import Compile
-from compile_steer.steering.program import parse_positions
+from compile_steer.steering.sites import parse_positions
 from compile_steer.validate.options import Validate
 from compile_steer.verify.options import Verify
 

@@ -31,7 +31,8 @@ from compile_steer.recipe import read_recipe
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.scoring.reply import Reply
 from compile_steer.steering.patch import applied
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 KINDS = (
     "detectable_format:title",

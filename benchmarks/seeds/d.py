@@ -20,7 +20,8 @@ from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 BLOCK, CHOSEN = 10, 2.5
 DOSES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 9.0)

@@ -32,7 +32,8 @@ from compile_steer.recipe import read_recipe
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.steering.directions import as_long_as
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 RECIPE = ROOT / "recipes" / "pas.yaml"
 SEEDS = 5  # splits; the paper has 15

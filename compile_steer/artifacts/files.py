@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
 
@@ -124,12 +122,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    with new_file(path) as temporary:
-        save_file(dict(tensors), str(temporary), metadata=dict(metadata))
 
 
 def save_text(path: Path, text: str) -> None:

@@ -1,15 +1,38 @@
-"""A model folder's tensors, read one at a time from its safetensors files: never a whole model in memory."""
+"""safetensors files: one file read or written whole, and a model folder read one tensor at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from compile_steer.artifacts.files import new_file
 from compile_steer.common.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    from safetensors.torch import save_file  # noqa: PLC0415  (it imports torch, which takes seconds)
+
+    with new_file(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file as (tensors, metadata); raises `ArtifactError` if it cannot be one."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
 
 
 class Checkpoint:

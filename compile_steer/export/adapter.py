@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
-from compile_steer.steering.program import read_tensors
 
 PATCH_FILE = "patch.safetensors"
 CURVES = "training.json"

@@ -23,7 +23,7 @@ from compile_steer.models.activations import read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.scoring.answers import Request, answer
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 
 _LEAST = 2  # one item of a kind cannot be shuffled
 

@@ -15,7 +15,7 @@ from compile_steer.formats.foreign import Foreign, Given
 from compile_steer.formats.formats import read as read_foreign
 from compile_steer.steering.directions import as_long_as
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 
 
 def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point, Found]:

@@ -11,7 +11,7 @@ from compile_steer.common.options import Section
 from compile_steer.formats.foreign import LayerConvention
 from compile_steer.formats.formats import Format
 from compile_steer.models.activations import Readout
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 
 PairMethod = Literal["mean_difference", "pca", "logistic"]
 ChoiceMethod = Literal["pasf", "ipasa", "ipaswo"]

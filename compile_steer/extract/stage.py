@@ -24,7 +24,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, Source
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 
 
 def extract(recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, inputs: str, progress: Progress) -> Directions:

@@ -25,7 +25,8 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions, as_long_as
-from compile_steer.steering.program import Intervention, Point, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Point, Site
 
 _HELD_OUT_EVERY = 6
 

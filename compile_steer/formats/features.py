@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import NUMBER, Foreign, Given, numbers, other_rows, read_json
 from compile_steer.formats.pickles import OBJECTS, TENSORS
-from compile_steer.steering.program import Point, Site
+from compile_steer.steering.sites import Point, Site
 
 CONFIG = "cfg.json"
 _WEIGHTS = "sae_weights.safetensors"

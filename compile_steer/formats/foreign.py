@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 
 # What a number k in a file means. block: the output of block k. hidden_state: transformers' hidden_states[k], which
 # is the input of block k, so the output of block k - 1; 0 is the embeddings.

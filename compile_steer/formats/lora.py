@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.patch import LowRank
-from compile_steer.steering.program import read_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

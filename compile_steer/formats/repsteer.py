@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import Foreign, Given, read_json
-from compile_steer.steering.program import read_tensors
 
 MANIFEST, TENSORS, CHECKSUMS = "manifest.json", "tensors.safetensors", "checksums.json"
 _VECTORS = {"direction": "direction", "sae_feature": "decoder_direction"}

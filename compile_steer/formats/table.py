@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import NUMBER, Foreign, Given
-from compile_steer.steering.program import POINTS, Point, read_tensors
+from compile_steer.steering.sites import POINTS, Point
 
 
 def read(path: Path, _given: Given) -> Foreign:

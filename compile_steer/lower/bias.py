@@ -12,7 +12,8 @@ from torch import Tensor
 from compile_steer.lower.job import Job, first_refusal
 from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
 from compile_steer.steering.patch import WeightPatch
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 
 def refusal(program: Program, layout: Layout) -> str | None:

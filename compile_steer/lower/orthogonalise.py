@@ -19,7 +19,8 @@ from compile_steer.lower import bias
 from compile_steer.lower.job import Job, first_refusal
 from compile_steer.steering.layout import EXPERTS, Layout, ProjectionKind
 from compile_steer.steering.patch import LowRank, WeightPatch
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 _EMBEDDINGS = Site(0, "resid_pre")
 

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_steer.artifacts.files import save_tensors
+from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.program import read_tensors
 
 # The losses of a training, step by step, and its held-out measure before and after.
 Curve = dict[str, list[float]]

@@ -17,7 +17,7 @@ from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, batches, encode
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.program import Point, Site
+from compile_steer.steering.sites import Point, Site
 
 Readout = Literal["response_mean", "last_prompt"]
 

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from compile_steer.artifacts.files import save_tensors
+from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.program import POINTS, Intervention, Point, Program, Site, ablate_everywhere, read_tensors
+from compile_steer.steering.program import Intervention, Program, ablate_everywhere
+from compile_steer.steering.sites import POINTS, Point, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EVERY_BLOCK = -1
 FROM_LABELS = "from shuffled labels"

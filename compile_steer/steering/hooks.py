@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.program import Intervention, Program, Scope, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Scope, Site
 
 # Roles of a token, [batch, time] int8. The last prompt token is a prompt token too.
 PAD, PROMPT, LAST_PROMPT, RESPONSE = 0, 1, 2, 3

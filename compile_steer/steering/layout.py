@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import LayoutError
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 ProjectionKind = Literal["attn", "mlp"]
 EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compile_steer.steering.program import Intervention, Program, Site, replace_intervention
+from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.sites import Site
 
 
 def drop_inactive(program: Program) -> Program:

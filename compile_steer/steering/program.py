@@ -16,59 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from compile_steer.artifacts.files import save_tensors
+from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site, parse_positions
 
-Point = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
-OperationName = Literal["add", "ablate", "clamp"]
-Scope = Literal["all", "prompt", "response", "last_prompt"]
-
-POINTS: tuple[Point, ...] = get_args(Point)
-OPERATIONS: tuple[OperationName, ...] = get_args(OperationName)
-SCOPES: tuple[Scope, ...] = get_args(Scope)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNIT_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an activation is read or edited: 0-based block `layer`, and a `point` in it."""
-
-    layer: int
-    point: Point = "resid_post"
-
-    def __post_init__(self) -> None:
-        if self.point not in POINTS:
-            raise ArtifactError(f"point '{self.point}' is unknown; choose one of {', '.join(POINTS)}.")
-        if self.layer < 0:
-            raise ArtifactError(f"layer {self.layer} is negative; blocks are counted from 0.")
-
-    @property
-    def changes_from(self) -> int:
-        """The block whose output an edit here is first part of."""
-        return max(self.layer - 1, 0) if self.point == "resid_pre" else self.layer
-
-    def __str__(self) -> str:
-        return f"{self.point} {self.layer}"
-
-
-def parse_positions(text: str) -> frozenset[Scope]:
-    """Parse 'all' or scopes joined by '+' ('last_prompt+response'); raises `ArtifactError`."""
-    scopes = frozenset(part.strip() for part in text.split("+"))
-    unknown = scopes - set(SCOPES)
-    if unknown:
-        raise ArtifactError(
-            f"positions '{text}': {', '.join(sorted(unknown))} unknown; use {', '.join(SCOPES)}, joined by '+'."
-        )
-    if "all" in scopes or scopes >= {"prompt", "response"}:
-        return frozenset(("all",))
-    return frozenset(scope for scope in SCOPES if scope in scopes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +56,7 @@ class Intervention:
             yield f"operation '{self.operation}' is unknown; use one of {', '.join(OPERATIONS)}."
         if self.vector.ndim != 1 or not self.vector.is_floating_point():
             yield f"the vector has shape {list(self.vector.shape)} and type {self.vector.dtype}; needed: [d_model] floats."
-        elif not bool(torch.isfinite(self.vector).all()):
+        elif not bool(self.vector.isfinite().all()):
             yield "the vector holds NaN or infinity; extract it again (see 'dtype' if the model overflows)."
         elif self.operation != "add" and abs(float(self.vector.norm()) - 1.0) > _UNIT_TOLERANCE:
             yield f"'{self.operation}' needs a unit direction; found norm {float(self.vector.norm()):.4g}."
@@ -277,14 +234,3 @@ def _intervention(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Interven
         projection=None if projection is None else float(projection),
         enabled=bool(entry.get("enabled", True)),
     )
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file as (tensors, metadata); raises `ArtifactError` if it cannot be one."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error

@@ -29,7 +29,8 @@ from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
 from compile_steer.run import Run
 from compile_steer.steering.hooks import PAD, steered
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 # A block that changes its output by less than this, relative to the stream, was not touched.
 _UNTOUCHED = 1e-6

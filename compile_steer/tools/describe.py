@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compile_steer.artifacts.provenance import PARITY, Provenance
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.extract.generation_report import WritingReport
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.program import Program, read_tensors
+from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
 

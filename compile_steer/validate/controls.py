@@ -18,7 +18,8 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import batches, encode
 from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
-from compile_steer.steering.program import Intervention, Point, Program, replace_intervention
+from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.sites import Point
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Controls, Separability
 from compile_steer.validate.statistics import outlier_p, rank_p

@@ -23,7 +23,7 @@ from compile_steer.models.fingerprint import TEXTS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
-from compile_steer.steering.program import read_tensors
+from compile_steer.artifacts.tensors import read_tensors
 from tests.helpers.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
 Save = Callable[[str], LoadedModel]

@@ -23,7 +23,8 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
-from compile_steer.steering.program import POINTS, Point, Program, ablate_everywhere
+from compile_steer.steering.program import Program, ablate_everywhere
+from compile_steer.steering.sites import POINTS, Point
 from tests.helpers.tiny import (
     EVERYWHERE,
     FAMILIES,

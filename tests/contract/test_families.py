@@ -16,7 +16,8 @@ from compile_steer.lower.backends import BACKENDS
 from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.layout import FAMILIES as KNOWN
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.program import OPERATIONS, POINTS, Intervention, Point
+from compile_steer.steering.program import Intervention
+from compile_steer.steering.sites import OPERATIONS, POINTS, Point
 from tests.helpers.tiny import (
     EVERYWHERE,
     FAMILIES,

@@ -17,7 +17,8 @@ import torch
 
 from compile_steer.__main__ import main
 from compile_steer.artifacts.files import save_sealed, unsealed
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
 Ask = Callable[..., str]
@@ -167,7 +168,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device", "ocean.directions.safetensors")
 
-    monkeypatch.setattr("compile_steer.artifacts.files.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     code, said = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path, "--set", "extract.pairs=4")
     assert code == 2 and "No space left on device" in said
     assert list(tmp_path.rglob("*.safetensors")) == [] and not leftovers(tmp_path)

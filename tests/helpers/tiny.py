@@ -25,7 +25,8 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 from compile_steer.steering.patch import LowRank, WeightPatch
-from compile_steer.steering.program import POINTS, Intervention, OperationName, Point, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import POINTS, OperationName, Point, Site
 
 VOCAB, HIDDEN, FFN, LAYERS = 97, 32, 48, 4
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3

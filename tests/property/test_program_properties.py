@@ -12,16 +12,8 @@ from torch import Tensor
 
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.program import (
-    OPERATIONS,
-    POINTS,
-    Intervention,
-    OperationName,
-    Point,
-    Program,
-    Site,
-    replace_intervention,
-)
+from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.sites import OPERATIONS, POINTS, OperationName, Point, Site
 from tests.helpers.tiny import (
     HIDDEN,
     LAYERS,

@@ -15,11 +15,12 @@ from compile_steer.artifact_formats import run_merge, run_verify
 from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, artifact_sha256
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.steering.program import Program, read_tensors
+from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import Link, walk
 from tests.helpers.small_run import NAME, SPLITS, SmallRun
 

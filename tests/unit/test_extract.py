@@ -21,7 +21,7 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.program import POINTS, Point, Site
+from compile_steer.steering.sites import POINTS, Point, Site
 from compile_steer.validate.options import Validate
 from compile_steer.validate.sweep import candidates
 from tests.helpers.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks

@@ -18,7 +18,7 @@ from compile_steer.extract.stage import extract
 from compile_steer.models.activations import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
-from compile_steer.steering.program import Point
+from compile_steer.steering.sites import Point
 from tests.helpers.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.artifacts.files import digest, new_file, new_folder, save_json, save_tensors, save_text, sha256
-from compile_steer.steering.program import read_tensors
+from compile_steer.artifacts.files import digest, new_file, new_folder, save_json, save_text, sha256
+from compile_steer.artifacts.tensors import read_tensors, save_tensors
 
 
 def names(folder: Path) -> list[str]:

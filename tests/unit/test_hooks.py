@@ -14,7 +14,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from compile_steer.common.errors import ArtifactError, LayoutError
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE, in_scope, prompt_roles, steered
-from compile_steer.steering.program import POINTS, Intervention, OperationName, Point, Program, Site, parse_positions
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import POINTS, OperationName, Point, Site, parse_positions
 from tests.helpers.tiny import (
     CONFIGS,
     FAMILIES,

@@ -18,7 +18,7 @@ from compile_steer.extract.stage import extract, source
 from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.program import Site
+from compile_steer.steering.sites import Site
 from tests.helpers.tiny import HIDDEN, LAYERS, loaded
 from tests.unit.test_extract import recipe
 

@@ -25,7 +25,8 @@ from compile_steer.formats.formats import read
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.vector_files import shifts, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe

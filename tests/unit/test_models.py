@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.models.load import LoadedModel, choose_device, load, weights_revision
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.program import Site
+from compile_steer.steering.sites import Site
 from tests.helpers.tiny import (
     FAMILIES,
     FFN,

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.program import OPERATIONS, Intervention, Program, Site, parse_positions
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import OPERATIONS, Site, parse_positions
 from tests.helpers.tiny import HIDDEN, REVISION, intervention, program, vector
 
 

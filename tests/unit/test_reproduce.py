@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import digest, save_sealed
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.pipeline import run_compile, run_extract
 from compile_steer.run import Run
-from compile_steer.steering.program import Program, read_tensors
+from compile_steer.steering.program import Program
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.reproduce import TOLERANCE, Reproduction, reproduce

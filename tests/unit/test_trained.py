@@ -25,7 +25,8 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Intervention, Program, Site
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 from compile_steer.tools.describe import describe_artifact
 from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
 

@@ -23,7 +23,8 @@ from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
-from compile_steer.steering.program import Point, Program
+from compile_steer.steering.program import Program
+from compile_steer.steering.sites import Point
 from compile_steer.validate.controls import Stream, measure_controls
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import ValidationReport, block_name
