@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from compile_steer.artifacts.provenance import PROVENANCE, Provenance
+from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import PATCH_FILE, read_patch, write_patch
 from compile_steer.export.merged import merged_model, write_merged
@@ -23,7 +24,6 @@ from compile_steer.models.fingerprint import TEXTS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
-from compile_steer.artifacts.tensors import read_tensors
 from tests.helpers.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
 Save = Callable[[str], LoadedModel]
