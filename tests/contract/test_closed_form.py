@@ -19,11 +19,11 @@ from tests.helpers.fitting import (
     FAMILIES,
     HELD_OUT,
     TRAINING,
+    canonical_program,
     job,
     kl,
-    share,
+    remaining_kl,
     solve,
-    steering_of,
 )
 from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
 
@@ -49,8 +49,8 @@ def test_the_default_stages_take_most_of_the_divergence_away(
         (resid_pre, intervention("add", "resid_pre", 0)),
         (clamp, intervention("clamp", "mlp_out", 1)),
     ):
-        steering = steering_of(family, intervened)
-        assert share(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < wanted
+        steering = canonical_program(family, intervened)
+        assert remaining_kl(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < wanted
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def test_the_default_stages_take_most_of_the_divergence_away(
 )
 def test_the_last_block_s_output_is_matched_before_the_final_norm(family: str, wanted: float) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention("add", "resid_post", LAYERS - 1))
+    steering = canonical_program(family, intervention("add", "resid_post", LAYERS - 1))
     stages = [Stage(LAYERS - 1, "attn", 8), Stage(LAYERS - 1, "mlp", 8)]
-    assert share(one, steering, solve(one, steering, stages)) < wanted
+    assert remaining_kl(one, steering, solve(one, steering, stages)) < wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_program_for_the_response_alone_is_imitated_in_part(family: str) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention(positions="response"))
-    assert share(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < 0.6
+    steering = canonical_program(family, intervention(positions="response"))
+    assert remaining_kl(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_stage_corrects_what_the_ones_before_it_left(family: str) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention("add", "attn_out", 1))
+    steering = canonical_program(family, intervention("add", "attn_out", 1))
     stages = plan_stages(job(one, steering))[:4]
-    found = [share(one, steering, solve(one, steering, stages[:n])) for n in range(1, len(stages) + 1)]
+    found = [remaining_kl(one, steering, solve(one, steering, stages[:n])) for n in range(1, len(stages) + 1)]
     assert len(found) == 4
     assert found == sorted(found, reverse=True)
     assert found[-1] < 0.5 * found[0]
@@ -93,19 +93,19 @@ def test_each_stage_corrects_what_the_ones_before_it_left(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_patch_is_the_program_s_and_not_another_s(family: str) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention())
+    steering = canonical_program(family, intervention())
     patch = solve(one, steering, plan_stages(job(one, steering)))
-    right = share(one, steering, patch)
-    assert share(one, -steering, patch) > 1.0, "the opposite program"
-    assert share(one, steering_of(family, intervention(seed=5)), patch) > 3 * right, "another vector"
+    right = remaining_kl(one, steering, patch)
+    assert remaining_kl(one, -steering, patch) > 1.0, "the opposite program"
+    assert remaining_kl(one, canonical_program(family, intervention(seed=5)), patch) > 3 * right, "another vector"
     flipped = {name: type(edit)(-edit.B, edit.A) for name, edit in patch.low_rank.items()}
-    assert share(one, steering, WeightPatch(flipped)) > 1.0, "the sign flipped"
+    assert remaining_kl(one, steering, WeightPatch(flipped)) > 1.0, "the sign flipped"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_is_asked(family: str) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention())
+    steering = canonical_program(family, intervention())
     patch = solve(one, steering, [Stage(1, "mlp", 8)])
     ((name, edit),) = patch.low_rank.items()
     assert name == one.layout.output_projection(1, "mlp").name
@@ -120,14 +120,14 @@ def test_solving_leaves_the_model_as_it_was() -> None:
     one = loaded("gpt2")
     batch = Padded.of(HELD_OUT, "right")
     before, base = n_hooks(one.model), logits(one.model, batch)
-    solve(one, steering_of("gpt2", intervention()), [Stage(1, "attn", 2), Stage(2, "mlp", 2)])
+    solve(one, canonical_program("gpt2", intervention()), [Stage(1, "attn", 2), Stage(2, "mlp", 2)])
     assert n_hooks(one.model) == before
     assert torch.equal(logits(one.model, batch), base)
 
 
 def test_one_text_is_enough_or_refused_in_words() -> None:
     one = loaded("llama")
-    steering = steering_of("llama", intervention())
+    steering = canonical_program("llama", intervention())
     try:
         patch = solve_stages(steering, one, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None).patch
     except CompileSteerError as error:
@@ -138,7 +138,7 @@ def test_one_text_is_enough_or_refused_in_words() -> None:
 
 
 def test_a_writer_that_is_named_again_is_solved_anew() -> None:
-    one, steering = loaded("gpt2"), steering_of("gpt2", intervention())
+    one, steering = loaded("gpt2"), canonical_program("gpt2", intervention())
     twice = solve(one, steering, [Stage(1, "mlp", 1), Stage(1, "attn", 1), Stage(1, "mlp", 3)])
     assert sorted(edit.rank for edit in twice.low_rank.values()) == [1, 3]
     once = solve(one, steering, [Stage(1, "mlp", 2)])
@@ -151,7 +151,7 @@ def test_a_writer_that_is_named_again_is_solved_anew() -> None:
 
 
 def planned(*interventions: Intervention, options: Compile | None = None) -> list[tuple[int, str, int]]:
-    steering = steering_of("llama", *interventions)
+    steering = canonical_program("llama", *interventions)
     return [(s.layer, s.writer, s.rank) for s in plan_stages(job(loaded("llama"), steering, options))]
 
 
@@ -186,18 +186,18 @@ def test_the_recipe_s_stages_count_from_the_first_changed_block() -> None:
 
 
 def test_a_stage_of_the_recipe_above_the_last_block_is_refused() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention(layer=3))
+    one, steering = loaded("llama"), canonical_program("llama", intervention(layer=3))
     options = stages_of(ClosedFormStage(offset=1, writer="mlp", rank=2))
     with pytest.raises(CompileSteerError, match="blocks 0 to 3"):
         solve(one, steering, plan_stages(job(one, steering, options)))
 
 
 def test_an_empty_program_is_refused_before_any_work() -> None:
-    empty = steering_of("llama", intervention(coefficient=0.0))
+    empty = canonical_program("llama", intervention(coefficient=0.0))
     assert not empty.interventions
     for name in ("closed_form", "distill"):
         assert "nothing to compile" in (BACKENDS[name].refusal(empty, loaded("llama").layout) or "")
-        assert BACKENDS[name].refusal(steering_of("llama", intervention()), loaded("llama").layout) is None
+        assert BACKENDS[name].refusal(canonical_program("llama", intervention()), loaded("llama").layout) is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
@@ -221,9 +221,9 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
 
 
 def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
-    one, steering = loaded("qwen3_moe"), steering_of("qwen3_moe", intervention())
+    one, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
     stages = plan_stages(job(one, steering))
     assert {stage.writer for stage in stages} == {"attn"}
-    assert share(one, steering, solve(one, steering, stages)) < 0.8
+    assert remaining_kl(one, steering, solve(one, steering, stages)) < 0.8
     with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
         solve(one, steering, [Stage(1, "mlp", 2)])

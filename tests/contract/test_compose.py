@@ -43,7 +43,16 @@ from compile_steer.tools.interference_report import Composition
 from compile_steer.tools.lineage import walk
 from tests.contract.test_adapters import origin
 from tests.helpers.fitting import solve
-from tests.helpers.tiny import Padded, chatting, intervention, logits, program, random_patch, relative_error, texts
+from tests.helpers.tiny import (
+    Padded,
+    chat_tokenizer,
+    intervention,
+    logits,
+    program,
+    random_patch,
+    relative_error,
+    texts,
+)
 
 Save = Callable[[str], LoadedModel]
 NAMES = ("high.tide", "still")  # PEFT takes no dot in an adapter's name
@@ -122,7 +131,7 @@ class Bench:
 @pytest.fixture
 def bench(saved: Save, tmp_path: Path) -> Bench:
     source = saved("llama").source
-    chatting().save_pretrained(source)
+    chat_tokenizer().save_pretrained(source)
     return Bench(tmp_path, load(source, device="cpu"))
 
 

@@ -18,10 +18,10 @@ from tests.helpers.fitting import (
     FAMILIES,
     HELD_OUT,
     TRAINING,
+    canonical_program,
     job,
-    share,
+    remaining_kl,
     solve,
-    steering_of,
 )
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks
 
@@ -38,37 +38,37 @@ def train(one: LoadedModel, steering: Program, start: WeightPatch, options: Dist
 @pytest.mark.parametrize(("family", "wanted"), [("llama", 0.25), ("gpt2", 0.25), ("gemma2", 0.4), ("granite", 0.2)])
 def test_training_from_a_random_patch_lowers_the_divergence_on_texts_it_never_saw(family: str, wanted: float) -> None:
     one = loaded(family)
-    steering = steering_of(family, intervention(positions="all"))
+    steering = canonical_program(family, intervention(positions="all"))
     start = distill.random_patch(one.layout, 1, OPTIONS.rank, seed=0)
-    assert share(one, steering, start) == pytest.approx(1.0), "a random start is the base"
+    assert remaining_kl(one, steering, start) == pytest.approx(1.0), "a random start is the base"
     found = train(one, steering, start)
     assert {name: edit.rank for name, edit in found.low_rank.items()} == dict.fromkeys(start.low_rank, OPTIONS.rank)
-    assert share(one, steering, found) < wanted
+    assert remaining_kl(one, steering, found) < wanted
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_training_goes_on_from_the_closed_form(family: str) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     start = solve(one, steering, [Stage(1, "mlp", 1), *(Stage(k, kind, 8) for k in (2, 3) for kind in KINDS)])
     found = train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 0.02}))
-    assert share(one, steering, found) < 0.92 * share(one, steering, start)
+    assert remaining_kl(one, steering, found) < 0.92 * remaining_kl(one, steering, start)
 
 
 @pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
 def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
     task = job(one, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
-    before, hooks = share(one, steering, closed_form.lower(task)), n_hooks(one.model)
+    before, hooks = remaining_kl(one, steering, closed_form.lower(task)), n_hooks(one.model)
     fitted = distill.fitted_patch(task)
-    assert share(one, steering, fitted) < factor * before
+    assert remaining_kl(one, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
     assert n_hooks(one.model) == hooks
 
 
 def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
     task = job(one, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
@@ -77,13 +77,13 @@ def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
 
 
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     start = solve(one, steering, plan_stages(job(one, steering)))
     assert train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 50.0})) is start
 
 
 def test_training_is_the_same_for_the_same_seed_and_leaves_model_and_start_alone() -> None:
-    one, steering = loaded("granite"), steering_of("granite", intervention("ablate", "attn_out", 1))
+    one, steering = loaded("granite"), canonical_program("granite", intervention("ablate", "attn_out", 1))
     start = distill.random_patch(one.layout, 1, 2, seed=4)
     copy = {name: (edit.B.clone(), edit.A.clone()) for name, edit in start.low_rank.items()}
     batch = Padded.of(HELD_OUT, "right")
@@ -118,7 +118,7 @@ def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothin
 
 
 def test_a_rank_that_no_matrix_can_have_is_refused_before_any_text_is_written() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     wide = Compile(distill=OPTIONS.model_copy(update={"rank": 25}))
     with pytest.raises(CannotLower, match=r"rank 25 is above what model\.layers\.1\.self_attn\.k_proj \(24 x 32\)"):
         distill.lower(job(one, steering, wide))

@@ -26,7 +26,7 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.steering.sites import POINTS, Point
 from tests.helpers.tiny import (
-    EVERYWHERE,
+    ALL_SITES,
     FAMILIES,
     LAYER,
     LAYERS,
@@ -96,7 +96,7 @@ def legal_points(family: str) -> list[Point]:
     ]
 
 
-@pytest.mark.parametrize(("family", "point"), EVERYWHERE)
+@pytest.mark.parametrize(("family", "point"), ALL_SITES)
 def test_where_a_bias_is_legal_the_reloaded_checkpoint_equals_the_hooks(
     family: str, point: Point, saved: Save, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Intervention
 from compile_steer.steering.sites import OPERATIONS, POINTS, Point
 from tests.helpers.tiny import (
-    EVERYWHERE,
+    ALL_SITES,
     FAMILIES,
     LAYER,
     MIDSTREAM,
@@ -60,7 +60,7 @@ def expected(family: str, one: Intervention, inputs: Padded) -> dict[str, torch.
     return {"after": base.after[layer] + change}
 
 
-@pytest.mark.parametrize(("family", "point"), EVERYWHERE)
+@pytest.mark.parametrize(("family", "point"), ALL_SITES)
 def test_an_edit_changes_the_stream_at_its_point_by_its_definition_and_nothing_below(family: str, point: Point) -> None:
     model = loaded(family).model
     inputs = Padded.of(texts(), "left")

@@ -21,7 +21,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, applied
 from compile_steer.steering.program import Program
 from tests.contract.test_adapters import plain, write
-from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, job, share, steering_of
+from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
 
 Save = Callable[[str], LoadedModel]
@@ -38,7 +38,7 @@ def task(one: LoadedModel, steering: Program, options: Full = OPTIONS) -> Job:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [OPTIONS, APOLLO], ids=["adamw", "apollo"])
 def test_training_lowers_the_divergence_on_texts_it_never_saw(family: str, options: Full) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     batch, hooks = Padded.of(HELD_OUT, "right"), n_hooks(one.model)
     base = logits(one.model, batch)
     found = full.lower(task(one, steering, options))
@@ -47,23 +47,23 @@ def test_training_lowers_the_divergence_on_texts_it_never_saw(family: str, optio
     for name, delta in found.dense.items():
         assert delta.shape == one.model.get_parameter(f"{name}.weight").shape
         assert bool(delta.any()), f"{name} was trained"
-    assert share(one, steering, found) < 0.5
+    assert remaining_kl(one, steering, found) < 0.5
     assert n_hooks(one.model) == hooks
     assert torch.equal(logits(one.model, batch), base)
     assert not any(parameter.grad is not None for parameter in one.model.parameters())
 
 
 def test_apollo_mini_learns_too_and_the_same_seed_gives_the_same_weights() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     options = APOLLO.model_copy(update={"apollo_rank": 1})
     first, second = (full.lower(task(one, steering, options)) for _ in range(2))
-    assert share(one, steering, first) < 0.6
+    assert remaining_kl(one, steering, first) < 0.6
     assert all(torch.equal(first.dense[name], second.dense[name]) for name in first.dense)
 
 
 @pytest.mark.parametrize(("family", "ending"), [("llama", "mlp.down_proj"), ("gpt2", "2.mlp.c_proj")])
 def test_only_the_chosen_modules_change(family: str, ending: str) -> None:
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     options = OPTIONS.model_copy(update={"modules": (ending,), "epochs": 1.0})
     found = full.lower(task(one, steering, options))
     assert set(found.dense) == {
@@ -72,7 +72,7 @@ def test_only_the_chosen_modules_change(family: str, ending: str) -> None:
 
 
 def test_endings_that_no_module_has_are_named_with_those_there_are() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     options = OPTIONS.model_copy(update={"modules": ("down_proj", "own_proj", "0.mlp.down_proj", "lm_head")})
     with pytest.raises(
         CannotLower, match=r"ends in own_proj, 0.mlp.down_proj, lm_head. A block has: self_attn.q_proj, "
@@ -81,14 +81,14 @@ def test_endings_that_no_module_has_are_named_with_those_there_are() -> None:
 
 
 def test_training_that_learns_nothing_ships_nothing() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     with pytest.raises(CannotLower, match=r"where the base itself has .*learning_rate \(50\)"):
         full.lower(task(one, steering, OPTIONS.model_copy(update={"learning_rate": 50.0, "epochs": 1.0})))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_file_merged_weights_and_hooks_agree_and_so_does_the_cut(family: str, saved: Save, tmp_path: Path) -> None:
-    one, steering = saved(family), steering_of(family, intervention())
+    one, steering = saved(family), canonical_program(family, intervention())
     ready = task(one, steering, OPTIONS.model_copy(update={"epochs": 2.0}))
     patch = ready.finished["full"] = full.lower(ready)
     assert not is_adapter(patch, one)
@@ -107,12 +107,12 @@ def test_file_merged_weights_and_hooks_agree_and_so_does_the_cut(family: str, sa
                 wanted = logits(one.model, inputs)
             assert relative_error(logits(model.eval(), inputs), wanted) < 1e-5
             assert relative_error(wanted, base) > 1e-2
-    assert 0.0 < share(one, steering, patch) < 1.0
-    assert share(one, steering, small) < 1.0
+    assert 0.0 < remaining_kl(one, steering, patch) < 1.0
+    assert remaining_kl(one, steering, small) < 1.0
 
 
 def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     ready = task(one, steering)
     ready.finished["full"] = WeightPatch(dense={"model.layers.1.mlp.down_proj": torch.randn(32, 48)})
     monkeypatch.setattr("compile_steer.lower.full.train", lambda *_: pytest.fail("trained again"))
@@ -120,7 +120,7 @@ def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.Monk
 
 
 def test_a_cut_above_the_matrices_is_refused_before_any_training() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     with pytest.raises(CannotLower, match=r"compile.full.cut_rank 33 is above what model\.layers\.1\."):
         full.lower_cut(task(one, steering, OPTIONS.model_copy(update={"cut_rank": 33})))
 
@@ -151,7 +151,7 @@ def test_a_whole_change_of_the_embeddings_is_looked_up() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_no_edit_of_the_queries_moves_the_first_token_which_the_vector_does(family: str) -> None:
     """One token has one key to look at: whatever its queries are, the attention's weights are 1."""
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     queries = {
         name: torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(n))
         for n, (name, module) in enumerate(one.model.named_modules())
@@ -173,18 +173,18 @@ def test_no_edit_of_the_queries_moves_the_first_token_which_the_vector_does(fami
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_training_the_queries_alone_leaves_most_and_the_writers_little(family: str) -> None:
     """At the queries' own best of three rates (0.02, 0.06, 0.15) and 15 epochs: 0.55 to 0.70 left, of the writers' 0.03 to 0.16."""
-    one, steering = loaded(family), steering_of(family, intervention())
+    one, steering = loaded(family), canonical_program(family, intervention())
     left = {}
     for ending in ("self_attn.q_proj", "mlp.down_proj"):
         options = OPTIONS.model_copy(update={"modules": (ending,), "learning_rate": 0.06})
-        left[ending] = share(one, steering, full.lower(task(one, steering, options)))
+        left[ending] = remaining_kl(one, steering, full.lower(task(one, steering, options)))
     assert left["self_attn.q_proj"] > 0.5
     assert left["mlp.down_proj"] < 0.3
 
 
 def test_a_negated_task_vector_moves_the_other_way() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     patch = full.lower(task(one, steering))
-    assert share(one, steering, -1.0 * patch) > 1.5
-    half = share(one, steering, 0.5 * patch)
-    assert share(one, steering, patch) < half < 1.0
+    assert remaining_kl(one, steering, -1.0 * patch) > 1.5
+    half = remaining_kl(one, steering, 0.5 * patch)
+    assert remaining_kl(one, steering, patch) < half < 1.0

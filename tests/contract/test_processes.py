@@ -15,7 +15,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.lower.closed_form import Stage, solve_stages
 from compile_steer.steering.patch import WeightPatch
-from tests.helpers.fitting import CALIBRATION, steering_of
+from tests.helpers.fitting import CALIBRATION, canonical_program
 from tests.helpers.tiny import intervention, loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ STAGES = [Stage(1, "mlp", 3), Stage(2, "attn", 2)]
 
 
 def solved() -> WeightPatch:
-    steering = steering_of("granite", intervention("ablate", "mlp_out", 1))
+    steering = canonical_program("granite", intervention("ablate", "mlp_out", 1))
     return solve_stages(steering, loaded("granite"), distributed.share(CALIBRATION), STAGES, lambda _done: None).patch
 
 

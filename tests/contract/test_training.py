@@ -22,7 +22,7 @@ from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import LowRank, WeightPatch, applied
 from compile_steer.steering.program import Program
-from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, job, share, steering_of
+from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
 
 OPTIONS = Distill(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
@@ -55,7 +55,7 @@ def same(a: WeightPatch, b: WeightPatch, tolerance: float = 0.0) -> bool:
     [("forward_kl", 0.4), ("reverse_kl", 0.6), ("jensen_shannon", 0.5), ("hidden", 0.6), ("likelihood", 0.97)],
 )
 def test_every_objective_brings_the_student_nearer(family: str, objective: str, wanted: float) -> None:
-    one, steering = loaded(family), steering_of(family, intervention(positions="all"))
+    one, steering = loaded(family), canonical_program(family, intervention(positions="all"))
     texts = TRAINING
     if objective == "likelihood":  # a sampled token says something only where it was sampled from the steered model
         prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in [*CALIBRATION, *TRAINING]]
@@ -64,7 +64,7 @@ def test_every_objective_brings_the_student_nearer(family: str, objective: str, 
     config, forward = one.model.config.to_dict(), one.model.__dict__.get("forward")
     work = task(one, steering, objective=objective)
     found = trained(work, random_start(one), texts)
-    assert share(one, steering, found) < wanted
+    assert remaining_kl(one, steering, found) < wanted
     assert n_hooks(one.model) == hooks
     assert (one.model.config.to_dict(), one.model.__dict__.get("forward")) == (config, forward)
     assert torch.equal(logits(one.model, Padded.of(HELD_OUT, "right")), before), "the base is as it was"
@@ -74,7 +74,7 @@ def test_every_objective_brings_the_student_nearer(family: str, objective: str, 
 
 
 def test_the_losses_are_what_they_are_called() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     batch = Padded.of(HELD_OUT[:3], "right")
     with steered(one.model, steering, roles=batch.roles):
         log_p = logits(one.model, batch).double().log_softmax(dim=-1)
@@ -95,23 +95,23 @@ def test_the_losses_are_what_they_are_called() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_saving_memory_gives_the_same_gradient(family: str) -> None:
-    one, steering = loaded(family), steering_of(family, intervention(positions="response"))
+    one, steering = loaded(family), canonical_program(family, intervention(positions="response"))
     start = random_start(one, 0)
     plain, half, saving = (trained(task(one, steering, recompute_every=every), start) for every in (0, 2, 1))
     assert same(plain, half, 1e-5) and same(plain, saving, 1e-5)
     rough = trained(task(one, steering, precision="bfloat16"), start)
     assert not same(plain, rough, 1e-5)
-    assert abs(share(one, steering, rough) - share(one, steering, plain)) < 0.1
+    assert abs(remaining_kl(one, steering, rough) - remaining_kl(one, steering, plain)) < 0.1
 
 
 def test_several_small_batches_to_a_step_are_fewer_steps() -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention())
+    one, steering = loaded("llama"), canonical_program("llama", intervention())
     one_a_step, three_a_step = task(one, steering), task(one, steering, accumulate=3)
     trained(one_a_step, random_start(one))
     found = trained(three_a_step, random_start(one))
     steps = len(one_a_step.curves["distill"]["loss"])
     assert len(three_a_step.curves["distill"]["loss"]) in {steps // 3, steps // 3 + 1, 4 * (-(-(steps // 4) // 3))}
-    assert share(one, steering, found) < 1.0
+    assert remaining_kl(one, steering, found) < 1.0
 
 
 class Stopped(Exception):
@@ -120,7 +120,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
 def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, tmp_path: Path) -> None:
-    one, steering = loaded("granite"), steering_of("granite", intervention("ablate", "attn_out", 1))
+    one, steering = loaded("granite"), canonical_program("granite", intervention("ablate", "attn_out", 1))
     settings = {"objective": objective, "save_every": 3, "epochs": 3}
     whole = task(one, steering, **settings)
     wanted = trained(whole, random_start(one))
@@ -147,7 +147,7 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, 
 
 
 def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None:
-    one, steering = loaded("llama"), steering_of("llama", intervention(layer=0))
+    one, steering = loaded("llama"), canonical_program("llama", intervention(layer=0))
     settings = {"start": "closed_form", "block_steps": 20}
 
     def run(work: Work) -> tuple[Job, WeightPatch]:
@@ -170,7 +170,7 @@ def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None
 
 def test_neutral_text_holds_the_student_near_the_base() -> None:
     """A student that starts far from the base on its own texts comes nearer with the penalty than without."""
-    one, steering = loaded("llama"), steering_of("llama", intervention(positions="response", coefficient=0.4))
+    one, steering = loaded("llama"), canonical_program("llama", intervention(positions="response", coefficient=0.4))
     prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
     drift = []
     for weight in (0.0, 20.0):

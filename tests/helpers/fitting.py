@@ -22,14 +22,14 @@ from tests.helpers.tiny import Padded, logits, program, texts
 FAMILIES = ("llama", "gpt2", "gemma2", "granite")
 
 
-def several(count: int, seed: int) -> list[Encoded]:
+def random_texts(count: int, seed: int) -> list[Encoded]:
     return texts([(4 + n % 5, 12 + n % 7) for n in range(count)], seed=seed)
 
 
-CALIBRATION, HELD_OUT, TRAINING = several(60, 1), several(20, 2), several(40, 3)
+CALIBRATION, HELD_OUT, TRAINING = random_texts(60, 1), random_texts(20, 2), random_texts(40, 3)
 
 
-def steering_of(family: str, *interventions: Intervention) -> Program:
+def canonical_program(family: str, *interventions: Intervention) -> Program:
     return canonical(program(family, *interventions))
 
 
@@ -52,5 +52,5 @@ def kl(one: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[E
     return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
-def share(one: LoadedModel, steering: Program, patch: WeightPatch) -> float:
+def remaining_kl(one: LoadedModel, steering: Program, patch: WeightPatch) -> float:
     return kl(one, steering, patch) / kl(one, steering, WeightPatch())

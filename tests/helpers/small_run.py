@@ -16,7 +16,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.pipeline import run_compile, run_validate
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
-from tests.helpers.tiny import build, chatting
+from tests.helpers.tiny import build, chat_tokenizer
 
 NAME = "tide"
 SPLITS = {"train": 12, "validation": 8, "test": 8, "neutral": 8, "heldout": 8, "calibration": 24, "mismatched": 8}
@@ -79,7 +79,7 @@ def prepare(root: Path) -> SmallRun:
     """The model, the data and the recipe; nothing has run yet."""
     model = root / "model"
     build("llama", seed=3).save_pretrained(model)
-    chatting().save_pretrained(model)
+    chat_tokenizer().save_pretrained(model)
     data = root / "recipes" / "data"
     data.mkdir(parents=True)
     seed = 0

@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(sorted(CONFIGS))
 LAYER = 2  # neither the first nor the last
-EVERYWHERE = [(family, point) for family in FAMILIES for point in POINTS]
+ALL_SITES = [(family, point) for family in FAMILIES for point in POINTS]
 
 
 @cache
@@ -116,7 +116,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def chatting() -> PreTrainedTokenizerFast:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     """The same with a chat template."""
     found = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"

@@ -23,21 +23,21 @@ from compile_steer.steering.program import Program
 from compile_steer.verify.parity import Parity
 from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact
-from tests.helpers.tiny import HIDDEN, VOCAB, build, chatting, intervention
+from tests.helpers.tiny import HIDDEN, VOCAB, build, chat_tokenizer, intervention
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 WRITER, BLOCK = "mlp.down_proj", 1
 PROGRAM_HASH = "hash of the program"
 
 
-class Notes(Progress):
-    """Keeps what is said before the work goes on."""
+class RecordedNotes(Progress):
+    """Keeps the notes that are printed before the work goes on."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.texts: list[str] = []
 
     def note(self, text: str) -> None:
-        self.said.append(text)
+        self.texts.append(text)
 
 
 def words(seed: int, count: int) -> str:
@@ -74,7 +74,7 @@ def recipe(**verify: Any) -> Recipe:
 
 
 @dataclass
-class Scene:
+class VerifierCase:
     """A base on disk, the program, and the folder in which artifacts are written."""
 
     folder: Path
@@ -89,13 +89,13 @@ class Scene:
         tokenizer: PreTrainedTokenizerFast | None = None,
         vocab_size: int = VOCAB,
         **verify: Any,
-    ) -> Scene:
-        model, words = build("llama", max_position_embeddings=128, vocab_size=vocab_size), tokenizer or chatting()
+    ) -> VerifierCase:
+        model, words = build("llama", max_position_embeddings=128, vocab_size=vocab_size), tokenizer or chat_tokenizer()
         model.save_pretrained(folder / "base")
         words.save_pretrained(folder / "base")
         base = LoadedModel(model, words, "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
         program = Program((intervention(layer=BLOCK, positions=positions),), base.id, base.revision)
-        return Scene(folder, base, program, verify)
+        return VerifierCase(folder, base, program, verify)
 
     @cached_property
     def reference(self) -> Reference:
@@ -132,5 +132,5 @@ class Scene:
         write_patch(folder, WeightPatch(edits), self.base, self.origin("adapter", "closed_form"), "")
         return folder
 
-    def judged(self, folder: Path) -> Parity:
+    def parity_of(self, folder: Path) -> Parity:
         return verify_artifact(self.reference, folder, PROGRAM_HASH, self.reference.recipe.verify.gates)

@@ -29,7 +29,7 @@ from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.tools.audit import Audit, audit
 from tests.contract.test_adapters import origin
 from tests.helpers.fitting import job
-from tests.helpers.tiny import HIDDEN, LAYERS, build, chatting, intervention, random_patch, vector
+from tests.helpers.tiny import HIDDEN, LAYERS, build, chat_tokenizer, intervention, random_patch, vector
 
 DOWN = "model.layers.1.mlp.down_proj"
 Make = Callable[..., Path]
@@ -42,7 +42,7 @@ def base(tmp_path: Path) -> LoadedModel:
 
 def on_disk(family: str, folder: Path, **changes: Any) -> LoadedModel:
     build(family, **changes).save_pretrained(folder)
-    chatting().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
     return load(str(folder), device="cpu")
 
 

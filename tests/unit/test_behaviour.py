@@ -16,7 +16,7 @@ from compile_steer.data.pairs import Pairs
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, batches, encode, pad, prompt_text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from tests.helpers.tiny import BOS_ID, PAD_ID, chatting, loaded, texts, tokenizer
+from tests.helpers.tiny import BOS_ID, PAD_ID, chat_tokenizer, loaded, texts, tokenizer
 
 Row = dict[str, Any]
 
@@ -148,7 +148,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> 
 
 
 def test_the_boundary_does_not_depend_on_the_response() -> None:
-    for tokens in (tokenizer(), chatting()):
+    for tokens in (tokenizer(), chat_tokenizer()):
         responses = ("", "w7", "w8 w9", " w9")
         encoded = [encode(tokens, Text("w20 w21", response)) for response in responses]
         assert len({e.n_prompt for e in encoded}) == 1
@@ -158,21 +158,21 @@ def test_the_boundary_does_not_depend_on_the_response() -> None:
 
 
 def test_a_chat_template_is_part_of_the_prompt_and_adds_no_token_twice() -> None:
-    assert prompt_text(chatting(), Text("w20")) == "<s> user w20 <s> assistant "
-    found = encode(chatting(), Text("w20", "w30"))
+    assert prompt_text(chat_tokenizer(), Text("w20")) == "<s> user w20 <s> assistant "
+    found = encode(chat_tokenizer(), Text("w20", "w30"))
     assert found == Encoded((BOS_ID, 4, 20, BOS_ID, 5, 30), 5)
     assert encode(tokenizer(), Text("w20", "w30")) == Encoded((20, 30), 1)
 
 
 def test_every_turn_of_the_assistant_is_a_response_and_the_token_before_it_the_last_of_its_prompt() -> None:
     talk = Text("w20", "w21 w22", history=(("w30", "w31 w32 w33"), ("w34 w35", "w36")))
-    found = encode(chatting(), talk)
-    said = [chatting().convert_ids_to_tokens(token) for token in found.ids]
+    found = encode(chat_tokenizer(), talk)
+    said = [chat_tokenizer().convert_ids_to_tokens(token) for token in found.ids]
     roles = dict(zip(range(len(said)), found.roles, strict=True))
     assert [said[n] for n, role in roles.items() if role == RESPONSE] == ["w31", "w32", "w33", "w36", "w21", "w22"]
     assert [said[n] for n, role in roles.items() if role == LAST_PROMPT] == ["assistant"] * 3
     assert [said[start:stop] for start, stop in found.earlier] == [["w31", "w32", "w33"], ["w36"]]
-    batch = pad([found, encode(chatting(), Text("w20"))], (0, 1), PAD_ID)
+    batch = pad([found, encode(chat_tokenizer(), Text("w20"))], (0, 1), PAD_ID)
     assert batch.roles[0].tolist() == found.roles
     following = [said[n + 1] for n in batch.predicts_response[0].nonzero()[:, 0].tolist()]
     assert following == ["w31", "w32", "w33", "w36", "w21", "w22"]
@@ -182,7 +182,7 @@ def test_turns_that_cannot_be_told_apart_are_refused() -> None:
     talk = Text("w20", history=(("w30", "w31"),))
     with pytest.raises(RecipeError, match="needs a model with a chat template"):
         encode(tokenizer(), talk)
-    forgetful = chatting()
+    forgetful = chat_tokenizer()
     forgetful.chat_template = "<s> {{ messages | length }} {{ messages[-1]['content'] }} assistant"
     with pytest.raises(RecipeError, match="rewrites earlier turns"):
         encode(forgetful, talk)

@@ -15,7 +15,7 @@ from compile_steer.data.prompts import Instructions, Written
 from compile_steer.data.section import DataSection, fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
-from tests.helpers.tiny import chatting, tokenizer
+from tests.helpers.tiny import chat_tokenizer, tokenizer
 
 Row = dict[str, Any]
 OTHERS: dict[str, list[Row]] = {
@@ -173,15 +173,15 @@ def test_a_template_takes_its_places_at_once_and_leaves_other_braces() -> None:
 
 def test_a_system_prompt_stands_before_the_conversation() -> None:
     talk = Text("w20", "w21", (("w30", "w31"),), system="w40")
-    assert prompt_text(chatting(), talk) == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
-    found = encode(chatting(), talk)
-    assert [chatting().convert_ids_to_tokens(found.ids[n]) for n in range(*found.earlier[0])] == ["w31"]
+    assert prompt_text(chat_tokenizer(), talk) == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
+    found = encode(chat_tokenizer(), talk)
+    assert [chat_tokenizer().convert_ids_to_tokens(found.ids[n]) for n in range(*found.earlier[0])] == ["w31"]
 
 
 def test_a_system_prompt_that_the_model_would_not_see_is_refused() -> None:
     with pytest.raises(RecipeError, match="a system prompt needs a model with a chat template"):
         encode(tokenizer(), Text("w20", system="w40"))
-    deaf, strict = chatting(), chatting()
+    deaf, strict = chat_tokenizer(), chat_tokenizer()
     deaf.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(RecipeError, match="leaves the system prompt out"):
         encode(deaf, Text("w20", system="w40"))

@@ -16,7 +16,7 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.verify.capability import _TOKENS, ITEMS, Item, answered, compared
 from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
-from tests.helpers.verification import Scene
+from tests.helpers.verification import VerifierCase
 
 NUMBER = Item("What is 3 times 4?", ("12", "twelve"))
 CHOICE = Item("Is fire hot?", ("no",), ("yes", "no"))
@@ -70,11 +70,11 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("scene"), capability=3)
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("scene"), capability=3)
 
 
-def test_it_is_asked_greedily_and_as_a_user_asks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_asked_greedily_and_as_a_user_asks(scene: VerifierCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model knows none of it: what it says is made the answer of two questions, steered and not."""
     for at, program in ((0, None), (2, scene.program)):
         said = continue_prompts(scene.base, [Text(ITEMS[at].prompt)], program, max_new_tokens=_TOKENS)
@@ -85,8 +85,8 @@ def test_it_is_asked_greedily_and_as_a_user_asks(scene: Scene, monkeypatch: pyte
         assert found.shape == (3,) and found[at] == 1.0 and set(found) <= {0.0, 1.0}
 
 
-def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: Scene) -> None:
-    parity, gates = scene.judged(scene.merged()), scene.reference.recipe.verify.gates
+def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: VerifierCase) -> None:
+    parity, gates = scene.parity_of(scene.merged()), scene.reference.recipe.verify.gates
     assert parity.passed and parity.capability is not None and parity.capability.n == 3
     assert parity.capability.steered == float(scene.reference.steered_able.mean())
     assert (parity.capability.lost, parity.capability.gained) == (0, 0)

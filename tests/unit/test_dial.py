@@ -18,25 +18,25 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.verify.adapter_controls import _factors
 from compile_steer.verify.adapter_scale import Dial, dials
 from compile_steer.verify.parity import Parity, judge
-from tests.helpers.verification import Scene, recipe
+from tests.helpers.verification import VerifierCase, recipe
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("scene"), long=0)
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("scene"), long=0)
 
 
 @pytest.fixture
-def adapter(scene: Scene) -> Iterator[LoadedModel]:
+def adapter(scene: VerifierCase) -> Iterator[LoadedModel]:
     yield reload(scene.adapter(), scene.base)
 
 
 @pytest.fixture(scope="module")
-def parity(scene: Scene) -> Parity:
-    return scene.judged(scene.adapter())
+def parity(scene: VerifierCase) -> Parity:
+    return scene.parity_of(scene.adapter())
 
 
-def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: Scene, adapter: LoadedModel) -> None:
+def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: VerifierCase, adapter: LoadedModel) -> None:
     texts, model = scene.reference.dial_texts, scene.base.model
     found = {one.scale: one for one in dials(scene.reference, adapter)}
     assert list(found) == [0.0, 0.5, 1.0, -1.0]
@@ -52,14 +52,16 @@ def test_each_scale_is_held_against_the_hooks_at_that_scale(scene: Scene, adapte
     assert len({round(one.kl, 6) for one in found.values()}) == 4
 
 
-def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(scene: Scene, adapter: LoadedModel) -> None:
+def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(scene: VerifierCase, adapter: LoadedModel) -> None:
     before = final_states(adapter, scene.reference.dial_texts).response
     zero = dials(scene.reference, adapter)[0]
     assert (zero.scale, zero.kl, zero.share) == (0.0, 0.0, None)
     assert torch.equal(final_states(adapter, scene.reference.dial_texts).response, before)
 
 
-def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(scene: Scene, adapter: LoadedModel) -> None:
+def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(
+    scene: VerifierCase, adapter: LoadedModel
+) -> None:
     norm = next(module for name, module in adapter.model.named_modules() if name.endswith("layers.2.input_layernorm"))
     norm.weight.data.mul_(1.3)
     assert dials(scene.reference, adapter)[0].kl > 1e-4
@@ -75,8 +77,8 @@ def test_only_scale_0_is_a_gate(parity: Parity) -> None:
     assert new == "KL(base||adapter at scale 0) 2.00e-06 nats a token: something else has changed"
 
 
-def test_a_checkpoint_has_no_dial(scene: Scene) -> None:
-    assert scene.judged(scene.merged()).dial == []
+def test_a_checkpoint_has_no_dial(scene: VerifierCase) -> None:
+    assert scene.parity_of(scene.merged()).dial == []
 
 
 def test_the_terminal_shows_it(parity: Parity) -> None:

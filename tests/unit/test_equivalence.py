@@ -26,17 +26,17 @@ from compile_steer.steering.hooks import steered
 from compile_steer.verify.equivalence import LEVEL, POWER, equivalence, needed, planned
 from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import Reference
-from tests.helpers.verification import Notes, Scene, behaviour, recipe
+from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, recipe
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("scene"))
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("scene"))
 
 
 @pytest.fixture(scope="module")
-def exact(scene: Scene) -> Parity:
-    return scene.judged(scene.merged())
+def exact(scene: VerifierCase) -> Parity:
+    return scene.parity_of(scene.merged())
 
 
 def normal(seed: int, runs: int, n: int, mean: float, spread: float) -> np.ndarray:
@@ -156,7 +156,7 @@ def test_a_ratio_without_a_divisor_is_refused(below: float) -> None:
         bootstrap_ratio(torch.ones(4), torch.full((4,), below), torch.arange(4), seed=0)
 
 
-def test_states_know_their_texts(scene: Scene) -> None:
+def test_states_know_their_texts(scene: VerifierCase) -> None:
     texts = [Encoded((9, 8, 7, 6, 10), 2), Encoded((11, 12, 13), 2), Encoded((9, 14, 10, 11), 1)]
     states = final_states(scene.base, texts)
     for at, one in enumerate(texts):
@@ -167,7 +167,9 @@ def test_states_know_their_texts(scene: Scene) -> None:
 # ---------------------------------------------------------------------------------------- the judge
 
 
-def test_an_exact_compile_is_equivalent_and_its_report_comes_back(scene: Scene, exact: Parity, tmp_path: Path) -> None:
+def test_an_exact_compile_is_equivalent_and_its_report_comes_back(
+    scene: VerifierCase, exact: Parity, tmp_path: Path
+) -> None:
     assert exact.contrast is not None
     assert exact.contrast.equivalent and exact.score.difference == 0.0 and not exact.score.enough
     assert exact.reasons == [] and exact.passed
@@ -178,7 +180,7 @@ def test_an_exact_compile_is_equivalent_and_its_report_comes_back(scene: Scene, 
     assert Parity.load(tmp_path / PARITY) == exact
 
 
-def test_the_margins_are_shares_of_the_effect(scene: Scene, exact: Parity) -> None:
+def test_the_margins_are_shares_of_the_effect(scene: VerifierCase, exact: Parity) -> None:
     reference, pairs = scene.reference, len(scene.reference.base_behaving.contrast)
     effect = abs(float((reference.steered_behaving.contrast - reference.base_behaving.contrast).mean()))
     assert exact.contrast is not None
@@ -187,7 +189,7 @@ def test_the_margins_are_shares_of_the_effect(scene: Scene, exact: Parity) -> No
     assert exact.score.margin == pytest.approx(min(0.05, 0.2 * moved) or 0.05)
 
 
-def test_half_the_dose_is_not_equivalent(scene: Scene) -> None:
+def test_half_the_dose_is_not_equivalent(scene: VerifierCase) -> None:
     from compile_steer.models.logprobs import encode_pairs
 
     pairs = encode_pairs(scene.base, behaviour().test)
@@ -207,10 +209,10 @@ def test_the_contrast_is_a_gate_and_the_score_where_the_prompts_suffice(exact: P
     assert many.enough and judge(replace(exact, score=many), gates) == [str(many)]
 
 
-def test_what_can_be_shown_is_said_before_any_artifact_is_seen(scene: Scene) -> None:
-    notes = Notes()
+def test_what_can_be_shown_is_said_before_any_artifact_is_seen(scene: VerifierCase) -> None:
+    notes = RecordedNotes()
     found = Reference(recipe(), scene.base, scene.program, behaviour(), notes)
-    assert notes.said == [str(one) for one in found.planned()]
+    assert notes.texts == [str(one) for one in found.planned()]
     first, second, third = found.planned()
     assert (first.what, second.what, third.what) == ("contrast", "score", "score by kind")
     assert second.spread == pytest.approx(math.sqrt(2) * found.steered_behaving.scores.std(ddof=1))
@@ -218,23 +220,23 @@ def test_what_can_be_shown_is_said_before_any_artifact_is_seen(scene: Scene) -> 
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_one_test_pair_shows_nothing(scene: Scene, count: int) -> None:
+def test_one_test_pair_shows_nothing(scene: VerifierCase, count: int) -> None:
     with pytest.raises(RecipeError, match=f"data.test has {count} pairs; needed: two or more"):
         _reference(scene, recipe(), behaviour(test=behaviour().test[:count]))
 
 
-def test_a_program_that_does_nothing_is_not_compared_with(scene: Scene) -> None:
+def test_a_program_that_does_nothing_is_not_compared_with(scene: VerifierCase) -> None:
     with pytest.raises(ArtifactError, match="changes nothing"):
         Reference(recipe(), scene.base, scene.program.scaled(0.0), behaviour(), Progress())
 
 
-def test_a_base_that_is_steered_already_does_not_pass_unseen(scene: Scene, exact: Parity) -> None:
+def test_a_base_that_is_steered_already_does_not_pass_unseen(scene: VerifierCase, exact: Parity) -> None:
     with steered(scene.base.model, scene.program):
         reference = _reference(scene, recipe(), behaviour())
     assert reference.base_divergence.mean != pytest.approx(exact.kl_base, rel=0.01)
 
 
-def test_an_artifact_that_has_overflowed_is_refused(scene: Scene) -> None:
+def test_an_artifact_that_has_overflowed_is_refused(scene: VerifierCase) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = scene.merged("overflown")
@@ -245,7 +247,7 @@ def test_an_artifact_that_has_overflowed_is_refused(scene: Scene) -> None:
     with pytest.raises(
         ArtifactError, match=rf"computes NaN or infinity at .* held-out tokens, first in {scene.module};"
     ):
-        scene.judged(folder)
+        scene.parity_of(folder)
 
 
 def test_the_terminal_shows_the_tests_and_the_intervals(exact: Parity) -> None:
@@ -266,5 +268,5 @@ def test_a_report_of_an_older_judge_is_refused_with_what_it_lacks(exact: Parity,
         Parity.load(tmp_path / PARITY)
 
 
-def _reference(scene: Scene, options: Recipe, data: Behaviour) -> Reference:
+def _reference(scene: VerifierCase, options: Recipe, data: Behaviour) -> Reference:
     return Reference(options, scene.base, scene.program, data, Progress())

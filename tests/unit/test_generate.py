@@ -20,7 +20,7 @@ from compile_steer.models.observe import final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode, pad
 from compile_steer.steering.hooks import steered
-from tests.helpers.tiny import EOS_ID, build, chatting, intervention, loaded, program
+from tests.helpers.tiny import EOS_ID, build, chat_tokenizer, intervention, loaded, program
 
 PROMPTS = (Text("w20 w21 w22 w23 w24"), Text("w30"), Text("w40 w41 w42"))
 
@@ -121,7 +121,7 @@ def test_the_response_is_text_without_special_tokens() -> None:
 @pytest.mark.parametrize("positions", ["prompt", "response", "last_prompt"])
 def test_earlier_turns_of_the_assistant_are_responses_while_it_answers_the_last(positions: str) -> None:
     """Generation under hooks is greedy decoding by whole passes with the conversation's explicit roles."""
-    one = replace(unending("llama"), tokenizer=chatting())
+    one = replace(unending("llama"), tokenizer=chat_tokenizer())
     steering = program("llama", intervention(positions=positions, coefficient=6.0))
     talks = [
         Text("w20 w21", history=(("w30", "w31 w32 w33"), ("w34 w35", "w36"))),

@@ -36,7 +36,7 @@ from tests.helpers.tiny import (
     LAYERS,
     Padded,
     blocks_of,
-    chatting,
+    chat_tokenizer,
     intervention,
     loaded,
     logits,
@@ -250,7 +250,7 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "model"
     saved("llama", source)
-    chatting().save_pretrained(source)
+    chat_tokenizer().save_pretrained(source)
     base = write_recipe(tmp_path, "high.tide", str(source), 0)
     base.write_text(f"# Where it comes from\n{base.read_text()}")
     vectors = by_block(1, 2)

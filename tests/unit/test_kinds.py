@@ -28,22 +28,22 @@ from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
 from compile_steer.verify.prompt_sets import Kinds, OnKind, _same, prompts_of
 from tests.helpers.tiny import loaded
-from tests.helpers.verification import Scene, behaviour, recipe
+from tests.helpers.verification import VerifierCase, behaviour, recipe
 
 OPTIONS: dict[str, Any] = {"kinds": 2, "long": 2, "long_tokens": 60, "free_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("scene"), **OPTIONS)
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("scene"), **OPTIONS)
 
 
-def kinds(scene: Scene, base: LoadedModel | None = None) -> Kinds:
+def kinds(scene: VerifierCase, base: LoadedModel | None = None) -> Kinds:
     score = recipe().validate_.score.bind(scene.base, behaviour())
     return Kinds(base or scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5, score)
 
 
-def test_each_kind_is_what_it_is_called(scene: Scene) -> None:
+def test_each_kind_is_what_it_is_called(scene: VerifierCase) -> None:
     asked, remarks = prompts_of(scene.base, behaviour(), recipe(**OPTIONS).verify)
     found = {kind: [one.encoded for one in some] for kind, some in asked.items()}
     assert all(one.plain == text.prompt for one, text in zip(asked["multi-turn"], behaviour().heldout, strict=False))
@@ -59,14 +59,14 @@ def test_each_kind_is_what_it_is_called(scene: Scene) -> None:
     assert behaviour().neutral[0].response not in scene.base.tokenizer.decode(list(second))[:60]
 
 
-def test_the_recipe_s_own_conversations_come_first(scene: Scene) -> None:
+def test_the_recipe_s_own_conversations_come_first(scene: VerifierCase) -> None:
     own = Text("w9 w9", history=(("w10", "w11"), ("w12", "w13")))
     data = behaviour(heldout=(*behaviour().heldout, own))
     found, _remarks = prompts_of(scene.base, data, recipe(**OPTIONS).verify)
     assert [len(one.encoded.earlier) for one in found["multi-turn"]] == [2, 1]
 
 
-def test_what_a_model_cannot_be_asked_is_said(scene: Scene) -> None:
+def test_what_a_model_cannot_be_asked_is_said(scene: VerifierCase) -> None:
     plain = loaded("llama")  # no chat template, 64 positions
     found, remarks = prompts_of(plain, behaviour(), recipe(**OPTIONS).verify)
     assert list(found) == ["held-out", "off-topic"]
@@ -91,7 +91,7 @@ def test_an_answer_is_the_same_up_to_its_first_other_token(found: list[int], sha
     assert _same([wanted, wanted], [got, wanted]) == pytest.approx((share + 1) / 2)
 
 
-def test_the_base_is_as_far_away_as_itself(scene: Scene) -> None:
+def test_the_base_is_as_far_away_as_itself(scene: VerifierCase) -> None:
     both = kinds(scene)
     measured, scores = both.measure(scene.base)
     assert scores is not None and both.base_scores is not None and scores.tolist() == both.base_scores.tolist()
@@ -101,7 +101,7 @@ def test_the_base_is_as_far_away_as_itself(scene: Scene) -> None:
     assert min(one.greedy.same_base for one in measured) < 1
 
 
-def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
+def test_the_figures_are_those_of_the_texts(scene: VerifierCase) -> None:
     one = kinds(scene)
     adapter = _reloaded(scene, scene.adapter("figures"))
     (found,) = [found for found in one.measure(adapter)[0] if found.kind == "long"]
@@ -125,7 +125,7 @@ def test_the_figures_are_those_of_the_texts(scene: Scene) -> None:
     assert found.sampled.same == _same(wanted, answers(adapter, None))
 
 
-def test_free_answers_are_scored_as_the_recipe_says(scene: Scene) -> None:
+def test_free_answers_are_scored_as_the_recipe_says(scene: VerifierCase) -> None:
     both, adapter = kinds(scene), _reloaded(scene, scene.adapter("scored"))
     found, scores = both.measure(adapter)
     prompts = [[prompt] for some in both.prompts.values() for prompt in some]
@@ -143,14 +143,14 @@ def test_free_answers_are_scored_as_the_recipe_says(scene: Scene) -> None:
     assert [one.sampled.score for one in found] == [wanted["sampled"][2 * at : 2 * at + 2].mean() for at in range(4)]
 
 
-def test_a_score_that_knows_the_data_s_prompts_alone_is_not_asked_about_others(scene: Scene) -> None:
+def test_a_score_that_knows_the_data_s_prompts_alone_is_not_asked_about_others(scene: VerifierCase) -> None:
     nobody = Kinds(scene.base, scene.program, behaviour(), recipe(**OPTIONS).verify, 5, None)
     found, scores = nobody.measure(scene.base)
     assert scores is None and nobody.base_scores is None and found[0].greedy.score is None
 
 
-def test_answers_of_every_kind_are_tested_for_equivalence(scene: Scene) -> None:
-    parity, gates = scene.judged(scene.merged("tested")), recipe().verify.gates
+def test_answers_of_every_kind_are_tested_for_equivalence(scene: VerifierCase) -> None:
+    parity, gates = scene.parity_of(scene.merged("tested")), recipe().verify.gates
     assert parity.score_by_kind is not None and parity.score_by_kind.n == 8
     assert parity.score_by_kind.difference == 0 and not parity.score_by_kind.enough and parity.passed
     assert parity.score_by_kind in parity.tests
@@ -161,8 +161,8 @@ def test_answers_of_every_kind_are_tested_for_equivalence(scene: Scene) -> None:
     assert any(one.what == "score by kind" and one.there == 8 for one in scene.reference.planned())
 
 
-def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: Scene, tmp_path: Path) -> None:
-    parity = scene.judged(scene.merged())
+def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: VerifierCase, tmp_path: Path) -> None:
+    parity = scene.parity_of(scene.merged())
     assert parity.passed and [one.kind for one in parity.kinds] == ["held-out", "off-topic", "multi-turn", "long"]
     for one in parity.kinds:
         assert one.kl < 1e-9 and one.greedy.same == one.sampled.same == 1.0
@@ -170,16 +170,16 @@ def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: Scen
     assert type(parity).load(tmp_path / "parity.json") == parity
 
 
-def test_an_exact_compile_that_is_off_on_one_kind_fails(scene: Scene) -> None:
-    parity, gates = scene.judged(scene.merged("again")), recipe().verify.gates
+def test_an_exact_compile_that_is_off_on_one_kind_fails(scene: VerifierCase) -> None:
+    parity, gates = scene.parity_of(scene.merged("again")), recipe().verify.gates
     off: list[OnKind] = [replace(one, kl=1e-3) if one.kind == "long" else one for one in parity.kinds]
     assert judge(replace(parity, kinds=off), gates) == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
     assert judge(replace(parity, kinds=off, exact=False), gates) == [], "a share of few tokens is reported, not judged"
     assert judge(replace(parity, kinds=off, noise_kl=1e-9), gates) == []
 
 
-def test_the_terminal_says_it_by_kind(scene: Scene) -> None:
-    parity = scene.judged(scene.merged("shown"))
+def test_the_terminal_says_it_by_kind(scene: VerifierCase) -> None:
+    parity = scene.parity_of(scene.merged("shown"))
     stream = StringIO()
     print_parities(Console(file=stream, width=300), [replace(parity, remarks=["no long prompts"])])
     first = parity.kinds[0]
@@ -195,7 +195,7 @@ def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> No
         Verify(**change)
 
 
-def _reloaded(scene: Scene, folder: Path) -> LoadedModel:
+def _reloaded(scene: VerifierCase, folder: Path) -> LoadedModel:
     from compile_steer.models.reload import reload
 
     torch.manual_seed(0)

@@ -36,31 +36,31 @@ from compile_steer.verify.overflow import HALF, first_beyond
 from compile_steer.verify.quantized import rounding_of
 from tests.helpers import byte_level
 from tests.helpers.tiny import FFN, HIDDEN
-from tests.helpers.verification import Scene, behaviour, recipe
+from tests.helpers.verification import VerifierCase, behaviour, recipe
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene.of(tmp_path_factory.mktemp("scene"))
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("scene"))
 
 
-def halves(scene: Scene, name: str, patch: WeightPatch) -> Path:
+def halves(scene: VerifierCase, name: str, patch: WeightPatch) -> Path:
     folder = scene.folder / name
     write_merged(folder, patch, scene.base, "fp16", scene.origin("merged-fp16", "bias"), "")
     return folder
 
 
-def test_half_precision_is_measured_as_bf16_is(scene: Scene) -> None:
+def test_half_precision_is_measured_as_bf16_is(scene: VerifierCase) -> None:
     (one,) = scene.program.interventions
     patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, switches=("mlp_bias",))
-    parity = scene.judged(halves(scene, "fp16", patch))
+    parity = scene.parity_of(halves(scene, "fp16", patch))
     assert parity.passed and parity.form == "merged-fp16"
     coarse = scene.reference.rounded("bf16", lambda _name, values: values.to(torch.bfloat16))
     assert 0 < 10 * parity.noise_kl < scene.reference.from_steered(coarse.loaded, coarse.steered_heldout).mean
     assert 0 < parity.kl_per_token < 10 * parity.noise_kl + 1e-6
 
 
-def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: Scene) -> None:
+def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: VerifierCase) -> None:
     """Every weight fits, and fp32 computes it: only who computes in fp16 would find infinity."""
     up = "model.layers.1.mlp.up_proj"
     weight = scene.base.model.get_submodule(up).weight
@@ -70,31 +70,33 @@ def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: 
     assert bool(torch.isfinite(final_states(artifact, texts).response).all())
     assert first_beyond(artifact, texts, 1e9) is None and first_beyond(scene.base, texts, HALF) is None
     with pytest.raises(ArtifactError, match=rf"the output of {up} reaches .* beyond 65504, the largest of fp16"):
-        scene.judged(folder)
+        scene.parity_of(folder)
 
 
 # ---------------------------------------------------------------------------------------------- GGUF
 
 
 @pytest.fixture(scope="module")
-def bytewise(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def bytewise(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
     words = byte_level.tokenizer()
-    return Scene.of(tmp_path_factory.mktemp("bytewise"), tokenizer=words, vocab_size=byte_level.VOCAB, capability=2)
+    return VerifierCase.of(
+        tmp_path_factory.mktemp("bytewise"), tokenizer=words, vocab_size=byte_level.VOCAB, capability=2
+    )
 
 
-def quantised(scene: Scene, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
+def quantised(scene: VerifierCase, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
     folder = scene.folder / f"{name}-{precision}"
     write_gguf(folder, patch, scene.base, precision, scene.origin(f"gguf-{precision}", backend), "")
     return folder
 
 
-def test_the_compile_is_told_apart_from_the_quantisation(bytewise: Scene) -> None:
+def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase) -> None:
     """An exact bias, in as few bits as there are: all that is lost is what the base loses too."""
     (one,) = bytewise.program.interventions
     shift = one.coefficient * one.vector
     patch = WeightPatch(bias={bytewise.module: shift}, switches=("mlp_bias",))
     found = {
-        precision: bytewise.judged(quantised(bytewise, precision, patch, "exact", "bias"))
+        precision: bytewise.parity_of(quantised(bytewise, precision, patch, "exact", "bias"))
         for precision in ("f16", "q4_0")
     }
     for parity in found.values():
@@ -110,11 +112,11 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: Scene) -> Non
     assert json.loads(json.dumps(asdict(found["q4_0"])))["rounding"]["share"] < 1e-6
 
 
-def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: Scene) -> None:
+def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: VerifierCase) -> None:
     """15 % too much of the vector: less than four bits cost, so that a sum of both would let it pass."""
     (one,) = bytewise.program.interventions
     patch = WeightPatch(bias={bytewise.module: 1.15 * one.coefficient * one.vector}, switches=("mlp_bias",))
-    parity = bytewise.judged(quantised(bytewise, "q4_0", patch, "wrong", "bias"))
+    parity = bytewise.parity_of(quantised(bytewise, "q4_0", patch, "wrong", "bias"))
     assert parity.rounding is not None and parity.rounding.kl < parity.noise_kl
     assert not parity.passed
     assert any("from the hooks on the base quantised the same way; at most" in reason for reason in parity.reasons)
@@ -123,7 +125,7 @@ def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise:
     assert whole == [], "against full precision it is within what rounding costs"
 
 
-def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: Scene) -> None:
+def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: VerifierCase) -> None:
     edits = {bytewise.module: LowRank(torch.full((HIDDEN, 1), 1e-3), torch.full((1, FFN), 1e-2))}
     folder = quantised(bytewise, "q8_0", WeightPatch(edits), "edited")
     stored = rounding_of("gguf-q8_0", folder, bytewise.base)
@@ -140,10 +142,10 @@ def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: Scene) -> N
     assert bytewise.reference.rounded(*stored) is rounded, "made once for all artifacts of a form"
 
 
-def test_both_figures_are_shown(bytewise: Scene) -> None:
+def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     (one,) = bytewise.program.interventions
     patch = WeightPatch(bias={bytewise.module: one.coefficient * one.vector}, switches=("mlp_bias",))
-    parity = bytewise.judged(quantised(bytewise, "q8_0", patch, "shown", "bias"))
+    parity = bytewise.parity_of(quantised(bytewise, "q8_0", patch, "shown", "bias"))
     stream = StringIO()
     print_parities(Console(file=stream, width=400), [parity])
     assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.kl_per_token:.1e}" in stream.getvalue()
@@ -152,7 +154,7 @@ def test_both_figures_are_shown(bytewise: Scene) -> None:
     assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)
 
 
-def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: Scene) -> None:
+def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: VerifierCase) -> None:
     folder = quantised(
         bytewise, "f16", WeightPatch({bytewise.module: LowRank(torch.ones(HIDDEN, 1), torch.ones(1, FFN))}), "odd"
     )
@@ -177,11 +179,11 @@ def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: Scene) -> Non
 # --------------------------------------------------------------------------------- the walk's own forms
 
 
-def walk_of(scene: Scene, forms: list[Form], out: Path) -> Run:
+def walk_of(scene: VerifierCase, forms: list[Form], out: Path) -> Run:
     return Run(recipe(forms=forms), RunPaths(out, "tiny"), scene.base, behaviour(), Progress())
 
 
-def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: Scene, tmp_path: Path) -> None:
+def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierCase, tmp_path: Path) -> None:
     run = walk_of(bytewise, ["adapter", "gguf-q8_0", "merged-fp16"], tmp_path)
     adapter = bytewise.adapter()
     shutil.copytree(adapter, run.paths.adapter("closed_form"))
@@ -196,7 +198,7 @@ def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: Scene, tm
     assert of_gguf(folders[0], folders[0]) == 0 < of_gguf(folders[0], other) < 1
 
 
-def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: Scene, tmp_path: Path) -> None:
+def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: VerifierCase, tmp_path: Path) -> None:
     run = walk_of(scene, ["merged-fp32", "gguf-q4_0"], tmp_path)
     scene.program.save(run.paths.program)
     with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):

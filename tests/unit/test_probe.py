@@ -16,29 +16,29 @@ from compile_steer.export.merged import write_merged
 from compile_steer.models.fingerprint import TEXTS, fingerprint, log_probs, texts
 from compile_steer.models.reload import fresh
 from tests.helpers.tiny import loaded
-from tests.helpers.verification import Scene
+from tests.helpers.verification import VerifierCase
 
 REASON = f"{OF_THE_FILE}: mean log p of a fixed text is "
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    made = Scene.of(tmp_path_factory.mktemp("scene"), kinds=2, long=0, free_tokens=4)
+def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    made = VerifierCase.of(tmp_path_factory.mktemp("scene"), kinds=2, long=0, free_tokens=4)
     adapter = made.adapter()
     origin = Provenance.read(adapter).of(form="merged-fp32")
     write_merged(made.folder / "sum", read_patch(adapter), made.base, "fp32", origin, "")
     return made
 
 
-def spoiled(scene: Scene, plant: planted.Plant, name: str, to: Path) -> Path:
+def spoiled(scene: VerifierCase, plant: planted.Plant, name: str, to: Path) -> Path:
     shutil.copytree(scene.folder / name, to)
     planted.plant(plant, to, Path(scene.base.source))
     return to
 
 
 @pytest.mark.parametrize("name", ["adapter", "sum"])
-def test_files_compute_what_the_patch_did_in_memory(scene: Scene, name: str) -> None:
-    parity = scene.judged(scene.folder / name)
+def test_files_compute_what_the_patch_did_in_memory(scene: VerifierCase, name: str) -> None:
+    parity = scene.parity_of(scene.folder / name)
     assert parity.file_error is not None and parity.file_error < 1e-6
     assert not any(REASON in reason for reason in parity.reasons)
 
@@ -51,19 +51,19 @@ def test_files_compute_what_the_patch_did_in_memory(scene: Scene, name: str) -> 
         (planted.times_merged(1.01), "sum"),
     ],
 )
-def test_a_fault_of_one_hundredth_is_seen(scene: Scene, tmp_path: Path, plant: planted.Plant, name: str) -> None:
-    parity = scene.judged(spoiled(scene, plant, name, tmp_path / "it"))
+def test_a_fault_of_one_hundredth_is_seen(scene: VerifierCase, tmp_path: Path, plant: planted.Plant, name: str) -> None:
+    parity = scene.parity_of(spoiled(scene, plant, name, tmp_path / "it"))
     assert parity.file_error is not None and parity.file_error > 1e-4
     assert sum(reason.startswith(REASON) for reason in parity.reasons) == 1 and not parity.passed
 
 
-def test_where_nothing_was_recorded_nothing_is_compared(scene: Scene, tmp_path: Path) -> None:
+def test_where_nothing_was_recorded_nothing_is_compared(scene: VerifierCase, tmp_path: Path) -> None:
     folder = spoiled(scene, planted.scaled(1.01), "adapter", tmp_path / "it")
     Provenance.read(folder).of(computes=[]).write(folder)
-    assert scene.judged(folder).file_error is None
+    assert scene.parity_of(folder).file_error is None
 
 
-def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: Scene) -> None:
+def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: VerifierCase) -> None:
     found = fingerprint(scene.base.model, scene.base)
     assert len(found) == len(TEXTS)
     for ids, value in zip(texts(scene.base), found, strict=True):
@@ -73,7 +73,7 @@ def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: Scene) ->
     assert log_probs(scene.base.model, [[7, 8, 9], [9, 8]]).shape == (3,)
 
 
-def test_a_model_in_half_precision_has_none(scene: Scene) -> None:
+def test_a_model_in_half_precision_has_none(scene: VerifierCase) -> None:
     assert fingerprint(fresh(scene.base).model.bfloat16(), scene.base) == []
 
 

@@ -19,7 +19,7 @@ from compile_steer.scoring.reply import Reply, Score
 from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program, replace_intervention
 from tests.helpers.scoring import behaviour, replies, scorer
-from tests.helpers.tiny import REVISION, chatting, intervention, loaded, n_hooks, program, tokenizer
+from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, n_hooks, program, tokenizer
 
 FAMILY = "gemma2"
 MODEL = loaded(FAMILY)
@@ -99,7 +99,7 @@ def test_a_request_may_ask_otherwise_and_is_scored_by_the_plain_prompt() -> None
 
 def test_a_letter_must_be_one_token_of_its_own() -> None:
     assert letter_tokens(tokenizer(), ("w20", "w33")) == [20, 33]
-    assert letter_tokens(chatting(), ("w20", "w33")) == [20, 33]
+    assert letter_tokens(chat_tokenizer(), ("w20", "w33")) == [20, 33]
     with pytest.raises(RecipeError, match="'w7 w8' is 2 tokens.*Use other letters"):
         letter_tokens(tokenizer(), ("w20", "w7 w8"))
     with pytest.raises(RecipeError, match="'A' is unknown; 'B' is unknown"):

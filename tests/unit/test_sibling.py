@@ -24,7 +24,7 @@ from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.describe import describe_artifact
-from tests.helpers.tiny import build, chatting, loaded, tokenizer
+from tests.helpers.tiny import build, chat_tokenizer, loaded, tokenizer
 from tests.unit.test_trained import behaviour, recipe
 
 
@@ -144,8 +144,8 @@ def test_a_prompt_format_is_what_the_model_reads_and_travels_with_the_tokenizer(
 
 
 def test_a_tokenizer_that_begins_every_text_begins_these_too() -> None:
-    assert "bos_token" not in completion_template(FORMAT, chatting())
-    raw = copy.deepcopy(chatting())
+    assert "bos_token" not in completion_template(FORMAT, chat_tokenizer())
+    raw = copy.deepcopy(chat_tokenizer())
     raw.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     raw.chat_template = completion_template(FORMAT, raw)
     assert encode(raw, Text("w30", "w40")).ids[0] == raw.bos_token_id

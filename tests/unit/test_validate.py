@@ -32,14 +32,14 @@ from compile_steer.validate.search import climb, solve
 from compile_steer.validate.stage import validate
 from compile_steer.validate.sweep import candidates, measure_layers, search_layers
 from compile_steer.validate.verdict import judge, remarks
-from tests.helpers.tiny import HIDDEN, LAYERS, REVISION, build, chatting
+from tests.helpers.tiny import HIDDEN, LAYERS, REVISION, build, chat_tokenizer
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 
 
 @cache
 def chatty() -> LoadedModel:
-    return LoadedModel(build("qwen2", 5), chatting(), "tiny-qwen2", REVISION, "")
+    return LoadedModel(build("qwen2", 5), chat_tokenizer(), "tiny-qwen2", REVISION, "")
 
 
 def words(seed: int, count: int) -> str:
