@@ -173,7 +173,10 @@ def test_a_template_takes_its_places_at_once_and_leaves_other_braces() -> None:
 
 def test_a_system_prompt_stands_before_the_conversation() -> None:
     talk = Text("w20", "w21", (("w30", "w31"),), system="w40")
-    assert prompt_text(chat_tokenizer(), talk) == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
+    assert (
+        prompt_text(chat_tokenizer(), talk)
+        == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
+    )
     found = encode(chat_tokenizer(), talk)
     assert [chat_tokenizer().convert_ids_to_tokens(found.ids[n]) for n in range(*found.earlier[0])] == ["w31"]
 
