@@ -32,7 +32,7 @@ from compile_steer.models.tokens import batches
 from compile_steer.pipeline import run_compile
 from compile_steer.run import Run, load_program
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.verify.parity import Parity
 from compile_steer.verify.reference import Reference
 
@@ -140,7 +140,7 @@ def _closed_form_cost(run: Run, job: Job) -> list[Row]:
 def _share(reference: Reference, patch: WeightPatch) -> float:
     """Held-out share of a patch in memory."""
     base = reference.base
-    with applied(base.model, patch):
+    with with_patch(base.model, patch):
         states = final_states(base, reference.heldout)
     found = divergence(base.model, reference.steered_heldout.response, base.model, states.response)
     return found.mean / reference.base_divergence.mean

@@ -35,7 +35,7 @@ from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Intervention, Program, ablate_everywhere
 from compile_steer.steering.sites import Site
 
@@ -124,7 +124,7 @@ class Measure:
         return divergence(self.loaded.model, self.steered, other.model, final_states(other, self.texts).response)
 
     def patched(self, patch: WeightPatch) -> Divergence:
-        with applied(self.loaded.model, patch):
+        with with_patch(self.loaded.model, patch):
             return self.against(self.loaded)
 
 

@@ -24,7 +24,7 @@ from compile_steer.lower import full
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Full
 from compile_steer.run import Run
-from compile_steer.tools.task_vector import cut, look_into
+from compile_steer.tools.task_vector import look_into
 
 SETTINGS = [
     "compile.calibration.prompts=28",
@@ -63,7 +63,7 @@ def arm(job: Job, measure: Measure, options: Full) -> str:
         return str(error)
     seconds = time.perf_counter() - started
     whole = measure.patched(patch)
-    small = measure.patched(cut(patch, options.cut_rank, job.loaded.layout))
+    small = measure.patched(patch.truncated(options.cut_rank, job.loaded.layout))
     reports = look_into(patch, job.loaded.layout, job.program)
     cosines = {report.name: report.cosine or 0.0 for report in reports}
     best = max(cosines, key=lambda name: cosines[name])

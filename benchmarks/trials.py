@@ -25,7 +25,7 @@ from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import applied
+from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
 from compile_steer.validate.stage import validate
@@ -161,7 +161,7 @@ def compiled(run: Run, program: Program) -> Compiled:
         return contrast(loaded, pairs), found.scores
 
     before = behaves()
-    with applied(loaded.model, patch):
+    with with_patch(loaded.model, patch):
         after = behaves()
     share = measure.patched(patch).mean / measure.base.mean
     return Compiled(share, *(float((new - old).mean()) for new, old in zip(after, before, strict=True)))

@@ -30,7 +30,7 @@ from compile_steer.models.text import Text
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.likelihood import perplexities
 from compile_steer.scoring.reply import Reply
-from compile_steer.steering.patch import applied
+from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
@@ -216,7 +216,7 @@ def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, p
     program, plain = one.program(say.loaded), [row.plain for row in one.test]
     options = Compile(calibration=Calibration(prompts=COMPILED_PROMPTS, max_new_tokens=TOKENS))
     patch = closed_form.lower(Job(program, say.loaded, behaviour, options, 0, progress))
-    with applied(say.loaded.model, patch):
+    with with_patch(say.loaded.model, patch):
         weights = say(plain, patched=f"closed_form of {one.kind} at {one.layer}, {COMPILED_PROMPTS} prompts")
     arms = [say(plain), say(plain, [program] * len(plain)), weights]
     scores = [float(follows(say.loaded, one.test, replies).mean()) for replies in arms]

@@ -25,7 +25,8 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
-from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch, with_patch
 
 PATCH_FILE = "patch.safetensors"
 CURVES = "training.json"
@@ -50,7 +51,7 @@ def write_patch(
         curves: losses by what was trained, kept beside the weights.
     """
     patch.require_finite()
-    with applied(loaded.model, patch):
+    with with_patch(loaded.model, patch):
         computes = fingerprint(loaded.model, loaded)
     with new_folder(folder) as new:
         if is_adapter(patch, loaded):
@@ -66,7 +67,7 @@ def write_patch(
 def is_adapter(patch: WeightPatch, loaded: LoadedModel) -> bool:
     """True if a plain LoRA holds the whole patch."""
     embeddings = set(loaded.layout.family.embeddings)
-    rest = patch.bias or patch.dense or patch.switches or patch.untie or patch.architecture
+    rest = patch.bias or patch.dense or patch.config_flags or patch.untie or patch.architecture
     return not (rest or embeddings & set(patch.low_rank))
 
 
@@ -77,7 +78,7 @@ def _write_parts(path: Path, patch: WeightPatch) -> None:
     tensors |= {f"{name}.weight": delta for name, delta in patch.dense.items()}
     for name, edit in patch.low_rank.items():
         tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
-    header = {"switches": list(patch.switches), "untie": patch.untie, "architecture": patch.architecture}
+    header = {"config_flags": list(patch.config_flags), "untie": patch.untie, "architecture": patch.architecture}
     # clone: factors may be views of each other's storage
     whole = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
     save_file(whole, str(path), metadata={"patch": json.dumps(header)})
@@ -93,7 +94,7 @@ def _read_parts(path: Path) -> WeightPatch:
         biases = {n.removesuffix(".bias"): tensor for n, tensor in tensors.items() if n.endswith(".bias")}
         dense = {n.removesuffix(".weight"): tensor for n, tensor in tensors.items() if n.endswith(".weight")}
         return WeightPatch(
-            low_rank, biases, tuple(header["switches"]), bool(header["untie"]), header["architecture"], dense
+            low_rank, biases, tuple(header["config_flags"]), bool(header["untie"]), header["architecture"], dense
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not a patch of compile_steer.") from error

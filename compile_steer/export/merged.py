@@ -14,7 +14,8 @@ from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel, quiet
-from compile_steer.steering.patch import WeightPatch, weight_delta
+from compile_steer.steering.low_rank import weight_delta
+from compile_steer.steering.patch import WeightPatch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,8 +97,8 @@ def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
-    # What the checkpoint lacks is what the switches brought in: biases, which start at zero.
-    room = bool(patch.switches or patch.architecture)
+    # What the checkpoint lacks is what the config flags brought in: biases, which start at zero.
+    room = bool(patch.config_flags or patch.architecture)
     lacking = [name for name in loading["missing_keys"] if not (room and name.endswith(".bias"))]
     if lacking:
         raise ArtifactError(f"the base at {source} lacks weights: {', '.join(sorted(lacking)[:3])} ...")
@@ -120,8 +121,8 @@ def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source)
     if patch.architecture:
         config = rewritten_config(config, patch.architecture)
-    for switch in patch.switches:
-        setattr(config, switch, True)
+    for flag in patch.config_flags:
+        setattr(config, flag, True)
     return config
 
 
@@ -135,7 +136,7 @@ def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedC
     shared = {key: value for key, value in config.to_dict().items() if hasattr(target, key) and key not in own}
     heads = config.num_attention_heads
     shared["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Qwen2's query, key and value have biases without a switch; the target's switch stands for the output's too.
+    # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
     shared["attention_bias"] = config.model_type == "qwen2"
     return AutoConfig.for_model(architecture, **shared)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.patch import LowRank
+from compile_steer.steering.low_rank import LowRank
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

@@ -39,7 +39,7 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
     if layout.family.expert_bias is None:
         point = "attn_out"
         instead = (
-            "" if layout.bias_switch("attn") is None else f" (a shift of {point} could be held: extract.point: {point})"
+            "" if layout.bias_flag("attn") is None else f" (a shift of {point} could be held: extract.point: {point})"
         )
         return f"the MLP is {EXPERTS}{instead}"
     return None
@@ -47,12 +47,12 @@ def shift_refusal(one: Intervention, layout: Layout) -> str | None:
 
 def _writer_refusal(one: Intervention, layout: Layout, kind: ProjectionKind) -> str | None:
     """Why the matrix that writes there has no stock bias, or None."""
-    writer, switch = layout.output_projection(one.site.layer, kind), layout.bias_switch(kind)
+    writer, switch = layout.output_projection(one.site.layer, kind), layout.bias_flag(kind)
     if switch is None or (switch == "native" and not layout.has_bias(writer)):
         other: ProjectionKind = "attn" if kind == "mlp" else "mlp"
         point = "attn_out" if other == "attn" else "mlp_out"
         instead = (
-            "" if layout.bias_switch(other) is None else f", but could hold a shift of {point} (extract.point: {point})"
+            "" if layout.bias_flag(other) is None else f", but could hold a shift of {point} (extract.point: {point})"
         )
         return f"needs a bias on {writer.name}; {layout.model.config.model_type} has none{instead}"
     return None
@@ -67,25 +67,25 @@ def adapter_refusal(_program: Program, _layout: Layout) -> str | None:
     return "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
 
 
-def switches_for(layout: Layout, writer: OutputProjection) -> set[str]:
-    """The config switch that makes stock code build that writer's bias, where the model has none yet."""
-    switch = layout.bias_switch(writer.kind)
+def flags_for(layout: Layout, writer: OutputProjection) -> set[str]:
+    """The config flag that makes stock code build that writer's bias, where the model has none yet."""
+    switch = layout.bias_flag(writer.kind)
     return set() if switch is None or layout.has_bias(writer) else {switch}
 
 
 def shifts(program: Program, layout: Layout) -> WeightPatch:
-    """Return the biases and the config switches that make stock code build them."""
+    """Return the biases and the config flags that make stock code build them."""
     biases: dict[str, Tensor] = {}
-    switches: set[str] = set()
+    flags: set[str] = set()
     for one in program.interventions:
         kind, name = _writer(one), layout.expert_bias(one.site.layer)
         if kind in layout.projection_kinds or name is None:
             writer = layout.output_projection(one.site.layer, kind)
             name = writer.name
-            switches |= switches_for(layout, writer)
+            flags |= flags_for(layout, writer)
         shift = one.coefficient * one.vector.float() / layout.residual_multiplier
         biases[name] = biases[name] + shift if name in biases else shift
-    return WeightPatch(bias=biases, switches=tuple(sorted(switches)))
+    return WeightPatch(bias=biases, config_flags=tuple(sorted(flags)))
 
 
 def lower(job: Job) -> WeightPatch:

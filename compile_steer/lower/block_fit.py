@@ -23,7 +23,8 @@ from compile_steer.lower.optimise import adamw, held_out_split, set_rate, traina
 from compile_steer.lower.teacher_student import Flow, Walk, run_block
 from compile_steer.lower.work import Curve
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.patch import WeightPatch, with_patch
 
 
 def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, seed: int, advance: Advance) -> Curve:
@@ -51,7 +52,7 @@ def fit_block(walk: Walk, block: int, *, rank: int, steps: int, rate: float, see
 
     optimizer = adamw(factors, rate)
     losses: list[float] = []
-    with applied(walk.loaded.model, patch), torch.enable_grad():
+    with with_patch(walk.loaded.model, patch), torch.enable_grad():
         for step in range(steps):
             if step % len(seen) == 0:
                 random.Random(seed + step).shuffle(seen)
@@ -101,6 +102,6 @@ def _error(walk: Walk, flow: Flow, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _relative_error(walk: Walk, flows: Sequence[Flow], block: int, patch: WeightPatch) -> float:
-    with applied(walk.loaded.model, patch), torch.no_grad():
+    with with_patch(walk.loaded.model, patch), torch.no_grad():
         found = [_error(walk, flow, block) for flow in flows]
     return float(sum(error for error, _n in found) / sum(n for _e, n in found))

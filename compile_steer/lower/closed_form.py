@@ -31,7 +31,8 @@ from compile_steer.lower.work import NOWHERE, Work
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
-from compile_steer.steering.patch import LowRank, WeightPatch, applied, linear_shape
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 _HELD_OUT_EVERY = 5
@@ -151,7 +152,7 @@ def _solve_stage(walk: Walk, writer: OutputProjection, rank: int, advance: Advan
     _d_model, d_in = linear_shape(writer.module)
     channel = _Channel(loaded.layout, writer)
     sums = [Sums.zeros(d_in, loaded.layout.d_model, loaded.device) for _ in range(2)]
-    with applied(loaded.model, walk.patch), torch.no_grad():
+    with with_patch(loaded.model, walk.patch), torch.no_grad():
         for flow in walk.flows:
             with _caught(writer.module) as caught:
                 student = run_block(loaded, flow.batch, flow.student, writer.layer)

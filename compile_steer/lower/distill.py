@@ -17,7 +17,8 @@ from compile_steer.lower.teacher_student import Walk
 from compile_steer.lower.train import train
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 
 
 def lower(job: Job) -> WeightPatch:

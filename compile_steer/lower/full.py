@@ -22,7 +22,6 @@ from compile_steer.lower.train import train
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.task_vector import cut
 
 
 def adapter_refusal(_program: Program, _layout: Layout) -> str:
@@ -58,7 +57,7 @@ def lower_cut(job: Job) -> WeightPatch:
     """Return the task vector cut to `cut_rank`; trains only where `full` has not run."""
     require_rank(job.loaded.layout, job.program.first_layer, job.options.full.cut_rank, "compile.full.cut_rank")
     whole = job.finished.get("full") or lower(job)
-    return cut(whole, job.options.full.cut_rank, job.loaded.layout)
+    return whole.truncated(job.options.full.cut_rank, job.loaded.layout)
 
 
 def chosen_weights(layout: Layout, first: int, endings: tuple[str, ...]) -> dict[str, Tensor]:

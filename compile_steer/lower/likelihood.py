@@ -24,7 +24,8 @@ from compile_steer.lower.optimise import Factors, adamw
 from compile_steer.lower.train import Batches
 from compile_steer.models.load import quiet
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 
 
 def require_trl() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import LowRank, WeightPatch, linear_shape
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.patch import WeightPatch
 
 T = TypeVar("T")
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]

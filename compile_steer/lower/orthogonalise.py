@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.lower import bias
 from compile_steer.lower.job import Job, first_refusal
 from compile_steer.steering.layout import EXPERTS, Layout, ProjectionKind
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
@@ -87,7 +88,7 @@ def lower(job: Job) -> WeightPatch:
     """Return the edits of writers and embeddings, and the biases that clamps and shifts need."""
     layout = job.loaded.layout
     edited: dict[str, _Affine] = {}
-    switches: set[str] = set()
+    flags: set[str] = set()
     # A shift of the block's output comes after what happens at its sublayers, whatever the program's order.
     for one in sorted(job.program.interventions, key=lambda one: one.site.point == "resid_post"):
         kind = _kind(one)
@@ -103,12 +104,12 @@ def lower(job: Job) -> WeightPatch:
                 affine.ablate(basis[:, 0].double().to(affine.weight.device), one.coefficient)
             affine.bias = affine.bias + one.coefficient * shift.to(affine.bias) / layout.residual_multiplier
         if bool(shift.any()):
-            switches |= bias.switches_for(layout, layout.output_projection(one.site.layer, kind))
+            flags |= bias.flags_for(layout, layout.output_projection(one.site.layer, kind))
     embeddings = [name for name in edited if name in layout.family.embeddings]
     return WeightPatch(
         low_rank={name: _factors(affine, name in embeddings) for name, affine in edited.items() if affine.B},
         bias={name: change for name, a in edited.items() if bool((change := _bias_change(layout, name, a)).any())},
-        switches=tuple(sorted(switches)),
+        config_flags=tuple(sorted(flags)),
         untie=bool(embeddings) and layout.tied,
     )
 

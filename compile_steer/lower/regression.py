@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.distributed import sum_over_all
-from compile_steer.steering.patch import LowRank
+from compile_steer.steering.low_rank import LowRank
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 

@@ -22,7 +22,7 @@ from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 
@@ -88,7 +88,7 @@ class Suffix:
         """Mean KL(teacher || student) over the items' real tokens, nats a token; the suffix must reach the end."""
         total = count = 0.0
         for item in items:
-            with applied(self.loaded.model, patch), torch.no_grad():
+            with with_patch(self.loaded.model, patch), torch.no_grad():
                 student = self.student(item)
             found = divergence(self.loaded.model, item.teacher, self.loaded.model, student)
             total += float(found.kl.sum())

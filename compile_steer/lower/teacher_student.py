@@ -18,7 +18,8 @@ from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
-from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 
@@ -101,7 +102,7 @@ class Walk:
 
     def advance(self, block: int) -> None:
         """Run the patched student through `block`, and stand at the next boundary."""
-        with applied(self.loaded.model, self.patch), torch.no_grad():
+        with with_patch(self.loaded.model, self.patch), torch.no_grad():
             for flow in self.flows:
                 flow.student = run_block(self.loaded, flow.batch, flow.student, block)
                 flow.teacher = flow.target

@@ -23,7 +23,7 @@ from compile_steer.lower.suffix import Item, Suffix
 from compile_steer.models.divergence import divergence
 from compile_steer.models.load import DTYPES
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 
@@ -115,7 +115,7 @@ class _Run:
         """The batches of the epoch: the same every time, or the student's own texts of now."""
         self.items = self._seen
         if self.objective.on_policy:
-            with applied(self.job.loaded.model, self.patch):
+            with with_patch(self.job.loaded.model, self.patch):
                 written = self.job.write(self._texts, None, seed=self.job.seed + 7919 * (epoch + 1))
             self.items = self.suffix.items(written, self.options.batch_tokens)
 
@@ -124,7 +124,7 @@ class _Run:
         model, count = self.job.loaded.model, self.options.accumulate
         self.optimizer.zero_grad()
         loss = 0.0
-        with applied(model, self.patch), torch.enable_grad():
+        with with_patch(model, self.patch), torch.enable_grad():
             for n in range(count):
                 item = self.items[(step % self.epoch * count + n) % len(self.items)]
                 loss += self.objective.backward(model, item.teacher, self.suffix.student(item), 1.0 / count) / count

@@ -27,7 +27,7 @@ EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream
 class Family:
     """Names, relative to a block, and how stock code of the family comes to hold a writer's bias.
 
-    `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config switch
+    `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config flag
     that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
     block 0, by their full names. With `experts` the MLP is a mixture: `mlp` names it whole, and no one matrix
     of it writes the stream. `expert_bias` is then the parameter [n_experts, d_model] that each expert adds, where the
@@ -207,8 +207,8 @@ class Layout:
         relative = self.family.expert_bias
         return None if relative is None else f"{self.family.blocks}.{layer}.{relative}"
 
-    def bias_switch(self, kind: ProjectionKind) -> str | None:
-        """'native', the config switch that gives that writer a bias, or None."""
+    def bias_flag(self, kind: ProjectionKind) -> str | None:
+        """'native', the config flag that gives that writer a bias, or None."""
         return self.family.attn_bias if kind == "attn" else self.family.mlp_bias
 
     def has_bias(self, writer: OutputProjection) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
 
@@ -17,9 +17,7 @@ def input_to_output(program: Program) -> Program:
     """The input of block k > 0 is the output of block k-1; edits of that output itself still come first."""
     ordered = sorted(program.interventions, key=lambda i: i.site.point == "resid_pre")
     moved = tuple(
-        replace_intervention(i, site=Site(i.site.layer - 1, "resid_post"))
-        if i.site.point == "resid_pre" and i.site.layer > 0
-        else i
+        replace(i, site=Site(i.site.layer - 1, "resid_post")) if i.site.point == "resid_pre" and i.site.layer > 0 else i
         for i in ordered
     )
     return replace(program, interventions=moved)
@@ -36,7 +34,7 @@ def merge_shifts(program: Program) -> Program:
             and (last.site, last.scopes) == (one.site, one.scopes)
         ):
             total = last.coefficient * last.vector.float() + one.coefficient * one.vector.float()
-            merged[-1] = replace_intervention(last, vector=total, coefficient=1.0)
+            merged[-1] = replace(last, vector=total, coefficient=1.0)
         else:
             merged.append(one)
     return replace(program, interventions=tuple(merged))

@@ -5,60 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.layout import Layout
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """W <- W + B A, with B [d_out, r] and A [r, d_in] in fp32."""
-
-    B: Tensor
-    A: Tensor
-
-    @property
-    def rank(self) -> int:
-        return int(self.A.shape[0])
-
-    def to(self, device: torch.device) -> LowRank:
-        return LowRank(self.B.to(device), self.A.to(device))
-
-    def padded(self, rank: int) -> LowRank:
-        """The same edit with zero rows and columns up to `rank`."""
-        extra = rank - self.rank
-        if extra == 0:
-            return self
-        return LowRank(
-            torch.cat([self.B, self.B.new_zeros(self.B.shape[0], extra)], dim=1),
-            torch.cat([self.A, self.A.new_zeros(extra, self.A.shape[1])], dim=0),
-        )
-
-    def beside(self, other: LowRank) -> LowRank:
-        """B A + B' A' as one edit of rank r + r'."""
-        return LowRank(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
+from compile_steer.steering.low_rank import LowRank, decompose, transpose_conv1d
 
 
 @dataclass(frozen=True)
 class WeightPatch:
-    """Edits by the full name of the module in the causal language model.
+    """Edits by the full name of the module in the causal language model. `with_patch` runs a model under them.
 
-    `bias` [d_out] is added to the module's bias, or, where the name is a parameter's, to each row of it (a mixture of
-    experts); `switches` are the config fields (False to True)
-    that make stock code build the biases where the checkpoint has none. `untie` gives the language-model
-    head its own copy of the embeddings before they are edited. `architecture` is the stock family that the
-    checkpoint is rewritten as ('' for its own). `dense` is added to the module's weight, whose shape and
-    orientation it has.
+    Attributes:
+        low_rank: B A is added to the module's weight.
+        bias: [d_out], added to the module's bias or, where the name is a parameter's, to each row of it (a mixture of
+            experts).
+        config_flags: fields of the model's config, False to True, that make stock code build the biases where the
+            checkpoint has none.
+        untie: the language-model head gets its own copy of the embeddings before they are edited.
+        architecture: the stock family that the checkpoint is rewritten as; '' for its own.
+        dense: added to the module's weight, whose shape and orientation it has.
     """
 
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     bias: Mapping[str, Tensor] = field(default_factory=dict)
-    switches: tuple[str, ...] = ()
+    config_flags: tuple[str, ...] = ()
     untie: bool = False
     architecture: str = ""
     dense: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,6 +39,11 @@ class WeightPatch:
     @property
     def max_rank(self) -> int:
         return max((edit.rank for edit in self.low_rank.values()), default=0)
+
+    @property
+    def matrices(self) -> list[str]:
+        """The modules whose weight is changed, sorted."""
+        return sorted({*self.low_rank, *self.dense})
 
     def first_layer(self, layout: Layout) -> int:
         """The first block that is edited; the number of blocks where none is."""
@@ -88,11 +66,11 @@ class WeightPatch:
             ArtifactError: the two rewrite the checkpoint as different architectures, or differ in shape.
         """
         architectures = sorted({self.architecture, other.architecture} - {""})
-        mine, yours = self._shapes(), other._shapes()
+        mine, theirs = self._shapes(), other._shapes()
         problems = [
-            f"{name} is {list(mine[name])} in one patch and {list(yours[name])} in the other."
-            for name in sorted(mine.keys() & yours.keys())
-            if mine[name] != yours[name]
+            f"{name} is {list(mine[name])} in one patch and {list(theirs[name])} in the other."
+            for name in sorted(mine.keys() & theirs.keys())
+            if mine[name] != theirs[name]
         ]
         if len(architectures) > 1:
             problems.append(
@@ -100,13 +78,10 @@ class WeightPatch:
             )
         if problems:
             raise ArtifactError([*problems, "Only patches of the same base can be added."])
-        low_rank = dict(self.low_rank)
-        for name, edit in other.low_rank.items():
-            low_rank[name] = low_rank[name].beside(edit) if name in low_rank else edit
         return WeightPatch(
-            low_rank,
+            _sums(self.low_rank, other.low_rank),
             _sums(self.bias, other.bias),
-            tuple(sorted({*self.switches, *other.switches})),
+            tuple(sorted({*self.config_flags, *other.config_flags})),
             self.untie or other.untie,
             "".join(architectures),
             _sums(self.dense, other.dense),
@@ -117,63 +92,56 @@ class WeightPatch:
         biases = {f"{name} (bias)": tuple(change.shape) for name, change in self.bias.items()}
         return {**shapes, **biases, **{name: tuple(change.shape) for name, change in self.dense.items()}}
 
+    def decompose(self, name: str, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """`low_rank.decompose` of the total change of the weight of module `name`."""
+        dense = self.dense.get(name)
+        if dense is not None:
+            dense = transpose_conv1d(layout.model.get_submodule(name), dense)
+        return decompose(dense, self.low_rank.get(name))
+
+    def truncated(self, rank: int, layout: Layout) -> WeightPatch:
+        """Every matrix that was changed at a higher rank, at its best approximation of `rank` (Eckart and Young)."""
+        low_rank = dict(self.low_rank)
+        for name in self.matrices:
+            if name in self.dense or low_rank[name].rank > rank:
+                U, S, V = self.decompose(name, layout)
+                low_rank[name] = LowRank((U * S)[:, :rank].contiguous(), V[:rank].contiguous())
+        return replace(self, low_rank=low_rank, dense={})
+
     def require_finite(self) -> None:
         """Raise `ArtifactError` naming every module whose edit is NaN or infinite."""
-        bad = [n for n, e in self.low_rank.items() if not bool(torch.isfinite(e.B).all() and torch.isfinite(e.A).all())]
-        whole = (*self.bias.items(), *self.dense.items())
-        bad += [name for name, change in whole if not bool(torch.isfinite(change).all())]
+        bad = [n for n, e in self.low_rank.items() if not bool(e.B.isfinite().all() and e.A.isfinite().all())]
+        bad += [n for n, change in (*self.bias.items(), *self.dense.items()) if not bool(change.isfinite().all())]
         if bad:
             raise ArtifactError(f"the compiled weights of {', '.join(bad)} are not finite; nothing was written.")
 
 
-def _sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    shared = {name: one[name] + other[name] for name in one.keys() & other.keys()}
-    return {**one, **other, **shared}
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a Linear, or of GPT-2's Conv1D, which stores the transpose."""
-    rows, columns = cast(Tensor, module.weight).shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-
-
-def weight_delta(module: nn.Module, edit: LowRank) -> Tensor:
-    """B A in the orientation of `module.weight`."""
-    return turned(module, edit.B @ edit.A)
-
-
-def turned(module: nn.Module, matrix: Tensor) -> Tensor:
-    """[d_out, d_in] <-> the orientation of `module.weight` (GPT-2's Conv1D stores [d_in, d_out])."""
-    return matrix.T if isinstance(module, Conv1D) else matrix
+def _sums(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: mine[name] + theirs[name] for name in mine.keys() & theirs.keys()}
+    return {**mine, **theirs, **both}
 
 
 @contextmanager
-def applied(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
-    """Run `model` with `patch` on its modules' outputs, the weights untouched, inside the block."""
+def with_patch(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
+    """Run `model` with `patch` added to its modules' outputs inside the block; the weights are not touched."""
     layout = Layout.of(model)
+    modules = dict(layout.model.named_modules())
     with ExitStack() as stack:
         for name, edit in patch.low_rank.items():
-            module = layout.model.get_submodule(name)
-            stack.callback(module.register_forward_hook(_low_rank_hook(edit)).remove)
+            stack.callback(modules[name].register_forward_hook(_low_rank_hook(edit)).remove)
         for name, bias in patch.bias.items():
-            module = _shifted(layout.model, name)
+            # Where the name is a parameter's (a mixture of experts), the whole mixture's output is shifted.
+            module = modules[name] if name in modules else modules[name.rpartition(".")[0]]
             stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
         for name, delta in patch.dense.items():
-            module = layout.model.get_submodule(name)
-            stack.callback(module.register_forward_hook(_dense_hook(delta)).remove)
+            stack.callback(modules[name].register_forward_hook(_dense_hook(delta)).remove)
         yield
-
-
-def _shifted(model: nn.Module, name: str) -> nn.Module:
-    """The module whose output a bias shifts: the named one, or the mixture whose parameter is named."""
-    named = name in dict(model.named_modules())
-    return model.get_submodule(name if named else name.rpartition(".")[0])
 
 
 def _low_rank_hook(edit: LowRank) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
-        if isinstance(module, nn.Embedding):  # W is [tokens, d_model] there, and x the tokens
+        if isinstance(module, nn.Embedding):  # its weight is [tokens, d_model], and x holds token ids
             return output + edit.B.to(output)[x] @ edit.A.to(output)
         return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 
@@ -191,6 +159,6 @@ def _dense_hook(delta: Tensor) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if isinstance(module, nn.Embedding):
             return output + delta.to(output)[args[0]]
-        return output + args[0] @ turned(module, delta.to(output)).T
+        return output + args[0] @ transpose_conv1d(module, delta.to(output)).T
 
     return hook

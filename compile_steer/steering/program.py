@@ -122,11 +122,11 @@ class Program:
 
     def scaled(self, factor: float, index: int | None = None) -> Program:
         """Multiply every coefficient, or only that of intervention `index`, by `factor`."""
-        return self._map(lambda i: replace_intervention(i, coefficient=i.coefficient * factor), index)
+        return self._map(lambda i: replace(i, coefficient=i.coefficient * factor), index)
 
     def toggled(self, index: int, on: bool) -> Program:
         """Switch intervention `index` on or off; its coefficient is kept."""
-        return self._map(lambda i: replace_intervention(i, enabled=on), index)
+        return self._map(lambda i: replace(i, enabled=on), index)
 
     def _map(self, change: Any, index: int | None) -> Program:
         chosen = range(len(self.interventions)) if index is None else [range(len(self.interventions))[index]]
@@ -214,11 +214,6 @@ class Program:
             ) from error
         except ArtifactError as error:
             raise ArtifactError([f"{path}: {problem}" for problem in error.problems]) from error
-
-
-def replace_intervention(intervention: Intervention, **changes: Any) -> Intervention:
-    """`dataclasses.replace` for an intervention."""
-    return replace(intervention, **changes)
 
 
 def _intervention(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:

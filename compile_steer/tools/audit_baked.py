@@ -22,7 +22,7 @@ from compile_steer.tools.audit_tensors import Difference
 _SAME = 0.99
 # What an ablation of that direction may leave unexplained of the change; as near.
 _LEFT = 0.05
-# A new bias as small as this beside the largest is the zero that a config switch brings along.
+# A new bias as small as this beside the largest is the zero that a config flag brings along.
 _ZERO = 1e-6
 
 

@@ -14,8 +14,8 @@ from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Advance
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import LowRank, WeightPatch, turned
-from compile_steer.tools.task_vector import decompose
+from compile_steer.steering.low_rank import LowRank, decompose, transpose_conv1d
+from compile_steer.steering.patch import WeightPatch
 
 # Above the largest singular value that rounding alone is expected to make, by so much.
 _ABOVE_ROUNDING = 1.1
@@ -107,9 +107,9 @@ class Names:
         prefixed = f"{self._prefix}.{name}"
         return prefixed if name not in self._parameters and prefixed in self._parameters else name
 
-    def turned(self, module: str, matrix: Tensor) -> Tensor:
+    def transpose_conv1d(self, module: str, matrix: Tensor) -> Tensor:
         """[d_out, d_in] of a module's weight."""
-        return turned(self._modules[module], matrix) if module in self._modules else matrix
+        return transpose_conv1d(self._modules[module], matrix) if module in self._modules else matrix
 
 
 def of_checkpoints(
@@ -167,11 +167,11 @@ def of_patch(
 
 def _require_fits(base: Checkpoint, patch: WeightPatch, names: Names, before: Mapping[str, str]) -> None:
     edited = {module: [len(edit.B), edit.A.shape[1]] for module, edit in patch.low_rank.items()}
-    edited |= {module: list(names.turned(module, delta).shape) for module, delta in patch.dense.items()}
+    edited |= {module: list(names.transpose_conv1d(module, delta).shape) for module, delta in patch.dense.items()}
     problems = []
     for module, shape in sorted(edited.items()):
         old = base.tensor(before.get(f"{module}.weight", ""))
-        found = "has none" if old is None else str(list(names.turned(module, old).shape))
+        found = "has none" if old is None else str(list(names.transpose_conv1d(module, old).shape))
         if found != str(shape):
             problems.append(f"{module}: the adapter's change is {shape}, the base {found}")
     if problems:
@@ -213,11 +213,11 @@ def _difference(
         norm = float(whole.float().norm())
         change = TensorChange(name, "changed", shape, _type(whole if old is None else old), norm, _share(norm, size))
         return Difference(change, module, vector=whole.float() if whole.ndim == 1 else None)
-    U, S, V = decompose(None if whole is None else names.turned(module, whole), edit)
+    U, S, V = decompose(None if whole is None else names.transpose_conv1d(module, whole), edit)
     rank = int((max(threshold * float(S[0]), _ABOVE_ROUNDING * rounding) < S).sum())
     kind = _type(old) if old is not None else "float32"
     norm = float(S.double().norm())
-    W = None if old is None else names.turned(module, old.float())
+    W = None if old is None else names.transpose_conv1d(module, old.float())
     u, v = U[:, 0].clone(), V[0].clone()  # clones: the rest is let go
     top = Top(u, float(S[0]), v, None if W is None else u @ W, None if W is None else W @ v)
     held = None if norm == 0.0 else (float(S[0]) / norm) ** 2

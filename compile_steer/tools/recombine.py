@@ -18,7 +18,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.task_vector import MatrixReport, cut, look_into
+from compile_steer.tools.task_vector import MatrixReport, look_into
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def recombine(wanted: Recombination, loaded: LoadedModel, paths: RunPaths, progr
     for other in patches[1:]:
         patch = patch + other
     if wanted.rank is not None:
-        patch = cut(patch, wanted.rank, loaded.layout)
+        patch = patch.truncated(wanted.rank, loaded.layout)
     form = "adapter" if is_adapter(patch, loaded) else "patch"
     origin = _origin(wanted, origins, form, paths.name).of(biases=len(patch.bias))
     write_patch(folder, patch, loaded, origin, model_card(origin, None))

@@ -1,4 +1,4 @@
-"""Task vectors: what a patch adds to the base's weights, cut to a low rank and looked into.
+"""Task vectors: a report on what a patch adds to the base's weights.
 
 W_new = W_base + patch, so a patch times -1 takes away what it gives, and the sum of two gives both
 (Ilharco et al. 2212.04089; the arithmetic is `WeightPatch`'s). That is exact of the weights; what the model then does
@@ -7,54 +7,16 @@ is for the judge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import LowRank, WeightPatch, turned
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 
 _ENERGY = 0.99
-
-
-def cut(patch: WeightPatch, rank: int, layout: Layout) -> WeightPatch:
-    """Every matrix that was changed at a higher rank, at its best approximation of `rank` (Eckart and Young)."""
-    low_rank = dict(patch.low_rank)
-    for name in _matrices(patch):
-        if name in patch.dense or low_rank[name].rank > rank:
-            U, S, V = _decomposed(patch, name, layout)
-            low_rank[name] = LowRank((U * S)[:, :rank].contiguous(), V[:rank].contiguous())
-    return replace(patch, low_rank=low_rank, dense={})
-
-
-def _matrices(patch: WeightPatch) -> list[str]:
-    return sorted({*patch.low_rank, *patch.dense})
-
-
-def _decomposed(patch: WeightPatch, name: str, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the whole change of one matrix of the patch; see `decompose`."""
-    whole = patch.dense.get(name)
-    return decompose(
-        None if whole is None else turned(layout.model.get_submodule(name), whole), patch.low_rank.get(name)
-    )
-
-
-def decompose(whole: Tensor | None, edit: LowRank | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """U [d_out, n], singular values [n] and V [n, d_in] of `whole` [d_out, d_in] and `edit` together, in float32.
-
-    An embedding's d_out are its tokens.
-    """
-    if whole is not None:
-        both = whole.float() if edit is None else whole.float() + edit.B @ edit.A
-        U, S, V = torch.linalg.svd(both, full_matrices=False)
-        return U, S, V
-    assert edit is not None, "one of the two is there"
-    # B A = Q_B (R_B R_A^T) Q_A^T: the decomposition of a small square is enough
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(edit.B.float()), torch.linalg.qr(edit.A.float().T)
-    U, S, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return Q_B @ U, S, V @ Q_A.T
 
 
 @dataclass(frozen=True)
@@ -82,8 +44,8 @@ def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> li
     writers = layout.output_projections
     order = list(sites)
     found = []
-    for name in sorted(_matrices(patch), key=lambda name: order.index(name) if name in sites else -1):
-        U, S, V = _decomposed(patch, name, layout)
+    for name in sorted(patch.matrices, key=lambda name: order.index(name) if name in sites else -1):
+        U, S, V = patch.decompose(name, layout)
         squares = S.double().square()
         total = float(squares.sum())
         if total == 0.0:

@@ -18,7 +18,7 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import batches, encode
 from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
-from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Controls, Separability
@@ -77,12 +77,12 @@ class Stream:
         parts = []
         for one, direction in zip(program.interventions, unit(vectors), strict=True):
             if one.operation == "add":
-                parts.append(replace_intervention(one, vector=direction * one.vector.norm()))
+                parts.append(replace(one, vector=direction * one.vector.norm()))
             elif one.operation == "ablate":
-                parts.append(replace_intervention(one, vector=direction))
+                parts.append(replace(one, vector=direction))
             else:
                 projection = float(self.means[one.site.layer] @ direction) + self.shift(one)
-                parts.append(replace_intervention(one, vector=direction, projection=projection))
+                parts.append(replace(one, vector=direction, projection=projection))
         return Program(tuple(parts), program.model, program.revision)
 
     def like(self, program: Program, other: Program) -> Program:

@@ -23,7 +23,8 @@ from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from compile_steer.models.fingerprint import TEXTS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.report.card import model_card
-from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch, with_patch
 from tests.helpers.tiny import FAMILIES, HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts, vector
 
 Save = Callable[[str], LoadedModel]
@@ -80,7 +81,7 @@ def test_plain_peft_merged_weights_and_hooks_agree(family: str, saved: Save, tmp
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
         base = logits(one.model, inputs)
-        with applied(one.model, patch):
+        with with_patch(one.model, patch):
             wanted = logits(one.model, inputs)
         assert relative_error(wanted, base) > 1e-2
         assert relative_error(logits(adapted, inputs), wanted) < 1e-5
@@ -139,15 +140,15 @@ def test_a_folder_holds_its_origin_and_a_card_and_nothing_else(saved: Save, tmp_
     assert "PeftModel.from_pretrained" in card
 
 
-def test_biases_are_kept_with_their_switches(saved: Save, tmp_path: Path) -> None:
+def test_biases_are_kept_with_their_config_flags(saved: Save, tmp_path: Path) -> None:
     patch = WeightPatch(
         bias={"model.layers.1.mlp.down_proj": vector(1), "model.layers.2.self_attn.o_proj": vector(2)},
-        switches=("attention_bias", "mlp_bias"),
+        config_flags=("attention_bias", "mlp_bias"),
     )
     folder = write(tmp_path / "bias", patch, saved("llama"))
     assert not (folder / ADAPTER_WEIGHTS).exists()
     found = read_patch(folder)
-    assert found.switches == patch.switches
+    assert found.config_flags == patch.config_flags
     assert set(found.bias) == set(patch.bias)
     assert all(torch.equal(found.bias[name], patch.bias[name]) for name in patch.bias)
     assert not found.low_rank
@@ -253,7 +254,7 @@ def test_a_merged_folder_is_summed_in_single_precision_and_cast_once(
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     if dtype == torch.float32:
         inputs = Padded.of(texts(), "left")
-        with applied(one.model, patch):
+        with with_patch(one.model, patch):
             assert relative_error(logits(found, inputs), logits(one.model, inputs)) < 1e-5
 
 

@@ -13,7 +13,8 @@ from compile_steer.lower import closed_form
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
 from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention
 from tests.helpers.fitting import (
     FAMILIES,

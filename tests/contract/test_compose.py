@@ -34,7 +34,7 @@ from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.tools.compose import Several, run_compose
 from compile_steer.tools.describe import describe_artifact
@@ -182,13 +182,13 @@ def test_the_stacked_adapter_is_all_of_them_loaded_at_once(family: str, saved: S
     switch(switched, {name: dial for name, dial in zip(named, dials, strict=True)})
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
-        with applied(one.model, sum((d * p for d, p in zip(dials, patches, strict=True)), WeightPatch())):
+        with with_patch(one.model, sum((d * p for d, p in zip(dials, patches, strict=True)), WeightPatch())):
             wanted = logits(one.model, inputs)
         assert relative_error(wanted, logits(one.model, inputs)) > 1e-2
         for found in (ours, theirs, switched.model):
             assert relative_error(logits(found, inputs), wanted) < 1e-5
     switch(switched, {"member1": 1.0})
-    with applied(one.model, patches[1]):
+    with with_patch(one.model, patches[1]):
         assert relative_error(logits(switched.model, inputs), logits(one.model, inputs)) < 1e-5
 
 

@@ -11,7 +11,7 @@ from compile_steer.lower.closed_form import Stage, plan_stages
 from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile, Distill
 from compile_steer.models.load import LoadedModel
 from compile_steer.steering.layout import ProjectionKind
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from tests.helpers.fitting import (
     CALIBRATION,
@@ -109,7 +109,7 @@ def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothin
     assert all(".2." in name or ".3." in name for name in patch.low_rank)
     batch = Padded.of(HELD_OUT, "right")
     base = logits(one.model, batch)
-    with applied(one.model, patch):
+    with with_patch(one.model, patch):
         assert torch.equal(logits(one.model, batch), base)
     assert all(bool(edit.A.any()) and not bool(edit.B.any()) for edit in patch.low_rank.values())
     other = distill.random_patch(one.layout, 2, 3, seed=1)

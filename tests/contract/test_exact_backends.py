@@ -121,13 +121,13 @@ def test_several_shifts_share_biases_and_equal_the_hooks(family: str, saved: Sav
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_checkpoint_that_has_biases_already_keeps_them(family: str, tmp_path: Path) -> None:
-    switches = {"attention_bias": True} | ({"mlp_bias": True} if family == "llama" else {})
-    model = build(family, **switches)
+    flags = {"attention_bias": True} | ({"mlp_bias": True} if family == "llama" else {})
+    model = build(family, **flags)
     model.save_pretrained(tmp_path / "base")
     one = replace(loaded(family), model=model, source=str(tmp_path / "base"))
     steering = program(family, *(intervention("add", point, 1) for point in legal_points(family)))
     patch = must_equal_hooks(one, steering, tmp_path / "merged")
-    assert patch.switches == ()
+    assert patch.config_flags == ()
 
 
 def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path: Path) -> None:
@@ -143,10 +143,10 @@ def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
         (("mlp_out",), ("mlp_bias",)),
         (("attn_out", "resid_post"), ("attention_bias", "mlp_bias")),
     ]
-    for points, switches in cases:
+    for points, flags in cases:
         steering = program("llama", *(intervention("add", point, 1) for point in points))
-        assert bias.lower(job(saved("llama"), steering)).switches == switches
-    assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).switches == ()
+        assert bias.lower(job(saved("llama"), steering)).config_flags == flags
+    assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).config_flags == ()
 
 
 def test_a_family_whose_checkpoint_lacks_its_biases_is_refused_before_any_work() -> None:
@@ -218,12 +218,12 @@ def test_a_rewritten_checkpoint_is_the_same_function_and_then_holds_the_shifts(
 ) -> None:
     one = saved(family)
     inputs = Padded.of(texts(), "left")
-    empty = reloaded(one, WeightPatch(architecture="llama", switches=("mlp_bias",)), tmp_path / "plain")
+    empty = reloaded(one, WeightPatch(architecture="llama", config_flags=("mlp_bias",)), tmp_path / "plain")
     assert type(empty).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(empty, inputs), logits(one.model, inputs)), "nothing added, no bit changed"
     several = [intervention("add", p, 1 + n % 2, seed=n) for n, p in enumerate(POINTS)]
     patch = must_equal_hooks(one, program(family, *several), tmp_path / "merged", "retarget")
-    assert patch.switches == ("attention_bias", "mlp_bias")
+    assert patch.config_flags == ("attention_bias", "mlp_bias")
 
 
 def test_a_window_that_acts_is_not_rewritten_away() -> None:

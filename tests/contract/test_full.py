@@ -18,7 +18,7 @@ from compile_steer.lower.job import Job
 from compile_steer.lower.options import Compile, Full
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from tests.contract.test_adapters import plain, write
 from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
@@ -103,7 +103,7 @@ def test_file_merged_weights_and_hooks_agree_and_so_does_the_cut(family: str, sa
         inputs = Padded.of(HELD_OUT, side)
         base = logits(one.model, inputs)
         for edit, model in ((patch, merged_model(one.source, found)), (small, adapted)):
-            with applied(one.model, edit):
+            with with_patch(one.model, edit):
                 wanted = logits(one.model, inputs)
             assert relative_error(logits(model.eval(), inputs), wanted) < 1e-5
             assert relative_error(wanted, base) > 1e-2
@@ -139,7 +139,7 @@ def test_a_whole_change_of_the_embeddings_is_looked_up() -> None:
     one = loaded("llama")
     delta = torch.randn(97, 32, generator=torch.Generator().manual_seed(3))
     batch = Padded.of(HELD_OUT, "right")
-    with applied(one.model, WeightPatch(dense={"model.embed_tokens": delta})):
+    with with_patch(one.model, WeightPatch(dense={"model.embed_tokens": delta})):
         found = one.model.get_input_embeddings()(batch.input_ids)
     wanted = torch.nn.functional.embedding(batch.input_ids, one.model.get_input_embeddings().weight + delta)
     assert torch.allclose(found, wanted, atol=1e-6)
@@ -161,7 +161,7 @@ def test_no_edit_of_the_queries_moves_the_first_token_which_the_vector_does(fami
     batch = Padded.of(HELD_OUT, "right")
     starts = [0, *torch.tensor([len(row.ids) for row in HELD_OUT]).cumsum(0).tolist()[:-1]]
     base = logits(one.model, batch)
-    with applied(one.model, WeightPatch(dense=queries)):
+    with with_patch(one.model, WeightPatch(dense=queries)):
         found = logits(one.model, batch)
     with steered(one.model, steering, roles=batch.roles):
         wanted = logits(one.model, batch)

@@ -26,7 +26,8 @@ from compile_steer.export.merged import merged_model
 from compile_steer.models.gguf import tensors
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from tests.helpers import byte_level
 from tests.helpers.tiny import CONFIGS, HIDDEN, build, loaded, random_patch
 
@@ -101,7 +102,7 @@ def test_an_exact_bias_stays_exact_in_every_precision(
     one = base(family)
     shift = torch.linspace(-3, 3, HIDDEN)
     bias = {"model.layers.2.mlp.down_proj": shift}
-    patch = WeightPatch(bias=bias, switches=("mlp_bias",), architecture=architecture)
+    patch = WeightPatch(bias=bias, config_flags=("mlp_bias",), architecture=architecture)
     found = reload(written(tmp_path / "q4_0", patch, one, "q4_0"), one).model
     assert torch.equal(found.get_parameter("model.layers.2.mlp.down_proj.bias"), shift)
     assert float(found.get_parameter("model.layers.1.mlp.down_proj.bias").abs().max()) == 0
@@ -254,7 +255,7 @@ def test_a_base_that_is_a_gguf_keeps_its_own_tokenizer_fields(
     monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
     one = base("llama")
     name, shift = "model.layers.2.mlp.down_proj", torch.linspace(-3, 3, HIDDEN)
-    patch = random_patch(one) + WeightPatch(bias={name: shift}, switches=("mlp_bias",))
+    patch = random_patch(one) + WeightPatch(bias={name: shift}, config_flags=("mlp_bias",))
     first = written(tmp_path / "first", patch, one, "q8_0") / GGUF_FILE
     again = load(str(first), device="cpu")
     assert torch.equal(again.model.get_parameter(f"{name}.bias"), shift), "no config of a GGUF says that there is one"

@@ -24,7 +24,8 @@ from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_compile
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.run import Run
-from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.steering.low_rank import LowRank, weight_delta
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import walk
 from tests.contract.test_adapters import origin
@@ -121,7 +122,7 @@ def test_scaled_and_added_and_cut_on_disk(
         assert "Arithmetic on compiled task vectors" in card
         assert "behaves as" not in card
     batch = Padded.of(texts(), "left")
-    with applied(base.model, patch):
+    with with_patch(base.model, patch):
         wanted = logits(base.model, batch)
     assert relative_error(logits(reload(merged, base).model, batch), wanted) < 1e-5
 

@@ -20,7 +20,8 @@ from compile_steer.lower.work import Work
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.patch import LowRank, WeightPatch, applied
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
@@ -188,7 +189,7 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
         )
         batch = Padded.of(work.write(prompts, None, seed=3), "right")
         base = logits(one.model, batch).double().log_softmax(-1)
-        with applied(one.model, worn(factors)), torch.no_grad():
+        with with_patch(one.model, worn(factors)), torch.no_grad():
             found = logits(one.model, batch).double().log_softmax(-1)
         drift.append(float((base.exp() * (base - found)).sum(-1).mean()))
     assert drift[1] < 0.8 * drift[0]

@@ -13,7 +13,8 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import write_merged
 from compile_steer.run import Run, load_program
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.verify.parity import Parity
 from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact

@@ -15,7 +15,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, applied
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Intervention, Program
 from tests.helpers.tiny import Padded, logits, program, texts
 
@@ -47,7 +47,7 @@ def kl(one: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[E
     batch = Padded.of(rows, "right")
     with steered(one.model, steering, roles=batch.roles):
         wanted = logits(one.model, batch).double().log_softmax(dim=-1)
-    with applied(one.model, patch):
+    with with_patch(one.model, patch):
         found = logits(one.model, batch).double().log_softmax(dim=-1)
     return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 

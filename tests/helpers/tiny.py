@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import POINTS, OperationName, Point, Site
 

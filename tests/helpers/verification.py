@@ -18,7 +18,8 @@ from compile_steer.export.merged import write_merged
 from compile_steer.models.load import LoadedModel, weights_revision
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.verify.parity import Parity
 from compile_steer.verify.reference import Reference
@@ -114,7 +115,7 @@ class VerifierCase:
     def merged(self, name: str = "merged") -> Path:
         """The exact compile: the constant as the writer's bias."""
         (one,) = self.program.interventions
-        patch = WeightPatch(bias={self.module: one.coefficient * one.vector}, switches=("mlp_bias",))
+        patch = WeightPatch(bias={self.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
         folder = self.folder / name
         write_merged(folder, patch, self.base, "fp32", self.origin("merged-fp32", "bias"), "")
         return folder

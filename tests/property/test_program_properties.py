@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.program import Intervention, Program, replace_intervention
+from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import OPERATIONS, POINTS, OperationName, Point, Site
 from tests.helpers.tiny import (
     HIDDEN,
@@ -196,7 +197,7 @@ def test_the_canonical_program_is_its_own_canonical_program(steering: Program) -
 @given(programs)
 def test_a_saved_program_steers_bit_by_bit_as_before(steering: Program) -> None:
     separate = Program(
-        tuple(replace_intervention(i, vector=i.vector.clone()) for i in steering.interventions),
+        tuple(replace(i, vector=i.vector.clone()) for i in steering.interventions),
         steering.model,
         steering.revision,
     )

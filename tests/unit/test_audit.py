@@ -23,8 +23,9 @@ from compile_steer.export.adapter import write_lora, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias, convert_architecture, orthogonalise
 from compile_steer.models.load import LoadedModel, load
+from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.tools.audit import Audit, audit
 from tests.contract.test_adapters import origin

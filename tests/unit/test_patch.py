@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.patch import LowRank, WeightPatch, applied, weight_delta
+from compile_steer.steering.low_rank import LowRank, weight_delta
+from compile_steer.steering.patch import WeightPatch, with_patch
 from tests.helpers.tiny import (
     FAMILIES,
     Padded,
@@ -49,7 +50,7 @@ def test_an_applied_patch_equals_merged_weights(family: str, side: str) -> None:
             assert isinstance(module.weight, nn.Parameter)
             assert delta.shape == module.weight.shape
             module.weight.add_(delta)
-    with applied(one.model, patch):
+    with with_patch(one.model, patch):
         found = logits(one.model, batch)
     assert relative_error(found, logits(merged, batch)) < 1e-5
     assert relative_error(found, base) > 1e-2
@@ -82,7 +83,7 @@ def test_an_applied_bias_is_added_to_what_the_module_writes() -> None:
         for name, bias in patch.bias.items():
             merged.get_parameter(f"{name}.bias").copy_(bias)
     batch = Padded.of(texts(), "left")
-    with applied(one.model, patch):
+    with with_patch(one.model, patch):
         found = logits(one.model, batch)
     assert relative_error(found, logits(merged, batch)) < 1e-5
     assert relative_error(found, logits(one.model, batch)) > 1e-2
@@ -94,7 +95,7 @@ def test_an_applied_patch_leaves_no_hook_even_after_an_error() -> None:
     patch = random_patch(one)
     with (
         pytest.raises(ZeroDivisionError),
-        applied(one.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})),
+        with_patch(one.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})),
     ):
         assert n_hooks(one.model) == before + len(patch.low_rank) + 1
         raise ZeroDivisionError
@@ -137,7 +138,7 @@ def test_a_sum_of_scaled_patches_makes_the_sum_of_their_changes(family: str) -> 
         replace(random_patch(one, ranks=ranks, seed=seed), bias=biases(family))
         for seed, ranks in enumerate(((2, 3), (1,)))
     )
-    second = replace(second, low_rank=dict(list(second.low_rank.items())[1:]), switches=("mlp_bias",), untie=True)
+    second = replace(second, low_rank=dict(list(second.low_rank.items())[1:]), config_flags=("mlp_bias",), untie=True)
     total = 0.4 * first + second * -1.7
     assert set(total.low_rank) == set(first.low_rank)
     for name, edit in total.low_rank.items():
@@ -147,5 +148,5 @@ def test_a_sum_of_scaled_patches_makes_the_sum_of_their_changes(family: str) -> 
             assert edit.rank == first.low_rank[name].rank + 1
         assert torch.allclose(edit.B @ edit.A, wanted, atol=1e-5)
     assert all(torch.allclose(total.bias[name], (0.4 - 1.7) * shift) for name, shift in first.bias.items())
-    assert (total.switches, total.untie) == (("mlp_bias",), True)
-    assert (first.switches, first.untie) == ((), False)
+    assert (total.config_flags, total.untie) == (("mlp_bias",), True)
+    assert (first.config_flags, first.untie) == ((), False)

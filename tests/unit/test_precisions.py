@@ -28,7 +28,8 @@ from compile_steer.pipeline import run_plan
 from compile_steer.report.card import engines, model_card
 from compile_steer.report.terminal import print_parities
 from compile_steer.run import Run
-from compile_steer.steering.patch import LowRank, WeightPatch
+from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.tools.compare import of_gguf
 from compile_steer.tools.lineage import walk
 from compile_steer.verify.options import Form
@@ -52,7 +53,7 @@ def halves(scene: VerifierCase, name: str, patch: WeightPatch) -> Path:
 
 def test_half_precision_is_measured_as_bf16_is(scene: VerifierCase) -> None:
     (one,) = scene.program.interventions
-    patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, switches=("mlp_bias",))
+    patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
     parity = scene.parity_of(halves(scene, "fp16", patch))
     assert parity.passed and parity.form == "merged-fp16"
     coarse = scene.reference.rounded("bf16", lambda _name, values: values.to(torch.bfloat16))
@@ -94,7 +95,7 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase)
     """An exact bias, in as few bits as there are: all that is lost is what the base loses too."""
     (one,) = bytewise.program.interventions
     shift = one.coefficient * one.vector
-    patch = WeightPatch(bias={bytewise.module: shift}, switches=("mlp_bias",))
+    patch = WeightPatch(bias={bytewise.module: shift}, config_flags=("mlp_bias",))
     found = {
         precision: bytewise.parity_of(quantised(bytewise, precision, patch, "exact", "bias"))
         for precision in ("f16", "q4_0")
@@ -115,7 +116,7 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase)
 def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: VerifierCase) -> None:
     """15 % too much of the vector: less than four bits cost, so that a sum of both would let it pass."""
     (one,) = bytewise.program.interventions
-    patch = WeightPatch(bias={bytewise.module: 1.15 * one.coefficient * one.vector}, switches=("mlp_bias",))
+    patch = WeightPatch(bias={bytewise.module: 1.15 * one.coefficient * one.vector}, config_flags=("mlp_bias",))
     parity = bytewise.parity_of(quantised(bytewise, "q4_0", patch, "wrong", "bias"))
     assert parity.rounding is not None and parity.rounding.kl < parity.noise_kl
     assert not parity.passed
@@ -144,7 +145,7 @@ def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: VerifierCas
 
 def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     (one,) = bytewise.program.interventions
-    patch = WeightPatch(bias={bytewise.module: one.coefficient * one.vector}, switches=("mlp_bias",))
+    patch = WeightPatch(bias={bytewise.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
     parity = bytewise.parity_of(quantised(bytewise, "q8_0", patch, "shown", "bias"))
     stream = StringIO()
     print_parities(Console(file=stream, width=400), [parity])

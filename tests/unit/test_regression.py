@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.lower.regression import RIDGES, Sums, fit, solve
-from compile_steer.steering.patch import LowRank
+from compile_steer.steering.low_rank import LowRank
 
 D_IN, D_OUT, N = 9, 6, 60
 

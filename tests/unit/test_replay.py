@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.patch import applied
+from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
 from tests.helpers.tiny import (
     FAMILIES,
@@ -118,7 +118,7 @@ def test_a_patch_acts_inside_a_span_as_in_a_full_pass(family: str) -> None:
     one = loaded(family)
     batch = Padded.of(texts(), "right")
     base = final_states(one.model, batch)
-    with applied(one.model, random_patch(one)):
+    with with_patch(one.model, random_patch(one)):
         whole = final_states(one.model, batch)
         below = span(one.model, batch, stop=2)
         assert torch.equal(span(one.model, batch, start=2, hidden=below), whole)

@@ -211,7 +211,8 @@ def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
 
 
 def test_factors_that_differ_are_one_patch_if_their_products_agree(tmp_path: Path) -> None:
-    from compile_steer.steering.patch import LowRank, WeightPatch
+    from compile_steer.steering.low_rank import LowRank
+    from compile_steer.steering.patch import WeightPatch
     from tests.contract.test_adapters import write
 
     one = loaded("llama")

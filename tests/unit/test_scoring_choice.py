@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.choice import letter_tokens
 from compile_steer.scoring.reply import Reply, Score
 from compile_steer.steering.hooks import prompt_roles, steered
-from compile_steer.steering.program import Program, replace_intervention
+from compile_steer.steering.program import Program
 from tests.helpers.scoring import behaviour, replies, scorer
 from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, n_hooks, program, tokenizer
 
@@ -141,7 +142,7 @@ def test_a_vector_that_favours_a_letter_is_seen_in_the_choice() -> None:
     head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
     one = intervention(layer=3, positions="last_prompt", coefficient=60.0)
-    pushed = Program((replace_intervention(one, vector=towards / towards.norm()),), STEERING.model, REVISION)
+    pushed = Program((replace(one, vector=towards / towards.norm()),), STEERING.model, REVISION)
     prompts = [f"validation {n}" for n in range(6)]
     questions = {p: Question(f"w{60 + n} w{70 + n}", ("w20", "w21"), n % 2) for n, p in enumerate(prompts)}
     forward, back = answer(MODEL, [Request(prompts, pushed), Request(prompts, -pushed)], right(questions), 3, questions)

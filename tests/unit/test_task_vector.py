@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.patch import LowRank, WeightPatch, weight_delta
-from compile_steer.tools.task_vector import cut, look_into
+from compile_steer.steering.low_rank import LowRank, weight_delta
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.tools.task_vector import look_into
 from tests.helpers.tiny import intervention, loaded, program, random_patch, vector
 
 DOWN, QUERY, EMBEDDINGS = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.q_proj", "model.embed_tokens"
@@ -60,14 +61,14 @@ def test_factors_and_sums_are_those_of_the_weights(family: str) -> None:
     found = deltas(family, -1.3 * one + other)
     zero = torch.zeros(())
     assert same(found, {n: -1.3 * mine.get(n, zero) + yours.get(n, zero) for n in mine.keys() | yours.keys()})
-    assert (one + other).switches == ("mlp_bias",)
+    assert (one + other).config_flags == ("mlp_bias",)
 
 
 def test_what_makes_room_for_a_patch_is_kept_by_a_sum_and_two_families_are_refused() -> None:
-    one = WeightPatch(bias={DOWN: vector(0)}, switches=("mlp_bias",), architecture="llama")
-    other = WeightPatch(switches=("attention_bias",), untie=True)
+    one = WeightPatch(bias={DOWN: vector(0)}, config_flags=("mlp_bias",), architecture="llama")
+    other = WeightPatch(config_flags=("attention_bias",), untie=True)
     found = other + one
-    assert (found.switches, found.untie, found.architecture) == (("attention_bias", "mlp_bias"), True, "llama")
+    assert (found.config_flags, found.untie, found.architecture) == (("attention_bias", "mlp_bias"), True, "llama")
     wide = replace(other, architecture="granite", bias={DOWN: vector(0, width=7)})
     with pytest.raises(ArtifactError) as caught:
         _ = one + wide
@@ -81,12 +82,12 @@ def test_what_makes_room_for_a_patch_is_kept_by_a_sum_and_two_families_are_refus
 def test_a_cut_is_the_best_of_its_rank_and_at_full_rank_everything(family: str) -> None:
     patch, layout = mixed(family), loaded(family).layout
     whole = deltas(family, patch)
-    everything = cut(patch, 48, layout)
+    everything = patch.truncated(48, layout)
     assert not everything.dense
     assert same(deltas(family, everything), whole, atol=1e-4)
-    two = cut(patch, 2, layout)
+    two = patch.truncated(2, layout)
     assert two.max_rank == 2
-    assert (two.bias, two.switches) == (patch.bias, patch.switches)
+    assert (two.bias, two.config_flags) == (patch.bias, patch.config_flags)
     for name, matrix in deltas(family, two).items():
         if name.endswith(".weight"):
             left = torch.linalg.svdvals(whole[name].double())[2:].norm()
@@ -95,7 +96,7 @@ def test_a_cut_is_the_best_of_its_rank_and_at_full_rank_everything(family: str) 
 
 def test_edits_that_are_small_enough_are_left_as_they_are() -> None:
     patch = random_patch(loaded("llama"), ranks=(2, 3))
-    found = cut(patch, 2, loaded("llama").layout)
+    found = patch.truncated(2, loaded("llama").layout)
     for name, edit in patch.low_rank.items():
         assert (found.low_rank[name] is edit) == (edit.rank == 2)
         assert found.low_rank[name].rank == 2
