@@ -94,8 +94,8 @@ def _collated(chosen: Sequence[Encoded]) -> dict[str, torch.Tensor]:
 def theirs(job: Job, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
     """TRL's trainer: a student that wears a LoRA, and a second model with the hooks on."""
     # Here alone, so that the other arm's memory is not theirs.
-    from datasets import Dataset  # noqa: PLC0415
-    from trl import DistillationConfig, DistillationTrainer  # noqa: PLC0415
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
 
     class FixedTexts(DistillationTrainer):  # type: ignore[misc]
         """Its generation replaced by the texts."""

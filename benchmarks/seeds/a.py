@@ -24,7 +24,7 @@ from compile_steer.common.progress import Advance, Progress, ProgressBars
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
 from compile_steer.extract.trained_loss import Objective
-from compile_steer.models.divergence import Divergence, bootstrap_mean, divergence
+from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.observe import final_states, log_probabilities
@@ -35,6 +35,7 @@ from compile_steer.pipeline import run_compile
 from compile_steer.recipe import read_recipe
 from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
+from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.program import Intervention, Program
 
 NEW_TOKENS = 32

@@ -15,11 +15,11 @@ from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
 from compile_steer.artifact_formats import artifacts, run_merge, run_verify
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.activations import read_activations
-from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast
 from compile_steer.pipeline import run_compile, run_extract, run_validate
 from compile_steer.run import Run, load_program
+from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validate.controls import separability

@@ -16,9 +16,9 @@ from rich.console import Console
 from benchmarks.ocean import ROOT, ocean, stream
 from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
 from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
+from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compile_steer.models.divergence import Interval, bootstrap_mean
 from compile_steer.models.logprobs import encode_pairs
 from compile_steer.models.observe import contrast, log_probabilities
 from compile_steer.models.tokens import encode
 from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
+from compile_steer.stats import Interval, bootstrap_mean
 from compile_steer.steering.program import Program
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically."""
-    from safetensors.torch import save_file  # noqa: PLC0415  (it imports torch, which takes seconds)
+    from safetensors.torch import save_file
 
     with new_file(path) as temporary:
         save_file(dict(tensors), str(temporary), metadata=dict(metadata))

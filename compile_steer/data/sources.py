@@ -161,7 +161,7 @@ def _checked(where: str, row: Any, keys: Sequence[str], optional: Sequence[str],
 def load(source: Dataset, folder: Path) -> Any:
     """The table; raises `RecipeError` for whatever keeps it from being loaded."""
     require_library("datasets", "data", str(source), "A JSONL file needs no library.")
-    import datasets  # noqa: PLC0415  (an extra; files need none of it)
+    import datasets
 
     local = folder / source.source
     files = [one if "://" in one else str(folder / one) for one in source.data_files]

@@ -74,8 +74,8 @@ def _factors(wrapped: PeftModel, name: str) -> tuple[nn.Parameter, nn.Parameter]
 
 def _fit(job: Job, wrapped: PeftModel, factors: Factors, texts: Sequence[Encoded]) -> list[float]:
     """Train in place on the responses alone; returns the loss of every step."""
-    from datasets import Dataset  # noqa: PLC0415  (only this objective needs them, and they take seconds to load)
-    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
     options = job.options.distill
     mean = sum(len(text.ids) for text in texts) / len(texts)

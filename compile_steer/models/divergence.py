@@ -1,16 +1,11 @@
-"""Divergences between next-token distributions and intervals for means and ratios, in nats."""
+"""Divergences between next-token distributions, in nats."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap, mannwhitneyu
 from torch import Tensor, nn
 
 from compile_steer.models.forward import lm_head
@@ -85,103 +80,3 @@ def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_
             same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
             parts.append(Divergence(kl_divergence(log_p, log_q).cpu(), same.cpu()))
     return Divergence.join(parts)
-
-
-def auroc(high: np.ndarray, low: np.ndarray) -> float:
-    """The chance that one of `high` [n] is above one of `low` [m], ties by half (Mann and Whitney's U)."""
-    return float(mannwhitneyu(high, low).statistic) / (len(high) * len(low))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A point estimate with the bounds of its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def bootstrap_mean(values: np.ndarray, *, seed: int, confidence: float = 0.95) -> Interval:
-    """The mean of [n] values with a bias-corrected bootstrap interval (Efron; scipy's BCa)."""
-    found = _bootstrap((values,), lambda x, axis: np.asarray(np.mean(x, axis=axis)), seed, confidence)
-    if found is None:
-        raise ValueError("a mean of finite values has a finite interval")
-    return found
-
-
-def bootstrap_ratio(above: Tensor, below: Tensor, texts: Tensor, *, seed: int, confidence: float = 0.95) -> Interval:
-    """Sum of `above` over the sum of `below`, both [n_tokens], resampled over texts; with `below` 1 it is a mean.
-
-    The text is the unit: tokens of one text share its topic and its turns, so that they are not independent, and an
-    interval over tokens would be too narrow.
-
-    Args:
-        texts: the text that each token belongs to, [n_tokens].
-
-    Raises:
-        ValueError: values that are not finite, or a `below` that is 0 in nearly every text.
-    """
-    at = texts.numpy()
-    sums = [np.bincount(at, weights=values.double().numpy())[np.unique(at)] for values in (above, below)]
-
-    def ratio(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        divisor = b.sum(axis=axis)
-        return np.asarray(a.sum(axis=axis) / np.where(divisor == 0, np.nan, divisor))
-
-    found = _bootstrap((sums[0], sums[1]), ratio, seed, confidence)
-    if found is None or not math.isfinite(found.value):
-        raise ValueError("found no finite ratio; needed: finite values, and a divisor above 0 in nearly every text.")
-    return found
-
-
-def bootstrap_recovery(
-    base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, *, seed: int, confidence: float = 0.95
-) -> Interval | None:
-    """(compiled - base) / (steered - base) of mean scores [n], resampled over prompts.
-
-    None where the steered score does not differ from the base's, on the whole or in some resamples: there is
-    then nothing to recover for certain.
-    """
-    if math.isclose(float(np.mean(steered - base)), 0.0, abs_tol=1e-9):
-        return None
-
-    def ratio(b: np.ndarray, s: np.ndarray, c: np.ndarray, axis: int) -> np.ndarray:
-        effect = np.mean(s - b, axis=axis)
-        return cast(np.ndarray, np.mean(c - b, axis=axis) / np.where(effect == 0, np.nan, effect))
-
-    return _bootstrap((base, steered, compiled), ratio, seed, confidence)
-
-
-def _bootstrap(
-    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int, confidence: float
-) -> Interval | None:
-    """None where no finite interval exists: some resamples have no value."""
-    value = float(statistic(*samples, axis=0))
-    if all(np.ptp(sample - samples[0]) == 0 for sample in samples) and np.ptp(samples[-1]) == 0:
-        return Interval(value, value, value)  # nothing to resample: scipy would answer NaN
-    paired = len(samples) > 1
-    # BCa cannot correct what has no skew to measure (then scipy answers NaN); plain percentiles can.
-    methods: tuple[Literal["BCa", "percentile"], ...] = ("percentile",) if paired else ("BCa", "percentile")
-    for method in methods:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = bootstrap(
-                samples,
-                statistic,
-                paired=paired,
-                vectorized=True,
-                n_resamples=2000,
-                confidence_level=confidence,
-                method=method,
-                rng=np.random.default_rng(seed),
-            )
-        low, high = (float(bound) for bound in result.confidence_interval)
-        if math.isfinite(low) and math.isfinite(high):
-            return Interval(value, low, high)
-    return None

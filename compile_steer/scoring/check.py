@@ -8,9 +8,9 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import auroc
 from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
+from compile_steer.stats import auroc
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import auroc
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.models.text import Pair
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
+from compile_steer.stats import auroc
 
 _BATCH = 32
 Probability = Callable[[Sequence[str]], np.ndarray]
@@ -78,9 +78,9 @@ def _texts(pairs: Sequence[Pair], name: str) -> tuple[list[int], list[str]]:
 
 def _trained(pairs: Sequence[Pair]) -> Probability:
     # Here alone: every command would wait for them.
-    from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
-    from sklearn.pipeline import make_pipeline, make_union  # noqa: PLC0415
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
 
     sides, texts = _texts(pairs, "train")
     features = make_union(

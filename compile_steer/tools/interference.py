@@ -19,7 +19,7 @@ from compile_steer.artifacts.files import digest, sha256
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import Divergence, Interval, bootstrap_mean, divergence
+from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs
@@ -27,6 +27,7 @@ from compile_steer.models.observe import contrast, final_states
 from compile_steer.models.reload import reload_adapters, switch
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
+from compile_steer.stats import Interval, bootstrap_mean
 from compile_steer.steering.program import Program
 from compile_steer.tools.interference_report import Composition, Fit, Interplay, Row
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compile_steer.artifacts.files import save_json
-from compile_steer.models.divergence import Interval
+from compile_steer.stats import Interval
 
 # A steered model that is closer to its base than this, in nats a token, is the base: no share of it can be taken.
 _NOTHING = 1e-9

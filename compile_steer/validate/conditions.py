@@ -10,17 +10,16 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.reply import Score
+from compile_steer.stats import bootstrap_mean, sign_flip
 from compile_steer.steering.program import Program
 from compile_steer.validate.options import Validate
 from compile_steer.validate.report import DoseResponse, Scores
-from compile_steer.validate.statistics import sign_flip
 from compile_steer.validate.strengths import Dosed, response
 
 

@@ -12,17 +12,16 @@ from torch import Tensor
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
 from compile_steer.models.activations import capture, read_activations
-from compile_steer.models.divergence import auroc
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import batches, encode
+from compile_steer.stats import auroc, outlier_p, rank_p
 from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Controls, Separability
-from compile_steer.validate.statistics import outlier_p, rank_p
 
 
 @dataclass(frozen=True)

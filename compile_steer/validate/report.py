@@ -8,10 +8,9 @@ from typing import Literal
 
 from compile_steer.artifacts.files import broken_seal, load_json, save_sealed, sha256
 from compile_steer.artifacts.provenance import Provenance
-from compile_steer.models.divergence import Interval
+from compile_steer.stats import Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validate.search import Rung
-from compile_steer.validate.statistics import Power
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -48,7 +47,7 @@ class Controls:
     """Effects of other directions at the same dose, on the same test pairs as `effect`.
 
     `p_value` is the effect's rank among the random directions'; `p_random` and `p_shuffled` are how likely one more
-    such direction has an effect as large (see `statistics.outlier_p`). `mismatched` is another behaviour's direction.
+    such direction has an effect as large (see `stats.outlier_p`). `mismatched` is another behaviour's direction.
     `kind` is what the directions of `shuffled` are made from, in words.
     """
 
@@ -136,7 +135,7 @@ class ValidationReport:
     coefficient: float
     sweep: list[Cell]
     search: list[Rung]
-    power: list[Power]
+    power: list[PowerAnalysis]
     contrast: Interval
     p_contrast: float
     scores: Scores

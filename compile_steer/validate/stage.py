@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,20 +10,19 @@ from typing import Any
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.activations import read_activations
-from compile_steer.models.divergence import bootstrap_mean
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.check import require_discrimination
 from compile_steer.scoring.reply import Score
+from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validate.conditions import answer_arms, pair_rows
 from compile_steer.validate.controls import Stream, measure_controls, mismatched_directions, separability
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.report import Cell, Coherence, Controls, Separability, ValidationReport
-from compile_steer.validate.statistics import Power, power, score_spread, sign_flip
 from compile_steer.validate.strengths import dose_response
 from compile_steer.validate.sweep import Sweep, candidates, sweep
 from compile_steer.validate.verdict import judge, remarks
@@ -97,7 +97,7 @@ def _mismatched(
     return found
 
 
-def _powers(run: Validation, bench: Bench) -> list[Power]:
+def _powers(run: Validation, bench: Bench) -> list[PowerAnalysis]:
     """How many pairs and prompts the claims need, told before the sweep begins."""
     options, behaviour = run.recipe.validate_, run.behaviour
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
@@ -105,18 +105,23 @@ def _powers(run: Validation, bench: Bench) -> list[Power]:
         (base,) = answer(run.loaded, [Request(prompts)], run.score, options.max_new_tokens, behaviour.questions)
         advance(1)
     mean, claim = float(base.scores.mean()), options.claim
+    # The most that a paired change of scores in 0 to 1 can spread: two answers independent of each other, each 0 or 1.
+    after = min(mean + claim.score, 1.0)
+    score_spread = math.sqrt(max(mean * (1 - mean) + after * (1 - after), 0.01))
     found = [
-        power(
-            "contrast",
+        power_analysis(
+            "difference",
+            "log-likelihood margin",
             claim.contrast,
             float(bench.base_contrast.std(ddof=1)),
             len(run.test),
             "assumed: pairs change as differently as they differ in the base",
         ),
-        power(
+        power_analysis(
+            "difference",
             "score",
             claim.score,
-            score_spread(mean, claim.score),
+            score_spread,
             len(behaviour.test[: options.prompts]),
             f"from the base's {mean:.2f}, at the most a paired change can spread",
         ),
@@ -127,7 +132,7 @@ def _powers(run: Validation, bench: Bench) -> list[Power]:
 
 
 def _measure(
-    run: Validation, program: Program, swept: Sweep, powers: list[Power]
+    run: Validation, program: Program, swept: Sweep, powers: list[PowerAnalysis]
 ) -> tuple[ValidationReport, list[dict[str, Any]]]:
     """Everything that is measured on test data, once. The verdict is left open."""
     recipe, loaded, behaviour, progress = run.recipe, run.loaded, run.behaviour, run.progress

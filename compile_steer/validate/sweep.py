@@ -14,13 +14,13 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.reply import Score
+from compile_steer.stats import false_discovery_rates, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.options import Target, Validate
 from compile_steer.validate.report import Cell, block_name
 from compile_steer.validate.search import Rung, climb, halve, solve
-from compile_steer.validate.statistics import discoveries, sign_flip
 
 MakeProgram = Callable[[int, float], Program]
 
@@ -244,7 +244,7 @@ def _largest(bench: Bench, options: Validate, layer: int, make: MakeProgram, nea
 def _corrected(cells: Sequence[Cell], effects: dict[tuple[int, float], np.ndarray], seed: int) -> list[Cell]:
     """Add each measured cell's sign-flip p-value and its q-value over the whole sweep."""
     p_values = {at: sign_flip(found, seed) for at, found in effects.items()}
-    q_values = dict(zip(p_values, discoveries(list(p_values.values())), strict=True))
+    q_values = dict(zip(p_values, false_discovery_rates(list(p_values.values())), strict=True))
     return [
         replace(cell, p_value=p_values[at], q_value=q_values[at])
         if (at := (cell.layer, cell.coefficient)) in p_values

@@ -8,10 +8,10 @@ so than random directions do. benchmarks/calibration.py measures how often that 
 
 from __future__ import annotations
 
+from compile_steer.stats import LEVEL
 from compile_steer.steering.directions import FROM_LABELS
 from compile_steer.validate.options import Validate
 from compile_steer.validate.report import Controls, ValidationReport, Verdict
-from compile_steer.validate.statistics import LEVEL
 
 # Small, because the candidate was chosen from a whole sweep.
 _BEYOND_RANDOM = 0.002

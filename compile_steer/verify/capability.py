@@ -15,8 +15,8 @@ from scipy.stats import binomtest
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
+from compile_steer.stats import LEVEL, Equivalence, equivalence
 from compile_steer.steering.program import Program
-from compile_steer.verify.equivalence import LEVEL, Equivalence, equivalence
 
 _TOKENS = 12  # the longest right answer has five words
 _YES_NO = ("yes", "no")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from compile_steer.artifacts.files import broken_seal, load_json, save_sealed
 from compile_steer.artifacts.provenance import PARITY, weights_sha256
+from compile_steer.stats import Equivalence
 from compile_steer.verify.adapter_scale import Dial
 from compile_steer.verify.capability import Capability
-from compile_steer.verify.equivalence import Equivalence
 from compile_steer.verify.options import Gates
 from compile_steer.verify.prompt_sets import OnKind
 

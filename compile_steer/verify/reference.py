@@ -22,9 +22,9 @@ from compile_steer.models.tokens import Encoded, encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.reply import Score
+from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
 from compile_steer.verify.capability import answered
-from compile_steer.verify.equivalence import Measure, Planned, planned
 from compile_steer.verify.prompt_sets import Kinds
 from compile_steer.verify.quantized import Rounded, Rounding
 
@@ -132,7 +132,7 @@ class Reference:
             None if kinds[0] is None or kinds[1] is None else points(kinds[0], kinds[1]),
         )
 
-    def planned(self) -> list[Planned]:
+    def planned(self) -> list[PowerAnalysis]:
         """What the tests of equivalence can be expected to show, from the reference alone: before any artifact is seen."""
         gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
         effect = steered.contrast - base.contrast
@@ -142,16 +142,20 @@ class Reference:
         if self.margins.contrast:
             spread = left * float(np.sqrt(np.square(effect).mean()))
             assumed = f"assuming {left:.0%} of the effect's size left over, as a share of {gates.share:.0%} allows"
-            found.append(planned("contrast", self.margins.contrast, spread, len(effect), assumed))
+            found.append(
+                power_analysis(
+                    "equivalence", "log-likelihood margin", self.margins.contrast, spread, len(effect), assumed
+                )
+            )
         scored: dict[Measure, tuple[np.ndarray | None, float | None]] = {
             "score": (steered.scores, self.margins.score),
-            "score by kind": (self.kinds.steered_scores, self.margins.by_kind),
+            "score by prompt set": (self.kinds.steered_scores, self.margins.by_kind),
         }
         for what, (scores, margin) in scored.items():
             if scores is not None and margin is not None:
                 spread = math.sqrt(2) * float(scores.std(ddof=1))
                 assumed = "assuming compiled and steered answers that know nothing of each other"
-                found.append(planned(what, margin, spread, len(scores), assumed))
+                found.append(power_analysis("equivalence", what, margin, spread, len(scores), assumed))
         return found
 
     def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:

@@ -12,16 +12,15 @@ import torch
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.divergence import bootstrap_ratio, bootstrap_recovery
 from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.observe import States, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
+from compile_steer.stats import Equivalence, bootstrap_ratio, bootstrap_recovery, equivalence
 from compile_steer.verify.adapter_controls import adapter_controls
 from compile_steer.verify.adapter_scale import dials
 from compile_steer.verify.capability import Capability, answered, compared
-from compile_steer.verify.equivalence import Equivalence, equivalence
 from compile_steer.verify.options import Gates
 from compile_steer.verify.overflow import require_finite, require_half_range
 from compile_steer.verify.parity import Distance, Likeness, Parity, Rounding, judge
@@ -183,7 +182,7 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(behaving.scores.mean()),
-        contrast=equivalence("contrast", behaving.contrast - ends.steered_contrast, margins.contrast)
+        contrast=equivalence("log-likelihood margin", behaving.contrast - ends.steered_contrast, margins.contrast)
         if moves
         else None,
         score=equivalence("score", behaving.scores - steered.scores, margins.score),
@@ -208,7 +207,7 @@ def _score_by_kind(reference: Reference, found: np.ndarray | None) -> Equivalenc
     steered, margin = reference.kinds.steered_scores, reference.margins.by_kind
     if found is None or steered is None or margin is None:
         return None
-    return equivalence("score by kind", found - steered, margin)
+    return equivalence("score by prompt set", found - steered, margin)
 
 
 def _capability(reference: Reference, artifact: LoadedModel, ends: Ends) -> Capability | None:

@@ -17,13 +17,14 @@ from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import bootstrap_ratio
 from compile_steer.models.observe import contrast, final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
+from compile_steer.stats import (
+    equivalence,
+)
 from compile_steer.steering.hooks import steered
-from compile_steer.verify.equivalence import LEVEL, POWER, equivalence, needed, planned
 from compile_steer.verify.parity import Parity, judge
 from compile_steer.verify.reference import Reference
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, recipe
@@ -39,124 +40,7 @@ def exact(scene: VerifierCase) -> Parity:
     return scene.parity_of(scene.merged())
 
 
-def normal(seed: int, runs: int, n: int, mean: float, spread: float) -> np.ndarray:
-    return mean + spread * np.random.default_rng(seed).standard_normal((runs, n))
-
-
-# --------------------------------------------------------------------------------------------- TOST
-
-
-def test_it_is_the_hand_computation() -> None:
-    # mean 0.3, sd sqrt(0.5 / 4), n 5: standard error 0.158114; t of 4 degrees at 0.95 is 2.131847
-    found = equivalence("contrast", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), 0.7)
-    assert found.difference == pytest.approx(0.3) and found.n == 5
-    error = math.sqrt(0.58 / 4) / math.sqrt(5)
-    assert found.low == pytest.approx(0.3 - 2.131847 * error, abs=1e-5)
-    assert found.high == pytest.approx(0.3 + 2.131847 * error, abs=1e-5)
-    # The upper test is the harder: t = (0.7 - 0.3) / 0.170294 = 2.34888, one-sided p of 4 degrees 0.03930
-    assert found.p == pytest.approx(0.0393, abs=2e-4)
-    assert found.equivalent and found.high < 0.7
-
-
-@pytest.mark.parametrize("margin", [0.05, 0.3, 0.45, 0.66, 0.67, 0.9])
-def test_it_passes_exactly_where_the_interval_lies_inside_the_margin(margin: float) -> None:
-    found = equivalence("score", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), margin)
-    assert found.equivalent == (-margin < found.low and found.high < margin)
-
-
-@pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_a_difference_of_the_margin_is_called_equivalent_at_most_once_in_twenty(sign: float) -> None:
-    values = normal(0, 500, 12, sign * 0.2, 0.15)
-    rate = float(np.mean([equivalence("contrast", one, 0.2).equivalent for one in values]))
-    assert rate <= LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
-
-
-@pytest.mark.parametrize(("spread", "margin"), [(0.3, 0.2), (0.5, 0.1), (0.05, 0.2)])
-def test_the_number_that_is_needed_has_the_power_that_is_said(spread: float, margin: float) -> None:
-    count = needed(spread, margin)
-    passed = [equivalence("score", one, margin).equivalent for one in normal(1, 400, count, 0.0, spread)]
-    assert np.mean(passed) >= POWER - 3 * math.sqrt(POWER * (1 - POWER) / 400)
-    if count > 2:
-        fewer = max(2, count // 2)
-        assert (
-            np.mean([equivalence("score", one, margin).equivalent for one in normal(2, 100, fewer, 0.0, spread)])
-            < POWER
-        )
-
-
-def test_unrelated_answers_need_the_thousands_that_are_known() -> None:
-    # Two answers, each 0 or 1 by a coin: (1.645 + 1.960)^2 x 0.5 / 0.05^2
-    assert needed(math.sqrt(0.5), 0.05) == pytest.approx(2599, abs=4)
-    assert needed(0.0, 0.05) == 2
-
-
-def test_differences_that_are_all_the_same_need_no_interval() -> None:
-    same, other = (equivalence("contrast", np.full(7, value), 0.05) for value in (0.01, 0.1))
-    assert (same.low, same.high, same.p, same.equivalent) == (0.01, 0.01, 0.0, True)
-    assert (other.p, other.equivalent, other.enough) == (1.0, False, True)
-
-
-def test_of_a_few_answers_that_are_all_as_good_nothing_is_shown() -> None:
-    """Were one prompt in twenty another, 58 would show none more often than once in twenty."""
-    few, enough = (equivalence("score", np.zeros(n), 0.05) for n in (58, 59))
-    assert 0.95**59 < 0.05 < 0.95**58 and few.needed == enough.needed == 59
-    assert not few.equivalent and few.p == pytest.approx(0.95**58) and enough.equivalent
-    assert str(few).endswith("not shown: needs 59 prompts, there are 58")
-    assert planned("score", 0.05, 0.0, 12, "all the same").needed == 59
-    assert planned("contrast", 0.05, 0.0, 12, "all the same").needed == 2
-    assert equivalence("score", np.zeros(3), 1.0).equivalent
-
-
-@pytest.mark.parametrize("values", [[], [0.1], [0.1, math.nan, 0.2], [math.inf, 0.0]])
-def test_what_cannot_be_tested_is_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="needed: two or more, all finite"):
-        equivalence("score", np.array(values), 0.1)
-
-
-@pytest.mark.parametrize(("spread", "margin"), [(0.1, 0.0), (0.1, -1.0), (-0.1, 1.0), (math.nan, 1.0), (0.1, math.inf)])
-def test_no_margin_or_no_spread_is_refused(spread: float, margin: float) -> None:
-    with pytest.raises(ValueError, match="needed: a margin above 0"):
-        needed(spread, margin)
-
-
-def test_what_is_said() -> None:
-    few = equivalence("score", np.array([0.0, 1.0, 0.0, 0.0]), 0.05)
-    assert f"not shown: needs {few.needed:,} prompts, there are 4" in str(few)
-    assert str(equivalence("score", np.array([0.9, 0.2, 0.8, 0.3]), 0.05)).endswith("of +-0.05, not equivalent")
-    assert str(equivalence("contrast", np.full(3, 0.01), 0.08)) == (
-        "contrast +0.010 [+0.010, +0.010] of +-0.08 nats/token, equivalent"
-    )
-    assert "needs 2,601 test prompts for 95% power; there are 10, too few (a coin)" in str(
-        planned("score", 0.05, math.sqrt(0.5), 10, "a coin")
-    )
-
-
-# --------------------------------------------------------------------------- intervals over the texts
-
-
-def test_tokens_of_one_text_do_not_count_as_so_many_samples() -> None:
-    kl = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.4, 0.3]).repeat_interleave(50)
-    texts, ones = torch.arange(6).repeat_interleave(50), torch.ones(300)
-    by_text = bootstrap_ratio(kl, ones, texts, seed=0)
-    by_token = bootstrap_ratio(kl, ones, torch.arange(300), seed=0)
-    assert by_text.value == by_token.value == pytest.approx(0.4)
-    assert by_text.high - by_text.low > 4 * (by_token.high - by_token.low)
-
-
-def test_long_texts_weigh_what_they_have_in_tokens() -> None:
-    found = bootstrap_ratio(
-        torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]), torch.tensor([5, 5, 9]), seed=0
-    )
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
-
-
-@pytest.mark.parametrize("below", [0.0, math.nan])
-def test_a_ratio_without_a_divisor_is_refused(below: float) -> None:
-    with pytest.raises(ValueError, match="no finite ratio"):
-        bootstrap_ratio(torch.ones(4), torch.full((4,), below), torch.arange(4), seed=0)
-
-
-def test_states_know_their_texts(scene: VerifierCase) -> None:
+def test_states_know_their_texts(scene: Scene) -> None:
     texts = [Encoded((9, 8, 7, 6, 10), 2), Encoded((11, 12, 13), 2), Encoded((9, 14, 10, 11), 1)]
     states = final_states(scene.base, texts)
     for at, one in enumerate(texts):
@@ -195,7 +79,7 @@ def test_half_the_dose_is_not_equivalent(scene: VerifierCase) -> None:
     pairs = encode_pairs(scene.base, behaviour().test)
     wanted = scene.reference.steered_behaving.contrast
     half = contrast(scene.base, pairs, scene.program.scaled(0.5))
-    assert not equivalence("contrast", half - wanted, scene.reference.margins.contrast).equivalent
+    assert not equivalence("log-likelihood margin", half - wanted, scene.reference.margins.contrast).equivalent
 
 
 def test_the_contrast_is_a_gate_and_the_score_where_the_prompts_suffice(exact: Parity) -> None:
@@ -214,9 +98,9 @@ def test_what_can_be_shown_is_said_before_any_artifact_is_seen(scene: VerifierCa
     found = Reference(recipe(), scene.base, scene.program, behaviour(), notes)
     assert notes.texts == [str(one) for one in found.planned()]
     first, second, third = found.planned()
-    assert (first.what, second.what, third.what) == ("contrast", "score", "score by kind")
+    assert (first.measure, second.measure, third.measure) == ("log-likelihood margin", "score", "score by prompt set")
     assert second.spread == pytest.approx(math.sqrt(2) * found.steered_behaving.scores.std(ddof=1))
-    assert second.there == 12 and first.margin == found.margins.contrast and third.margin == found.margins.by_kind
+    assert second.available == 12 and first.effect == found.margins.contrast and third.effect == found.margins.by_kind
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -21,9 +21,9 @@ from compile_steer.models.observe import final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities
+from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
-from compile_steer.verify.equivalence import equivalence
 from compile_steer.verify.options import Verify
 from compile_steer.verify.parity import judge
 from compile_steer.verify.prompt_sets import Kinds, OnKind, _same, prompts_of
@@ -154,11 +154,11 @@ def test_answers_of_every_kind_are_tested_for_equivalence(scene: VerifierCase) -
     assert parity.score_by_kind is not None and parity.score_by_kind.n == 8
     assert parity.score_by_kind.difference == 0 and not parity.score_by_kind.enough and parity.passed
     assert parity.score_by_kind in parity.tests
-    other = equivalence("score by kind", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
+    other = equivalence("score by prompt set", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
     reasons = judge(replace(parity, score_by_kind=replace(other, needed=4)), gates)
-    assert len(reasons) == 1 and reasons[0].startswith("score by kind -0.975 [")
+    assert len(reasons) == 1 and reasons[0].startswith("score by prompt set -0.975 [")
     assert judge(replace(parity, score_by_kind=replace(other, needed=5)), gates) == [], "too few to have shown it"
-    assert any(one.what == "score by kind" and one.there == 8 for one in scene.reference.planned())
+    assert any(one.measure == "score by prompt set" and one.available == 8 for one in scene.reference.planned())
 
 
 def test_an_exact_compile_answers_as_the_steered_model_on_every_kind(scene: VerifierCase, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import torch
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import Interval
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.run import mismatched
 from compile_steer.scoring.answers import Request, answer
+from compile_steer.stats import Interval
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.steering.sites import Point
@@ -143,7 +143,7 @@ def test_no_more_pairs_are_measured_than_asked_for_whatever_the_prompts() -> Non
     report, rows, _programs = run(toward_w40(), pairs=5)
     assert (report.n_pairs, report.n_prompts) == (5, 8)
     assert [row["kind"] for row in rows].count("pair") == 5
-    assert report.power[0].there == 5
+    assert report.power[0].available == 5
 
 
 def test_a_report_comes_back_from_disk_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_the_claims_need_is_told_before_the_sweep() -> None:
         validate(recipe(), chatty(), behaviour(), directions, lambda _p: "", "", Listening())
     assert not told
     validate(recipe(coefficients=[0.5]), chatty(), behaviour(), toward_w40(), lambda _p: "", "", Listening())
-    assert told[0].startswith("contrast: a change of 0.1 nats/token needs ") and "there are 12" in told[0]
+    assert told[0].startswith("log-likelihood margin: a change of 0.1 nats/token needs ") and "there are 12" in told[0]
     assert told[1].startswith("score: a change of 0.2 needs ") and "there are 8" in told[1]
 
 
