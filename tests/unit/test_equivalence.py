@@ -40,7 +40,7 @@ def exact(scene: VerifierCase) -> Parity:
     return scene.parity_of(scene.merged())
 
 
-def test_states_know_their_texts(scene: Scene) -> None:
+def test_states_know_their_texts(scene: VerifierCase) -> None:
     texts = [Encoded((9, 8, 7, 6, 10), 2), Encoded((11, 12, 13), 2), Encoded((9, 14, 10, 11), 1)]
     states = final_states(scene.base, texts)
     for at, one in enumerate(texts):
