@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from scipy.stats import bootstrap
 
 from benchmarks.ocean import ROOT
 from benchmarks.record import Record
-from compile_steer.artifacts.engine_record import Reading
-from compile_steer.artifacts.provenance import Provenance
+from compile_steer.artifacts.provenance import EngineRecord, Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf_model import GGUF_KINDS
@@ -60,13 +59,13 @@ INTRODUCTION = """\
 log p of every token of the texts, in the engine less in stock transformers (PEFT, a merged folder, or our hooks for the
 program), nats: largest and root mean square. f16 and quantised files are held against transformers on the very numbers that they
 hold, de-quantised: what is left is the engine's own arithmetic, which rounds activations too. Beside it the same of the base in
-this engine and format; the largest change by steering; and the dose, the slope of the engine's change on transformers': 1 where
-all of it is there, 0 where a file was loaded without effect. `same`: within 1e-4, or an rms within twice the base's, and the dose
+this engine and format; the largest change by steering; and the gain, the slope of the engine's change on transformers': 1 where
+all of it is there, 0 where a file was loaded without effect. `same`: within 1e-4, or an rms within twice the base's, and the gain
 within 2 %. Every file is what `compile-steer export --for` writes. llama.cpp keeps keys and values in fp32 here, not in its default
 fp16; its control vector is read by us and handed to the library as its command line does it, which is not part of the library."""
 FAMILIES = """\
 Biases of every writer in tiny random models of 128 dimensions, put to vLLM raw (once, by hand): the change that they make is all
-there in llama, granite, smollm3, gpt2, gpt_neox and phi (dose 1.0000, errors up to 2e-6) and is not there in qwen3 (dose 0.0000): vLLM
+there in llama, granite, smollm3, gpt2, gpt_neox and phi (gain 1.0000, errors up to 2e-6) and is not there in qwen3 (gain 0.0000): vLLM
 builds its o_proj without one and skips the tensor without a word. `export --for vllm` refuses it. llama.cpp's graphs were read, not run.
 
 The uncompiled program runs in vLLM by its plugin vllm-lens, which is made for vLLM 0.30 and takes the vectors out of each request's
@@ -85,7 +84,7 @@ class Finding:
 
     engine: str
     precision: str
-    reading: Reading | None = None
+    reading: EngineRecord | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
     load_average: float = 0.0
 
@@ -93,7 +92,7 @@ class Finding:
 def forms(folder: Path, one: LoadedModel) -> dict[str, Path]:
     """The ocean program in every form that lies on disk, by name."""
     program = canonical(Program.load(PROGRAM))
-    origin = Provenance.read(ADAPTER).of(form="merged-fp32")
+    origin = replace(Provenance.read(ADAPTER), form="merged-fp32")
     patches: dict[str, WeightPatch] = {MERGED: read_patch(ADAPTER), BIASED: shifts(program, one.layout)}
     for name, patch in patches.items():
         write_merged(folder / name, patch, one, "fp32", origin, "")
@@ -164,10 +163,10 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
     return found
 
 
-def reading_rows(found: Sequence[tuple[str, Reading]]) -> list[str]:
+def reading_rows(found: Sequence[tuple[str, EngineRecord]]) -> list[str]:
     """Markdown: a row a reading, with the format of its files."""
     rows = [
-        "| engine, format | form | largest | rms | base: largest | rms | steering's effect | dose | |",
+        "| engine, format | form | largest | rms | base: largest | rms | steering's effect | gain | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for precision, one in found:
@@ -176,7 +175,7 @@ def reading_rows(found: Sequence[tuple[str, Reading]]) -> list[str]:
             rows.append(f"{place}| | | | | | | refused |")
         else:
             numbers = f"{one.error:.1e} | {one.rms:.1e} | {one.base_error:.1e} | {one.base_rms:.1e}"
-            numbers += f" | {one.effect:.2f} | {one.dose:.4f}"
+            numbers += f" | {one.effect:.2f} | {one.gain:.4f}"
             rows.append(f"{place}| {numbers} | {'same' if one.passed else 'OTHER'} |")
     refused = {
         f"- {one.engine}, {one.form}: {one.problem.replace(f'{ROOT}/', '')}" for _precision, one in found if one.problem

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,11 +234,11 @@ def other_template(folder: Path, _base: Path) -> None:
 # ------------------------------------------------------------------------------------------- of both
 
 
-def claims(**changes: str) -> Plant:
+def claims(**changes: Any) -> Plant:
     """The artifact says something else of its origin."""
 
     def plant(folder: Path, _base: Path) -> None:
-        Provenance.read(folder).of(**changes).write(folder)
+        replace(Provenance.read(folder), **changes).write(folder)
 
     return plant
 

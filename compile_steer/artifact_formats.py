@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compile_steer.artifacts.files import digest, sha256
@@ -44,14 +45,14 @@ def run_merge(run: Run, given: Sequence[Path] = ()) -> list[Path]:
         for folder, patch, origin in patches:
             parent = artifact_sha256(folder)
             for form in wanted:
-                folders.append(_merge(run, patch, origin.of(form=form, parent=parent)))
+                folders.append(_merge(run, patch, replace(origin, form=form, parent=parent)))
                 advance(1)
     return folders
 
 
 def _patch(run: Run, folder: Path) -> tuple[WeightPatch, Provenance]:
-    origin = Provenance.untouched(folder)
-    problems = origin.foreign(folder, run.loaded.id, run.loaded.revision)
+    origin = Provenance.read_unedited(folder)
+    problems = origin.base_mismatch(folder, run.loaded.id, run.loaded.revision)
     if problems:
         raise ArtifactError(problems)
     return read_patch(folder), origin
@@ -68,7 +69,7 @@ def _merge(run: Run, patch: WeightPatch, origin: Provenance) -> Path:
     """Write the form that `origin` says of the base with `patch`, unless it is there; returns its folder."""
     precision = precision_of(origin.form)
     folder = run.paths.merged(origin.backend, precision)
-    now = origin.of(inputs=digest([origin.inputs, origin.parent, precision]))
+    now = replace(origin, inputs=digest([origin.inputs, origin.parent, precision]))
     if not is_merged(folder, now):
         write = write_gguf if origin.form.startswith("gguf-") else write_merged
         write(folder, patch, run.loaded, precision.removeprefix("gguf-"), now, model_card(now, run.paths.validation))

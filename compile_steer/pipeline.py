@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from compile_steer.artifacts.files import broken_seal, digest, save_text, sha256
+from compile_steer.artifacts.files import digest, save_text, sha256, was_edited
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
@@ -82,7 +82,7 @@ def run_validate(run: Run) -> ValidationReport:
         try:
             kept = ValidationReport.load(paths.validation)
             same = kept.inputs == inputs and kept.program_hash == sha256(paths.program)
-            if same and not broken_seal(paths.validation):
+            if same and not was_edited(paths.validation):
                 return kept
         except ArtifactError:
             pass  # damaged or older: it is made again below, and replaced as a whole
@@ -109,7 +109,7 @@ def _verdict(run: Run, force: bool) -> tuple[str, str]:
         return "none", ""
     report = ValidationReport.load(path)
     other = [f"is about another program than {run.paths.program}"] * (report.program_hash != sha256(run.paths.program))
-    other += ["was edited after it was written"] * broken_seal(path)
+    other += ["was edited after it was written"] * was_edited(path)
     verdict = "none" if other else report.verdict
     if other and not force:
         raise CannotLower(f"{path} {' and '.join(other)}. Validate again, or use --force.")
@@ -154,7 +154,8 @@ def run_compile(run: Run, force: bool = False) -> list[Path]:
         started = time.perf_counter()
         job.curves.clear()
         patch = job.finished[name] = BACKENDS[name].lower(job)
-        origin = _provenance(run, name, patch, program).of(
+        origin = replace(
+            _provenance(run, name, patch, program),
             validation_sha256=report_hash,
             verdict=verdict,
             forced=force and verdict in ("fail", "none"),

@@ -10,24 +10,29 @@ from pathlib import Path
 class RunPaths:
     """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
 
-    Of several programs at once NAME is all their names, joined by '+'; what they are compiled into is in `composed/`.
+    For several programs NAME is all their names, joined by '+'; their compositions lie in `composed/`.
     """
 
     out: Path
     name: str
 
+    @staticmethod
+    def of_artifact(path: Path, name: str) -> RunPaths:
+        """The paths of the run that left the artifact at `path`, two folders below its output folder."""
+        return RunPaths(path.resolve().parent.parent, name)
+
     def pairs(self, split: str) -> Path:
-        """The pairs of a split that the model wrote, as JSONL."""
+        """The pairs of a split that the model generated, as JSONL."""
         return self.out / "data" / f"{self.name}.{split}.jsonl"
 
     @property
     def writing(self) -> Path:
-        """How many pairs the model wrote, and why the others were dropped."""
+        """How many pairs the model generated, and why others were dropped."""
         return self.out / "data" / f"{self.name}.json"
 
     @property
     def directions(self) -> Path:
-        """Candidate directions of every block, and their shuffled-label controls."""
+        """The candidate directions of every block, and their controls."""
         return self.out / "vectors" / f"{self.name}.directions.safetensors"
 
     @property
@@ -41,12 +46,12 @@ class RunPaths:
 
     @property
     def prompts(self) -> Path:
-        """What every test pair and prompt did, a JSON object a line: for those who look."""
+        """The result of every test pair and prompt, one JSON object a line."""
         return self.out / "vectors" / f"{self.name}.prompts.jsonl"
 
     @property
     def decompiled(self) -> Path:
-        """The program that was read off an artifact; what it explains is in the JSON of the same name."""
+        """The program that was read off an artifact; how much it explains is in the JSON of the same name."""
         return self.out / "vectors" / f"{self.name}.decompiled.safetensors"
 
     @property
@@ -56,21 +61,22 @@ class RunPaths:
 
     @property
     def work(self) -> Path:
-        """What the backends keep while they run; gone when all are done."""
+        """The backends' intermediate state, removed when all are done."""
         return self.out / "work" / self.name
 
     def adapter(self, backend: str) -> Path:
         return self.out / "adapters" / f"{self.name}-{backend}"
 
     def composed(self, backend: str, way: str) -> Path:
+        """An adapter made of several: `way` is stacked or joint."""
         return self.out / "composed" / f"{self.name}-{backend}-{way}"
 
     def composition(self, backend: str) -> Path:
-        """How several programs and their adapters get on with each other."""
+        """The report on how several programs and their adapters interfere."""
         return self.out / "composed" / f"{self.name}-{backend}.json"
 
-    def together(self, backend: str) -> Path:
-        """How their adapters do loaded at once, where nothing was composed."""
+    def co_loaded(self, backend: str) -> Path:
+        """The report on several adapters loaded at once, where nothing was composed."""
         return self.out / "composed" / f"{self.name}-{backend}-loaded.json"
 
     def merged(self, backend: str, precision: str) -> Path:

@@ -1,21 +1,30 @@
-"""The chain data -> vector -> adapter -> merged: what each artifact records of where it comes from, by SHA-256.
+"""What an artifact records about itself, by SHA-256: where it comes from, its own files, what engines computed of it.
 
-A folder has `compile_steer.json`, a vector its safetensors header. Both hold the whole resolved recipe, so the way
-back to the data needs nothing but the artifact.
+The lineage is data -> directions -> vector -> adapter -> merged model. A folder keeps its record in `compile_steer.json`,
+a vector in the header of its safetensors file. Both hold the whole resolved recipe, so the way back to the data needs
+nothing but the artifact.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from compile_steer.artifacts.files import broken_seal, own_files, save_sealed, sha256, unsealed
+from compile_steer.artifacts.files import (
+    load_json,
+    own_files,
+    read_json,
+    save_record,
+    sha256,
+    was_edited,
+    without_check,
+)
+from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError
 
 PROVENANCE = "compile_steer.json"
@@ -23,31 +32,38 @@ PARITY = "parity.json"
 CARD = "README.md"
 ENGINES = "engines.json"
 REPORTS = (PARITY, ENGINES, CARD)
-"""About the folder, written again when it is judged: no part of what it is."""
+"""Files about the folder, written again when it is verified: they are no part of what the folder is."""
 _ORIGIN = "origin"
+
+# Two implementations of one computation in fp32 that sum in different orders differ by about half of this, in nats.
+_ENGINE_TOLERANCE = 1e-4
+# An engine's rms may be this many times its own rms on the base: the same rounding, on other numbers.
+_ENGINE_NOISE = 2.0
+# A file that is misread changes the gain by more than this, rounding by less.
+_GAIN_TOLERANCE = 0.02
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed an artifact."""
+    """Versions of the libraries that compute an artifact."""
     return {name: version(name) for name in ("compile_steer", "torch", "transformers", "peft", "safetensors")}
 
 
 def artifact_sha256(folder: Path) -> str:
-    """What a folder made from this one records of it: weights, settings and provenance, not the reports about them."""
+    """The hash by which other artifacts name this one: of weights, settings and provenance, without the reports."""
     return sha256(folder, without=REPORTS)
 
 
 def weights_sha256(folder: Path) -> str:
-    """What a parity report is about: everything that is loaded, whatever is said of it."""
+    """The hash by which reports name the folder: of everything that is loaded, without provenance and reports."""
     return sha256(folder, without=(*REPORTS, PROVENANCE))
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What directions or a vector were made from: the recipe with every default, its data, and what computed them.
+    """What directions or a vector were made from: the recipe with every default, its data, the model, the libraries.
 
-    `data_sha256` is of the rows of each source, by its purpose; `directions_sha256` of the file that a vector was
-    chosen from; `revision` is the model's.
+    `data_sha256` has the hash of each source's rows, by the source's purpose. `directions_sha256` is the hash of the file
+    that a vector was chosen from. `revision` is the model's.
     """
 
     recipe: dict[str, Any]
@@ -58,7 +74,7 @@ class Origin:
     versions: dict[str, str] = field(default_factory=versions)
 
     def header(self) -> dict[str, Any]:
-        """What goes beside the rest of a safetensors header."""
+        """This origin as an entry of a safetensors header."""
         return {_ORIGIN: asdict(self)}
 
     @staticmethod
@@ -68,45 +84,48 @@ class Origin:
         Raises:
             ArtifactError: the file is missing or damaged.
         """
-        if not path.is_file():
-            raise ArtifactError(f"{path} does not exist.")
+        metadata = read_metadata(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
             header = json.loads(metadata.get("program") or metadata.get("directions") or "{}")
             return Origin(**header[_ORIGIN]) if _ORIGIN in header else None
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ArtifactError(f"{path} is damaged ({error}). Make it again.") from error
 
 
 @dataclass(frozen=True)
-class Change:
-    """A file of a folder that is not what was written: SHA-256 then and now, '' where there is none."""
+class ChangedFile:
+    """A file of a folder that is not as it was written: SHA-256 then and now, '' where there is none."""
 
-    file: str
+    name: str
     expected: str
-    found: str
+    actual: str
 
     def __str__(self) -> str:
-        if not self.found:
-            return f"{self.file} is missing"
+        if not self.actual:
+            return f"{self.name} is missing"
         if not self.expected:
-            return f"{self.file} is not among what was written"
-        return f"{self.file} was changed (SHA-256 {self.expected[:12]} when it was written, {self.found[:12]} now)"
+            return f"{self.name} is not among what was written"
+        return f"{self.name} was changed (SHA-256 {self.expected[:12]} when it was written, {self.actual[:12]} now)"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an artifact was made from.
+    """What an artifact folder was made from.
 
-    `verdict` is the validation's ('none' if the program was never validated), `forced` whether it was
-    compiled against it. `seconds`: of lowering, the calibration texts written before. `parent` is the hash of
-    the adapter that a merged checkpoint came from, or the hashes of the patches that a task vector was made from,
-    and `recombined` the arithmetic on these in words. `members` are the hashes of the adapters that a composition
-    was made of, by their names and dials. `recipe` has every default; `described` is the program in words,
-    `architecture` the family whose stock code loads the result, `biases` how many modules were given a bias.
-    `computes` is the `fingerprint` of the base with the patch on it in memory, before it was written: nats a token.
-    `files_sha256` are the folder's own files, filled in when it is written.
+    Attributes:
+        verdict: the validation's; 'none' if the program was never validated.
+        forced: compiled with --force, against the verdict.
+        seconds: time of lowering, without generating the calibration texts.
+        parent: hash of the adapter that a merged model came from, or the hashes of the patches of a task vector.
+        members: hashes of the adapters that a composition was made from, by 'NAME x SCALE'.
+        recombined: the arithmetic of a task vector, in words.
+        recipe: with every default.
+        described: the program in words.
+        architecture: the family whose stock code loads the result.
+        biases: the number of modules that were given a bias.
+        fingerprint: mean log-probability of fixed texts (nats per token) under the patched base in memory, before
+            anything was written; see `models.fingerprint`.
+        files_sha256: the folder's own files, filled in by `write`.
     """
 
     name: str
@@ -132,15 +151,12 @@ class Provenance:
     described: str = ""
     architecture: str = ""
     biases: int = 0
-    computes: list[float] = field(default_factory=list)
+    fingerprint: list[float] = field(default_factory=list)
     files_sha256: dict[str, str] = field(default_factory=dict, compare=False)
 
-    def of(self, **changes: Any) -> Provenance:
-        return replace(self, **changes)
-
     @property
-    def whole(self) -> bool:
-        """True of a whole model, with the patch summed in; False of an adapter or patch."""
+    def is_merged(self) -> bool:
+        """True of a whole model with the patch summed in (checkpoint or GGUF file), False of an adapter or patch."""
         return self.form.startswith(("merged-", "gguf-"))
 
     @property
@@ -148,8 +164,8 @@ class Provenance:
         """Recipe, data and base alone, as a vector records them."""
         return Origin(self.recipe, self.recipe_sha256, self.data_sha256, self.revision, versions=self.versions)
 
-    def foreign(self, folder: Path, model: str, revision: str) -> list[str]:
-        """What is wrong, if `folder` (whose origin this is) changes another base than that."""
+    def base_mismatch(self, folder: Path, model: str, revision: str) -> list[str]:
+        """The problem, if `folder`, whose provenance this is, does not change that base; else an empty list."""
         if (self.model, self.revision) == (model, revision):
             return []
         return [
@@ -157,48 +173,123 @@ class Provenance:
             "A task vector belongs to the base that it was made from."
         ]
 
-    def changes(self, folder: Path) -> Iterator[Change]:
-        """Every file of `folder` that is not what was written there; nothing is known of a folder that recorded none."""
-        there = _files(folder)
-        for name in sorted(self.files_sha256.keys() | there.keys()) if self.files_sha256 else ():
-            expected, found = self.files_sha256.get(name, ""), there.get(name, "")
-            if expected != found:
-                yield Change(name, expected, found)
+    def changed_files(self, folder: Path) -> Iterator[ChangedFile]:
+        """Every file of `folder` that is not as it was written; none for old folders, which did not record their files."""
+        actual = _file_hashes(folder)
+        for name in sorted(self.files_sha256.keys() | actual.keys()) if self.files_sha256 else ():
+            if self.files_sha256.get(name, "") != actual.get(name, ""):
+                yield ChangedFile(name, self.files_sha256.get(name, ""), actual.get(name, ""))
 
-    def tampered(self, folder: Path) -> list[str]:
-        """A line for everything in `folder` that was changed after it was written, its record included."""
-        lines = [f"{folder}: {change}." for change in self.changes(folder)]
-        if broken_seal(folder / PROVENANCE):
+    def edits(self, folder: Path) -> list[str]:
+        """One line for each change to `folder` since it was written, its record included."""
+        lines = [f"{folder}: {change}." for change in self.changed_files(folder)]
+        if was_edited(folder / PROVENANCE):
             lines.append(f"{folder / PROVENANCE} was edited after it was written.")
         return lines
 
     def write(self, folder: Path) -> None:
-        """Record this origin and the files that `folder` holds by now; reports and the card come later."""
-        save_sealed(folder / PROVENANCE, asdict(self.of(files_sha256=_files(folder))))
+        """Record this provenance and the hashes of the files that `folder` holds; reports and card come later."""
+        save_record(folder / PROVENANCE, asdict(replace(self, files_sha256=_file_hashes(folder))))
 
     @staticmethod
     def read(folder: Path) -> Provenance:
-        """Raises `ArtifactError` where the folder is not one of ours or the file is damaged."""
+        """Raises `ArtifactError` where the folder was not made by compile_steer, or its record is damaged."""
         path = folder / PROVENANCE
         if not folder.is_dir():
             raise ArtifactError(f"{folder} does not exist. Make it with 'compile-steer compile' (or 'merge').")
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no {PROVENANCE}: it was not made by compile_steer.")
         try:
-            return Provenance(**unsealed(json.loads(path.read_text(encoding="utf-8"))))
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{folder} has no {PROVENANCE}: it was not made by compile_steer.") from error
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return Provenance(**without_check(read_json(path, "Compile again.")))
+        except TypeError as error:
             raise ArtifactError(f"{path} is damaged ({error}). Compile again.") from error
 
     @staticmethod
-    def untouched(folder: Path) -> Provenance:
-        """The origin of a folder that is as it was written; raises `ArtifactError` for any other."""
-        origin = Provenance.read(folder)
-        problems = origin.tampered(folder)
+    def read_unedited(folder: Path) -> Provenance:
+        """The provenance of a folder that is as it was written; raises `ArtifactError` for any other."""
+        provenance = Provenance.read(folder)
+        problems = provenance.edits(folder)
         if problems:
             raise ArtifactError([*problems, "Compile (or merge) again, or put back what was written."])
-        return origin
+        return provenance
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of the folder's files by their relative names; not of the record and the reports."""
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the folder's files by relative name, without its record and reports."""
     return {name: sha256(folder / name) for name in own_files(folder) if name not in (*REPORTS, PROVENANCE)}
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What a serving engine computes of an artifact, compared with transformers: log p(token) in nats, over `tokens`.
+
+    Attributes:
+        form: the file that was loaded, in words.
+        error, rms: largest and root-mean-square difference.
+        base_error, base_rms: the same for the base in this engine and format.
+        effect: largest change by steering in transformers.
+        gain: slope of the engine's change by steering on transformers'. 1: all of the effect is there; 0: the file was
+            loaded without effect.
+        problem: why nothing was measured.
+        version: the engine with the versions that matter, in words.
+    """
+
+    engine: str
+    form: str
+    tokens: int = 0
+    error: float = math.nan
+    rms: float = math.nan
+    base_error: float = math.nan
+    base_rms: float = math.nan
+    effect: float = math.nan
+    gain: float = math.nan
+    problem: str = ""
+    version: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """True where the engine computes what transformers does, as far as the precision of its format shows."""
+        near = self.error <= _ENGINE_TOLERANCE or self.rms <= _ENGINE_NOISE * self.base_rms
+        return near and abs(self.gain - 1) <= _GAIN_TOLERANCE
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON; a value that is not a number is None."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        return {**values, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class _EngineRecords:
+    """`artifact` is the SHA-256 of the weights that were loaded."""
+
+    artifact: str
+    records: tuple[EngineRecord, ...]
+
+
+def save_engine_records(folder: Path, records: Sequence[EngineRecord]) -> bool:
+    """Write what engines computed of an artifact of ours into its folder, replacing older records of the same form.
+
+    Returns False, and writes nothing, for a folder that is not ours or where no engine ran.
+    """
+    measured = [record for record in records if not record.problem and math.isfinite(record.gain)]
+    if not measured or not (folder / PROVENANCE).is_file():
+        return False
+    by_form = {(record.engine, record.form): record for record in (*load_engine_records(folder), *measured)}
+    save_record(folder / ENGINES, asdict(_EngineRecords(weights_sha256(folder), tuple(by_form.values()))))
+    return True
+
+
+def load_engine_records(folder: Path) -> tuple[EngineRecord, ...]:
+    """The records in `folder`, if they are of these weights and were not edited; else none.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = folder / ENGINES
+    if not path.is_file() or was_edited(path):
+        return ()
+    saved = load_json(path, _EngineRecords, "record of engines", "verify-engines")
+    return saved.records if saved.artifact == weights_sha256(folder) else ()

@@ -1,4 +1,6 @@
-"""safetensors files: one file read or written whole, and a model folder read one tensor at a time."""
+"""safetensors files: one file read or written whole, a model folder read one tensor at a time.
+
+Importing this module does not import torch; reading or writing tensors does."""
 
 from __future__ import annotations
 
@@ -35,6 +37,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, read without its tensors; raises `ArtifactError` as `read_tensors` does."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="np") as file:  # "np": only tensors need torch
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
+
+
 class Checkpoint:
     """The tensors of `folder` by name, however they are spread over files."""
 
@@ -44,21 +57,21 @@ class Checkpoint:
     @cached_property
     def files(self) -> Mapping[str, Path]:
         """The file of each tensor; raises `ArtifactError` where there is none, or one is damaged."""
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
-                with safe_open(file, framework="pt") as content:
-                    found.update(dict.fromkeys(content.keys(), file))
+                with safe_open(file, framework="np") as content:
+                    files.update(dict.fromkeys(content.keys(), file))
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(f"{file} is damaged ({error}). Get or make it again.") from error
-        if not found:
+        if not files:
             raise ArtifactError(f"{self.folder} holds no .safetensors weights; only safetensors are read.")
-        return found
+        return files
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
         if name not in self.files:
             return None
         with safe_open(self.files[name], framework="pt") as content:
-            found: Tensor = content.get_tensor(name)
-        return found
+            tensor: Tensor = content.get_tensor(name)
+        return tensor

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from compile_steer.artifacts.engine_record import keep_readings
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.artifacts.provenance import Provenance
+from compile_steer.artifacts.provenance import Provenance, save_engine_records
 from compile_steer.cli.options import Json, person
 from compile_steer.cli.tables import print_readings, print_shipped
 from compile_steer.common.progress import ProgressBars
@@ -69,7 +68,7 @@ def verify_engines(
     found = compare(
         artifact, base, [environment(name) for name in engine or ENGINES], precision, limit, ProgressBars(console)
     )
-    if keep_readings(artifact, found):
+    if save_engine_records(artifact, found):
         update_card(artifact, RunPaths(home(artifact), Provenance.read(artifact).name).validation)
     if as_json:
         print(json.dumps([one.summary() for one in found], indent=2))

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn.functional import cosine_similarity
 
-from compile_steer.artifacts.engine_record import Reading
+from compile_steer.artifacts.provenance import EngineRecord
 from compile_steer.steering.program import Program
 from compile_steer.tools.audit import Audit
 from compile_steer.tools.audit_baked import Baked
@@ -141,10 +141,10 @@ def print_shipped(console: Console, found: Shipped) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def print_readings(console: Console, found: Sequence[Reading]) -> None:
+def print_readings(console: Console, found: Sequence[EngineRecord]) -> None:
     """A row for every engine; below it why there is none."""
     table = Table(title="log p(token) in each engine less transformers', nats", title_justify="left")
-    for name in ("engine", "form", "largest", "rms", "base: largest", "rms", "steering's effect", "dose", ""):
+    for name in ("engine", "form", "largest", "rms", "base: largest", "rms", "steering's effect", "gain", ""):
         table.add_column(name, justify="left" if name in ("engine", "form", "") else "right")
     for one in found:
         numbers = (
@@ -153,7 +153,7 @@ def print_readings(console: Console, found: Sequence[Reading]) -> None:
             f"{one.base_error:.1e}",
             f"{one.base_rms:.1e}",
             f"{one.effect:.2f}",
-            f"{one.dose:.4f}",
+            f"{one.gain:.4f}",
         )
         verdict = "[green]same[/green]" if one.passed else "[red]OTHER[/red]"
         table.add_row(
@@ -166,7 +166,7 @@ def print_readings(console: Console, found: Sequence[Reading]) -> None:
     for one in found:
         if one.problem:
             console.print(f"  {one.engine}: {one.problem}", markup=False, soft_wrap=True)
-        elif not one.passed and abs(one.dose) < 0.1:
+        elif not one.passed and abs(one.gain) < 0.1:
             console.print(f"  {one.engine} serves the base: the file was loaded without effect.", markup=False)
 
 

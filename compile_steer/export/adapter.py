@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,7 +61,7 @@ def write_patch(
             _write_parts(new / PATCH_FILE, patch)
         if curves:
             (new / CURVES).write_text(json.dumps(curves) + "\n", encoding="utf-8")
-        provenance.of(computes=computes).write(new)
+        replace(provenance, fingerprint=computes).write(new)
         (new / CARD).write_text(card, encoding="utf-8")
 
 
@@ -160,6 +161,6 @@ def read_patch(folder: Path) -> WeightPatch:
 def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:
     """The patch on disk, if it is as it was written, and was made from the same inputs."""
     try:
-        return read_patch(folder) if Provenance.untouched(folder).inputs == inputs else None
+        return read_patch(folder) if Provenance.read_unedited(folder).inputs == inputs else None
     except ArtifactError:
         return None

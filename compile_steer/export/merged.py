@@ -55,7 +55,7 @@ def _require_room(model: nn.Module, dtype: torch.dtype) -> None:
 def is_merged(folder: Path, wanted: Provenance) -> bool:
     """True if `folder` is as it was written, and was made from what `wanted` says."""
     try:
-        return Provenance.untouched(folder) == wanted
+        return Provenance.read_unedited(folder) == wanted
     except ArtifactError:
         return False
 

@@ -13,9 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from compile_steer.artifacts.engine_record import Reading, own_readings
 from compile_steer.artifacts.files import save_text
-from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
 from compile_steer.export.engine_support import EngineName, reads_biases
 from compile_steer.export.gguf_model import GGUF_FILE
 from compile_steer.validate.report import ValidationReport, own_validation
@@ -50,7 +49,7 @@ def update_card(folder: Path, validation: Path) -> None:
     origin = Provenance.read(folder)
     report, parity = own_validation(origin, validation), own_parity(folder)
     kept = _filled_in(folder / CARD)
-    save_text(folder / CARD, _render(origin, report, parity, own_readings(folder), kept))
+    save_text(folder / CARD, _render(origin, report, parity, load_engine_records(folder), kept))
 
 
 def _filled_in(path: Path) -> dict[str, str]:
@@ -70,7 +69,7 @@ def _render(
     origin: Provenance,
     validation: ValidationReport | None,
     parity: Parity | None,
-    readings: Sequence[Reading],
+    readings: Sequence[EngineRecord],
     kept: dict[str, str],
 ) -> str:
     environment = Environment(

@@ -154,8 +154,8 @@ def folder(
     tolerance: float,
 ) -> Agreement:
     """A folder against its original, file by file as it was recorded."""
-    tampered = list(recorded.changes(old))
-    other = sorted(change.file for change in recorded.changes(new))
+    tampered = list(recorded.changed_files(old))
+    other = sorted(change.name for change in recorded.changed_files(new))
     if tampered:
         came = "what was written came out again" if not other else "nor did that come out again"
         return Agreement(what, "differs", note=f"{old} is not what was written: {tampered[0]}; {came}")

@@ -157,7 +157,7 @@ def run_compose(several: Several) -> Composition:
             continue
         started = time.perf_counter()
         patch = _stack(several) if way == STACKED else _compile(several, program)
-        origin = origin.of(seconds=time.perf_counter() - started)
+        origin = replace(origin, seconds=time.perf_counter() - started)
         write_patch(folder, patch, several.loaded, origin, model_card(origin, None))
     found = measure(several.loaded, several.members, backend, folders, several.progress)
     found.save(paths.composition(backend))
@@ -168,7 +168,7 @@ def run_together(several: Several) -> Composition:
     """Load the members' adapters at once, as they lie, and measure them against all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
     found = measure(several.loaded, several.members, several.backend, {}, several.progress)
-    found.save(several.paths.together(several.backend))
+    found.save(several.paths.co_loaded(several.backend))
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compile_steer.artifacts.files import digest, seal, sha256
+from compile_steer.artifacts.files import digest, edit_check, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import (
     ENGINES,
@@ -82,8 +82,8 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
     origin = Provenance.read(folder)
     yield _sealed("record", folder / PROVENANCE)
     if origin.files_sha256:
-        changes = list(origin.changes(folder))
-        yield from (Link("files", "broken", str(folder / one.file), one.expected, one.found) for one in changes)
+        changes = list(origin.changed_files(folder))
+        yield from (Link("files", "broken", str(folder / one.name), one.expected, one.actual) for one in changes)
         if not changes:
             yield Link("files", "whole", str(folder), found=f"{len(origin.files_sha256)} as they were written")
     else:
@@ -109,7 +109,7 @@ def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
 
 def _sealed(what: str, path: Path) -> Link:
     """Is a record what was written? Nobody who edits one by hand keeps its seal."""
-    expected, found = seal(path)
+    expected, found = edit_check(path)
     state: State = "unrecorded" if not expected else "whole" if expected == found else "broken"
     return Link(what, state, str(path), expected, found)
 
@@ -151,7 +151,7 @@ def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator
         if link.state == "whole":
             yield from (replace(one, what=f"{member}: {one.what}") for one in _folder(adapter, recipes))
     hashes = origin.parent.split()
-    if origin.whole and len(hashes) == 1:
+    if origin.is_merged and len(hashes) == 1:
         yield _hashed("adapter", RunPaths(out, origin.name).adapter(origin.backend), hashes[0])
         return
     known = {

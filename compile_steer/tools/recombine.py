@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def recombine(wanted: Recombination, loaded: LoadedModel, paths: RunPaths, progr
     origins: list[Provenance] = []
     for one in (wanted.artifact, *wanted.others):
         try:
-            origin = Provenance.untouched(one)
-            problems += origin.foreign(one, loaded.id, loaded.revision)
+            origin = Provenance.read_unedited(one)
+            problems += origin.base_mismatch(one, loaded.id, loaded.revision)
             patches.append(read_patch(one))
             origins.append(origin)
         except ArtifactError as error:
@@ -80,7 +80,7 @@ def recombine(wanted: Recombination, loaded: LoadedModel, paths: RunPaths, progr
     if wanted.rank is not None:
         patch = patch.truncated(wanted.rank, loaded.layout)
     form = "adapter" if is_adapter(patch, loaded) else "patch"
-    origin = _origin(wanted, origins, form, paths.name).of(biases=len(patch.bias))
+    origin = replace(_origin(wanted, origins, form, paths.name), biases=len(patch.bias))
     write_patch(folder, patch, loaded, origin, model_card(origin, None))
     return Recombined(folder, form, look_into(patch, loaded.layout, program))
 
@@ -104,7 +104,8 @@ def _origin(wanted: Recombination, origins: Sequence[Provenance], form: str, nam
     """The first patch's origin, without the claims that hold no longer: nothing validated this combination."""
     parents = [artifact_sha256(folder) for folder in (wanted.artifact, *wanted.others)]
     forced = any(origin.forced or origin.verdict != "pass" for origin in origins)
-    return origins[0].of(
+    return replace(
+        origins[0],
         name=name,
         backend=wanted.name,
         form=form,

@@ -213,7 +213,7 @@ def _compiled(
     run = Run.open(_up_to(original.recipe(own), folder), to, progress)
     run_compile(run, force=True)  # whether the verdict is the same was looked at before
     old, new = original.paths.adapter(folder.backend), run.paths.adapter(folder.backend)
-    if not folder.whole:
+    if not folder.is_merged:
         yield compare.folder(folder.form, original.path, new, folder, compare.of_patches, tolerance)
         return
     before = Provenance.read(old) if (old / "compile_steer.json").is_file() else None
@@ -234,7 +234,7 @@ def _up_to(recipe: Recipe, folder: Provenance) -> Recipe:
     backends, forms = recipe.compile.backends, recipe.verify.forms
     if backends != "auto" and folder.backend in backends:
         backends = backends[: backends.index(folder.backend) + 1]
-    if folder.whole:
+    if folder.is_merged:
         forms = tuple(form for form in get_args(Form) if form == folder.form)
     return recipe.model_copy(
         update={

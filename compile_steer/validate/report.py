@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from compile_steer.artifacts.files import broken_seal, load_json, save_sealed, sha256
+from compile_steer.artifacts.files import load_json, save_record, sha256, was_edited
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.stats import Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
@@ -160,7 +160,7 @@ class ValidationReport:
         return block_name(self.layer)
 
     def save(self, path: Path) -> None:
-        save_sealed(path, asdict(self))
+        save_record(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> ValidationReport:
@@ -170,5 +170,5 @@ class ValidationReport:
 
 def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
     """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
-    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not broken_seal(path)
+    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not was_edited(path)
     return ValidationReport.load(path) if whole else None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from compile_steer.artifacts.files import broken_seal, load_json, save_sealed
+from compile_steer.artifacts.files import load_json, save_record, was_edited
 from compile_steer.artifacts.provenance import PARITY, weights_sha256
 from compile_steer.stats import Equivalence
 from compile_steer.verify.adapter_scale import Dial
@@ -162,7 +162,7 @@ class Parity(Likeness, Distance):
         return self.form.startswith("gguf-")
 
     def save(self, path: Path) -> None:
-        save_sealed(path, asdict(self))
+        save_record(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> Parity:
@@ -251,7 +251,7 @@ def _elsewhere(parity: Parity, gates: Gates) -> Iterator[str]:
 def own_parity(folder: Path) -> Parity | None:
     """The parity report beside `folder`, if it is of these weights and nobody edited it."""
     path = folder / PARITY
-    if not path.is_file() or broken_seal(path):
+    if not path.is_file() or was_edited(path):
         return None
     parity = Parity.load(path)
     return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None

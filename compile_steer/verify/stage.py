@@ -90,7 +90,7 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
         problems.append(
             f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}."
         )
-    problems += origin.tampered(folder)
+    problems += origin.edits(folder)
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin
@@ -195,12 +195,12 @@ def _likeness(reference: Reference, behaving: Behaving, ends: Ends) -> Likeness:
 
 
 def _file_error(reference: Reference, artifact: LoadedModel, origin: Provenance) -> float | None:
-    if not origin.computes:
+    if not origin.fingerprint:
         return None
     found = fingerprint(artifact.model, reference.base)
-    if len(found) != len(origin.computes):
+    if len(found) != len(origin.fingerprint):
         return None
-    return max(abs(one - other) for one, other in zip(found, origin.computes, strict=True))
+    return max(abs(one - other) for one, other in zip(found, origin.fingerprint, strict=True))
 
 
 def _score_by_kind(reference: Reference, found: np.ndarray | None) -> Equivalence | None:

@@ -51,7 +51,7 @@ def origin(one: LoadedModel, form: str = "adapter", backend: str = "closed_form"
 
 
 def write(folder: Path, patch: WeightPatch, one: LoadedModel) -> Path:
-    found = origin(one).of(described="add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
+    found = replace(origin(one), described="add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
     write_patch(folder, patch, one, found, model_card(found, None))
     return folder
 
@@ -132,7 +132,9 @@ def test_a_folder_holds_its_origin_and_a_card_and_nothing_else(saved: Save, tmp_
         [ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROVENANCE, "README.md"]
     )
     found = Provenance.read(folder)
-    assert found.of(described="", computes=[]) == origin(saved("gpt2")) and len(found.computes) == len(TEXTS)
+    assert replace(found, described="", fingerprint=[]) == origin(saved("gpt2")) and len(found.fingerprint) == len(
+        TEXTS
+    )
     assert json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["fan_in_fan_out"] is True
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "    add +1.7 at resid_post 1\n    ablate +1 at mlp_out 2\n" in card

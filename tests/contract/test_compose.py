@@ -114,7 +114,7 @@ class Bench:
         paths = RunPaths(self.runs / name, name)
         steering.save(paths.program)
         if patch is not None:
-            found = origin(self.base).of(name=name, program_sha256=sha256(paths.program), **changes)
+            found = replace(origin(self.base), name=name, program_sha256=sha256(paths.program), **changes)
             write_patch(paths.adapter("closed_form"), patch, self.base, found, steering.describe())
         return write_recipe(self.root, name, self.base.source, start)
 
@@ -251,7 +251,7 @@ def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench,
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     paths = RunPaths(bench.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(paths.together("closed_form").read_text(encoding="utf-8")) == found
+    assert json.loads(paths.co_loaded("closed_form").read_text(encoding="utf-8")) == found
     assert list(found["artifacts"]) == list(found["interplay"]["errors"]) == [LOADED]
     assert found["artifacts"][LOADED] == found["settings"][0] and found["stacked_from_loaded"] is None
     assert set(found["matrix"][0]["missed"]) == {LOADED}

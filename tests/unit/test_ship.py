@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.files import broken_seal, sha256
+from compile_steer.artifacts.files import sha256, was_edited
 from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import write_patch
@@ -72,7 +72,7 @@ def test_a_checkpoint_becomes_one_file_for_llama_cpp(tmp_path: Path) -> None:
     record = tmp_path / "ours" / "export.json"
     said = json.loads(record.read_text(encoding="utf-8"))
     assert said["files_sha256"] == {"theirs-f32.gguf": sha256(tmp_path / "ours" / "theirs-f32.gguf")}
-    assert not broken_seal(record)
+    assert not was_edited(record)
     gpt2 = byte_level.saved("gpt2", tmp_path / "gpt2")
     with pytest.raises(CannotLower, match="this model is of family gpt2"):
         ship(Path(gpt2.source), "llama.cpp", tmp_path / "other")

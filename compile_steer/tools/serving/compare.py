@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from compile_steer.artifacts.engine_record import Reading
-from compile_steer.artifacts.provenance import PROVENANCE, Provenance
+from compile_steer.artifacts.provenance import PROVENANCE, EngineRecord, Provenance
 from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError
 from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
@@ -39,7 +38,7 @@ PROMPTS, WRITTEN = 2, 16
 
 def compare(
     artifact: Path, base: str | None, engines: Sequence[Environment], precision: str, limit_s: float, progress: Progress
-) -> list[Reading]:
+) -> list[EngineRecord]:
     """Hold what each engine computes of an artifact against transformers; one that fails is a reading that says so.
 
     Args:
@@ -106,13 +105,13 @@ def _under_hooks(
 
 def _reading(
     engine: Environment, artifact: Path, base: LoadedModel, precision: str, sequences: list[list[int]], limit_s: float
-) -> Reading:
+) -> EngineRecord:
     form = artifact.name + (f" ({precision})" if engine.name == "llama.cpp" else "")
     try:
         with tempfile.TemporaryDirectory(prefix="compile-steer-engines-") as folder:
             return readings(engine, {form: artifact}, base, precision, sequences, Path(folder), limit_s)[0]
     except CompileSteerError as error:
-        return Reading(engine.name, form, problem=" ".join(error.problems))
+        return EngineRecord(engine.name, form, problem=" ".join(error.problems))
 
 
 def readings(
@@ -123,7 +122,7 @@ def readings(
     sequences: list[list[int]],
     folder: Path,
     limit_s: float,
-) -> list[Reading]:
+) -> list[EngineRecord]:
     """Several artifacts of one base, by name, in one engine; one that it cannot load is a reading that says so.
 
     Args:
@@ -132,7 +131,7 @@ def readings(
     Raises:
         EngineError: the engine crashed, hung, or left no answer.
     """
-    found: list[Reading] = []
+    found: list[EngineRecord] = []
     shipped: dict[str, Shipped] = {}
     for name, artifact in forms.items():
         try:
@@ -140,7 +139,7 @@ def readings(
                 raise EngineError(f"{PLUGIN} is not installed in {engine.folder}. Run 'make engines ENGINE=vllm'.")
             shipped[name] = ship(artifact, engine.name, folder / f"form-{len(shipped)}", base.source, precision)
         except CompileSteerError as error:
-            found.append(Reading(engine.name, name, problem=" ".join(error.problems)))
+            found.append(EngineRecord(engine.name, name, problem=" ".join(error.problems)))
     if not shipped:
         return found
     written = written_base(engine, base, folder / "base", precision)
@@ -161,11 +160,11 @@ def held_against(
     found: np.ndarray[Any, Any],
     wanted_base: np.ndarray[Any, Any],
     wanted: np.ndarray[Any, Any],
-) -> Reading:
+) -> EngineRecord:
     """An engine's log-probabilities [n] of base and form against transformers'."""
     effect, seen = wanted - wanted_base, found - found_base
     size = float(effect @ effect)
-    return Reading(
+    return EngineRecord(
         engine,
         form,
         len(wanted),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from compile_steer.artifacts.files import new_folder, own_files, save_sealed, sha256
+from compile_steer.artifacts.files import new_folder, own_files, save_record, sha256
 from compile_steer.artifacts.provenance import PROVENANCE, REPORTS, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
@@ -65,7 +65,7 @@ def ship(artifact: Path, engine: EngineName, out: Path, base: str | None = None,
         raise ArtifactError(f"{out} is there already and is no earlier export. Choose another --out.")
     with new_folder(out) as new:
         notes, told = write(new)
-        save_sealed(
+        save_record(
             new / RECORD,
             {
                 "engine": engine,
@@ -93,7 +93,7 @@ def _writer(artifact: Path, engine: EngineName, base: str | None, precision: str
             + ("." if artifact.exists() else ": it does not exist.")
         )
     if (artifact / PROVENANCE).is_file():
-        Provenance.untouched(artifact)
+        Provenance.read_unedited(artifact)
     if (artifact / PATCH_FILE).is_file():
         raise CannotLower(
             f"{artifact} is a patch of biases, whole weights or another architecture, which no engine's adapter holds. "
