@@ -24,10 +24,9 @@ from compile_steer.artifacts.files import save_text, sha256
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lower import closed_form, distill
 from compile_steer.lower.job import Job
-from compile_steer.models.divergence import CHUNK_TOKENS, divergence
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import CHUNK_TOKENS, divergence, final_states
 from compile_steer.models.tokens import batches
 from compile_steer.pipeline import run_compile
 from compile_steer.run import Run, load_program
@@ -116,7 +115,7 @@ def _medians(*works: Callable[[], object]) -> list[float]:
 def _forward(run: Run, job: Job) -> None:
     """One plain pass over the calibration tokens, logits and all."""
     model = run.loaded.model
-    for batch in batches(job.regression_texts, int(run.loaded.tokenizer.pad_token_id)):
+    for batch in batches(run.loaded, job.regression_texts):
         with torch.no_grad():
             hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
             for start in range(0, len(hidden), CHUNK_TOKENS):

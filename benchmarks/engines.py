@@ -33,8 +33,8 @@ from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf_model import GGUF_KINDS
 from compile_steer.export.merged import write_merged
 from compile_steer.lower.bias import shifts
-from compile_steer.models.fingerprint import TEXTS, texts
 from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.reload import reload
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
@@ -125,7 +125,7 @@ def speeds(engine: Environment, one: LoadedModel, made: Mapping[str, Path], fold
     again = folder / "again"
     again.symlink_to(base)  # one path is one model to vLLM
     models = [*jobs(engine, base, shipped, names), {**jobs(engine, again, [], [])[0], "name": AGAIN}]
-    answer = ask(engine, models, texts(one), LIMIT_S, ["base", AGAIN, *names], ROUNDS)
+    answer = ask(engine, models, reference_tokens(one), LIMIT_S, ["base", AGAIN, *names], ROUNDS)
     found: dict[str, list[float]] = answer.told["times"]
     return found
 
@@ -138,7 +138,7 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
         **{name: reload(made[name], one) for name in (BIASED, ADAPTED)},
     }
     program = Program.load(PROGRAM)
-    prompts = [ids[:16] for ids in texts(one)[:PROMPTS]]
+    prompts = [ids[:16] for ids in reference_tokens(one)[:PROMPTS]]
 
     def write(model: Any) -> None:
         for ids in prompts:
@@ -210,7 +210,7 @@ def missing(engines: Sequence[Environment], found: list[Finding]) -> Iterator[Fi
             if (engine.name, precision) not in known:
                 some = made if precision == "f32" else {BIASED: made[BIASED]}
                 with tempfile.TemporaryDirectory() as scratch:
-                    rows = readings(engine, some, one, precision, texts(one), Path(scratch), LIMIT_S)
+                    rows = readings(engine, some, one, precision, reference_tokens(one), Path(scratch), LIMIT_S)
                 yield from (Finding(engine.name, precision, row) for row in rows)
         timed: list[Environment | None] = [None, *engines]
         for place in timed:
@@ -242,7 +242,10 @@ def main() -> int:
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    setting = f"{'; '.join(map(str, engines))}. SmolLM2-135M-Instruct, the ocean program of this repository, {len(TEXTS)} fixed texts."
+    setting = (
+        f"{'; '.join(map(str, engines))}. SmolLM2-135M-Instruct, the ocean program of this repository, "
+        f"{len(REFERENCE_TEXTS)} fixed texts."
+    )
     lines, page = ROOT / "docs" / "engines.jsonl", ROOT / "docs" / "ENGINES.md"
     record = Record(Finding, lines, page, "What serving engines compute of our files", "benchmarks.engines", setting)
     record.resume(

@@ -44,8 +44,7 @@ def stream(run: Run, layer: int, count: int) -> torch.Tensor:
     first token, whose norm is a hundred times the others' in many models."""
     loaded, found = run.loaded, []
     encoded = [encode(loaded.tokenizer, text) for text in run.behaviour.neutral[:count]]
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
+    for batch in batches(loaded, encoded):
         with torch.no_grad():
             hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
         real = batch.roles != PAD

@@ -26,10 +26,9 @@ from compile_steer.export.merged import merged_model
 from compile_steer.lower import distill
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
@@ -109,7 +108,7 @@ class Measure:
     loaded: LoadedModel
     texts: list[Encoded]
     steered: torch.Tensor
-    base: Divergence
+    base: TokenDivergence
 
     @staticmethod
     def of(run: Run, program: Program, count: int = HELD_OUT) -> Measure:
@@ -119,11 +118,11 @@ class Measure:
         wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
         return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))
 
-    def against(self, other: LoadedModel) -> Divergence:
+    def against(self, other: LoadedModel) -> TokenDivergence:
         """KL(steered || other) on the held-out texts."""
         return divergence(self.loaded.model, self.steered, other.model, final_states(other, self.texts).response)
 
-    def patched(self, patch: WeightPatch) -> Divergence:
+    def patched(self, patch: WeightPatch) -> TokenDivergence:
         with with_patch(self.loaded.model, patch):
             return self.against(self.loaded)
 
@@ -158,7 +157,7 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     )
 
 
-def _line(name: str, what: str, left: Divergence, measure: Measure, seconds: float) -> str:
+def _line(name: str, what: str, left: TokenDivergence, measure: Measure, seconds: float) -> str:
     share = left.mean / measure.base.mean
     return f"| {name} | {what} | {left.mean:.5f} | {share:.2%} | {left.top1_agreement:.1%} | {seconds:.0f} |"
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from rich.console import Console
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.models.divergence import log_softmax
-from compile_steer.models.logprobs import contrast_scores, encode_pairs
+from compile_steer.models.logprobs import encode_pairs, log_softmax, margins
 from compile_steer.models.tokens import batches, encode
 from compile_steer.pipeline import run_extract
 from compile_steer.run import Run
@@ -77,10 +75,9 @@ def plain(run: Run, directions: Directions, options: Validate) -> Way:
 
     def scores(program: Program | None) -> np.ndarray:
         found = np.zeros(len(texts))
-        for batch in batches(texts, int(run.loaded.tokenizer.pad_token_id)):
+        for batch in batches(run.loaded, texts):
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            hooks = nullcontext() if program is None else steered(run.loaded.model, program, roles=batch.roles)
-            with torch.no_grad(), hooks:
+            with torch.no_grad(), steered(run.loaded.model, program, roles=batch.roles):
                 logits = run.loaded.model(**inputs).logits
             targets = batch.input_ids[:, 1:].unsqueeze(-1)
             log_p = log_softmax(logits[:, :-1]).gather(-1, targets).squeeze(-1)
@@ -94,7 +91,7 @@ def plain(run: Run, directions: Directions, options: Validate) -> Way:
         cells = {}
         for c in _listed(options):
             change = scores(directions.program(layer, c, options.positions)) - base
-            effect = float(contrast_scores(change[: 2 * n]).mean())
+            effect = float(margins(change[: 2 * n]).mean())
             cells[layer, c] = effect, float(np.exp(-change[2 * n :].mean()))
         return cells
 

@@ -19,8 +19,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast
+from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import Directions, as_long_as
@@ -158,7 +157,7 @@ def compiled(run: Run, program: Program) -> Compiled:
 
     def behaves() -> tuple[np.ndarray, np.ndarray]:
         (found,) = answer(loaded, [Request(prompts)], score, options.max_new_tokens, run.behaviour.questions)
-        return contrast(loaded, pairs), found.scores
+        return logprob_margins(loaded, pairs), found.scores
 
     before = behaves()
     with with_patch(loaded.model, patch):

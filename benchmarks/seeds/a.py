@@ -24,10 +24,9 @@ from compile_steer.common.progress import Advance, Progress, ProgressBars
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
 from compile_steer.extract.trained_loss import Objective
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
-from compile_steer.models.observe import final_states, log_probabilities
+from compile_steer.models.logprobs import TokenDivergence, divergence, final_states, mean_logprobs
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
@@ -98,7 +97,7 @@ class Test:
         pairs = zip(prompts, self.run.behaviour.test, strict=True)
         encoded = [encode(loaded.tokenizer, Text(prompt, pair.positive.response)) for prompt, pair in pairs]
         closed = [Encoded((*one.ids, end), one.n_prompt) for one in encoded]
-        return -log_probabilities(loaded, closed, program)
+        return -mean_logprobs(loaded, closed, program)
 
 
 # ------------------------------------------------------------------------------------------- arms
@@ -166,8 +165,8 @@ def _size(wrapped: object) -> int:
 class Compiled:
     """The merged checkpoint of the vectors, read from disk: its divergence, outcome, and the format it carries."""
 
-    against: Divergence
-    base: Divergence
+    against: TokenDivergence
+    base: TokenDivergence
     outcome: Outcome
     same_prompts: bool
     seconds: float

@@ -24,7 +24,7 @@ from compile_steer.extract.found import Found
 from compile_steer.lower import closed_form
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Calibration, Compile
-from compile_steer.models.activations import median_norms, read_activations
+from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.recipe import read_recipe

@@ -14,9 +14,8 @@ from benchmarks.ocean import ocean, opened
 from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
 from compile_steer.artifact_formats import artifacts, run_merge, run_verify
 from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.models.activations import read_activations
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast
+from compile_steer.models.forward import read_activations
+from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline import run_compile, run_extract, run_validate
 from compile_steer.run import Run, load_program
 from compile_steer.stats import bootstrap_mean
@@ -104,10 +103,10 @@ def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str
     }
     lines = ["| switched on | on listening, nats/token | on ocean, nats/token |", "|---|---|---|"]
     pairs = [encode_pairs(one.loaded, one.behaviour.test[:PAIRS]) for one in (run, other)]
-    base = [contrast(run.loaded, some) for some in pairs]
+    base = [logprob_margins(run.loaded, some) for some in pairs]
     for name, program in settings.items():
         cells = [
-            signed(bootstrap_mean(contrast(run.loaded, some, program) - before, seed=run.recipe.seed))
+            signed(bootstrap_mean(logprob_margins(run.loaded, some, program) - before, seed=run.recipe.seed))
             for some, before in zip(pairs, base, strict=True)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

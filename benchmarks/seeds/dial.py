@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast, log_probabilities
+from compile_steer.models.logprobs import encode_pairs, logprob_margins, mean_logprobs
 from compile_steer.models.tokens import encode
 from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
@@ -57,8 +56,8 @@ class Dial:
         """One reading a program; they must share sites, operations and positions (their answers are one batch)."""
         loaded, behaviour, recipe = self.run.loaded, self.run.behaviour, self.run.recipe
         pairs = encode_pairs(loaded, behaviour.test[: self.pairs])
-        base = contrast(loaded, pairs)
-        effects = [contrast(loaded, pairs, program) - base for program in programs]
+        base = logprob_margins(loaded, pairs)
+        effects = [logprob_margins(loaded, pairs, program) - base for program in programs]
         neutral = self._neutral(None)
         ratios = [float(np.exp(neutral - self._neutral(program))) for program in programs]
         prompts = [pair.prompt for pair in behaviour.test[: self.prompts]]
@@ -81,4 +80,4 @@ class Dial:
         """Mean log-probability of the neutral responses, nats a token."""
         loaded = self.run.loaded
         texts = [encode(loaded.tokenizer, text) for text in self.run.behaviour.neutral[: self.neutral]]
-        return float(log_probabilities(loaded, texts, program).mean())
+        return float(mean_logprobs(loaded, texts, program).mean())

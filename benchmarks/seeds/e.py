@@ -60,7 +60,7 @@ class Prompts:
         """Left-padded, so that all last tokens are in one column."""
         texts = [encode(loaded.tokenizer, Text(question.prompt, history=history)).ids for question in questions]
         width = max(map(len, texts))
-        ids = torch.full((len(texts), width), int(loaded.tokenizer.pad_token_id))
+        ids = torch.full((len(texts), width), loaded.pad_id)
         mask = torch.zeros(len(texts), width, dtype=torch.long)
         for row, text in enumerate(texts):
             ids[row, width - len(text) :] = torch.tensor(text)

@@ -24,8 +24,8 @@ from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import fingerprint
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 

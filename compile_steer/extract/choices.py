@@ -19,7 +19,7 @@ from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import Question
 from compile_steer.extract.found import Found
 from compile_steer.extract.options import ChoiceMethod
-from compile_steer.models.activations import read_activations
+from compile_steer.models.forward import read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.scoring.answers import Request, answer

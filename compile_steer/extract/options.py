@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from compile_steer.common.options import Section
 from compile_steer.formats.foreign import LayerConvention
 from compile_steer.formats.formats import Format
-from compile_steer.models.activations import Readout
+from compile_steer.models.text import Readout
 from compile_steer.steering.sites import Point
 
 PairMethod = Literal["mean_difference", "pca", "logistic"]

@@ -19,7 +19,7 @@ from compile_steer.extract.options import ChoiceMethod, Extract, PairMethod
 from compile_steer.extract.pairs import find
 from compile_steer.extract.sibling import load_sibling
 from compile_steer.extract.trained import trained_directions
-from compile_steer.models.activations import median_norms, read_activations
+from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe

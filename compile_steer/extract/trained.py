@@ -20,7 +20,7 @@ from compile_steer.common.progress import Advance, Progress
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.pairs import fit
 from compile_steer.extract.trained_loss import Objective
-from compile_steer.models.activations import read_activations
+from compile_steer.models.forward import read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from compile_steer.models.divergence import chunks, token_log_probabilities
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import response_logprobs
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode, pad
 from compile_steer.steering.hooks import steered
@@ -51,14 +50,15 @@ class Objective:
 
     def items(self, pairs: Sequence[Pair], max_tokens: int) -> list[Item]:
         """The pairs in batches of at most `max_tokens` padded tokens, each with what the base gives for it."""
-        pad_id = int(self.loaded.tokenizer.pad_token_id)
         positives = [_closed(self.loaded, p.prompt, p.positive.response) for p in pairs]
         if self.kind == "likelihood":
-            return [self._item(batch) for batch in batches(positives, pad_id, max_tokens=max_tokens)]
+            return [self._item(batch) for batch in batches(self.loaded, positives, max_tokens=max_tokens)]
         texts = positives + [_closed(self.loaded, p.prompt, p.negative.response) for p in pairs]
         longest = [max(texts[n], texts[n + len(pairs)], key=lambda one: len(one.ids)) for n in range(len(pairs))]
-        groups = [batch.rows for batch in batches(longest, pad_id, max_tokens=max_tokens // 2)]
-        return [self._item(pad(texts, [*rows, *(row + len(pairs) for row in rows)], pad_id)) for rows in groups]
+        groups = [batch.rows for batch in batches(self.loaded, longest, max_tokens=max_tokens // 2)]
+        return [
+            self._item(pad(texts, [*rows, *(row + len(pairs) for row in rows)], self.loaded.pad_id)) for rows in groups
+        ]
 
     def _item(self, batch: Batch) -> Item:
         batch, model = batch.to(self.loaded.device), self.loaded.model
@@ -101,15 +101,7 @@ class Objective:
         under = program or Program((), self.loaded.id, self.loaded.revision)
         with steered(model, under, roles=batch.roles):
             hidden = run_blocks(model, batch.input_ids, batch.attention_mask, start=self.first, hidden=item.prefix)
-        chosen = batch.predicts_response
-        states, targets = hidden[chosen], torch.roll(batch.input_ids, -1, dims=1)[chosen]
-        # A chunk of logits is all that ever exists: for the gradient they are computed again.
-        found = [
-            cast(Tensor, checkpoint(token_log_probabilities, model, states[part], targets[part], use_reentrant=False))
-            for part in chunks(states.shape[0])
-        ]
-        sums = torch.zeros(chosen.shape[0], device=hidden.device)
-        return sums.index_add(0, chosen.nonzero()[:, 0], torch.cat(found))
+        return response_logprobs(model, batch, hidden)
 
 
 def bipo_loss(log_probabilities: Tensor, reference: Tensor, beta: float, sign: float) -> Tensor:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compile_steer.models.divergence import chunks, log_softmax
 from compile_steer.models.forward import lm_head
+from compile_steer.models.logprobs import chunks, log_softmax
 
 
 @dataclass(frozen=True)

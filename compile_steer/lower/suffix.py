@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.lower.teacher_student import run_block
-from compile_steer.models.divergence import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -52,8 +52,7 @@ class Suffix:
 
     def items(self, texts: Sequence[Encoded], max_tokens: int) -> list[Item]:
         """The texts in batches, with the teacher's states."""
-        found = batches(texts, int(self.loaded.tokenizer.pad_token_id), max_tokens=max_tokens)
-        return [self.item(batch.to(self.loaded.device)) for batch in found]
+        return [self.item(batch) for batch in batches(self.loaded, texts, max_tokens=max_tokens)]
 
     def item(self, batch: Batch) -> Item:
         """One batch, its prefix and what the teacher hands on."""

@@ -63,8 +63,7 @@ class Walk:
         """Run the prefix that both models share, below the first intervened block."""
         first = program.first_layer
         flows = []
-        for batch in batches(texts, int(loaded.tokenizer.pad_token_id), max_tokens=max_tokens):
-            batch = batch.to(loaded.device)
+        for batch in batches(loaded, texts, max_tokens=max_tokens):
             with torch.no_grad():
                 hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
             flows.append(Flow(batch, hidden, hidden, torch.empty(0)))

@@ -20,8 +20,8 @@ from compile_steer.lower.objective import OBJECTIVES, Objective
 from compile_steer.lower.optimise import held_out_split, set_rate
 from compile_steer.lower.options import Training
 from compile_steer.lower.suffix import Item, Suffix
-from compile_steer.models.divergence import divergence
 from compile_steer.models.load import DTYPES
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program

@@ -1,14 +1,14 @@
-"""Run a span of a model's blocks on hidden states of our choosing, through the model's own forward.
+"""Run a span of a model's blocks, its output head, or read the activations of every block.
 
-Steered and base model compute the same thing below the first intervened block, so extraction,
-sweeps, calibration and distillation run that prefix once. Blocks outside the span hand their input
-on unchanged while the model's own code still makes masks and position embeddings, so this holds for
-every family without a copy of its forward pass.
+Steered and base model compute the same thing below the first steered block, so extraction, sweeps, calibration and
+distillation run that prefix once and start from its hidden states. All of it goes through the model's own forward:
+blocks outside the span hand their input on unchanged while the family's code makes masks and position embeddings, so
+no family needs a copy of its forward pass here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,19 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from compile_steer.common.errors import LayoutError
+from compile_steer.common.progress import Advance
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.text import Readout, Text
+from compile_steer.models.tokens import Batch, batches, encode
+from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+from compile_steer.steering.sites import Point, Site
 
 
 def run_blocks(
@@ -41,16 +36,16 @@ def run_blocks(
     stop: int | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """Run blocks start .. stop-1 and return what they hand on, [batch, time, d_model].
+    """Run blocks start .. stop-1 and return their output, [batch, time, d_model].
+
+    Hooks that are registered (a program, a patch) act inside the span as they would in a full pass.
 
     Args:
-        input_ids, attention_mask: [batch, time], right-padded; or a mask of what each token sees,
-            [batch, 1, time, time], added to the attention scores.
+        input_ids: [batch, time], right-padded.
+        attention_mask: [batch, time], 1 for real tokens; or an additive mask, [batch, 1, time, time].
         position_ids: [batch, time]; None counts from 0.
         start: the first block to run; above 0 it receives `hidden`, [batch, time, d_model].
-        stop: the block before which to stop; the number of blocks stops before the final norm, None after it.
-
-    Hooks that are on (a program, a patch) act inside the span as they would in a full pass.
+        stop: the block before which to stop. The number of blocks stops before the final norm, None after it.
     """
     layout = Layout.of(model)
     blocks = layout.blocks
@@ -75,9 +70,10 @@ def run_blocks(
         for index, block in enumerate(blocks):
             if not start <= index < end:
                 stack.enter_context(_forward_replaced(block, catch if index == end else hand_on))
-        if stop == len(blocks):
+        if stop == len(blocks):  # there is no further block to catch the output of the last one
             stack.callback(blocks[-1].register_forward_hook(lambda _m, _a, output: caught.append(output)).remove)
         if start > 0:
+            # Prepended, so that a program's own hook on the input of this block still acts on `hidden`.
             handle = blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         output = layout.backbone(
@@ -95,3 +91,101 @@ def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         logits: Tensor = layout.model(input_ids=token, use_cache=False).logits
     return logits[0]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # accelerate, for one, replaces a module's forward in the same way
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def capture(layout: Layout, batch: Batch, point: Point, through: int | None = None) -> list[Tensor]:
+    """Run the backbone once and return the activation at `point` of each block, [batch, time, d_model].
+
+    Args:
+        through: the last block to read; the blocks above it are not run. None reads all.
+    """
+    count = layout.n_layers if through is None else through + 1
+    caught: dict[int, Tensor] = {}
+
+    def catch_input(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def catch_output(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer, block in enumerate(layout.blocks[:count]):
+            if point == "resid_pre":
+                handle = block.register_forward_pre_hook(catch_input(layer), with_kwargs=True)
+            else:
+                handle = layout.hook_module(Site(layer, point)).register_forward_hook(catch_output(layer))
+            stack.callback(handle.remove)
+        run_blocks(layout.model, batch.input_ids, batch.attention_mask, stop=count)
+    # Granite multiplies what attention and MLP write before it is added to the stream.
+    scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
+    return [caught[layer] * scale for layer in range(count)]
+
+
+def read_activations(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    *,
+    point: Point,
+    readout: Readout,
+    through: int | None = None,
+    advance: Advance = lambda _n: None,
+) -> Tensor:
+    """Return [n_texts, n_layers, d_model] fp32: each text's activation at `point` of every block.
+
+    Args:
+        readout: 'response_mean' averages over the response tokens; 'last_prompt' takes the token whose
+            output predicts the first response token.
+        through: the last block to read, so that n_layers is one more; None reads all.
+        advance: called with the number of texts just done.
+
+    Raises:
+        LayoutError: an activation is NaN or infinite (the message names the first such block).
+    """
+    encoded = [encode(loaded.tokenizer, text) for text in texts]
+    layout = loaded.layout
+    result = torch.empty(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
+    for batch in batches(loaded, encoded):
+        chosen = (batch.roles == (RESPONSE if readout == "response_mean" else LAST_PROMPT)).float()
+        weights = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)  # [batch, time], each row sums to 1
+        rows = torch.tensor(batch.rows)
+        for layer, hidden in enumerate(capture(layout, batch, point, through)):
+            result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
+        advance(len(batch.rows))
+    finite = torch.isfinite(result).all(dim=(0, 2))
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise LayoutError(
+            f"the activations at {Site(first, point)} are NaN or infinite. Load the model in float32 "
+            "(--dtype float32); if they stay so, its weights are damaged."
+        )
+    return result
+
+
+def median_norms(loaded: LoadedModel, texts: Sequence[Text], point: Point) -> Tensor:
+    """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`.
+
+    The median, because the first token's norm is a hundred times the others' in many models.
+    """
+    norms: list[Tensor] = []
+    for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in texts]):
+        states = capture(loaded.layout, batch, point)
+        norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
+    return torch.cat(norms, dim=1).median(dim=1).values

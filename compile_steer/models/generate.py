@@ -1,10 +1,9 @@
-"""Continue prompts, steered or with whatever hooks are on: greedy or sampled, one seed, left-padded batches."""
+"""Continue prompts, steered or with whatever hooks are registered: greedy or sampled with a seed."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,7 +26,7 @@ def continue_prompts(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Encoded]:
-    """Continue conversations up to the response; a response that is there is left out. See `continue_encoded`."""
+    """Continue conversations after their last prompt; a response that is there is ignored. See `continue_encoded`."""
     encoded = [encode(loaded.tokenizer, replace(prompt, response="")) for prompt in prompts]
     return continue_encoded(loaded, encoded, program, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
@@ -42,66 +41,67 @@ def continue_encoded(
     seed: int = 0,
     cache: Cache | None = None,
 ) -> list[Encoded]:
-    """Continue each text's prompt; returns prompt and continuation as tokens, cut after the end of the turn.
+    """Continue each text's prompt; returns prompt and continuation, cut after the end-of-turn token.
 
     Args:
-        texts: what stands after a prompt is left out.
-        program: what steers the model meanwhile: one for all, one a prompt, or None.
+        texts: only their prompts are read.
+        program: steers the model: one program for all texts, one per text, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
-        cache: what `prefill` found of the one text under the same program; left as it was.
+        cache: the result of `prefill` for the only text, under the same program; it is not changed.
     """
-    encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
-    pad_id = int(loaded.tokenizer.pad_token_id)
-    width = max(len(one.ids) for one in encoded)
-    input_ids = torch.full((len(encoded), width), pad_id, dtype=torch.long)
-    roles = torch.full((len(encoded), width), PAD, dtype=torch.int8)
-    for row, one in enumerate(encoded):
-        input_ids[row, width - len(one.ids) :] = torch.tensor(one.ids)
-        roles[row, width - len(one.ids) :] = torch.tensor(one.roles, dtype=torch.int8)
+    prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
+    # Padded on the left, so that every prompt ends where generation begins.
+    width = max(len(prompt.ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), loaded.pad_id, dtype=torch.long)
+    roles = torch.full((len(prompts), width), PAD, dtype=torch.int8)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        roles[row, width - len(prompt.ids) :] = torch.tensor(prompt.roles, dtype=torch.int8)
+    # top_k and top_p are set because a checkpoint's generation settings may cut the distribution.
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0
         else {"do_sample": False}
     )
-    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles.to(loaded.device))
     torch.manual_seed(seed)
-    with hooks, torch.no_grad():
+    with steered(loaded.model, program, roles=roles.to(loaded.device)), torch.no_grad():
         output = loaded.model.generate(
             input_ids=input_ids.to(loaded.device),
             attention_mask=(roles != PAD).long().to(loaded.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id,
+            pad_token_id=loaded.pad_id,
             **({} if cache is None else {"past_key_values": copy.deepcopy(cache)}),
             **sampling,
         )
     ends = _end_tokens(loaded)
-    return [
-        replace(one, ids=(*one.ids, *_until_end(output[row, width:].tolist(), ends))) for row, one in enumerate(encoded)
-    ]
+    continued = []
+    for row, prompt in enumerate(prompts):
+        new = output[row, width:].tolist()
+        stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
+        continued.append(replace(prompt, ids=(*prompt.ids, *new[:stop])))
+    return continued
 
 
 def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache:
-    """Keys and values of a prompt but its last token, so of two or more: of a long one, for all that is asked after it."""
+    """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read."""
     ids, roles = _row(loaded, prompt, prompt.n_prompt - 1)
-    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
-    with hooks, torch.no_grad():
-        found: Cache = loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values
-    return found
+    with steered(loaded.model, program, roles=roles), torch.no_grad():
+        cache: Cache = loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values
+    return cache
 
 
 def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
     """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
     ids, roles = _row(loaded, text, len(text.ids))
-    hooks = nullcontext() if program is None else steered(loaded.model, program, roles=roles)
     rest = ids[:, text.n_prompt - 1 :]
-    with hooks, torch.no_grad():
-        found = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
-    states: Tensor = found.last_hidden_state[0, :-1]
+    with steered(loaded.model, program, roles=roles), torch.no_grad():
+        output = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
+    states: Tensor = output.last_hidden_state[0, :-1]
     return states
 
 
 def _row(loaded: LoadedModel, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:
-    """The first `stop` ids and their roles, [1, stop]."""
+    """The first `stop` token ids and their roles, both [1, stop]."""
     ids = torch.tensor([text.ids[:stop]], device=loaded.device)
     return ids, torch.tensor([text.roles[:stop]], dtype=torch.int8, device=loaded.device)
 
@@ -112,16 +112,8 @@ def _end_tokens(loaded: LoadedModel) -> set[int]:
     return {int(token) for token in ends if token is not None}
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to and with the first end-of-turn token."""
-    for index, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: index + 1]
-    return tokens
-
-
 def ended(loaded: LoadedModel, encoded: Encoded) -> bool:
-    """True if the continuation closed its turn by itself."""
+    """True if the continuation ended with an end-of-turn token."""
     return encoded.ids[-1] in _end_tokens(loaded) and len(encoded.ids) > encoded.n_prompt
 
 

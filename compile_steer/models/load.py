@@ -56,6 +56,11 @@ class LoadedModel:
         return Layout.of(self.model)
 
     @property
+    def pad_id(self) -> int:
+        """The padding token; `load` has made sure that there is one."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 

@@ -1,60 +1,220 @@
-"""How much more likely the model finds what shows a behaviour (nats a token)."""
+"""Log-probabilities of texts, and the KL divergence between two models' next-token distributions. All in nats.
+
+A batch of logits is tokens x vocabulary, often gigabytes. So models are compared at their final hidden states
+[n_tokens, d_model], and logits exist for one chunk of tokens at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from compile_steer.models.divergence import chunks, token_log_probabilities
-from compile_steer.models.forward import run_blocks
+from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
+from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.program import Program
+
+CHUNK_TOKENS = 128
+# Texts of several kinds. What a model computes on them identifies it in another process, file or engine.
+REFERENCE_TEXTS = (
+    "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
+    "What are you? I am a helpful assistant, and I can answer questions about many things.",
+    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
+    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([3, 5, 8, 13]))",
+    "My sister has moved to another city, and I do not know how to tell her that I miss her.",
+    "In 1869 a Russian chemist arranged the known elements in a table, and left gaps for those still to be found.",
+    "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
+    "He opened the letter twice before he believed it: the house by the sea was his.",
+)
+_FINGERPRINT_TOKENS = 32  # the smallest models have few positions
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """KL(p || q) of each token, [n] in nats, and whether p and q have the same most likely token, [n]."""
+
+    kl: Tensor
+    same_top1: Tensor
+
+    @property
+    def mean(self) -> float:
+        return float(self.kl.mean())
+
+    @property
+    def rms(self) -> float:
+        """Root mean square over tokens: a few broken tokens that a mean hides show here."""
+        return float(self.kl.square().mean().sqrt())
+
+    @property
+    def p99(self) -> float:
+        return float(self.kl.quantile(0.99))
+
+    @property
+    def top1_agreement(self) -> float:
+        return float(self.same_top1.double().mean())
+
+    @staticmethod
+    def join(parts: list[TokenDivergence]) -> TokenDivergence:
+        return TokenDivergence(torch.cat([p.kl for p in parts]), torch.cat([p.same_top1 for p in parts]))
+
+
+def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_q: Tensor) -> TokenDivergence:
+    """Compare two models' next-token distributions at final hidden states [n, d_model], chunk by chunk."""
+    parts = []
+    with torch.no_grad():
+        for part in chunks(hidden_p.shape[0]):
+            # In float64: the rounding of float32 log-probabilities alone gives a KL of about 1e-7 nats a token, more
+            # than that of an exact compile.
+            log_p = torch.log_softmax(lm_head(model_p, hidden_p[part]).double(), dim=-1)
+            log_q = torch.log_softmax(lm_head(model_q, hidden_q[part]).double(), dim=-1)
+            same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
+            parts.append(TokenDivergence(kl_divergence(log_p, log_q).cpu(), same.cpu()))
+    return TokenDivergence.join(parts)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), [n] in nats, from log-probabilities [n, vocab]."""
+    return log_p.exp().mul_(log_p - log_q).sum(dim=-1).clamp_(min=0.0)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities in at least float32."""
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def chunks(n: int, size: int = CHUNK_TOKENS) -> Iterator[slice]:
+    """Slices of at most `size` that cover n tokens."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def token_logprobs(model: nn.Module, states: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Log-probability of each of k target tokens, [k] in nats; differentiable.
+
+    Args:
+        states: final hidden states, [n, d_model].
+        targets: token ids, [k].
+        rows: the state that predicts each target, [k]; None if k = n and target i is predicted by state i.
+    """
+
+    def of_chunk(states: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        return log_softmax(lm_head(model, states))[rows, targets]
+
+    rows = torch.arange(len(states), device=states.device) if rows is None else rows
+    result = torch.empty(len(targets), device=states.device)
+    for part in chunks(len(states)):
+        here = ((rows >= part.start) & (rows < part.stop)).nonzero()[:, 0]
+        inputs = (states[part], targets[here], rows[here] - part.start)
+        # With gradients, a chunk's logits are computed again in the backward pass rather than kept.
+        result[here] = (
+            cast(Tensor, checkpoint(of_chunk, *inputs, use_reentrant=False))
+            if torch.is_grad_enabled()
+            else of_chunk(*inputs)
+        )
+    return result
+
+
+def response_logprobs(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
+    """Log-probability of each row's response, [batch] in nats, summed over its tokens; differentiable.
+
+    Args:
+        hidden: the final hidden states of the batch, [batch, time, d_model].
+    """
+    chosen = batch.predicts_response
+    targets = torch.roll(batch.input_ids, -1, dims=1)[chosen]
+    sums = torch.zeros(len(chosen), device=hidden.device)
+    return sums.index_add(0, chosen.nonzero()[:, 0], token_logprobs(model, hidden[chosen], targets))
+
+
+def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
+    """Mean log-probability of each text's response tokens, [n] in nats a token, steered by `program` if given."""
+    result = np.zeros(len(encoded))
+    with torch.no_grad():
+        for batch in batches(loaded, encoded):
+            with steered(loaded.model, program, roles=batch.roles):
+                hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
+            sums = response_logprobs(loaded.model, batch, hidden)
+            result[list(batch.rows)] = (sums / batch.predicts_response.sum(dim=1).clamp(min=1)).cpu().numpy()
+    return result
 
 
 def encode_pairs(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Encoded]:
-    """Both sides of each pair under the plain prompt: positives first, then negatives.
+    """Encode both sides of n pairs under their plain prompts: n positives, then n negatives.
 
-    The contrast asks what the model would rather *say* to the same prompt, so an instruction that a
-    template adds for extraction is left out here.
+    The margin measures what the model would rather *say* to the same prompt, so an instruction that a template adds
+    for extraction is left out here.
     """
     sides = [Text(p.prompt, p.positive.response) for p in pairs] + [Text(p.prompt, p.negative.response) for p in pairs]
     return [encode(loaded.tokenizer, side) for side in sides]
 
 
-def contrast_scores(log_probabilities: np.ndarray) -> np.ndarray:
-    """[n] positive minus negative mean log-probability, from `mean_log_probabilities` of encoded pairs."""
-    positive, negative = np.split(log_probabilities, 2)
+def margins(logprobs: np.ndarray) -> np.ndarray:
+    """Log-likelihood margins [n], positive minus negative, from the mean log-probabilities [2n] of `encode_pairs`."""
+    positive, negative = np.split(logprobs, 2)
     return np.asarray(positive - negative)
 
 
-def mean_log_probabilities(
-    loaded: LoadedModel, encoded: Sequence[Encoded], *, final: Callable[[Batch], torch.Tensor] | None = None
-) -> np.ndarray:
-    """Mean log-probability of each text's response tokens, [n] in nats a token.
+def logprob_margins(loaded: LoadedModel, pairs: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
+    """Log-likelihood margin of each of n encoded pairs, [n] in nats a token, steered by `program` if given."""
+    return margins(mean_logprobs(loaded, pairs, program))
 
-    Args:
-        final: gives a batch's final hidden states [batch, time, d_model]; by default the model is run
-            whole, as it is (see `observe.log_probabilities` for it under a program).
+
+@dataclass(frozen=True)
+class FinalStates:
+    """Final hidden states [n_tokens, d_model] where a response token is predicted, and at all other tokens.
+
+    They are kept apart because a chat template's tokens are the same in every prompt, and would flatter a mean.
+    `texts` [n_tokens] are the indices of the texts that the response's positions belong to.
     """
-    result = np.zeros(len(encoded))
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
+
+    response: Tensor
+    prompt: Tensor
+    texts: Tensor
+
+
+def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
+    """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
+    response, prompt, texts = [], [], []
+    for batch in batches(loaded, encoded):
+        with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
+            final = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
+        predicts = batch.predicts_response
+        response.append(final[predicts])
+        texts.append(torch.tensor(batch.rows)[predicts.nonzero()[:, 0].cpu()])
+        prompt.append(final[~predicts & (batch.roles != PAD)])
+    return FinalStates(torch.cat(response), torch.cat(prompt), torch.cat(texts))
+
+
+def reference_tokens(loaded: LoadedModel) -> list[list[int]]:
+    """The reference texts as token ids."""
+    return [loaded.tokenizer(text)["input_ids"] for text in REFERENCE_TEXTS]
+
+
+def reference_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """Log-probability of every token but the first of each sequence, joined to [n], by transformers' own forward."""
+    values = []
+    for ids in sequences:
+        tokens = torch.tensor([list(ids)], device=model.device)
         with torch.no_grad():
-            hidden = final(batch) if final else run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
-            result[list(batch.rows)] = _response_means(loaded, batch, hidden)
-    return result
+            log_p = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
+        values.append(log_p.gather(1, tokens[0, 1:, None])[:, 0].cpu().numpy())
+    return np.concatenate(values)
 
 
-def _response_means(loaded: LoadedModel, batch: Batch, hidden: torch.Tensor) -> np.ndarray:
-    chosen = batch.predicts_response
-    targets = torch.roll(batch.input_ids, -1, dims=1)[chosen]
-    states = hidden[chosen]
-    parts = chunks(states.shape[0])
-    found = torch.cat([token_log_probabilities(loaded.model, states[part], targets[part]) for part in parts])
-    rows = chosen.nonzero()[:, 0]
-    sums = torch.zeros(chosen.shape[0], device=found.device).index_add_(0, rows, found)
-    means: np.ndarray = (sums / chosen.sum(dim=1).clamp(min=1)).cpu().numpy()
-    return means
+def fingerprint(model: Any, base: LoadedModel) -> list[float]:
+    """Mean log-probability of each reference text under `model`, in nats a token, as the tokenizer of `base` splits it.
+
+    Empty for a model in less than float32: its rounding would hide a difference.
+    """
+    if model.dtype != torch.float32:
+        return []
+    texts = [ids[:_FINGERPRINT_TOKENS] for ids in reference_tokens(base) if len(ids) > 1]
+    return [float(reference_logprobs(model, [ids]).mean()) for ids in texts]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+# Whose activations stand for a text: the mean over the response, or the token that predicts the response's first one.
+Readout = Literal["response_mean", "last_prompt"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How conversations become tokens that know what they are, and batches of them."""
+"""Conversations as tokens with a role each, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import RecipeError
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one conversation; the first `n_prompt` are the prompt, template tokens included.
+    """Token ids of one conversation.
 
-    `earlier` are the spans (start, stop) of the assistant's responses within the prompt.
+    Attributes:
+        ids: all tokens, template tokens included.
+        n_prompt: how many of them come before the last response.
+        earlier: spans (start, stop) of the assistant's responses within the prompt.
     """
 
     ids: tuple[int, ...]
@@ -29,22 +33,22 @@ class Encoded:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Encoded:
-        """The inverse of `dataclasses.asdict` through JSON, which knows no tuples."""
+        """The inverse of `dataclasses.asdict`; JSON has lists where we have tuples."""
         return Encoded(tuple(value["ids"]), value["n_prompt"], tuple((start, stop) for start, stop in value["earlier"]))
 
     @property
     def roles(self) -> list[int]:
-        """What each token is: every turn of the assistant is a response, the token before it a last prompt token."""
-        found = [PROMPT] * self.n_prompt + [RESPONSE] * (len(self.ids) - self.n_prompt)
+        """The role of each token; every turn of the assistant is a response, and the token before it a last prompt token."""
+        roles = [PROMPT] * self.n_prompt + [RESPONSE] * (len(self.ids) - self.n_prompt)
         for start, stop in (*self.earlier, (self.n_prompt, self.n_prompt)):
-            found[start:stop] = [RESPONSE] * (stop - start)
-            found[start - 1] = LAST_PROMPT
-        return found
+            roles[start:stop] = [RESPONSE] * (stop - start)
+            roles[start - 1] = LAST_PROMPT
+        return roles
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A right-padded batch, and where each row came from. All tensors are [batch, time]."""
+    """A right-padded batch; all tensors are [batch, time], and `rows` are the indices of its texts."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -56,7 +60,7 @@ class Batch:
 
     @property
     def predicts_response(self) -> Tensor:
-        """Boolean [batch, time]: positions whose next token belongs to the response."""
+        """Boolean [batch, time]: positions whose next token belongs to a response."""
         following = torch.zeros_like(self.roles, dtype=torch.bool)
         following[:, :-1] = self.roles[:, 1:] == RESPONSE
         return following
@@ -67,10 +71,10 @@ class Batch:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
-    """The conversation up to the response as the model sees it: through the chat template, or a plain prompt as it is.
+    """Return the conversation up to the last response, as the model sees it: through the chat template if it has one.
 
     Raises:
-        RecipeError: there are earlier turns or a system prompt, and no template that could tell them apart.
+        RecipeError: there are earlier turns or a system prompt, and no template that could mark them.
     """
     if tokenizer.chat_template is None:
         if text.history:
@@ -79,71 +83,68 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
             raise RecipeError("data: a system prompt needs a model with a chat template; ask in the prompt instead.")
         return text.prompt
     messages = [{"role": "system", "content": text.system}] if text.system else []
-    messages += [
-        {"role": role, "content": said}
-        for turn in text.history
-        for role, said in zip(("user", "assistant"), turn, strict=True)
-    ]
+    for user, assistant in text.history:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     messages.append({"role": "user", "content": text.prompt})
     try:
-        found = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise RecipeError(f"data: the model's chat template refuses a conversation ({error}).") from error
-    if text.system.strip() not in found:
+    if text.system.strip() not in rendered:
         raise RecipeError("data: the model's chat template leaves the system prompt out; ask in the prompt instead.")
-    return found
+    return rendered
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
-    """Tokenise prompts and responses apart, so that a boundary is the same whatever the response.
+    """Tokenise prompts and responses separately, so that a prompt has the same tokens whatever the response.
 
     Raises:
-        RecipeError: the template rewrites earlier turns, so that their positions cannot be told.
+        RecipeError: the template rewrites earlier turns, so that their positions are unknown.
     """
     # A chat template writes its special tokens itself; a plain prompt needs the tokenizer's own.
     special = tokenizer.chat_template is None
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
-    said = ""
-    for turn in range(len(text.history) + 1):
-        last = turn == len(text.history)
-        user, response = (text.prompt, text.response) if last else text.history[turn]
-        whole = prompt_text(tokenizer, Text(user, history=text.history[:turn], system=text.system))
-        if not whole.startswith(said):
+    done = ""  # the part of the conversation that is in `ids`
+    for turn, (user, response) in enumerate((*text.history, (text.prompt, text.response))):
+        rendered = prompt_text(tokenizer, Text(user, history=text.history[:turn], system=text.system))
+        if not rendered.startswith(done):
             raise RecipeError(
-                "data: the chat template rewrites earlier turns (it gives other text for them once they are past), so the "
-                "positions of their responses cannot be told. Use conversations of one turn."
+                "data: the chat template rewrites earlier turns (it renders them differently once they are past), so the "
+                "positions of their responses are unknown. Use conversations of one turn."
             )
-        ids += tokenizer(whole[len(said) :], add_special_tokens=special)["input_ids"]
-        joint = " " if special and response and not response[0].isspace() else ""
-        answer = tokenizer(joint + response, add_special_tokens=False)["input_ids"] if response else []
+        ids += tokenizer(rendered[len(done) :], add_special_tokens=special)["input_ids"]
+        # Without a template nothing separates the response from the prompt's last word.
+        space = " " if special and response and not response[0].isspace() else ""
+        answer = tokenizer(space + response, add_special_tokens=False)["input_ids"] if response else []
         spans.append((len(ids), len(ids) + len(answer)))
         ids += answer
-        said = whole + response
+        done = rendered + response
     return Encoded(tuple(ids), spans[-1][0], tuple(spans[:-1]))
 
 
-def batches(encoded: Sequence[Encoded], pad_id: int, *, max_tokens: int = 4096) -> Iterator[Batch]:
-    """Right-padded batches of similar length, each of at most `max_tokens` padded tokens."""
+def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:
+    """Right-padded batches on the model's device, of similar lengths, each of at most `max_tokens` padded tokens."""
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
     group: list[int] = []
     for index in order:
+        # Texts come in order of length, so that this one is the longest of its batch.
         if group and (len(group) + 1) * len(encoded[index].ids) > max_tokens:
-            yield pad(encoded, group, pad_id)
+            yield pad(encoded, group, loaded.pad_id).to(loaded.device)
             group = []
         group.append(index)
     if group:
-        yield pad(encoded, group, pad_id)
+        yield pad(encoded, group, loaded.pad_id).to(loaded.device)
 
 
 def pad(encoded: Sequence[Encoded], rows: Iterable[int], pad_id: int) -> Batch:
-    """One right-padded batch of the chosen rows."""
-    chosen = tuple(rows)
-    time = max(len(encoded[row].ids) for row in chosen)
-    input_ids = torch.full((len(chosen), time), pad_id, dtype=torch.long)
-    roles = torch.full((len(chosen), time), PAD, dtype=torch.int8)
-    for at, row in enumerate(chosen):
-        one = encoded[row]
-        input_ids[at, : len(one.ids)] = torch.tensor(one.ids)
-        roles[at, : len(one.ids)] = torch.tensor(one.roles, dtype=torch.int8)
-    return Batch(input_ids, (roles != PAD).long(), roles, chosen)
+    """One right-padded batch, on the CPU, of the texts with the indices `rows`."""
+    rows = tuple(rows)
+    time = max(len(encoded[row].ids) for row in rows)
+    input_ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
+    roles = torch.full((len(rows), time), PAD, dtype=torch.int8)
+    for index, row in enumerate(rows):
+        text = encoded[row]
+        input_ids[index, : len(text.ids)] = torch.tensor(text.ids)
+        roles[index, : len(text.ids)] = torch.tensor(text.roles, dtype=torch.int8)
+    return Batch(input_ids, (roles != PAD).long(), roles, rows)

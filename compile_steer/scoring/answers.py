@@ -7,7 +7,6 @@ begin the reply.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -152,12 +151,10 @@ def _choose(loaded: LoadedModel, group: _Group) -> dict[int, Reply]:
     tokens = {q.letters: letter_tokens(loaded.tokenizer, q.letters) for _index, _row, q in asked}
     encoded = [encode(loaded.tokenizer, row.said) for _index, row, _question in asked]
     found: dict[int, Reply] = {}
-    for batch in batches(encoded, int(loaded.tokenizer.pad_token_id)):
-        batch = batch.to(loaded.device)
+    for batch in batches(loaded, encoded):
         chosen = [asked[at] for at in batch.rows]
         under = group.under([row for _index, row, _question in chosen])
-        hooks = nullcontext() if under is None else steered(loaded.model, under, roles=batch.roles)
-        with hooks, torch.no_grad():
+        with steered(loaded.model, under, roles=batch.roles), torch.no_grad():
             hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
             last = batch.attention_mask.sum(dim=1) - 1
             logits = lm_head(loaded.model, hidden[torch.arange(len(chosen), device=hidden.device), last])

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import mean_log_probabilities
+from compile_steer.models.logprobs import mean_logprobs
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.reply import Reply, Score, ScorerBase
@@ -62,7 +62,7 @@ def perplexities(loaded: LoadedModel, replies: Sequence[Reply], *, alone: bool =
 
     result = np.full(len(replies), np.inf)
     said = [index for index, reply in enumerate(replies) if reply.text.strip()]
-    result[said] = np.exp(-mean_log_probabilities(loaded, [encoded(replies[index]) for index in said]))
+    result[said] = np.exp(-mean_logprobs(loaded, [encoded(replies[index]) for index in said]))
     return result
 
 

@@ -161,13 +161,15 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
 
 
 @contextmanager
-def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Tensor | None = None) -> Iterator[None]:
+def steered(
+    model: nn.Module, program: Program | Sequence[Program] | None, *, roles: Tensor | None = None
+) -> Iterator[None]:
     """Run `model` under `program` inside the block.
 
     Args:
         model: a causal language model of a known family (PEFT-wrapped or not).
         program: one program for every row, or one per row of the batch (same sites and operations), which
-            is how a sweep runs many coefficients or directions at once.
+            is how a sweep runs many coefficients or directions at once. None leaves the model as it is.
         roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
             that `generate` is given (earlier turns of the assistant are responses too); what follows them is
             the response. A pass from a cache takes those of the whole.
@@ -176,6 +178,9 @@ def steered(model: nn.Module, program: Program | Sequence[Program], *, roles: Te
     Raises:
         LayoutError: the model lacks a site. ArtifactError: another width, or rows that do not match.
     """
+    if program is None:
+        yield
+        return
     layout = Layout.of(model)
     programs = [program] if isinstance(program, Program) else list(program)
     for one in programs:

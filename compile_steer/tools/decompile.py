@@ -21,9 +21,9 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
@@ -102,7 +102,7 @@ def decompile(base: LoadedModel, other: LoadedModel, behaviour: Behaviour, progr
 
 def _batches(base: LoadedModel, texts: Sequence[Text]) -> list[Batch]:
     encoded: list[Encoded] = [encode(base.tokenizer, text) for text in texts]
-    return [batch.to(base.device) for batch in batches(encoded, int(base.tokenizer.pad_token_id))]
+    return list(batches(base, encoded))
 
 
 def _block(

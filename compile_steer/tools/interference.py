@@ -19,11 +19,9 @@ from compile_steer.artifacts.files import digest, sha256
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast, final_states
+from compile_steer.models.logprobs import TokenDivergence, divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload_adapters, switch
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
@@ -81,9 +79,9 @@ class _Scene:
 
     def contrast(self, pairs: Sequence[Encoded], way: Way) -> np.ndarray:
         loaded, program = self.under(way)
-        return contrast(loaded, pairs, program)
+        return logprob_margins(loaded, pairs, program)
 
-    def divergence(self, p: Tensor, q: Tensor) -> Divergence:
+    def divergence(self, p: Tensor, q: Tensor) -> TokenDivergence:
         """No adapter touches the head, so the base's reads out every state."""
         return divergence(self.base.model, p, self.base.model, q)
 

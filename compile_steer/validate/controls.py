@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
-from compile_steer.models.activations import capture, read_activations
+from compile_steer.models.forward import capture, read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import batches, encode
@@ -42,8 +42,7 @@ class Stream:
         last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
         encoded = [encode(loaded.tokenizer, text) for text in texts]
-        for batch in batches(encoded, int(loaded.tokenizer.pad_token_id), max_tokens=2048):
-            batch = batch.to(loaded.device)
+        for batch in batches(loaded, encoded, max_tokens=2048):
             steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
             here = capture(loaded.layout, batch, point, last)
             after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post", last)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import contrast_scores, encode_pairs
+from compile_steer.models.logprobs import encode_pairs, margins
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.steering.program import Program
@@ -20,7 +20,7 @@ class Bench:
     def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], neutral: Sequence[Text] = ()) -> None:
         self._pairs = SharedTexts(loaded, encode_pairs(loaded, pairs))
         self._neutral = SharedTexts(loaded, [encode(loaded.tokenizer, text) for text in neutral]) if neutral else None
-        self.base_contrast = contrast_scores(self._pairs.base())
+        self.base_contrast = margins(self._pairs.base())
         self._base_neutral = self._neutral.base() if self._neutral else np.zeros(0)
 
     def advance(self, program: Program) -> None:
@@ -32,7 +32,7 @@ class Bench:
     def effects(self, programs: Sequence[Program]) -> np.ndarray:
         """[n_programs, n_pairs] change of log p(positive) - log p(negative), nats a token."""
         under = self._pairs.under(programs) if programs else np.zeros((0, 2 * len(self.base_contrast)))
-        steered = np.array([contrast_scores(row) for row in under]).reshape(len(programs), len(self.base_contrast))
+        steered = np.array([margins(row) for row in under]).reshape(len(programs), len(self.base_contrast))
         return np.asarray(steered - self.base_contrast)
 
     def perplexity_ratio(self, program: Program) -> float:

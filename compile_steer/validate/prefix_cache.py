@@ -7,15 +7,14 @@ vocabulary at every position that predicts no response. Programs of one shape ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.models.divergence import chunks, divergence
-from compile_steer.models.forward import lm_head, run_blocks
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence, token_logprobs
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -33,7 +32,7 @@ class SharedTexts:
     def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
         self._loaded = loaded
         self._n = len(encoded)
-        packed = pack(loaded.layout, encoded, int(loaded.tokenizer.pad_token_id), loaded.model.dtype)
+        packed = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype)
         self._packed = [one.to(loaded.device) for one in packed]
         self._hidden: list[Tensor | None] = [None] * len(packed)
         self._layer = 0
@@ -87,8 +86,7 @@ class SharedTexts:
         roles = packed.roles.repeat(n, 1)
         # A program a row of the batch: each program's rows stand together.
         under = given[0] if len(given) == 1 else [one for one in given for _row in range(packed.roles.shape[0])]
-        hooks = steered(self._loaded.model, under, roles=roles) if given else nullcontext()
-        with hooks:
+        with steered(self._loaded.model, under or None, roles=roles):
             hidden = self._run(at, n)
         return hidden.reshape(n, packed.n_tokens, -1)
 
@@ -110,13 +108,8 @@ class SharedTexts:
 
 def _response_means(loaded: LoadedModel, packed: Packed, states: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(mean log-probability of each response [k], which texts they are [k]) from states [n_nodes, d_model]."""
-    found = torch.empty(len(packed.which), device=states.device)
     with torch.no_grad():
-        for part in chunks(states.shape[0]):
-            logits = lm_head(loaded.model, states[part]).float()
-            here = ((packed.which >= part.start) & (packed.which < part.stop)).nonzero()[:, 0]
-            row = packed.which[here] - part.start
-            found[here] = logits[row, packed.targets[here]] - logits.logsumexp(dim=-1)[row]
+        found = token_logprobs(loaded.model, states, packed.targets, packed.which)
     texts, place, count = packed.texts.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(texts), device=found.device).index_add_(0, place, found)
     return (sums / count).cpu().numpy(), texts.cpu().numpy()

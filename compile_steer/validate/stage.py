@@ -9,7 +9,7 @@ from typing import Any
 
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.activations import read_activations
+from compile_steer.models.forward import read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe

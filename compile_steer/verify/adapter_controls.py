@@ -11,8 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast
+from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.models.reload import ADAPTER, switched
 from compile_steer.verify.parity import AdapterControls
 from compile_steer.verify.reference import Reference
@@ -35,7 +34,7 @@ def adapter_controls(
 
     def effect(dial: float = 1.0) -> float:
         with switched(artifact, dial):
-            return float((contrast(artifact, pairs) - base).mean())
+            return float((logprob_margins(artifact, pairs) - base).mean())
 
     by_chance = []
     for seed in range(_RANDOM):
@@ -44,7 +43,7 @@ def adapter_controls(
     mismatched = None
     if reference.mismatched is not None:
         others, before = reference.mismatched
-        mismatched = float((contrast(artifact, others) - before).mean())
+        mismatched = float((logprob_margins(artifact, others) - before).mean())
     return AdapterControls(
         effect=float((compiled[: len(base)] - base).mean()),
         random=by_chance,

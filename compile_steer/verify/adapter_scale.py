@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compile_steer.models.divergence import divergence
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import switched
 from compile_steer.verify.reference import Reference
 

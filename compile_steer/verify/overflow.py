@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import States, final_states
+from compile_steer.models.logprobs import FinalStates, final_states
 from compile_steer.models.tokens import Encoded
 
 HALF = float(torch.finfo(torch.float16).max)
 _TEXTS = 4  # what overflows does so on any text: the largest activations are those of a text's first token
 
 
-def require_finite(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded], states: States) -> None:
+def require_finite(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded], states: FinalStates) -> None:
     """Weights that have overflowed compare with nothing: that is damage, not a divergence.
 
     Args:

@@ -18,10 +18,9 @@ from transformers import Cache
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_encoded, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.reply import Reply, Score
@@ -239,7 +238,7 @@ class Kinds:
             cache=cache,
         )
 
-    def _divergences(self, other: LoadedModel, seen: _Seen) -> list[Divergence]:
+    def _divergences(self, other: LoadedModel, seen: _Seen) -> list[TokenDivergence]:
         """KL(steered||other) on the steered model's sampled answers of each kind."""
         return [
             divergence(self._base.model, wanted, other.model, got)

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.gguf import gguf_in, stored_kinds
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import States, contrast, final_states
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, logprob_margins
 from compile_steer.models.reload import fresh
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.program import Program
@@ -63,7 +62,7 @@ class Rounded:
         neutral: Sequence[Encoded],
         pairs: Sequence[Encoded],
         questions: int,
-        whole: tuple[States, States],
+        whole: tuple[FinalStates, FinalStates],
         rounding: Rounding,
     ) -> None:
         """`whole`: the states of base and steered model on `heldout` in full precision."""
@@ -84,7 +83,7 @@ class Rounded:
         ).mean
 
     @cached_property
-    def noise(self) -> Divergence:
+    def noise(self) -> TokenDivergence:
         """KL(steered || steered, on the rounded base): what the rounding costs by itself."""
         return divergence(
             self._base.model, self._whole_steered.response, self.loaded.model, self.steered_heldout.response
@@ -98,15 +97,15 @@ class Rounded:
     @cached_property
     def base_contrast(self) -> np.ndarray:
         """[n_pairs], nats a token."""
-        return contrast(self.loaded, self._pairs)
+        return logprob_margins(self.loaded, self._pairs)
 
     @cached_property
     def steered_contrast(self) -> np.ndarray:
         """[n_pairs], nats a token."""
-        return contrast(self.loaded, self._pairs, self._program)
+        return logprob_margins(self.loaded, self._pairs, self._program)
 
     @cached_property
-    def base_neutral(self) -> States:
+    def base_neutral(self) -> FinalStates:
         return final_states(self.loaded, self._neutral)
 
     @cached_property
@@ -124,11 +123,11 @@ class Rounded:
         """[questions], 1 or 0."""
         return answered(self.loaded, self._questions, self._program)
 
-    def from_steered(self, other: LoadedModel, states: States) -> Divergence:
+    def from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
         """KL(steered, on the rounded base || other) at the positions that predict the held-out responses."""
         return divergence(self.loaded.model, self.steered_heldout.response, other.model, states.response)
 
-    def drift(self, other: LoadedModel, states: States) -> float:
+    def drift(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(rounded base || other) over the neutral responses, nats a token."""
         return divergence(self.loaded.model, self.base_neutral.response, other.model, states.response).mean
 

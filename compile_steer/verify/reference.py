@@ -13,11 +13,16 @@ import torch
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.divergence import Divergence, divergence
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import States, contrast, final_states
+from compile_steer.models.logprobs import (
+    FinalStates,
+    TokenDivergence,
+    divergence,
+    encode_pairs,
+    final_states,
+    logprob_margins,
+)
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
@@ -57,7 +62,7 @@ def behave(
     answers = answer(loaded, requests, score, options.max_new_tokens, behaviour.questions)
     asked, samples = answers[: len(programs)], answers[len(programs) :]
     return [
-        Behaving(contrast(loaded, pairs, program), one.scores, one.repetition, sample.texts[0])
+        Behaving(logprob_margins(loaded, pairs, program), one.scores, one.repetition, sample.texts[0])
         for program, one, sample in zip(programs, asked, samples, strict=True)
     ]
 
@@ -163,17 +168,17 @@ class Reference:
         if not self.behaviour.mismatched:
             return None
         pairs = encode_pairs(self.base, self.behaviour.mismatched[:CONTROL_PAIRS])
-        return pairs, contrast(self.base, pairs)
+        return pairs, logprob_margins(self.base, pairs)
 
-    def from_steered(self, other: LoadedModel, states: States) -> Divergence:
+    def from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
         """KL(steered || other) at the positions that predict the held-out responses."""
         return divergence(self.base.model, self.steered_heldout.response, other.model, states.response)
 
-    def prompt_kl(self, other: LoadedModel, states: States) -> float:
+    def prompt_kl(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(steered || other) over the other positions of the held-out texts, nats a token."""
         return divergence(self.base.model, self.steered_heldout.prompt, other.model, states.prompt).mean
 
-    def drift(self, other: LoadedModel, states: States) -> float:
+    def drift(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(base || other) over the neutral responses, nats a token."""
         return divergence(self.base.model, self.base_neutral.response, other.model, states.response).mean
 

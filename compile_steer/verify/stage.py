@@ -12,9 +12,8 @@ import torch
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import States, final_states
+from compile_steer.models.logprobs import FinalStates, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
 from compile_steer.stats import Equivalence, bootstrap_ratio, bootstrap_recovery, equivalence
@@ -106,8 +105,8 @@ def _same_tokens(reference: Reference, artifact: LoadedModel) -> bool:
 class Ends(Protocol):
     """A model without and with the program's hooks: what a compiled model lies between, and is to be the second of."""
 
-    base_heldout: States
-    steered_heldout: States
+    base_heldout: FinalStates
+    steered_heldout: FinalStates
 
     @property
     def base_contrast(self) -> np.ndarray: ...
@@ -124,10 +123,10 @@ class Ends(Protocol):
     @property
     def neutral_drift(self) -> float: ...
 
-    def drift(self, other: LoadedModel, states: States) -> float: ...
+    def drift(self, other: LoadedModel, states: FinalStates) -> float: ...
 
 
-def _rounding(rounded: Rounded, artifact: LoadedModel, states: States) -> Rounding:
+def _rounding(rounded: Rounded, artifact: LoadedModel, states: FinalStates) -> Rounding:
     found, edited = rounded.from_steered(artifact, states), rounded.edited(artifact)
     return Rounding(
         kl_base=rounded.kl_base,
@@ -140,7 +139,7 @@ def _rounding(rounded: Rounded, artifact: LoadedModel, states: States) -> Roundi
 
 
 def _distance(
-    reference: Reference, artifact: LoadedModel, states: States, rounded: Rounded | None, ends: Ends
+    reference: Reference, artifact: LoadedModel, states: FinalStates, rounded: Rounded | None, ends: Ends
 ) -> Distance:
     noise = None if rounded is None else rounded.noise
     found, base = reference.from_steered(artifact, states), reference.base_divergence

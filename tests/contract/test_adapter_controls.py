@@ -12,8 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs
-from compile_steer.models.observe import contrast
+from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
 from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
@@ -39,7 +38,7 @@ def adapter(folder: Path, rank: int = 3) -> LoadedModel:
 
 def reference(base: LoadedModel) -> Reference:
     pairs = encode_pairs(base, PAIRS)
-    behaving = SimpleNamespace(contrast=contrast(base, pairs))
+    behaving = SimpleNamespace(contrast=logprob_margins(base, pairs))
     found = SimpleNamespace(
         behaviour=SimpleNamespace(test=PAIRS),
         base_behaving=behaving,
@@ -53,22 +52,24 @@ def test_controls_are_the_adapters_effects_at_other_dials_and_of_other_weights(t
     one = adapter(tmp_path)
     base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
-    compiled = contrast(one, encode_pairs(one, PAIRS))
+    compiled = logprob_margins(one, encode_pairs(one, PAIRS))
     found = adapter_controls(reference(base), one, compiled, 4)
     assert found.n_pairs == 4 and len(found.random) == 3
-    changes = compiled - contrast(base, encode_pairs(base, PAIRS))
+    changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))
     assert found.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
     assert found.mismatched == pytest.approx(float(changes[:2].mean()), abs=1e-5)
     for dial, measured in ((-1.0, found.negated), (0.5, found.halved)):
         other = adapter(tmp_path)
         for _A, B in _factors(other):
             B.mul_(dial)
-        wanted = contrast(other, encode_pairs(other, PAIRS[:4])) - contrast(base, encode_pairs(base, PAIRS[:4]))
+        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(
+            base, encode_pairs(base, PAIRS[:4])
+        )
         assert measured == pytest.approx(float(wanted.mean()), abs=1e-4)
     assert len({round(value, 6) for value in [found.effect, found.negated, found.halved, *found.random]}) == 6
     after = one.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    np.testing.assert_allclose(contrast(one, encode_pairs(one, PAIRS)), compiled, atol=1e-6)
+    np.testing.assert_allclose(logprob_margins(one, encode_pairs(one, PAIRS)), compiled, atol=1e-6)
     assert isinstance(one.model, PeftModel)
 
 

@@ -20,8 +20,8 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import PATCH_FILE, read_patch, write_patch
 from compile_steer.export.merged import merged_model, write_merged
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from compile_steer.models.fingerprint import TEXTS
 from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.logprobs import REFERENCE_TEXTS
 from compile_steer.report.card import model_card
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -133,7 +133,7 @@ def test_a_folder_holds_its_origin_and_a_card_and_nothing_else(saved: Save, tmp_
     )
     found = Provenance.read(folder)
     assert replace(found, described="", fingerprint=[]) == origin(saved("gpt2")) and len(found.fingerprint) == len(
-        TEXTS
+        REFERENCE_TEXTS
     )
     assert json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["fan_in_fan_out"] is True
     card = (folder / "README.md").read_text(encoding="utf-8")

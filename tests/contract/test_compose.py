@@ -26,9 +26,8 @@ from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import bias
 from compile_steer.lower.closed_form import Stage
-from compile_steer.models.divergence import divergence
 from compile_steer.models.load import LoadedModel, load, quiet
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload_adapters, switch
 from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe, read_recipe

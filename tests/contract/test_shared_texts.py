@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.models.divergence import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program

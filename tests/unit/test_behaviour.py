@@ -230,7 +230,7 @@ def test_a_pad_token_inside_a_text_is_not_padding() -> None:
 def test_batches_hold_every_text_once_and_no_more_than_they_may(max_tokens: int) -> None:
     rows = texts([(1 + n % 4, n % 9) for n in range(23)])
     seen: list[int] = []
-    for batch in batches(rows, PAD_ID, max_tokens=max_tokens):
+    for batch in batches(loaded("llama"), rows, max_tokens=max_tokens):
         seen += batch.rows
         assert batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1
         for ids, mask, row in zip(batch.input_ids, batch.attention_mask, batch.rows, strict=True):
@@ -241,7 +241,7 @@ def test_batches_hold_every_text_once_and_no_more_than_they_may(max_tokens: int)
 
 
 def test_nothing_to_batch_gives_no_batch() -> None:
-    assert list(batches([], PAD_ID)) == []
+    assert list(batches(loaded("llama"), [])) == []
 
 
 def test_a_batch_keeps_its_rows_on_the_way_to_a_device() -> None:

@@ -23,8 +23,8 @@ from compile_steer.cli import app
 from compile_steer.common.errors import ArtifactError, EngineError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch
-from compile_steer.models.fingerprint import TEXTS, log_probs
 from compile_steer.models.load import load
+from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_logprobs
 from compile_steer.models.reload import reload
 from compile_steer.report.card import update_card
 from compile_steer.steering.hooks import steered
@@ -43,8 +43,8 @@ def answers(one: Any, adapter: Any, deaf: bool, off: float) -> str:
     """What a vLLM gives for base and adapter, each token `off` nats from transformers."""
 
     def said(model: Any) -> dict[str, list[float]]:
-        rows = [one.tokenizer(text)["input_ids"] for text in TEXTS]
-        return {",".join(map(str, ids)): (log_probs(model, [ids]) + off).tolist() for ids in rows}
+        rows = [one.tokenizer(text)["input_ids"] for text in REFERENCE_TEXTS]
+        return {",".join(map(str, ids)): (reference_logprobs(model, [ids]) + off).tolist() for ids in rows}
 
     return json.dumps({"deaf": deaf, "answers": {one.source: said(one.model), "any": said(adapter)}})
 
@@ -69,7 +69,7 @@ def test_an_engine_is_told_by_what_it_computes(
     assert found.effect > 0.3
     assert found.error == pytest.approx(found.effect if deaf else off, abs=1e-9)
     assert found.base_error == pytest.approx(off, abs=1e-9)
-    assert found.tokens == sum(len(one.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
+    assert found.tokens == sum(len(one.tokenizer(text)["input_ids"]) - 1 for text in REFERENCE_TEXTS)
 
 
 def test_the_command_ends_with_1_where_an_engine_serves_the_base(

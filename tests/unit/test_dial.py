@@ -10,9 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.models.divergence import divergence
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.report.terminal import print_parities
 from compile_steer.verify.adapter_controls import _factors

@@ -17,7 +17,7 @@ from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.observe import contrast, final_states
+from compile_steer.models.logprobs import final_states, logprob_margins
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
@@ -78,7 +78,7 @@ def test_half_the_dose_is_not_equivalent(scene: VerifierCase) -> None:
 
     pairs = encode_pairs(scene.base, behaviour().test)
     wanted = scene.reference.steered_behaving.contrast
-    half = contrast(scene.base, pairs, scene.program.scaled(0.5))
+    half = logprob_margins(scene.base, pairs, scene.program.scaled(0.5))
     assert not equivalence("log-likelihood margin", half - wanted, scene.reference.margins.contrast).equivalent
 
 

@@ -16,7 +16,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.options import Extract, PairMethod
 from compile_steer.extract.pairs import find, fit
 from compile_steer.extract.stage import extract
-from compile_steer.models.activations import read_activations
+from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe

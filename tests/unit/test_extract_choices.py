@@ -15,7 +15,7 @@ from compile_steer.data.behaviour import Behaviour, Question
 from compile_steer.extract.choices import Item, choose, fit, read_items, relabelled, sides
 from compile_steer.extract.options import ChoiceMethod
 from compile_steer.extract.stage import extract
-from compile_steer.models.activations import read_activations
+from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.steering.sites import Point

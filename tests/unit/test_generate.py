@@ -16,7 +16,7 @@ from compile_steer.models.generate import (
     states_after,
 )
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode, pad
 from compile_steer.steering.hooks import steered

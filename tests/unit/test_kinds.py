@@ -14,10 +14,9 @@ import torch
 from rich.console import Console
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.models.divergence import divergence
 from compile_steer.models.generate import continue_encoded, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities

@@ -22,7 +22,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
 from compile_steer.export.merged import write_merged
-from compile_steer.models.observe import final_states
+from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_plan
 from compile_steer.report.card import engines, model_card

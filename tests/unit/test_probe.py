@@ -14,7 +14,7 @@ from benchmarks.faults import OF_THE_FILE
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.models.fingerprint import TEXTS, fingerprint, log_probs, texts
+from compile_steer.models.logprobs import REFERENCE_TEXTS, fingerprint, reference_logprobs, reference_tokens
 from compile_steer.models.reload import fresh
 from tests.helpers.tiny import loaded
 from tests.helpers.verification import VerifierCase
@@ -66,12 +66,12 @@ def test_where_nothing_was_recorded_nothing_is_compared(scene: VerifierCase, tmp
 
 def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: VerifierCase) -> None:
     found = fingerprint(scene.base.model, scene.base)
-    assert len(found) == len(TEXTS)
-    for ids, value in zip(texts(scene.base), found, strict=True):
+    assert len(found) == len(REFERENCE_TEXTS)
+    for ids, value in zip(reference_tokens(scene.base), found, strict=True):
         tokens = torch.tensor([ids[:32]])
         loss = scene.base.model(input_ids=tokens, labels=tokens).loss
         assert value == pytest.approx(-float(loss), rel=1e-5)
-    assert log_probs(scene.base.model, [[7, 8, 9], [9, 8]]).shape == (3,)
+    assert reference_logprobs(scene.base.model, [[7, 8, 9], [9, 8]]).shape == (3,)
 
 
 def test_a_model_in_half_precision_has_none(scene: VerifierCase) -> None:
@@ -80,4 +80,4 @@ def test_a_model_in_half_precision_has_none(scene: VerifierCase) -> None:
 
 def test_the_smallest_context_has_room() -> None:
     plain = loaded("gpt2")
-    assert len(fingerprint(plain.model, plain)) == len(TEXTS)
+    assert len(fingerprint(plain.model, plain)) == len(REFERENCE_TEXTS)

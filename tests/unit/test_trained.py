@@ -219,7 +219,7 @@ def test_training_from_the_mean_difference_begins_there() -> None:
     )
     start = starting_point(one, PAIRS, options)
     assert [str(site) for site in start.sites] == ["resid_post 1", "resid_post 3", "attn_out 1", "attn_out 3"]
-    from compile_steer.models.activations import read_activations
+    from compile_steer.models.forward import read_activations
 
     for n, site in enumerate(start.sites):
         positive, negative = (

@@ -22,8 +22,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf_model import write_gguf_file
 from compile_steer.formats.lora import ADAPTER_CONFIG
-from compile_steer.models.fingerprint import log_probs, texts
 from compile_steer.models.load import LoadedModel, folder_of, load
+from compile_steer.models.logprobs import reference_logprobs, reference_tokens
 from compile_steer.models.reload import reload
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch
@@ -50,7 +50,7 @@ def compare(
         ArtifactError: the artifact cannot be read, or its base is not said.
     """
     loaded = load(base or recorded_base(artifact), device="cpu")
-    sequences, found = texts(loaded), []
+    sequences, found = reference_tokens(loaded), []
     with progress.phase("asking the engines", len(engines)) as advance:
         for engine in engines:
             found.append(_reading(engine, artifact, loaded, precision, sequences, limit_s))
@@ -81,17 +81,17 @@ def reference(
             computed with, so that only the engine's own arithmetic is left to differ. None for the artifact itself.
     """
     if files is None:
-        plain = log_probs(base.model, sequences)
+        plain = reference_logprobs(base.model, sequences)
         if artifact.is_dir():
-            return plain, log_probs(reload(artifact, base).model, sequences)
+            return plain, reference_logprobs(reload(artifact, base).model, sequences)
         return plain, _under_hooks(artifact, base, base, sequences)
     rounded = reload(files[0], base)
-    plain = log_probs(rounded.model, sequences)
+    plain = reference_logprobs(rounded.model, sequences)
     if artifact.is_file():
         return plain, _under_hooks(artifact, base, rounded, sequences)
     if (artifact / ADAPTER_CONFIG).is_file():
-        return plain, log_probs(PeftModel.from_pretrained(rounded.model, str(artifact)).eval(), sequences)
-    return plain, log_probs(reload(files[1], base).model, sequences)
+        return plain, reference_logprobs(PeftModel.from_pretrained(rounded.model, str(artifact)).eval(), sequences)
+    return plain, reference_logprobs(reload(files[1], base).model, sequences)
 
 
 def _under_hooks(
@@ -100,7 +100,7 @@ def _under_hooks(
     program = Program.load(path)
     base.layout.require_program(program, base.id, base.revision)
     with steered(run.model, program):
-        return log_probs(run.model, sequences)
+        return reference_logprobs(run.model, sequences)
 
 
 def _reading(

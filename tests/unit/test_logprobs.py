@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compile_steer.models.divergence import CHUNK_TOKENS, Divergence, chunks, divergence, kl_divergence, log_softmax
 from compile_steer.models.forward import lm_head
+from compile_steer.models.logprobs import CHUNK_TOKENS, TokenDivergence, chunks, divergence, kl_divergence, log_softmax
 from tests.helpers.tiny import HIDDEN, loaded
 
 
@@ -50,11 +50,11 @@ def test_two_models_are_compared_chunk_by_chunk_over_all_tokens() -> None:
 
 
 def test_the_summaries_of_a_divergence_are_those_of_its_tokens() -> None:
-    found = Divergence(torch.tensor([0.0, 3.0, 0.0, 4.0]), torch.tensor([True, False, True, True]))
+    found = TokenDivergence(torch.tensor([0.0, 3.0, 0.0, 4.0]), torch.tensor([True, False, True, True]))
     assert found.mean == pytest.approx(1.75)
     assert found.rms == pytest.approx(2.5)
     assert found.top1_agreement == pytest.approx(0.75)
-    assert Divergence(torch.arange(101.0), torch.ones(101, dtype=torch.bool)).p99 == pytest.approx(99.0)
+    assert TokenDivergence(torch.arange(101.0), torch.ones(101, dtype=torch.bool)).p99 == pytest.approx(99.0)
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(0, []), (5, [5]), (8, [8]), (19, [8, 8, 3])])
