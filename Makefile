@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test check lint types imports bench model golden clean engines verify-engines
+.PHONY: demo test check lint types imports docs house bench model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -20,7 +20,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --durations=12 --numprocesses=2 --dist=worksteal $(REAL) tests/unit tests/contract tests/property
 
-check: lint types imports test
+check: lint types imports docs test
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -31,6 +31,14 @@ types: $(VENV)/.ready
 
 imports: $(VENV)/.ready
 	$(BIN)/lint-imports
+
+# The documentation site, in build/site: a broken link, or a docstring that names what is not there, is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The structure of the package in numbers, written into docs/ARCHITECTURE.md.
+house: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.house
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
