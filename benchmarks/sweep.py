@@ -31,7 +31,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.options import Validate
-from compile_steer.validate.report import Cell
+from compile_steer.validate.report import GridPoint
 from compile_steer.validate.sweep import measure_layers, search_layers
 
 LAYERS = tuple(range(1, 30, 3))
@@ -104,9 +104,9 @@ def ours(run: Run, directions: Directions, options: Validate, margin: float) -> 
 
     def step(layer: int) -> Scores:
         return {
-            (cell.layer, cell.coefficient): (cell.contrast, cell.perplexity_ratio)
+            (cell.layer, cell.coefficient): (cell.margin, cell.perplexity_ratio)
             for cell in _measured(bench, directions, options, [layer], margin)
-            if cell.contrast is not None and cell.perplexity_ratio is not None
+            if cell.margin is not None and cell.perplexity_ratio is not None
         }
 
     return step
@@ -119,7 +119,7 @@ def _bench(run: Run, options: Validate) -> Bench:
 
 def _measured(
     bench: Bench, directions: Directions, options: Validate, layers: Sequence[int], margin: float = 1.1
-) -> list[Cell]:
+) -> list[GridPoint]:
     def make(layer: int, coefficient: float) -> Program:
         return directions.program(layer, coefficient, options.positions)
 
@@ -209,10 +209,10 @@ def search_table(run: Run, directions: Directions, options: Validate) -> list[st
     return lines
 
 
-def _best(name: str, cells: Sequence[Cell], seconds: float) -> str:
-    coherent = [c for c in cells if c.contrast is not None and (c.perplexity_ratio or math.inf) <= CEILING]
-    best = max(coherent, key=lambda cell: cell.contrast or 0.0)
-    return f"| {name} | {best.layer} | {best.coefficient:g} | {best.contrast:+.3f} | {seconds:.0f} |"
+def _best(name: str, cells: Sequence[GridPoint], seconds: float) -> str:
+    coherent = [c for c in cells if c.margin is not None and (c.perplexity_ratio or math.inf) <= CEILING]
+    best = max(coherent, key=lambda cell: cell.margin or 0.0)
+    return f"| {name} | {best.layer} | {best.coefficient:g} | {best.margin:+.3f} | {seconds:.0f} |"
 
 
 def _cost(run: Run, directions: Directions, options: Validate) -> list[str]:

@@ -38,23 +38,23 @@ def write_page(
         choices=choices,
         report=report,
         parities=parities,
-        charts=[_sweep_chart(report), _control_chart(report), _dose_chart(report)],
+        charts=[_sweep_chart(report), _control_chart(report), _coefficient_chart(report)],
         training=_loss_chart(curves) if curves else "",
     )
     save_text(path, page)
 
 
 def _sweep_chart(report: ValidationReport) -> str:
-    """Contrast and perplexity over the coefficient, a line a layer: the dose and its price."""
+    """Log-likelihood margin and perplexity over the coefficient, one line per layer."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for layer in sorted({cell.layer for cell in report.sweep}):
-        cells = sorted((c for c in report.sweep if c.layer == layer and not c.skipped), key=lambda c: c.coefficient)
-        doses = [c.coefficient for c in cells]
-        left.plot(doses, [c.contrast for c in cells], marker="o", label=block_name(layer))
-        right.plot(doses, [c.perplexity_ratio for c in cells], marker="o")
-    left.set(xlabel="coefficient", ylabel="contrast, nats/token")
-    right.set(xlabel="coefficient", ylabel="neutral perplexity, x base")
+    for layer in sorted({point.layer for point in report.grid}):
+        points = sorted((p for p in report.grid if p.layer == layer and not p.skipped), key=lambda p: p.coefficient)
+        coefficients = [p.coefficient for p in points]
+        left.plot(coefficients, [p.margin for p in points], marker="o", label=block_name(layer))
+        right.plot(coefficients, [p.perplexity_ratio for p in points], marker="o")
+    left.set(xlabel="coefficient", ylabel="margin, nats/token")
+    right.set(xlabel="coefficient", ylabel="perplexity of control text, x base")
     left.legend(title="block", fontsize=7, title_fontsize=7)
     return _svg(figure)
 
@@ -66,8 +66,8 @@ def _control_chart(report: ValidationReport) -> str:
     axes = figure.subplots()
     groups = {
         "random": c.random,
-        c.kind.removeprefix("from "): c.shuffled,
-        "another behaviour": [] if c.mismatched is None else [c.mismatched],
+        c.shuffled_kind.removeprefix("from "): c.shuffled,
+        "another behaviour": [] if c.other_behaviour is None else [c.other_behaviour],
         "opposite sign": [c.opposite],
         "this direction": [c.effect],
     }
@@ -79,22 +79,26 @@ def _control_chart(report: ValidationReport) -> str:
     return _svg(figure)
 
 
-def _dose_chart(report: ValidationReport) -> str:
-    """What the dial does at the chosen layer: contrast, neutral perplexity and score, and where the wall is."""
-    found = report.doses
+def _coefficient_chart(report: ValidationReport) -> str:
+    """Margin, perplexity and score of the chosen layer over the coefficient; red where perplexity crosses its limit."""
+    sweep = report.coefficient_sweep
     figure = Figure(figsize=(8, 2.4), layout="constrained")
     panels = figure.subplots(1, 3)
-    doses = [dose.coefficient for dose in found.doses]
-    for axes, (what, label) in zip(
+    coefficients = [point.coefficient for point in sweep.points]
+    for axes, (name, label) in zip(
         panels,
-        (("contrast", "contrast, nats/token"), ("perplexity_ratio", "neutral perplexity, x base"), ("score", "score")),
+        (
+            ("margin", "margin, nats/token"),
+            ("perplexity_ratio", "perplexity of control text, x base"),
+            ("score", "score"),
+        ),
         strict=True,
     ):
-        axes.plot(doses, [getattr(dose, what) for dose in found.doses], marker="o", markersize=3)
+        axes.plot(coefficients, [getattr(point, name) for point in sweep.points], marker="o", markersize=3)
         axes.axvline(report.coefficient, color="green", linewidth=0.8)
-        for wall in (found.negative_wall, found.wall):
-            if wall is not None:
-                axes.axvline(wall, color="red", linewidth=0.8, linestyle=":")
+        for crossing in (sweep.negative_crossing, sweep.crossing):
+            if crossing is not None:
+                axes.axvline(crossing, color="red", linewidth=0.8, linestyle=":")
         axes.set(xlabel="coefficient", ylabel=label)
     panels[1].set_yscale("log")
     return _svg(figure)

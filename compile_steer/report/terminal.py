@@ -20,17 +20,17 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 def print_validation(console: Console, report: ValidationReport) -> None:
     """The sweep and the verdict with its reasons."""
     table = Table(title="Sweep on validation data", title_justify="left")
-    for heading in ("layer", "coefficient", "contrast, nats/token", "perplexity", "score", "repetition"):
+    for heading in ("layer", "coefficient", "margin, nats/token", "perplexity", "score", "repetition"):
         table.add_column(heading, justify="right")
-    for cell in report.sweep:
-        chosen = (cell.layer, cell.coefficient) == (report.layer, report.coefficient)
+    for point in report.grid:
+        chosen = (point.layer, point.coefficient) == (report.layer, report.coefficient)
         table.add_row(
-            block_name(cell.layer),
-            f"{cell.coefficient:.3g}",
-            "skipped" if cell.contrast is None else f"{cell.contrast:+.3f}",
-            "" if cell.perplexity_ratio is None else f"x{cell.perplexity_ratio:.2f}",
-            "" if cell.score is None else f"{cell.score:.2f}",
-            "" if cell.repetition is None else f"{cell.repetition:.2f}",
+            block_name(point.layer),
+            f"{point.coefficient:.3g}",
+            "skipped" if point.margin is None else f"{point.margin:+.3f}",
+            "" if point.perplexity_ratio is None else f"x{point.perplexity_ratio:.2f}",
+            "" if point.score is None else f"{point.score:.2f}",
+            "" if point.repetition is None else f"{point.repetition:.2f}",
             style="bold green" if chosen else "",
         )
     console.print(table)
@@ -44,7 +44,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(
         f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
-        f"dose {report.coherence.relative_dose:.2f} of the stream's norm"
+        f"strength {report.coherence.strength:.2f} of the stream's norm"
     )
 
 

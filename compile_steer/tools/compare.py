@@ -80,8 +80,8 @@ def of_reports(old: Path, new: Path) -> float:
     one, other = ValidationReport.load(old), ValidationReport.load(new)
     if (one.layer, one.verdict) != (other.layer, other.verdict):
         return math.inf
-    size = max(abs(one.contrast.value), one.contrast.high - one.contrast.low)
-    difference = abs(one.contrast.value - other.contrast.value)
+    size = max(abs(one.margin.value), one.margin.high - one.margin.low)
+    difference = abs(one.margin.value - other.margin.value)
     return 0.0 if difference == 0.0 else difference / size
 
 

@@ -19,7 +19,7 @@ from compile_steer.scoring.reply import Score
 from compile_steer.stats import bootstrap_mean, sign_flip
 from compile_steer.steering.program import Program
 from compile_steer.validate.options import Validate
-from compile_steer.validate.report import DoseResponse, Scores
+from compile_steer.validate.report import CoefficientSweep, Scores
 from compile_steer.validate.strengths import Dosed, response
 
 
@@ -34,7 +34,7 @@ class Arms:
     instructed: Answers | None
     few_shot: Answers | None
     samples: dict[str, str]
-    doses: DoseResponse
+    doses: CoefficientSweep
 
     def scores(self, seed: int) -> Scores:
         def over(other: Answers | None) -> Any:

@@ -61,7 +61,7 @@ class Stream:
         target = 0.0 if intervention.projection is None else intervention.projection
         return target - float(self.means[intervention.site.layer] @ intervention.vector)
 
-    def relative_dose(self, program: Program) -> float:
+    def strength(self, program: Program) -> float:
         """The largest mean displacement of any site, over the median norm of the stream after its block."""
         return max(
             abs(i.coefficient * self.shift(i)) / float(self.norms[i.site.changes_from]) for i in program.interventions
@@ -117,7 +117,7 @@ def measure_controls(
         random=by_chance,
         shuffled=by_label,
         opposite=opposite,
-        mismatched=other[0] if other else None,
+        other_behaviour=other[0] if other else None,
         p_value=rank_p(effect, by_chance),
         p_random=outlier_p(effect, by_chance),
         p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,

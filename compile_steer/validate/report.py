@@ -21,10 +21,10 @@ def block_name(layer: int) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """One layer and coefficient of the sweep, on validation data.
 
-    `contrast` is the mean change of (log p(positive) - log p(negative)), nats a token, with its one-sided sign-flip
+    `margin` is the mean change of (log p(positive) - log p(negative)), nats a token, with its one-sided sign-flip
     p-value and Benjamini-Hochberg q-value over the sweep; `score` and `repetition` are None where the cell was not
     answered in full, and what was not measured at all is `skipped`, with the reason. `evaluations` is how many a
     solver took to find the coefficient.
@@ -32,7 +32,7 @@ class Cell:
 
     layer: int
     coefficient: float
-    contrast: float | None = None
+    margin: float | None = None
     perplexity_ratio: float | None = None
     p_value: float | None = None
     q_value: float | None = None
@@ -47,19 +47,19 @@ class Controls:
     """Effects of other directions at the same dose, on the same test pairs as `effect`.
 
     `p_value` is the effect's rank among the random directions'; `p_random` and `p_shuffled` are how likely one more
-    such direction has an effect as large (see `stats.outlier_p`). `mismatched` is another behaviour's direction.
-    `kind` is what the directions of `shuffled` are made from, in words.
+    such direction has an effect as large (see `stats.outlier_p`). `other_behaviour` is another behaviour's direction.
+    `shuffled_kind` is what the directions of `shuffled` are made from, in words.
     """
 
     effect: float
     random: list[float]
     shuffled: list[float]
     opposite: float
-    mismatched: float | None
+    other_behaviour: float | None
     p_value: float
     p_random: float
     p_shuffled: float | None
-    kind: str = FROM_LABELS
+    shuffled_kind: str = FROM_LABELS
 
 
 @dataclass(frozen=True)
@@ -102,49 +102,54 @@ class Coherence:
     repetition_steered: float
     ended_base: float
     ended_steered: float
-    relative_dose: float
+    strength: float
 
 
 @dataclass(frozen=True)
-class Dose:
+class SweepPoint:
     """The chosen layer at another coefficient, on test pairs, neutral texts and test prompts."""
 
     coefficient: float
-    contrast: float
+    margin: float
     perplexity_ratio: float
     score: float
     repetition: float
 
 
 @dataclass(frozen=True)
-class DoseResponse:
-    """Doses in the order of their coefficients; the walls are where the neutral perplexity crosses the ceiling."""
+class CoefficientSweep:
+    """The chosen layer at several coefficients, in ascending order.
 
-    doses: list[Dose]
-    ceiling: float
-    wall: float | None
-    negative_wall: float | None
+    `crossing` and `negative_crossing` are the coefficients where the perplexity ratio crosses `perplexity_limit`; None
+    where it does not.
+    """
+
+    points: list[SweepPoint]
+    perplexity_limit: float
+    crossing: float | None
+    negative_crossing: float | None
 
 
 @dataclass(frozen=True)
 class ValidationReport:
     """Everything measured on validation (the sweep) and once on test (the rest)."""
 
+    kind: Literal["validation report"] = field(default="validation report", kw_only=True)
     name: str
     layer: int
     coefficient: float
-    sweep: list[Cell]
-    search: list[Rung]
+    grid: list[GridPoint]
+    layer_search: list[Rung]
     power: list[PowerAnalysis]
-    contrast: Interval
-    p_contrast: float
+    margin: Interval
+    p_margin: float
     scores: Scores
     controls: Controls
     separability: Separability
     steerability: float
     wrong_way: float
     coherence: Coherence
-    doses: DoseResponse
+    coefficient_sweep: CoefficientSweep
     samples: dict[str, str]
     program_hash: str
     inputs: str

@@ -87,10 +87,10 @@ def climb(holds: Callable[[float], bool], ordered: Sequence[float], near: float)
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of the search: on so many pairs, each layer's contrast at its largest coherent coefficient."""
+    """One rung of the search: on so many pairs, each layer's margin at its largest coherent coefficient."""
 
     pairs: int
-    contrasts: dict[int, float]
+    margins: dict[int, float]
 
 
 def halve(
@@ -108,9 +108,9 @@ def halve(
     """
     left, rungs = list(layers), []
     while len(left) > keep:
-        contrasts = measure(min(pairs, most_pairs), left)
-        rungs.append(Rung(min(pairs, most_pairs), contrasts))
+        margins = measure(min(pairs, most_pairs), left)
+        rungs.append(Rung(min(pairs, most_pairs), margins))
         half = max(keep, math.ceil(len(left) / 2))
-        left = sorted(sorted(left, key=lambda layer: -contrasts[layer])[:half])
+        left = sorted(sorted(left, key=lambda layer: -margins[layer])[:half])
         pairs *= 2
     return left, rungs

@@ -22,7 +22,7 @@ from compile_steer.steering.program import Program
 from compile_steer.validate.conditions import answer_arms, pair_rows
 from compile_steer.validate.controls import Stream, measure_controls, mismatched_directions, separability
 from compile_steer.validate.evaluator import Bench
-from compile_steer.validate.report import Cell, Coherence, Controls, Separability, ValidationReport
+from compile_steer.validate.report import Coherence, Controls, GridPoint, Separability, ValidationReport
 from compile_steer.validate.strengths import dose_response
 from compile_steer.validate.sweep import Sweep, candidates, sweep
 from compile_steer.validate.verdict import judge, remarks
@@ -158,11 +158,11 @@ def _measure(
         name=recipe.name,
         layer=best.layer,
         coefficient=best.coefficient,
-        sweep=swept.cells,
-        search=swept.rungs,
+        grid=swept.cells,
+        layer_search=swept.rungs,
         power=powers,
-        contrast=bootstrap_mean(change, seed=recipe.seed),
-        p_contrast=sign_flip(change, recipe.seed),
+        margin=bootstrap_mean(change, seed=recipe.seed),
+        p_margin=sign_flip(change, recipe.seed),
         scores=arms.scores(recipe.seed),
         controls=controls,
         separability=_separability(run, best.layer),
@@ -174,9 +174,9 @@ def _measure(
             repetition_steered=float(arms.steered.repetition.mean()),
             ended_base=float(arms.base.ended.mean()),
             ended_steered=float(arms.steered.ended.mean()),
-            relative_dose=stream.relative_dose(program),
+            strength=stream.strength(program),
         ),
-        doses=arms.doses,
+        coefficient_sweep=arms.doses,
         samples=arms.samples,
         program_hash="",
         inputs="",
@@ -187,7 +187,7 @@ def _measure(
 
 
 def _controls(
-    run: Validation, bench: Bench, best: Cell, program: Program, stream: Stream, random: list[Program]
+    run: Validation, bench: Bench, best: GridPoint, program: Program, stream: Stream, random: list[Program]
 ) -> Controls:
     def instead(directions: Directions) -> Program:
         return run.make(best.layer, best.coefficient, directions)
@@ -199,7 +199,7 @@ def _controls(
     total = 2 + len(random) + len(shuffled) + (mismatched is not None)
     with run.progress.phase("test: control directions", total) as advance:
         found = measure_controls(bench, program, random, shuffled, mismatched, advance)
-    return replace(found, kind=run.directions.controls)
+    return replace(found, shuffled_kind=run.directions.controls)
 
 
 def _separability(run: Validation, layer: int) -> Separability:

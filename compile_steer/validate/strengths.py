@@ -1,4 +1,4 @@
-"""Dose-response: what the dial does at the chosen layer, up to and past the wall where the text falls apart."""
+"""SweepPoint-response: what the dial does at the chosen layer, up to and past the wall where the text falls apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from compile_steer.steering.program import Program
 from compile_steer.validate.evaluator import Bench
-from compile_steer.validate.report import Dose, DoseResponse
+from compile_steer.validate.report import CoefficientSweep, SweepPoint
 
 MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Once the perplexity ratio's logarithm is beyond the ceiling's by this factor, larger doses show nothing more.
@@ -53,21 +53,21 @@ def response(
     repetition: Sequence[float],
     base: tuple[float, float],
     ceiling: float,
-) -> DoseResponse:
+) -> CoefficientSweep:
     """Doses with their scores, the base at 0 among them, and the walls.
 
     Args:
         base: the base's own score and repetition on the same prompts.
     """
     found = [
-        Dose(one.coefficient, one.contrast, one.perplexity_ratio, score, repeats)
+        SweepPoint(one.coefficient, one.contrast, one.perplexity_ratio, score, repeats)
         for one, score, repeats in zip(doses, scores, repetition, strict=True)
     ]
-    found = sorted([*found, Dose(0.0, 0.0, 1.0, *base)], key=lambda dose: dose.coefficient)
-    return DoseResponse(found, ceiling, _wall(found, 1.0, ceiling), _wall(found, -1.0, ceiling))
+    found = sorted([*found, SweepPoint(0.0, 0.0, 1.0, *base)], key=lambda dose: dose.coefficient)
+    return CoefficientSweep(found, ceiling, _wall(found, 1.0, ceiling), _wall(found, -1.0, ceiling))
 
 
-def _wall(doses: Sequence[Dose], sign: float, ceiling: float) -> float | None:
+def _wall(doses: Sequence[SweepPoint], sign: float, ceiling: float) -> float | None:
     """The coefficient of that sign where log perplexity ratio first crosses the ceiling's, by linear interpolation."""
     side = sorted((d for d in doses if d.coefficient * sign >= 0), key=lambda d: abs(d.coefficient))
     for low, high in pairwise(side):

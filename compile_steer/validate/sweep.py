@@ -19,7 +19,7 @@ from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validate.evaluator import Bench
 from compile_steer.validate.options import Target, Validate
-from compile_steer.validate.report import Cell, block_name
+from compile_steer.validate.report import GridPoint, block_name
 from compile_steer.validate.search import Rung, climb, halve, solve
 
 MakeProgram = Callable[[int, float], Program]
@@ -34,8 +34,8 @@ _LAST_LAYERS = 4
 class Sweep:
     """Every cell, the chosen one, per-pair effects of the chosen layer by coefficient, and the layer search."""
 
-    cells: list[Cell]
-    best: Cell
+    cells: list[GridPoint]
+    best: GridPoint
     effects: dict[float, np.ndarray]
     rungs: list[Rung]
 
@@ -132,9 +132,9 @@ def measure_layers(
     make: MakeProgram,
     progress: Progress,
     margin: float = STOP_MARGIN,
-) -> tuple[list[Cell], dict[tuple[int, float], np.ndarray]]:
+) -> tuple[list[GridPoint], dict[tuple[int, float], np.ndarray]]:
     """The cells of every layer, and the effects [n_pairs] of those that were measured; skipped ones say why."""
-    cells: list[Cell] = []
+    cells: list[GridPoint] = []
     effects: dict[tuple[int, float], np.ndarray] = {}
     start = 1.0
     with progress.phase("sweep: log-probability contrast", len(layers)) as advance:
@@ -150,30 +150,32 @@ def measure_layers(
             by = {cell.coefficient: row for cell, row in zip(kept, found, strict=True)}
             effects |= {(layer, c): row for c, row in by.items()}
             cells += [
-                cell if cell.skipped else replace(cell, contrast=float(by[cell.coefficient].mean())) for cell in mine
+                cell if cell.skipped else replace(cell, margin=float(by[cell.coefficient].mean())) for cell in mine
             ]
             advance(1)
     return cells, effects
 
 
-def graded(bench: Bench, coefficients: Sequence[float], layer: int, make: MakeProgram, ceiling: float) -> list[Cell]:
+def graded(
+    bench: Bench, coefficients: Sequence[float], layer: int, make: MakeProgram, ceiling: float
+) -> list[GridPoint]:
     """A layer's cells with their neutral perplexity, each sign in the order of size; past `ceiling` none is run."""
-    found: dict[float, Cell] = {}
+    found: dict[float, GridPoint] = {}
     for sign in (1.0, -1.0):
-        beyond: Cell | None = None
+        beyond: GridPoint | None = None
         for c in sorted((c for c in coefficients if c * sign > 0), key=abs):
             if beyond is not None:
                 reason = f"coefficient {beyond.coefficient:g} of this layer is beyond the ceiling already"
-                found[c] = Cell(layer, c, skipped=reason)
+                found[c] = GridPoint(layer, c, skipped=reason)
                 continue
             ratio = bench.perplexity_ratio(make(layer, c))
-            found[c] = Cell(layer, c, perplexity_ratio=ratio)
+            found[c] = GridPoint(layer, c, perplexity_ratio=ratio)
             if not ratio <= ceiling:
                 found[c] = beyond = replace(found[c], skipped=f"neutral perplexity x{ratio:.2f}, beyond x{ceiling:.2f}")
     return [found[c] for c in dict.fromkeys(coefficients)]
 
 
-def _solved(bench: Bench, target: Target, layer: int, make: MakeProgram, start: float) -> Cell:
+def _solved(bench: Bench, target: Target, layer: int, make: MakeProgram, start: float) -> GridPoint:
     """The layer's one cell, at the coefficient that a solver finds."""
 
     def log_ratio(c: float) -> float:
@@ -188,9 +190,9 @@ def _solved(bench: Bench, target: Target, layer: int, make: MakeProgram, start: 
     tried = len(found.evaluations)
     if found.coefficient is None:
         largest = max(found.evaluations)
-        return Cell(layer, largest, skipped=f"no coefficient of {tried} up to {largest:.3g} reaches {words}")
+        return GridPoint(layer, largest, skipped=f"no coefficient of {tried} up to {largest:.3g} reaches {words}")
     ratio = bench.perplexity_ratio(make(layer, found.coefficient))
-    return Cell(layer, found.coefficient, perplexity_ratio=ratio, evaluations=tried)
+    return GridPoint(layer, found.coefficient, perplexity_ratio=ratio, evaluations=tried)
 
 
 def search_layers(
@@ -241,7 +243,7 @@ def _largest(bench: Bench, options: Validate, layer: int, make: MakeProgram, nea
     return found
 
 
-def _corrected(cells: Sequence[Cell], effects: dict[tuple[int, float], np.ndarray], seed: int) -> list[Cell]:
+def _corrected(cells: Sequence[GridPoint], effects: dict[tuple[int, float], np.ndarray], seed: int) -> list[GridPoint]:
     """Add each measured cell's sign-flip p-value and its q-value over the whole sweep."""
     p_values = {at: sign_flip(found, seed) for at, found in effects.items()}
     q_values = dict(zip(p_values, false_discovery_rates(list(p_values.values())), strict=True))
@@ -258,18 +260,18 @@ def _answer_best_layers(
     behaviour: Behaviour,
     options: Validate,
     make: MakeProgram,
-    cells: Sequence[Cell],
+    cells: Sequence[GridPoint],
     score: Score,
     progress: Progress,
-) -> list[Cell]:
+) -> list[GridPoint]:
     """Add the generation score to the coherent cells of the layers with the strongest contrast."""
     coherent = [cell for cell in cells if not cell.skipped and _ratio(cell) <= options.max_perplexity_ratio]
     strongest: dict[int, float] = {}
     for cell in coherent:
-        strongest[cell.layer] = max(cell.contrast or 0.0, strongest.get(cell.layer, -np.inf))
+        strongest[cell.layer] = max(cell.margin or 0.0, strongest.get(cell.layer, -np.inf))
     layers = sorted(strongest, key=lambda layer: -strongest[layer])[: options.sweep_layers]
     prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
-    answered: dict[tuple[int, float], Cell] = {}
+    answered: dict[tuple[int, float], GridPoint] = {}
     with progress.phase("sweep: answers of the best layers", len(layers)) as advance:
         for layer in layers:
             mine = [cell for cell in coherent if cell.layer == layer]
@@ -283,14 +285,14 @@ def _answer_best_layers(
     return [answered.get((cell.layer, cell.coefficient), cell) for cell in cells]
 
 
-def _ratio(cell: Cell) -> float:
+def _ratio(cell: GridPoint) -> float:
     return math.inf if cell.perplexity_ratio is None else cell.perplexity_ratio
 
 
-def _choose(cells: Sequence[Cell], options: Validate) -> Cell:
+def _choose(cells: Sequence[GridPoint], options: Validate) -> GridPoint:
     coherent = [cell for cell in cells if cell.repetition is not None and cell.repetition <= options.max_repetition]
     if coherent:
-        return max(coherent, key=lambda cell: (cell.score or 0.0, cell.contrast or 0.0))
+        return max(coherent, key=lambda cell: (cell.score or 0.0, cell.margin or 0.0))
     least = min(cells, key=_ratio)
     if least.perplexity_ratio is None:
         raise RecipeError(

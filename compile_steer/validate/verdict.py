@@ -36,13 +36,13 @@ def _evidence(report: ValidationReport) -> list[str]:
         f"{len(c.random)} random directions of the same dose move it by at most {max(c.random):.3f} (p = {c.p_value:.3f})"
     ]
     if c.shuffled:
-        others.append(f"{len(c.shuffled)} {c.kind} by at most {max(c.shuffled):.3f}")
-    if c.mismatched is not None:
-        others.append(f"another behaviour's by {c.mismatched:.3f}")
+        others.append(f"{len(c.shuffled)} {c.shuffled_kind} by at most {max(c.shuffled):.3f}")
+    if c.other_behaviour is not None:
+        others.append(f"another behaviour's by {c.other_behaviour:.3f}")
     others.append(f"the opposite sign by {c.opposite:.3f}")
     return [
-        f"on {report.n_pairs} test pairs steering moves log p(positive) - log p(negative) by {report.contrast} nats a token "
-        f"(sign-flip p = {report.p_contrast:.4f})",
+        f"on {report.n_pairs} test pairs steering moves log p(positive) - log p(negative) by {report.margin} nats a token "
+        f"(sign-flip p = {report.p_margin:.4f})",
         ", ".join(others),
         f"on {report.n_prompts} test prompts the score goes from {s.base:.2f} to {s.steered:.2f} (change {s.effect}, p = "
         f"{s.p_value:.4f}); random directions score {s.random:.2f}",
@@ -51,7 +51,7 @@ def _evidence(report: ValidationReport) -> list[str]:
 
 
 def _not_carried(controls: Controls) -> str:
-    if controls.kind == FROM_LABELS:
+    if controls.shuffled_kind == FROM_LABELS:
         return "the pairs do not carry the behaviour; make their sides differ in it alone, or add pairs"
     return "the file's vector does nothing of its own to these pairs; try other layers, another row or another file"
 
@@ -59,9 +59,9 @@ def _not_carried(controls: Controls) -> str:
 def _failures(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
     found = []
-    if report.contrast.high <= 0:  # what the controls do better needs no saying then
+    if report.margin.high <= 0:  # what the controls do better needs no saying then
         return [
-            f"the direction moves the pairs the wrong way: {report.contrast} nats a token; negate the coefficients, or "
+            f"the direction moves the pairs the wrong way: {report.margin} nats a token; negate the coefficients, or "
             "look whether the pairs' sides are swapped"
         ]
     if c.p_value > LEVEL:
@@ -74,11 +74,11 @@ def _failures(report: ValidationReport) -> list[str]:
         )
     if c.shuffled and c.effect <= max(c.shuffled):
         found.append(
-            f"directions {c.kind} do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): {_not_carried(c)}"
+            f"directions {c.shuffled_kind} do as well ({max(c.shuffled):.3f} against {c.effect:.3f}): {_not_carried(c)}"
         )
-    if c.mismatched is not None and c.effect <= c.mismatched:
+    if c.other_behaviour is not None and c.effect <= c.other_behaviour:
         found.append(
-            f"another behaviour's direction moves these pairs as much ({c.mismatched:.3f} against {c.effect:.3f}): what "
+            f"another behaviour's direction moves these pairs as much ({c.other_behaviour:.3f} against {c.effect:.3f}): what "
             "moves them is not this behaviour; look what the two sets of pairs have in common (length, style)"
         )
     if s.effect.value > 0 and s.over_random.value <= 0:
@@ -110,7 +110,7 @@ def _incoherent(report: ValidationReport, options: Validate) -> list[str]:
 
 
 def _up_to_wall(report: ValidationReport) -> str:
-    wall = report.doses.wall if report.coefficient > 0 else report.doses.negative_wall
+    wall = report.coefficient_sweep.crossing if report.coefficient > 0 else report.coefficient_sweep.negative_crossing
     return "" if wall is None else f" (the ceiling is crossed at {wall:.3g})"
 
 
@@ -127,10 +127,10 @@ def _by_chance(report: ValidationReport) -> float:
 def _doubts(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
     found = []
-    if report.contrast.high > 0 and report.p_contrast > LEVEL:
+    if report.margin.high > 0 and report.p_margin > LEVEL:
         found.append(
-            f"the effect may be chance on {report.n_pairs} pairs: {report.contrast} nats a token (sign-flip p = "
-            f"{report.p_contrast:.3f}); add test pairs"
+            f"the effect may be chance on {report.n_pairs} pairs: {report.margin} nats a token (sign-flip p = "
+            f"{report.p_margin:.3f}); add test pairs"
         )
     if c.p_value <= LEVEL and _by_chance(report) > _BEYOND_RANDOM:
         found.append(
@@ -141,10 +141,10 @@ def _doubts(report: ValidationReport) -> list[str]:
         )
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
         found.append(
-            f"the effect is not clear of {len(c.shuffled)} directions {c.kind} ({c.effect:.3f}, up to "
+            f"the effect is not clear of {len(c.shuffled)} directions {c.shuffled_kind} ({c.effect:.3f}, up to "
             f"{max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or more of these directions (extract.shuffled: 20)"
         )
-    if c.opposite >= 0 and report.contrast.high > 0:
+    if c.opposite >= 0 and report.margin.high > 0:
         found.append(f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): not one direction")
     if s.p_value > LEVEL:
         more = "nothing is left to gain: make the scorer stricter" if s.base > 0.9 else "add prompts or coefficient"
@@ -179,7 +179,7 @@ def remarks(report: ValidationReport) -> list[str]:
             found.append(f"{told}: no difference is certain")
     if not report.controls.shuffled:
         found.append("no directions from shuffled labels: the extraction made none, so that control is missing")
-    tested = [cell.q_value for cell in report.sweep if cell.q_value is not None]
+    tested = [cell.q_value for cell in report.grid if cell.q_value is not None]
     passed = sum(q <= LEVEL for q in tested)
     found.append(
         f"{passed} of {len(tested)} cells of the sweep move the validation pairs at a false discovery rate of {LEVEL:.0%}; the "

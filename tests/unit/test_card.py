@@ -46,7 +46,7 @@ def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
     report = ValidationReport.load(run.paths.validation)
     for folder in (run.paths.adapter("bias"), run.paths.merged("bias", "fp32")):
         text = card(folder)
-        effect = report.contrast
+        effect = report.margin
         assert f"{effect.value:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]" in text
         assert all(f"- {reason}" in text for reason in report.reasons)
         assert "fail, **compiled with --force in spite of it**" in text

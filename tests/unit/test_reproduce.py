@@ -251,8 +251,8 @@ def test_programs_and_reports_are_compared_by_what_they_do(run: SmallRun, tmp_pa
     (program + program).save(tmp_path / "twice.safetensors")
     assert compare.of_programs(run.paths.program, tmp_path / "twice.safetensors") == math.inf
     content = json.loads(run.paths.validation.read_text(encoding="utf-8"))
-    size = max(abs(content["contrast"]["value"]), content["contrast"]["high"] - content["contrast"]["low"])
-    content["contrast"]["value"] += 0.25 * size
+    size = max(abs(content["margin"]["value"]), content["margin"]["high"] - content["margin"]["low"])
+    content["margin"]["value"] += 0.25 * size
     (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
     assert compare.of_reports(run.paths.validation, tmp_path / "other.json") == pytest.approx(0.25)
     (tmp_path / "verdict.json").write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")

@@ -128,11 +128,11 @@ def test_the_chosen_program_is_kept_and_measured_on_test_data() -> None:
     assert (one.site.layer, one.coefficient) == (report.layer, report.coefficient)
     assert (report.program_hash, report.inputs, report.n_pairs, report.n_prompts) == ("hash", "inputs", 12, 8)
     bench = Bench(chatty(), behaviour().test)
-    assert report.contrast.value == pytest.approx(bench.effects([program]).mean(), abs=1e-4)
-    assert report.contrast.value > 0 and report.p_contrast <= 0.05
+    assert report.margin.value == pytest.approx(bench.effects([program]).mean(), abs=1e-4)
+    assert report.margin.value > 0 and report.p_margin <= 0.05
     assert report.scores.steered > report.scores.base
     assert len(report.controls.random) == 20 and len(report.controls.shuffled) == 6
-    assert report.coherence.relative_dose == pytest.approx(
+    assert report.coherence.strength == pytest.approx(
         7.0
         * report.coefficient
         / float(Stream.of(chatty(), behaviour().neutral, "resid_post", program).norms[report.layer])
@@ -151,7 +151,7 @@ def test_a_report_comes_back_from_disk_and_a_damaged_one_is_refused(tmp_path: Pa
     report.save(tmp_path / "a.json")
     assert ValidationReport.load(tmp_path / "a.json") == report
     content = json.loads((tmp_path / "a.json").read_text())
-    del content["doses"]
+    del content["coefficient_sweep"]
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="is not a validation report"):
         ValidationReport.load(tmp_path / "a.json")
@@ -161,7 +161,7 @@ def test_every_test_pair_and_prompt_has_its_row() -> None:
     report, rows, _kept = usual()
     of_pairs, of_answers = ([row for row in rows if row["kind"] == kind] for kind in ("pair", "answer"))
     assert [row["prompt"] for row in of_pairs] == [pair.prompt for pair in behaviour().test]
-    assert np.mean([row["steered"] - row["base"] for row in of_pairs]) == pytest.approx(report.contrast.value)
+    assert np.mean([row["steered"] - row["base"] for row in of_pairs]) == pytest.approx(report.margin.value)
     assert len(of_answers) == 8
     assert np.mean([row["steered"]["score"] for row in of_answers]) == pytest.approx(report.scores.steered)
     assert set(of_answers[0]) == {"kind", "prompt", "base", "steered", "random", "few_shot"}
@@ -170,14 +170,14 @@ def test_every_test_pair_and_prompt_has_its_row() -> None:
 
 def test_the_dose_response_holds_the_base_and_both_signs_and_knows_its_wall() -> None:
     report, _rows, _kept = run(toward_w40(), max_perplexity_ratio=1.05, coefficients=[1.2])
-    doses = report.doses
-    found = [dose.coefficient for dose in doses.doses]
+    doses = report.coefficient_sweep
+    found = [dose.coefficient for dose in doses.points]
     assert found == sorted(found) and found[0] < 0 < found[-1]
-    zero = next(dose for dose in doses.doses if dose.coefficient == 0)
-    assert (zero.contrast, zero.perplexity_ratio) == (0.0, 1.0)
-    assert doses.wall is not None
-    below = max((d for d in doses.doses if 0 <= d.coefficient < doses.wall), key=lambda d: d.coefficient)
-    above = min((d for d in doses.doses if d.coefficient > doses.wall), key=lambda d: d.coefficient)
+    zero = next(dose for dose in doses.points if dose.coefficient == 0)
+    assert (zero.margin, zero.perplexity_ratio) == (0.0, 1.0)
+    assert doses.crossing is not None
+    below = max((d for d in doses.points if 0 <= d.coefficient < doses.crossing), key=lambda d: d.coefficient)
+    above = min((d for d in doses.points if d.coefficient > doses.crossing), key=lambda d: d.coefficient)
     assert below.perplexity_ratio <= 1.05 < above.perplexity_ratio
 
 
@@ -194,14 +194,14 @@ def test_a_clamp_is_validated_like_an_addition() -> None:
     directions = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5))
     report, _rows, (program,) = run(directions, coefficients=[0.8])
     assert program.interventions[0].operation == "clamp"
-    assert report.contrast.value > 0 and len(report.controls.random) == 20
-    assert report.coherence.relative_dose > 0
+    assert report.margin.value > 0 and len(report.controls.random) == 20
+    assert report.coherence.strength > 0
 
 
 def test_negative_coefficients_exclude_and_their_slopes_have_the_right_sign() -> None:
     away = toward_w40(vectors=-toward_w40().vectors)
     report, _rows, _kept = run(away, coefficients=[-1.6, -2.5])
-    assert report.coefficient < 0 < report.contrast.value
+    assert report.coefficient < 0 < report.margin.value
     assert report.steerability < 0
     assert report.controls.opposite < 0
 
@@ -217,7 +217,7 @@ def test_another_behaviours_pairs_give_a_control(tmp_path: Path) -> None:
     rows = [{"prompt": words(s, 3), "positive": f"w77 {words(s + 9, 3)}", "negative": "w12 w13"} for s in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))
     report, _rows, _kept = run(toward_w40(), folder=tmp_path, mismatched=Path("other.jsonl"))
-    assert report.controls.mismatched is not None and report.controls.mismatched < report.controls.effect
+    assert report.controls.other_behaviour is not None and report.controls.other_behaviour < report.controls.effect
     path.write_text('{"prompt": "w8"}')
     with pytest.raises(RecipeError, match="needed the keys prompt, positive, negative"):
         run(toward_w40(), folder=tmp_path, mismatched=Path("other.jsonl"))
@@ -271,7 +271,7 @@ def test_a_layer_stops_beyond_the_ceiling_and_says_what_it_left_out() -> None:
     assert not kept.skipped and not negative.skipped and set(effects) == {(1, 0.4), (1, -0.4)}
     assert stop.skipped.startswith("neutral perplexity x") and stop.perplexity_ratio == pytest.approx(math.exp(0.495))
     assert beyond.skipped == "coefficient 3 of this layer is beyond the ceiling already"
-    assert beyond.perplexity_ratio is None and beyond.contrast is None
+    assert beyond.perplexity_ratio is None and beyond.margin is None
     everything, _effects = measure_layers(rising(), options, [1], make, Progress(), margin=math.inf)
     assert not any(cell.skipped for cell in everything)
     assert everything[0] == kept and everything[1].perplexity_ratio == pytest.approx(stop.perplexity_ratio, rel=1e-6)
@@ -344,9 +344,9 @@ def test_halving_keeps_the_layers_that_a_whole_grid_would() -> None:
         left, rungs = search_layers(chatty(), behaviour(), options, range(LAYERS), pick, Progress())
     finally:
         module._LAST_LAYERS = before
-    assert [rung.pairs for rung in rungs] == [4, 6] and [len(rung.contrasts) for rung in rungs] == [4, 2]
+    assert [rung.pairs for rung in rungs] == [4, 6] and [len(rung.margins) for rung in rungs] == [4, 2]
     cells, _effects = measure_layers(sweep_bench(), options, range(LAYERS), pick, Progress())
-    best = max((cell for cell in cells if cell.contrast is not None), key=lambda cell: cell.contrast or 0.0)
+    best = max((cell for cell in cells if cell.margin is not None), key=lambda cell: cell.margin or 0.0)
     assert left == [best.layer]
 
 
@@ -369,7 +369,7 @@ def test_controls_have_the_dose_of_the_program_at_every_site() -> None:
         (i,) = program.interventions
         assert float(i.vector.norm()) == pytest.approx(1.0)
         assert stream.shift(i) == pytest.approx(stream.shift(clamp.interventions[0]), rel=1e-4)
-    assert stream.relative_dose(clamp) == pytest.approx(
+    assert stream.strength(clamp) == pytest.approx(
         0.7 * abs(stream.shift(clamp.interventions[0])) / float(stream.norms[2])
     )
 
@@ -466,7 +466,7 @@ def good() -> ValidationReport:
         random=[0.01 * n for n in range(-10, 10)],
         shuffled=[0.1, -0.1, 0.05, -0.02, 0.03, 0.01],
         opposite=-0.4,
-        mismatched=0.1,
+        other_behaviour=0.1,
         p_value=1 / 21,
         p_random=1e-6,
         p_shuffled=0.001,
@@ -486,7 +486,7 @@ def good() -> ValidationReport:
     )
     coherence = replace(report.coherence, perplexity_ratio=1.1, repetition_steered=0.05)
     return replace(
-        report, contrast=Interval(0.6, 0.5, 0.7), p_contrast=1e-4, controls=controls, scores=scores, coherence=coherence
+        report, margin=Interval(0.6, 0.5, 0.7), p_margin=1e-4, controls=controls, scores=scores, coherence=coherence
     )
 
 
@@ -498,21 +498,21 @@ def test_a_report_with_nothing_against_it_passes_with_its_evidence() -> None:
 
 
 CASES: list[tuple[str, dict[str, Any], str, str]] = [
-    ("", {"contrast": Interval(-0.2, -0.3, -0.1)}, "fail", "the wrong way"),
+    ("", {"margin": Interval(-0.2, -0.3, -0.1)}, "fail", "the wrong way"),
     ("controls", {"p_value": 2 / 21, "p_random": 0.08}, "fail", "a random direction of the same dose"),
     ("controls", {"p_random": 0.03}, "inconclusive", "not clear of them"),
     ("controls", {"shuffled": [0.7, 0.1]}, "fail", "the pairs do not carry"),
     ("controls", {"p_shuffled": 0.2}, "inconclusive", "not clear of 6 directions from shuffled labels"),
     (
         "controls",
-        {"p_shuffled": 0.2, "kind": "from other rows"},
+        {"p_shuffled": 0.2, "shuffled_kind": "from other rows"},
         "inconclusive",
         "not clear of 6 directions from other rows",
     ),
-    ("controls", {"shuffled": [0.9], "kind": "from other rows"}, "fail", "another row or another file"),
-    ("controls", {"mismatched": 0.8}, "fail", "another behaviour's direction"),
+    ("controls", {"shuffled": [0.9], "shuffled_kind": "from other rows"}, "fail", "another row or another file"),
+    ("controls", {"other_behaviour": 0.8}, "fail", "another behaviour's direction"),
     ("controls", {"opposite": 0.1}, "inconclusive", "not one direction"),
-    ("", {"p_contrast": 0.2}, "inconclusive", "may be chance"),
+    ("", {"p_margin": 0.2}, "inconclusive", "may be chance"),
     ("scores", {"p_value": 0.25}, "inconclusive", "do not change for certain"),
     ("scores", {"p_over_random": 0.25}, "inconclusive", "not clear of those under random directions"),
     ("scores", {"over_random": Interval(-0.1, -0.2, 0.1)}, "fail", "answering to the damage"),
