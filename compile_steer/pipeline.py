@@ -39,10 +39,10 @@ from compile_steer.verify.options import any_gguf
 
 def run_write(run: Run) -> WritingReport:
     """What came of the pairs that the model wrote when the run was opened; raises `RecipeError` if it wrote none."""
-    if run.recipe.data.writing is None:
+    if run.recipe.data.generation is None:
         raise RecipeError(
             f"data.kind {run.recipe.data.kind}: its rows have their responses, there is nothing to write. The model "
-            "writes the pairs of kind: written and kind: instructions."
+            "writes the pairs of kind: generated and kind: instructions."
         )
     return WritingReport.load(run.paths.writing)
 

@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
-from compile_steer.data.kinds import Data
+from compile_steer.data.section import Data
 from compile_steer.extract.options import Extract
 from compile_steer.lower.options import Compile
 from compile_steer.steering.sites import parse_positions

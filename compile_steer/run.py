@@ -62,7 +62,7 @@ def mismatched(recipe: Recipe) -> tuple[Pair, ...]:
 
 def answered(recipe: Recipe, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress) -> Behaviour:
     """The recipe's data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
-    options = recipe.data.writing
+    options = recipe.data.generation
     return asked if options is None else write(recipe, options, loaded, asked, paths, progress)
 
 

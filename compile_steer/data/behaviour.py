@@ -1,25 +1,32 @@
-"""What every kind of data becomes."""
+"""All data of one behaviour, whatever it was read from, and the context that every stage receives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
-from compile_steer.models.tokens import encode
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from compile_steer.models.load import LoadedModel
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice item: the user's whole prompt, choices included; the letters to choose from; which is right."""
+    """A multiple-choice question.
+
+    Attributes:
+        prompt: the whole user prompt, choices included.
+        letters: the letters to choose from.
+        answer: index of the right letter.
+    """
 
     prompt: str
     letters: tuple[str, ...]
@@ -28,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Check:
-    """One of IFEval's verifiable constraints by its id ("punctuation:no_comma"), and its arguments."""
+    """One of IFEval's verifiable constraints: its id ("punctuation:no_comma") and its arguments."""
 
     id: str
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -36,12 +43,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """All data of one behaviour. The splits share no prompt, checked when read.
+    """All data of one behaviour. No prompt is in two of the six parts.
 
-    `neutral` texts measure drift and perplexity, `heldout` prompts (other topics) are for verification
-    alone, `calibration` prompts are what the compiler may see besides the training pairs. By plain prompt:
-    `questions` where the data are multiple choice, `checks` where they name what an answer must satisfy.
-    `mismatched` are another behaviour's pairs, where the recipe of a run names them for its controls.
+    Attributes:
+        train, validation, test: contrast pairs. A pair whose responses the model has yet to generate has empty ones.
+        neutral: control texts, which measure the KL from the base and the perplexity.
+        heldout: prompts on other topics, for verification alone.
+        calibration: prompts that the compiler may see besides the training pairs.
+        hashes: SHA-256 of the rows that each part was read from.
+        questions: by prompt, where the data are multiple choice.
+        checks: by prompt, the constraints that a response must satisfy.
+        mismatched: another behaviour's pairs, for a control of the validation.
     """
 
     train: tuple[Pair, ...]
@@ -56,21 +68,51 @@ class Behaviour:
     mismatched: tuple[Pair, ...] = ()
 
     def split(self, name: str) -> tuple[Pair, ...]:
-        """The pairs of a split by its name."""
+        """Return the pairs of a split by its name."""
         pairs: tuple[Pair, ...] = getattr(self, name)
         return pairs
 
 
-def asked_key(split: str) -> str:
-    """Where `Behaviour.hashes` keeps what a split asks, when the model wrote its responses: `split` is then both."""
-    return f"{split}, asked"
+@dataclass(frozen=True)
+class Context:
+    """What every stage receives besides the value before it and its own options."""
+
+    model: LoadedModel
+    data: Behaviour
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+
+def prompts_key(split: str) -> str:
+    """Return the key of `Behaviour.hashes` for the prompts of a split whose responses the model generated."""
+    return f"{split}, prompts"
+
+
+def normalized(text: str) -> str:
+    """Return a text without its case and spacing, to find it again."""
+    return " ".join(text.casefold().split())
+
+
+def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield a line for each prompt that occurs twice, within a part of the data or in two parts."""
+    first: dict[str, str] = {}
+    for name, part in prompts.items():
+        for prompt in part:
+            other = first.setdefault(normalized(prompt), name)
+            if other != name:
+                yield f"data: the prompt '{prompt}' is in both {other} and {name}; the splits must not overlap."
+        keys = [normalized(prompt) for prompt in part]
+        for key in sorted({key for key in keys if keys.count(key) > 1}):
+            yield f"data.{name}: the prompt '{key}' occurs {keys.count(key)} times."
 
 
 def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:
-    """Raise `RecipeError` where both sides of a pair are the same tokens, prompt and response: nothing tells them apart.
+    """Raise `RecipeError` if both sides of a pair, prompt and response, are the same tokens.
 
-    What a tokenizer drops (case, accents, spaces: it depends) cannot be seen in the text.
+    Whether a tokenizer drops case, accents or spaces cannot be seen in the text.
     """
+    from compile_steer.models.tokens import encode  # torch: a recipe is read without it
+
     problems = []
     for name in SPLITS:
         pairs = behaviour.split(name)
@@ -78,18 +120,8 @@ def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -
         if same:
             problems.append(
                 f"data.{name}: the two sides of {len(same)} of {len(pairs)} pairs are the same tokens for this model, "
-                f"as '{same[0].positive.response}' and '{same[0].negative.response}' (prompt '{same[0].prompt}'). Remove "
-                "them, or make the sides differ in more than what the tokenizer drops."
+                f"for example '{same[0].positive.response}' and '{same[0].negative.response}' (prompt "
+                f"'{same[0].prompt}'). Remove them, or make the sides differ in more than the tokenizer drops."
             )
     if problems:
         raise RecipeError(problems)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage is given beside the value before it and its own options."""
-
-    model: LoadedModel
-    data: Behaviour
-    seed: int = 0
-    progress: Progress = field(default_factory=Progress)

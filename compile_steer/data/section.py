@@ -1,17 +1,20 @@
-"""What all kinds of data have in common: their sources, and that no split may see another."""
+"""The recipe's `data` section: four kinds of rows, each of which reads itself into a `Behaviour`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from string import ascii_uppercase
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
+from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
-from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
+from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, normalized, repeated_prompts
 from compile_steer.data.sources import Reader, Row, Source
 from compile_steer.models.text import Pair, Text
 
@@ -20,20 +23,20 @@ _PROMPTS = ("heldout", "calibration")
 _SOURCES = (*SPLITS, "neutral", *_PROMPTS)
 
 
-class Write(Section):
-    """How the model writes both sides of its pairs, and how many must come of it."""
+class GenerateOptions(Section):
+    """How the model generates both sides of its pairs, and how many pairs are needed."""
 
-    max_new_tokens: int = Field(48, ge=4, description="an answer that is longer is cut after its last whole sentence")
-    tries: int = Field(1, ge=1, description="answers a side may take: the first greedy, further ones sampled")
-    temperature: float = Field(0.7, gt=0, description="of the sampled ones")
-    max_repetition: float = Field(0.2, gt=0, lt=1, description="share of repeated 3-grams")
-    min_pairs: int = Field(16, ge=4, description="how many pairs every split must have in the end")
+    max_new_tokens: int = Field(48, ge=4, description="a longer response is cut after its last whole sentence")
+    tries: int = Field(1, ge=1, description="attempts at a response: the first greedy, the others sampled")
+    temperature: float = Field(0.7, gt=0, description="of the sampled attempts")
+    max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of repeated 3-grams")
+    min_pairs: int = Field(16, ge=4, description="number of pairs that every split must have in the end")
 
 
 class DataSection(Section, ABC):
-    """The recipe's `data`: a JSONL file beside the recipe, or a data set, for each of six purposes.
+    """The recipe's `data`: a JSONL file beside the recipe, or a data set, for each of six parts.
 
-    The splits are named apart, whatever the kind; of one data set they are parts: `split: 'train[:60%]'`.
+    Each split has its own source, whatever the kind. The splits of one data set are parts of it: `split: 'train[:60%]'`.
     """
 
     keys: ClassVar[tuple[str, ...]]
@@ -47,45 +50,38 @@ class DataSection(Section, ABC):
     calibration: Source
 
     @property
-    def writing(self) -> Write | None:
-        """How the responses are written, where the rows have none."""
-        return None
+    def generation(self) -> GenerateOptions | None:
+        """How the model generates the responses; None where the rows have them."""
+        options: GenerateOptions | None = getattr(self, "generate", None)
+        return options
 
     def read(self, folder: Path) -> Behaviour:
-        """Read and check all data of a behaviour; raises one `RecipeError` with every problem.
+        """Read and check all data; the paths are relative to `folder`. Responses to be generated are empty.
 
-        Where the model is to write the responses they are empty.
+        Raises:
+            RecipeError: with every problem of every source.
         """
         reader = Reader(folder)
-        found = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _SOURCES}
-        rows, neutral = {name: found[name] for name in SPLITS}, found["neutral"]
-        others = {name: found[name] for name in _PROMPTS}
-        asked = {name: [self.subject(row) for row in some] for name, some in rows.items()}
-        plain = {name: [row["prompt"] for row in found[name]] for name in ("neutral", *_PROMPTS)}
-        problems = [*reader.problems, *_repeats({**asked, **plain}), *self.problems(rows)]
+        rows = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _SOURCES}
+        splits = {name: rows[name] for name in SPLITS}
+        subjects = {name: [self.subject(row) for row in part] for name, part in splits.items()}
+        prompts = {name: [row["prompt"] for row in rows[name]] for name in ("neutral", *_PROMPTS)}
+        problems = [*reader.problems, *repeated_prompts({**subjects, **prompts}), *self.problems(splits)]
         if problems:
             raise RecipeError(problems)
-        train, validation, test = (tuple(self.pair(row) for row in rows[name]) for name in SPLITS)
-        return Behaviour(
-            train,
-            validation,
-            test,
-            tuple(map(_text, neutral)),
-            tuple(map(_text, others["heldout"])),
-            tuple(map(_text, others["calibration"])),
-            reader.hashes,
-            self.questions(rows),
-            self.checks(rows),
-        )
+        train, validation, test = (tuple(self.pair(row) for row in splits[name]) for name in SPLITS)
+        neutral, heldout, calibration = (tuple(map(_text, rows[name])) for name in ("neutral", *_PROMPTS))
+        labels = self.labels(splits)
+        return Behaviour(train, validation, test, neutral, heldout, calibration, reader.hashes, **labels)
 
     @property
     def files(self) -> dict[str, Path]:
-        """The sources that are files, by purpose, relative to the recipe."""
+        """The sources that are files, by part, relative to the recipe."""
         sources = {name: getattr(self, name) for name in _SOURCES}
         return {name: source for name, source in sources.items() if isinstance(source, Path)}
 
     def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
-        """SHA-256 of the rows of each file that is there, as `read` records them, and what is wrong with the rows."""
+        """Return the SHA-256 of the rows of each file that exists, as `read` records them, and the rows' problems."""
         reader = Reader(folder)
         for name, source in self.files.items():
             if (folder / source).is_file():
@@ -93,64 +89,221 @@ class DataSection(Section, ABC):
         return reader.hashes, reader.problems
 
     def _keys(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The keys that a row of a source must have, and those that it may."""
+        """Return the keys that a row of a source must have, and those that it may have."""
         if name in SPLITS:
             return self.keys, self.optional
         return ("prompt", "response") if name == "neutral" else ("prompt",), ("history",)
 
     def subject(self, row: Row) -> str:
-        """What no other row may ask."""
+        """Return what must differ between any two rows."""
         return str(row["prompt"])
 
-    @abstractmethod
-    def problems(self, rows: Rows) -> Iterator[str]:
-        """A line for everything about the splits' rows that this kind cannot use."""
+    def problems(self, rows: Rows) -> Iterator[str]:  # noqa: ARG002  (most kinds have some)
+        """Yield a line for everything in the splits' rows that this kind cannot use."""
+        yield from ()
 
     @abstractmethod
     def pair(self, row: Row) -> Pair: ...
 
-    def questions(self, rows: Rows) -> Mapping[str, Question]:  # noqa: ARG002  (most kinds have none)
+    def labels(self, rows: Rows) -> dict[str, Any]:  # noqa: ARG002  (most kinds have none)
+        """Return what `Behaviour` holds of the prompts besides the pairs: its `questions`, or its `checks`."""
         return {}
 
-    def checks(self, rows: Rows) -> Mapping[str, tuple[Check, ...]]:  # noqa: ARG002
-        return {}
+
+class _TwoTemplates(DataSection):
+    """Each side of a pair has its own prompt: `{prompt}` stands for the row's prompt.
+
+    ("{prompt} Answer in lowercase." and "{prompt}".) A system prompt may precede it. Measured in the end is the row's
+    prompt alone.
+    """
+
+    positive_template: str = "{prompt}"
+    negative_template: str = "{prompt}"
+    positive_system: str = ""
+    negative_system: str = ""
+
+    @property
+    def same_prompt(self) -> bool:
+        """True if both sides have the same prompt."""
+        positive, negative = (
+            (self.positive_template, self.positive_system),
+            (self.negative_template, self.negative_system),
+        )
+        return positive == negative
+
+    def pair(self, row: Row) -> Pair:
+        prompt = row["prompt"]
+        positive, negative = fill(self.positive_template, prompt=prompt), fill(self.negative_template, prompt=prompt)
+        return Pair(
+            Text(positive, row.get("positive", ""), system=self.positive_system),
+            Text(negative, row.get("negative", ""), system=self.negative_system),
+            prompt,
+        )
+
+    def problems(self, rows: Rows) -> Iterator[str]:  # noqa: ARG002  (of the templates alone)
+        yield from template_problems("positive_template", self.positive_template, "{prompt}")
+        yield from template_problems("negative_template", self.negative_template, "{prompt}")
 
 
-def template_problems(key: str, template: str, *places: str) -> Iterator[str]:
-    """A line if a template lacks one of `places`, or has it twice."""
-    for place in places:
-        if template.count(place) != 1:
-            yield f"data.{key} '{template}' must contain {place} exactly once."
+class PairsData(_TwoTemplates):
+    """Rows {"prompt", "positive", "negative"}; no response may be in two splits."""
+
+    kind: Literal["pairs"] = "pairs"
+    keys = ("prompt", "positive", "negative")
+
+    def problems(self, rows: Rows) -> Iterator[str]:
+        first: dict[str, str] = {}
+        for name in SPLITS:
+            for text in sorted({normalized(row[side]) for row in rows[name] for side in ("positive", "negative")}):
+                other = first.setdefault(text, name)
+                if other != name:
+                    yield f"data: the response '{text}' is in both {other} and {name}; the splits must not overlap."
+        yield from super().problems(rows)
+        for name in SPLITS:
+            same = [row["prompt"] for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
+            if same and self.same_prompt:
+                yield f"data.{name}: positive and negative are the same text for '{same[0]}' ({len(same)} pairs)."
+
+
+class GeneratedData(_TwoTemplates):
+    """Rows {"prompt"}: the model responds to each with either side's template and system prompt.
+
+    A pair is kept only if the recipe's scorer finds the behaviour on the positive side alone.
+    """
+
+    kind: Literal["generated"]
+    generate: GenerateOptions = GenerateOptions()
+    keys = ("prompt",)
+
+    def problems(self, rows: Rows) -> Iterator[str]:
+        yield from super().problems(rows)
+        if self.same_prompt:
+            yield (
+                "data: both sides have the same prompt, so the model would give both the same response. Set "
+                "positive_template (for example '{prompt} Answer as a pirate.') or positive_system."
+            )
+
+
+class InstructionsData(DataSection):
+    """Rows {"prompt", "instruction"}: the positive prompt ends in the instruction (Stolfo et al. 2410.12877).
+
+    `checks`, if a row has any, are what a response must satisfy: [{"id": ..., "arguments": {...}}]. The model
+    generates the responses.
+    """
+
+    kind: Literal["instructions"]
+    generate: GenerateOptions = GenerateOptions()
+    keys = ("prompt", "instruction")
+    optional = ("checks",)
+
+    def pair(self, row: Row) -> Pair:
+        return Pair(Text(f"{row['prompt']} {row['instruction']}"), Text(row["prompt"]), row["prompt"])
+
+    def labels(self, rows: Rows) -> dict[str, Any]:
+        def check(value: Row) -> Check:
+            # In a table every row has every column: a null argument is none.
+            arguments = {
+                name: argument for name, argument in (value.get("arguments") or {}).items() if argument is not None
+            }
+            return Check(value["id"], tuple(sorted(arguments.items())))
+
+        checked = [row for name in SPLITS for row in rows[name] if row.get("checks")]
+        return {"checks": {row["prompt"]: tuple(map(check, row["checks"])) for row in checked}}
+
+
+class ChoicesData(DataSection):
+    """Rows {"question", "choices": [...], "answer": its number from 0 on, or its text}.
+
+    The prompt is the question with its choices, lettered in their order; the responses are letters.
+    """
+
+    kind: Literal["choices"]
+    question_template: str = "{question}\n{choices}\nAnswer with the letter only."
+    keys = ("question", "choices", "answer")
+
+    def subject(self, row: Row) -> str:
+        # The same question with its choices in another order is still the same question.
+        return " | ".join([row["question"], *sorted(row["choices"])])
+
+    def problems(self, rows: Rows) -> Iterator[str]:
+        yield from template_problems("question_template", self.question_template, "{question}", "{choices}")
+        for name in SPLITS:
+            answers = [(row, _answer(row)) for row in rows[name]]
+            invalid = [row for row, answer in answers if answer is None]
+            if invalid:
+                yield (
+                    f"data.{name}: the answer of {len(invalid)} of {len(answers)} rows is none of its choices, for example "
+                    f"{invalid[0]['answer']!r} of {invalid[0]['choices']} (question '{invalid[0]['question']}'). Needed: a "
+                    f"number from 0 to {len(invalid[0]['choices']) - 1}, or the text of a choice."
+                )
+            letters = Counter(ascii_uppercase[answer] for _row, answer in answers if answer is not None)
+            if len(letters) == 1:
+                (letter,) = letters
+                yield (
+                    f"data.{name}: the right answer is {letter} in every row ({letters[letter]}), so that the letter alone "
+                    "separates right from wrong. Change the order of the choices from row to row."
+                )
+
+    def pair(self, row: Row) -> Pair:
+        question = self._question(row)
+        wrong = [letter for n, letter in enumerate(question.letters) if n != question.answer]
+        # Drawn by the question itself: over the rows any wrong letter, for one row always the same.
+        drawn = wrong[int(digest(question.prompt), 16) % len(wrong)]
+        right = question.letters[question.answer]
+        return Pair(Text(question.prompt, right), Text(question.prompt, drawn), question.prompt)
+
+    def labels(self, rows: Rows) -> dict[str, Any]:
+        questions = [self._question(row) for name in SPLITS for row in rows[name]]
+        return {"questions": {question.prompt: question for question in questions}}
+
+    def _question(self, row: Row) -> Question:
+        letters = tuple(ascii_uppercase[: len(row["choices"])])
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
+        answer = _answer(row)
+        if answer is None:
+            raise ValueError(f"no choice is the answer of {row}")
+        return Question(fill(self.question_template, question=row["question"], choices=choices), letters, answer)
+
+
+def _kind(value: Any) -> str:
+    """Return the kind that a section names, 'pairs' if it names none."""
+    return str(value.get("kind", "pairs") if isinstance(value, dict) else getattr(value, "kind", "pairs"))
+
+
+Data = Annotated[
+    Annotated[PairsData, Tag("pairs")]
+    | Annotated[ChoicesData, Tag("choices")]
+    | Annotated[InstructionsData, Tag("instructions")]
+    | Annotated[GeneratedData, Tag("generated")],
+    Discriminator(_kind),
+]
+
+
+def template_problems(key: str, template: str, *placeholders: str) -> Iterator[str]:
+    """Yield a line for each placeholder that the template does not contain exactly once."""
+    for placeholder in placeholders:
+        if template.count(placeholder) != 1:
+            yield f"data.{key} '{template}' must contain {placeholder} exactly once."
 
 
 def fill(template: str, **values: str) -> str:
-    """A template with its places taken at once, so that braces in a value are text."""
-    before, *rest = template.split("{")
-    parts = [before]
+    """Return the template with all its placeholders replaced in one pass, so that braces in a value stay text."""
+    first, *rest = template.split("{")
+    parts = [first]
     for part in rest:
         name, brace, after = part.partition("}")
         parts.append(values[name] + after if brace and name in values else "{" + part)
     return "".join(parts)
 
 
-def folded(text: str) -> str:
-    """A text without its case and spacing, to find it again."""
-    return " ".join(text.casefold().split())
+def _answer(row: Row) -> int | None:
+    """Return the index of the right choice; None if there is no such choice."""
+    answer, choices = row["answer"], [choice.strip() for choice in row["choices"]]
+    if isinstance(answer, int):
+        return answer if 0 <= answer < len(choices) else None
+    return choices.index(answer.strip()) if answer.strip() in choices else None
 
 
 def _text(row: Row) -> Text:
     history = tuple((user, assistant) for user, assistant in row.get("history", []))
     return Text(row["prompt"], row.get("response", ""), history)
-
-
-def _repeats(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """A line for each prompt that stands twice, within a source or across sources."""
-    seen: dict[str, str] = {}
-    for name, found in prompts.items():
-        for prompt in found:
-            before = seen.setdefault(folded(prompt), name)
-            if before != name:
-                yield f"data: the prompt '{prompt}' is in both {before} and {name}; the splits must not overlap."
-        keys = [folded(prompt) for prompt in found]
-        for key in sorted({key for key in keys if keys.count(key) > 1}):
-            yield f"data.{name}: the prompt '{key}' stands {keys.count(key)} times."

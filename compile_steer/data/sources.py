@@ -1,21 +1,28 @@
-"""Where rows come from: a JSONL file, or whatever the library `datasets` can load."""
+"""Read rows from a JSONL file, or from whatever the library `datasets` can load, and check every field."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    StrictInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, require_library
 from compile_steer.common.options import Section
-from compile_steer.data.fields import FIELDS
 
-_SHOWN = 10
-"""Lines about bad rows of one source; a wrong column would otherwise fill the screen."""
+MAX_CHOICES = 26  # as many as there are letters
+MAX_LINES = 10  # lines about bad rows of one source; one wrong column would fill the screen
 
 
 class Dataset(Section):
@@ -23,13 +30,13 @@ class Dataset(Section):
 
     source: str = Field(description="a format ('csv', 'json', 'parquet'), a hub id, or a folder beside the recipe")
     data_files: tuple[str, ...] = Field((), description="the files of a format, beside the recipe or as URLs")
-    subset: str | None = Field(None, description="which of a data set's configurations")
+    subset: str | None = Field(None, description="which of the data set's configurations")
     split: str = Field("train", description="or a part of one: 'train[:60%]'")
     columns: dict[str, str | tuple[str, ...]] = Field(
-        {}, description="the column of each key, where its name is another; several columns make one list"
+        {}, description="the column of each key that has another name; several columns make one list"
     )
-    limit: int | None = Field(None, ge=1, description="how many rows; None: all")
-    seed: int | None = Field(None, description="rows are drawn in this seed's order; None: as they stand")
+    limit: int | None = Field(None, ge=1, description="number of rows; None: all")
+    seed: int | None = Field(None, description="of the order in which rows are drawn; None: as they are stored")
 
     def __str__(self) -> str:
         return f"'{self.source}' (split {self.split})"
@@ -43,129 +50,168 @@ Source = Annotated[Annotated[Path, Tag("file")] | Annotated[Dataset, Tag("datase
 Row = dict[str, Any]
 
 
-class Reader:
-    """Reads the sources of a recipe in `folder` and gathers every problem, to be raised once."""
+_Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 
-    def __init__(self, folder: Path) -> None:
+
+class _Check(Section):
+    id: _Text
+    arguments: dict[str, Any] | None = None
+
+
+def _distinct(choices: list[str]) -> list[str]:
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise ValueError("two choices are the same")
+    return choices
+
+
+_Choices = Annotated[list[_Text], Field(min_length=2, max_length=MAX_CHOICES), AfterValidator(_distinct)]
+_TEXT = (TypeAdapter[Any](_Text), "text that is not empty")
+_FIELDS: dict[str, tuple[TypeAdapter[Any], str]] = {
+    **dict.fromkeys(("prompt", "positive", "negative", "response", "question", "instruction"), _TEXT),
+    "history": (
+        TypeAdapter(list[tuple[_Text, _Text]]),
+        "a list of [user, assistant] pairs of texts that are not empty",
+    ),
+    "choices": (TypeAdapter(_Choices), f"a list of 2 to {MAX_CHOICES} texts, no two the same"),
+    "answer": (TypeAdapter(_Text | StrictInt), "the right choice's number, from 0 on, or its text"),
+    "checks": (TypeAdapter(list[_Check]), 'a list of objects {"id": text, "arguments": {...}}'),
+}
+
+
+def checked_row(where: str, row: Any, keys: Sequence[str], optional: Sequence[str], problems: list[str]) -> Row | None:
+    """Return the row with its keys in order; or None, and add a line to `problems` for everything wrong with it."""
+    present = set(row) if isinstance(row, Mapping) else None
+    if present is None or not set(keys) <= present <= {*keys, *optional}:
+        found = type(row).__name__ if present is None else sorted(present)
+        problems.append(f"{where}: found {found}; needed the keys {', '.join(keys)}.")
+        return None
+    invalid: dict[str, list[str]] = {}
+    for key in row:
+        field, needed = _FIELDS[key]
+        try:
+            field.validate_python(row[key])
+        except ValidationError:
+            invalid.setdefault(needed, []).append(key)
+    problems += [f"{where}: {', '.join(names)} must be {needed}." for needed, names in invalid.items()]
+    return None if invalid else {key: row[key] for key in (*keys, *optional) if key in row}
+
+
+class Reader:
+    """Reads sources relative to `folder`, and gathers all problems so that the caller can raise them at once.
+
+    Attributes:
+        problems: a line for each problem so far.
+        hashes: SHA-256 of the valid rows of each source, by name. It does not depend on a file's layout.
+    """
+
+    def __init__(self, folder: Path, section: str = "data.") -> None:
         self._folder = folder
+        self._section = section
         self.problems: list[str] = []
         self.hashes: dict[str, str] = {}
 
     def rows(self, name: str, source: Path | Dataset, keys: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
-        """The rows of one source, each with all `keys` and such of the `optional` ones as it has.
+        """Return the valid rows of a source, each with all `keys` and those of the `optional` ones that it has.
 
-        A row with a missing or bad field is a problem, and in a file, of which every row is the recipe's own, one
-        with another key too; of a data set's columns the others are ignored.
+        A missing or invalid field is a problem. So is an unknown key in a file, which was written for the recipe; the
+        other columns of a data set are ignored.
         """
         bad: list[str] = []
         if isinstance(source, Path):
-            given = self._lines(name, self._folder / source, keys, bad)
+            located = self.lines(name, self._folder / source, keys, bad)
         else:
-            given = self._loaded(name, source, keys, optional)
-        rows = [row for where, one in given if (row := _checked(where, one, keys, optional, bad)) is not None]
-        self.problems += bad[:_SHOWN]
-        if len(bad) > _SHOWN:
-            self.problems.append(f"data.{name}: {len(bad) - _SHOWN} more rows like these.")
+            located = self._table(name, source, keys, optional)
+        checked = [checked_row(where, value, keys, optional, bad) for where, value in located]
+        rows = [row for row in checked if row is not None]
+        self.problems += bad[:MAX_LINES]
+        if len(bad) > MAX_LINES:
+            self.problems.append(f"{self._section}{name}: {len(bad) - MAX_LINES} more rows like these.")
         self.hashes[name] = digest(rows)
         return rows
 
-    def _lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> list[tuple[str, Any]]:
-        """(where, value) of each line of a JSONL file."""
+    def lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> list[tuple[str, Any]]:
+        """Return ("FILE:LINE", value) of each line of a JSONL file."""
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
         except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(f"data.{name}: {path} cannot be read ({getattr(error, 'strerror', None) or error}).")
+            reason = getattr(error, "strerror", None) or error
+            self.problems.append(f"{self._section}{name}: {path} cannot be read ({reason}).")
             return []
         if not any(line.strip() for line in lines):
             self.problems.append(
-                f"data.{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}."
+                f"{self._section}{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}."
             )
-        found: list[tuple[str, Any]] = []
+        located: list[tuple[str, Any]] = []
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path.name}:{number}"
                 try:
-                    found.append((where, json.loads(line)))
+                    located.append((where, json.loads(line)))
                 except json.JSONDecodeError as error:
                     bad.append(f"{where}: not JSON ({error.msg}).")
-        return found
+        return located
 
-    def _loaded(
-        self, name: str, source: Dataset, keys: Sequence[str], optional: Sequence[str]
-    ) -> list[tuple[str, Any]]:
-        """(where, value) of each row of a data set, under the recipe's own keys."""
+    def _table(self, name: str, source: Dataset, keys: Sequence[str], optional: Sequence[str]) -> list[tuple[str, Any]]:
+        """Return ("data.NAME, row N", value) of each row of a data set, under the recipe's keys."""
+        label = f"{self._section}{name}"
         unknown = sorted(set(source.columns) - {*keys, *optional})
         if unknown:
             known = ", ".join((*keys, *optional))
-            self.problems.append(f"data.{name}.columns: {', '.join(unknown)} unknown; known here: {known}.")
+            self.problems.append(f"{label}.columns: {', '.join(unknown)} unknown; known here: {known}.")
         try:
-            table = load(source, self._folder)
+            table = load_table(source, self._folder)
         except RecipeError as error:
-            self.problems += [f"data.{name}: {line}" for line in error.problems]
+            self.problems += [f"{label}: {line}" for line in error.problems]
             return []
+        # A column that a key needs may be missing only if the key is optional and the recipe did not name the column.
+        present = set(table.column_names)
         columns = {key: source.columns.get(key, key) for key in (*keys, *optional)}
-        there = set(table.column_names)
-        lacking = [key for key, column in columns.items() if not _columns(column) <= there]
+        lacking = {key: _names(column) - present for key, column in columns.items() if not _names(column) <= present}
         missing = [key for key in lacking if key in keys or key in source.columns]
         if missing:
-            wanted = ", ".join(sorted(set().union(*(_columns(columns[key]) for key in missing)) - there))
+            names = ", ".join(sorted(set().union(*(lacking[key] for key in missing))))
             self.problems.append(
-                f"data.{name}: {source} has the columns {', '.join(sorted(there))}, but no {wanted}. Name the column that "
+                f"{label}: {source} has the columns {', '.join(sorted(present))}, but no {names}. Name the column that "
                 f"holds each key: columns: {{{', '.join(f'{key}: COLUMN' for key in missing)}}}."
             )
             return []
         if len(table) == 0:
-            self.problems.append(f"data.{name}: {source} has no rows.")
+            self.problems.append(f"{label}: {source} has no rows.")
         if source.limit is not None and len(table) < source.limit:
-            self.problems.append(f"data.{name}: limit {source.limit} wanted, but {source} has {len(table)} rows.")
+            self.problems.append(f"{label}: found {len(table)} rows in {source}; limit asks for {source.limit}.")
         if source.seed is not None:
             table = table.shuffle(seed=source.seed)
         table = table.select(range(min(len(table), source.limit or len(table))))
-        held = {key: column for key, column in columns.items() if key not in lacking}
-        return [(f"data.{name}, row {n}", _picked(row, held, optional)) for n, row in enumerate(table)]
+        usable = {key: column for key, column in columns.items() if key not in lacking}
+        return [(f"{label}, row {n}", _cells(row, usable, optional)) for n, row in enumerate(table)]
 
 
-def _columns(column: str | tuple[str, ...]) -> set[str]:
+def _names(column: str | tuple[str, ...]) -> set[str]:
     return {column} if isinstance(column, str) else set(column)
 
 
-def _picked(row: Row, columns: dict[str, str | tuple[str, ...]], optional: Sequence[str]) -> Row:
-    """A table's row under the recipe's keys; an optional cell that is empty is none."""
-    found = {
-        key: row[column] if isinstance(column, str) else [_said(row[one]) for one in column]
+def _cells(row: Row, columns: Mapping[str, str | tuple[str, ...]], optional: Sequence[str]) -> Row:
+    """Return a table's row under the recipe's keys. An empty cell of an optional key is left out."""
+
+    def text(cell: Any) -> Any:
+        # A column that holds only numbers is one of numbers, even if the columns beside it in a list hold texts.
+        return str(cell) if isinstance(cell, int | float) else cell
+
+    cells = {
+        key: row[column] if isinstance(column, str) else [text(row[name]) for name in column]
         for key, column in columns.items()
     }
-    return {key: value for key, value in found.items() if key not in optional or value is not None}
+    return {key: cell for key, cell in cells.items() if key not in optional or cell is not None}
 
 
-def _said(cell: Any) -> Any:
-    """A number among texts as text: a table's column that holds only numbers is one of numbers."""
-    return str(cell) if isinstance(cell, int | float) else cell
-
-
-def _checked(where: str, row: Any, keys: Sequence[str], optional: Sequence[str], bad: list[str]) -> Row | None:
-    """The row with its keys in order, or None and a line for what is wrong with it."""
-    found = set(row) if isinstance(row, dict) else None
-    if found is None or not set(keys) <= found <= {*keys, *optional}:
-        said = type(row).__name__ if found is None else sorted(found)
-        bad.append(f"{where}: found {said}; needed the keys {', '.join(keys)}.")
-        return None
-    wrong: dict[str, list[str]] = {}
-    for key in row:
-        if not FIELDS[key].holds(row[key]):
-            wrong.setdefault(FIELDS[key].needed, []).append(key)
-    bad += [f"{where}: {', '.join(names)} must be {needed}." for needed, names in wrong.items()]
-    return None if wrong else {key: row[key] for key in (*keys, *optional) if key in row}
-
-
-def load(source: Dataset, folder: Path) -> Any:
-    """The table; raises `RecipeError` for whatever keeps it from being loaded."""
+def load_table(source: Dataset, folder: Path) -> Any:
+    """Return the `datasets.Dataset`; raises `RecipeError` for everything that keeps it from being loaded."""
     require_library("datasets", "data", str(source), "A JSONL file needs no library.")
     import datasets
 
     local = folder / source.source
-    files = [one if "://" in one else str(folder / one) for one in source.data_files]
-    quiet = datasets.are_progress_bars_disabled()
+    files = [name if "://" in name else str(folder / name) for name in source.data_files]
+    bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
@@ -178,5 +224,5 @@ def load(source: Dataset, folder: Path) -> Any:
         reason = " ".join(str(error.__cause__ or error).split())
         raise RecipeError(f"{source} cannot be loaded ({reason}).") from error
     finally:
-        if not quiet:
+        if not bars_disabled:
             datasets.enable_progress_bars()

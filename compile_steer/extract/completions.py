@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile_steer.common.progress import Advance
-from compile_steer.data.section import Write
+from compile_steer.data.section import GenerateOptions
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
@@ -38,7 +38,13 @@ class Side:
 
 
 def write_side(
-    loaded: LoadedModel, side: Side, prompts: Sequence[str], score: Score, options: Write, seed: int, advance: Advance
+    loaded: LoadedModel,
+    side: Side,
+    prompts: Sequence[str],
+    score: Score,
+    options: GenerateOptions,
+    seed: int,
+    advance: Advance,
 ) -> tuple[list[Answer], int]:
     """Answer each text of a side until one answer can be used or all tries are spent; and how many were written.
 
@@ -78,7 +84,7 @@ def cut(text: str) -> str:
     return text[: ends[-1]].strip() if ends else ""
 
 
-def _problem(side: Side, text: str, score: float, options: Write) -> str:
+def _problem(side: Side, text: str, score: float, options: GenerateOptions) -> str:
     """Why an answer cannot be used, or nothing."""
     if not text:
         return f"{side.name}: no whole sentence within {options.max_new_tokens} tokens"

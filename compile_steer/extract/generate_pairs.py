@@ -13,9 +13,8 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Advance, Progress
-from compile_steer.data.behaviour import SPLITS, Behaviour, asked_key
-from compile_steer.data.pairs import Pairs
-from compile_steer.data.section import Write, folded
+from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, prompts_key
+from compile_steer.data.section import GenerateOptions, PairsData
 from compile_steer.data.sources import Reader
 from compile_steer.extract.completions import Answer, Side, write_side
 from compile_steer.extract.generation_report import SplitReport, WritingReport
@@ -26,7 +25,7 @@ from compile_steer.scoring.reply import Score
 
 
 def write(
-    recipe: Recipe, options: Write, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress
+    recipe: Recipe, options: GenerateOptions, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress
 ) -> Behaviour:
     """The behaviour with the responses that its pairs lack, from the files of `paths`; writes those first if need be.
 
@@ -45,7 +44,7 @@ def write(
     return _read(options, asked, paths)
 
 
-def _inputs(recipe: Recipe, options: Write, loaded: LoadedModel, asked: Behaviour) -> str:
+def _inputs(recipe: Recipe, options: GenerateOptions, loaded: LoadedModel, asked: Behaviour) -> str:
     """Fingerprint of what the pairs depend on; how many are needed is not among it."""
     pairs = {name: [asdict(pair) for pair in asked.split(name)] for name in SPLITS}
     checks = {prompt: [asdict(check) for check in found] for prompt, found in asked.checks.items()}
@@ -63,7 +62,7 @@ def _is_kept(paths: RunPaths, inputs: str) -> bool:
 
 def _write(
     recipe: Recipe,
-    options: Write,
+    options: GenerateOptions,
     loaded: LoadedModel,
     asked: Behaviour,
     paths: RunPaths,
@@ -89,7 +88,7 @@ def _write_split(
     pairs: Sequence[Pair],
     loaded: LoadedModel,
     score: Score,
-    options: Write,
+    options: GenerateOptions,
     seed: int,
     seen: set[str],
     advance: Advance,
@@ -114,7 +113,7 @@ def _write_split(
             examples.setdefault(problem, f"{prompt} -> {text}")
         else:
             rows.append({"prompt": prompt, "positive": positive.text, "negative": negative.text})
-    seen |= {folded(row[side]) for row in rows for side in ("positive", "negative")}
+    seen |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
     return rows, SplitReport(len(pairs), sum(written), len(rows), dict(dropped), examples)
 
 
@@ -123,15 +122,15 @@ def _dropped(positive: Answer, negative: Answer, seen: set[str]) -> tuple[str, s
     for one in (positive, negative):
         if one.problem:
             return one.problem, one.text
-    if folded(positive.text) == folded(negative.text):
+    if normalized(positive.text) == normalized(negative.text):
         return "both sides are the same", positive.text
     for one in (positive, negative):
-        if folded(one.text) in seen:
+        if normalized(one.text) in seen:
             return "an earlier split has the same answer", one.text
     return "", ""
 
 
-def _read(options: Write, asked: Behaviour, paths: RunPaths) -> Behaviour:
+def _read(options: GenerateOptions, asked: Behaviour, paths: RunPaths) -> Behaviour:
     """The pairs on disk, put together with what each side was asked; raises `RecipeError`."""
     reader = Reader(paths.pairs("train").parent)
     report = WritingReport.load(paths.writing)
@@ -139,7 +138,7 @@ def _read(options: Write, asked: Behaviour, paths: RunPaths) -> Behaviour:
     short: list[str] = []
     for name in SPLITS:
         path = paths.pairs(name)
-        rows = reader.rows(name, path.resolve(), Pairs.keys) if path.stat().st_size else []
+        rows = reader.rows(name, path.resolve(), PairsData.keys) if path.stat().st_size else []
         known = {pair.prompt: pair for pair in asked.split(name)}
         foreign = [row["prompt"] for row in rows if row["prompt"] not in known]
         if foreign:
@@ -152,12 +151,12 @@ def _read(options: Write, asked: Behaviour, paths: RunPaths) -> Behaviour:
             short.append(
                 f"data.{name}: {len(found[name])} written pairs, needed: {options.min_pairs}. When they were written "
                 f"{report.splits[name].describe()}; an answer for each reason is in {paths.writing}. Ask in other words, "
-                "give more prompts or data.write.tries, or lower data.write.min_pairs."
+                "give more prompts or data.generate.tries, or lower data.generate.min_pairs."
             )
     if reader.problems or short:
         raise RecipeError([*reader.problems, *short])
     train, validation, test = (found[name] for name in SPLITS)
-    prompts = {asked_key(name): asked.hashes[name] for name in SPLITS}
+    prompts = {prompts_key(name): asked.hashes[name] for name in SPLITS}
     hashes = {**asked.hashes, **reader.hashes, **prompts}
     return replace(asked, train=train, validation=validation, test=test, hashes=hashes)
 

@@ -24,8 +24,8 @@ from compile_steer.artifacts.provenance import (
     weights_sha256,
 )
 from compile_steer.common.errors import CompileSteerError, RecipeError
-from compile_steer.data.behaviour import SPLITS, asked_key
-from compile_steer.data.pairs import Pairs
+from compile_steer.data.behaviour import SPLITS, prompts_key
+from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
 from compile_steer.extract.stage import source
 from compile_steer.recipe import Recipe
@@ -233,12 +233,12 @@ def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[
     A file that is not there is not among them, nor is a data set that is no file.
     """
     found, problems = recipe.data.hashes(recipe.folder)
-    if recipe.data.writing is not None:
-        found = {asked_key(name) if name in SPLITS else name: one for name, one in found.items()}
+    if recipe.data.generation is not None:
+        found = {prompts_key(name) if name in SPLITS else name: one for name, one in found.items()}
         reader = Reader(paths.out)
         for name in SPLITS:
             if paths.pairs(name).is_file():
-                reader.rows(name, paths.pairs(name).resolve(), Pairs.keys)
+                reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
         found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
     other = recipe.validate_.mismatched
     read = {"imported": source(recipe)}

@@ -252,7 +252,7 @@ def _same_inputs(original: _Original, origin: Origin) -> Iterator[compare.Agreem
     if lost:
         raise ArtifactError([f"{one} does not exist; {original.path} was made from it." for one in lost])
     there, _problems = data_on_disk(recipe, original.paths)
-    written = SPLITS if recipe.data.writing is not None else ()
+    written = SPLITS if recipe.data.generation is not None else ()
     for name, expected in origin.data_sha256.items():
         if name in there and name not in written:
             yield compare.hashes(f"data {name}", expected, there[name])
@@ -262,7 +262,7 @@ def _same_inputs(original: _Original, origin: Origin) -> Iterator[compare.Agreem
 def _same_data(run: Run, origin: Origin) -> Iterator[compare.Agreement]:
     """What could only be read with the model there: data sets, and the pairs that it wrote itself."""
     there = run.origin().data_sha256
-    files = {} if run.recipe.data.writing is not None else run.recipe.data.files
+    files = {} if run.recipe.data.generation is not None else run.recipe.data.files
     for name, expected in origin.data_sha256.items():
         if name in SPLITS and name not in files:
             yield compare.hashes(f"data {name}", expected, there.get(name, ""))

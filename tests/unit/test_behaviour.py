@@ -12,7 +12,7 @@ import torch
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour
-from compile_steer.data.pairs import Pairs
+from compile_steer.data.section import PairsData
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, batches, encode, pad, prompt_text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
@@ -41,7 +41,7 @@ def write(folder: Path, rows: dict[str, list[Row]]) -> dict[str, Path]:
 
 
 def read_behaviour(files: dict[str, Path], positive: str, negative: str) -> Behaviour:
-    data = Pairs.model_validate({**files, "positive_template": positive, "negative_template": negative})
+    data = PairsData.model_validate({**files, "positive_template": positive, "negative_template": negative})
     return data.read(Path("never looked at: the paths are absolute"))
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["heldout"] += [{"prompt": "Heldout 0"}, {"prompt": "heldout  0"}]
     (found,) = problems(write(tmp_path, rows))
-    assert found == "data.heldout: the prompt 'heldout 0' stands 3 times."
+    assert found == "data.heldout: the prompt 'heldout 0' occurs 3 times."
 
 
 def test_a_response_of_one_split_in_another_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,7 @@ import pytest
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, require_distinct
-from compile_steer.data.choices import Choices
-from compile_steer.data.prompts import Instructions, Written
-from compile_steer.data.section import DataSection, fill
+from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
 from tests.helpers.tiny import chat_tokenizer, tokenizer
@@ -29,7 +27,7 @@ def read(folder: Path, kind: type[DataSection], rows: dict[str, list[Row]], **op
     for name, content in {**OTHERS, **rows}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
     files = {name: f"{name}.jsonl" for name in (*SPLITS, *OTHERS)}
-    return kind.model_validate({"kind": kind.__name__.lower(), **files, **options}).read(folder)
+    return kind.model_validate({"kind": kind.__name__.removesuffix("Data").lower(), **files, **options}).read(folder)
 
 
 def problems(folder: Path, kind: type[DataSection], rows: dict[str, list[Row]], **options: Any) -> list[str]:
@@ -54,7 +52,7 @@ def quiz() -> dict[str, list[Row]]:
 def test_a_question_becomes_a_prompt_with_letters_and_a_pair_of_letters(tmp_path: Path) -> None:
     rows = quiz()
     rows["test"][1] = {"question": "Which {choices}?", "choices": ["none", " both", "{question}"], "answer": "both "}
-    found = read(tmp_path, Choices, rows, question_template="Q: {question}\n{choices}\nLetter:")
+    found = read(tmp_path, ChoicesData, rows, question_template="Q: {question}\n{choices}\nLetter:")
     prompt = "Q: Which {choices}?\nA. none\nB.  both\nC. {question}\nLetter:"
     pair = found.test[1]
     assert (pair.prompt, pair.positive) == (prompt, Text(prompt, "B"))
@@ -66,14 +64,14 @@ def test_a_question_becomes_a_prompt_with_letters_and_a_pair_of_letters(tmp_path
 
 
 def test_a_wrong_letter_is_any_of_them_and_the_same_one_every_time(tmp_path: Path) -> None:
-    found = read(tmp_path, Choices, quiz())
+    found = read(tmp_path, ChoicesData, quiz())
     pairs = found.train + found.validation + found.test
     assert all(pair.negative.response != pair.positive.response for pair in pairs)
     assert {pair.negative.response for pair in pairs} == set("ABCDE")
     assert {pair.negative.response for pair in pairs if pair.positive.response == "A"} > {"B"}
     rows = quiz()
     rows["train"].reverse()
-    again = {pair.prompt: pair for pair in read(tmp_path, Choices, rows).train}
+    again = {pair.prompt: pair for pair in read(tmp_path, ChoicesData, rows).train}
     assert [again[pair.prompt] for pair in found.train] == list(found.train)
 
 
@@ -86,16 +84,16 @@ def test_what_no_question_can_be_made_of_is_told_at_once(tmp_path: Path) -> None
     rows["test"][1]["choices"] = "abc"
     rows["test"][2]["answer"] = True
     rows["test"][3] = {**rows["test"][4], "choices": rows["test"][4]["choices"][::-1]}
-    found = problems(tmp_path, Choices, rows, question_template="{question} {question}")
+    found = problems(tmp_path, ChoicesData, rows, question_template="{question} {question}")
     expected = [
         "test.jsonl:1: choices must be a list of 2 to 26 texts, no two the same",
         "test.jsonl:2: choices must be a list of 2 to 26 texts",
         "test.jsonl:3: answer must be the right choice's number, from 0 on, or its text",
-        "data.test: the prompt 'test 4? | p4 | q4 | r4 | s4 | t4' stands 2 times",
+        "data.test: the prompt 'test 4? | p4 | q4 | r4 | s4 | t4' occurs 2 times",
         "data.question_template '{question} {question}' must contain {question} exactly once",
         "data.question_template '{question} {question}' must contain {choices} exactly once",
-        "data.train: the right answer is C in every row (12), so that the letter alone tells right from wrong",
-        "data.validation: the answer of 2 of 12 rows is none of its choices, as 5 of ['p0', 'q0', 'r0', 's0', 't0']",
+        "data.train: the right answer is C in every row (12), so that the letter alone separates right from wrong",
+        "data.validation: the answer of 2 of 12 rows is none of its choices, for example 5 of ['p0', 'q0', 'r0', 's0', 't0']",
     ]
     assert len(found) == len(expected)
     for wanted, line in zip(expected, found, strict=True):
@@ -115,7 +113,7 @@ def test_an_instruction_goes_after_the_prompt_of_one_side_and_its_checks_by_the_
         {"id": "punctuation:no_comma"},
         {"id": "length:words", "arguments": {"relation": "at least", "n": 3, "other": None}},
     ]
-    found = read(tmp_path, Instructions, rows)
+    found = read(tmp_path, InstructionsData, rows)
     assert found.train[1] == Pair(Text("train 1 No commas."), Text("train 1"), "train 1")
     assert found.checks == {
         "train 1": (
@@ -125,7 +123,7 @@ def test_an_instruction_goes_after_the_prompt_of_one_side_and_its_checks_by_the_
     }
     rows["test"][0]["checks"] = [{"name": "no_comma"}]
     rows["test"][1]["instruction"] = ""
-    lines = problems(tmp_path, Instructions, rows)
+    lines = problems(tmp_path, InstructionsData, rows)
     assert lines == [
         'test.jsonl:1: checks must be a list of objects {"id": text, "arguments": {...}}.',
         "test.jsonl:2: instruction must be text that is not empty.",
@@ -141,7 +139,7 @@ def plain() -> dict[str, list[Row]]:
 
 def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_path: Path) -> None:
     options = {"positive_template": "{prompt} Sing.", "positive_system": "A bard.", "negative_system": "A clerk."}
-    found = read(tmp_path, Written, plain(), **options)
+    found = read(tmp_path, GeneratedData, plain(), **options)
     prompt = "train 2 {prompt}"
     wanted = Pair(Text(f"{prompt} Sing.", system="A bard."), Text(prompt, system="A clerk."), prompt)
     assert found.train[2] == wanted
@@ -150,7 +148,12 @@ def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_pat
 @pytest.mark.parametrize(
     ("options", "lines"),
     [
-        ({}, ["data: both sides are asked alike, so the model would answer them alike. Set positive_template"]),
+        (
+            {},
+            [
+                "data: both sides have the same prompt, so the model would give both the same response. Set positive_template"
+            ],
+        ),
         ({"positive_template": ""}, ["data.positive_template '' must contain {prompt} exactly once"]),
         (
             {"positive_template": "Sing.", "negative_template": "Speak."},
@@ -159,7 +162,7 @@ def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_pat
     ],
 )
 def test_templates_that_ask_nothing_are_refused(tmp_path: Path, options: dict[str, str], lines: list[str]) -> None:
-    found = problems(tmp_path, Written, plain(), **options)
+    found = problems(tmp_path, GeneratedData, plain(), **options)
     assert len(found) == len(lines)
     assert all(line.startswith(wanted) for wanted, line in zip(lines, found, strict=True))
 
@@ -211,9 +214,11 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
     with pytest.raises(RecipeError) as caught:
         require_distinct(tokenizer(), behaviour(pairs))
     first, second = caught.value.problems
-    assert first.startswith("data.train: the two sides of 1 of 2 pairs are the same tokens for this model, as 'Heard'")
+    assert first.startswith(
+        "data.train: the two sides of 1 of 2 pairs are the same tokens for this model, for example 'Heard'"
+    )
     assert second.startswith(
-        "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, as 'w30  w31' and 'w30\tw31'"
+        "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, for example 'w30  w31' and 'w30\tw31'"
     )
     with pytest.raises(RecipeError) as caught:
         require_distinct(tokenizer(), behaviour(pairs, "w51"))

@@ -246,12 +246,12 @@ def test_a_value_set_may_hold_an_equals_sign(tmp_path: Path) -> None:
         ("folder=/tmp", "folder: unknown key"),
         (
             "data.kind=songs",
-            "tiny.yaml: data.kind: found 'songs'; needed: 'pairs', 'choices', 'instructions', 'written'.",
+            "tiny.yaml: data.kind: found 'songs'; needed: 'pairs', 'choices', 'instructions', 'generated'.",
         ),
         ("validate.score.kind=vibes", "tiny.yaml: validate.score.kind: found 'vibes'; needed: 'keywords', "),
         ("data.test=3", "tiny.yaml: data.test: found 3; input is not a valid path"),
         ("data.test={split: train}", "tiny.yaml: data.test.source: missing."),
-        ("data.write={tries: 2}", "tiny.yaml: data.write: unknown key; known here: "),
+        ("data.generate={tries: 2}", "tiny.yaml: data.generate: unknown key; known here: "),
     ],
 )
 def test_a_bad_set_is_refused(tmp_path: Path, change: str, message: str) -> None:

@@ -98,7 +98,7 @@ def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing
         ({"columns": {"prompt": "query", "response": "reply", "promt": "note"}}, "data.neutral.columns: promt unknown; known "
          "here: prompt, response, history."),
         ({"columns": {"prompt": "query", "response": "reply", "history": "talk"}}, "but no talk"),
-        ({"limit": 11}, "limit 11 wanted, but 'csv' (split train) has 10 rows"),
+        ({"limit": 11}, "found 10 rows in 'csv' (split train); limit asks for 11"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_said(folder: Path, changes: dict[str, Any], words: str) -> None:

@@ -19,7 +19,7 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS, Behaviour
-from compile_steer.data.section import Write
+from compile_steer.data.section import GenerateOptions
 from compile_steer.extract import completions
 from compile_steer.extract.completions import Side, cut, write_side
 from compile_steer.extract.generate_pairs import write
@@ -64,7 +64,7 @@ def recipe(folder: Path, **data: Any) -> Recipe:
         row = {"prompt": next(prompts)} | ({"response": "w7 w8"} if name == "neutral" else {})
         (folder / f"{name}.jsonl").write_text(json.dumps(row))
     files = {name: f"{name}.jsonl" for name in (*SPLITS, "neutral", "heldout", "calibration")}
-    given = {**files, "kind": "written", "positive_template": "{prompt} w50", "write": OPTIONS, **data}
+    given = {**files, "kind": "generated", "positive_template": "{prompt} w50", "generate": OPTIONS, **data}
     return Recipe.model_validate(
         {
             "name": "said",
@@ -78,9 +78,9 @@ def recipe(folder: Path, **data: Any) -> Recipe:
 
 
 def written(one: Recipe, loaded: LoadedModel, out: Path) -> tuple[Behaviour, WritingReport]:
-    assert one.data.writing is not None
+    assert one.data.generation is not None
     paths = RunPaths(out, one.name)
-    found = write(one, one.data.writing, loaded, one.data.read(one.folder), paths, Progress())
+    found = write(one, one.data.generation, loaded, one.data.read(one.folder), paths, Progress())
     return found, WritingReport.load(paths.writing)
 
 
@@ -114,7 +114,7 @@ def test_what_is_kept_shows_the_behaviour_on_one_side_alone_and_the_rest_is_acco
     paths = RunPaths(tmp_path / "out", "said")
     recorded = Run(one, paths, loaded, found, Progress()).origin().data_sha256
     assert recorded == data_on_disk(one, paths)[0]
-    assert recorded["train, asked"] == one.data.read(tmp_path).hashes["train"]
+    assert recorded["train, prompts"] == one.data.read(tmp_path).hashes["train"]
 
 
 def test_the_first_answer_is_the_greedy_one_and_what_was_good_at_once_stays(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_first_answer_is_the_greedy_one_and_what_was_good_at_once_stays(tmp_
     prompts = [pair.prompt for pair in asked.train]
     side, score = Side("positive", [p.positive for p in asked.train], True), one.validate_.score.bind(loaded, asked)
     (first, n_first), (more, n_more) = (
-        write_side(loaded, side, prompts, score, Write(max_new_tokens=7, tries=tries), 5, lambda _n: None)
+        write_side(loaded, side, prompts, score, GenerateOptions(max_new_tokens=7, tries=tries), 5, lambda _n: None)
         for tries in (1, 3)
     )
     greedy = continue_prompts(loaded, side.asked, max_new_tokens=7)
@@ -147,7 +147,7 @@ def test_files_are_kept_with_what_a_person_mended_until_what_they_come_from_chan
     assert kept.test[0].positive.response == "w40 w41."
     assert kept.test[1:] == before.test[2:]
     assert {name for name in SPLITS if kept.hashes[name] != before.hashes[name]} == {"test"}
-    fewer, _report = written(recipe(tmp_path, write={**OPTIONS, "min_pairs": 5}), loaded, out)
+    fewer, _report = written(recipe(tmp_path, generate={**OPTIONS, "min_pairs": 5}), loaded, out)
     assert fewer.test == kept.test, "how many are needed does not change what was written"
     other, _report = written(recipe(tmp_path, positive_template="{prompt} w52"), loaded, out)
     assert other.test[0].positive.response != "w40 w41."
@@ -168,7 +168,7 @@ def test_pairs_whose_prompt_is_not_the_recipes_are_refused_with_broken_lines(tmp
 
 
 def test_too_few_pairs_end_in_their_number_and_the_reasons(tmp_path: Path) -> None:
-    one = recipe(tmp_path, write={**OPTIONS, "min_pairs": N})
+    one = recipe(tmp_path, generate={**OPTIONS, "min_pairs": N})
     with pytest.raises(RecipeError) as caught:
         written(one, speaker(), tmp_path / "out")
     assert [line.split(":")[0] for line in caught.value.problems] == [f"data.{name}" for name in SPLITS]
@@ -176,7 +176,7 @@ def test_too_few_pairs_end_in_their_number_and_the_reasons(tmp_path: Path) -> No
     line, split = caught.value.problems[0], report.splits["train"]
     assert f"{split.kept} written pairs, needed: {N}" in line
     assert split.describe() in line
-    assert "data.write.min_pairs" in line
+    assert "data.generate.min_pairs" in line
 
 
 def test_a_behaviour_that_is_never_shown_leaves_empty_files_and_one_reason(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_side_is_told_by_the_first_thing_that_is_wrong_with_it(monkeypatch: py
     monkeypatch.setattr(completions, "response_text", lambda _loaded, text: text)
     monkeypatch.setattr(completions, "ended", lambda _loaded, text: text in ("Yes", "Never.") or "yes and" in text)
     prompts = list(script)
-    options = Write(tries=2, temperature=0.6, max_new_tokens=9)
+    options = GenerateOptions(tries=2, temperature=0.6, max_new_tokens=9)
 
     def score(replies: Sequence[Reply]) -> np.ndarray:
         return np.array([0.3 if reply.text.startswith("N") else 0.5 for reply in replies])
@@ -292,7 +292,7 @@ def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
             for name in SPLITS}  # fmt: skip
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in content))
-    plain = {**one.data.model_dump(exclude={"kind", "write"}), "positive_template": "{prompt}"}
+    plain = {**one.data.model_dump(exclude={"kind", "generate"}), "positive_template": "{prompt}"}
     run = Run.open(Recipe.model_validate({**one.model_dump(by_alias=True), "data": plain, "folder": tmp_path}),
                    tmp_path / "out", Progress())  # fmt: skip
     with pytest.raises(RecipeError, match=f"the two sides of {N} of {N} pairs are the same tokens"):
