@@ -30,7 +30,7 @@ from benchmarks.record import Record
 from compile_steer.artifacts.provenance import EngineRecord, Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
-from compile_steer.export.gguf_model import GGUF_KINDS
+from compile_steer.export.gguf import GGUF_KINDS
 from compile_steer.export.merged import write_merged
 from compile_steer.lower.bias import shifts
 from compile_steer.models.load import LoadedModel, load

@@ -16,7 +16,7 @@ from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha2
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import read_patch
-from compile_steer.export.gguf_model import gguf_refusals, write_gguf
+from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import is_merged, write_merged
 from compile_steer.pipeline import run_plan
 from compile_steer.report.card import model_card, update_card

@@ -17,7 +17,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.data.behaviour import require_distinct
 from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, write_patch
-from compile_steer.export.gguf_model import gguf_refusals
+from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extract.generation_report import WritingReport
 from compile_steer.extract.stage import extract, source
 from compile_steer.lower.backends import BACKENDS

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compile_steer.artifacts.files import (
     load_json,
@@ -26,6 +26,8 @@ from compile_steer.artifacts.files import (
 )
 from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError
+
+EngineName = Literal["transformers", "vllm", "llama.cpp"]
 
 PROVENANCE = "compile_steer.json"
 PARITY = "parity.json"
@@ -124,7 +126,7 @@ class Provenance:
         architecture: the family whose stock code loads the result.
         biases: the number of modules that were given a bias.
         fingerprint: mean log-probability of fixed texts (nats per token) under the patched base in memory, before
-            anything was written; see `models.fingerprint`.
+            anything was written; see `models.logprobs.fingerprint`.
         files_sha256: the folder's own files, filled in by `write`.
     """
 

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.artifacts.provenance import Provenance, save_engine_records
+from compile_steer.artifacts.provenance import EngineName, Provenance, save_engine_records
 from compile_steer.cli.options import Json, person
 from compile_steer.cli.tables import print_readings, print_shipped
 from compile_steer.common.progress import ProgressBars
-from compile_steer.export.engine_support import EngineName
 from compile_steer.report.card import update_card
 from compile_steer.tools.lineage import home
 from compile_steer.tools.serving.compare import compare

@@ -1,9 +1,8 @@
 """A patch on disk: a stock PEFT folder for low-rank edits of Linears, a safetensors file for the rest.
 
-Adapters are written normalised (plain LoRA, alpha = rank with the scale in B, one rank that serving
-engines accept), because engines misread the richer kinds without a word. No stock adapter format holds
-a bias on a Linear that has none, a change of full rank, or another architecture: such a patch is kept beside its
-provenance until it is merged.
+Adapters are written as plain LoRA (alpha = rank with the scale in B, one rank that serving engines accept), because engines
+misread the richer kinds without a word. No stock adapter format holds a bias on a Linear that has none, a change of full
+rank, or another architecture: such a patch is kept in a file of our own until it is merged.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +21,7 @@ from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_lora
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import fingerprint
 from compile_steer.steering.low_rank import LowRank
@@ -45,23 +43,27 @@ def write_patch(
 ) -> None:
     """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
 
-    The provenance says what the base computes with the patch on it here and now, so that what is read back can be held
-    against it.
+    The provenance gets the fingerprint of the base with the patch on it in memory; verification compares it with that of
+    the files.
 
     Args:
         curves: losses by what was trained, kept beside the weights.
+
+    Raises:
+        ArtifactError: the patch holds NaN or infinity.
     """
     patch.require_finite()
     with with_patch(loaded.model, patch):
-        computes = fingerprint(loaded.model, loaded)
+        provenance = replace(provenance, fingerprint=fingerprint(loaded.model, loaded))
     with new_folder(folder) as new:
         if is_adapter(patch, loaded):
-            _write_peft(new, patch, loaded)
+            modules = [loaded.layout.model.get_submodule(name) for name in patch.low_rank]
+            write_lora(new, patch.low_rank, loaded.id, any(isinstance(module, Conv1D) for module in modules))
         else:
-            _write_parts(new / PATCH_FILE, patch)
+            _write_patch_file(new / PATCH_FILE, patch)
         if curves:
             (new / CURVES).write_text(json.dumps(curves) + "\n", encoding="utf-8")
-        replace(provenance, fingerprint=computes).write(new)
+        provenance.write(new)
         (new / CARD).write_text(card, encoding="utf-8")
 
 
@@ -72,40 +74,6 @@ def is_adapter(patch: WeightPatch, loaded: LoadedModel) -> bool:
     return not (rest or embeddings & set(patch.low_rank))
 
 
-def _write_parts(path: Path, patch: WeightPatch) -> None:
-    """Biases as NAME.bias, whole changes as NAME.weight, low-rank edits as NAME.A and NAME.B, the rest as JSON
-    under metadata key `patch`."""
-    tensors = {f"{name}.bias": bias for name, bias in patch.bias.items()}
-    tensors |= {f"{name}.weight": delta for name, delta in patch.dense.items()}
-    for name, edit in patch.low_rank.items():
-        tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
-    header = {"config_flags": list(patch.config_flags), "untie": patch.untie, "architecture": patch.architecture}
-    # clone: factors may be views of each other's storage
-    whole = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
-    save_file(whole, str(path), metadata={"patch": json.dumps(header)})
-
-
-def _read_parts(path: Path) -> WeightPatch:
-    tensors, metadata = read_tensors(path)
-    try:
-        header = json.loads(metadata["patch"])
-        low_rank = {
-            n[:-2]: LowRank(tensors[f"{n[:-2]}.B"], tensor) for n, tensor in tensors.items() if n.endswith(".A")
-        }
-        biases = {n.removesuffix(".bias"): tensor for n, tensor in tensors.items() if n.endswith(".bias")}
-        dense = {n.removesuffix(".weight"): tensor for n, tensor in tensors.items() if n.endswith(".weight")}
-        return WeightPatch(
-            low_rank, biases, tuple(header["config_flags"]), bool(header["untie"]), header["architecture"], dense
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
-
-
-def _write_peft(folder: Path, patch: WeightPatch, loaded: LoadedModel) -> None:
-    modules = [loaded.layout.model.get_submodule(name) for name in patch.low_rank]
-    write_lora(folder, patch.low_rank, loaded.id, any(isinstance(module, Conv1D) for module in modules))
-
-
 def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed: bool) -> None:
     """Write edits by the full name of their modules as plain LoRA: alpha = rank, and one rank that engines accept.
 
@@ -113,6 +81,8 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
         base: what the folder is to name as its base.
         transposed: the modules store [d_in, d_out], as GPT-2's do.
     """
+    from peft import LoraConfig
+
     needed = max(edit.rank for edit in edits.values())
     rank = next((r for r in _RANKS if r >= needed), needed)
     config = LoraConfig(
@@ -126,7 +96,7 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    # PEFT keeps the modules as a set: equal adapters must be equal files.
+    # PEFT keeps the modules as a set, in no fixed order; equal adapters must be equal files.
     path = folder / ADAPTER_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, "target_modules": sorted(edits)}, indent=2) + "\n", encoding="utf-8")
@@ -138,24 +108,42 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
+def _write_patch_file(path: Path, patch: WeightPatch) -> None:
+    """Biases as NAME.bias, whole changes as NAME.weight, low-rank edits as NAME.A and NAME.B; the rest as JSON under the
+    metadata key `patch`."""
+    tensors = {f"{name}.bias": bias for name, bias in patch.bias.items()}
+    tensors |= {f"{name}.weight": delta for name, delta in patch.dense.items()}
+    for name, edit in patch.low_rank.items():
+        tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
+    header = {"config_flags": list(patch.config_flags), "untie": patch.untie, "architecture": patch.architecture}
+    # clone: factors may be views of one storage, which safetensors refuses
+    tensors = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
+    save_file(tensors, str(path), metadata={"patch": json.dumps(header)})
+
+
 def read_patch(folder: Path) -> WeightPatch:
-    """Read back a patch that `write_patch` wrote; raises `ArtifactError` for anything else."""
-    if (folder / PATCH_FILE).is_file():
-        return _read_parts(folder / PATCH_FILE)
-    tensors, _metadata = read_tensors(folder / ADAPTER_WEIGHTS)
+    """The patch in a folder of ours, or in anybody's plain LoRA folder; raises `ArtifactError` for anything else."""
+    path = folder / PATCH_FILE
+    if not path.is_file():
+        return WeightPatch(read_lora(folder).edits)
+    tensors, metadata = read_tensors(path)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        if config["lora_alpha"] != config["r"]:
-            raise ArtifactError(
-                f"{folder}: alpha {config['lora_alpha']} differs from rank {config['r']}; not one of ours."
-            )
-        names = sorted(key[len(PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight"))
-        pairs = {n: (tensors[f"{PREFIX}{n}.lora_B.weight"], tensors[f"{PREFIX}{n}.lora_A.weight"]) for n in names}
-    except (OSError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{folder} is not a PEFT adapter that compile_steer wrote ({error}).") from error
-    if not names or 2 * len(names) != len(tensors):
-        raise ArtifactError(f"{folder / ADAPTER_WEIGHTS} does not hold pairs of lora_A and lora_B; compile again.")
-    return WeightPatch({name: LowRank(B, A) for name, (B, A) in pairs.items()})
+        header = json.loads(metadata["patch"])
+        low_rank = {
+            name[:-2]: LowRank(tensors[f"{name[:-2]}.B"], tensor)
+            for name, tensor in tensors.items()
+            if name.endswith(".A")
+        }
+        return WeightPatch(
+            low_rank,
+            {name.removesuffix(".bias"): tensor for name, tensor in tensors.items() if name.endswith(".bias")},
+            tuple(header["config_flags"]),
+            bool(header["untie"]),
+            header["architecture"],
+            {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")},
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
 
 
 def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:

@@ -1,34 +1,73 @@
-"""What each engine's own code reads of a model, where it drops or refuses what stock transformers computes.
+"""What each engine reads of each form of artifact: how it is loaded, and what the engine drops or refuses.
 
 Read off the sources of llama.cpp (as llama-cpp-python 0.3.36 has it) and vLLM 0.32, and tried where docs/ENGINES.md says so.
+The exporter and the model card both read the tables here.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from transformers import PreTrainedConfig
+from compile_steer.artifacts.provenance import EngineName, Provenance
 
-from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.steering.layout import FAMILIES
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-EngineName = Literal["transformers", "vllm", "llama.cpp"]
-ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
+    from compile_steer.artifacts.tensors import Checkpoint
 
+Form = Literal["adapter", "checkpoint", "gguf", "program"]
+
+GGUF_FILE = "model.gguf"
 PLUGIN = "vllm-lens"
-"""What adds vectors to activations in vLLM, which by itself cannot."""
+"""The plugin that adds vectors to activations in vLLM, which cannot do that by itself."""
 
+# vLLM refuses adapters of a higher rank.
 _MAX_VLLM_RANK = 512
-# Graphs that add a bias behind o_proj and down_proj; the others have no tensor for it, and a file that holds one is refused.
+# Graphs that add a bias behind o_proj and down_proj; the others have no tensor for it and refuse a file that holds one.
 _LLAMA_CPP_BIASES = ("llama", "granite", "gpt2", "gpt_neox", "phi", "gpt_oss")
-# o_proj is built with bias=False whatever the config says, and a bias that has no place is skipped without a word.
+# vLLM builds their o_proj with bias=False whatever the config says, and skips a bias that has no place without a word.
 _VLLM_NO_BIAS = ("qwen3", "qwen3_moe")
 _VLLM_NO_LORA = ("gpt2",)
 
+_LOAD: dict[tuple[EngineName, Form], str] = {
+    ("transformers", "adapter"): (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "\n"
+        'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(base, "{folder}")'
+    ),
+    ("transformers", "checkpoint"): (
+        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
+    ),
+    ("transformers", "gguf"): (
+        "from transformers import AutoModelForCausalLM, GgufConfig\n"
+        "\n"
+        'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}",\n'
+        "                                             quantization_config=GgufConfig(dequantize=True))"
+    ),
+    ("vllm", "adapter"): "vllm serve {base} --enable-lora --lora-modules {name}={folder} --max-lora-rank {rank}",
+    ("vllm", "checkpoint"): "vllm serve {folder}",
+    ("vllm", "program"): (
+        f"pip install {PLUGIN} && vllm serve {{base}}\n"
+        '"vllm_xargs": {{"apply_steering_vectors": TEXT OF {folder}/{file}}} in a request, or in Python\n'
+        'SamplingParams(extra_args={{"apply_steering_vectors": Path("{folder}/{file}").read_text()}})'
+    ),
+    ("llama.cpp", "adapter"): "llama-cli -m BASE.gguf --lora {folder}/{file}",
+    ("llama.cpp", "checkpoint"): "llama-cli -m {folder}/{file}",
+    ("llama.cpp", "gguf"): "llama-cli -m {file}",
+    ("llama.cpp", "program"): "llama-cli -m BASE.gguf --control-vector {folder}/{file}",
+}
+
+
+def load_commands(engine: EngineName, form: Form, **names: object) -> list[str]:
+    """The lines that load a form in an engine; `names` fill in folder, file, base, name and rank where they occur."""
+    return _LOAD[engine, form].format(**names).split("\n")
+
 
 def reads_biases(engine: EngineName, family: str) -> bool:
-    """True if an engine's code of that family adds the biases that stock transformers can give its writers."""
+    """True if an engine's code of that family adds the biases that transformers can give its output projections."""
     match engine:
         case "llama.cpp":
             return family in _LLAMA_CPP_BIASES
@@ -40,33 +79,30 @@ def reads_biases(engine: EngineName, family: str) -> bool:
 def checkpoint_refusals(engine: EngineName, config: PreTrainedConfig, weights: Checkpoint) -> list[str]:
     """Why an engine would not compute what a checkpoint says; empty where it would, or where nothing is known."""
     family = str(config.model_type)
-    biased = [] if reads_biases(engine, family) else _biased_writers(family, weights)
-    if not biased:
+    biases = [] if reads_biases(engine, family) else _nonzero_biases(family, weights)
+    if not biases:
         return []
     return [
-        f"{biased[0]} is not zero{f', nor are {len(biased) - 1} more' if len(biased) > 1 else ''}, and {engine}'s {family} has "
+        f"{biases[0]} is not zero{f', nor are {len(biases) - 1} more' if len(biases) > 1 else ''}, and {engine}'s {family} has "
         f"no place for it: the model would run without the steering. Compile to an adapter (closed_form or distill), or serve "
         "with transformers."
     ]
 
 
-def _biased_writers(family: str, weights: Checkpoint) -> list[str]:
-    """The biases of the checkpoint that its writers add, by name; those that are zero add nothing."""
-    known = FAMILIES.get(family)
-    if known is None:
+def _nonzero_biases(family: str, weights: Checkpoint) -> list[str]:
+    """The names of the biases that the checkpoint's output projections add."""
+    from compile_steer.steering.layout import FAMILIES
+
+    layout = FAMILIES.get(family)
+    if layout is None:
         return []
-    ends = (f".{known.attn}.bias", f".{known.mlp}.bias")
-    found = []
-    for name in sorted(weights.files):
-        if name.endswith(ends):
-            tensor = weights.tensor(name)
-            if tensor is not None and bool(torch.count_nonzero(tensor)):
-                found.append(name)
-    return found
+    ends = (f".{layout.attn}.bias", f".{layout.mlp}.bias")
+    tensors = ((name, weights.tensor(name)) for name in sorted(weights.files) if name.endswith(ends))
+    return [name for name, bias in tensors if bias is not None and bool(bias.any())]
 
 
 def adapter_refusals(engine: EngineName, family: str | None, rank: int) -> list[str]:
-    """Why an engine takes no plain LoRA of that rank.
+    """Why an engine does not load a plain LoRA of that rank.
 
     Args:
         family: of the base, None where it is not known.
@@ -79,3 +115,89 @@ def adapter_refusals(engine: EngineName, family: str | None, rank: int) -> list[
     if engine == "vllm" and family in _VLLM_NO_LORA:
         problems.append(f"vLLM's {family} takes no adapters. Merge it, and export the checkpoint.")
     return problems
+
+
+@dataclass(frozen=True)
+class EngineSupport:
+    """Whether an engine loads an artifact: the commands if it does, and what to know."""
+
+    name: str
+    commands: tuple[str, ...]
+    note: str = ""
+
+
+def engine_support(artifact: Provenance) -> list[EngineSupport]:
+    """What transformers, vLLM and llama.cpp do with an artifact, as far as it was tried: for its card."""
+    if artifact.form == "patch":
+        note = (
+            "none of them loads this patch: it holds biases, whole weights or another architecture, which no stock adapter "
+            "format does. `compile-steer merge` writes the checkpoint that holds it"
+        )
+        end = " (with --artifact)." if artifact.recombined else "."
+        return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
+    if artifact.form.startswith("gguf-"):
+        return _gguf_support(artifact)
+    return _adapter_support(artifact) if artifact.form == "adapter" else _checkpoint_support(artifact)
+
+
+def _gguf_support(artifact: Provenance) -> list[EngineSupport]:
+    # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
+    dropped = "; it drops the biases that hold the steering, unless its config is given `mlp_bias` or `attention_bias`"
+    names = {"folder": "THIS FOLDER", "file": GGUF_FILE}
+    return [
+        _loaded("llama.cpp", "gguf", **names),
+        _loaded("transformers", "gguf", note=f"de-quantised{dropped if artifact.biases else ''}.", **names),
+    ]
+
+
+def _adapter_support(artifact: Provenance) -> list[EngineSupport]:
+    base = artifact.model if artifact.revision.startswith("hub:") else "PATH OR ID OF THE BASE"
+    folder = "THIS_FOLDER"
+    export = f"compile-steer export {folder} --for llama.cpp --base {base} --out DIR"
+    lora = load_commands("llama.cpp", "adapter", folder="DIR", file=f"{folder}.lora.gguf")
+    return [
+        _loaded("transformers", "adapter", base=base, folder="THIS FOLDER"),
+        _loaded(
+            "vllm",
+            "adapter",
+            "a plain LoRA with alpha = rank: RANK is `r` of adapter_config.json.",
+            base="BASE",
+            name=artifact.name,
+            folder=folder,
+            rank="RANK",
+        ),
+        EngineSupport(
+            "llama.cpp",
+            (export, *lora),
+            "for bases of the families that its writer knows; it says so where it does not.",
+        ),
+    ]
+
+
+def _checkpoint_support(artifact: Provenance) -> list[EngineSupport]:
+    family, folder = artifact.architecture, "THIS_FOLDER"
+    commands: dict[EngineName, list[str]] = {
+        "vllm": load_commands("vllm", "checkpoint", folder=folder),
+        "llama.cpp": [
+            f"compile-steer export {folder} --for llama.cpp --out DIR",
+            *load_commands("llama.cpp", "checkpoint", folder="DIR", file=f"{folder}-f16.gguf"),
+        ],
+    }
+    support = [_loaded("transformers", "checkpoint", folder="THIS FOLDER")]
+    holds = f"the steering is in biases of `{family}`, which " if artifact.biases else ""
+    untried = "" if family == "llama" else f"not tried with `{family}`."
+    note = f"{holds}its own code adds{f'; {untried}' if untried else '.'}" if holds else untried
+    for engine, lines in commands.items():
+        if holds and not reads_biases(engine, family):
+            refusal = f"cannot hold it: {holds}its own code does not add."
+            support.append(EngineSupport(_TITLES[engine], (), refusal))
+        else:
+            support.append(EngineSupport(_TITLES[engine], tuple(lines), note))
+    return support
+
+
+_TITLES: dict[EngineName, str] = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp"}
+
+
+def _loaded(engine: EngineName, form: Form, note: str = "", **names: object) -> EngineSupport:
+    return EngineSupport(_TITLES[engine], tuple(load_commands(engine, form, **names)), note)

@@ -1,7 +1,7 @@
 """A tokenizer as the fields of a GGUF file: of a base that is one itself as they are, else of a byte-level BPE.
 
-llama.cpp splits text before it merges bytes, by a regex that the file only names. A name is given where the tokenizer's
-own splitting is known to be that regex, and refused elsewhere: with another one it would read other tokens.
+llama.cpp splits text before it merges bytes, by a regex that the file only names. A name is given only where the
+tokenizer's own splitting is known to be that regex; any other would be read as other tokens, so it is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -34,15 +33,15 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Field:
-    """One key of a GGUF file; `of` is the type of an array's elements."""
+    """One key of a GGUF file; `element_kind` is the type of an array's elements."""
 
     key: str
     value: Any
     kind: gguf.GGUFValueType
-    of: gguf.GGUFValueType | None = None
+    element_kind: gguf.GGUFValueType | None = None
 
     def add(self, writer: gguf.GGUFWriter) -> None:
-        writer.add_key_value(self.key, self.value, self.kind, self.of)
+        writer.add_key_value(self.key, self.value, self.kind, self.element_kind)
 
 
 def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
@@ -55,20 +54,21 @@ def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
         CannotLower: llama.cpp has no such tokenizer, or it is not known to have it.
     """
     source = gguf_of(loaded.id)
-    found = _read(source) if source is not None else _of_bpe(loaded.tokenizer, vocabulary)
+    if source is None:
+        fields = _bpe_fields(loaded.tokenizer, vocabulary)
+    else:
+        stored = gguf.GGUFReader(source).fields.values()
+        fields = [
+            Field(field.name, field.contents(), *field.types) for field in stored if field.name.startswith(_FIELDS)
+        ]
     template = loaded.tokenizer.chat_template
-    if isinstance(template, str):  # the recipe's prompt_format stands in for the base's own
-        found = [one for one in found if one.key != _TEMPLATE]
-        found.append(Field(_TEMPLATE, template, gguf.GGUFValueType.STRING))
-    return found
+    if isinstance(template, str):  # of a recipe with prompt_format it is not the base's own
+        fields = [field for field in fields if field.key != _TEMPLATE]
+        fields.append(Field(_TEMPLATE, template, gguf.GGUFValueType.STRING))
+    return fields
 
 
-def _read(path: Path) -> list[Field]:
-    fields = gguf.GGUFReader(path).fields.values()
-    return [Field(one.name, one.contents(), *one.types) for one in fields if one.name.startswith(_FIELDS)]
-
-
-def _of_bpe(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Field]:
+def _bpe_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Field]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CannotLower(
@@ -83,7 +83,7 @@ def _of_bpe(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Field]:
             "the merged-fp32 folder with llama.cpp's own convert_hf_to_gguf.py."
         )
     tokens, types = _tokens(backend, content, vocabulary)
-    merges = [one if isinstance(one, str) else " ".join(one) for one in content["model"]["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     kinds, keys = gguf.GGUFValueType, gguf.Keys.Tokenizer
     return [
         Field(keys.MODEL, "gpt2", kinds.STRING),
@@ -91,15 +91,15 @@ def _of_bpe(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Field]:
         Field(keys.LIST, tokens, kinds.ARRAY, kinds.STRING),
         Field(keys.TOKEN_TYPE, types, kinds.ARRAY, kinds.INT32),
         *([Field(keys.MERGES, merges, kinds.ARRAY, kinds.STRING)] if merges else []),
-        *_special(tokenizer),
+        *_special_fields(tokenizer),
     ]
 
 
 def _split(content: dict[str, Any]) -> str:
     """How the tokenizer splits text: a regex, 'gpt2' for ByteLevel's own, or what else there is as JSON."""
-    one = content["pre_tokenizer"] or {}
-    steps = one["pretokenizers"] if one.get("type") == "Sequence" else [one]
-    if content["normalizer"] not in (None, {"type": "NFC"}):  # llama.cpp normalises nothing; NFC text is as it is
+    pre_tokenizer = content["pre_tokenizer"] or {}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    if content["normalizer"] not in (None, {"type": "NFC"}):  # llama.cpp normalises nothing; most text is NFC already
         return json.dumps(content["normalizer"])
     *before, last = steps
     if (last.get("type"), last.get("add_prefix_space")) == ("ByteLevel", False):
@@ -114,18 +114,19 @@ def _split(content: dict[str, Any]) -> str:
 
 
 def _tokens(backend: Any, content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Every token by its number, and its kind: added ones are found whole in a text, special ones are not shown."""
+    """All tokens by number, and their types: added ones are matched whole in a text, special ones are not shown."""
     known = {number: token for token, number in backend.get_vocab(with_added_tokens=True).items()}
     if max(known) >= vocabulary:
         raise CannotLower(f"GGUF: the tokenizer's tokens go up to {max(known)}, the embeddings have {vocabulary} rows.")
-    kinds = {one["id"]: _TYPES.CONTROL if one["special"] else _TYPES.USER_DEFINED for one in content["added_tokens"]}
+    added = content["added_tokens"]
+    kinds = {token["id"]: _TYPES.CONTROL if token["special"] else _TYPES.USER_DEFINED for token in added}
     tokens = [known.get(number, f"[PAD{number}]") for number in range(vocabulary)]
     types = [int(kinds.get(n, _TYPES.NORMAL if n in known else _TYPES.UNUSED)) for n in range(vocabulary)]
     return tokens, types
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> Iterator[Field]:
-    """The numbers of the special tokens that there are, and whether a text begins with one."""
+def _special_fields(tokenizer: PreTrainedTokenizerBase) -> Iterator[Field]:
+    """The numbers of the special tokens, and whether the tokenizer puts one before a text."""
     keys, kinds = gguf.Keys.Tokenizer, gguf.GGUFValueType
     numbers = {
         keys.BOS_ID: tokenizer.bos_token_id,

@@ -62,57 +62,66 @@ def is_merged(folder: Path, wanted: Provenance) -> bool:
 
 def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base at `source` in fp32 with `patch` in its weights; raises `ArtifactError`."""
-    model = _prepared_base(source, patch)
+    model = _base_with_room(source, patch)
     with torch.no_grad():
-        for name, delta in _deltas(model, patch):
+        for name, delta in _weight_deltas(model, patch):
             weight = _module(model, name).weight
             if delta.shape != weight.shape:
                 raise ArtifactError(
                     f"the patch of {name} is {list(delta.shape)}, the base's weight {list(weight.shape)}."
                 )
             weight.add_(delta)
-        for name, bias in patch.bias.items():
-            held = _bias(model, name)
-            if held is None or held.shape[-1:] != bias.shape:
-                raise ArtifactError(f"the base has no bias of width {bias.shape[0]} on {name}.")
-            held.add_(bias)
+        parameters = dict(model.named_parameters())
+        for name, shift in patch.bias.items():
+            # A bias is named by its module, or by the parameter itself where a mixture of experts has one.
+            bias = parameters[name] if name in parameters else getattr(_module(model, name), "bias", None)
+            if bias is None or bias.shape[-1:] != shift.shape:
+                raise ArtifactError(f"the base has no bias of width {shift.shape[0]} on {name}.")
+            bias.add_(shift)
     for name in (*patch.low_rank, *patch.dense, *patch.bias):
-        edited = [p for place, p in model.named_parameters() if f"{place}.".startswith(f"{name}.")]
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in edited):
+        edited = [value for full_name, value in parameters.items() if f"{full_name}.".startswith(f"{name}.")]
+        if not all(bool(torch.isfinite(value).all()) for value in edited):
             raise ArtifactError(f"merging gives NaN or infinity in {name}; nothing was written.")
     return model
 
 
-def _deltas(model: nn.Module, patch: WeightPatch) -> Iterator[tuple[str, Tensor]]:
+def _weight_deltas(model: nn.Module, patch: WeightPatch) -> Iterator[tuple[str, Tensor]]:
     """What is added to weights, by module name, in their own orientation."""
     for name, edit in patch.low_rank.items():
         yield name, weight_delta(_module(model, name), edit)
     yield from patch.dense.items()
 
 
-def _prepared_base(source: str, patch: WeightPatch) -> PreTrainedModel:
+def _module(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        return cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
+    except AttributeError as error:
+        raise ArtifactError(f"the patch edits {name}, which the base does not have.") from error
+
+
+def _base_with_room(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base with room for the patch: its architecture, its biases (zero), a head of its own."""
     config = patched_config(source, patch)
     with quiet():
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
-    # What the checkpoint lacks is what the config flags brought in: biases, which start at zero.
-    room = bool(patch.config_flags or patch.architecture)
-    lacking = [name for name in loading["missing_keys"] if not (room and name.endswith(".bias"))]
-    if lacking:
-        raise ArtifactError(f"the base at {source} lacks weights: {', '.join(sorted(lacking)[:3])} ...")
+    # The config flags bring in biases that the checkpoint lacks; every other missing weight is an error.
+    has_new_biases = bool(patch.config_flags or patch.architecture)
+    missing = [name for name in loading["missing_keys"] if not (has_new_biases and name.endswith(".bias"))]
+    if missing:
+        raise ArtifactError(f"the base at {source} lacks weights: {', '.join(sorted(missing)[:3])} ...")
     if patch.architecture and loading["unexpected_keys"]:
         names = ", ".join(sorted(loading["unexpected_keys"])[:3])
         raise ArtifactError(f"{type(model).__name__} has no place for {names} of the base at {source}.")
     with torch.no_grad():
         for name in loading["missing_keys"]:
-            model.get_parameter(name).zero_()
+            model.get_parameter(name).zero_()  # new biases must add nothing but the patch
         if patch.untie:
             model.config.tie_word_embeddings = False
             model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.clone())
-    prepared: PreTrainedModel = model
-    return prepared
+    base: PreTrainedModel = model
+    return base
 
 
 def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
@@ -139,18 +148,3 @@ def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedC
     # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
     shared["attention_bias"] = config.model_type == "qwen2"
     return AutoConfig.for_model(architecture, **shared)
-
-
-def _bias(model: nn.Module, name: str) -> Tensor | None:
-    """The bias of the module of that name, or the parameter itself where a parameter is named; None where it has none."""
-    parameter = dict(model.named_parameters()).get(name)
-    if parameter is not None:
-        return parameter
-    return cast("Tensor | None", getattr(_module(model, name), "bias", None))
-
-
-def _module(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        return cast(nn.Linear, model.get_submodule(name))  # or a Conv1D, which has the same two parameters
-    except AttributeError as error:
-        raise ArtifactError(f"the patch edits {name}, which the base does not have.") from error

@@ -19,7 +19,7 @@ from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.export.adapter import read_patch
-from compile_steer.export.gguf_model import GGUF_FILE
+from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.models.gguf import tensors
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch

@@ -176,20 +176,18 @@ def adapter_of(folder: Path, one: LoadedModel) -> Path:
     )
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora_alpha": 32}, "alpha 32 differs from rank 8; not one of ours"),
-        ({"r": None}, "alpha 8 differs from rank None"),
-        (None, "is not a PEFT adapter that compile_steer wrote"),
-    ],
-)
-def test_an_adapter_of_another_scale_or_without_a_config_is_refused(
-    saved: Save, tmp_path: Path, change: dict[str, object] | None, message: str
-) -> None:
+def test_the_scale_of_an_adapter_is_read_into_its_factors(saved: Save, tmp_path: Path) -> None:
     path = adapter_of(tmp_path / "adapter", saved("llama")) / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text("{" if change is None else json.dumps(config | change), encoding="utf-8")
+    path.write_text(json.dumps({**config, "lora_alpha": 32}), encoding="utf-8")
+    (edit,) = read_patch(tmp_path / "adapter").low_rank.values()
+    assert torch.equal(product(edit), 32 / 8 * torch.full((HIDDEN, 48), 2.0))
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ('{"r": null}', "has no rank r")])
+def test_an_adapter_without_a_usable_config_is_refused(saved: Save, tmp_path: Path, content: str, message: str) -> None:
+    path = adapter_of(tmp_path / "adapter", saved("llama")) / ADAPTER_CONFIG
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ArtifactError, match=message):
         read_patch(tmp_path / "adapter")
 

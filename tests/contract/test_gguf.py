@@ -18,10 +18,9 @@ from torch import Tensor
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import read_patch, write_patch
-from compile_steer.export.gguf_lora import write_lora_gguf
-from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
+from compile_steer.export.engine_support import GGUF_FILE
+from compile_steer.export.gguf import TensorNames, config_refusals, write_gguf, write_lora_gguf
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
-from compile_steer.export.llama_cpp import Arrangement, refusals
 from compile_steer.export.merged import merged_model
 from compile_steer.models.gguf import tensors
 from compile_steer.models.load import LoadedModel, load
@@ -90,7 +89,7 @@ def test_four_bits_are_four_bits_but_for_the_matrix_that_gives_the_logits(base: 
         assert family != "llama" or kinds["token_embd.weight"] == "Q4_0"
         query, name = tensors(path)["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
         model = merged_model(one.source, random_patch(one))
-        wanted = Arrangement.of(model.config).rows(name, model.get_parameter(name))
+        wanted = TensorNames.of(model.config).rows(name, model.get_parameter(name))
         assert bool(((query - wanted).abs() <= 2 * step(wanted, 8)).all())
 
 
@@ -142,7 +141,7 @@ def test_neighbouring_rows_rotate_as_halves_do(module: str, heads: int) -> None:
     d_head, x = 12, torch.randn(HIDDEN, generator=generator)
     weight = torch.randn(heads * d_head, HIDDEN, generator=generator)
     angles = torch.rand(d_head // 2, generator=generator)
-    ours = Arrangement.of(build("llama").config).rows(f"model.layers.0.self_attn.{module}.weight", weight)
+    ours = TensorNames.of(build("llama").config).rows(f"model.layers.0.self_attn.{module}.weight", weight)
     for here, there in zip((weight @ x).chunk(heads), (ours @ x).chunk(heads), strict=True):
         wanted = rotated(here, angles, neighbours=False)
         torch.testing.assert_close(rotated(there, angles, neighbours=True), wanted)
@@ -192,9 +191,9 @@ def test_a_value_beyond_half_precision_names_its_module(base: Save, tmp_path: Pa
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path: Path) -> None:
     for family in CONFIGS.keys() - set(FAMILIES):
-        (reason,) = refusals(loaded(family).model.config)
+        (reason,) = config_refusals(loaded(family).model.config)
         assert reason.endswith(f"this model is of family {family}.") and "llama, mistral, qwen2, qwen3" in reason
-    assert [refusals(loaded(family).model.config) for family in FAMILIES] == [[]] * 4
+    assert [config_refusals(loaded(family).model.config) for family in FAMILIES] == [[]] * 4
     for family, changes, wanted in (
         ("mistral", {"sliding_window": 8}, "sliding window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
@@ -206,7 +205,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path:
             "rope type 'linear' of llama",
         ),
     ):
-        (reason,) = refusals(build(family, **changes).config)
+        (reason,) = config_refusals(build(family, **changes).config)
         assert wanted in reason, (family, reason)
     one = byte_level.saved("llama", tmp_path / "base", hidden_act="gelu")
     words = loaded("llama").tokenizer

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from compile_steer.artifact_formats import run_verify
 from compile_steer.artifacts.files import save_record
 from compile_steer.artifacts.provenance import Provenance
-from compile_steer.report.card import engines, model_card, update_card
+from compile_steer.export.engine_support import engine_support
+from compile_steer.report.card import model_card, update_card
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
 from tests.helpers.small_run import SmallRun
@@ -110,25 +111,25 @@ def test_a_hub_base_is_named(run: SmallRun) -> None:
 
 def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
     patch = Provenance.read(run.paths.adapter("bias"))
-    assert [engine.commands for engine in engines(patch)] == [()]
+    assert [engine.commands for engine in engine_support(patch)] == [()]
     text = card(run.paths.adapter("bias"))
     assert "transformers, vLLM, llama.cpp: none of them loads this patch" in text
     assert "from_pretrained" not in text
     adapter = Provenance.read(run.paths.adapter("closed_form"))
-    assert all(engine.commands for engine in engines(adapter))
+    assert all(engine.commands for engine in engine_support(adapter))
     assert "--lora-modules" in card(run.paths.adapter("closed_form"))
     merged = Provenance.read(run.paths.merged("bias", "fp32"))
     assert (merged.architecture, merged.biases) == ("llama", 1)
-    assert all(engine.commands for engine in engines(merged))
+    assert all(engine.commands for engine in engine_support(merged))
     assert "biases of `llama`, which its own code adds." in card(run.paths.merged("bias", "fp32"))
-    transformers, vllm, llama_cpp = engines(replace(merged, architecture="smollm3"))
+    transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="smollm3"))
     assert transformers.commands and vllm.commands
     assert vllm.note.endswith("which its own code adds; not tried with `smollm3`.")
     assert (llama_cpp.commands, "cannot hold it" in llama_cpp.note) == ((), True)
-    _transformers, vllm, llama_cpp = engines(replace(merged, architecture="qwen3"))
+    _transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="qwen3"))
     assert (vllm.commands, "cannot hold it" in vllm.note) == ((), True)
     assert not llama_cpp.commands
-    assert all(engine.commands for engine in engines(replace(merged, architecture="qwen3", biases=0)))
+    assert all(engine.commands for engine in engine_support(replace(merged, architecture="qwen3", biases=0)))
 
 
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:

@@ -20,12 +20,13 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch
-from compile_steer.export.gguf_model import GGUF_FILE, write_gguf
+from compile_steer.export.engine_support import GGUF_FILE, engine_support
+from compile_steer.export.gguf import write_gguf
 from compile_steer.export.merged import write_merged
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import run_plan
-from compile_steer.report.card import engines, model_card
+from compile_steer.report.card import model_card
 from compile_steer.report.terminal import print_parities
 from compile_steer.run import Run
 from compile_steer.steering.low_rank import LowRank
@@ -151,7 +152,7 @@ def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     print_parities(Console(file=stream, width=400), [parity])
     assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.kl_per_token:.1e}" in stream.getvalue()
     origin = replace(bytewise.origin("gguf-q8_0", "bias"), architecture="llama", biases=1)
-    assert [engine.name for engine in engines(origin)] == ["llama.cpp", "transformers"]
+    assert [engine.name for engine in engine_support(origin)] == ["llama.cpp", "transformers"]
     assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)
 
 

@@ -20,7 +20,7 @@ from compile_steer.artifacts.provenance import PROVENANCE, EngineRecord, Provena
 from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError
 from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
-from compile_steer.export.gguf_model import write_gguf_file
+from compile_steer.export.gguf import write_gguf_file
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.load import LoadedModel, folder_of, load
 from compile_steer.models.logprobs import reference_logprobs, reference_tokens

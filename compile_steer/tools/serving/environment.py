@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from compile_steer.artifacts.provenance import EngineName
 from compile_steer.common.errors import EngineError
-from compile_steer.export.engine_support import PLUGIN, EngineName
+from compile_steer.export.engine_support import PLUGIN
 
 ENGINES: dict[EngineName, tuple[str, ...]] = {
     "llama.cpp": ("llama_cpp_python",),

@@ -14,13 +14,12 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from compile_steer.artifacts.files import new_folder, own_files, save_record, sha256
-from compile_steer.artifacts.provenance import PROVENANCE, REPORTS, Provenance, artifact_sha256, versions
+from compile_steer.artifacts.provenance import PROVENANCE, REPORTS, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export.adapter import PATCH_FILE, write_lora
-from compile_steer.export.engine_support import PLUGIN, EngineName, adapter_refusals, checkpoint_refusals
-from compile_steer.export.gguf_lora import write_lora_gguf
-from compile_steer.export.gguf_model import GGUF_KINDS, write_gguf_file
+from compile_steer.export.engine_support import PLUGIN, adapter_refusals, checkpoint_refusals
+from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.formats.lora import ADAPTER_CONFIG, PlainLora, read_lora
 from compile_steer.models.load import folder_of, load, quiet
 from compile_steer.steering.patch import WeightPatch

@@ -1,0 +1,247 @@
+"""GGUF files for llama.cpp: a merged model (`-m`) or a LoRA beside its base (`--lora`).
+
+Of a merged model the fp32 sum is rounded once. Matrices are stored as the form says; vectors (norms, biases) stay F32, so an
+exact bias stays exact. A matrix whose rows are no whole number of blocks is F16, and in q4_0 the matrix that gives the
+logits is Q8_0: as llama.cpp's own quantiser does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compile_steer.artifacts.files import new_file, new_folder
+from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.export.engine_support import GGUF_FILE
+from compile_steer.export.gguf_tokenizer import tokenizer_fields
+from compile_steer.export.merged import merged_model, patched_config
+from compile_steer.models.gguf import ROPE_FACTORS, write_out
+from compile_steer.models.load import LoadedModel, gguf_of
+from compile_steer.steering.patch import WeightPatch
+
+_Kind = gguf.GGMLQuantizationType
+GGUF_KINDS: Mapping[str, tuple[_Kind, gguf.LlamaFileType]] = {
+    "f32": (_Kind.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (_Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (_Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (_Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+# The largest value that each stores: half precision's, times what a block's scale is multiplied by.
+_LARGEST = {_Kind.F16: 65504.0, _Kind.Q8_0: 127 * 65504.0, _Kind.Q4_0: 8 * 65504.0}
+# transformers' family -> llama.cpp's architecture.
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+
+
+def config_refusals(config: PreTrainedConfig) -> list[str]:
+    """Every reason why llama.cpp would not compute what transformers does from this config; empty where it would."""
+    family = config.model_type
+    if family not in _ARCHITECTURES:
+        return [f"GGUF files are written for {', '.join(sorted(_ARCHITECTURES))}; this model is of family {family}."]
+    problems = []
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ("default", "llama3") or (rope == "llama3" and family != "llama"):
+        problems.append(f"GGUF: rope type '{rope}' of {family}; needed: default, or Llama 3's own of llama.")
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if sliding or (family == "mistral" and config.sliding_window is not None):
+        problems.append(f"GGUF: the attention has a sliding window, which llama.cpp's graph of {family} leaves out.")
+    if config.hidden_act != "silu":
+        problems.append(
+            f"GGUF: the MLP's activation is {config.hidden_act}; llama.cpp's graph of {family} computes silu."
+        )
+    if family == "qwen3" and config.attention_bias:
+        problems.append("GGUF: the attention has biases, which llama.cpp's graph of qwen3 does not read.")
+    return problems
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """How llama.cpp names and orders one model's tensors."""
+
+    architecture: str
+    n_heads: int
+    n_key_heads: int
+    names: gguf.TensorNameMap
+
+    @staticmethod
+    def of(config: PreTrainedConfig) -> TensorNames:
+        """Raises `CannotLower` with every reason where llama.cpp would not compute the model of `config`."""
+        problems = config_refusals(config)
+        if problems:
+            raise CannotLower(problems)
+        kind = _ARCHITECTURES[config.model_type]
+        return TensorNames(
+            gguf.MODEL_ARCH_NAMES[kind],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            gguf.get_tensor_name_map(kind, config.num_hidden_layers),
+        )
+
+    def name(self, parameter: str) -> str:
+        """'model.layers.3.mlp.down_proj.weight' -> 'blk.3.ffn_down.weight'; raises `ArtifactError` for an unknown one."""
+        name = self.names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ArtifactError(f"llama.cpp's graph of {self.architecture} has no tensor for {parameter}.")
+        return name
+
+    def rows(self, parameter: str, tensor: Tensor) -> Tensor:
+        """`tensor` [d_out, ...], a weight, bias or LoRA's B, with its rows in llama.cpp's order."""
+        module = parameter.rpartition(".")[0]
+        heads = {"q_proj": self.n_heads, "k_proj": self.n_key_heads}.get(module.rpartition(".")[2])
+        # Its llama graph rotates neighbouring rows of a head where transformers rotates halves; other graphs do not.
+        if heads is None or self.architecture != "llama":
+            return tensor
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def gguf_refusals(patch: WeightPatch, loaded: LoadedModel) -> list[str]:
+    """Why the base with `patch` cannot be written as GGUF; empty where it can. Nothing is computed."""
+    config = patched_config(loaded.source, patch)
+    problems = config_refusals(config)
+    if gguf_of(loaded.id) is None:  # a base that is a GGUF file itself has its tokenizer's fields copied
+        try:
+            tokenizer_fields(loaded, config.vocab_size)
+        except CannotLower as error:
+            problems += error.problems
+    return problems
+
+
+def write_gguf(
+    folder: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, provenance: Provenance, card: str
+) -> None:
+    """Write the merged model to `folder`/model.gguf, with its provenance and card, as a whole or not at all.
+
+    Args:
+        precision: f32, f16, q8_0 or q4_0.
+
+    Raises:
+        CannotLower: llama.cpp would not compute the same. ArtifactError: as `write_merged` does, or a value is too large.
+    """
+    with new_folder(folder) as new:
+        write_gguf_file(new / GGUF_FILE, patch, loaded, precision, provenance.name)
+        provenance.write(new)
+        (new / CARD).write_text(card, encoding="utf-8")
+
+
+def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, name: str) -> None:
+    """Write the file alone, with `name` in it; raises what `write_gguf` raises."""
+    problems = gguf_refusals(patch, loaded)
+    if problems:
+        raise CannotLower(problems)
+    model = merged_model(loaded.source, patch).requires_grad_(False)
+    fields = tokenizer_fields(loaded, model.config.vocab_size)
+    names = TensorNames.of(model.config)
+    writer = gguf.GGUFWriter(path, names.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(GGUF_KINDS[precision][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_settings(writer, model.config)
+    for field in fields:
+        field.add(writer)
+    for parameter, tensor in model.named_parameters():  # without a tied head
+        stored_as = names.name(parameter)
+        gives_logits = stored_as == ("token_embd.weight" if model.config.tie_word_embeddings else "output.weight")
+        kind = _kind(tensor, precision, gives_logits)
+        _require_range(parameter, tensor, kind)
+        values = names.rows(parameter, tensor).float().contiguous().numpy()
+        writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
+    if model.config.rope_parameters.get("rope_type") == "llama3":
+        writer.add_tensor(ROPE_FACTORS, _rope_factors(model))
+    write_out(writer)
+
+
+def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(model: PreTrainedModel) -> np.ndarray:
+    """What llama.cpp divides the unscaled frequencies by to get the model's own, [d_head / 2]."""
+    own = model.base_model.rotary_emb.inv_freq.double()
+    exponents = torch.arange(len(own), dtype=torch.float64) / len(own)
+    factors: Tensor = model.config.rope_parameters["rope_theta"] ** -exponents / own
+    return factors.float().numpy()
+
+
+def _kind(tensor: Tensor, precision: str, gives_logits: bool) -> gguf.GGMLQuantizationType:
+    if tensor.ndim < 2:
+        return _Kind.F32
+    kind = _Kind.Q8_0 if gives_logits and precision == "q4_0" else GGUF_KINDS[precision][0]
+    block, _bytes = gguf.GGML_QUANT_SIZES[kind]
+    return _Kind.F16 if tensor.shape[-1] % block else kind
+
+
+def _require_range(parameter: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
+    largest, limit = float(tensor.abs().max()), _LARGEST.get(kind)
+    if limit is not None and largest > limit:
+        raise ArtifactError(
+            f"{parameter} holds {largest:.4g}, beyond {limit:.4g}, the largest value of {kind.name}; nothing was written. "
+            "Use a form of wider precision, as merged-fp32 or merged-bf16."
+        )
+
+
+def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) -> None:
+    """Write `patch` as a LoRA file for a base of `config`, as a whole or not at all.
+
+    F32 pairs NAME.lora_a [r, d_in] and NAME.lora_b [d_out, r] under llama.cpp's names; alpha is the rank, so that the
+    engine's scale alpha / r is 1.
+
+    Raises:
+        CannotLower: llama.cpp would not compute what transformers does from `config`.
+        ArtifactError: the patch is no plain LoRA, or edits what llama.cpp's graph has no such file for.
+    """
+    names = TensorNames.of(config)
+    problems = list(_beyond_lora(patch, config))
+    if problems:
+        raise ArtifactError(problems)
+    rank = patch.max_rank
+    with new_file(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, names.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+        for module, edit in patch.low_rank.items():
+            parameter = f"{module}.weight"
+            full = edit.padded(rank)  # the file has one alpha, so one rank
+            for half, matrix in (("lora_a", full.A), ("lora_b", names.rows(parameter, full.B))):
+                values = matrix.detach().float().cpu().contiguous().numpy()
+                writer.add_tensor(f"{names.name(parameter)}.{half}", values)
+        write_out(writer)
+
+
+def _beyond_lora(patch: WeightPatch, config: PreTrainedConfig) -> Iterator[str]:
+    """Everything that a LoRA file cannot hold."""
+    rest = {"biases": patch.bias, "whole weights": patch.dense, "another architecture": patch.architecture}
+    yield from (f"a LoRA file cannot hold {name}; merge the patch." for name, present in rest.items() if present)
+    # llama.cpp has no tensor of a tied head to add to, and reads an embedding's factors the other way round.
+    ends = ("embed_tokens", "lm_head") if config.tie_word_embeddings else ("embed_tokens",)
+    for name in patch.low_rank:
+        if name.endswith(ends):
+            yield f"a LoRA file for llama.cpp cannot edit {name}; merge the patch."
+    if not patch.low_rank:
+        yield "the patch edits nothing; a LoRA file needs pairs of factors."
