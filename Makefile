@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test check lint types imports docs house bench model golden clean engines verify-engines
+.PHONY: demo test test-nightly check lint types imports docs house bench model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -19,6 +19,10 @@ REAL := $(WALK) $(filter-out $(WALK),$(sort $(wildcard tests/end_to_end/test_*.p
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --durations=12 --numprocesses=2 --dist=worksteal $(REAL) tests/unit tests/contract tests/property
+
+# Looks for new counter-examples: other examples in every run, and more of them.
+test-nightly: $(VENV)/.ready
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property
 
 check: lint types imports docs test
 

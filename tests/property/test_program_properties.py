@@ -16,7 +16,6 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import OPERATIONS, POINTS, OperationName, Point, Site
 from tests.helpers.tiny import (
-    HIDDEN,
     LAYERS,
     Padded,
     captured,
@@ -32,7 +31,6 @@ from tests.helpers.tiny import (
 FAMILY = "granite"  # its residual multiplier is not 1
 MODEL = loaded(FAMILY).model
 BATCH = Padded.of(texts(((3, 4), (5, 1))), "left")
-FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 sizes = st.floats(0.2, 3.0).map(lambda x: round(x, 2))
 numbers = st.builds(lambda size, sign: sign * size, sizes, st.sampled_from((-1.0, 1.0)))
@@ -87,7 +85,6 @@ def everywhere(site: Site, operation: OperationName, seed: int, coefficient: flo
 # ----------------------------------------------------------------------------------------- identities
 
 
-@FEW
 @given(sites, seeds)
 def test_ablating_twice_is_ablating_once(site: Site, seed: int) -> None:
     one = everywhere(site, "ablate", seed, 1.0)
@@ -97,7 +94,6 @@ def test_ablating_twice_is_ablating_once(site: Site, seed: int) -> None:
     assert relative_error(activation(site), once) > 1e-4
 
 
-@FEW
 @given(sites, seeds, numbers)
 def test_clamping_sets_the_projection_and_keeps_the_rest(site: Site, seed: int, projection: float) -> None:
     one = everywhere(site, "clamp", seed, 1.0, projection=projection)
@@ -108,7 +104,6 @@ def test_clamping_sets_the_projection_and_keeps_the_rest(site: Site, seed: int, 
     assert relative_error(across, before) < 1e-5
 
 
-@FEW
 @given(sites, seeds, numbers)
 def test_adding_and_taking_away_restores_the_base(site: Site, seed: int, coefficient: float) -> None:
     one = program(FAMILY, everywhere(site, "add", seed, coefficient))
@@ -116,7 +111,6 @@ def test_adding_and_taking_away_restores_the_base(site: Site, seed: int, coeffic
     assert relative_error(output(one), output(program(FAMILY))) > 1e-4
 
 
-@FEW
 @given(interventions(), numbers)
 def test_the_change_at_a_site_is_linear_in_the_coefficient(one: Intervention, factor: float) -> None:
     alone = program(FAMILY, one).toggled(0, True)
@@ -128,7 +122,6 @@ def test_the_change_at_a_site_is_linear_in_the_coefficient(one: Intervention, fa
     )
 
 
-@FEW
 @given(sites, st.lists(st.tuples(st.sampled_from(OPERATIONS), seeds, numbers), min_size=2, max_size=4))
 def test_composed_edits_are_the_edits_in_turn(site: Site, steps: list[tuple[OperationName, int, float]]) -> None:
     edits = [
@@ -140,24 +133,22 @@ def test_composed_edits_are_the_edits_in_turn(site: Site, steps: list[tuple[Oper
     assert relative_error(activation(site, *edits), wanted) < 1e-5
 
 
-@FEW
 @given(programs, numbers, numbers)
 def test_scaling_by_two_factors_is_scaling_by_their_product(steering: Program, first: float, second: float) -> None:
     assert relative_error(output(steering * first * second), output((first * second) * steering)) < 1e-4
 
 
-@FEW
 @given(programs, st.integers(0, 3))
 def test_an_intervention_switched_off_is_one_left_out(steering: Program, index: int) -> None:
     index %= len(steering.interventions)
     rest = (i for n, i in enumerate(steering.interventions) if n != index)
-    assert torch.equal(output(steering.toggled(index, False)), output(program(FAMILY, *rest)))
+    assert relative_error(output(steering.toggled(index, False)), output(program(FAMILY, *rest))) < 1e-6
 
 
 # --------------------------------------------------------------------------------------------- passes
 
 
-@settings(FEW, max_examples=60)
+@settings(max_examples=2 * settings().max_examples)  # whole programs are the most varied
 @example(program(FAMILY, at(2, "resid_pre", "clamp", 1, projection=2.5), at(1, "resid_post", "add", 1)))
 @example(
     program(
@@ -181,7 +172,6 @@ def test_the_canonical_program_steers_exactly_as_the_program(steering: Program) 
     assert found.first_layer == steering.first_layer
 
 
-@FEW
 @given(programs)
 def test_the_canonical_program_is_its_own_canonical_program(steering: Program) -> None:
     once = canonical(steering)
@@ -193,9 +183,8 @@ def test_the_canonical_program_is_its_own_canonical_program(steering: Program) -
 # ----------------------------------------------------------------------------------------------- disk
 
 
-@FEW
 @given(programs)
-def test_a_saved_program_steers_bit_by_bit_as_before(steering: Program) -> None:
+def test_a_saved_program_has_the_same_vectors_and_steers_the_same(steering: Program) -> None:
     separate = Program(
         tuple(replace(i, vector=i.vector.clone()) for i in steering.interventions),
         steering.model,
@@ -206,5 +195,8 @@ def test_a_saved_program_steers_bit_by_bit_as_before(steering: Program) -> None:
         separate.save(path)
         found = Program.load(path)
     assert found.describe() == steering.describe()
-    assert all(i.vector.shape == (HIDDEN,) for i in found.interventions)
-    assert torch.equal(output(found), output(steering))
+    assert all(
+        torch.equal(a.vector, b.vector) for a, b in zip(found.interventions, steering.interventions, strict=True)
+    )
+    # Not bit for bit: a vector's place in memory decides which instructions add it.
+    assert relative_error(output(found), output(steering)) < 1e-6

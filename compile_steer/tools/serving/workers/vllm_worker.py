@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def opened(models: dict[str, dict[str, Any]], context: int) -> dict[tuple[str, b
 def adapter(model: dict[str, Any]) -> LoRARequest | None:
     """What is asked for beside the prompt."""
     return (
-        LoRARequest(model["name"], 1 + abs(hash(model["adapter"])) % 10_000, model["adapter"])
+        LoRARequest(model["name"], 1 + zlib.crc32(model["adapter"].encode()) % 10_000, model["adapter"])
         if "adapter" in model
         else None
     )
