@@ -19,7 +19,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.artifact_formats import artifacts, run_merge, run_verify
 from compile_steer.artifacts.files import save_text, sha256
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lower import closed_form, distill
@@ -28,8 +27,8 @@ from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS, divergence, final_states
 from compile_steer.models.tokens import batches
-from compile_steer.pipeline import run_compile
-from compile_steer.run import Run, load_program
+from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.verify.parity import Parity
@@ -68,11 +67,11 @@ def main() -> None:
         out = Path(folder)
         shutil.copytree(ROOT / "vectors", out / "vectors")
         run = ocean(SETTINGS, out, ProgressBars(console))
-        run_compile(run)
-        run_merge(run)
-        parities = {(p.backend, p.form): p for p in run_verify(run, artifacts(run))}
+        compile_program(run)
+        merge(run)
+        parities = {(p.backend, p.form): p for p in verify(run, artifacts(run))}
         job = _job(run)
-        reference = Reference(run.recipe, run.loaded, load_program(run), run.behaviour, run.progress)
+        reference = Reference(run.recipe, run.model, run.program, run.data, run.progress)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
         tokens = sum(len(text.ids) for text in job.regression_texts)
@@ -83,7 +82,7 @@ def main() -> None:
 
 def _job(run: Run) -> Job:
     recipe = run.recipe
-    return Job(canonical(load_program(run)), run.loaded, run.behaviour, recipe.compile, recipe.seed, run.progress)
+    return Job(canonical(run.program), run.model, run.data, recipe.compile, recipe.seed, run.progress)
 
 
 def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
@@ -114,8 +113,8 @@ def _medians(*works: Callable[[], object]) -> list[float]:
 
 def _forward(run: Run, job: Job) -> None:
     """One plain pass over the calibration tokens, logits and all."""
-    model = run.loaded.model
-    for batch in batches(run.loaded, job.regression_texts):
+    model = run.model.model
+    for batch in batches(run.model, job.regression_texts):
         with torch.no_grad():
             hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
             for start in range(0, len(hidden), CHUNK_TOKENS):
@@ -152,7 +151,7 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
     patches = []
 
     def solve() -> None:
-        patches.append(closed_form.solve_stages(job.program, run.loaded, few, stages, lambda _n: None).patch)
+        patches.append(closed_form.solve_stages(job.program, run.model, few, stages, lambda _n: None).patch)
 
     (seconds,) = _medians(solve)
     reached = _share(reference, patches[-1])
@@ -161,7 +160,7 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
     plain = {"start": "random", "epochs": RANDOM_EPOCHS, "learning_rate": 0.02, "batch_tokens": 1024}
     options = run.recipe.compile.model_copy(update={"distill": run.recipe.compile.distill.model_copy(update=plain)})
     random = replace(job, options=options)
-    start = distill.random_patch(run.loaded.layout, job.program.first_layer, 8, run.recipe.seed)
+    start = distill.random_patch(run.model.layout, job.program.first_layer, 8, run.recipe.seed)
     trained: list[WeightPatch] = []
 
     def train() -> None:
@@ -184,8 +183,8 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
 def _throughput(run: Run, out: Path) -> list[Row]:
     """Tokens a second of cached generation, merged over base, both loaded alike and run in turn."""
     merged = AutoModelForCausalLM.from_pretrained(out / "merged" / "ocean-bias-fp32", dtype=torch.float32).eval()
-    prompts = [text.prompt for text in run.behaviour.heldout[:16]]
-    plain = replace(run.loaded, model=merged)
+    prompts = [text.prompt for text in run.data.heldout[:16]]
+    plain = replace(run.model, model=merged)
 
     def generate(loaded: LoadedModel) -> None:
         inputs = loaded.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -193,7 +192,7 @@ def _throughput(run: Run, out: Path) -> list[Row]:
             loaded.model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)
 
     generate(plain)
-    pairs = [(_timed(lambda: generate(run.loaded)), _timed(lambda: generate(plain))) for _ in range(7)]
+    pairs = [(_timed(lambda: generate(run.model)), _timed(lambda: generate(plain))) for _ in range(7)]
     ratio = statistics.median(base / other for base, other in pairs)
     return [Row("throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}")]
 

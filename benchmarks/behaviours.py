@@ -22,8 +22,8 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
 from compile_steer.extract.generation_report import WritingReport
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
 
 _DATA = ROOT / "recipes" / "data"
 

@@ -19,8 +19,7 @@ from benchmarks.record import Record
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.pipeline import run_extract
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1), ("shuffled", 2))
@@ -51,7 +50,7 @@ def measured(found: list[Trial], folder: Path, progress: ProgressBars) -> Iterat
         except RecipeError as error:  # the model does not show it often enough when it is asked
             yield Trial(known.name, "real", 0, "no pairs", str(error), 0.0)
             continue
-        real = run_extract(run)
+        real = run.extract()
         for kind, index, compiles in left:
             yield trial(run, real, kind, index, compiles)
 

@@ -23,12 +23,11 @@ from benchmarks import planted
 from benchmarks.ocean import ROOT, ocean
 from benchmarks.planted import Fault, Judge
 from benchmarks.record import Record
-from compile_steer.artifact_formats import run_merge
 from compile_steer.artifacts.files import sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.pipeline import run_compile
-from compile_steer.run import Run, load_program
+from compile_steer.pipeline.artifacts import compile_program, merge
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.verify.reference import Reference
@@ -105,8 +104,8 @@ def prepared(progress: ProgressBars) -> Run:
     """The committed program compiled and merged; what is there is kept."""
     shutil.copytree(ROOT / "vectors", RUNS / "vectors", dirs_exist_ok=True)
     run = ocean(SETTINGS, RUNS, progress)
-    run_compile(run)
-    run_merge(run)
+    compile_program(run)
+    merge(run)
     return run
 
 
@@ -118,12 +117,12 @@ def artifact(run: Run, form: str) -> Path:
 @contextmanager
 def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
     """The reference, and the hash of the program that it is about; what is wrong with the judge holds inside the block."""
-    program, hashed = load_program(run), sha256(run.paths.program)
+    program, hashed = run.program, sha256(run.paths.program)
     if kind == "response only":
         only = tuple(replace(one, positions="response") for one in program.interventions)
         program, hashed = Program(only, program.model, program.revision), RESPONSE_ONLY
-    with steered(run.loaded.model, program) if kind == "hooked base" else nullcontext():
-        yield Reference(run.recipe, run.loaded, program, run.behaviour, run.progress), hashed
+    with steered(run.model.model, program) if kind == "hooked base" else nullcontext():
+        yield Reference(run.recipe, run.model, program, run.data, run.progress), hashed
 
 
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
@@ -133,7 +132,7 @@ def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | 
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "faulty"
         shutil.copytree(artifact(run, fault.form), folder)
-        planted.plant(fault.plant, folder, Path(run.loaded.source))
+        planted.plant(fault.plant, folder, Path(run.model.source))
         try:
             reasons = verify_artifact(reference, folder, hashed, run.recipe.verify.gates).reasons
         except ArtifactError as error:
@@ -160,7 +159,7 @@ def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
 def elsewhere(run: Run, seed: int) -> Run:
     """The same run with another seed, `FEWER` texts, and its held-out prompts, test pairs and neutral texts begun elsewhere."""
 
-    data, recipe = run.behaviour, run.recipe
+    data, recipe = run.data, run.recipe
     behaviour = replace(
         data,
         heldout=_turned(data.heldout, seed),
@@ -168,7 +167,8 @@ def elsewhere(run: Run, seed: int) -> Run:
         neutral=_turned(data.neutral, seed),
     )
     changes = {"seed": seed, "verify": recipe.verify.model_copy(update=FEWER)}
-    return replace(run, behaviour=behaviour, recipe=recipe.model_copy(update=changes))
+    context = replace(run.context, data=behaviour, seed=seed)
+    return replace(run, context=context, recipe=recipe.model_copy(update=changes))
 
 
 def _turned(rows: tuple[_Row, ...], seed: int) -> tuple[_Row, ...]:

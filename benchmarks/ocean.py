@@ -13,8 +13,8 @@ import torch
 from compile_steer.common.progress import Progress
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.tokens import batches, encode
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
-from compile_steer.run import Run
 from compile_steer.steering.hooks import PAD
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Program
@@ -35,15 +35,15 @@ def opened(name: str, settings: Sequence[str], out: Path, progress: Progress) ->
 def committed_program(run: Run) -> Program:
     """The validated ocean program of this repository, canonical."""
     program = Program.load(ROOT / "vectors" / "ocean.safetensors")
-    run.loaded.layout.require_program(program, run.loaded.id, run.loaded.revision)
+    run.model.layout.require_program(program, run.model.id, run.model.revision)
     return canonical(program)
 
 
 def stream(run: Run, layer: int, count: int) -> torch.Tensor:
     """The base's residual stream after block `layer` on neutral text, [n_tokens, d_model], without each text's
     first token, whose norm is a hundred times the others' in many models."""
-    loaded, found = run.loaded, []
-    encoded = [encode(loaded.tokenizer, text) for text in run.behaviour.neutral[:count]]
+    loaded, found = run.model, []
+    encoded = [encode(loaded.tokenizer, text) for text in run.data.neutral[:count]]
     for batch in batches(loaded, encoded):
         with torch.no_grad():
             hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)

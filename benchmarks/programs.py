@@ -30,8 +30,7 @@ from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.tokens import Encoded
-from compile_steer.pipeline import run_extract
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -77,7 +76,7 @@ PAGE, PEERS_TITLE = ROOT / "docs" / "PROGRAMS.md", "## Beside what others train"
 
 def programs(run: Run, directions: Directions) -> dict[str, Program]:
     """The programs by name, from the ocean directions of the blocks."""
-    vector, later, n_layers = directions.vectors[BLOCK], directions.vectors[BLOCK + 4], run.loaded.layout.n_layers
+    vector, later, n_layers = directions.vectors[BLOCK], directions.vectors[BLOCK + 4], run.model.layout.n_layers
     unit, site = vector / vector.norm(), Site(BLOCK)
     # What adding gives the mean token of neutral text.
     projection = float((stream(run, BLOCK, 12) @ unit).mean()) + COEFFICIENT * float(vector.norm())
@@ -96,9 +95,7 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
             Intervention(Site(block), "add", directions.vectors[block], 0.15) for block in range(n_layers)
         ),
     }
-    return {
-        name: canonical(Program(parts, run.loaded.id, run.loaded.revision)) for name, parts in interventions.items()
-    }
+    return {name: canonical(Program(parts, run.model.id, run.model.revision)) for name, parts in interventions.items()}
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ class Measure:
 
     @staticmethod
     def of(run: Run, program: Program, count: int = HELD_OUT) -> Measure:
-        loaded = run.loaded
-        prompts = run.behaviour.heldout[:count]
+        loaded = run.model
+        prompts = run.data.heldout[:count]
         texts = continue_prompts(loaded, prompts, program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
         wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
         return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))
@@ -138,7 +135,7 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     prompts = MOST_PROMPTS.get(name, PROMPTS)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
     options = run.recipe.compile.model_copy(update={"calibration": calibration})
-    job = Job(program, run.loaded, run.behaviour, options, run.recipe.seed, run.progress)
+    job = Job(program, run.model, run.data, options, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     texts = [*job.regression_texts, *job.training_texts]  # written before any clock starts
     cells, peers = [], []
@@ -179,10 +176,10 @@ def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, obje
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
+    job = Job(program, run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     backend = EXACT[name]
-    merged = replace(run.loaded, model=merged_model(run.loaded.source, BACKENDS[backend].lower(job)).eval())
+    merged = replace(run.model, model=merged_model(run.model.source, BACKENDS[backend].lower(job)).eval())
     left = measure.against(merged)
     return f"| {name} | {measure.base.mean:.3f} | - | `{backend}`: KL 1e-6 | {left.mean:.1e} | {left.top1_agreement:.1%} | | | | | |"
 
@@ -239,7 +236,7 @@ def main() -> None:
     console, page = Console(width=160), Page.read()
     with tempfile.TemporaryDirectory() as folder:
         run = ocean(SETTINGS, Path(folder), ProgressBars(console))
-        found = programs(run, run_extract(run))
+        found = programs(run, run.extract())
         for name in (name for name in NAMES if name.startswith(tuple(sys.argv[1:]) or "")):
             if name in FITTED:
                 page.ours[name], page.beside[name] = fitted(run, name, found[name])

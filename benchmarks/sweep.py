@@ -24,8 +24,7 @@ from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.logprobs import encode_pairs, log_softmax, margins
 from compile_steer.models.tokens import batches, encode
-from compile_steer.pipeline import run_extract
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -70,15 +69,15 @@ def _listed(options: Validate) -> tuple[float, ...]:
 def plain(run: Run, directions: Directions, options: Validate) -> Way:
     """For each cell: hooks on, a full forward of all texts, all logits, the response's log-probabilities."""
     n = options.sweep_pairs
-    texts = encode_pairs(run.loaded, run.behaviour.validation[:n])
-    texts += [encode(run.loaded.tokenizer, text) for text in run.behaviour.neutral[: options.sweep_neutral]]
+    texts = encode_pairs(run.model, run.data.validation[:n])
+    texts += [encode(run.model.tokenizer, text) for text in run.data.neutral[: options.sweep_neutral]]
 
     def scores(program: Program | None) -> np.ndarray:
         found = np.zeros(len(texts))
-        for batch in batches(run.loaded, texts):
+        for batch in batches(run.model, texts):
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            with torch.no_grad(), steered(run.loaded.model, program, roles=batch.roles):
-                logits = run.loaded.model(**inputs).logits
+            with torch.no_grad(), steered(run.model.model, program, roles=batch.roles):
+                logits = run.model.model(**inputs).logits
             targets = batch.input_ids[:, 1:].unsqueeze(-1)
             log_p = log_softmax(logits[:, :-1]).gather(-1, targets).squeeze(-1)
             chosen = batch.predicts_response[:, :-1]
@@ -113,8 +112,8 @@ def ours(run: Run, directions: Directions, options: Validate, margin: float) -> 
 
 
 def _bench(run: Run, options: Validate) -> Bench:
-    pairs = run.behaviour.validation[: options.sweep_pairs]
-    return Bench(run.loaded, pairs, run.behaviour.neutral[: options.sweep_neutral])
+    pairs = run.data.validation[: options.sweep_pairs]
+    return Bench(run.model, pairs, run.data.neutral[: options.sweep_neutral])
 
 
 def _measured(
@@ -203,7 +202,7 @@ def search_table(run: Run, directions: Directions, options: Validate) -> list[st
     cells = _measured(_bench(run, grid), directions, grid, every, math.inf)
     lines.append(_best("whole grid", cells, time.process_time() - started))
     started = time.process_time()
-    left, _rungs = search_layers(run.loaded, run.behaviour, grid, every, make, Progress())
+    left, _rungs = search_layers(run.model, run.data, grid, every, make, Progress())
     cells = _measured(_bench(run, grid), directions, grid, left)
     lines.append(_best("successive halving", cells, time.process_time() - started))
     return lines
@@ -275,7 +274,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = ocean(settings, Path(folder), ProgressBars(Console()))
             options = run.recipe.validate_
-            lines = measure(run, run_extract(run), options)
+            lines = measure(run, run.extract(), options)
         texts = f"The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} neutral texts."
         found[title] = "\n".join([title, "", f"Measured {machine()} {texts}", "", *lines, "", ""])
         head = ["# What a sweep costs", "", "Written by `python -m benchmarks.sweep`; do not edit.", "", ""]

@@ -23,7 +23,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.lower import full
 from compile_steer.lower.job import Job
 from compile_steer.lower.options import Full
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.tools.task_vector import look_into
 
 SETTINGS = [
@@ -78,7 +78,7 @@ def arm(job: Job, measure: Measure, options: Full) -> str:
 def table(run: Run, show: Console) -> None:
     """Print the lines of the table as they are measured, a few minutes each."""
     program = committed_program(run)
-    job = Job(program, run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
+    job = Job(program, run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program, HELD_OUT)
     tokens = sum(len(text.ids) for text in (*job.regression_texts, *job.training_texts))
     show.print(f"{program.describe()}; {tokens} tokens; KL(steered||base) {measure.base.mean:.3f}", markup=False)

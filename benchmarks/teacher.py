@@ -64,7 +64,7 @@ def _memory() -> float:
 
 def _job(folder: str) -> Job:
     run = ocean(SETTINGS, Path(folder), Progress())
-    return Job(committed_program(run), run.loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
+    return Job(committed_program(run), run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
 
 
 def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:

@@ -20,7 +20,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.passes import canonical
@@ -103,9 +103,9 @@ def in_place(real: Directions, kind: Kind, index: int, behaviour: str) -> Direct
 
 def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) -> Trial:
     """Validate a direction with the run's recipe on a part of its test data; `compiles` what was chosen."""
-    test, neutral = run.behaviour.test[: run.recipe.validate_.prompts], run.behaviour.neutral[:NEUTRAL]
-    data = replace(run.behaviour, test=test, neutral=neutral)
-    part = replace(run, behaviour=data, progress=Progress())
+    test, neutral = run.data.test[: run.recipe.validate_.prompts], run.data.neutral[:NEUTRAL]
+    data = replace(run.data, test=test, neutral=neutral)
+    part = replace(run, context=replace(run.context, data=data, progress=Progress()))
     kept: list[Program] = []
 
     def keep(program: Program) -> str:
@@ -115,7 +115,7 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     started = time.perf_counter()
     try:
         report, _rows = validate(
-            part.recipe, part.loaded, data, in_place(real, kind, index, run.recipe.name), keep, "", part.progress
+            part.recipe, part.model, data, in_place(real, kind, index, run.recipe.name), keep, "", part.progress
         )
     except RecipeError as error:  # no coherent cell: refused before the test
         return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
@@ -147,16 +147,16 @@ def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, sec
 
 def compiled(run: Run, program: Program) -> Compiled:
     """Closed form, measured on held-out continuations and on the test pairs and prompts that validation used."""
-    program, loaded, test, options = canonical(program), run.loaded, run.behaviour.test, run.recipe.validate_
+    program, loaded, test, options = canonical(program), run.model, run.data.test, run.recipe.validate_
     patch = BACKENDS["closed_form"].lower(
-        Job(program, loaded, run.behaviour, run.recipe.compile, run.recipe.seed, run.progress)
+        Job(program, loaded, run.data, run.recipe.compile, run.recipe.seed, run.progress)
     )
     measure = Measure.of(run, program, HELD_OUT)
-    score = options.score.bind(loaded, run.behaviour)
+    score = options.score.bind(loaded, run.data)
     pairs, prompts = encode_pairs(loaded, test), [pair.prompt for pair in test[: options.prompts]]
 
     def behaves() -> tuple[np.ndarray, np.ndarray]:
-        (found,) = answer(loaded, [Request(prompts)], score, options.max_new_tokens, run.behaviour.questions)
+        (found,) = answer(loaded, [Request(prompts)], score, options.max_new_tokens, run.data.questions)
         return logprob_margins(loaded, pairs), found.scores
 
     before = behaves()

@@ -36,7 +36,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        from compile_steer.cli import app
+        from compile_steer.cli.app import app
 
         app()
     except CompileSteerError as error:

@@ -19,7 +19,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 
 from benchmarks.ocean import ROOT
-from compile_steer.artifact_formats import run_merge
 from compile_steer.common.progress import Advance, Progress, ProgressBars
 from compile_steer.extract.options import Extract, Trained
 from compile_steer.extract.trained import Fitted, Start, starting_point, train
@@ -30,9 +29,9 @@ from compile_steer.models.logprobs import TokenDivergence, divergence, final_sta
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
-from compile_steer.pipeline import run_compile
+from compile_steer.pipeline.artifacts import compile_program, merge
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
-from compile_steer.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.program import Intervention, Program
@@ -72,13 +71,13 @@ class Test:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.prompts = [pair.prompt for pair in run.behaviour.test]
-        self.asks = np.array(["AI assistant" in pair.positive.response for pair in run.behaviour.test])
+        self.prompts = [pair.prompt for pair in run.data.test]
+        self.asks = np.array(["AI assistant" in pair.positive.response for pair in run.data.test])
 
     def outcomes(self, loaded: LoadedModel, programs: Sequence[Program | None], before: str = "") -> list[Outcome]:
         """One a program, all as rows of one batch; `before` is put before every prompt."""
         prompts = [before + prompt for prompt in self.prompts]
-        score = self.run.recipe.validate_.score.bind(loaded, self.run.behaviour)
+        score = self.run.recipe.validate_.score.bind(loaded, self.run.data)
         found = answer(loaded, [Request(prompts, program) for program in programs], score, NEW_TOKENS)
         first = int(np.argmax(self.asks))
         return [
@@ -94,7 +93,7 @@ class Test:
 
     def _nll(self, loaded: LoadedModel, program: Program | None, prompts: Sequence[str]) -> np.ndarray:
         end = int(loaded.tokenizer.eos_token_id or 0)
-        pairs = zip(prompts, self.run.behaviour.test, strict=True)
+        pairs = zip(prompts, self.run.data.test, strict=True)
         encoded = [encode(loaded.tokenizer, Text(prompt, pair.positive.response)) for prompt, pair in pairs]
         closed = [Encoded((*one.ids, end), one.n_prompt) for one in encoded]
         return -mean_logprobs(loaded, closed, program)
@@ -107,7 +106,7 @@ def vectors(run: Run, advance: Advance, **changes: object) -> tuple[Start, Fitte
     """Train as the recipe says, with changes; the program holds the kept vectors at coefficient 1."""
     options = run.recipe.extract.trained.model_copy(update=changes)
     extract = Extract(method="trained", trained=Trained.model_validate(options.model_dump()))
-    pairs, loaded = run.behaviour.train, run.loaded
+    pairs, loaded = run.data.train, run.model
     start = starting_point(loaded, pairs, extract)
     fitted = train(loaded, pairs, start, extract.trained, "all", run.recipe.seed, advance)
     parts = (Intervention(site, "add", v) for site, v in zip(start.sites, fitted.best, strict=True))
@@ -119,7 +118,7 @@ def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[flo
 
     Rank 1 at the attention's output of every second block: (576 + 576) x 15 = 576 x 30.
     """
-    loaded = run.loaded
+    loaded = run.model
     fresh = load(run.recipe.model, dtype=run.recipe.dtype, prompt_format=run.recipe.prompt_format)
     every_second = list(range(1, loaded.layout.n_layers, 2))
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["o_proj"], layers_to_transform=every_second)
@@ -128,7 +127,7 @@ def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[flo
         wrapped = get_peft_model(fresh.model, config)
     one = replace(fresh, model=wrapped)
     factors = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    options, pairs = run.recipe.extract.trained, list(run.behaviour.train)
+    options, pairs = run.recipe.extract.trained, list(run.data.train)
     mixed = random.Random(run.recipe.seed).sample(pairs, len(pairs))
     objective = Objective(one, "likelihood", options.beta, 0)
     held_out = objective.items(mixed[::6], options.batch_tokens)
@@ -174,16 +173,14 @@ class Compiled:
 
 def compiled(run: Run, test: Test, program: Program) -> Compiled:
     """Compile with `bias`, merge in fp32 and read it again, as a user's stack would."""
-    loaded = run.loaded
+    loaded = run.model
     program.save(run.paths.program)
     started = time.perf_counter()
-    run_compile(run, force=True)
+    compile_program(run, force=True)
     seconds = time.perf_counter() - started
-    (folder,) = run_merge(run)
+    (folder,) = merge(run)
     merged = reload(folder, loaded)
-    texts = continue_prompts(
-        loaded, run.behaviour.heldout[:16], program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1
-    )
+    texts = continue_prompts(loaded, run.data.heldout[:16], program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
     wanted = final_states(loaded, texts, program).response
     (outcome,) = test.outcomes(merged, [None])
     same = all(
@@ -225,13 +222,13 @@ def section(progress: Progress) -> list[str]:
                 arms[name] = vectors(run, advance, **changed)
             loras = {rate: lora(run, rate, advance) for rate in LORA_RATES}
         with progress.phase("seed A: test prompts", 3) as advance:
-            (base,) = test.outcomes(run.loaded, [None])
-            (asked,) = test.outcomes(run.loaded, [None], f"{run.recipe.validate_.instruction} ")
+            (base,) = test.outcomes(run.model, [None])
+            (asked,) = test.outcomes(run.model, [None], f"{run.recipe.validate_.instruction} ")
             (chatting,) = test.outcomes(load(run.recipe.model, dtype=run.recipe.dtype), [None])
             advance(1)
-            found = {name: test.outcomes(run.loaded, [program])[0] for name, (_s, _f, program) in arms.items()}
+            found = {name: test.outcomes(run.model, [program])[0] for name, (_s, _f, program) in arms.items()}
             program = arms["a vector a block"][2]
-            dial = dict(zip(DIALS, test.outcomes(run.loaded, [program.scaled(c) for c in DIALS]), strict=True))
+            dial = dict(zip(DIALS, test.outcomes(run.model, [program.scaled(c) for c in DIALS]), strict=True))
             advance(1)
             rate = min(loras, key=lambda one: min(loras[one][1]))
             (adapted,) = test.outcomes(loras[rate][0], [None])
@@ -263,7 +260,7 @@ def _row(name: str, start: Start, fitted: Fitted, outcome: Outcome, seed: int) -
 def _page(
     run: Run, rows: list[str], dial: Mapping[float, Outcome], merged: Compiled, samples: Mapping[str, Outcome]
 ) -> list[str]:
-    behaviour, options = run.behaviour, run.recipe.extract.trained
+    behaviour, options = run.data, run.recipe.extract.trained
     asks = int(sum("AI assistant" in pair.positive.response for pair in behaviour.test))
     turned = ", ".join(
         f"{c:g}: ended {one.ended.mean():.2f}, identity {one.identity.mean():.2f}" for c, one in dial.items()

@@ -12,12 +12,11 @@ from rich.console import Console
 
 from benchmarks.ocean import ocean, opened
 from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
-from compile_steer.artifact_formats import artifacts, run_merge, run_verify
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.forward import read_activations
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
-from compile_steer.pipeline import run_compile, run_extract, run_validate
-from compile_steer.run import Run, load_program
+from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
+from compile_steer.pipeline.run import Run
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
@@ -35,19 +34,19 @@ def section(progress: Progress) -> list[str]:
     """The Markdown of seed C, measured now."""
     with tempfile.TemporaryDirectory() as folder:
         run = opened("listening", SETTINGS, Path(folder), progress)
-        directions = run_extract(run)
-        report = run_validate(run)
-        program = load_program(run)
-        run_compile(run, force=True)
-        run_merge(run)
-        parities = run_verify(run, artifacts(run))
+        directions = run.extract()
+        report = run.validate()
+        program = run.program
+        compile_program(run, force=True)
+        merge(run)
+        parities = verify(run, artifacts(run))
         other = ocean([], Path(folder), progress)
-        sea = run_extract(other).program(OCEAN_BLOCK, OCEAN_DOSE, "all")
+        sea = other.extract().program(OCEAN_BLOCK, OCEAN_DOSE, "all")
         return [
             "## C. The vector is the prototype, the weights are the product (listening)",
             "",
             f"`recipes/listening.yaml`: {run.recipe.extract.pairs} matched pairs make the direction, "
-            f"{len(run.behaviour.test)} novel scenarios test it.",
+            f"{len(run.data.test)} novel scenarios test it.",
             "",
             *_by_block(run, directions),
             *_verdict(report),
@@ -59,10 +58,10 @@ def section(progress: Progress) -> list[str]:
 
 def _by_block(run: Run, directions: Directions) -> list[str]:
     """The difference at each block: its length, and how it tells the test pairs apart."""
-    sides = [p.positive for p in run.behaviour.test], [p.negative for p in run.behaviour.test]
+    sides = [p.positive for p in run.data.test], [p.negative for p in run.data.test]
     options = run.recipe.extract
-    high, low = (read_activations(run.loaded, side, point=options.point, readout=options.readout) for side in sides)
-    blocks = range(0, run.loaded.layout.n_layers, EVERY)
+    high, low = (read_activations(run.model, side, point=options.point, readout=options.readout) for side in sides)
+    blocks = range(0, run.model.layout.n_layers, EVERY)
     found = [separability(high[:, k], low[:, k], directions.vectors[k]) for k in blocks]
     return [
         "| block | " + " | ".join(map(str, blocks)) + " |",
@@ -102,11 +101,11 @@ def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str
         "both, listening negated": both.scaled(-1.0, 0),
     }
     lines = ["| switched on | on listening, nats/token | on ocean, nats/token |", "|---|---|---|"]
-    pairs = [encode_pairs(one.loaded, one.behaviour.test[:PAIRS]) for one in (run, other)]
-    base = [logprob_margins(run.loaded, some) for some in pairs]
+    pairs = [encode_pairs(one.model, one.data.test[:PAIRS]) for one in (run, other)]
+    base = [logprob_margins(run.model, some) for some in pairs]
     for name, program in settings.items():
         cells = [
-            signed(bootstrap_mean(logprob_margins(run.loaded, some, program) - before, seed=run.recipe.seed))
+            signed(bootstrap_mean(logprob_margins(run.model, some, program) - before, seed=run.recipe.seed))
             for some, before in zip(pairs, base, strict=True)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -16,8 +16,7 @@ from rich.console import Console
 from benchmarks.ocean import ROOT, ocean, stream
 from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
 from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.pipeline import run_extract
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Intervention, Program
@@ -35,7 +34,7 @@ def section(progress: Progress) -> list[str]:
     """The Markdown of seed D, measured now; leaves its figure in docs/."""
     with tempfile.TemporaryDirectory() as folder:
         run = ocean([], Path(folder), progress)
-        directions = run_extract(run)
+        directions = run.extract()
         dial = Dial(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
         with progress.phase("seed D: the dial", 4) as advance:
             real = dial.read([directions.program(BLOCK, dose, "all") for dose in DOSES])

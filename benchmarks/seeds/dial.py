@@ -9,7 +9,7 @@ import numpy as np
 
 from compile_steer.models.logprobs import encode_pairs, logprob_margins, mean_logprobs
 from compile_steer.models.tokens import encode
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.stats import Interval, bootstrap_mean
 from compile_steer.steering.program import Program
@@ -54,7 +54,7 @@ class Dial:
 
     def read(self, programs: Sequence[Program]) -> list[Reading]:
         """One reading a program; they must share sites, operations and positions (their answers are one batch)."""
-        loaded, behaviour, recipe = self.run.loaded, self.run.behaviour, self.run.recipe
+        loaded, behaviour, recipe = self.run.model, self.run.data, self.run.recipe
         pairs = encode_pairs(loaded, behaviour.test[: self.pairs])
         base = logprob_margins(loaded, pairs)
         effects = [logprob_margins(loaded, pairs, program) - base for program in programs]
@@ -78,6 +78,6 @@ class Dial:
 
     def _neutral(self, program: Program | None) -> float:
         """Mean log-probability of the neutral responses, nats a token."""
-        loaded = self.run.loaded
-        texts = [encode(loaded.tokenizer, text) for text in self.run.behaviour.neutral[: self.neutral]]
+        loaded = self.run.model
+        texts = [encode(loaded.tokenizer, text) for text in self.run.data.neutral[: self.neutral]]
         return float(mean_logprobs(loaded, texts, program).mean())

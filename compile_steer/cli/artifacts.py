@@ -1,36 +1,21 @@
-"""The commands on an artifact: what it is, whether it can be made again, what it changed, where it is sent.
-
-They need no recipe: an artifact carries its own.
-"""
+"""The commands on an artifact, which carries its own recipe: what it is, what it changed, and where it is used."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from huggingface_hub import HfApi
 
-from compile_steer.cli.options import Json, person
-from compile_steer.cli.tables import print_audit, print_chain, print_reproduction, print_upload
-from compile_steer.common.progress import ProgressBars
-from compile_steer.steering.program import Program
-from compile_steer.tools.audit import THRESHOLD, audit
-from compile_steer.tools.describe import describe_artifact
-from compile_steer.tools.lineage import walk, whole
-from compile_steer.tools.push import prepare, send
-from compile_steer.tools.reproduce import TOLERANCE, reproduce
+from compile_steer.artifacts.provenance import EngineName
+from compile_steer.cli.options import Json, Recipes, console, finish, progress_bars
 
-Recipes = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that the recorded recipe's data paths are relative to. "
-        "[default: the nearest one at or above the artifact, or its recipes/, that has them]"
-    ),
+Base = Annotated[
+    str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
 ]
+Anything = Annotated[Path, typer.Argument(help="An adapter of anybody's, a checkpoint, or a program's .safetensors.")]
 
 
 def show(
@@ -38,72 +23,71 @@ def show(
     recipes: Recipes = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an artifact is, what it was made from and how it was judged, and check every link back to its data.
+    """Say what an artifact is, what it was made from and how it was verified, and check every link back to its data.
 
     Exit code 1 if a link is broken: a file that was edited, cut short or swapped.
     """
+    from compile_steer.cli.tables import print_chain
+    from compile_steer.tools.describe import describe_artifact
+    from compile_steer.tools.lineage import walk, whole
+
     path = whole(path)
-    found = describe_artifact(path)
-    links = walk(path, recipes)
-    if as_json:
-        print(json.dumps({**found, "chain": [asdict(link) for link in links]}, indent=2))
-    else:
-        console = person(as_json)
-        console.print(found)
-        print_chain(console, links)
+    description, links = describe_artifact(path), walk(path, recipes)
+    if not as_json:
+        console().print(description)
+    summary = {**description, "chain": [asdict(link) for link in links]}
+    finish(as_json, summary, lambda: print_chain(console(), links))
     raise typer.Exit(1 if any(link.state == "broken" for link in links) else 0)
 
 
-def reproduce_(
+def reproduce(
     path: Annotated[Path, typer.Argument(help="An adapter, patch, merged folder, vector or directions.")],
     to: Annotated[Path | None, typer.Option(help="Empty folder for what is made. [default: a temporary one]")] = None,
     recipes: Recipes = None,
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference by which numbers agree.")] = TOLERANCE,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference at which numbers agree.")] = 1e-3,
     as_json: Json = False,
 ) -> None:
     """Make an artifact again from the recipe that it carries, and say link by link whether the same came out.
 
     Recipe, data and base are checked by their hashes before anything runs. Exit code 0 if all bytes or numbers agree.
     """
-    console = person(as_json)
+    from compile_steer.cli.tables import print_reproduction
+    from compile_steer.tools.lineage import whole
+    from compile_steer.tools.reproduce import reproduce
+
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
-        found = reproduce(whole(path), to or Path(temporary), recipes, tolerance, ProgressBars(console))
-    if as_json:
-        print(json.dumps(found.summary(), indent=2))
-    else:
-        print_reproduction(console, found)
-    raise typer.Exit(0 if found.agrees else 1)
+        reproduction = reproduce(whole(path), to or Path(temporary), recipes, tolerance, progress_bars())
+    finish(as_json, reproduction.summary(), lambda: print_reproduction(console(), reproduction))
+    raise typer.Exit(0 if reproduction.agrees else 1)
 
 
-def audit_(
+def audit(
     base: Annotated[str, typer.Argument(help="The base: a hub id in the cache, a local folder, a .gguf file.")],
     other: Annotated[str, typer.Argument(help="A fine-tuned or merged model, a plain LoRA adapter, or a patch.")],
-    program: Annotated[Path | None, typer.Option(help="A vector's file, to hold baked directions against.")] = None,
+    program: Annotated[Path | None, typer.Option(help="A vector's file, to compare baked directions with.")] = None,
     threshold: Annotated[
-        float, typer.Option(help="Share of the largest singular value above which one counts as rank.")
-    ] = THRESHOLD,
+        float, typer.Option(help="Fraction of the largest singular value above which one counts as rank.")
+    ] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint or adapter changed against its base: tensors, ranks, types, settings, baked directions.
 
-    Read off the files, tensor by tensor; no model is run.
+    Reads the files, tensor by tensor; no model is run.
     """
-    console = person(as_json)
+    from compile_steer.cli.tables import print_audit
+    from compile_steer.steering.program import Program
+    from compile_steer.tools.audit import audit
+
     known = None if program is None else Program.load(program)
-    found = audit(base, other, known, threshold, ProgressBars(console))
-    if as_json:
-        print(json.dumps(found.summary(), indent=2))
-    else:
-        print_audit(console, found)
+    changes = audit(base, other, known, threshold, progress_bars())
+    finish(as_json, changes.summary(), lambda: print_audit(console(), changes))
 
 
 def push(
     path: Annotated[Path, typer.Argument(help="An adapter or merged folder.")],
     to: Annotated[str, typer.Option(help="The repository: OWNER/NAME.")],
     yes: Annotated[bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="A new repository is for all to see. [default: private]")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. [default: private]")] = False,
     force: Annotated[bool, typer.Option("--force", help="Send what failed, or was never verified.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -111,12 +95,65 @@ def push(
 
     Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
     """
-    console = person(as_json)
+    from huggingface_hub import HfApi
+
+    from compile_steer.cli.tables import print_upload
+    from compile_steer.tools.lineage import whole
+    from compile_steer.tools.push import prepare, send
+
     upload = prepare(whole(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
-    if as_json:
-        print(json.dumps({**upload.summary(), "sent": sent}, indent=2))
-    else:
-        print_upload(console, upload, sent, force)
+    finish(as_json, {**upload.summary(), "sent": sent}, lambda: print_upload(console(), upload, sent, force))
     raise typer.Exit(1 if refused else 0)
+
+
+def export(
+    artifact: Anything,
+    engine: Annotated[EngineName, typer.Option("--for", help="The engine that is to load it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files: a new one, or an earlier export.")],
+    base: Base = None,
+    precision: Annotated[str, typer.Option(help="Of a checkpoint for llama.cpp: f32, f16, q8_0 or q4_0.")] = "f16",
+    as_json: Json = False,
+) -> None:
+    """Write what a serving engine loads, in the form that it loads right; or say why it would not, and what to do.
+
+    Adapters become plain LoRA (alpha = rank, scales folded in, a rank that vLLM takes); for llama.cpp a GGUF file of an
+    adapter, a checkpoint, or an uncompiled program.
+    """
+    from compile_steer.cli.tables import print_shipped
+    from compile_steer.tools.serving.export import ship
+
+    exported = ship(artifact, engine, out, base, precision)
+    finish(as_json, exported.summary(), lambda: print_shipped(console(), exported))
+
+
+def verify_engines(
+    artifact: Anything,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="One that 'make engines' installed; by default both. Repeatable.")
+    ] = None,
+    base: Base = None,
+    precision: Annotated[str, typer.Option(help="Of files for llama.cpp: f32, f16, q8_0 or q4_0.")] = "f32",
+    limit: Annotated[float, typer.Option(help="Seconds that an engine may take.")] = 900,
+    as_json: Json = False,
+) -> None:
+    """Export an artifact for serving engines, run them, and compare their log-probabilities with transformers'.
+
+    Exit code 1 if one of them computes something else, or does not run: some load a file without effect. What they
+    computed of an adapter or checkpoint of ours is kept beside it, in engines.json, and shown on its card.
+    """
+    from compile_steer.artifacts.paths import RunPaths
+    from compile_steer.artifacts.provenance import Provenance, save_engine_records
+    from compile_steer.cli.tables import print_readings
+    from compile_steer.report.card import update_card
+    from compile_steer.tools.lineage import home
+    from compile_steer.tools.serving.compare import compare
+    from compile_steer.tools.serving.environment import ENGINES, environment
+
+    environments = [environment(name) for name in engine or ENGINES]
+    records = compare(artifact, base, environments, precision, limit, progress_bars())
+    if save_engine_records(artifact, records):
+        update_card(artifact, RunPaths(home(artifact), Provenance.read(artifact).name).validation)
+    finish(as_json, [record.summary() for record in records], lambda: print_readings(console(), records))
+    raise typer.Exit(0 if all(record.passed for record in records) else 1)

@@ -1,6 +1,6 @@
-"""What the commands on a recipe share: their options, and what these come to.
+"""What commands share: their options, and what these come to.
 
-A command is a function of a `Session`; `Command` gives it the session's options before its own.
+Nothing heavy is imported before a command runs, so that help answers at once.
 """
 
 from __future__ import annotations
@@ -9,30 +9,63 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from compile_steer.common import distributed
-from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compile_steer.common.progress import Progress
+    from compile_steer.pipeline.run import Run
+    from compile_steer.tools.compose import Several
+    from compile_steer.tools.interference_report import Composition
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
+RecipePaths = Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for vectors/, adapters/ and merged/. [default: runs/NAME]")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override any recipe key: path.to.key=value. Repeatable.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... (recipe key device).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (recipe key dtype).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random (recipe key seed).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON for a program to read.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Force = Annotated[bool, typer.Option(help="Compile in spite of a failed or missing validation; the artifact says so.")]
+Artifacts = Annotated[
+    list[Path] | None, typer.Option("--artifact", help="Folder; by default all that the recipe makes. Repeatable.")
+]
+Recipes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that the recorded recipe's data paths are relative to. "
+        "[default: the nearest one at or above the artifact, or its recipes/, that has them]"
+    ),
+]
 
 
-def person(as_json: bool) -> Console:
-    """Where a person reads: standard error, where a program reads standard output. Of several processes one speaks."""
+def console(as_json: bool = False) -> Console:
+    """Return the console for a person: standard error where standard output carries JSON. Only rank 0 prints."""
+    from rich.console import Console
+
     return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=distributed.rank() > 0)
+
+
+def progress_bars() -> Progress:
+    """Return progress bars on standard error, so that standard output carries results alone."""
+    from compile_steer.common.progress import ProgressBars
+
+    return ProgressBars(console(as_json=True))
+
+
+def finish(as_json: bool, value: Any, show: Callable[[], None] = lambda: None) -> None:
+    """Print `value` as JSON, or have `show` print it for a person."""
+    if not as_json:
+        show()
+    elif distributed.rank() == 0:
+        print(json.dumps(value, indent=2))
 
 
 class Session:
@@ -49,43 +82,91 @@ class Session:
         seed: Seed = None,
         as_json: Json = False,
     ) -> None:
-        given = {"device": device, "dtype": dtype, "seed": seed}
+        from compile_steer.recipe import read_recipe
+
+        shorthands = {"device": device, "dtype": dtype, "seed": seed}
         self.path = recipe
-        self.changes = [*(changes or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
-        self.recipe: Recipe = read_recipe(recipe, self.changes)
-        self._given_out = out
+        self.changes = [*(changes or []), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)]
+        self.recipe = read_recipe(recipe, self.changes)
+        self._out = out
         self.out = out or Path("runs") / self.recipe.name
         self.as_json = as_json
-        self.console = person(as_json)
-        self.progress: Progress = ProgressBars(self.console)
+        self.console = console(as_json)
+        self.progress = progress_bars()
 
-    def changed(self, changes: list[str]) -> Session:
-        """The same with changes of the recipe, before those that were asked for; where it lies follows its name."""
-        return Session(recipe=self.path, out=self._given_out, changes=[*changes, *self.changes], as_json=self.as_json)
-
-    def heading(self, text: str) -> None:
-        self.console.print(f"\n[bold blue]{text}[/bold blue]")
+    def changed(self, changes: Sequence[str]) -> Session:
+        """Return the same with changes of the recipe before the user's own; the output folder follows its name."""
+        return Session(recipe=self.path, out=self._out, changes=[*changes, *self.changes], as_json=self.as_json)
 
     def open(self) -> Run:
+        from compile_steer.pipeline.run import Run
+
         return Run.open(self.recipe, self.out, self.progress)
 
     def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
-        if self.as_json and distributed.rank() == 0:
-            print(json.dumps(value, indent=2))
-        else:
-            show()
+        finish(self.as_json, value, show)
+
+    def finish_paths(self, paths: Sequence[Path]) -> None:
+        """Print paths, one a line."""
+        finish(
+            self.as_json,
+            [str(path) for path in paths],
+            lambda: self.console.print(*(f"  {p}" for p in paths), sep="\n"),
+        )
 
 
-class Command:
-    """A function of a session as a command: the options that make a session, then the function's own."""
+class SeveralSession:
+    """Several recipes whose programs are used at once; the settings (--set and the like) are every recipe's."""
 
-    def __init__(self, work: Callable[..., None]) -> None:
-        functools.update_wrapper(self, work)
-        self._work = work
-        shared, own = (list(inspect.signature(one, eval_str=True).parameters.values()) for one in (Session, work))
-        self._shared = [parameter.name for parameter in shared]
-        self.__signature__ = inspect.Signature([*shared, *own[1:]])  # what typer reads
+    def __init__(
+        self,
+        *,
+        recipes: RecipePaths,
+        backend: Annotated[str, typer.Option(help="Whose adapters are put together.")] = "closed_form",
+        scale: Annotated[
+            list[float] | None, typer.Option("--scale", help="Factor of each program, in order. [default: 1]")
+        ] = None,
+        runs: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME.")] = Path("runs"),
+        out: Annotated[Path | None, typer.Option(help="Folder for composed/. [default: RUNS/NAME1+NAME2]")] = None,
+        changes: Set = None,
+        device: Device = None,
+        dtype: Dtype = None,
+        seed: Seed = None,
+        as_json: Json = False,
+    ) -> None:
+        settings: dict[str, Any] = {"changes": changes, "device": device, "dtype": dtype, "seed": seed}
+        self._sessions = [Session(recipe=path, as_json=as_json, **settings) for path in recipes]
+        self._arguments = (scale or [], backend, runs, out)
+        self.as_json, self.console = as_json, console(as_json)
 
-    def __call__(self, **given: Any) -> None:
-        session = Session(**{name: given.pop(name) for name in self._shared})
-        self._work(session, **given)
+    def finish(self, composition: Composition) -> NoReturn:
+        """Print what was measured, and leave with exit code 1 where an adapter is not the model under all hooks."""
+        from compile_steer.cli.tables import print_composition
+
+        finish(self.as_json, composition.summary(), lambda: print_composition(self.console, composition))
+        raise typer.Exit(0 if composition.passed else 1)
+
+    def open(self) -> Several:
+        from compile_steer.tools.compose import Several, joined
+
+        scales, backend, runs, out = self._arguments
+        recipes = [session.recipe for session in self._sessions]
+        folder = out or runs / joined(recipes)
+        return Several.open(recipes, scales, backend, runs, folder, progress_bars())
+
+
+def command(session_type: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function of a session a command: the options that make a session come first, then the function's own."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shared = inspect.signature(session_type, eval_str=True).parameters
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            function(session_type(**{name: options.pop(name) for name in shared}), **options)
+
+        run.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]  # what typer reads
+        return run
+
+    return decorate

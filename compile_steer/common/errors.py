@@ -50,3 +50,7 @@ def require_library(library: str, extra: str, what: str, otherwise: str = "") ->
             f"{what} needs the library {library}, which is not installed: pip install 'compile-steer[{extra}]'. "
             f"{otherwise}".rstrip()
         )
+
+
+class InternalError(Exception):
+    """Something of ours went wrong that no input should be able to cause: exit code 3."""

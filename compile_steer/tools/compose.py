@@ -20,9 +20,9 @@ from compile_steer.lower.backends import BACKENDS
 from compile_steer.lower.job import Job
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
+from compile_steer.pipeline.run import with_generated_pairs
 from compile_steer.recipe import Recipe
 from compile_steer.report.card import model_card
-from compile_steer.run import answered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -69,7 +69,10 @@ class Several:
         for one in members:
             loaded.layout.require_program(one.program, loaded.id, loaded.revision)
         members = tuple(
-            replace(one, behaviour=answered(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), progress))
+            replace(
+                one,
+                behaviour=with_generated_pairs(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), progress),
+            )
             for one in members
         )
         return Several(members, origins, backend, RunPaths(out, joined(recipes)), loaded, progress)

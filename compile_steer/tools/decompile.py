@@ -27,7 +27,7 @@ from compile_steer.models.logprobs import divergence
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
-from compile_steer.run import Run
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
@@ -154,6 +154,6 @@ def _divergences(base: LoadedModel, other: LoadedModel, program: Program, texts:
 def run_decompile(run: Run, folder: Path) -> Decompiled:
     """The program that explains the artifact at `folder` best, left beside the recipe's own."""
     distributed.require_alone("decompilation")
-    found = decompile(run.loaded, reload(folder, run.loaded), run.behaviour, run.progress)
+    found = decompile(run.model, reload(folder, run.model), run.data, run.progress)
     found.save(run.paths.decompiled, run.paths.decompiled.with_suffix(".json"))
     return found

@@ -28,8 +28,8 @@ from compile_steer.data.behaviour import SPLITS, prompts_key
 from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
 from compile_steer.extract.stage import source
+from compile_steer.pipeline.run import other_behaviour, pairs_sha256
 from compile_steer.recipe import Recipe
-from compile_steer.run import _digest, mismatched
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
 
@@ -244,7 +244,7 @@ def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[
     read = {"imported": source(recipe)}
     if other is not None and (recipe.folder / other).is_file():
         try:
-            read["mismatched"] = _digest(mismatched(recipe))
+            read["mismatched"] = pairs_sha256(other_behaviour(recipe))
         except RecipeError as error:
             problems = [*problems, *error.problems]
     return {**found, **{name: one for name, one in read.items() if one}}, problems

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from compile_steer.artifact_formats import run_merge
 from compile_steer.artifacts.files import digest, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, versions
@@ -17,9 +16,9 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS
 from compile_steer.models.load import revision_of
-from compile_steer.pipeline import run_compile, run_extract, run_validate
+from compile_steer.pipeline.artifacts import compile_program, merge
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
-from compile_steer.run import Run
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import data_on_disk, home, recipe_folder
 from compile_steer.verify.options import Form
@@ -166,14 +165,14 @@ def _vector(
     yield from written
     if _stopped(written):
         return
-    run_extract(run)
+    run.extract()
     only = folder is None and not origin.directions_sha256  # directions know of none that they came from
     directions = original.path if only else old.directions
     expected = sha256(directions) if only else origin.directions_sha256
     yield compare.file("directions", directions, run.paths.directions, expected, compare.of_directions, tolerance)
     if only:
         return
-    run_validate(run)
+    run.validate()
     if folder is not None:
         yield compare.file(
             "validation",
@@ -211,7 +210,7 @@ def _compiled(
         if _stopped(inputs):
             return
     run = Run.open(_up_to(original.recipe(own), folder), to, progress)
-    run_compile(run, force=True)  # whether the verdict is the same was looked at before
+    compile_program(run, force=True)  # whether the verdict is the same was looked at before
     old, new = original.paths.adapter(folder.backend), run.paths.adapter(folder.backend)
     if not folder.is_merged:
         yield compare.folder(folder.form, original.path, new, folder, compare.of_patches, tolerance)
@@ -219,8 +218,8 @@ def _compiled(
     before = Provenance.read(old) if (old / "compile_steer.json").is_file() else None
     if before is not None and before.files_sha256:
         yield compare.folder(before.form, old, new, before, compare.of_patches, tolerance)
-    (merged,) = run_merge(run, [new])
-    base = Path(run.loaded.source)
+    (merged,) = merge(run, [new])
+    base = Path(run.model.source)
 
     def of_checkpoints(one: Path, other: Path) -> float:
         return compare.of_checkpoints(one, other, base)

@@ -11,9 +11,8 @@ from typing import Any
 
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.errors import RecipeError
-from compile_steer.pipeline import run_extract
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, rewritten
-from compile_steer.run import Run, load_program
 from compile_steer.steering.directions import Directions
 from compile_steer.tools.vector_files import write_gguf, write_svec
 from compile_steer.validate.sweep import candidates
@@ -77,7 +76,7 @@ def run_import(run: Run, made: NewRecipe) -> Directions:
         ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model; no recipe is left then.
         RecipeError: the recipe's validate.layers are not those of the file.
     """
-    directions = run_extract(run)
+    directions = run.extract()
     candidates(run.recipe.validate_, directions)  # the base recipe's layers may be others than the file's
     save_text(made.path, made.text)
     return directions
@@ -90,14 +89,14 @@ def run_export(run: Run, kind: str, to: Path | None, convention: str | None) -> 
         RecipeError: no such format, or a layer convention that it does not ask for, or lacks.
         CannotLower: the format cannot hold the program.
     """
-    program = load_program(run)
+    program = run.program
     path = to or run.paths.program.with_suffix(f".{kind}")
-    model_type = str(run.loaded.model.config.model_type)
+    model_type = str(run.model.model.config.model_type)
     match kind, convention:
         case "gguf", None:
             return path, write_gguf(path, program, model_type)
         case "svec", ("block" | "hidden_state") as named:
-            return path, write_svec(path, program, model_type, named, run.loaded.layout.n_layers)
+            return path, write_svec(path, program, model_type, named, run.model.layout.n_layers)
     raise RecipeError(
         f"--format {kind} --layer-convention {convention or 'not given'}: needed: gguf without a convention (all that read "
         "one add direction.k to the output of block k), or svec with block or hidden_state."

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from compile_steer.artifacts.files import digest, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
@@ -212,7 +212,18 @@ def test_biases_of_several_programs_add_up_to_the_hooks_of_all(saved: Save) -> N
 
 
 def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[Path, Path]) -> None:
-    command = ["compose", *map(str, two), "--runs", str(bench.runs), "--dial", "1", "--dial", "0.5", "--device", "cpu"]
+    command = [
+        "compose",
+        *map(str, two),
+        "--runs",
+        str(bench.runs),
+        "--scale",
+        "1",
+        "--scale",
+        "0.5",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code in (0, 1), done.output
     found = json.loads(done.stdout)
@@ -245,7 +256,18 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
 
 def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench, two: tuple[Path, Path]) -> None:
     loose = ["--set", "verify.gates.share=0.2"]  # what two rank-4 edits on a random tiny model can be asked
-    command = ["together", *map(str, two), "--runs", str(bench.runs), "--dial", "1", "--dial", "0.5", "--device", "cpu"]
+    command = [
+        "co-load",
+        *map(str, two),
+        "--runs",
+        str(bench.runs),
+        "--scale",
+        "1",
+        "--scale",
+        "0.5",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(app, [*command, *loose, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

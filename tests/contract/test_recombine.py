@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from compile_steer.__main__ import main
-from compile_steer.artifact_formats import artifacts, run_merge
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
@@ -22,9 +21,9 @@ from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lower.train import train
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
-from compile_steer.pipeline import run_compile
+from compile_steer.pipeline.artifacts import artifacts, compile_program, merge
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
@@ -116,7 +115,7 @@ def test_scaled_and_added_and_cut_on_disk(
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
     parts = [link for link in walk(paths.adapter("mix")) if link.what == "part"]
     assert [(link.state, link.where) for link in parts] == [("whole", str(folder)) for folder in (one, two, three)]
-    (merged,) = run_merge(Run.open(recipe(base), paths.out, Progress()), [paths.adapter("mix")])
+    (merged,) = merge(Run.open(recipe(base), paths.out, Progress()), [paths.adapter("mix")])
     for folder in (paths.adapter("mix"), merged):
         card = (folder / "README.md").read_text("utf-8")
         assert left.recombined in card
@@ -157,7 +156,7 @@ def test_every_problem_is_named_at_once(
     assert read_patch(one).dense
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
     with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
-        run_merge(Run.open(recipe(base), paths.out, Progress()), [other])
+        merge(Run.open(recipe(base), paths.out, Progress()), [other])
     code, _, said = call("--artifact", one, "--to", "full")
     assert code == 2
     assert "'full' cannot be the new name" in said
@@ -185,17 +184,17 @@ def test_the_walk_trains_once_for_both_backends_and_again_never(
     monkeypatch.setattr("compile_steer.lower.full.train", counted)
     run = Run.open(recipe(base), paths.out, Progress())
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
-    whole, small = run_compile(run, force=True)
+    whole, small = compile_program(run, force=True)
     assert len(trained) == 1
     assert list(read_patch(whole).dense) == list(read_patch(small).low_rank)
     small.joinpath("compile_steer.json").unlink()
-    assert run_compile(run, force=True) == [whole, small]
+    assert compile_program(run, force=True) == [whole, small]
     assert len(trained) == 1, "the whole was kept, the cut made from it"
 
     assert [folder.name for folder in artifacts(run)] == [
         "ocean-full-fp32", "ocean-full_cut", "ocean-full_cut-fp32",
     ]  # fmt: skip
-    run_merge(run)
+    merge(run)
     batch = Padded.of(texts(), "right")
     adapted, merged = (reload(folder, base) for folder in artifacts(run)[1:])
     assert relative_error(logits(merged.model, batch), logits(adapted.model, batch)) < 1e-5

@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.progress import Progress
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from compile_steer.artifact_formats import run_verify
 from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.progress import Progress
+from compile_steer.pipeline.artifacts import verify
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
-from compile_steer.run import Run
 from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
 from tests.end_to_end.conftest import RECIPE, ROOT, SMALL
@@ -31,5 +31,5 @@ def test_the_committed_adapter_is_small_and_of_that_vector() -> None:
 
 
 def test_the_committed_adapter_passes_the_judge() -> None:
-    (parity,) = run_verify(Run.open(read_recipe(RECIPE, SMALL), ROOT, Progress()), [ADAPTER], save=False)
+    (parity,) = verify(Run.open(read_recipe(RECIPE, SMALL), ROOT, Progress()), [ADAPTER], save=False)
     assert parity.passed, parity.reasons

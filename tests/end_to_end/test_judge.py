@@ -12,7 +12,7 @@ from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.run import Run, load_program
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.verify.parity import Parity
@@ -71,7 +71,7 @@ def core(opened: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def reference(core: Run) -> Reference:
-    return Reference(core.recipe, core.loaded, load_program(core), core.behaviour, core.progress)
+    return Reference(core.recipe, core.model, core.program, core.data, core.progress)
 
 
 def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
@@ -81,13 +81,13 @@ def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
 def faulty_bias(opened: Run, fault: Fault, folder: Path) -> Path:
     source = opened.paths.adapter("bias")
     origin = replace(Provenance.read(source), form="merged-fp32")
-    write_merged(folder, fault(read_patch(source)), opened.loaded, "fp32", origin, "")
+    write_merged(folder, fault(read_patch(source)), opened.model, "fp32", origin, "")
     return folder
 
 
 def faulty_adapter(opened: Run, fault: Fault, folder: Path) -> Path:
     source = opened.paths.adapter("closed_form")
-    write_patch(folder, fault(read_patch(source)), opened.loaded, Provenance.read(source), "")
+    write_patch(folder, fault(read_patch(source)), opened.model, Provenance.read(source), "")
     return folder
 
 
@@ -109,5 +109,5 @@ def test_the_untouched_adapter_passes_the_same_judge(opened: Run, reference: Ref
 
 def test_the_untouched_bias_passes_it_on_other_texts_too(core: Run) -> None:
     other = replace(core, recipe=core.recipe.model_copy(update={"seed": 11}))
-    fresh = Reference(other.recipe, other.loaded, load_program(other), other.behaviour, other.progress)
+    fresh = Reference(other.recipe, other.model, other.program, other.data, other.progress)
     assert judged(other, fresh, core.paths.merged("bias", "fp32")).reasons == []

@@ -13,7 +13,7 @@ import torch
 
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode, pad
-from compile_steer.run import Run, load_program
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import decompile
@@ -86,12 +86,12 @@ def _plain_logits(kind: str, base: str, folder: Path, ids: torch.Tensor, tmp_pat
 
 
 def test_stock_libraries_load_the_results_without_compile_steer(walk: Walk, opened: Run, tmp_path: Path) -> None:
-    batch = pad([encode(opened.loaded.tokenizer, replace(opened.behaviour.heldout[0], response="The sea."))], [0], 0)
+    batch = pad([encode(opened.model.tokenizer, replace(opened.data.heldout[0], response="The sea."))], [0], 0)
     with torch.no_grad():
-        base = opened.loaded.model(input_ids=batch.input_ids).logits
-        with steered(opened.loaded.model, load_program(opened), roles=batch.roles):
-            wanted = opened.loaded.model(input_ids=batch.input_ids).logits
-    source = opened.loaded.source
+        base = opened.model.model(input_ids=batch.input_ids).logits
+        with steered(opened.model.model, opened.program, roles=batch.roles):
+            wanted = opened.model.model(input_ids=batch.input_ids).logits
+    source = opened.model.source
     exact = _plain_logits("merged", source, walk.out / "merged/ocean-bias-fp32", batch.input_ids, tmp_path)
     assert torch.allclose(exact, wanted, atol=1e-3)
     adapter = _plain_logits("adapter", source, walk.out / "adapters/ocean-closed_form", batch.input_ids, tmp_path)
@@ -175,9 +175,9 @@ def test_show_describes_every_kind_of_artifact(walk: Walk) -> None:
 def test_decompiling_what_was_compiled_gives_the_direction_back(
     walk: Walk, opened: Run, name: str, cosine: float
 ) -> None:
-    few = replace(opened.behaviour, train=opened.behaviour.train[:12], neutral=opened.behaviour.neutral[:6])
-    found = decompile(opened.loaded, reload(walk.out / name, opened.loaded), few, opened.progress)
-    (wanted,) = load_program(opened).interventions
+    few = replace(opened.data, train=opened.data.train[:12], neutral=opened.data.neutral[:6])
+    found = decompile(opened.model, reload(walk.out / name, opened.model), few, opened.progress)
+    (wanted,) = opened.program.interventions
     (got,) = [i for i in found.program.interventions if i.site.layer == wanted.site.layer]
     assert float(torch.cosine_similarity(got.vector, wanted.vector, dim=0)) > cosine
     assert float(got.vector.norm()) == pytest.approx(wanted.coefficient * float(wanted.vector.norm()), rel=0.05)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from compile_steer.artifact_formats import run_merge, run_verify
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.progress import Progress
-from compile_steer.pipeline import run_compile, run_validate
+from compile_steer.pipeline.artifacts import compile_program, merge, verify
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
 from tests.helpers.tiny import build, chat_tokenizer
 
 NAME = "tide"
@@ -106,9 +105,9 @@ def walked(root: Path) -> SmallRun:
     """The whole walk; a tiny random model's verdict is what it is, so the compile is forced."""
     run = prepare(root)
     opened = run.open()
-    run_validate(opened)
-    run_compile(opened, force=True)
-    run_merge(opened)
+    opened.validate()
+    compile_program(opened, force=True)
+    merge(opened)
     paths = run.paths
-    run_verify(opened, [paths.adapter("closed_form"), paths.merged("bias", "fp32")])
+    verify(opened, [paths.adapter("closed_form"), paths.merged("bias", "fp32")])
     return run

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_lora, write_patch

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from compile_steer.artifact_formats import run_verify
 from compile_steer.artifacts.files import save_record
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.engine_support import engine_support
+from compile_steer.pipeline.artifacts import verify
 from compile_steer.report.card import model_card, update_card
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.parity import Parity
@@ -30,7 +30,7 @@ def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -
     assert "| verification | not verified |" in before
     assert "Whether it does has not been verified" in before
     assert "top-1" not in before
-    (parity,) = run_verify(run.open(), [folder])
+    (parity,) = verify(run.open(), [folder])
     after = card(folder)
     assert "| verification | **failed** |" in after
     assert f"{100 * parity.top1_agreement:.2f} %" in after

@@ -11,14 +11,13 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer.artifact_formats import run_merge, run_verify
 from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
-from compile_steer.pipeline import run_compile, run_validate
+from compile_steer.pipeline.artifacts import compile_program, merge, verify
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import Link, walk
@@ -209,10 +208,10 @@ def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_aga
     opened, folder = run.open(), run.paths.adapter("closed_form")
     before = sha256(folder / "adapter_model.safetensors")
     turn(folder / "adapter_model.safetensors")
-    for span in (run_merge, run_verify):
+    for span in (merge, verify):
         with pytest.raises(CompileSteerError, match="adapter_model.safetensors was changed"):
             span(opened, [folder])
-    assert folder in run_compile(opened, force=True)
+    assert folder in compile_program(opened, force=True)
     assert sha256(folder / "adapter_model.safetensors") == before
     assert not broken(walk(folder))
 
@@ -223,8 +222,8 @@ def test_an_edited_verdict_is_not_compiled_by_and_is_measured_again(run: SmallRu
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
     with pytest.raises(CannotLower, match="was edited after it was written"):
-        run_compile(opened)
-    run_compile(opened, force=True)
+        compile_program(opened)
+    compile_program(opened, force=True)
     assert Provenance.read(run.paths.adapter("bias")).verdict == "none"
-    run_validate(opened)
+    opened.validate()
     assert sha256(path) == before

@@ -19,7 +19,7 @@ from compile_steer.artifacts.provenance import (
     load_engine_records,
     save_engine_records,
 )
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, EngineError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch

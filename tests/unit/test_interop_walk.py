@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.extract.stage import extract

@@ -14,21 +14,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from compile_steer.artifact_formats import run_merge
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower
-from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Context
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.engine_support import GGUF_FILE, engine_support
 from compile_steer.export.gguf import write_gguf
 from compile_steer.export.merged import write_merged
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload
-from compile_steer.pipeline import run_plan
+from compile_steer.pipeline.artifacts import merge
+from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card
 from compile_steer.report.terminal import print_parities
-from compile_steer.run import Run
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.tools.compare import of_gguf
@@ -182,17 +181,17 @@ def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: VerifierCase)
 
 
 def walk_of(scene: VerifierCase, forms: list[Form], out: Path) -> Run:
-    return Run(recipe(forms=forms), RunPaths(out, "tiny"), scene.base, behaviour(), Progress())
+    return Run(recipe(forms=forms), RunPaths(out, "tiny"), Context(scene.base, behaviour()))
 
 
 def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierCase, tmp_path: Path) -> None:
     run = walk_of(bytewise, ["adapter", "gguf-q8_0", "merged-fp16"], tmp_path)
     adapter = bytewise.adapter()
     shutil.copytree(adapter, run.paths.adapter("closed_form"))
-    folders = run_merge(run, [run.paths.adapter("closed_form")])
+    folders = merge(run, [run.paths.adapter("closed_form")])
     assert [folder.name for folder in folders] == ["tiny-closed_form-gguf-q8_0", "tiny-closed_form-fp16"]
     written = (folders[0] / GGUF_FILE).stat().st_mtime_ns
-    assert run_merge(run, [run.paths.adapter("closed_form")]) == folders
+    assert merge(run, [run.paths.adapter("closed_form")]) == folders
     assert (folders[0] / GGUF_FILE).stat().st_mtime_ns == written
     assert Provenance.read_unedited(folders[0]).is_merged and not Provenance.read_unedited(adapter).is_merged
     assert {link.what: link.state for link in walk(folders[0])}["adapter"] == "whole"
@@ -204,5 +203,5 @@ def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: VerifierCa
     run = walk_of(scene, ["merged-fp32", "gguf-q4_0"], tmp_path)
     scene.program.save(run.paths.program)
     with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):
-        run_plan(run)
-    assert any(choice.chosen for choice in run_plan(walk_of(scene, ["merged-fp32"], tmp_path)))
+        _ = run.plan
+    assert any(choice.chosen for choice in walk_of(scene, ["merged-fp32"], tmp_path).plan)

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import sha256
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.tools.push import prepare, send
 from tests.helpers.small_run import SmallRun

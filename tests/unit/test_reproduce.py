@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from compile_steer.artifacts.files import digest, save_record
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
-from compile_steer.pipeline import run_compile, run_extract
-from compile_steer.run import Run
+from compile_steer.pipeline.artifacts import compile_program
+from compile_steer.pipeline.run import Run
 from compile_steer.steering.program import Program
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import walk
@@ -64,7 +64,7 @@ def rewritten(run: SmallRun, factor: float) -> Path:
     """The adapter with its weights times `factor`, as if another machine had computed and recorded them."""
     folder = run.paths.adapter("closed_form")
     origin = Provenance.read(folder)
-    write_patch(folder, factor * read_patch(folder), run.open().loaded, origin, "")
+    write_patch(folder, factor * read_patch(folder), run.open().model, origin, "")
     return folder
 
 
@@ -146,7 +146,7 @@ def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Pat
     paths = run.paths
     paths.validation.unlink()
     (2.0 * Program.load(paths.program)).save(paths.program)
-    run_compile(run.open(), force=True)
+    compile_program(run.open(), force=True)
     found = again(paths.adapter("bias"), tmp_path)
     (vector,) = [link for link in found.links if link.what == "vector"]
     assert (vector.state, vector.note) == ("bytes", "no recipe made it: taken as it is")
@@ -195,7 +195,7 @@ def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
     folder.mkdir()
     recipe = written_recipe(folder).model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
     opened = Run.open(recipe, out, Progress())
-    run_extract(opened)
+    opened.extract()
     path = opened.paths.directions
     assert {link.state for link in walk(path)} == {"whole"}
     found = again(path, tmp_path)

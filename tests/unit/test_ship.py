@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import sha256, was_edited
-from compile_steer.cli import app
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import write_patch
 from compile_steer.steering.program import Program

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import LayoutError, RecipeError
 from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Context
 from compile_steer.extract.stage import extract
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, completion_template, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
-from compile_steer.pipeline import run_extract
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
-from compile_steer.run import Run
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.describe import describe_artifact
 from tests.helpers.tiny import build, chat_tokenizer, loaded, tokenizer
@@ -108,18 +108,18 @@ def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) 
     base = on_disk(tmp_path / "base")
     related(tmp_path / "tuned", base)
     given = recipe_of({"model": str(tmp_path / "tuned")})
-    run = Run(given, RunPaths(tmp_path, "a"), base, behaviour(), Progress())
-    first, again = run_extract(run), run_extract(run)
+    run = Run(given, RunPaths(tmp_path, "a"), Context(base, behaviour()))
+    first, again = run.extract(), run.extract()
     assert torch.equal(first.vectors, again.vectors)
     shutil.rmtree(tmp_path / "tuned")
     related(tmp_path / "tuned", base, size=0.4)
-    assert not torch.allclose(run_extract(run).vectors, first.vectors)
+    assert not torch.allclose(run.extract().vectors, first.vectors)
 
 
 def test_trained_directions_are_made_anew_for_other_positions(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
-    runs = [Run(recipe(where), RunPaths(tmp_path, "a"), base, behaviour(), Progress()) for where in ("all", "response")]
-    first, other = (run_extract(run) for run in runs)
+    runs = [Run(recipe(where), RunPaths(tmp_path, "a"), Context(base, behaviour())) for where in ("all", "response")]
+    first, other = (run.extract() for run in runs)
     assert first.inputs != other.inputs
     assert not torch.allclose(first.vectors, other.vectors)
 

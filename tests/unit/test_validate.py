@@ -18,8 +18,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
+from compile_steer.pipeline.run import other_behaviour
 from compile_steer.recipe import Recipe
-from compile_steer.run import mismatched
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.stats import Interval
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
@@ -109,7 +109,7 @@ def run(directions: Directions, **options: Any) -> tuple[ValidationReport, list[
         return "hash"
 
     one = recipe(**options)
-    data = replace(behaviour(), mismatched=mismatched(one))
+    data = replace(behaviour(), mismatched=other_behaviour(one))
     found = validate(one, chatty(), data, directions, keep, "inputs", Progress())
     return *found, kept
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import SPLITS, Behaviour
+from compile_steer.data.behaviour import SPLITS, Behaviour, Context
 from compile_steer.data.section import GenerateOptions
 from compile_steer.extract import completions
 from compile_steer.extract.completions import Side, cut, write_side
@@ -27,9 +27,8 @@ from compile_steer.extract.generation_report import SplitReport, WritingReport
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
-from compile_steer.pipeline import run_extract, run_write
+from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
-from compile_steer.run import Run
 from compile_steer.scoring.reply import Reply
 from compile_steer.scoring.text import repetition
 from compile_steer.tools.lineage import data_on_disk
@@ -112,7 +111,7 @@ def test_what_is_kept_shows_the_behaviour_on_one_side_alone_and_the_rest_is_acco
     assert set(seen.values()) == {1}, "no answer is in two splits"
     assert found.hashes["train"] != one.data.read(tmp_path).hashes["train"]
     paths = RunPaths(tmp_path / "out", "said")
-    recorded = Run(one, paths, loaded, found, Progress()).origin().data_sha256
+    recorded = Run(one, paths, Context(loaded, found)).origin().data_sha256
     assert recorded == data_on_disk(one, paths)[0]
     assert recorded["train, prompts"] == one.data.read(tmp_path).hashes["train"]
 
@@ -253,29 +252,29 @@ def test_an_open_run_has_its_pairs_and_a_damaged_report_is_no_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = speaker()
-    monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: loaded)
+    monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_given, **_options: loaded)
     run = Run.open(recipe(tmp_path), tmp_path / "out", Progress())
-    assert run_write(run).splits["train"].kept == len(run.behaviour.train) > 0
-    assert "w50" in run.behaviour.train[0].positive.prompt
+    assert run.generated_pairs().splits["train"].kept == len(run.data.train) > 0
+    assert "w50" in run.data.train[0].positive.prompt
     run.paths.writing.write_text('{"splits": []}')
     with pytest.raises(ArtifactError, match="Make it with 'compile-steer write'"):
-        run_write(run)
+        run.generated_pairs()
     again = Run.open(run.recipe, run.paths.out, Progress())
-    assert again.behaviour == run.behaviour
+    assert again.data == run.data
 
 
 def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: speaker())
+    monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_given, **_options: speaker())
     given = recipe(tmp_path).model_dump(by_alias=True)
     given["validate"]["mismatched"] = "other.jsonl"
     one = Recipe.model_validate({**given, "folder": tmp_path})
     path = tmp_path / "other.jsonl"
     path.write_text('{"prompt": "w8", "positive": "w7", "negative": "w9"}')
     run = Run.open(one, tmp_path / "out", Progress())
-    assert run.behaviour.mismatched == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
-    assert len(run.behaviour.train) > 0
+    assert run.data.mismatched == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
+    assert len(run.data.train) > 0
     path.write_text('{"prompt": "w8", "positive": ""}')
     with pytest.raises(RecipeError, match="other.jsonl:1: found .* needed the keys prompt, positive, negative"):
         Run.open(one, tmp_path / "out", Progress())
@@ -286,7 +285,7 @@ def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
 ) -> None:
     """As they stand, so that there is nothing to write; the tokenizer drops spaces."""
     loaded = speaker()
-    monkeypatch.setattr("compile_steer.run.load", lambda *_given, **_options: loaded)
+    monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_given, **_options: loaded)
     one = recipe(tmp_path)
     rows = {name: [{**row, "positive": f"{name} said", "negative": f"{name}  said"} for row in lines(tmp_path / f"{name}.jsonl")]
             for name in SPLITS}  # fmt: skip
@@ -296,9 +295,9 @@ def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(
     run = Run.open(Recipe.model_validate({**one.model_dump(by_alias=True), "data": plain, "folder": tmp_path}),
                    tmp_path / "out", Progress())  # fmt: skip
     with pytest.raises(RecipeError, match=f"the two sides of {N} of {N} pairs are the same tokens"):
-        run_extract(run)
+        run.extract()
     with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
-        run_write(run)
+        run.generated_pairs()
     assert not run.paths.out.exists()
 
 

@@ -1,0 +1,129 @@
+"""The commands on programs and patches: other tools' vectors, weights read back, and several programs at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compile_steer.cli.options import Session, SeveralSession, command
+
+Convention = Annotated[
+    str | None,
+    typer.Option(help="What number k in the file is of: block, the output of block k; hidden_state, hidden_states[k]."),
+]
+
+
+@command(Session)
+def import_(
+    session: Session,
+    *,
+    file: Annotated[Path, typer.Option("--from", help="A vector's file or folder, of another tool.")],
+    to: Annotated[str, typer.Option(help="Name of the new recipe, written beside the given one.")],
+    kind: Annotated[str | None, typer.Option("--format", help="Of the file. [default: by its name]")] = None,
+    layer_convention: Convention = None,
+    layer: Annotated[int | None, typer.Option(help="The block of a bare tensor.")] = None,
+    index: Annotated[int | None, typer.Option(help="The row of a dictionary of features or concepts.")] = None,
+    joint: Annotated[str | None, typer.Option(help="Blocks added all at once: all, or 4,5,6.")] = None,
+) -> None:
+    """Start from a vector that another tool made: repeng, steering-vectors, CAA, persona vectors, SAEs and more.
+
+    Checks the file against the model and writes a recipe like the given one, whose directions are the file's. What
+    follows is as for any recipe: validate, compile, verify.
+    """
+    from compile_steer.tools.describe import describe_artifact
+    from compile_steer.tools.vector_recipes import Import, new_recipe, run_import
+
+    options = Import(file, to, kind, layer_convention, layer, index, joint)
+    session = session.changed(options.changes(session.path))
+    recipe = new_recipe(session.recipe, session.path, session.changes)
+    run = session.open()
+    run_import(run, recipe)
+    message = f"Recipe: {recipe.path}; next: compile-steer validate {recipe.path}"
+    summary = {"recipe": str(recipe.path), **describe_artifact(run.paths.directions)}
+    session.finish(summary, lambda: session.console.print(message))
+
+
+@command(Session)
+def export_vector(
+    session: Session,
+    *,
+    kind: Annotated[str, typer.Option("--format", help="gguf (llama.cpp, repeng, EasySteer) or svec.")] = "gguf",
+    to: Annotated[Path | None, typer.Option(help="The new file. [default: vectors/NAME.gguf or .svec]")] = None,
+    layer_convention: Convention = None,
+) -> None:
+    """Write the program, uncompiled, as a vector for tools that steer with hooks.
+
+    Refused where the format cannot hold it: such files are added at every position to the output of blocks.
+    """
+    from compile_steer.tools.vector_recipes import run_export
+
+    path, notes = run_export(session.open(), kind, to, layer_convention)
+    lines = "\n".join([f"Vector: {path}", *notes])
+    session.finish({"file": str(path), "notes": notes}, lambda: session.console.print(lines))
+
+
+@command(Session)
+def decompile(
+    session: Session,
+    *,
+    artifact: Annotated[Path, typer.Option(help="An adapter for the recipe's model, or a fine-tuned copy of it.")],
+) -> None:
+    """Read a steering program off an adapter or fine-tuned checkpoint, and say how much of it that explains.
+
+    The way back from weights to vectors; ours or anybody's. Leaves vectors/NAME.decompiled.safetensors.
+    """
+    from compile_steer.cli.tables import print_decompiled
+    from compile_steer.tools.decompile import run_decompile
+
+    run = session.open()
+    decompiled = run_decompile(run, artifact)
+    known = run.program if run.paths.program.is_file() else None
+    session.finish(decompiled.summary(), lambda: print_decompiled(session.console, decompiled, known))
+
+
+@command(Session)
+def task_vector(
+    session: Session,
+    *,
+    artifact: Annotated[Path, typer.Option(help="Folder of a compiled patch or adapter.")],
+    scale: Annotated[float, typer.Option(help="Factor on it; -1 takes away what it gives.")] = 1.0,
+    add: Annotated[list[Path] | None, typer.Option(help="Folder of another patch, added as it is. Repeatable.")] = None,
+    cut: Annotated[int | None, typer.Option(help="Cut every matrix to this rank, for a stock LoRA adapter.")] = None,
+    to: Annotated[str, typer.Option(help="The new patch is adapters/NAME-TO.")] = "task_vector",
+) -> None:
+    """Scale, negate, add and cut what was compiled, as arithmetic on weights; and say what is in it.
+
+    W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
+    """
+    from compile_steer.cli.tables import print_recombined
+    from compile_steer.tools.recombine import Recombination, recombine
+
+    run = session.open()
+    known = run.program if run.paths.program.is_file() else None
+    recombined = recombine(Recombination(artifact, scale, tuple(add or ()), cut, to), run.model, run.paths, known)
+    session.finish(recombined.summary(), lambda: print_recombined(session.console, recombined))
+
+
+@command(SeveralSession)
+def compose(session: SeveralSession) -> None:
+    """Put several compiled programs into one adapter, stacked and compiled jointly, and say how they interfere.
+
+    Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
+    adapter is not the model under all hooks at once.
+    """
+    from compile_steer.tools.compose import run_compose
+
+    session.finish(run_compose(session.open()))
+
+
+@command(SeveralSession)
+def co_load(session: SeveralSession) -> None:
+    """Load several recipes' adapters in PEFT at once, all on, and compare them with all programs' hooks at once.
+
+    Nothing is compiled; compose makes one adapter of them. Exit code 1 if they are not the model under all hooks.
+    """
+    from compile_steer.tools.compose import run_together
+
+    session.finish(run_together(session.open()))

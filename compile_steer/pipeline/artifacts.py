@@ -1,0 +1,278 @@
+"""From the program to artifacts: compiled patches, merged checkpoints and GGUF files, each verified as it lies on disk.
+
+An artifact that is there and was made from the same inputs is kept. Verification is never skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from compile_steer.artifacts.files import digest, sha256, was_edited
+from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256
+from compile_steer.common import distributed
+from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
+from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, read_patch, write_patch
+from compile_steer.export.gguf import gguf_refusals, write_gguf
+from compile_steer.export.merged import is_merged, write_merged
+from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.job import Job
+from compile_steer.lower.plan import Choice
+from compile_steer.lower.work import Work
+from compile_steer.pipeline.run import Run
+from compile_steer.report.card import model_card, update_card
+from compile_steer.report.page import write_page
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.validate.report import ValidationReport
+from compile_steer.verify.options import any_gguf
+from compile_steer.verify.parity import Parity
+from compile_steer.verify.reference import Reference
+from compile_steer.verify.stage import require_same_origin, verify_artifact
+
+
+def compile_program(run: Run, force: bool = False) -> list[Path]:
+    """Lower the program with every chosen backend; returns the folders of the patches."""
+    verdict, report_sha256 = _verdict(run, force)
+    program, alone = canonical(run.program), distributed.count() == 1
+    for name in run.chosen:
+        if not BACKENDS[name].shares:
+            distributed.require_alone(name)
+    work = Work(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
+    context = run.context
+    job = Job(program, context.model, context.data, run.recipe.compile, context.seed, context.progress, work)
+    folders = []
+    for name in run.chosen:
+        folder = run.paths.adapter(name)
+        folders.append(folder)
+        depends = digest([run.program_sha256, report_sha256, verdict, force, name])
+        inputs = run.inputs("data", "compile", after=depends)
+        kept = kept_patch(folder, inputs)
+        if kept is not None:
+            job.finished[name] = kept
+            continue
+        if BACKENDS[name].fitted:
+            _ = job.regression_texts  # written before the clock starts: every backend is given them
+        started = time.perf_counter()
+        job.curves.clear()
+        patch = job.finished[name] = BACKENDS[name].lower(job)
+        provenance = replace(
+            _provenance(run, name, patch),
+            validation_sha256=report_sha256,
+            verdict=verdict,
+            forced=force and verdict in ("fail", "none"),
+            seconds=time.perf_counter() - started,
+            inputs=inputs,
+        )
+        if distributed.rank() == 0:
+            card = model_card(provenance, run.paths.validation)
+            write_patch(folder, patch, context.model, provenance, card, job.curves)
+    work.clear()
+    return folders
+
+
+def _verdict(run: Run, force: bool) -> tuple[str, str]:
+    """Return (verdict, hash of the report) that allow a compile; raises `CannotLower` where only force does."""
+    path = run.paths.validation
+    if not path.is_file():
+        if force:
+            return "none", ""
+        raise CannotLower(
+            f"{run.paths.program} was never validated (no {path.name}). Run 'compile-steer validate' first, or "
+            "compile with --force; the artifact will say so."
+        )
+    report = ValidationReport.load(path)
+    problems = [f"is about another program than {run.paths.program}"] * (report.program_hash != run.program_sha256)
+    problems += ["was edited after it was written"] * was_edited(path)
+    if problems and not force:
+        raise CannotLower(f"{path} {' and '.join(problems)}. Validate again, or use --force.")
+    verdict = "none" if problems else report.verdict
+    if verdict == "fail" and not force:
+        reasons = "; ".join(report.reasons)
+        raise CannotLower(f"validation failed: {reasons}. Fix the direction, or compile with --force.")
+    return verdict, sha256(path)
+
+
+def _provenance(run: Run, backend: str, patch: WeightPatch) -> Provenance:
+    """Return where a patch comes from, but for what its validation found."""
+    model, origin = run.model, run.origin()
+    return Provenance(
+        name=run.recipe.name,
+        backend=backend,
+        form="adapter" if is_adapter(patch, model) else "patch",
+        model=model.id,
+        revision=model.revision,
+        program=run.paths.program.name,
+        program_sha256=run.program_sha256,
+        validation_sha256="",
+        verdict="none",
+        forced=False,
+        recipe_sha256=origin.recipe_sha256,
+        data_sha256=origin.data_sha256,
+        seed=run.recipe.seed,
+        seconds=0.0,
+        inputs="",
+        recipe=origin.recipe,
+        described=canonical(run.program).describe(),
+        architecture=patch.architecture or model.model.config.model_type,
+        biases=len(patch.bias),
+    )
+
+
+def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
+    """Merge every compiled patch, or those in `folders`, at the precisions that the recipe verifies; returns the folders.
+
+    Raises:
+        ArtifactError: a folder holds no patch, or one of another base. CannotLower: a GGUF file cannot hold one.
+    """
+    distributed.require_alone("merging")
+    model, forms = run.model, [form for form in run.recipe.verify.forms if form != "adapter"]
+    patches: dict[Path, tuple[WeightPatch, Provenance]] = {}
+    for folder in folders or [run.paths.adapter(name) for name in run.chosen]:
+        provenance = Provenance.read_unedited(folder)
+        problems = provenance.base_mismatch(folder, model.id, model.revision)
+        if problems:
+            raise ArtifactError(problems)
+        patches[folder] = read_patch(folder), provenance
+    if any_gguf(forms):  # everything that keeps a patch from being a GGUF file, before any is written
+        problems = [
+            f"{folder}: {problem}" for folder, (patch, _) in patches.items() for problem in gguf_refusals(patch, model)
+        ]
+        if problems:
+            raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
+    merged = []
+    with run.progress.phase("merging in fp32, one cast", len(patches) * len(forms)) as advance:
+        for folder, (patch, provenance) in patches.items():
+            parent = artifact_sha256(folder)
+            for form in forms:
+                precision = precision_of(form)
+                target = run.paths.merged(provenance.backend, precision)
+                inputs = digest([provenance.inputs, parent, precision])
+                record = replace(provenance, form=form, parent=parent, inputs=inputs)
+                if not is_merged(target, record):
+                    write = write_gguf if form.startswith("gguf-") else write_merged
+                    card = model_card(record, run.paths.validation)
+                    write(target, patch, model, precision.removeprefix("gguf-"), record, card)
+                merged.append(target)
+                advance(1)
+    return merged
+
+
+def precision_of(form: str) -> str:
+    """Return what stands for a whole model's form in its folder's name: fp32, bf16, fp16, gguf-f16, gguf-q8_0, gguf-q4_0."""
+    return form.removeprefix("merged-")
+
+
+def artifacts(run: Run) -> list[Path]:
+    """Return the folders that the recipe wants verified, in the plan's order."""
+    folders = []
+    for choice in run.plan:
+        for form in run.recipe.verify.forms if choice.chosen else ():
+            if form != "adapter":
+                folders.append(run.paths.merged(choice.backend, precision_of(form)))
+            elif choice.adapter_refusal is None:
+                folders.append(run.paths.adapter(choice.backend))
+    return folders
+
+
+def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
+    """Compare what is on disk with the steered model; with `save` a parity.json is left beside each artifact."""
+    distributed.require_alone("verification")
+    context = run.context
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            require_same_origin(folder, context.model.id, context.model.revision, run.program_sha256)
+        except ArtifactError as error:
+            problems += error.problems
+    if problems:
+        raise ArtifactError(problems)
+    reference = Reference(run.recipe, context.model, run.program, context.data, context.progress)
+    parities: dict[Path, Parity] = {}
+    with context.progress.phase("verifying artifacts from disk", len(folders)) as advance:
+        # By form: the base, rounded as a form is, is made once for all artifacts of that form.
+        for folder in sorted(folders, key=lambda folder: Provenance.read(folder).form):
+            parity = verify_artifact(reference, folder, run.program_sha256, run.recipe.verify.gates)
+            if save:
+                parity.save(folder / PARITY)
+                update_card(folder, run.paths.validation)
+            parities[folder] = parity
+            advance(1)
+    return [parities[folder] for folder in folders]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has come to so far: `plan` is empty until the validation has passed, `page` None until the end."""
+
+    validation: ValidationReport
+    plan: Sequence[Choice] = ()
+    merged: Sequence[Path] = ()
+    parities: Sequence[Parity] = ()
+    page: Path | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True at the end of a run whose artifacts are all the steered model."""
+        return self.page is not None and all(parity.passed for parity in self.parities)
+
+
+def run_stages(run: Run, verify: Callable[[], list[Parity]], force: bool) -> Iterator[RunResult]:
+    """Run every stage in order and yield the result after each; ends early where the validation fails without `force`.
+
+    Args:
+        verify: verifies what is on disk (see `verify_in_fresh_process`).
+    """
+    result = RunResult(run.validate())
+    yield result
+    if result.validation.verdict == "fail" and not force:
+        return
+    result = replace(result, plan=run.plan)
+    yield result
+    compile_program(run, force)
+    result = replace(result, merged=merge(run))
+    yield result
+    result = replace(result, parities=verify(), page=run.paths.report)
+    curves: dict[str, dict[str, list[float]]] = {}
+    for name in run.chosen:  # the losses that training left beside the weights
+        path = run.paths.adapter(name) / CURVES
+        if path.is_file():
+            curves |= {f"{name}, {part}": curve for part, curve in json.loads(path.read_text("utf-8")).items()}
+    program = run.program.describe()
+    write_page(run.paths.report, run.recipe, program, run.plan, result.validation, result.parities, curves)
+    yield result
+
+
+def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> list[Parity]:
+    """Run `compile-steer verify` in its own interpreter and return the reports that this very process made.
+
+    Nothing that the compiler did to its model in memory can reach it: it sees only what is on disk. Its reports come
+    through a pipe, so those of an earlier run are never taken for its own.
+
+    Raises:
+        InternalError: the process crashed, or was killed. ArtifactError: it refused its input.
+    """
+    # -P: no module of the folder that the user stands in is imported in place of a library's.
+    command = [sys.executable, "-P", "-m", "compile_steer", "verify", str(recipe), "--out", str(out), "--json"]
+    for change in changes:
+        command += ["--set", change]
+    package = str(Path(__file__).parents[2])  # also where the package is not installed
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths})
+    if process.returncode in (0, 1):
+        try:
+            return TypeAdapter(list[Parity]).validate_json(process.stdout)
+        except ValidationError:
+            pass  # a crash: Python's own exit code for one is 1 too
+    again = f"The artifacts are complete; 'compile-steer verify {recipe} --out {out}' verifies them again."
+    if process.returncode == 2:
+        raise ArtifactError(f"the verification refused its input (see the error above). {again}")
+    raise InternalError(f"the verification ended with exit code {process.returncode} and left no report. {again}")

@@ -1,0 +1,213 @@
+"""A run: a recipe with its model and data loaded, and the stages that choose its program.
+
+A stage whose artifact is there and was made from the same inputs is kept, so that a run that was killed goes on where
+it stopped. What is compiled, merged and verified of the program is in `pipeline.artifacts`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from compile_steer.artifacts.files import digest, save_text, sha256, was_edited
+from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.provenance import Origin
+from compile_steer.common import distributed
+from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour, Context, require_distinct
+from compile_steer.data.pairs import read_pairs
+from compile_steer.export.gguf import gguf_refusals
+from compile_steer.extract import generate_pairs
+from compile_steer.extract.generation_report import WritingReport
+from compile_steer.extract.stage import extract, source
+from compile_steer.lower.plan import Choice, plan
+from compile_steer.models.load import LoadedModel, load, revision_of
+from compile_steer.models.text import Pair
+from compile_steer.recipe import Recipe
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
+from compile_steer.validate.report import ValidationReport
+from compile_steer.validate.stage import validate
+from compile_steer.validate.sweep import choose_layers
+from compile_steer.verify.options import any_gguf
+
+
+class _Kept(Protocol):
+    @property
+    def inputs(self) -> str: ...
+
+
+T = TypeVar("T", bound=_Kept)
+
+
+def reuse_or_make(path: Path, inputs: str, load: Callable[[Path], T | None], make: Callable[[], T]) -> T:
+    """Return what lies at `path` if it was made from the same `inputs`, else what `make` makes and leaves there.
+
+    Args:
+        inputs: fingerprint of everything that the artifact depends on.
+        load: reads the artifact; None or an `ArtifactError` where it is not usable as it lies.
+    """
+    if path.exists():
+        try:
+            kept = load(path)
+        except ArtifactError:
+            kept = None  # damaged, or of an older version: made again, and replaced as a whole
+        if kept is not None and kept.inputs == inputs:
+            return kept
+    return make()
+
+
+@dataclass
+class Run:
+    """A recipe with its model and data loaded, and the folder that its artifacts lie in."""
+
+    recipe: Recipe
+    paths: RunPaths
+    context: Context
+
+    @staticmethod
+    def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
+        """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
+        paths = RunPaths(out, recipe.name)
+        data = replace(recipe.data.read(recipe.folder), mismatched=other_behaviour(recipe))
+        model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
+        data = with_generated_pairs(recipe, model, data, paths, progress)
+        return Run(recipe, paths, Context(model, data, recipe.seed, progress))
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.context.model
+
+    @property
+    def data(self) -> Behaviour:
+        return self.context.data
+
+    @property
+    def progress(self) -> Progress:
+        return self.context.progress
+
+    def inputs(self, *sections: str, after: str = "") -> str:
+        """Fingerprint of what a stage depends on: recipe sections, data, model, seed, the artifact before it."""
+        model = self.model
+        identity = [model.id, model.revision, self.recipe.dtype, self.recipe.seed, self.recipe.prompt_format]
+        return digest([self.recipe.part(*sections), self.data.hashes, identity, after])
+
+    def origin(self, directions_sha256: str = "") -> Origin:
+        """What this run's directions, or the program chosen from them, are made from."""
+        files = {"mismatched": pairs_sha256(self.data.mismatched), "imported": source(self.recipe)}
+        hashes = {**self.data.hashes, **{name: value for name, value in files.items() if value}}
+        revision = self.model.revision
+        return Origin(self.recipe.record, self.recipe.hash, hashes, revision, directions_sha256)
+
+    def generated_pairs(self) -> WritingReport:
+        """Return the report on the pairs that the model wrote when the run was opened; raises `RecipeError` if none."""
+        if self.recipe.data.generation is None:
+            raise RecipeError(
+                f"data.kind {self.recipe.data.kind}: its rows have their responses, there is nothing to generate. The "
+                "model writes the pairs of kind: generated and kind: instructions."
+            )
+        return WritingReport.load(self.paths.writing)
+
+    def extract(self) -> Directions:
+        """Return the directions of every block, from the training pairs."""
+        distributed.require_alone("extraction")
+        require_distinct(self.model.tokenizer, self.data)
+        options = self.recipe.extract
+        # Vectors that are trained depend on the positions that they are trained at.
+        positions = self.recipe.validate_.positions if options.method == "trained" else ""
+        sibling = "" if options.model is None else revision_of(options.model)
+        inputs = self.inputs("data", "extract", after=f"{source(self.recipe)} {positions} {sibling}")
+
+        def make() -> Directions:
+            directions = extract(self.recipe, self.model, self.data, inputs, self.progress)
+            directions.save(self.paths.directions, self.origin().header())
+            return directions
+
+        return reuse_or_make(self.paths.directions, inputs, Directions.load, make)
+
+    def validate(self) -> ValidationReport:
+        """Choose the program, leave it and the report on it; extracts first if that was not done."""
+        # What the model lacks is refused before the work.
+        choose_layers(self.recipe.validate_, self.model.layout.n_layers)
+        directions = self.extract()
+        directions_sha256 = sha256(self.paths.directions)
+        other = [asdict(pair) for pair in self.data.mismatched]
+        sections = ("data", "extract", "validate", "ask", "too_high")
+        inputs = self.inputs(*sections, after=digest([directions_sha256, other]))
+
+        def kept(path: Path) -> ValidationReport | None:
+            report = ValidationReport.load(path)
+            same = self.paths.program.is_file() and report.program_hash == sha256(self.paths.program)
+            return report if same and not was_edited(path) else None
+
+        def keep(program: Program) -> str:
+            program.save(self.paths.program, self.origin(directions_sha256).header())
+            return sha256(self.paths.program)
+
+        def make() -> ValidationReport:
+            report, rows = validate(self.recipe, self.model, self.data, directions, keep, inputs, self.progress)
+            save_text(self.paths.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            report.save(self.paths.validation)
+            return report
+
+        report = reuse_or_make(self.paths.validation, inputs, kept, make)
+        for name in ("program", "program_sha256", "plan"):  # another program may lie there now
+            self.__dict__.pop(name, None)
+        return report
+
+    @cached_property
+    def program(self) -> Program:
+        """The program on disk, checked against the model; raises `ArtifactError`."""
+        program = Program.load(self.paths.program)
+        model = self.model
+        model.layout.require_program(program, model.id, model.revision)
+        return program
+
+    @cached_property
+    def program_sha256(self) -> str:
+        return sha256(self.paths.program)
+
+    @cached_property
+    def plan(self) -> list[Choice]:
+        """Which backends will run, and why the others will not.
+
+        Raises:
+            CannotLower: a backend that the recipe names refuses, all do, or the base cannot be a GGUF file that the
+                recipe wants.
+        """
+        model = self.model
+        problems = gguf_refusals(WeightPatch(), model) if any_gguf(self.recipe.verify.forms) else []
+        if problems:
+            raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
+        return plan(canonical(self.program), model.layout, self.recipe.compile.backends)
+
+    @property
+    def chosen(self) -> list[str]:
+        """The backends that run, in order."""
+        return [choice.backend for choice in self.plan if choice.chosen]
+
+
+def pairs_sha256(pairs: tuple[Pair, ...]) -> str:
+    """Return the hash of another behaviour's pairs, empty where there are none."""
+    return digest([asdict(pair) for pair in pairs]) if pairs else ""
+
+
+def other_behaviour(recipe: Recipe) -> tuple[Pair, ...]:
+    """Return another behaviour's pairs, if the recipe names any; raises `RecipeError` where they cannot be read."""
+    path = recipe.validate_.mismatched
+    return () if path is None else tuple(read_pairs("validate.mismatched", recipe.folder / path))
+
+
+def with_generated_pairs(
+    recipe: Recipe, model: LoadedModel, data: Behaviour, paths: RunPaths, progress: Progress
+) -> Behaviour:
+    """Return the data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
+    options = recipe.data.generation
+    return data if options is None else generate_pairs.write(recipe, options, model, data, paths, progress)
