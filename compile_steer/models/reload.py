@@ -1,4 +1,4 @@
-"""Load an artifact from disk as a user's stack would: through plain PEFT, or plain transformers."""
+"""Load an artifact from disk as a stock user would: through plain PEFT, or plain transformers."""
 
 from __future__ import annotations
 
@@ -10,96 +10,80 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.gguf import gguf_in, read_gguf
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.load import LoadedModel, frozen, library_errors, quiet
 
-ADAPTER = "default"  # PEFT's name for the one that is loaded
+ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 
 
 def reload(folder: Path, base: LoadedModel) -> LoadedModel:
-    """Load the adapter at `folder` on a fresh copy of `base`, or the checkpoint (or GGUF file) with its own tokenizer.
+    """Load the adapter at `folder` on a fresh copy of `base`, or the checkpoint or GGUF file with its own tokenizer.
 
     Raises:
-        ArtifactError: there is no such thing, it is damaged, or the adapter is for other modules or widths.
+        ArtifactError: it does not exist, is damaged, or is an adapter for other modules or widths.
     """
-    with _stock_errors(folder):
-        if (folder / "adapter_config.json").is_file():
-            model = PeftModel.from_pretrained(fresh(base).model, str(folder))
-            tokenizer = base.tokenizer
-        elif (file := gguf_in(folder)) is not None:
-            model, tokenizer = _dequantised(file, base)
+    if (folder / "adapter_config.json").is_file():
+        return replace(reload_adapters({ADAPTER: folder}, base), id=str(folder), source=str(folder))
+    with _loading(folder):
+        if (file := gguf_in(folder)) is not None:
+            model, tokenizer, problems = read_gguf(file, base.model.dtype)
+            if problems:
+                raise ArtifactError([f"{file}: {problem}." for problem in problems] + ["Merge again."])
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.to(base.device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, str(folder), "", str(folder))
-
-
-def _dequantised(file: Path, base: LoadedModel) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers reads them; raises `ArtifactError` where not all of the file is in the model."""
-    model, odd = read_gguf(file, base.model.dtype)
-    if odd:
-        raise ArtifactError([f"{file}: {one}." for one in odd] + ["Merge again."])
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return LoadedModel(frozen(model, base.device), tokenizer, str(folder), "", str(folder))
 
 
 def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedModel:
-    """Load several adapters, by name, on one fresh copy of `base`; `switch` says which of them are on.
+    """Load several adapters, by name, on one fresh copy of `base`; `set_adapter_scales` chooses the active ones.
 
     Raises:
         ArtifactError: as `reload` does.
     """
     model: Any = None
     for name, folder in folders.items():
-        with _stock_errors(folder):
+        with _loading(folder):
             if model is None:
-                model = PeftModel.from_pretrained(fresh(base).model, str(folder), adapter_name=name)
+                model = PeftModel.from_pretrained(fresh_copy(base).model, str(folder), adapter_name=name)
             else:
                 model.load_adapter(str(folder), adapter_name=name)
-    model.to(base.device).eval().requires_grad_(False)
-    return LoadedModel(model, base.tokenizer, "adapters", "", base.source)
+    return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source)
 
 
-def switch(adapters: LoadedModel, dials: Mapping[str, float]) -> None:
-    """Have the adapters named in `dials` on, each times its dial, and the others off."""
+def set_adapter_scales(adapters: LoadedModel, scales: Mapping[str, float]) -> None:
+    """Activate the adapters named in `scales`, each multiplied by its scale, and deactivate the others."""
     wrapped: Any = adapters.model
-    wrapped.base_model.set_adapter(list(dials), inference_mode=True)
+    wrapped.base_model.set_adapter(list(scales), inference_mode=True)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
-            for name, dial in dials.items():
-                module.set_scale(name, dial)
+            for name, scale in scales.items():
+                module.set_scale(name, scale)
 
 
 @contextmanager
-def switched(adapter: LoadedModel, dial: float) -> Iterator[None]:
-    """Have the one adapter that `reload` has loaded on, times `dial`, inside the block; at its own scale after it."""
-    switch(adapter, {ADAPTER: dial})
+def adapter_scaled(adapter: LoadedModel, scale: float) -> Iterator[None]:
+    """Multiply the adapter that `reload` has loaded by `scale` inside the block."""
+    set_adapter_scales(adapter, {ADAPTER: scale})
     try:
         yield
     finally:
-        switch(adapter, {ADAPTER: 1.0})
+        set_adapter_scales(adapter, {ADAPTER: 1.0})
 
 
-def fresh(base: LoadedModel) -> LoadedModel:
-    """Another copy of `base`, read from where it lies."""
+def fresh_copy(base: LoadedModel) -> LoadedModel:
+    """Another copy of `base`, loaded from its source."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)
-    model.to(base.device).eval().requires_grad_(False)
-    return replace(base, model=model)
+    return replace(base, model=frozen(model, base.device))
 
 
-@contextmanager
-def _stock_errors(folder: Path) -> Iterator[None]:
-    """What stock libraries raise for an artifact that they cannot load, as one `ArtifactError`."""
-    try:
-        with quiet():
-            yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(
+def _loading(folder: Path) -> Any:
+    return library_errors(
+        lambda reason: ArtifactError(
             f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
-        ) from error
+        )
+    )

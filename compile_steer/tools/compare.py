@@ -20,7 +20,7 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.engine_support import GGUF_FILE
-from compile_steer.models.gguf import tensors
+from compile_steer.models.gguf import gguf_tensors
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -115,7 +115,7 @@ def of_checkpoints(old: Path, new: Path, base: Path) -> float:
 
 def of_gguf(old: Path, new: Path) -> float:
     """Of each tensor of a folder's GGUF file, de-quantised; infinite where they hold other tensors."""
-    one, other = (tensors(folder / GGUF_FILE) for folder in (old, new))
+    one, other = (gguf_tensors(folder / GGUF_FILE) for folder in (old, new))
     return _largest(between(one[name], other[name]) for name in one) if one.keys() == other.keys() else math.inf
 
 

@@ -22,7 +22,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, encode_pairs, final_states, logprob_margins
-from compile_steer.models.reload import reload_adapters, switch
+from compile_steer.models.reload import reload_adapters, set_adapter_scales
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
 from compile_steer.stats import Interval, bootstrap_mean
@@ -69,7 +69,7 @@ class _Scene:
         """The model, and the hooks, that make it run that way; holds until the next call."""
         if way is None or isinstance(way, Program):
             return self.base, way
-        switch(self._adapters, way)
+        set_adapter_scales(self._adapters, way)
         return self._adapters, None
 
     def states(self, texts: Sequence[Encoded], way: Way) -> Tensor:

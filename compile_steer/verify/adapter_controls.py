@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
-from compile_steer.models.reload import ADAPTER, switched
+from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.verify.parity import AdapterControls
 from compile_steer.verify.reference import Reference
 
@@ -33,7 +33,7 @@ def adapter_controls(
     base = reference.base_behaving.contrast[: len(pairs) // 2]
 
     def effect(dial: float = 1.0) -> float:
-        with switched(artifact, dial):
+        with adapter_scaled(artifact, dial):
             return float((logprob_margins(artifact, pairs) - base).mean())
 
     by_chance = []

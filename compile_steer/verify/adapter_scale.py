@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
-from compile_steer.models.reload import switched
+from compile_steer.models.reload import adapter_scaled
 from compile_steer.verify.reference import Reference
 
 
@@ -35,7 +35,7 @@ def dials(reference: Reference, artifact: LoadedModel) -> list[Dial]:
     base, found = reference.base, []
     plain = reference.dialled[0.0]
     for scale, wanted in reference.dialled.items():
-        with switched(artifact, scale):
+        with adapter_scaled(artifact, scale):
             got = final_states(artifact, reference.dial_texts).response
         kl = divergence(base.model, wanted, artifact.model, got).mean
         changed = divergence(base.model, wanted, base.model, plain).mean

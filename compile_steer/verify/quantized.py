@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.models.gguf import gguf_in, stored_kinds
+from compile_steer.models.gguf import gguf_in, stored_types
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, logprob_margins
-from compile_steer.models.reload import fresh
+from compile_steer.models.reload import fresh_copy
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.program import Program
 from compile_steer.verify.capability import answered
@@ -41,7 +41,7 @@ def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Rou
     file = gguf_in(folder)
     if file is None:
         return None
-    kinds = stored_kinds(file, base.model)
+    kinds = stored_types(file, base.model)
 
     def quantised(name: str, values: Tensor) -> Tensor:
         kind = kinds.get(name, gguf.GGMLQuantizationType.F32)
@@ -69,7 +69,7 @@ class Rounded:
         self._base, self._program, self._heldout, self._neutral, self._pairs = base, program, heldout, neutral, pairs
         self._questions = questions
         self._whole_base, self._whole_steered = whole
-        self.loaded = fresh(base)
+        self.loaded = fresh_copy(base)
         with torch.no_grad():
             for name, parameter in self.loaded.model.named_parameters():
                 parameter.copy_(rounding(name, parameter))

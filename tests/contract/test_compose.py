@@ -28,7 +28,7 @@ from compile_steer.lower import bias
 from compile_steer.lower.closed_form import Stage
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.logprobs import divergence, final_states
-from compile_steer.models.reload import reload_adapters, switch
+from compile_steer.models.reload import reload_adapters, set_adapter_scales
 from compile_steer.models.text import Text
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.hooks import steered
@@ -178,7 +178,7 @@ def test_the_stacked_adapter_is_all_of_them_loaded_at_once(family: str, saved: S
     theirs = loaded_at_once(one, folders, dials)
     named = {f"member{n}": folder for n, folder in enumerate(folders)}
     switched = reload_adapters(named, one)
-    switch(switched, {name: dial for name, dial in zip(named, dials, strict=True)})
+    set_adapter_scales(switched, {name: dial for name, dial in zip(named, dials, strict=True)})
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
         with with_patch(one.model, sum((d * p for d, p in zip(dials, patches, strict=True)), WeightPatch())):
@@ -186,7 +186,7 @@ def test_the_stacked_adapter_is_all_of_them_loaded_at_once(family: str, saved: S
         assert relative_error(wanted, logits(one.model, inputs)) > 1e-2
         for found in (ours, theirs, switched.model):
             assert relative_error(logits(found, inputs), wanted) < 1e-5
-    switch(switched, {"member1": 1.0})
+    set_adapter_scales(switched, {"member1": 1.0})
     with with_patch(one.model, patches[1]):
         assert relative_error(logits(switched.model, inputs), logits(one.model, inputs)) < 1e-5
 

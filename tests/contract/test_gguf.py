@@ -22,7 +22,7 @@ from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf import TensorNames, config_refusals, write_gguf, write_lora_gguf
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.merged import merged_model
-from compile_steer.models.gguf import tensors
+from compile_steer.models.gguf import gguf_tensors
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.steering.low_rank import LowRank
@@ -87,7 +87,7 @@ def test_four_bits_are_four_bits_but_for_the_matrix_that_gives_the_logits(base: 
         assert kinds["blk.1.ffn_down.weight"] == "F16"  # 48 wide: no whole number of blocks
         assert kinds["blk.1.attn_norm.weight"] == "F32"
         assert family != "llama" or kinds["token_embd.weight"] == "Q4_0"
-        query, name = tensors(path)["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
+        query, name = gguf_tensors(path)["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
         model = merged_model(one.source, random_patch(one))
         wanted = TensorNames.of(model.config).rows(name, model.get_parameter(name))
         assert bool(((query - wanted).abs() <= 2 * step(wanted, 8)).all())
@@ -119,7 +119,7 @@ def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
     }  # fmt: skip
     one = byte_level.saved("llama", tmp_path / "base", rope_parameters=slow)
     folder = written(tmp_path / "f16", 1e-9 * random_patch(one), one, "f16")
-    factors = tensors(folder / GGUF_FILE)["rope_freqs.weight"]
+    factors = gguf_tensors(folder / GGUF_FILE)["rope_freqs.weight"]
     assert float(factors[0]) == pytest.approx(1.0) and float(factors[-1]) == pytest.approx(8.0) and len(factors) == 6
     found, ids = reload(folder, one).model, torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(found.model.rotary_emb.inv_freq, one.model.model.rotary_emb.inv_freq)
@@ -156,11 +156,11 @@ def test_a_lora_file_adds_to_the_base_file_what_the_merged_file_has(base: Save, 
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     said = {key: field.contents() for key, field in reader.fields.items()}
     assert (said["general.type"], said["adapter.type"], said["general.architecture"]) == ("adapter", "lora", family)
-    factors = tensors(tmp_path / "lora.gguf")
+    factors = gguf_tensors(tmp_path / "lora.gguf")
     names = sorted({name.rpartition(".")[0] for name in factors})
     assert len(names) == len(patch.low_rank) and said["adapter.lora.alpha"] == factors[f"{names[0]}.lora_a"].shape[0]
-    plain = tensors(written(tmp_path / "plain", 1e-9 * patch, one, "f16") / GGUF_FILE)
-    merged = tensors(written(tmp_path / "merged", patch, one, "f16") / GGUF_FILE)
+    plain = gguf_tensors(written(tmp_path / "plain", 1e-9 * patch, one, "f16") / GGUF_FILE)
+    merged = gguf_tensors(written(tmp_path / "merged", patch, one, "f16") / GGUF_FILE)
     for name in names:
         change = factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"]
         assert float(change.norm()) > 0.1
@@ -264,5 +264,5 @@ def test_a_base_that_is_a_gguf_keeps_its_own_tokenizer_fields(
         for path in (first, second)
     ]
     assert json.dumps(kept[0]) == json.dumps(kept[1])
-    for name, value in tensors(first).items():
-        np.testing.assert_allclose(tensors(second)[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+    for name, value in gguf_tensors(first).items():
+        np.testing.assert_allclose(gguf_tensors(second)[name], value, rtol=2e-3, atol=1e-4, err_msg=name)

@@ -48,7 +48,9 @@ def test_a_local_folder_is_loaded_frozen_in_evaluation_mode(folder: Path) -> Non
     assert not any(p.requires_grad for p in found.model.parameters())
     assert found.tokenizer("w7 w9")["input_ids"] == [7, 9]
     assert (found.id, found.source) == (str(folder), str(folder))
-    assert load(str(folder), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    half = load(str(folder), device="cpu", dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    assert repr(half) == f"LoadedModel({str(folder)!r}, {LAYERS} blocks, d_model {HIDDEN}, bfloat16, cpu)"
 
 
 def test_the_revision_of_a_folder_follows_its_weights_and_not_its_name(folder: Path, tmp_path: Path) -> None:

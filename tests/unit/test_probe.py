@@ -15,7 +15,7 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.merged import write_merged
 from compile_steer.models.logprobs import REFERENCE_TEXTS, fingerprint, reference_logprobs, reference_tokens
-from compile_steer.models.reload import fresh
+from compile_steer.models.reload import fresh_copy
 from tests.helpers.tiny import loaded
 from tests.helpers.verification import VerifierCase
 
@@ -75,7 +75,7 @@ def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: VerifierC
 
 
 def test_a_model_in_half_precision_has_none(scene: VerifierCase) -> None:
-    assert fingerprint(fresh(scene.base).model.bfloat16(), scene.base) == []
+    assert fingerprint(fresh_copy(scene.base).model.bfloat16(), scene.base) == []
 
 
 def test_the_smallest_context_has_room() -> None:
