@@ -28,8 +28,8 @@ from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring.likelihood import perplexities
-from compile_steer.scoring.reply import Reply
+from compile_steer.scoring.base import Reply
+from compile_steer.scoring.model_based import perplexities
 from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site

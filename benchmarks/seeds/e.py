@@ -29,7 +29,7 @@ from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring.choice import letter_tokens
+from compile_steer.scoring.model_based import letter_tokens
 from compile_steer.steering.directions import as_long_as
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program

@@ -20,8 +20,8 @@ from compile_steer.data.behaviour import Behaviour, Check
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel, cache_folder
 from compile_steer.models.text import Pair, Text
-from compile_steer.scoring.ifeval import IFEval
-from compile_steer.scoring.reply import Reply, Score
+from compile_steer.scoring.base import Reply, Score
+from compile_steer.scoring.text import IFEval
 from compile_steer.steering.program import Program
 
 FOLDER = "COMPILE_STEER_IFEVAL"

@@ -11,7 +11,7 @@ from compile_steer.data.section import GenerateOptions
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-from compile_steer.scoring.reply import Reply, Score
+from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.text import repetition
 
 _SHOWS = 0.5

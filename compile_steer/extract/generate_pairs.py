@@ -21,7 +21,7 @@ from compile_steer.extract.generation_report import SplitReport, WritingReport
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
-from compile_steer.scoring.reply import Score
+from compile_steer.scoring.base import Score
 
 
 def write(

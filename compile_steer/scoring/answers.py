@@ -1,7 +1,6 @@
-"""Answer prompts greedily and score what comes out; many programs run as rows of one batch.
+"""Answer prompts greedily under many programs, which run as rows of one batch, and score the answers.
 
-A prompt is answered in full, but a multiple-choice question is not: its answer is the letter that is likeliest to
-begin the reply.
+A multiple-choice question is not answered in full: its answer is the letter that is most likely to begin the reply.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import batches, encode
-from compile_steer.scoring.choice import letter_tokens
-from compile_steer.scoring.reply import Reply, Score
+from compile_steer.scoring.base import Reply, Score
+from compile_steer.scoring.model_based import letter_tokens
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 
 # Decoding reads every weight once a step whatever the batch, so wide batches are nearly free.
-_ROWS = 160
+_BATCH_ROWS = 160
 
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts to be answered under a program, or one program a prompt; None is the base.
+    """Prompts to be answered under a program, or under one program per prompt; None is the base.
 
-    `ask` makes what the model is given of each (with an instruction, say, or with examples before it); the score is
-    about the plain prompts all the same. Samples to look at need not be `scored`.
+    `ask` makes the model's input from each prompt (with an instruction, say, or with examples before it); the score is
+    about the plain prompt all the same. Samples to be shown need not be `scored`.
     """
 
     prompts: Sequence[str]
@@ -45,8 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers to n prompts: the texts, their scores [n] (NaN where not scored), repetition [n], and whether
-    they ended [n]."""
+    """Greedy answers to n prompts: texts, scores [n] (NaN if not scored), repetition [n], and whether each ended [n]."""
 
     texts: list[str]
     scores: np.ndarray
@@ -56,11 +54,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class _Row:
+    index: int
     prompt: str
-    said: Text
+    text: Text
     program: Program | None
     question: Question | None
-    scored: bool
 
 
 def answer(
@@ -73,92 +71,81 @@ def answer(
     """Answer every request; programs of the same sites, operations and positions run in the same batches.
 
     Args:
-        questions: by plain prompt, those that are multiple choice (see `Behaviour`).
+        questions: the multiple-choice questions by plain prompt (see `Behaviour`).
     """
-    rows = [row for request in requests for row in _rows(request, questions)]
+    rows: list[_Row] = []
+    scored: list[int] = []
+    for request in requests:
+        n, one = len(request.prompts), request.program
+        programs: Sequence[Program | None] = [one] * n if isinstance(one, Program | None) else one
+        scored += range(len(rows), len(rows) + n) if request.scored else ()
+        for prompt, program in zip(request.prompts, programs, strict=True):
+            question = questions.get(prompt)
+            text = request.ask(prompt if question is None else question.prompt)
+            rows.append(_Row(len(rows), prompt, text, program, question))
     replies: dict[int, Reply] = {}
-    for group in _groups(rows):
-        replies |= _generate(loaded, group, max_new_tokens) | _choose(loaded, group)
+    for group, pattern in _same_shape(rows):
+        # The base is a program of the same shape at coefficient 0, so that it runs in the same batch.
+        base = None if pattern is None else pattern.scaled(0.0)
+        replies |= _generate(loaded, [row for row in group if row.question is None], base, max_new_tokens)
+        replies |= _choose(loaded, [row for row in group if row.question is not None], base)
     scores = np.full(len(rows), np.nan)
-    wanted = [index for index, row in enumerate(rows) if row.scored]
-    scores[wanted] = score([replies[index] for index in wanted])
+    scores[scored] = score([replies[index] for index in scored])
     result, start = [], 0
     for request in requests:
-        mine = range(start, start + len(request.prompts))
-        texts = [replies[index].text for index in mine]
-        repeats = np.array([repetition(text) for text in texts])
-        closed = np.array([float(replies[index].ended) for index in mine])
-        result.append(Answers(texts, scores[mine.start : mine.stop], repeats, closed))
-        start = mine.stop
+        stop = start + len(request.prompts)
+        answered = [replies[index] for index in range(start, stop)]
+        repeats = np.array([repetition(reply.text) for reply in answered])
+        finished = np.array([float(reply.ended) for reply in answered])
+        result.append(Answers([reply.text for reply in answered], scores[start:stop], repeats, finished))
+        start = stop
     return result
 
 
-def _rows(request: Request, questions: Mapping[str, Question]) -> Iterator[_Row]:
-    count = len(request.prompts)
-    programs: Sequence[Program | None]
-    programs = [request.program] * count if isinstance(request.program, Program | None) else request.program
-    for prompt, program in zip(request.prompts, programs, strict=True):
-        question = questions.get(prompt)
-        said = request.ask(prompt if question is None else question.prompt)
-        yield _Row(prompt, said, program, question, request.scored)
+def _same_shape(rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], Program | None]]:
+    """Yield the rows by the shape of their programs, with one program of that shape; the base's rows join the first."""
+    groups: dict[object, list[_Row]] = {}
+    for row in rows:
+        if row.program is not None:
+            groups.setdefault(row.program.shape, []).append(row)
+    base = [row for row in rows if row.program is None]
+    if not groups:
+        yield base, None
+    for group in groups.values():
+        yield group + base, group[0].program
+        base = []
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows by index that one batch can hold: a program a row, where the base is `pattern` at coefficient 0."""
-
-    rows: list[tuple[int, _Row]]
-    pattern: Program | None
-
-    def under(self, rows: Sequence[_Row]) -> list[Program] | None:
-        """No hooks where no row has a program."""
-        if self.pattern is None:
-            return None
-        base = self.pattern.scaled(0.0)
-        return [base if row.program is None else row.program for row in rows]
+def _programs(rows: Sequence[_Row], base: Program | None) -> list[Program] | None:
+    """Return a program per row; None if no row has one, so that no hook runs."""
+    return None if base is None else [base if row.program is None else row.program for row in rows]
 
 
-def _groups(rows: Sequence[_Row]) -> list[_Group]:
-    """The rows by the shape of their programs; those of the base go with the first."""
-    groups: dict[object, _Group] = {}
-    base: list[tuple[int, _Row]] = []
-    for index, row in enumerate(rows):
-        if row.program is None:
-            base.append((index, row))
-        else:
-            groups.setdefault(row.program.shape, _Group([], row.program)).rows.append((index, row))
-    found = list(groups.values()) or [_Group([], None)]
-    found[0].rows.extend(base)
-    return found
+def _generate(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None, max_new_tokens: int) -> dict[int, Reply]:
+    replies: dict[int, Reply] = {}
+    for start in range(0, len(rows), _BATCH_ROWS):
+        part = rows[start : start + _BATCH_ROWS]
+        texts = [row.text for row in part]
+        completions = continue_prompts(loaded, texts, _programs(part, base), max_new_tokens=max_new_tokens)
+        for row, completion in zip(part, completions, strict=True):
+            replies[row.index] = Reply(row.prompt, response_text(loaded, completion), ended(loaded, completion))
+    return replies
 
 
-def _generate(loaded: LoadedModel, group: _Group, max_new_tokens: int) -> dict[int, Reply]:
-    """The rows that are no questions, by their index, answered in full."""
-    open_ended = [(index, row) for index, row in group.rows if row.question is None]
-    found: dict[int, Reply] = {}
-    for at in range(0, len(open_ended), _ROWS):
-        part = open_ended[at : at + _ROWS]
-        under = group.under([row for _index, row in part])
-        said = continue_prompts(loaded, [row.said for _index, row in part], under, max_new_tokens=max_new_tokens)
-        for (index, row), one in zip(part, said, strict=True):
-            found[index] = Reply(row.prompt, response_text(loaded, one), ended(loaded, one))
-    return found
-
-
-def _choose(loaded: LoadedModel, group: _Group) -> dict[int, Reply]:
-    """The questions among the rows, by their index: each answered with its likeliest letter."""
-    asked = [(index, row, row.question) for index, row in group.rows if row.question is not None]
-    tokens = {q.letters: letter_tokens(loaded.tokenizer, q.letters) for _index, _row, q in asked}
-    encoded = [encode(loaded.tokenizer, row.said) for _index, row, _question in asked]
-    found: dict[int, Reply] = {}
+def _choose(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None) -> dict[int, Reply]:
+    """Answer multiple-choice questions with their most likely letter."""
+    letters = {row.question.letters for row in rows if row.question is not None}
+    tokens = {some: letter_tokens(loaded.tokenizer, some) for some in letters}
+    encoded = [encode(loaded.tokenizer, row.text) for row in rows]
+    replies: dict[int, Reply] = {}
     for batch in batches(loaded, encoded):
-        chosen = [asked[at] for at in batch.rows]
-        under = group.under([row for _index, row, _question in chosen])
-        with steered(loaded.model, under, roles=batch.roles), torch.no_grad():
+        part = [rows[index] for index in batch.rows]
+        with steered(loaded.model, _programs(part, base), roles=batch.roles), torch.no_grad():
             hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
             last = batch.attention_mask.sum(dim=1) - 1
-            logits = lm_head(loaded.model, hidden[torch.arange(len(chosen), device=hidden.device), last])
-        for (index, row, question), scores in zip(chosen, logits, strict=True):
-            best = int(scores[tokens[question.letters]].argmax())
-            found[index] = Reply(row.prompt, question.letters[best], True)
-    return found
+            logits = lm_head(loaded.model, hidden[torch.arange(len(part), device=hidden.device), last])
+        for row, values in zip(part, logits, strict=True):
+            assert row.question is not None
+            best = int(values[tokens[row.question.letters]].argmax())
+            replies[row.index] = Reply(row.prompt, row.question.letters[best], True)
+    return replies

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import LoadedModel, quiet
-from compile_steer.models.text import Pair
-from compile_steer.scoring.reply import Reply, Score, ScorerBase
+from compile_steer.scoring.base import Reply, Score, ScorerBase
 from compile_steer.stats import auroc
 
-_BATCH = 32
+if TYPE_CHECKING:
+    import torch
+
+    from compile_steer.data.behaviour import Behaviour
+    from compile_steer.models.load import LoadedModel
+    from compile_steer.models.text import Pair
+
 Probability = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -27,9 +28,9 @@ class Classifier(ScorerBase):
 
     A logistic regression on TF-IDF of words, word pairs and 2- to 4-grams of letters, trained on the responses of
     data.train; or with `model`, the probability of `label` by the sequence classifier in that local folder. It must tell
-    the responses of data.validation apart with an AUROC of at least `min_auroc`. Wrong where the sides differ in
-    something else as well: it learns whatever tells them apart, length and subject included, and calls
-    text unlike either side by what little it shares with one. An empty reply is 0.
+    the responses of data.validation apart with an AUROC of at least `min_auroc`. Wrong if the sides differ in something
+    else as well: it learns whatever tells them apart, length and topic included, and rates text unlike either side by
+    what little it has in common with one. An empty reply is 0.
     """
 
     kind: Literal["classifier"]
@@ -38,7 +39,7 @@ class Classifier(ScorerBase):
     min_auroc: float = Field(0.7, gt=0.5, lt=1)
 
     @model_validator(mode="after")
-    def _label_of_a_model(self) -> Self:
+    def _model_has_a_label(self) -> Self:
         if (self.model is None) != (self.label is None):
             raise ValueError(
                 "model and label belong together: the classifier, and which of its labels is the behaviour"
@@ -50,59 +51,63 @@ class Classifier(ScorerBase):
             probability = _trained(behaviour.train)
         else:
             probability = _pretrained(self.model, self.label, loaded.device)
-        _sides, texts = _texts(behaviour.validation, "validation")
-        found = auroc(*np.split(probability(texts), 2))
-        if found < self.min_auroc:
+        texts = _responses(behaviour.validation, "validation")
+        area = auroc(*np.split(probability(texts), 2))
+        if area < self.min_auroc:
             raise RecipeError(
-                f"validate.score classifier cannot tell the two sides of data.validation apart: AUROC {found:.2f} on its "
-                f"{len(texts)} responses; needed {self.min_auroc:g}, and 0.5 is chance. Give more training pairs, or score "
-                "by another kind."
+                f"validate.score classifier cannot tell the two sides of data.validation apart: AUROC {area:.2f} on its "
+                f"{len(texts)} responses; needed {self.min_auroc:g}, and 0.5 is chance. Give more training pairs, or use "
+                "another scorer."
             )
 
         def score(replies: Sequence[Reply]) -> np.ndarray:
-            said = np.array([bool(reply.text.strip()) for reply in replies], dtype=float)
-            return said * probability([reply.text for reply in replies]) if len(replies) else said
+            written = np.array([bool(reply.text.strip()) for reply in replies], dtype=float)
+            return written * probability([reply.text for reply in replies]) if len(replies) else written
 
         return score
 
 
-def _texts(pairs: Sequence[Pair], name: str) -> tuple[list[int], list[str]]:
-    """(1 for positive and 0 for negative, the responses) of pairs; raises `RecipeError` where there are none."""
+def _responses(pairs: Sequence[Pair], split: str) -> list[str]:
+    """Return the positive responses, then the negative ones; raise `RecipeError` if one is empty."""
     texts = [pair.positive.response for pair in pairs] + [pair.negative.response for pair in pairs]
     if not all(text.strip() for text in texts):
         raise RecipeError(
-            f"validate.score classifier needs the responses of both sides; data.{name} has prompts without."
+            f"validate.score classifier needs the responses of both sides; data.{split} has prompts without."
         )
-    return [1] * len(pairs) + [0] * len(pairs), texts
+    return texts
 
 
 def _trained(pairs: Sequence[Pair]) -> Probability:
-    # Here alone: every command would wait for them.
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
 
-    sides, texts = _texts(pairs, "train")
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, lowercase=False),
     )
-    model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(texts, sides)
-    return lambda said: np.asarray(model.predict_proba(said)[:, 1])
+    # A weak penalty: behaviours have a few dozen pairs, and the default C of 1 leaves all probabilities near 0.5.
+    model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
+    model.fit(_responses(pairs, "train"), [1] * len(pairs) + [0] * len(pairs))
+    return lambda texts: np.asarray(model.predict_proba(texts)[:, 1])
 
 
 def _pretrained(reference: str, label: str, device: torch.device) -> Probability:
-    """Raises `RecipeError`: the model is not there, or has no such label."""
-    if not Path(reference).expanduser().is_dir():
+    """Raises `RecipeError` if the model is missing or has no such label."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from compile_steer.models.load import quiet
+
+    folder = Path(reference).expanduser()
+    if not folder.is_dir():
         raise RecipeError(
             f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."
         )
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(Path(reference).expanduser())
-            model = AutoModelForSequenceClassification.from_pretrained(
-                Path(reference).expanduser(), dtype=torch.float32
-            )
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -116,12 +121,12 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     model.to(device).eval()
 
     def probability(texts: Sequence[str]) -> np.ndarray:
-        found = []
-        for at in range(0, len(texts), _BATCH):
-            inputs = tokenizer(list(texts[at : at + _BATCH]), padding=True, truncation=True, return_tensors="pt")
+        batches = []
+        for start in range(0, len(texts), 32):
+            inputs = tokenizer(list(texts[start : start + 32]), padding=True, truncation=True, return_tensors="pt")
             with torch.no_grad():
                 logits = model(**inputs.to(device)).logits.float()
-            found.append(logits.softmax(dim=-1)[:, labels[label]].cpu().numpy())
-        return np.concatenate(found)
+            batches.append(logits.softmax(dim=-1)[:, labels[label]].cpu().numpy())
+        return np.concatenate(batches)
 
     return probability

@@ -1,53 +1,54 @@
-"""A language model as judge, behind any OpenAI-compatible endpoint."""
+"""A language model as judge, behind any OpenAI-compatible endpoint, and the ledger of its answers."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError, require_library
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.load import LoadedModel, cache_folder
-from compile_steer.scoring.ledger import Ledger
-from compile_steer.scoring.reply import Reply, Score, ScorerBase
+from compile_steer.common.errors import ArtifactError, RecipeError, require_library
+from compile_steer.scoring.base import Reply, Score, ScorerBase
 
-_PLACES = re.compile(r"\{(prompt|reply)\}")
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-_PATIENCE = 3  # replies that the judge may answer with nonsense, twice each, before it is asked no more
+if TYPE_CHECKING:
+    from compile_steer.data.behaviour import Behaviour
+    from compile_steer.models.load import LoadedModel
+
+_MAX_UNREADABLE = (
+    3  # replies for which no answer could be read; a judge that cannot answer these will not answer the rest
+)
 
 
 class Judge(ScorerBase):
-    """A judge's number for the reply, from the ends of `scale` to 0 and 1; or 1 for its yes and 0 for its no.
+    """The judge's number for the reply, from the ends of `scale` to 0 and 1; or 1 for its yes and 0 for its no.
 
-    What was judged once is kept on this machine and never paid for again: the same reply has the same score, and a
-    run that broke goes on where it was. An empty reply is 0. Wrong as its model is: judges favour long and confident answers, and take
-    instructions from the text they judge (a reply that says "rate this 5" may be rated 5).
+    Every answer is kept on this machine and never paid for again: the same reply has the same score, and an interrupted
+    run resumes where it stopped. An empty reply is 0. Wrong as its model is: judges favour long and confident answers,
+    and follow instructions in the text they judge (a reply that says "rate this 5" may be rated 5).
     """
 
     kind: Literal["judge"]
     base_url: str = Field(pattern=r"^https?://", description="of the endpoint, up to and with /v1")
     model: str = Field(min_length=1)
-    prompt: str = Field(description="what the judge is asked; {prompt} and {reply} stand for what was said")
+    prompt: str = Field(description="the question to the judge; {prompt} and {reply} are replaced by the texts")
     scale: tuple[float, float] | Literal["yes_no"] = Field((1.0, 5.0), description="the worst and the best number")
     api_key_env: str = Field("", description="environment variable that holds the key; none for a server without")
-    answer_tokens: int = Field(64, ge=1, description="how long the judge's answer may be")
+    answer_tokens: int = Field(64, ge=1, description="maximum length of the judge's answer")
     timeout: float = Field(60.0, gt=0, description="seconds for one request")
     retries: int = Field(2, ge=0, description="after a time-out, a lost connection or a server's error")
-    max_requests: int = Field(1000, ge=1, description="sent in all, over all runs, with these questions")
-    max_tokens: int | None = Field(
-        None, ge=1, description="read and written in all, over all runs, as the server counts"
-    )
+    max_requests: int = Field(1000, ge=1, description="total over all runs with this question")
+    max_tokens: int | None = Field(None, ge=1, description="total read and written over all runs, as the server counts")
 
     @field_validator("prompt")
     @classmethod
-    def _asks_about_a_reply(cls, prompt: str) -> str:
+    def _shows_the_reply(cls, prompt: str) -> str:
         if "{reply}" not in prompt:
             raise ValueError("the judge must be shown {reply}")
         return prompt
@@ -59,45 +60,48 @@ class Judge(ScorerBase):
             raise ValueError("the worst and the best number must differ")
         return scale
 
-    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002  (it reads what was said)
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002
+        from compile_steer.models.load import cache_folder
+
         require_library("openai", "judge", "validate.score judge")
         if self.api_key_env and not os.environ.get(self.api_key_env):
             raise RecipeError(
                 f"validate.score.api_key_env: the environment variable {self.api_key_env} is not set; it holds the judge's key."
             )
-        question = self.model_dump(include={"base_url", "model", "prompt", "scale", "answer_tokens"}, mode="json")
-        ledger = Ledger(cache_folder() / "judged" / f"{digest(question)[:16]}.jsonl", question)
-        return _Bench(self, ledger).scores
+        # What may change an answer; limits and time-outs may change without losing the answers.
+        settings = self.model_dump(include={"base_url", "model", "prompt", "scale", "answer_tokens"}, mode="json")
+        ledger = Ledger(cache_folder() / "judged" / f"{digest(settings)[:16]}.jsonl", settings)
+        return _Client(self, ledger).scores
 
     @property
-    def of_any_prompt(self) -> bool:
+    def needs_no_labels(self) -> bool:
         return False
 
-    def on_texts(self) -> str:
+    def for_data_texts(self) -> str:
         return "a judge's answers cost requests"
 
     def read(self, answer: str) -> float | None:
-        """The score that an answer means, 0 to 1; None where it is not one clear number of the scale, or yes or no."""
+        """Return the score of an answer, 0 to 1; None if it is not one clear number of the scale, or yes or no."""
         if self.scale == "yes_no":
-            said = set(re.findall(r"\b(yes|no)\b", answer.lower()))
-            return float(said == {"yes"}) if len(said) == 1 else None
+            words = set(re.findall(r"\b(yes|no)\b", answer.lower()))
+            return float(words == {"yes"}) if len(words) == 1 else None
         low, high = self.scale
-        # "4/5" and "4 out of 5" name the scale's end beside the number.
+        # "4/5" and "4 out of 5" name the end of the scale beside the number.
         bare = re.sub(rf"(?:/|\bout of)\s*{re.escape(format(max(low, high), 'g'))}(?!\d|\.\d)", " ", answer)
-        numbers = {float(number) for number in _NUMBER.findall(bare)}
+        numbers = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", bare)}
         if len(numbers) != 1:
             return None
         (number,) = numbers
-        share = (number - low) / (high - low)
-        return share if 0 <= share <= 1 else None
+        score = (number - low) / (high - low)
+        return score if 0 <= score <= 1 else None
 
     @property
-    def wanted(self) -> str:
+    def expected_answer(self) -> str:
         return "yes or no" if self.scale == "yes_no" else f"one number from {self.scale[0]:g} to {self.scale[1]:g}"
 
 
-class _Bench:
-    """One judge at work: asks about what the ledger does not hold yet."""
+class _Client:
+    """Asks a judge about the replies that the ledger does not hold yet."""
 
     def __init__(self, judge: Judge, ledger: Ledger) -> None:
         self._judge, self._ledger = judge, ledger
@@ -108,54 +112,51 @@ class _Bench:
         )
 
     def scores(self, replies: Sequence[Reply]) -> np.ndarray:
-        """[n] scores in the replies' order; an empty reply is 0, unasked.
+        """Return the scores [n] in the replies' order; an empty reply is 0 without a request.
 
         Raises:
-            RecipeError: the judge does not answer, answers nonsense, or has cost what it may. What it said is kept.
+            RecipeError: the judge does not answer, its answers cannot be read, or a limit is reached. All answers are kept.
         """
         keys = [digest([reply.prompt, reply.text]) for reply in replies]
-        spoken = {key: reply for key, reply in zip(keys, replies, strict=True) if reply.text.strip()}
-        nonsense: list[str] = []
-        for key, reply in spoken.items():
-            if key in self._ledger.scores or len(nonsense) == _PATIENCE:
+        written = {key: reply for key, reply in zip(keys, replies, strict=True) if reply.text.strip()}
+        known = self._ledger.scores
+        unreadable: list[str] = []
+        for key, reply in written.items():
+            if key in known or len(unreadable) == _MAX_UNREADABLE:
                 continue
             try:
-                answer = self._ask_twice(key, reply)
-            except _NotAnswered as stopped:
-                done = sum(key in self._ledger.scores for key in spoken)
+                answer = self._ask(key, reply)
+                if key not in known:
+                    answer = self._ask(key, reply, f"\n\nAnswer with {self._judge.expected_answer}, and nothing else.")
+            except _NoAnswer as error:
+                done = sum(key in known for key in written)
                 raise RecipeError(
-                    f"validate.score judge: {stopped}. {done} of these {len(spoken)} replies are judged and kept in "
-                    f"{self._ledger.path}; the same command goes on from there."
-                ) from stopped
-            if key not in self._ledger.scores:
-                nonsense.append(answer)
-        if nonsense:
+                    f"validate.score judge: {error}. {done} of these {len(written)} replies are judged and kept in "
+                    f"{self._ledger.path}; the same command resumes there."
+                ) from error
+            if key not in known:
+                unreadable.append(answer)
+        if unreadable:
             raise RecipeError(
-                f"validate.score judge: for {len(nonsense)} of {len(spoken)} replies {self._judge.model} did not answer with "
-                f"{self._judge.wanted}, asked twice each; the first answer: '{nonsense[0][:200]}'. Say in "
-                "validate.score.prompt what to answer with, or give it more answer_tokens. What it judged is kept in "
+                f"validate.score judge: for {len(unreadable)} of {len(written)} replies {self._judge.model} did not answer "
+                f"with {self._judge.expected_answer}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the "
+                "expected answer in validate.score.prompt, or raise answer_tokens. Its other answers are kept in "
                 f"{self._ledger.path}."
             )
-        return np.array([self._ledger.scores[key] if key in spoken else 0.0 for key in keys])
+        return np.array([known[key] if key in written else 0.0 for key in keys])
 
-    def _ask_twice(self, key: str, reply: Reply) -> str:
-        """Ask, and once more if the answer means nothing; returns the last answer."""
-        said = {"prompt": reply.prompt, "reply": reply.text}
-        question = _PLACES.sub(lambda place: said[place.group(1)], self._judge.prompt)
-        answer = self._ask(key, question)
-        if key not in self._ledger.scores:
-            answer = self._ask(key, f"{question}\n\nAnswer with {self._judge.wanted}, and nothing else.")
-        return answer
-
-    def _ask(self, key: str, question: str) -> str:
-        """One request, written to the ledger; raises `_NotAnswered`."""
+    def _ask(self, key: str, reply: Reply, reminder: str = "") -> str:
+        """Send one request and write its answer to the ledger; raises `_NoAnswer`."""
         judge, ledger = self._judge, self._ledger
+        texts = {"prompt": reply.prompt, "reply": reply.text}
+        # One pass over the template: text of a prompt that looks like {reply} must stay as it is.
+        question = re.sub(r"\{(prompt|reply)\}", lambda place: texts[place.group(1)], judge.prompt) + reminder
         if ledger.requests >= judge.max_requests:
-            raise _NotAnswered(f"{ledger.requests} requests were answered, which is max_requests; raise it to go on")
+            raise _NoAnswer(f"{ledger.requests} requests were answered, which is max_requests; raise it to continue")
         if judge.max_tokens is not None and ledger.tokens >= judge.max_tokens:
-            raise _NotAnswered(f"{ledger.tokens} tokens were used of max_tokens {judge.max_tokens}; raise it to go on")
+            raise _NoAnswer(f"{ledger.tokens} tokens were used of max_tokens {judge.max_tokens}; raise it to continue")
         try:
-            found = self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=judge.model,
                 messages=[{"role": "user", "content": question}],
                 max_tokens=judge.answer_tokens,
@@ -163,17 +164,69 @@ class _Bench:
             )
         except self._openai.APITimeoutError as error:
             tries = judge.retries + 1
-            raise _NotAnswered(
+            raise _NoAnswer(
                 f"{judge.base_url} did not answer within {judge.timeout:g} s, tried {tries} times"
             ) from error
         except self._openai.OpenAIError as error:
-            raise _NotAnswered(f"{judge.base_url} cannot be asked ({' '.join(str(error).split())[:300]})") from error
-        choices = getattr(found, "choices", None)  # a server of something else is read as text
-        answer = str(choices[0].message.content or "") if choices else str(found)
-        used = getattr(found, "usage", None)
-        ledger.add(key, judge.read(answer), answer, int(used.total_tokens) if used else 0)
+            reason = " ".join(str(error).split())[:300]
+            raise _NoAnswer(f"{judge.base_url} cannot be asked ({reason})") from error
+        choices = getattr(completion, "choices", None)  # a server of something else returns plain text
+        answer = str(choices[0].message.content or "") if choices else str(completion)
+        usage = getattr(completion, "usage", None)
+        ledger.add(key, judge.read(answer), answer, int(usage.total_tokens) if usage else 0)
         return answer
 
 
-class _NotAnswered(Exception):
-    """Why there is no answer."""
+class _NoAnswer(Exception):
+    """Why the judge gave no answer."""
+
+
+class Ledger:
+    """An append-only JSONL file: the judge's settings, then a line per answer.
+
+    `scores` holds the last score of each reply by its key, `requests` and `tokens` what all answers have cost.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Raises `ArtifactError` if the file cannot be read or written."""
+        self.path = path
+        self.scores: dict[str, float] = {}
+        self.requests = 0
+        self.tokens = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); it keeps the judge's answers. Remove it.") from error
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a writer was stopped within this line
+            if isinstance(row, dict) and "reply" in row:
+                self._count(row)
+        if not lines:
+            self._append(json.dumps({"judge": settings}, ensure_ascii=False) + "\n")
+        elif lines[-1]:
+            self._append("\n")  # so that the next answer is not joined to a line that was cut off
+
+    def add(self, key: str, score: float | None, answer: str, tokens: int) -> None:
+        """Keep one answer about the reply `key`; a score of None is an unreadable answer, which costs as much."""
+        row = {"reply": key, "score": score, "answer": answer, "tokens": tokens}
+        self._append(json.dumps(row, ensure_ascii=False) + "\n")
+        self._count(row)
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.requests += 1
+        self.tokens += row["tokens"]
+        if row["score"] is not None:
+            self.scores[row["reply"]] = row["score"]
+
+    def _append(self, text: str) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.path} cannot be written ({error.strerror}); it keeps the judge's answers."
+            ) from error

@@ -15,7 +15,7 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Answers, Request, answer
-from compile_steer.scoring.reply import Score
+from compile_steer.scoring.base import Score
 from compile_steer.stats import bootstrap_mean, sign_flip
 from compile_steer.steering.program import Program
 from compile_steer.validate.options import Validate

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.options import Section
-from compile_steer.scoring.scorer import Scorer
+from compile_steer.scoring.options import Scorer
 from compile_steer.steering.sites import parse_positions
 
 

@@ -14,8 +14,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
-from compile_steer.scoring.check import require_discrimination
-from compile_steer.scoring.reply import Score
+from compile_steer.scoring.base import Score, require_discrimination
 from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program

@@ -13,7 +13,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.load import LoadedModel
 from compile_steer.scoring.answers import Answers, Request, answer
-from compile_steer.scoring.reply import Score
+from compile_steer.scoring.base import Score
 from compile_steer.stats import false_discovery_rates, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program

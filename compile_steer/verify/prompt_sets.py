@@ -23,7 +23,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
-from compile_steer.scoring.reply import Reply, Score
+from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.program import Program
 from compile_steer.verify.options import Verify

@@ -26,7 +26,7 @@ from compile_steer.models.logprobs import (
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.answers import Request, answer
-from compile_steer.scoring.reply import Score
+from compile_steer.scoring.base import Score
 from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
 from compile_steer.verify.capability import answered
@@ -113,7 +113,7 @@ class Reference:
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
             self.mismatched = self._mismatched()
             advance(1)
-            scored = self.score if recipe.validate_.score.of_any_prompt else None
+            scored = self.score if recipe.validate_.score.needs_no_labels else None
             self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2, scored)
             advance(1)
         self.margins = self._margins()

@@ -10,9 +10,8 @@ from pydantic import TypeAdapter
 from compile_steer.data.behaviour import Behaviour, Check, Question
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
-from compile_steer.scoring.check import Discrimination, require_discrimination
-from compile_steer.scoring.reply import Reply, ScorerBase
-from compile_steer.scoring.scorer import Scorer
+from compile_steer.scoring.base import Discrimination, Reply, ScorerBase, require_discrimination
+from compile_steer.scoring.options import Scorer
 
 Sides = Sequence[tuple[str, str]]
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from compile_steer.models.logprobs import encode_pairs, margins, mean_logprobs
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode, pad
-from compile_steer.scoring.scorer import Scorer
+from compile_steer.scoring.options import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -183,4 +183,4 @@ def test_a_margin_is_positive_minus_negative_of_each_pair_under_the_plain_prompt
 def test_replies_to_prompts_that_are_not_in_the_data_are_scored_where_that_is_possible_and_costs_nothing(
     score: dict[str, Any], able: bool
 ) -> None:
-    assert TypeAdapter(Scorer).validate_python(score).of_any_prompt is able
+    assert TypeAdapter(Scorer).validate_python(score).needs_no_labels is able

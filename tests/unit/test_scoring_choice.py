@@ -15,8 +15,8 @@ from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Request, answer
-from compile_steer.scoring.choice import letter_tokens
-from compile_steer.scoring.reply import Reply, Score
+from compile_steer.scoring.base import Reply, Score
+from compile_steer.scoring.model_based import letter_tokens
 from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program
 from tests.helpers.scoring import behaviour, replies, scorer
@@ -121,7 +121,7 @@ def test_the_score_is_whether_the_letter_is_right() -> None:
 
 def test_data_that_are_no_questions_are_refused() -> None:
     with pytest.raises(
-        RecipeError, match="1 of the 3 prompts .* no multiple-choice questions, the first 'validation 2'"
+        RecipeError, match="1 of the 3 prompts .* are not multiple-choice questions, the first 'validation 2'"
     ):
         scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 3, questions=items([0, 1])))
     with pytest.raises(RecipeError, match="'A' is unknown"):

@@ -16,8 +16,8 @@ import pytest
 from pydantic import ValidationError
 
 from compile_steer.common.errors import RecipeError
+from compile_steer.scoring.base import Score
 from compile_steer.scoring.judge import Judge
-from compile_steer.scoring.reply import Score
 from tests.helpers.scoring import behaviour, replies, scorer
 from tests.helpers.tiny import loaded
 
@@ -199,7 +199,7 @@ def test_a_run_that_broke_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> 
     endpoint = serve(say)
     said = failure(bind(judge(endpoint.url)), "a", "a b", "a b c", "a b c d")
     assert f"{endpoint.url} cannot be asked" in said and "out of memory" in said
-    assert "2 of these 4 replies are judged and kept in" in said and "goes on from there" in said
+    assert "2 of these 4 replies are judged and kept in" in said and "resumes there" in said
     (file,) = (tmp_path / "cache" / "judged").glob("*.jsonl")
     with file.open("a") as end:
         end.write('{"reply": "half a li')  # killed within a line
@@ -282,7 +282,7 @@ def test_nobody_at_home_is_said_so(serve: Serve) -> None:
 def test_requests_and_tokens_have_a_cap_over_all_runs(serve: Serve) -> None:
     endpoint = serve(by_length)
     said = failure(bind(judge(endpoint.url, max_requests=2)), "a", "b", "c d", "e f")
-    assert "2 requests were answered, which is max_requests; raise it to go on. 2 of these 4" in said
+    assert "2 requests were answered, which is max_requests; raise it to continue. 2 of these 4" in said
     assert "which is max_requests" in failure(bind(judge(endpoint.url, max_requests=2)), "c d"), (
         "another run pays from it too"
     )

@@ -15,10 +15,9 @@ from compile_steer.data.behaviour import Question
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring.check import Discrimination
+from compile_steer.scoring.base import Discrimination, ScorerBase
 from compile_steer.scoring.classifier import Classifier
-from compile_steer.scoring.likelihood import perplexities
-from compile_steer.scoring.reply import ScorerBase
+from compile_steer.scoring.model_based import perplexities
 from tests.helpers.scoring import behaviour, discrimination, replies, scorer
 from tests.helpers.tiny import VOCAB, loaded, tokenizer
 
@@ -221,7 +220,7 @@ def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
         ),
         (
             {"kind": "keywords", "patterns": ["road", "^the hill"]},
-            "more than the positive ones, 0.67 against 0.00 on average",
+            "more than the positive ones, 0.67 and 0.00 on average",
         ),
         ({"kind": "repetition"}, "it always fires"),
         (
@@ -249,13 +248,13 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kind": "ended"}, "whether a model ends its turn is not in the texts"),
-        ({"kind": "choice"}, "a choice is the model's"),
-        ({"kind": "perplexity", "max": 30}, "is not that of texts that somebody else wrote"),
+        ({"kind": "ended"}, "do not show whether a model ends its turn"),
+        ({"kind": "choice"}, "a choice is made by the model"),
+        ({"kind": "perplexity", "max": 30}, "differs from that of given texts"),
         (_JUDGE, "cost requests"),
         (
             {"kind": "all", "all_of": [{"kind": "ended"}, _JUDGE]},
-            "not in the texts of the data; a judge's answers cost",
+            "ends its turn; a judge's answers cost",
         ),
     ],
 )
@@ -272,7 +271,7 @@ def test_what_cannot_be_scored_at_all_is_refused_here_too(monkeypatch: pytest.Mo
     monkeypatch.delenv("GRADER_KEY", raising=False)
     with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
         found(**_JUDGE, api_key_env="GRADER_KEY")
-    with pytest.raises(RecipeError, match="no multiple-choice questions"):
+    with pytest.raises(RecipeError, match="not multiple-choice questions"):
         found([*SIDES, ("more", "than asked")], kind="choice")
 
 

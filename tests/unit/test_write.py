@@ -29,7 +29,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
-from compile_steer.scoring.reply import Reply
+from compile_steer.scoring.base import Reply
 from compile_steer.scoring.text import repetition
 from compile_steer.tools.lineage import data_on_disk
 from tests.helpers.tiny import VOCAB, build

@@ -1,0 +1,108 @@
+"""What a scorer is, and the check that it can tell the two sides of the data apart.
+
+No module of a scorer imports torch, transformers, scikit-learn or openai before it is bound: recipes import them all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.options import Section
+from compile_steer.stats import auroc
+
+if TYPE_CHECKING:
+    from compile_steer.data.behaviour import Behaviour
+    from compile_steer.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's reply to a plain prompt, and whether it ended by itself before the limit of new tokens."""
+
+    prompt: str
+    text: str
+    ended: bool
+
+
+Score = Callable[[Sequence[Reply]], np.ndarray]
+"""[n] replies -> [n] scores in 0 to 1: how much of the behaviour each shows."""
+
+
+class ScorerBase(Section, ABC):
+    """A section of the recipe that specifies how replies are scored."""
+
+    @abstractmethod
+    def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
+        """Return the score itself, with what it needs of the model and the data.
+
+        Args:
+            loaded: the base model, whichever model writes the replies.
+
+        Raises:
+            RecipeError: this data cannot be scored so.
+        """
+
+    @property
+    def needs_no_labels(self) -> bool:
+        """True if a reply to a prompt that is not in the data can be scored too, here and at no cost."""
+        return True
+
+    def for_data_texts(self) -> ScorerBase | str:
+        """Return the part of the scorer that can score the responses in the data, or the reason why there is none."""
+        return self
+
+
+@dataclass(frozen=True)
+class Discrimination:
+    """Mean scores of the validation pairs' positive and negative responses, and the AUROC between them.
+
+    All None if `skipped` gives a reason why the texts cannot be scored.
+    """
+
+    positive: float | None = None
+    negative: float | None = None
+    auroc: float | None = None
+    skipped: str = ""
+
+
+def require_discrimination(
+    scorer: ScorerBase, score: Score, loaded: LoadedModel, behaviour: Behaviour
+) -> Discrimination:
+    """Score both sides' responses of the validation pairs, as replies that ended.
+
+    Args:
+        score: the `scorer` bound to this model and data.
+
+    Raises:
+        RecipeError: every text has the same score, or the negative ones have a higher mean.
+    """
+    usable = scorer.for_data_texts()
+    if isinstance(usable, str):
+        return Discrimination(skipped=usable)
+    pairs = behaviour.validation
+    if all(pair.positive.response == pair.negative.response for pair in pairs):
+        return Discrimination(skipped="the two sides of the pairs have the same responses, or none")
+    texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
+    texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
+    if usable is not scorer:
+        score = usable.bind(loaded, behaviour)
+    positive, negative = np.split(score(texts), 2)
+    if np.ptp([*positive, *negative]) == 0:
+        reason = {0.0: "it never fires", 1.0: "it always fires"}.get(float(positive[0]), "it sees no difference")
+        raise RecipeError(
+            f"validate.score gives {positive[0]:.2f} to all {len(texts)} texts of data.validation, on both sides: "
+            f"{reason}, so it cannot detect an effect of steering. Fix validate.score, or the data."
+        )
+    if negative.mean() > positive.mean():
+        raise RecipeError(
+            f"validate.score gives the negative texts of data.validation more than the positive ones, "
+            f"{negative.mean():.2f} and {positive.mean():.2f} on average: it scores the opposite of the behaviour. Fix "
+            "validate.score, or swap the two sides."
+        )
+    return Discrimination(float(positive.mean()), float(negative.mean()), auroc(positive, negative))
