@@ -48,7 +48,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     one = Hub()
-    monkeypatch.setattr("compile_steer.on_artifact.HfApi", lambda: one)
+    monkeypatch.setattr("compile_steer.cli.artifacts.HfApi", lambda: one)
     return one
 
 
