@@ -11,8 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from compile_steer.artifacts.provenance import EngineRecord
 from compile_steer.steering.program import Program
-from compile_steer.tools.audit import Audit
-from compile_steer.tools.audit_baked import Baked
+from compile_steer.tools.audit import Audit, BakedDirection
 from compile_steer.tools.decompile import Decompiled
 from compile_steer.tools.interference import LOADED
 from compile_steer.tools.interference_report import Composition
@@ -99,7 +98,7 @@ def print_audit(console: Console, found: Audit) -> None:
         console.print(f"  No baked direction: {escape(found.not_baked)}", soft_wrap=True)
 
 
-def _baked(one: Baked) -> str:
+def _baked(one: BakedDirection) -> str:
     where = "" if one.block is None else f" of block {one.block}"
     known = "" if one.cosine is None else f"; cosine with the known vector {one.cosine:+.4f}"
     what = {
