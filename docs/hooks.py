@@ -1,4 +1,4 @@
-"""What MkDocs does beside rendering: the table of recipe keys is read off the recipe's own sections."""
+"""What MkDocs fills in: the table of recipe keys, from the recipe's own sections, and the README's first program."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,12 +14,18 @@ from pydantic_core import PydanticUndefined
 
 from compile_steer.recipe import Recipe
 
-MARKER = "<!-- recipe keys -->"
+KEYS, PROGRAM = "<!-- recipe keys -->", "<!-- program -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of every recipe key where a page asks for it."""
-    return markdown.replace(MARKER, "\n".join(_section("recipe", Recipe))) if MARKER in markdown else markdown
+    """Fill the places that a page marks."""
+    if KEYS in markdown:
+        markdown = markdown.replace(KEYS, "\n".join(_section("recipe", Recipe)))
+    if PROGRAM in markdown:
+        readme = Path("README.md").read_text("utf-8")
+        program = readme.partition("<!-- program:start -->")[2].partition("<!-- program:end -->")[0]
+        markdown = markdown.replace(PROGRAM, program.strip())
+    return markdown
 
 
 def _section(path: str, section: type[BaseModel]) -> Iterator[str]:
