@@ -1,0 +1,68 @@
+"""README and guide name only what there is: commands, recipe keys, files, and one definition for each term."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from compile_steer.cli.app import app
+from compile_steer.recipe import Recipe, read_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("guide/*.md")), ROOT / "docs/index.md"]
+GLOSSARY = ROOT / "compile_steer/report/glossary.md"
+SECTIONS = ("data", "extract", "validate", "compile", "verify")
+# File names that look like keys.
+NO_KEYS = {"data.py", "compile.py"}
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _is_key(path: str) -> bool:
+    """True if a dotted path is a key of the recipe, in any of the kinds that a section may have."""
+    sections: list[type[BaseModel]] = [Recipe]
+    for step in path.split("."):
+        fields = [f for s in sections for name, f in s.model_fields.items() if step in (name, f.alias)]
+        if not fields:
+            return False
+        sections = [section for field in fields for section in _sections(field.annotation)]
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_keys_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    commands = {command.name for command in app.registered_commands}
+    assert set(re.findall(r"(?<![\w./-])compile-steer (?!--)([a-z][\w-]*)", text)) <= commands
+    keys = set(re.findall(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+(?=[`:=\s])", text))
+    assert [key for key in sorted(keys - NO_KEYS) if not _is_key(key)] == []
+
+
+def test_readme_is_short_and_its_links_lead_to_files() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!http)([^)]+)\)", text)]
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    block = (ROOT / "README.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "pirate.yaml").write_text(block, encoding="utf-8")
+    recipe = read_recipe(tmp_path / "pirate.yaml")
+    assert recipe.compile.backends == ("closed_form",)
+
+
+def test_every_term_of_the_glossary_has_one_definition_on_one_line() -> None:
+    lines = GLOSSARY.read_text("utf-8").splitlines()
+    terms = [match[1] for line in lines if (match := re.fullmatch(r"- \*\*(.+?)\*\*: .+\.", line))]
+    assert len(terms) == len(lines) == len(set(terms)) <= 25
