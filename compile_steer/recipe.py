@@ -61,15 +61,14 @@ class Recipe(Section):
     def _ablates_everywhere(self) -> Self:
         if self.extract.operation == "ablate" and parse_positions(self.validate_.positions) != {"all"}:
             raise ValueError(
-                f"validate.positions: found '{self.validate_.positions}', but extract.operation ablate is of the weights "
-                "that write to the stream, so of all positions; leave positions out"
+                f"validate.positions: found '{self.validate_.positions}', but extract.operation ablate edits the weights "
+                "that write to the residual stream, so it acts at all positions; leave positions out"
             )
         return self
 
     def part(self, *names: str) -> dict[str, Any]:
-        """The named sections as JSON, for fingerprints."""
-        whole = self.record
-        return {name: whole[name] for name in names}
+        """Return the named sections as JSON, for fingerprints."""
+        return {name: self.record[name] for name in names}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -83,14 +82,14 @@ class Recipe(Section):
 
     @staticmethod
     def recall(record: dict[str, Any], folder: Path) -> Recipe:
-        """The recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`."""
+        """Return the recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`."""
         try:
             return Recipe.model_validate({**record, "folder": folder.resolve()})
         except ValidationError as error:
             raise RecipeError([f"the recorded recipe: {line}" for line in _explain(error, record)]) from error
 
     def resolved(self) -> str:
-        """The recipe with every default filled in, as YAML."""
+        """Return the recipe with every default filled in, as YAML."""
         stream = StringIO()
         YAML().dump(self.record, stream)
         return stream.getvalue()
@@ -108,7 +107,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def rewritten(path: Path, changes: Sequence[str]) -> str:
-    """The text of a recipe with the changes made, its comments kept; raises `RecipeError` as `read_recipe` does."""
+    """Return the text of a recipe with the changes made, its comments kept; raises `RecipeError` as `read_recipe` does."""
     read_recipe(path, changes)
     yaml = YAML(typ="rt", pure=True)
     yaml.width, yaml.preserve_quotes = 4096, True  # lines and quotes stay as they were
@@ -142,67 +141,76 @@ def _apply(content: dict[str, Any], change: str) -> None:
     except YAMLError as error:
         raise RecipeError(f"--set {change}: the value is not valid YAML.") from error
     *parents, last = key.split(".")
-    place = content
+    section = content
     for parent in parents:
-        found = place.setdefault(parent, {})
-        if not isinstance(found, dict):
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
             raise RecipeError(f"--set {change}: '{parent}' is a value, not a section.")
-        place = found
-    place[last] = value
+    section[last] = value
+
+
+# Keys, and values as KEY=VALUE, that earlier versions had: the message says what they are called now.
+RENAMED_KEYS = {
+    "data.write": "data.generate",
+    "data.kind=written": "generated",
+}
 
 
 def _explain(error: ValidationError, content: Any) -> list[str]:
-    """One line a problem: the key, what was found, what was needed, and the likely spelling."""
+    """Return one line a problem: the key, what was found, what was needed, and the new or the likely name."""
     lines = []
     for item in error.errors():
         steps = [str(step) for step in item["loc"]]
-        where = ".".join(_written(item["loc"], content) + (steps[-1:] if item["type"] == "missing" else []))
+        where = ".".join(_path_in_file(item["loc"], content) + (steps[-1:] if item["type"] == "missing" else []))
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(steps[-1], _keys(steps[:-1]), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(sorted(_keys(steps[:-1])))}."
-            lines.append(f"{where}: unknown key{hint}")
+            known = _keys(steps[:-1])
+            similar = difflib.get_close_matches(steps[-1], known, n=1)
+            hint = f"; did you mean '{similar[0]}'?" if similar else f"; known here: {', '.join(sorted(known))}."
+            renamed = RENAMED_KEYS.get(where)
+            lines.append(f"{where}: is now called {renamed}." if renamed else f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing.")
         elif item["type"] == "union_tag_invalid":
-            lines.append(f"{where}.kind: found '{item['ctx']['tag']}'; needed: {item['ctx']['expected_tags']}.")
+            tag = item["ctx"]["tag"]
+            renamed = RENAMED_KEYS.get(f"{where}.kind={tag}")
+            needed = f"it is now called {renamed}" if renamed else f"needed: {item['ctx']['expected_tags']}"
+            lines.append(f"{where}.kind: found '{tag}'; {needed}.")
         else:
-            # The errors of our own that a check passes on are whole sentences.
-            said = item["msg"].removeprefix("Value error, ").removesuffix(".")
-            # A rule between several keys names them itself; what it was given is the whole section.
-            between = item["type"] == "value_error" and isinstance(item["input"], dict)
-            found = "" if between else f"found {item['input']!r}; "
-            lines.append(f"{where + ': ' if where else ''}{found}{said[0].lower()}{said[1:]}.")
+            message = item["msg"].removeprefix("Value error, ").removesuffix(".")  # our own are whole sentences
+            # A rule between several keys names them itself: its input is the whole section.
+            between_keys = item["type"] == "value_error" and isinstance(item["input"], dict)
+            value = "" if between_keys else f"found {item['input']!r}; "
+            lines.append(f"{where + ': ' if where else ''}{value}{message[0].lower()}{message[1:]}.")
     return lines
 
 
-def _written(steps: Sequence[int | str], content: Any) -> list[str]:
-    """The steps that are in the file: not the tag by which a section of several kinds was chosen."""
-    found = []
+def _path_in_file(steps: Sequence[int | str], content: Any) -> list[str]:
+    """Return the steps that are in the file, without the tags by which sections of several kinds were chosen."""
+    path = []
     for step in steps:
         inside = content if isinstance(content, dict) else range(len(content) if isinstance(content, list) else 0)
         if step in inside:
             content = content[step]
-            found.append(str(step))
-    return found
+            path.append(str(step))
+    return path
 
 
 def _keys(steps: Sequence[str]) -> list[str]:
-    """The keys that are known in the section at `steps`, through lists and tagged choices."""
+    """Return the known keys of the section at `steps`, through lists and tagged choices."""
     sections: list[type[BaseModel]] = [Recipe]
     for step in steps:
         fields = [f for s in sections for name, f in s.model_fields.items() if step in (name, f.alias)]
         if fields:
             sections = [section for field in fields for section in _sections(field.annotation)]
-        elif not step.isdigit():  # the tag of a choice ("keywords"), told by its kind where the section names one
-            tagged = [
-                s for s in sections if "kind" in s.model_fields and step in get_args(s.model_fields["kind"].annotation)
-            ]
+        elif not step.isdigit():  # the tag of a choice ("keywords"), which a section names in its kind
+            kinds = {section: section.model_fields.get("kind") for section in sections}
+            tagged = [section for section, kind in kinds.items() if kind and step in get_args(kind.annotation)]
             sections = tagged or sections
     return [f.alias or name for s in sections for name, f in s.model_fields.items() if name != "folder"]
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation mentions."""
+    """Return the models that an annotation mentions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for argument in get_args(annotation) for section in _sections(argument)]

@@ -139,7 +139,7 @@ def test_an_ablation_is_of_all_positions(tmp_path: Path) -> None:
     changes = ("extract.operation=ablate", "validate.coefficients=[1]", "validate.positions=response")
     (line,) = problems(tmp_path, GOOD, *changes)
     assert line.startswith(
-        "tiny.yaml: validate.positions: found 'response', but extract.operation ablate is of the weights"
+        "tiny.yaml: validate.positions: found 'response', but extract.operation ablate edits the weights"
     )
     assert "'data'" not in line and ".." not in line
     assert read(tmp_path, GOOD, *changes[:2]).extract.operation == "ablate"

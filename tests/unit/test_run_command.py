@@ -1,0 +1,78 @@
+"""What `compile-steer run` prints, and what it does when a process of its own fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compile_steer.__main__ import main
+from compile_steer.artifacts.provenance import PARITY
+from compile_steer.common.errors import ArtifactError, InternalError
+from compile_steer.pipeline.artifacts import verify_in_fresh_process
+from tests.helpers.small_run import SmallRun
+
+
+def test_run_with_json_prints_nothing_but_json_on_standard_output(run: SmallRun) -> None:
+    command = [sys.executable, "-m", "compile_steer", "run", str(run.recipe), "--out", str(run.paths.out), "--json"]
+    process = subprocess.run([*command, "--force"], capture_output=True, text=True, check=False)
+    assert process.returncode in (0, 1), process.stderr
+    summary = json.loads(process.stdout)
+    reports = {(parity["backend"], parity["form"]) for parity in summary["parities"]}
+    assert reports == {("bias", "merged-fp32"), ("closed_form", "adapter"), ("closed_form", "merged-fp32")}
+    assert process.returncode == (0 if all(parity["passed"] for parity in summary["parities"]) else 1)
+    assert "verifying artifacts from disk" in process.stderr  # the progress of the process that verifies
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "error"),
+    [
+        (1, b"", InternalError),  # Python's own exit code for a traceback
+        (1, b"Traceback (most recent call last):", InternalError),
+        (-9, b"", InternalError),
+        (3, b"", InternalError),
+        (2, b"", ArtifactError),
+    ],
+)
+def test_a_verification_that_crashed_is_no_failed_check(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch, code: int, output: bytes, error: type[Exception]
+) -> None:
+    assert (run.paths.adapter("closed_form") / PARITY).is_file()  # the report of an earlier run, which must not be read
+
+    def crash(command: list[str], **_options: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, code, output)
+
+    monkeypatch.setattr(subprocess, "run", crash)
+    with pytest.raises(error, match="verif"):
+        verify_in_fresh_process(run.recipe, run.paths.out, [])
+
+
+def test_an_error_of_our_own_leaves_its_traceback_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("division by zero in our code")
+
+    monkeypatch.setattr("compile_steer.cli.app.app", broken)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ZeroDivisionError: division by zero in our code")
+    log = Path(line.rpartition(" in ")[2].removesuffix("."))
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
+def test_a_renamed_recipe_key_is_answered_with_its_new_name(run: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["compile-steer", "extract", str(run.recipe), "--set", "data.write={tries: 2}"])
+        main()
+    assert stopped.value.code == 2
+    assert "data.write: is now called data.generate" in capsys.readouterr().err.replace(
+        "data.pairs.write", "data.write"
+    )
