@@ -1,29 +1,61 @@
-"""What a file of another tool comes to: a vector a block, to be added as it is with coefficient 1."""
+"""Steering vectors in other tools' files: which format a file has, and checks that every format shares.
+
+Importing this module does not import torch; reading a file does.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.sites import Point
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Format = Literal[
+    "gguf",
+    "svec",
+    "safetensors",
+    "caa",
+    "persona",
+    "hidden_directions",
+    "axbench",
+    "saelens",
+    "neuronpedia",
+    "repsteer",
+]
 # What a number k in a file means. block: the output of block k. hidden_state: transformers' hidden_states[k], which
 # is the input of block k, so the output of block k - 1; 0 is the embeddings.
 LayerConvention = Literal["block", "hidden_state"]
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pkl", ".pickle")
+HDF_SUFFIXES = (".h5", ".hdf5", ".hdf")
+SAELENS_CONFIG, REPSTEER_MANIFEST = "cfg.json", "manifest.json"
+BLOCK_NUMBER = r"(0|[1-9]\d{0,4})"  # as file formats write it: no sign, no leading zero
+
+_BY_SUFFIX: dict[str, Format] = {
+    ".gguf": "gguf",
+    ".svec": "svec",
+    ".safetensors": "safetensors",
+    ".json": "neuronpedia",
+}
+_BY_CONTENT: dict[str, Format] = {SAELENS_CONFIG: "saelens", REPSTEER_MANIFEST: "repsteer"}
+
 
 @dataclass(frozen=True)
-class Given:
-    """What the recipe says that a file cannot, and the size of the model that the vectors are for.
+class ImportOptions:
+    """What the recipe says about a file, and the size of the model that the vectors are for.
 
-    `controls` is how many other vectors of the same file are wanted, where it has any, chosen by `generator`.
+    Attributes:
+        controls: how many other vectors to take as controls, if the file has any; `generator` chooses them.
+        layer_convention, layer, index: see `extract.imported`; None if not specified.
     """
 
     n_layers: int
@@ -36,11 +68,14 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """`vectors`, block -> [d_model] fp32 at `point`, in the activations' units; a block of zeros has none.
+class ForeignVectors:
+    """Vectors of a file, to be added as they are with coefficient 1.
 
-    `others` [n, d_model] are of the same kind, for the one block that the file is of. `embeddings`: the file has a
-    vector for the input of block 0 too, which no block's output is. `made_for` is the model's type, if the file says.
+    Attributes:
+        vectors: block -> [d_model] fp32 at `point`, in the activations' units; zeros are no vector.
+        others: [n, d_model] vectors of the same kind, for files of one block; None if the file has none.
+        embeddings: whether the file also has a vector for the embeddings, which are the output of no block.
+        made_for: the model or its type, if the file says.
     """
 
     vectors: Mapping[int, Tensor]
@@ -50,50 +85,87 @@ class Foreign:
     made_for: str = ""
 
 
-NUMBER = r"(0|[1-9]\d{0,4})"  # of a block, in a file's own names
-
-
-def placed(
-    path: Path, keyed: Mapping[int, Tensor], convention: LayerConvention | None, named: str, meanings: str, hint: str
-) -> Foreign:
-    """`keyed` vectors at the blocks that the convention says.
+def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> ForeignVectors:
+    """Read the vectors of a file or folder, and check them against the model's size.
 
     Args:
-        named: how the file writes number k, with {} for it.
-        meanings: which tools write which convention.
-        hint: the model's type, if the file says.
+        format: if None, it is inferred from the file's name or the folder's content.
 
     Raises:
-        ArtifactError: no convention was given.
+        ArtifactError: the file is missing, damaged, a pickle of code, of another width or depth, or holds NaN; its
+            format or its blocks are ambiguous; or an option was given that its format does not use.
     """
-    if convention is None:
-        first, last = named.format(min(keyed)), named.format(max(keyed))
-        raise ArtifactError(
-            f"{path} has {first}{f' to {last}' if first != last else ''}{f' for {hint!r}' if hint else ''}, and cannot "
-            "tell which blocks these are. Set extract.imported.layer_convention (--layer-convention) to block, where "
-            f"{named.format('k')} is of the output of block k, or to hidden_state, where it is of hidden_states[k], the "
-            f"output of block k-1. {meanings}"
-        )
-    if convention == "block":
-        return Foreign(keyed, made_for=hint)
-    inner = {k - 1: vector for k, vector in keyed.items() if k > 0}
-    return Foreign(inner, embeddings=bool(keyed.get(0, torch.zeros(1)).any()), made_for=hint)
+    from compile_steer.formats import features, tensors, vectors
+
+    # For each format its reader, and the keys of `extract.imported` that it uses.
+    readers: dict[Format, tuple[Callable[[Path, ImportOptions], ForeignVectors], tuple[str, ...]]] = {
+        "gguf": (vectors.read_gguf, ("layer_convention",)),
+        "svec": (vectors.read_svec, ("layer_convention",)),
+        "safetensors": (tensors.read_table, ()),
+        "caa": (tensors.read_single, ("layer",)),
+        "persona": (tensors.read_hidden_states, ()),
+        "hidden_directions": (tensors.read_blocks, ()),
+        "axbench": (features.read_axbench, ("layer", "index")),
+        "saelens": (features.read_saelens, ("index",)),
+        "neuronpedia": (features.read_neuronpedia, ()),
+        "repsteer": (vectors.read_repsteer, ()),
+    }
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; extract.imported.file (--from) names a vector's file or folder.")
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in (*PICKLE_SUFFIXES, *HDF_SUFFIXES):
+        raise tensors.pickle_refusal(path) if suffix in PICKLE_SUFFIXES else tensors.hdf_refusal(path)
+    kind = format or _infer_format(path, options)
+    read, keys = readers[kind]
+    values = {"layer_convention": options.layer_convention, "layer": options.layer, "index": options.index}
+    unused = [key for key, value in values.items() if value is not None and key not in keys]
+    if unused:
+        raise ArtifactError(f"{path} is read as {kind}, which does not take extract.imported.{' and '.join(unused)}.")
+    if path.is_dir() != (kind in _BY_CONTENT.values()):
+        actual, needed = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise ArtifactError(f"{path} is {actual}; a vector of format {kind} is {needed}.")
+    result = read(path, options)
+    _require_fit(path, result, options)
+    return result
 
 
-def require_fit(path: Path, foreign: Foreign, n_layers: int, d_model: int) -> None:
-    """Raise `ArtifactError` with every reason why these vectors are not of a model of that size."""
+def _infer_format(path: Path, options: ImportOptions) -> Format:
+    from compile_steer.formats.tensors import layer_in_name
+
+    if path.is_dir():
+        kinds = [kind for name, kind in _BY_CONTENT.items() if (path / name).is_file()]
+        if len(kinds) == 1:
+            return kinds[0]
+        raise ArtifactError(f"{path} holds none of {', '.join(_BY_CONTENT)}; needed: a SAELens or a repsteer folder.")
+    suffix = path.suffix.lower()
+    if suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[suffix]
+    if suffix in TORCH_SUFFIXES:
+        if options.index is not None:
+            return "axbench"
+        if options.layer is not None or layer_in_name(path) is not None:
+            return "caa"
+        if path.stem.endswith("_diff"):  # persona vectors are saved as TRAIT_response_avg_diff.pt and the like
+            return "persona"
+    raise ArtifactError(
+        f"{path}: its name does not tell the format. Set extract.imported.format (--format) to one of "
+        f"{', '.join(get_args(Format))}."
+    )
+
+
+def _require_fit(path: Path, foreign: ForeignVectors, options: ImportOptions) -> None:
+    """Raise `ArtifactError` with every reason why these vectors do not fit the model."""
     problems = []
-    shapes = {tuple(vector.shape) for vector in foreign.vectors.values()} - {(d_model,)}
+    shapes = {tuple(vector.shape) for vector in foreign.vectors.values()} - {(options.d_model,)}
     if shapes:
-        found = ", ".join(str(list(shape)) for shape in sorted(shapes))
+        listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
         hint = f" (it was made for '{foreign.made_for}')" if foreign.made_for else ""
-        problems.append(f"{path}: vectors of shape {found}; the model is {d_model} wide{hint}.")
-    outside = sorted(layer for layer in foreign.vectors if not 0 <= layer < n_layers)
+        problems.append(f"{path}: vectors of shape {listed}; the model is {options.d_model} wide{hint}.")
+    outside = sorted(layer for layer in foreign.vectors if not 0 <= layer < options.n_layers)
     if outside:
-        problems.append(
-            f"{path} is of blocks {', '.join(map(str, outside))} too; the model has {n_layers}, counted from 0."
-        )
-    if not all(bool(torch.isfinite(vector).all()) for vector in foreign.vectors.values()):
+        blocks = ", ".join(map(str, outside))
+        problems.append(f"{path} is of blocks {blocks} too; the model has {options.n_layers}, counted from 0.")
+    if not all(bool(vector.isfinite().all()) for vector in foreign.vectors.values()):
         problems.append(f"{path} holds NaN or infinity.")
     elif not any(bool(vector.any()) for vector in foreign.vectors.values()):
         problems.append(f"{path}: every vector is 0; it steers nothing.")
@@ -101,19 +173,54 @@ def require_fit(path: Path, foreign: Foreign, n_layers: int, d_model: int) -> No
         raise ArtifactError([*problems, "Use a vector of this very model."])
 
 
-def other_rows(path: Path, size: int, given: Given) -> list[int]:
-    """Numbers of `given.controls` rows other than `given.index`, of `size`; raises `ArtifactError` where there are fewer."""
-    if given.index is None or not given.controls < size or given.index >= size:
+def place_at_blocks(
+    path: Path,
+    by_number: Mapping[int, Tensor],
+    convention: LayerConvention | None,
+    *,
+    label: str,
+    conventions: str,
+    made_for: str,
+) -> ForeignVectors:
+    """Assign numbered vectors to blocks.
+
+    Args:
+        label: how the file writes number k, with {} for k.
+        conventions: a sentence on which tools use which convention, for the error.
+        made_for: the model's type, if the file says.
+
+    Raises:
+        ArtifactError: no convention was given.
+    """
+    if convention is None:
+        first, last = label.format(min(by_number)), label.format(max(by_number))
         raise ArtifactError(
-            f"{path} has {size} rows, counted from 0; needed are extract.imported.index (--index; found {given.index}) and "
-            f"{given.controls} others as controls (extract.shuffled)."
+            f"{path} has {first}{f' to {last}' if first != last else ''}{f' for {made_for!r}' if made_for else ''}, and "
+            "does not say which blocks these are. Set extract.imported.layer_convention (--layer-convention) to block, "
+            f"where {label.format('k')} is of the output of block k, or to hidden_state, where it is of "
+            f"hidden_states[k], the output of block k-1. {conventions}"
         )
-    near = torch.randperm(size - 1, generator=given.generator)[: given.controls].tolist()
-    return [row + (row >= given.index) for row in near]
+    if convention == "block":
+        return ForeignVectors(by_number, made_for=made_for)
+    vectors = {k - 1: vector for k, vector in by_number.items() if k > 0}
+    return ForeignVectors(vectors, embeddings=0 in by_number and bool(by_number[0].any()), made_for=made_for)
+
+
+def choose_other_rows(path: Path, n_rows: int, options: ImportOptions) -> list[int]:
+    """Draw `options.controls` row numbers below `n_rows`, other than `options.index`; raises `ArtifactError`."""
+    import torch
+
+    if options.index is None or options.index >= n_rows or options.controls >= n_rows:
+        raise ArtifactError(
+            f"{path} has {n_rows} rows, counted from 0; needed are extract.imported.index (--index; found {options.index}) "
+            f"and {options.controls} others as controls (extract.shuffled)."
+        )
+    drawn = torch.randperm(n_rows - 1, generator=options.generator)[: options.controls].tolist()
+    return [row + (row >= options.index) for row in drawn]  # leaves out `index` itself
 
 
 def read_json(path: Path, needed: str) -> dict[str, Any]:
-    """One JSON object; raises `ArtifactError` for anything else."""
+    """Read one JSON object; raises `ArtifactError` for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -124,9 +231,12 @@ def read_json(path: Path, needed: str) -> dict[str, Any]:
     return content
 
 
-def numbers(path: Path, name: str, values: object) -> Tensor:
-    """A JSON list of numbers as [n] fp32; raises `ArtifactError`."""
+def parse_numbers(path: Path, name: str, values: object) -> Tensor:
+    """Convert a JSON list of numbers to [n] fp32; raises `ArtifactError`."""
+    import torch
+
     problem = ArtifactError(f"{path}: {name} must be a list of numbers.")
+    # type(), not isinstance(): True is an int to Python.
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise problem
     try:

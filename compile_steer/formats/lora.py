@@ -1,14 +1,13 @@
-"""Anybody's PEFT folder as plain LoRA: every scale in B, or every reason why that would be another adapter.
+"""Any PEFT folder as plain LoRA, W <- W + B A with every scale in B; or every reason why that is impossible.
 
-Serving engines read few of a LoRA's settings and some of them drop the others without a word. What is left here is
-W <- W + B A and nothing else.
+Serving engines read few of a LoRA's settings, and some of them ignore the others without a warning.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,33 +24,14 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _PICKLE = "adapter_model.bin"
 PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
-# What training or PEFT's own bookkeeping reads, and the adapter on disk does not depend on.
-_BESIDE_THE_POINT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-    "velora_config",
-}
-_FOLDED = {"use_rslora", "alpha_pattern", "rank_pattern", "lora_alpha", "init_lora_weights", "bias"}
+# Settings that training or PEFT's bookkeeping reads, and on which the saved adapter does not depend.
+_IGNORED = frozenset(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
+    "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
+    "megatron_core peft_type peft_version qalora_group_size r revision target_modules task_type velora_config".split()
+)
+# Settings that `read_lora` reads. ('bias' says which of the base's biases were trained; they would be tensors.)
+_READ = frozenset("use_rslora alpha_pattern rank_pattern lora_alpha init_lora_weights bias".split())
 _MORE_THAN_LORA = MappingProxyType(
     {
         "use_dora": "DoRA scales every row of the sum of weight and adapter",
@@ -68,17 +48,21 @@ _MORE_THAN_LORA = MappingProxyType(
         "monteclora_config": "the factors are drawn at random",
     }
 )
-# These draw the first A and B and leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
-_OWN_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_SHOWN = 8
-_MERGE = "Merge it with PEFT (merge_and_unload), save that, and take the checkpoint."
+# Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
+_BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_LISTED = 8  # tensors in an error message: a wrong adapter has hundreds
+_MERGE = "Merge it with PEFT (merge_and_unload), save that, and use the checkpoint."
 
 
 @dataclass(frozen=True)
 class PlainLora:
-    """Edits by the full name of their modules, scales in B; `folded` says in words what was put there.
+    """An adapter without settings.
 
-    `base` is what the adapter names as its base, '' where it names none; `transposed` that its modules store [d_in, d_out].
+    Attributes:
+        edits: the factors by the full name of their module, with the scale in B.
+        folded: the settings whose effect is now in B.
+        base: the base that the adapter names, '' if none.
+        transposed: whether its modules store their weights as [d_in, d_out].
     """
 
     edits: Mapping[str, LowRank]
@@ -92,25 +76,37 @@ class PlainLora:
 
 
 def read_lora(folder: Path) -> PlainLora:
-    """The adapter at `folder` as plain LoRA, in fp32.
+    """Read the adapter at `folder` as plain LoRA, in fp32.
 
     Raises:
-        ArtifactError: there is none, it is damaged, or it does more than plain LoRA; every reason is named.
+        ArtifactError: it does not exist, is damaged, or does more than plain LoRA; every reason is named.
     """
-    config = _config(folder)
-    tensors = _tensors(folder)
+    config = _read_config(folder)
+    if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ArtifactError(
+            f"{folder} holds {_PICKLE}, a pickle, which can run code. Load it with PEFT where you trust it, and save it again: "
+            f"it becomes {ADAPTER_WEIGHTS}."
+        )
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)[0]
     modules = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
-    # What a setting brings along is not told a second time, tensor by tensor.
-    problems = [*_beyond(config)] or [*_unpaired(tensors, modules)]
+    # The tensors that an unsupported setting adds are not reported again one by one.
+    problems = [*_unsupported_settings(config)] or [*_unpaired_tensors(tensors, modules)]
     if problems:
         raise ArtifactError([f"{folder}: {problem}" for problem in problems])
     edits, folded = {}, set()
     for module in modules:
         name = module.removeprefix(PREFIX)
         A, B = tensors[module + _A].float(), tensors[module + _B].float()
-        rank, scale, how = _scale(name, config)
-        problems += [f"{folder}: {name}: {problem}" for problem in _misfits(A, B, rank)]
-        folded |= how
+        rank, scale, settings = _scale(name, config)
+        where = f"{folder}: {name}"
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            shapes = f"lora_A is {list(A.shape)}, lora_B {list(B.shape)}"
+            problems.append(f"{where}: {shapes}; needed: [r, d_in] and [d_out, r].")
+        elif A.shape[0] != rank:
+            problems.append(f"{where}: the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}.")
+        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+            problems.append(f"{where}: it holds NaN or infinity.")
+        folded |= settings
         edits[name] = LowRank(scale * B, A)
     if problems:
         raise ArtifactError(problems)
@@ -118,7 +114,7 @@ def read_lora(folder: Path) -> PlainLora:
     return PlainLora(edits, tuple(sorted(folded)), str(base), bool(config.get("fan_in_fan_out")))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -130,67 +126,50 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ArtifactError(
-            f"{folder} holds {_PICKLE}, a pickle, which can run code. Load it with PEFT where you trust it, and save it again: "
-            f"it becomes {ADAPTER_WEIGHTS}."
-        )
-    return read_tensors(folder / ADAPTER_WEIGHTS)[0]
-
-
-def _beyond(config: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that makes the adapter more than plain LoRA on its base."""
+def _unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting that makes the adapter more than plain LoRA on its base."""
     kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
         yield f"peft_type is {kind}; needed: LORA. {_MERGE}"
     for key, value in sorted(config.items()):
         if key in _MORE_THAN_LORA and value:
             yield f"{key} is {value}: {_MORE_THAN_LORA[key]}. {_MERGE}"
-        elif value and not {key} & (_BESIDE_THE_POINT | _FOLDED | _MORE_THAN_LORA.keys()):
-            yield f"{key} is {value}, which is not known here. {_MERGE}"
+        elif value and key not in _IGNORED | _READ | _MORE_THAN_LORA.keys():
+            yield f"{key} is {value}, a setting that is not supported. {_MERGE}"
     start = config.get("init_lora_weights", True)
-    if start not in _OWN_BASE:
+    if start not in _BASE_UNCHANGED:
         yield (
             f"init_lora_weights is {start}: its base is not the model, but what {start} left of it. Save it again with "
             f"path_initial_model_for_weight_conversion, or: {_MERGE}"
         )
 
 
-def _unpaired(tensors: Mapping[str, Tensor], modules: Sequence[str]) -> Iterator[str]:
-    """Every tensor that is no half of a pair, or whose other half is not there."""
-    pairs = {name + end for name in modules for end in (_A, _B)}
-    odd = sorted(tensors.keys() ^ pairs)
-    for name in odd[:_SHOWN]:
-        missing = f"{name} is missing, its other half is there."
-        yield missing if name in pairs else f"{name} is no half of a pair of lora_A and lora_B. {_MERGE}"
-    if len(odd) > _SHOWN:
-        yield f"{len(odd) - _SHOWN} more tensors like this."
+def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iterator[str]:
+    """Every tensor that is not one of a pair of lora_A and lora_B."""
+    pairs = {name + suffix for name in modules for suffix in (_A, _B)}
+    unpaired = sorted(tensors.keys() ^ pairs)
+    for name in unpaired[:_LISTED]:
+        if name in pairs:
+            yield f"{name} is missing; the other tensor of its pair is there."
+        else:
+            yield f"{name} is not one of a pair of lora_A and lora_B. {_MERGE}"
+    if len(unpaired) > _LISTED:
+        yield f"{len(unpaired) - _LISTED} more tensors like this."
     if not modules:
         yield "it holds no pair of lora_A and lora_B."
 
 
 def _scale(name: str, config: Mapping[str, Any]) -> tuple[int, float, set[str]]:
-    """(rank, factor on B A, what of it is no plain alpha / r) of a module, as PEFT computes them."""
-    rank, own_rank = _of_module(name, config.get("rank_pattern"), config["r"])
-    alpha, own_alpha = _of_module(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    """A module's rank, its factor on B A, and the settings that make this more than alpha / r; as PEFT computes them."""
+
+    def of_module(pattern: Mapping[str, float] | None, default: float) -> tuple[float, bool]:
+        for key, value in (pattern or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):  # PEFT's own expression: keys match the end of a name
+                return value, True
+        return default, False
+
+    rank, own_rank = of_module(config.get("rank_pattern"), config["r"])
+    alpha, own_alpha = of_module(config.get("alpha_pattern"), config.get("lora_alpha", 8))
     rslora = bool(config.get("use_rslora"))
-    told = {"use_rslora": rslora, "alpha_pattern": own_alpha, "rank_pattern": own_rank}
-    return int(rank), alpha / (rank**0.5 if rslora else rank), {key for key, there in told.items() if there}
-
-
-def _of_module(name: str, pattern: Mapping[str, float] | None, default: float) -> tuple[float, bool]:
-    """What a pattern says of a module (a regular expression of its name's end), and whether it does."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value, True
-    return default, False
-
-
-def _misfits(A: Tensor, B: Tensor, rank: int) -> Iterator[str]:
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        yield f"lora_A is {list(A.shape)}, lora_B {list(B.shape)}; needed: [r, d_in] and [d_out, r]."
-    elif A.shape[0] != rank:
-        yield f"the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}."
-    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-        yield "it holds NaN or infinity."
+    used = {"use_rslora": rslora, "alpha_pattern": own_alpha, "rank_pattern": own_rank}
+    return int(rank), alpha / (rank**0.5 if rslora else rank), {key for key, is_used in used.items() if is_used}

@@ -106,8 +106,13 @@ def token_logprobs(model: nn.Module, states: Tensor, targets: Tensor, rows: Tens
     """
 
     def of_chunk(states: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        return log_softmax(lm_head(model, states))[rows, targets]
+        if not shared:
+            return log_softmax(lm_head(model, states))[rows, targets]
+        # Equal but for the last bit, by which the numbers of validation reports would change.
+        logits = lm_head(model, states).float()
+        return logits[rows, targets] - logits.logsumexp(dim=-1)[rows]
 
+    shared = rows is not None
     rows = torch.arange(len(states), device=states.device) if rows is None else rows
     result = torch.empty(len(targets), device=states.device)
     for part in chunks(len(states)):
