@@ -11,8 +11,7 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError
 from compile_steer.extract.found import Found
 from compile_steer.extract.options import Extract
-from compile_steer.formats.foreign import Foreign, Given
-from compile_steer.formats.formats import read as read_foreign
+from compile_steer.formats.foreign import ForeignVectors, ImportOptions, read_vectors
 from compile_steer.steering.directions import as_long_as
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point
@@ -29,7 +28,7 @@ def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point
     """
     asked = options.imported
     generator = torch.Generator().manual_seed(seed)
-    given = Given(
+    given = ImportOptions(
         layout.n_layers,
         layout.d_model,
         options.shuffled,
@@ -38,7 +37,7 @@ def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point
         asked.layer,
         asked.index,
     )
-    foreign = read_foreign(path, asked.format, given)
+    foreign = read_vectors(path, asked.format, given)
     vectors = torch.zeros(layout.n_layers, layout.d_model)
     for layer, vector in foreign.vectors.items():
         vectors[layer] = vector
@@ -52,7 +51,7 @@ def read(path: Path, options: Extract, layout: Layout, seed: int) -> tuple[Point
     return foreign.point, Found(vectors, shuffled, controls="from its own numbers in another order")
 
 
-def _at_once(path: Path, vectors: Tensor, foreign: Foreign, joint: tuple[int, ...] | Literal["all"]) -> Tensor:
+def _at_once(path: Path, vectors: Tensor, foreign: ForeignVectors, joint: tuple[int, ...] | Literal["all"]) -> Tensor:
     """The vectors [L, d] of the blocks that one program holds; raises `ArtifactError` where one of them has none."""
     if joint == "all":
         if foreign.embeddings:

@@ -8,8 +8,7 @@ from typing import Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from compile_steer.common.options import Section
-from compile_steer.formats.foreign import LayerConvention
-from compile_steer.formats.formats import Format
+from compile_steer.formats.foreign import Format, LayerConvention
 from compile_steer.models.text import Readout
 from compile_steer.steering.sites import Point
 

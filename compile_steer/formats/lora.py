@@ -25,13 +25,16 @@ _PICKLE = "adapter_model.bin"
 PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 # Settings that training or PEFT's bookkeeping reads, and on which the saved adapter does not depend.
-_IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
-    "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
-    "megatron_core peft_type peft_version qalora_group_size r revision target_modules task_type velora_config".split()
-)
+# fmt: off
+_IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "target_modules", "task_type", "velora_config",
+}
+# fmt: on
 # Settings that `read_lora` reads. ('bias' says which of the base's biases were trained; they would be tensors.)
-_READ = frozenset("use_rslora alpha_pattern rank_pattern lora_alpha init_lora_weights bias".split())
+_READ = {"use_rslora", "alpha_pattern", "rank_pattern", "lora_alpha", "init_lora_weights", "bias"}
 _MORE_THAN_LORA = MappingProxyType(
     {
         "use_dora": "DoRA scales every row of the sum of weight and adapter",

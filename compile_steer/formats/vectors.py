@@ -137,7 +137,9 @@ def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     for name in (REPSTEER_MANIFEST, _REPSTEER_TENSORS):
         actual = sha256(path / name) if (path / name).is_file() else "no such file"
         if actual != str(hashes.get(name)).removeprefix("sha256:"):
-            problems.append(f"{path / name} is not what {_REPSTEER_CHECKSUMS} says: {hashes.get(name)}; found {actual}.")
+            problems.append(
+                f"{path / name} is not what {_REPSTEER_CHECKSUMS} says: {hashes.get(name)}; found {actual}."
+            )
     if problems:
         raise ArtifactError([*problems, "Fetch the artifact again, or save it again where it was made."])
 

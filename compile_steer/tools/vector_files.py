@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.formats import control_vector, svec, vllm_lens
+from compile_steer.formats import vectors as vector_formats
 from compile_steer.formats.foreign import LayerConvention
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Program
@@ -55,7 +55,7 @@ def write_gguf(path: Path, program: Program, model_type: str) -> list[str]:
         CannotLower: a control vector cannot hold the program.
     """
     vectors = shifts(program)
-    control_vector.write(path, vectors, model_type)
+    vector_formats.write_gguf(path, vectors, model_type)
     told = ["direction.K is added to the output of block K: layer convention block."]
     if 0 in vectors:
         told.append("llama.cpp refuses a file with direction.0 (block 0); repeng and EasySteer take it.")
@@ -74,7 +74,7 @@ def write_svec(path: Path, program: Program, model_type: str, convention: LayerC
             f"a vector at block {n_layers - 1}, the last, is the input of no block, to which activation-steering adds; "
             "use --layer-convention block to write where it was read, or another format."
         )
-    svec.write(path, vectors, model_type, convention)
+    vector_formats.write_svec(path, vectors, model_type, convention)
     if convention == "hidden_state":
         return ["direction K is added to the input of block K, as activation-steering adds it."]
     return [
@@ -88,7 +88,7 @@ def write_vllm_lens(path: Path, program: Program) -> list[str]:
     Raises:
         CannotLower: it cannot hold the program.
     """
-    vllm_lens.write(path, shifts(program))
+    vector_formats.write_vllm_lens(path, shifts(program))
     return [
         "the plugin takes the vectors out of a request's extra_args: where the same settings are used again, the second "
         "request runs unsteered without a word. Give each request its own.",

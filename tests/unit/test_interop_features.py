@@ -163,7 +163,7 @@ def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
 def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = saelens(tmp_path / "sae")
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
-    with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle.*Convert it where you trust it"):
+    with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle.*If you trust it, convert it"):
         found(folder)
     (folder / "sae_weights.pt").unlink()
     with pytest.raises(ArtifactError, match=r"has no sae_weights\.safetensors"):

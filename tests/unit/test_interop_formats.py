@@ -16,20 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.formats.foreign import Foreign, Given
-from compile_steer.formats.formats import Format, read
+from compile_steer.formats.foreign import ForeignVectors, Format, ImportOptions, read_vectors
 from tests.helpers.foreign_files import F16, by_block, gguf, gguf_bytes, repsteer, rows, svec, tensor
 from tests.helpers.tiny import HIDDEN, LAYERS, vector
 
 SEED = 5
 
 
-def found(path: Path, named: Format | None = None, controls: int = 3, **said: Any) -> Foreign:
+def found(path: Path, named: Format | None = None, controls: int = 3, **said: Any) -> ForeignVectors:
     generator = torch.Generator().manual_seed(SEED)
-    return read(path, named, Given(LAYERS, HIDDEN, controls, generator, **said))
+    return read_vectors(path, named, ImportOptions(LAYERS, HIDDEN, controls, generator, **said))
 
 
-def same(one: Foreign, wanted: dict[int, Tensor]) -> bool:
+def same(one: ForeignVectors, wanted: dict[int, Tensor]) -> bool:
     has = {layer: v for layer, v in one.vectors.items() if bool(v.any())}
     return has.keys() == wanted.keys() and all(torch.equal(has[k], v) for k, v in wanted.items())
 

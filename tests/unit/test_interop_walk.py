@@ -20,8 +20,7 @@ from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.extract.stage import extract
-from compile_steer.formats.foreign import Given
-from compile_steer.formats.formats import read
+from compile_steer.formats.foreign import ImportOptions, read_vectors
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
@@ -142,8 +141,8 @@ def test_vectors_that_act_at_once_are_those_that_were_named(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------ and out again
 
 
-def given(**said: Any) -> Given:
-    return Given(LAYERS, HIDDEN, 3, torch.Generator(), **said)
+def given(**said: Any) -> ImportOptions:
+    return ImportOptions(LAYERS, HIDDEN, 3, torch.Generator(), **said)
 
 
 def several() -> Program:
@@ -157,14 +156,14 @@ def test_what_goes_out_comes_back_bit_for_bit(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", several(), "llama")
     write_svec(tmp_path / "a.svec", several(), "llama", "block", LAYERS)
     for name in ("a.gguf", "a.svec"):
-        back = read(tmp_path / name, None, given(layer_convention="block"))
+        back = read_vectors(tmp_path / name, None, given(layer_convention="block"))
         assert back.made_for == "llama"
         assert back.vectors.keys() == wanted.keys()
         assert all(torch.equal(back.vectors[k], v) for k, v in wanted.items())
     earlier = program("llama", intervention(layer=2))
     write_svec(tmp_path / "b.svec", earlier, "llama", "hidden_state", LAYERS)
     assert list(json.loads((tmp_path / "b.svec").read_text())["directions"]) == ["3"]
-    back = read(tmp_path / "b.svec", None, given(layer_convention="hidden_state"))
+    back = read_vectors(tmp_path / "b.svec", None, given(layer_convention="hidden_state"))
     assert torch.equal(back.vectors[2], 1.7 * vector(0))
 
 
@@ -285,10 +284,10 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     directions.program(EVERY_BLOCK, 0.6, "all").save(paths.program)
     told = run("export-vector", tmp_path / "happy.yaml")
     assert told["file"] == str(paths.program.with_suffix(".gguf").relative_to(tmp_path))
-    back = read(Path(told["file"]), None, given(layer_convention="block"))
+    back = read_vectors(Path(told["file"]), None, given(layer_convention="block"))
     assert all(torch.equal(back.vectors[k], 0.6 * v) for k, v in vectors.items())
     run("export-vector", tmp_path / "happy.yaml", "--format", "svec", "--layer-convention", "block", "--to", "b.svec")
-    assert torch.equal(read(Path("b.svec"), None, given(layer_convention="block")).vectors[2], 0.6 * vectors[2])
+    assert torch.equal(read_vectors(Path("b.svec"), None, given(layer_convention="block")).vectors[2], 0.6 * vectors[2])
     for wrong in (["--format", "pt"], ["--format", "svec"], ["--layer-convention", "block"]):
         with pytest.raises(RecipeError, match="needed: gguf without a convention"):
             run("export-vector", tmp_path / "happy.yaml", *wrong)

@@ -119,7 +119,7 @@ def test_every_reason_is_told_at_once(tmp_path: Path) -> None:
     found = " ".join(told.value.problems)
     assert len(told.value.problems) == 4
     assert all(key in found for key in settings)
-    assert "woven is {'into': 3}, which is not known here" in found
+    assert "woven is {'into': 3}, a setting that is not supported" in found
 
 
 @pytest.mark.parametrize("spoil", ["half", "bias", "rank", "nan", "shape", "empty", "pickle", "config", "another kind"])
@@ -148,7 +148,7 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
         weights.rename(folder / "adapter_model.bin")
     said = {
         "half": rf"{DOWN}\.lora_B\.weight is missing",
-        "bias": rf"{DOWN}\.bias is no half of a pair",
+        "bias": rf"{DOWN}\.bias is not one of a pair",
         "rank": "the factors have rank 3, adapter_config.json says 4",
         "nan": f"{DOWN}: it holds NaN",
         "shape": rf"{DOWN}: lora_A is \[2, 48\], lora_B \[32, 3\]",
