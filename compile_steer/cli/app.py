@@ -7,21 +7,35 @@ Errors become messages in `compile_steer.__main__`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from compile_steer.cli import artifacts, programs, recipes
+from compile_steer.common.errors import RecipeError
+from compile_steer.report.glossary import glossary_terms
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich for the help costs as much as all else
+    rich_markup_mode="rich",
     help="Turn a steering vector into ordinary weights, and prove that they match.\n\n"
     "Start with: compile-steer run recipes/ocean.yaml. It extracts a direction from contrast pairs, says on held-out "
     "prompts whether it is worth anything, compiles it (bias, LoRA adapter, merged checkpoint) and verifies in a fresh "
     "process that what is on disk behaves as the steered model did.",
+    epilog="The words are explained by: compile-steer glossary",
 )
+
+
+def glossary(term: Annotated[str, typer.Argument(help="One term, or a part of it. [default: all]")] = "") -> None:
+    """Explain the words that commands, reports and pages use."""
+    definitions = {name: text for name, text in glossary_terms().items() if term.lower() in name.lower()}
+    if not definitions:
+        raise RecipeError(f"glossary: no term contains '{term}'. The terms are {', '.join(glossary_terms())}.")
+    for name, text in definitions.items():
+        typer.echo(f"{name}: {text}")
+
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "generate-pairs": recipes.generate_pairs,
@@ -43,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": artifacts.export,
     "verify-engines": artifacts.verify_engines,
     "push": artifacts.push,
+    "glossary": glossary,
 }
 
 for name, function in _COMMANDS.items():
