@@ -60,6 +60,7 @@ class House:
         mentions: list[tuple[int, int, list[str]]] = []
         parts = [part for syntax in self.nodes[node] for part in ast.walk(syntax)]
         local = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        local |= {part.arg for part in parts if isinstance(part, ast.arg)}
         for part in parts:
             if isinstance(part, ast.Name) and part.id not in local:
                 mentions.append((part.lineno, part.col_offset, [self._resolve(module, part.id)]))
