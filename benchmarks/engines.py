@@ -40,9 +40,16 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.serving.compare import PROMPTS, WRITTEN, ask, jobs, readings, written_base
-from compile_steer.tools.serving.environment import ENGINES, Environment, environment
-from compile_steer.tools.serving.export import ship
+from compile_steer.tools.serving.compare import (
+    NEW_TOKENS,
+    PROMPTS,
+    engine_base,
+    engine_model,
+    measure_forms,
+    run_engine,
+)
+from compile_steer.tools.serving.export import export
+from compile_steer.tools.serving.runner import ENGINES, Environment, environment
 
 SPEED = "speed"
 PROGRAM = ROOT / "vectors" / "ocean.safetensors"
@@ -71,7 +78,7 @@ builds its o_proj without one and skips the tensor without a word. `export --for
 The uncompiled program runs in vLLM by its plugin vllm-lens, which is made for vLLM 0.30 and takes the vectors out of each request's
 settings: used again, they steer nothing. hotwire-vllm 0.1.2 loads on a CPU without effect, and is not exported for."""
 THROUGHPUT = f"""\
-Greedy, fp32, {PROMPTS} prompts x {WRITTEN} tokens of each form in each of {{rounds}} rounds, every round in an order of its own; load
+Greedy, fp32, {PROMPTS} prompts x {NEW_TOKENS} tokens of each form in each of {{rounds}} rounds, every round in an order of its own; load
 average up to {{busy:.1f}}. Over base: the median of the rounds' ratios, with its 95 % interval (bootstrap over rounds). The base loaded
 a second time is the control: what it differs from 1 by is this machine. vLLM is slower with adapters enabled, whichever is asked."""
 AGAIN = "base, loaded again"
@@ -119,14 +126,15 @@ def as_others_save_it(folder: Path) -> Path:
 
 def speeds(engine: Environment, one: LoadedModel, made: Mapping[str, Path], folder: Path) -> dict[str, list[float]]:
     """Tokens a second of base, merged model and adapter in an engine, a value a round."""
-    names = [BIASED, ADAPTED]
-    shipped = [ship(made[name], engine.name, folder / name, one.source, "f32") for name in names]
-    base = written_base(engine, one, folder / "base", "f32")
+    exported = {name: export(made[name], engine.name, folder / name, one.source, "f32") for name in (BIASED, ADAPTED)}
+    base = engine_base(engine, one, folder / "base", "f32")
     again = folder / "again"
     again.symlink_to(base)  # one path is one model to vLLM
-    models = [*jobs(engine, base, shipped, names), {**jobs(engine, again, [], [])[0], "name": AGAIN}]
-    answer = ask(engine, models, reference_tokens(one), LIMIT_S, ["base", AGAIN, *names], ROUNDS)
-    found: dict[str, list[float]] = answer.told["times"]
+    models = [engine_model(engine, "base", base), engine_model(engine, AGAIN, again)]
+    models += [engine_model(engine, name, base, form) for name, form in exported.items()]
+    timed = ["base", AGAIN, *exported]
+    answer = run_engine(engine, models, reference_tokens(one), LIMIT_S, timed, ROUNDS)
+    found: dict[str, list[float]] = answer.content["times"]
     return found
 
 
@@ -143,7 +151,7 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
     def write(model: Any) -> None:
         for ids in prompts:
             tokens = torch.tensor([ids])
-            settings = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
+            settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
             with torch.no_grad():
                 model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
 
@@ -159,7 +167,7 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
             started = time.perf_counter()
             works[name]()
             if round_:  # the first warms up
-                found[name].append(PROMPTS * WRITTEN / (time.perf_counter() - started))
+                found[name].append(PROMPTS * NEW_TOKENS / (time.perf_counter() - started))
     return found
 
 
@@ -210,7 +218,7 @@ def missing(engines: Sequence[Environment], found: list[Finding]) -> Iterator[Fi
             if (engine.name, precision) not in known:
                 some = made if precision == "f32" else {BIASED: made[BIASED]}
                 with tempfile.TemporaryDirectory() as scratch:
-                    rows = readings(engine, some, one, precision, reference_tokens(one), Path(scratch), LIMIT_S)
+                    rows = measure_forms(engine, some, one, precision, reference_tokens(one), Path(scratch), LIMIT_S)
                 yield from (Finding(engine.name, precision, row) for row in rows)
         timed: list[Environment | None] = [None, *engines]
         for place in timed:

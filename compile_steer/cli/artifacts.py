@@ -121,11 +121,11 @@ def export(
     Adapters become plain LoRA (alpha = rank, scales folded in, a rank that vLLM takes); for llama.cpp a GGUF file of an
     adapter, a checkpoint, or an uncompiled program.
     """
-    from compile_steer.cli.tables import print_shipped
-    from compile_steer.tools.serving.export import ship
+    from compile_steer.cli.tables import print_export
+    from compile_steer.tools.serving.export import export
 
-    exported = ship(artifact, engine, out, base, precision)
-    finish(as_json, exported.summary(), lambda: print_shipped(console(), exported))
+    exported = export(artifact, engine, out, base, precision)
+    finish(as_json, exported.summary(), lambda: print_export(console(), exported))
 
 
 def verify_engines(
@@ -143,17 +143,11 @@ def verify_engines(
     Exit code 1 if one of them computes something else, or does not run: some load a file without effect. What they
     computed of an adapter or checkpoint of ours is kept beside it, in engines.json, and shown on its card.
     """
-    from compile_steer.artifacts.paths import RunPaths
-    from compile_steer.artifacts.provenance import Provenance, save_engine_records
-    from compile_steer.cli.tables import print_readings
-    from compile_steer.report.card import update_card
-    from compile_steer.tools.lineage import home
-    from compile_steer.tools.serving.compare import compare
-    from compile_steer.tools.serving.environment import ENGINES, environment
+    from compile_steer.cli.tables import print_engine_records
+    from compile_steer.tools.serving.compare import compare_engines
+    from compile_steer.tools.serving.runner import ENGINES, environment
 
     environments = [environment(name) for name in engine or ENGINES]
-    records = compare(artifact, base, environments, precision, limit, progress_bars())
-    if save_engine_records(artifact, records):
-        update_card(artifact, RunPaths(home(artifact), Provenance.read(artifact).name).validation)
-    finish(as_json, [record.summary() for record in records], lambda: print_readings(console(), records))
+    records = compare_engines(artifact, base, environments, precision, limit, progress_bars())
+    finish(as_json, [record.summary() for record in records], lambda: print_engine_records(console(), records))
     raise typer.Exit(0 if all(record.passed for record in records) else 1)

@@ -33,15 +33,15 @@ def import_(
     follows is as for any recipe: validate, compile, verify.
     """
     from compile_steer.tools.describe import describe_artifact
-    from compile_steer.tools.vector_recipes import Import, new_recipe, run_import
+    from compile_steer.tools.vector_files import import_changes, import_vector, new_recipe
 
-    options = Import(file, to, kind, layer_convention, layer, index, joint)
-    session = session.changed(options.changes(session.path))
-    recipe = new_recipe(session.recipe, session.path, session.changes)
+    settings = {"format": kind, "layer_convention": layer_convention, "layer": layer, "index": index}
+    session = session.changed(import_changes(session.path, file, to, joint, **settings))
+    recipe, text = new_recipe(session.path, to, session.changes)
     run = session.open()
-    run_import(run, recipe)
-    message = f"Recipe: {recipe.path}; next: compile-steer validate {recipe.path}"
-    summary = {"recipe": str(recipe.path), **describe_artifact(run.paths.directions)}
+    import_vector(run, recipe, text)
+    message = f"Recipe: {recipe}; next: compile-steer validate {recipe}"
+    summary = {"recipe": str(recipe), **describe_artifact(run.paths.directions)}
     session.finish(summary, lambda: session.console.print(message))
 
 
@@ -57,9 +57,9 @@ def export_vector(
 
     Refused where the format cannot hold it: such files are added at every position to the output of blocks.
     """
-    from compile_steer.tools.vector_recipes import run_export
+    from compile_steer.tools import vector_files
 
-    path, notes = run_export(session.open(), kind, to, layer_convention)
+    path, notes = vector_files.export_vector(session.open(), kind, to, layer_convention)
     lines = "\n".join([f"Vector: {path}", *notes])
     session.finish({"file": str(path), "notes": notes}, lambda: session.console.print(lines))
 

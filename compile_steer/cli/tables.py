@@ -19,7 +19,7 @@ from compile_steer.tools.lineage import Link
 from compile_steer.tools.push import Upload
 from compile_steer.tools.recombine import Recombined
 from compile_steer.tools.reproduce import Reproduction
-from compile_steer.tools.serving.export import Shipped
+from compile_steer.tools.serving.export import Exported
 
 _STATES = {
     "whole": "[green]whole[/green]",
@@ -130,7 +130,7 @@ def print_upload(console: Console, upload: Upload, sent: str | None, force: bool
         console.print("Nothing was sent. Add --yes to send exactly these files.")
 
 
-def print_shipped(console: Console, found: Shipped) -> None:
+def print_export(console: Console, found: Exported) -> None:
     """What was written, what was changed on the way, and how to load it."""
     console.print(f"{found.kind} for {found.engine}: {', '.join(found.files)} in {found.folder}", markup=False)
     for note in found.notes:
@@ -140,7 +140,7 @@ def print_shipped(console: Console, found: Shipped) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def print_readings(console: Console, found: Sequence[EngineRecord]) -> None:
+def print_engine_records(console: Console, found: Sequence[EngineRecord]) -> None:
     """A row for every engine; below it why there is none."""
     table = Table(title="log p(token) in each engine less transformers', nats", title_justify="left")
     for name in ("engine", "form", "largest", "rms", "base: largest", "rms", "steering's effect", "gain", ""):

