@@ -24,6 +24,7 @@ from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.describe import describe_artifact
+from tests.helpers.rounding import assert_close_to_rounding
 from tests.helpers.tiny import build, chat_tokenizer, loaded, tokenizer
 from tests.unit.test_trained import behaviour, recipe
 
@@ -56,7 +57,8 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
     found = extract(given, base, behaviour(), "inputs", Progress())
     its_own = extract(recipe_of(options), sibling, behaviour(), "inputs", Progress())
     on_base = extract(recipe_of(options), base, behaviour(), "inputs", Progress())
-    assert torch.equal(found.vectors, its_own.vectors)
+    # The sibling was loaded twice, and a training of several steps multiplies what differs.
+    assert_close_to_rounding(found.vectors, its_own.vectors, 1e-3 if method == "trained" else 1e-5)
     assert not torch.allclose(found.vectors, on_base.vectors)
     assert float(torch.nn.functional.cosine_similarity(found.vectors, on_base.vectors).min()) > 0.5
     assert (found.model, found.revision) == (base.id, base.revision)
