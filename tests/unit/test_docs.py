@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from compile_steer.cli.app import app
-from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recipe import RENAMED_KEYS, Recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("guide/*.md")), ROOT / "docs/index.md"]
@@ -66,3 +66,9 @@ def test_every_term_of_the_glossary_has_one_definition_on_one_line() -> None:
     lines = GLOSSARY.read_text("utf-8").splitlines()
     terms = [match[1] for line in lines if (match := re.fullmatch(r"- \*\*(.+?)\*\*: .+\.", line))]
     assert len(terms) == len(lines) == len(set(terms)) <= 25
+
+
+def test_every_renamed_recipe_key_is_in_the_changelog() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    words = [re.split(r"[.=]", key)[-1] for key in (*RENAMED_KEYS, *RENAMED_KEYS.values())]
+    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
