@@ -1,4 +1,4 @@
-"""What other directions of the same length do to the same pairs: the effect needs them to mean anything."""
+"""The effects of other directions of the same strength on the same pairs, without which an effect means nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Advance
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Context
 from compile_steer.models.forward import capture, read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
@@ -20,24 +21,26 @@ from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point
-from compile_steer.validate.evaluator import Bench
+from compile_steer.validate.evaluator import ContrastEvaluator
+from compile_steer.validate.options import ValidateOptions
 from compile_steer.validate.report import Controls, Separability
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The base on neutral text: the mean activation at the directions' point of every block, over the positions
-    that are steered, and the median norm of the stream after every block. [n_layers, d_model] and [n_layers], up to
-    the last block that the program acts on.
+class StreamStatistics:
+    """The base on control text, up to the last block that a program acts on.
 
-    The median, because the first token's norm is a hundred times the others' in many models.
+    Attributes:
+        means: mean activation at the directions' point of every block, over the steered positions, [n_layers, d_model].
+        norms: median norm of the stream after every block, [n_layers]. The median, because in many models the first
+            token's norm is a hundred times the others'.
     """
 
     means: Tensor
     norms: Tensor
 
     @staticmethod
-    def of(loaded: LoadedModel, texts: Sequence[Text], point: Point, program: Program) -> Stream:
+    def of(loaded: LoadedModel, texts: Sequence[Text], point: Point, program: Program) -> StreamStatistics:
         scopes = frozenset().union(*(i.scopes for i in program.interventions))
         last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
@@ -46,16 +49,16 @@ class Stream:
             steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
             here = capture(loaded.layout, batch, point, last)
             after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post", last)
-            total = torch.stack([one[steered].double().sum(dim=0) for one in here]).cpu()
+            total = torch.stack([states[steered].double().sum(dim=0) for states in here]).cpu()
             sums = total if sums is None else sums + total
             count += int(steered.sum())
-            norms.append(torch.stack([one[real].float().norm(dim=-1) for one in after]).cpu())
+            norms.append(torch.stack([states[real].float().norm(dim=-1) for states in after]).cpu())
         if sums is None or count == 0:
             raise RecipeError("data.neutral has no text at the steered positions.")
-        return Stream((sums / count).float(), torch.cat(norms, dim=1).median(dim=1).values)
+        return StreamStatistics((sums / count).float(), torch.cat(norms, dim=1).median(dim=1).values)
 
-    def shift(self, intervention: Intervention) -> float:
-        """The mean displacement along the intervention's own direction with its dial at 1."""
+    def displacement(self, intervention: Intervention) -> float:
+        """The mean displacement along the intervention's own direction at coefficient 1."""
         if intervention.operation == "add":
             return float(intervention.vector.norm())
         target = 0.0 if intervention.projection is None else intervention.projection
@@ -64,23 +67,24 @@ class Stream:
     def strength(self, program: Program) -> float:
         """The largest mean displacement of any site, over the median norm of the stream after its block."""
         return max(
-            abs(i.coefficient * self.shift(i)) / float(self.norms[i.site.changes_from]) for i in program.interventions
+            abs(i.coefficient * self.displacement(i)) / float(self.norms[i.site.changes_from])
+            for i in program.interventions
         )
 
     def with_vectors(self, program: Program, vectors: Tensor) -> Program:
-        """`program` along `vectors` [n_interventions, d_model] at the same mean displacement, site by site.
+        """`program` along `vectors` [n_interventions, d_model] with the same mean displacement at each site.
 
-        An ablation has no displacement to keep: it takes away what there is.
+        An ablation has no displacement to keep: it removes what is there.
         """
         parts = []
-        for one, direction in zip(program.interventions, unit(vectors), strict=True):
-            if one.operation == "add":
-                parts.append(replace(one, vector=direction * one.vector.norm()))
-            elif one.operation == "ablate":
-                parts.append(replace(one, vector=direction))
+        for own, direction in zip(program.interventions, unit(vectors), strict=True):
+            if own.operation == "add":
+                parts.append(replace(own, vector=direction * own.vector.norm()))
+            elif own.operation == "ablate":
+                parts.append(replace(own, vector=direction))
             else:
-                projection = float(self.means[one.site.layer] @ direction) + self.shift(one)
-                parts.append(replace(one, vector=direction, projection=projection))
+                projection = float(self.means[own.site.layer] @ direction) + self.displacement(own)
+                parts.append(replace(own, vector=direction, projection=projection))
         return Program(tuple(parts), program.model, program.revision)
 
     def like(self, program: Program, other: Program) -> Program:
@@ -88,30 +92,53 @@ class Stream:
         return self.with_vectors(program, torch.stack([i.vector for i in other.interventions]))
 
     def random(self, program: Program, count: int, seed: int) -> list[Program]:
-        """`count` programs like it, a random direction in the place of each of its own."""
+        """`count` programs like `program`, with a random direction in place of each of its own."""
         generator = torch.Generator().manual_seed(seed)
+        # Interventions with the same vector (an ablation at every site) get the same random one.
         own, which = torch.stack([i.vector for i in program.interventions]).unique(dim=0, return_inverse=True)
-        return [self.with_vectors(program, one[which]) for one in torch.randn((count, *own.shape), generator=generator)]
+        draws = torch.randn((count, *own.shape), generator=generator)
+        return [self.with_vectors(program, vectors[which]) for vectors in draws]
+
+
+def other_directions(context: Context, options: ValidateOptions, real: Directions) -> Directions | None:
+    """Another behaviour's mean differences of response means, at the points and lengths of the real directions.
+
+    None if the recipe names no pairs of another behaviour.
+    """
+    pairs = context.data.mismatched[: options.control_pairs]
+    if not pairs:
+        return None
+
+    def at(point: Point, pattern: Tensor) -> Tensor:
+        positive, negative = (
+            read_activations(context.model, side, point=point, readout="response_mean") for side in sides(pairs)
+        )
+        return as_long_as((positive - negative).mean(dim=0), pattern)
+
+    with context.progress.phase("another behaviour's direction", 1) as advance:
+        beside = {point: at(point, vectors[0])[None] for point, vectors in real.beside.items()}
+        other = replace(real, vectors=at(real.point, real.vectors), beside=beside)
+        advance(1)
+    return other
 
 
 def measure_controls(
-    bench: Bench,
+    evaluator: ContrastEvaluator,
     program: Program,
     random: Sequence[Program],
     shuffled: Sequence[Program],
-    mismatched: Program | None,
-    advance: Advance,
+    unrelated: Program | None,
+    progress: Progress,
 ) -> Controls:
-    """Mean contrast effects of the program, of the other directions, and of the opposite sign on the bench's pairs."""
-    bench.advance(program)
-
-    def effects(programs: Sequence[Program]) -> list[float]:
-        found = [float(value) for value in bench.effects(programs).mean(axis=1)]
-        advance(len(programs))
-        return found
-
-    effect, opposite, *other = effects([program, -program, *([mismatched] if mismatched else [])])
-    by_chance, by_label = effects(random), effects(shuffled)
+    """Mean effects of the program, of the opposite sign and of the other directions on the evaluator's pairs."""
+    evaluator.advance(program)
+    own = [program, -program, *([] if unrelated is None else [unrelated])]
+    means = []
+    with progress.phase("test: control directions", len(own) + len(random) + len(shuffled)) as advance:
+        for programs in (own, random, shuffled):
+            means.append([float(value) for value in evaluator.effects(programs).mean(axis=1)])
+            advance(len(programs))
+    (effect, opposite, *other), by_chance, by_label = means
     return Controls(
         effect=effect,
         random=by_chance,
@@ -124,22 +151,8 @@ def measure_controls(
     )
 
 
-def mismatched_directions(loaded: LoadedModel, pairs: Sequence[Pair], real: Directions) -> Directions:
-    """Another behaviour's mean differences of response means, as long as the real directions and where they are."""
-
-    def instead(point: Point, pattern: Tensor) -> Tensor:
-        positive, negative = (
-            read_activations(loaded, side, point=point, readout="response_mean")
-            for side in ([p.positive for p in pairs], [p.negative for p in pairs])
-        )
-        return as_long_as((positive - negative).mean(dim=0), pattern)
-
-    beside = {point: instead(point, vectors[0])[None] for point, vectors in real.beside.items()}
-    return replace(real, vectors=instead(real.point, real.vectors), beside=beside)
-
-
 def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separability:
-    """How the direction [d] tells held-out activations [n, d] of the two sides apart."""
+    """How well the direction [d] separates held-out activations [n, d] of the two sides."""
     along = unit(direction)
     high, low = (positive @ along).numpy(), (negative @ along).numpy()
     spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))
@@ -150,3 +163,8 @@ def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separ
         d_prime=float(high.mean() - low.mean()) / spread if spread > 0 else 0.0,
         mean_cosine=float(cosines.mean()),
     )
+
+
+def sides(pairs: Sequence[Pair]) -> tuple[list[Text], list[Text]]:
+    """All positive texts, and all negative ones."""
+    return [pair.positive for pair in pairs], [pair.negative for pair in pairs]

@@ -1,55 +1,297 @@
-"""Pairs and neutral texts with what the base says of them: what every cell, control and dose is measured on."""
+"""Score the same pairs and control texts under many programs, computing what the programs share only once.
+
+Shared are the blocks below the first steered one, the tokens that several texts begin with, and the vocabulary at
+every position that predicts no response. Programs of one shape run as rows of one batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, margins
+from compile_steer.models.logprobs import divergence, encode_pairs, margins, token_logprobs
 from compile_steer.models.text import Pair, Text
-from compile_steer.models.tokens import encode
+from compile_steer.models.tokens import Encoded, encode
+from compile_steer.steering.hooks import PAD, RESPONSE, steered
+from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
-from compile_steer.validate.prefix_cache import SharedTexts
+
+# Attention costs time^2: past a few hundred tokens a longer row costs more than computing the template again.
+_ROW_TOKENS = 512
+_BATCH_TOKENS = 4096
 
 
-class Bench:
-    """The base's scores are read once; `advance` then saves the blocks that no program touches."""
+class ContrastEvaluator:
+    """Contrast pairs and control texts, with the base's scores of them."""
 
-    def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], neutral: Sequence[Text] = ()) -> None:
-        self._pairs = SharedTexts(loaded, encode_pairs(loaded, pairs))
-        self._neutral = SharedTexts(loaded, [encode(loaded.tokenizer, text) for text in neutral]) if neutral else None
-        self.base_contrast = margins(self._pairs.base())
-        self._base_neutral = self._neutral.base() if self._neutral else np.zeros(0)
+    def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], control_texts: Sequence[Text] = ()) -> None:
+        self._pairs = PrefixCache(loaded, encode_pairs(loaded, pairs))
+        self._control = (
+            PrefixCache(loaded, [encode(loaded.tokenizer, t) for t in control_texts]) if control_texts else None
+        )
+        self.base_margins = margins(self._pairs.mean_logprobs([None])[0])
+        self._base_control = self._control.mean_logprobs([None])[0] if self._control else np.zeros(0)
 
     def advance(self, program: Program) -> None:
-        """Every program from here on acts no lower than `program`."""
-        for texts in (self._pairs, self._neutral):
-            if texts is not None:
-                texts.advance(program.first_layer)
+        """Cache the blocks below `program`; no later program may act below it."""
+        for cache in (self._pairs, self._control):
+            if cache is not None:
+                cache.advance(program.first_layer)
 
     def effects(self, programs: Sequence[Program]) -> np.ndarray:
-        """[n_programs, n_pairs] change of log p(positive) - log p(negative), nats a token."""
-        under = self._pairs.under(programs) if programs else np.zeros((0, 2 * len(self.base_contrast)))
-        steered = np.array([margins(row) for row in under]).reshape(len(programs), len(self.base_contrast))
-        return np.asarray(steered - self.base_contrast)
+        """[n_programs, n_pairs] change of the log-likelihood margin, in nats per token."""
+        steered_margins = [margins(logprobs) for logprobs in self._pairs.mean_logprobs(programs)]
+        return np.array(steered_margins).reshape(len(programs), len(self.base_margins)) - self.base_margins
 
     def perplexity_ratio(self, program: Program) -> float:
-        """Neutral perplexity under `program` over the base's, as the geometric mean over texts."""
-        return float(np.exp((self._base_neutral - self._given_neutral.under([program])[0]).mean()))
+        """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""
+        return float(np.exp((self._base_control - self._control_texts.mean_logprobs([program])[0]).mean()))
 
     def divergence(self, program: Program) -> float:
-        """KL(steered || base) on neutral responses, nats a token."""
-        return self._given_neutral.divergence(program)
+        """KL(steered || base) on the responses of control texts, in nats per token."""
+        return self._control_texts.divergence(program)
 
     @property
     def token_blocks(self) -> int:
         """The work so far: padded tokens times blocks."""
-        return self._pairs.token_blocks + (self._neutral.token_blocks if self._neutral else 0)
+        return self._pairs.token_blocks + (self._control.token_blocks if self._control else 0)
 
     @property
-    def _given_neutral(self) -> SharedTexts:
-        if self._neutral is None:
-            raise ValueError("no neutral texts were given")
-        return self._neutral
+    def _control_texts(self) -> PrefixCache:
+        if self._control is None:
+            raise ValueError("this evaluator has no control texts")
+        return self._control
+
+
+class PrefixCache:
+    """Texts whose hidden states at the input of block `layer` are kept; `layer` only moves up.
+
+    `token_blocks` counts the work: padded tokens times the blocks that they were run through.
+    """
+
+    def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
+        self._loaded = loaded
+        self._n = len(encoded)
+        batches = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype)
+        self._batches = [batch.to(loaded.device) for batch in batches]
+        self._hidden: list[Tensor | None] = [None] * len(batches)
+        self._layer = 0
+        self.token_blocks = 0
+
+    def advance(self, layer: int) -> None:
+        """Move the kept states up to the input of block `layer`, so that the blocks below it are not run again."""
+        if layer < self._layer:
+            raise ValueError(f"the cached states are at block {self._layer}; they cannot go back to {layer}")
+        if layer > self._layer:
+            self._hidden = [self._run(index, 1, stop=layer) for index in range(len(self._batches))]
+            self._layer = layer
+
+    def mean_logprobs(self, programs: Sequence[Program | None]) -> np.ndarray:
+        """Mean log-probability of each response, [n_programs, n] in nats per token; None is the base.
+
+        Raises:
+            ValueError: a program acts below the cached states.
+        """
+        for program in programs:
+            if program is not None and program.first_layer < self._layer:
+                raise ValueError(f"the cached states at block {self._layer} are above {program.describe()}")
+        same_shape = len({None if program is None else program.shape for program in programs}) == 1
+        result = np.zeros((len(programs), self._n))
+        for index, batch in enumerate(self._batches):
+            width = max(1, _BATCH_TOKENS // batch.n_tokens) if same_shape else 1
+            for start in range(0, len(programs), width):
+                for row, states in enumerate(self._states(index, programs[start : start + width]), start):
+                    with torch.no_grad():
+                        logprobs = token_logprobs(self._loaded.model, states[batch.nodes], batch.targets, batch.rows)
+                    texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
+                    sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
+                    result[row, texts.cpu().numpy()] = (sums / count).cpu().numpy()
+        return result
+
+    def divergence(self, program: Program) -> float:
+        """KL(steered || base), the mean over the positions that predict the responses, in nats per token."""
+        model, parts = self._loaded.model, []
+        for index, batch in enumerate(self._batches):
+            base, states = (self._states(index, [each])[0][batch.nodes] for each in (None, program))
+            parts.append(divergence(model, states, model, base).kl)
+        return float(torch.cat(parts).mean())
+
+    def _states(self, index: int, programs: Sequence[Program | None]) -> Tensor:
+        """Final hidden states [n_programs, rows * time, d_model] of a batch; either all programs are None, or none is."""
+        batch, n = self._batches[index], len(programs)
+        # Each program has all the rows of the batch, one program after the other.
+        per_row = [program for program in programs if program is not None for _row in range(batch.roles.shape[0])]
+        # One program for the whole batch needs one vector, not one per row.
+        chosen = programs[0] if n == 1 else per_row
+        with steered(self._loaded.model, chosen, roles=batch.roles.repeat(n, 1)):
+            hidden = self._run(index, n)
+        return hidden.reshape(n, batch.n_tokens, -1)
+
+    def _run(self, index: int, copies: int, stop: int | None = None) -> Tensor:
+        batch, kept = self._batches[index], self._hidden[index]
+        end = self._loaded.layout.n_layers if stop is None else stop
+        self.token_blocks += copies * batch.n_tokens * (end - self._layer)
+        with torch.no_grad():
+            return run_blocks(
+                self._loaded.model,
+                batch.input_ids.repeat(copies, 1),
+                batch.attention_mask.repeat(copies, *[1] * (batch.attention_mask.ndim - 1)),
+                position_ids=batch.position_ids.repeat(copies, 1),
+                start=self._layer,
+                stop=stop,
+                hidden=None if kept is None else kept.repeat(copies, 1, 1),
+            )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch of rows that hold several texts each. `input_ids`, `roles` and `position_ids` are [rows, time].
+
+    `attention_mask` is [rows, 1, time, time], 0 or the lowest number (added to the attention scores), or [rows, time]
+    where each row is one text. Response token i of the batch is `targets[i]`, of text `texts[i]`, and is predicted at
+    the flat position `nodes[rows[i]]`; a position that predicts tokens of several texts is in `nodes` once.
+    """
+
+    input_ids: Tensor
+    roles: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    nodes: Tensor
+    rows: Tensor
+    targets: Tensor
+    texts: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """Padded tokens."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return PackedBatch(*(getattr(self, tensor.name).to(device) for tensor in fields(self)))
+
+
+@dataclass
+class _Trie:
+    """One row: a trie of (token, role), flattened in the order in which its texts were added."""
+
+    ids: list[int] = field(default_factory=list)
+    roles: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    children: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    paths: dict[int, list[int]] = field(default_factory=dict)
+
+    def n_new(self, text: Encoded) -> int:
+        """How many tokens the text would add."""
+        node = -1
+        for depth, key in enumerate(zip(text.ids, text.roles, strict=True)):
+            child = self.children.get((node, *key))
+            if child is None:
+                return len(text.ids) - depth
+            node = child
+        return 0
+
+    def add(self, index: int, text: Encoded) -> None:
+        node, path = -1, []
+        for depth, (token, role) in enumerate(zip(text.ids, text.roles, strict=True)):
+            key = (node, token, role)
+            if key not in self.children:
+                self.children[key] = len(self.ids)
+                self.ids.append(token)
+                self.roles.append(role)
+                self.depths.append(depth)
+                self.parents.append(node)
+            node = self.children[key]
+            path.append(node)
+        self.paths[index] = path
+
+    def visible(self) -> Tensor:
+        """[time, time] booleans: each token attends to itself and its ancestors."""
+        visible = torch.eye(len(self.ids), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                visible[node] |= visible[parent]
+        return visible
+
+
+def can_share(layout: Layout, texts: Sequence[Encoded]) -> bool:
+    """False if a sliding window is shorter than the longest text: it would need a mask of its own."""
+    config = layout.model.config
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)  # Qwen has a window in its config and a flag that turns it off
+    return not window or not used or max(len(text.ids) for text in texts) <= window
+
+
+def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype) -> list[PackedBatch]:
+    """Pack texts into rows as tries, so that tokens that several texts begin with are computed once.
+
+    A chat template opens every text with the same tokens, and both sides of a pair have the same prompt. A token attends
+    to the tokens before it in its own text (a mask of ancestors) and has its own place in it (position ids), so this is
+    the same mathematics as one text per row.
+
+    Args:
+        dtype: the model's, for the masks.
+    """
+    share = can_share(layout, texts)
+    if share:
+        # In lexicographic order texts with a common beginning are neighbours.
+        order = sorted(range(len(texts)), key=lambda i: list(zip(texts[i].ids, texts[i].roles, strict=True)))
+        rows = _fill_rows(texts, order, _ROW_TOKENS)
+        # A batch is as long as its longest row: find the lowest limit that needs no more rows.
+        low, high = max(len(row.ids) for row in rows) // 2, max(len(row.ids) for row in rows)
+        while high - low > 8:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_fill_rows(texts, order, middle)) == len(rows) else (middle, high)
+        rows = _fill_rows(texts, order, high)
+    else:
+        rows = _fill_rows(texts, range(len(texts)), 0)
+    # Rows of similar length go into one batch.
+    groups: list[list[_Trie]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > _BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return [_batch(group, texts, pad_id, dtype if share else None) for group in groups]
+
+
+def _fill_rows(texts: Sequence[Encoded], order: Sequence[int], limit: int) -> list[_Trie]:
+    """Fill one row after the other with up to `limit` tokens, or one text."""
+    rows = [_Trie()]
+    for index in order:
+        if rows[-1].ids and len(rows[-1].ids) + rows[-1].n_new(texts[index]) > limit:
+            rows.append(_Trie())
+        rows[-1].add(index, texts[index])
+    return rows
+
+
+def _batch(rows: Sequence[_Trie], texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype | None) -> PackedBatch:
+    time = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
+    roles = torch.full((len(rows), time), PAD, dtype=torch.int8)
+    positions = torch.zeros(len(rows), time, dtype=torch.long)
+    visible = torch.eye(time, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
+    predicted: list[tuple[int, int, int]] = []
+    for number, row in enumerate(rows):
+        n = len(row.ids)
+        ids[number, :n] = torch.tensor(row.ids)
+        roles[number, :n] = torch.tensor(row.roles, dtype=torch.int8)
+        positions[number, :n] = torch.tensor(row.depths)
+        visible[number, :n, :n] = row.visible()
+        for index, path in row.paths.items():
+            text = texts[index]
+            # The response's tokens, those of earlier turns included, each predicted by the token before it.
+            places = [t for t, role in enumerate(text.roles) if role == RESPONSE and t > 0]
+            predicted += [(number * time + path[t - 1], text.ids[t], index) for t in places]
+    flat, targets, owners = (torch.tensor(column, dtype=torch.long) for column in zip(*predicted, strict=True))
+    nodes, predictor = torch.unique(flat, return_inverse=True)
+    mask = (roles != PAD).long()
+    if dtype is not None:
+        mask = torch.zeros(len(rows), 1, time, time, dtype=dtype)
+        mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(dtype).min)
+    return PackedBatch(ids, roles, positions, mask, nodes, predictor, targets, owners)

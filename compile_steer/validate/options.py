@@ -13,27 +13,31 @@ from compile_steer.scoring.options import Scorer
 from compile_steer.steering.sites import parse_positions
 
 
-class Target(Section):
-    """A coefficient that a solver finds, layer by layer, in place of a grid: one of the two keys."""
+class SolverTarget(Section):
+    """What a solver reaches by choosing the coefficient of each layer, in place of a grid: one of the two keys."""
 
-    ceiling: float | None = Field(None, gt=1, description="the largest whose neutral perplexity ratio is at most this")
-    kl: float | None = Field(None, gt=0, description="the one with KL(steered||base) of so many nats a neutral token")
+    perplexity_limit: float | None = Field(
+        None, gt=1, description="the largest coefficient whose perplexity on control text is at most this ratio"
+    )
+    kl: float | None = Field(
+        None, gt=0, description="the coefficient whose KL(steered‖base) on control text is this, in nats per token"
+    )
 
     @model_validator(mode="after")
-    def _one(self) -> Target:
-        if (self.ceiling is None) == (self.kl is None):
-            raise ValueError("give a list of coefficients, or {ceiling: RATIO}, or {kl: NATS}")
+    def _has_one(self) -> Self:
+        if (self.perplexity_limit is None) == (self.kl is None):
+            raise ValueError("give a list of coefficients, or {perplexity_limit: RATIO}, or {kl: NATS}")
         return self
 
 
-class Claim(Section):
-    """The least change that is worth seeing: how many pairs and prompts it takes is said before the run."""
+class MinimumEffect(Section):
+    """The smallest changes worth detecting. How many pairs and prompts they need is printed before the sweep."""
 
-    contrast: float = Field(0.1, gt=0, description="nats a token")
-    score: float = Field(0.2, gt=0, le=1)
+    margin: float = Field(0.1, gt=0, description="of the log-likelihood margin, in nats per token")
+    score: float = Field(0.2, gt=0, le=1, description="of the mean score")
 
 
-class Validate(Section):
+class ValidateOptions(Section):
     """The sweep on validation data, and what the test must show."""
 
     score: Scorer
@@ -41,48 +45,43 @@ class Validate(Section):
         "auto", description="auto: five from 30 % to 70 % of the depth; search: successive halving over all blocks"
     )
     coefficients: Annotated[
-        Annotated[tuple[float, ...], Field(min_length=1), Tag("list")] | Annotated[Target, Tag("target")],
-        Discriminator(lambda given: "target" if isinstance(given, dict | Target) else "list"),
-    ] = (0.5, 1.0, 1.5, 2.0)
-    positions: str = "all"
-    sweep_pairs: int = Field(24, ge=4)
-    sweep_neutral: int = Field(12, ge=4, description="neutral texts of the sweep; the test uses all")
-    sweep_prompts: int = Field(12, ge=4)
+        Annotated[tuple[float, ...], Field(min_length=1), Tag("list")] | Annotated[SolverTarget, Tag("target")],
+        Discriminator(lambda value: "target" if isinstance(value, dict | SolverTarget) else "list"),
+    ] = Field((0.5, 1.0, 1.5, 2.0), description="a grid, or a target for a solver")
+    positions: str = Field("all", description="the tokens that the program acts on")
+    sweep_pairs: int = Field(24, ge=4, description="validation pairs that every grid point is measured on")
+    sweep_neutral: int = Field(12, ge=4, description="control texts of the sweep; the test uses all")
+    sweep_prompts: int = Field(12, ge=4, description="validation prompts answered at the best layers")
     sweep_layers: int = Field(2, ge=1, description="how many of the best layers are also scored by generation")
-    control_pairs: int = Field(24, ge=4)
+    control_pairs: int = Field(24, ge=4, description="test pairs that the control directions are measured on")
     pairs: int = Field(200, ge=4, description="test pairs measured, at most")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
-    max_new_tokens: int = Field(40, ge=4)
-    random_directions: int = Field(20, ge=20)
-    max_perplexity_ratio: float = Field(1.5, gt=1)
-    max_repetition: float = Field(0.2, gt=0, lt=1)
-    min_score: float = Field(0.0, ge=0, le=1, description="the least generation score that is worth compiling")
-    instruction: str = Field("", description="what one would ask instead of steering: the prompt-only baseline")
-    few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt: another baseline")
+    max_new_tokens: int = Field(40, ge=4, description="length of an answer")
+    random_directions: int = Field(20, ge=20, description="random control directions of the same strength")
+    max_perplexity_ratio: float = Field(1.5, gt=1, description="perplexity limit: on control text, over the base's")
+    max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of an answer's 3-grams that repeat")
+    min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
+    instruction: str = Field("", description="a request for the behaviour in the prompt, as a baseline")
+    few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt, as a baseline")
     mismatched: Path | None = Field(None, description="pairs of another behaviour, as JSONL: a control direction")
-    dose_prompts: int = Field(8, ge=2, description="test prompts, their pairs, and neutral texts of the dose-response")
-    claim: Claim = Claim()
+    dose_prompts: int = Field(
+        8, ge=2, description="test prompts, their pairs, and control texts of the coefficient sweep"
+    )
+    minimum_effect: MinimumEffect = MinimumEffect()
 
     @field_validator("coefficients")
     @classmethod
-    def _nonzero(cls, values: tuple[float, ...] | Target) -> tuple[float, ...] | Target:
+    def _not_zero(cls, values: tuple[float, ...] | SolverTarget) -> tuple[float, ...] | SolverTarget:
         if isinstance(values, tuple) and any(value == 0 for value in values):
             raise ValueError("a coefficient of 0 steers nothing; the base is measured anyway")
         return values
 
     @field_validator("layers")
     @classmethod
-    def _some(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+    def _not_empty(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
         if layers == () or (isinstance(layers, tuple) and min(layers) < 0):
             raise ValueError("give block numbers from 0 on, 'auto' or 'search'")
         return layers
-
-    @model_validator(mode="after")
-    def _reaches_the_choice(self) -> Self:
-        parts = self.score.all_of if self.score.kind == "all" else (self.score,)
-        if any(part.kind == "choice" for part in parts) and parse_positions(self.positions) == {"response"}:
-            raise ValueError("a choice is made at the prompt's last token, which positions 'response' do not steer")
-        return self
 
     @field_validator("positions")
     @classmethod
@@ -92,3 +91,10 @@ class Validate(Section):
         except ArtifactError as error:
             raise ValueError(str(error)) from error
         return positions
+
+    @model_validator(mode="after")
+    def _steers_the_choice(self) -> Self:
+        parts = self.score.all_of if self.score.kind == "all" else (self.score,)
+        if any(part.kind == "choice" for part in parts) and parse_positions(self.positions) == {"response"}:
+            raise ValueError("a choice is made at the prompt's last token, which positions 'response' do not steer")
+        return self

@@ -1,4 +1,4 @@
-"""What validation found."""
+"""The validation report: everything that was measured on validation data (the sweep) and once on test data (the rest)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from compile_steer.artifacts.files import load_json, save_record, sha256, was_ed
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.stats import Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
-from compile_steer.validate.search import Rung
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 
 def block_name(layer: int) -> str:
-    """A layer as a person reads it."""
+    """A layer in words."""
     return "every block" if layer == EVERY_BLOCK else str(layer)
 
 
@@ -24,10 +23,13 @@ def block_name(layer: int) -> str:
 class GridPoint:
     """One layer and coefficient of the sweep, on validation data.
 
-    `margin` is the mean change of (log p(positive) - log p(negative)), nats a token, with its one-sided sign-flip
-    p-value and Benjamini-Hochberg q-value over the sweep; `score` and `repetition` are None where the cell was not
-    answered in full, and what was not measured at all is `skipped`, with the reason. `evaluations` is how many a
-    solver took to find the coefficient.
+    Attributes:
+        margin: mean change of the log-likelihood margin, in nats per token.
+        perplexity_ratio: perplexity of control text over the base's.
+        p_value, q_value: one-sided sign-flip p-value of the margin, and Benjamini-Hochberg q-value over the sweep.
+        score, repetition: of the answers; None if none were generated at this point.
+        evaluations: how many a solver needed to find the coefficient.
+        skipped: why the point was not measured.
     """
 
     layer: int
@@ -43,12 +45,23 @@ class GridPoint:
 
 
 @dataclass(frozen=True)
-class Controls:
-    """Effects of other directions at the same dose, on the same test pairs as `effect`.
+class Rung:
+    """One round of the search over layers: each layer's margin at its largest coherent coefficient, on `pairs` pairs."""
 
-    `p_value` is the effect's rank among the random directions'; `p_random` and `p_shuffled` are how likely one more
-    such direction has an effect as large (see `stats.outlier_p`). `other_behaviour` is another behaviour's direction.
-    `shuffled_kind` is what the directions of `shuffled` are made from, in words.
+    pairs: int
+    margins: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Effects of other directions of the same strength, on the same test pairs as `effect`, in nats per token.
+
+    Attributes:
+        opposite: of the program with the opposite sign.
+        other_behaviour: of another behaviour's direction.
+        p_value: rank of the effect among the random directions'.
+        p_random, p_shuffled: how likely one more such direction has an effect as large (see `stats.outlier_p`).
+        shuffled_kind: what the `shuffled` directions are made from, in words.
     """
 
     effect: float
@@ -64,7 +77,7 @@ class Controls:
 
 @dataclass(frozen=True)
 class Separability:
-    """How well the direction tells held-out pairs apart (Braun et al. 2505.22637)."""
+    """How well the direction separates held-out pairs (Braun et al. 2505.22637)."""
 
     auroc: float
     d_prime: float
@@ -73,10 +86,12 @@ class Separability:
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean generation score of test prompts: base, steered, under random directions (another one a prompt) at the
-    same dose, asked for in the prompt, shown by examples; and paired differences with 95 % intervals.
+    """Mean generation scores on test prompts under each condition, and paired differences with 95 % intervals.
 
-    `effect` is steered less base, with its one-sided sign-flip p-value.
+    Attributes:
+        random: under random directions of the same strength, another one for each prompt.
+        instructed, few_shot: of the base, with a request or with examples in the prompt.
+        effect: steered minus base, with the one-sided sign-flip p-value `p_value`.
     """
 
     base: float
@@ -94,8 +109,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Coherence:
-    """What steering costs: neutral perplexity over the base's, repeated 3-grams, answers that ended by themselves,
-    and the mean displacement (||c v|| of an add) over the median norm of the stream, the largest of all sites."""
+    """What steering costs.
+
+    Attributes:
+        perplexity_ratio: perplexity of control text over the base's.
+        repetition_base, repetition_steered: fraction of the answers' 3-grams that occurred before.
+        ended_base, ended_steered: fraction of the answers that ended by themselves.
+        strength: mean displacement (||c v|| of an addition) over the median norm of the stream, the largest of all sites.
+    """
 
     perplexity_ratio: float
     repetition_base: float
@@ -107,7 +128,7 @@ class Coherence:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The chosen layer at another coefficient, on test pairs, neutral texts and test prompts."""
+    """The chosen layer at another coefficient, on test pairs, control texts and test prompts."""
 
     coefficient: float
     margin: float
@@ -132,7 +153,14 @@ class CoefficientSweep:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Everything measured on validation (the sweep) and once on test (the rest)."""
+    """What was measured, the verdict and its reasons.
+
+    Attributes:
+        margin: change of the log-likelihood margin on test pairs, nats per token, with its sign-flip p-value `p_margin`.
+        steerability: mean slope of a pair's effect over the coefficient; `wrong_way` is the fraction with a negative one.
+        samples: answers to the recipe's own question: base, steered, and at a coefficient that is too high.
+        program_hash, inputs: SHA-256 of the program's file, and fingerprint of what the report depends on.
+    """
 
     kind: Literal["validation report"] = field(default="validation report", kw_only=True)
     name: str
@@ -151,17 +179,17 @@ class ValidationReport:
     coherence: Coherence
     coefficient_sweep: CoefficientSweep
     samples: dict[str, str]
-    program_hash: str
-    inputs: str
     n_pairs: int
     n_prompts: int
+    program_hash: str = ""
+    inputs: str = ""
     verdict: Verdict = "inconclusive"
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def where(self) -> str:
-        """The chosen layer as a person reads it."""
+        """The chosen layer in words."""
         return block_name(self.layer)
 
     def save(self, path: Path) -> None:
@@ -174,6 +202,6 @@ class ValidationReport:
 
 
 def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:
-    """The report at `path`, if it is the one that the artifact was compiled by and nobody edited it."""
-    whole = path.is_file() and sha256(path) == origin.validation_sha256 and not was_edited(path)
-    return ValidationReport.load(path) if whole else None
+    """Return the report at `path` if the artifact was compiled by it and nobody edited it."""
+    unedited = path.is_file() and sha256(path) == origin.validation_sha256 and not was_edited(path)
+    return ValidationReport.load(path) if unedited else None

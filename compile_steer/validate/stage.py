@@ -1,216 +1,295 @@
-"""The stage: sweep on validation, then one measurement on test, then the verdict."""
+"""The stage: a sweep on validation data, then one measurement on test data, then the verdict."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
+import numpy as np
+
+from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import Context
 from compile_steer.models.forward import read_activations
-from compile_steer.models.load import LoadedModel
-from compile_steer.models.text import Pair
-from compile_steer.recipe import Recipe
-from compile_steer.scoring.answers import Request, answer
+from compile_steer.models.text import Pair, Readout, Text
+from compile_steer.models.tokens import encode
+from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
-from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
+from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.conditions import answer_arms, pair_rows
-from compile_steer.validate.controls import Stream, measure_controls, mismatched_directions, separability
-from compile_steer.validate.evaluator import Bench
-from compile_steer.validate.report import Coherence, Controls, GridPoint, Separability, ValidationReport
-from compile_steer.validate.strengths import dose_response
-from compile_steer.validate.sweep import Sweep, candidates, sweep
-from compile_steer.validate.verdict import judge, remarks
+from compile_steer.validate.coefficients import coefficient_sweep, sweep_coefficients
+from compile_steer.validate.controls import StreamStatistics, measure_controls, other_directions, separability, sides
+from compile_steer.validate.evaluator import ContrastEvaluator
+from compile_steer.validate.options import ValidateOptions
+from compile_steer.validate.report import (
+    Coherence,
+    Scores,
+    Separability,
+    SweepPoint,
+    ValidationReport,
+)
+from compile_steer.validate.sweep import candidates, sweep
+from compile_steer.validate.verdict import decide, remarks
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One run of the stage: what everything in it is measured with."""
+    """The chosen program, the report on it, and one row per test pair and per test prompt.
 
-    recipe: Recipe
-    loaded: LoadedModel
-    behaviour: Behaviour
-    directions: Directions
-    score: Score
-    mismatched: Directions | None
-    progress: Progress
+    The report does not know the program's file or its own inputs yet: whoever saves it fills these in.
+    """
 
-    @property
-    def test(self) -> Sequence[Pair]:
-        """The test pairs that are measured."""
-        return self.behaviour.test[: self.recipe.validate_.pairs]
-
-    def make(self, layer: int, coefficient: float, instead: Directions | None = None) -> Program:
-        return (instead or self.directions).program(layer, coefficient, self.recipe.validate_.positions)
+    program: Program
+    report: ValidationReport
+    rows: list[dict[str, Any]]
 
 
 def validate(
-    recipe: Recipe,
-    loaded: LoadedModel,
-    behaviour: Behaviour,
+    context: Context,
     directions: Directions,
-    keep: Callable[[Program], str],
-    inputs: str,
-    progress: Progress,
-) -> tuple[ValidationReport, list[dict[str, Any]]]:
-    """Choose the program, measure it on test data and judge it; returns the report and a row a test pair and prompt.
+    options: ValidateOptions,
+    *,
+    readout: Readout,
+    ask: str,
+    too_high: float,
+    name: str,
+) -> Validation:
+    """Choose the program on validation data, measure it once on test data and decide.
 
     Args:
-        keep: writes the chosen program and returns its file's hash, for the report.
-        inputs: fingerprint of what the report depends on.
+        readout: of the held-out activations that the direction is to separate.
+        ask: a prompt that is answered by base and steered model, and at `too_high` times the coefficient, for the report.
+        name: of the run.
 
     Raises:
-        RecipeError: no cell of the sweep is coherent. LayoutError: a layer is not in the model.
+        RecipeError: no point of the sweep is coherent. LayoutError: a layer is not in the model.
     """
-    options = recipe.validate_
+    model, data, seed, progress = context.model, context.data, context.seed, context.progress
+    test, limit = data.test[: options.pairs], options.max_perplexity_ratio
+
+    def program_at(layer: int, coefficient: float, source: Directions = directions) -> Program:
+        return source.program(layer, coefficient, options.positions)
+
+    # Input that cannot work is refused before any long computation.
     layers = candidates(options, directions)
-    score = options.score.bind(loaded, behaviour)
-    require_discrimination(options.score, score, loaded, behaviour)
-    mismatched = _mismatched(recipe, loaded, behaviour, directions, progress)
-    run = Validation(recipe, loaded, behaviour, directions, score, mismatched, progress)
-    pairs = behaviour.validation[: options.sweep_pairs]
-    bench = Bench(loaded, pairs, behaviour.neutral[: options.sweep_neutral])
-    powers = _powers(run, bench)
-    swept = sweep(loaded, behaviour, options, layers, run.make, bench, score, recipe.seed, progress)
-    program = run.make(swept.best.layer, swept.best.coefficient)
-    report, rows = _measure(run, program, swept, powers)
-    verdict, reasons = judge(report, options)
+    score = options.score.bind(model, data)
+    require_discrimination(options.score, score, model, data)
+    other = other_directions(context, options, directions)
+
+    # Choose the program on validation data.
+    pairs = data.validation[: options.sweep_pairs]
+    evaluator = ContrastEvaluator(model, pairs, data.neutral[: options.sweep_neutral])
+    power = _power(context, options, evaluator.base_margins, score)
+    chosen = sweep(context, options, layers, program_at, evaluator, score)
+    layer, coefficient = chosen.best.layer, chosen.best.coefficient
+    program = program_at(layer, coefficient)
+
+    # Its effect and its cost on all test pairs and control texts.
+    with progress.phase("test: all pairs, control text", 1) as advance:
+        evaluator = ContrastEvaluator(model, test, data.neutral)
+        evaluator.advance(program)
+        (effects,) = evaluator.effects([program])
+        perplexity_ratio = evaluator.perplexity_ratio(program)
+        stream = StreamStatistics.of(model, data.neutral, directions.point, program)
+        advance(1)
+
+    # Directions from shuffled labels have gone through the same extraction and get the same coefficient: a shorter vector
+    # is part of what meaningless labels give. Another behaviour's has a length of its own, so it gets the same strength.
+    random = stream.random(program, options.random_directions, seed)
+    shuffled = [program_at(layer, coefficient, directions.control(n)) for n in range(len(directions.shuffled))]
+    unrelated = None if other is None else stream.like(program, program_at(layer, coefficient, other))
+    few = ContrastEvaluator(model, test[: options.control_pairs])
+    controls = measure_controls(few, program, random, shuffled, unrelated, progress)
+
+    # The same program at other coefficients, and the answers under every condition.
+    with progress.phase("test: coefficient sweep", 1) as advance:
+        few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
+        points = sweep_coefficients(few, program, coefficient, limit)
+        advance(1)
+    with progress.phase("test: answers under every condition", 1) as advance:
+        answers = _answer(context, options, score, program, random, points, ask, too_high)
+        advance(1)
+
+    report = ValidationReport(
+        name=name,
+        layer=layer,
+        coefficient=coefficient,
+        grid=chosen.grid,
+        layer_search=chosen.layer_search,
+        power=power,
+        margin=bootstrap_mean(effects, seed=seed),
+        p_margin=sign_flip(effects, seed),
+        scores=answers.scores(seed),
+        controls=replace(controls, shuffled_kind=directions.controls),
+        separability=_separability(context, test, directions, layer, readout),
+        steerability=float(chosen.slopes.mean()),
+        wrong_way=float((chosen.slopes < 0).mean()),
+        coherence=answers.coherence(perplexity_ratio, stream.strength(program)),
+        coefficient_sweep=coefficient_sweep(answers.points, limit),
+        samples=answers.samples,
+        n_pairs=len(test),
+        n_prompts=len(answers.prompts),
+    )
+    verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
-    return replace(report, program_hash=keep(program), inputs=inputs), rows
+    return Validation(program, report, [*_pair_rows(test, evaluator.base_margins, effects), *answers.rows()])
 
 
-def _mismatched(
-    recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, directions: Directions, progress: Progress
-) -> Directions | None:
-    """Another behaviour's, if its pairs were given."""
-    pairs = behaviour.mismatched[: recipe.validate_.control_pairs]
-    if not pairs:
-        return None
-    with progress.phase("another behaviour's direction", 1) as advance:
-        found = mismatched_directions(loaded, pairs, directions)
+def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score) -> list[PowerAnalysis]:
+    """How many pairs and prompts the minimum effects need, printed before the sweep begins."""
+    data, progress, minimum = context.data, context.progress, options.minimum_effect
+    prompts = [pair.prompt for pair in data.validation[: options.sweep_prompts]]
+    with progress.phase("base: answers to validation prompts", 1) as advance:
+        (base,) = answer(context.model, [Request(prompts)], score, options.max_new_tokens, data.questions)
         advance(1)
-    return found
-
-
-def _powers(run: Validation, bench: Bench) -> list[PowerAnalysis]:
-    """How many pairs and prompts the claims need, told before the sweep begins."""
-    options, behaviour = run.recipe.validate_, run.behaviour
-    prompts = [pair.prompt for pair in behaviour.validation[: options.sweep_prompts]]
-    with run.progress.phase("base: answers to validation prompts", 1) as advance:
-        (base,) = answer(run.loaded, [Request(prompts)], run.score, options.max_new_tokens, behaviour.questions)
-        advance(1)
-    mean, claim = float(base.scores.mean()), options.claim
-    # The most that a paired change of scores in 0 to 1 can spread: two answers independent of each other, each 0 or 1.
-    after = min(mean + claim.score, 1.0)
-    score_spread = math.sqrt(max(mean * (1 - mean) + after * (1 - after), 0.01))
-    found = [
+    mean = float(base.scores.mean())
+    after = min(mean + minimum.score, 1.0)
+    # The largest spread of a paired change of scores in 0 to 1: two independent answers, each 0 or 1.
+    spread = math.sqrt(max(mean * (1 - mean) + after * (1 - after), 0.01))
+    analyses = [
         power_analysis(
             "difference",
             "log-likelihood margin",
-            claim.contrast,
-            float(bench.base_contrast.std(ddof=1)),
-            len(run.test),
-            "assumed: pairs change as differently as they differ in the base",
+            minimum.margin,
+            float(base_margins.std(ddof=1)),
+            len(data.test[: options.pairs]),
+            "assuming that the pairs' effects spread as much as their margins in the base",
         ),
         power_analysis(
             "difference",
             "score",
-            claim.score,
-            score_spread,
-            len(behaviour.test[: options.prompts]),
-            f"from the base's {mean:.2f}, at the most a paired change can spread",
+            minimum.score,
+            spread,
+            len(data.test[: options.prompts]),
+            f"from the base's {mean:.2f}, with the largest spread that a paired change can have",
         ),
     ]
-    for one in found:
-        run.progress.note(str(one))
-    return found
+    for analysis in analyses:
+        progress.note(str(analysis))
+    return analyses
 
 
-def _measure(
-    run: Validation, program: Program, swept: Sweep, powers: list[PowerAnalysis]
-) -> tuple[ValidationReport, list[dict[str, Any]]]:
-    """Everything that is measured on test data, once. The verdict is left open."""
-    recipe, loaded, behaviour, progress = run.recipe, run.loaded, run.behaviour, run.progress
-    options, best = recipe.validate_, swept.best
-    with progress.phase("test: all pairs, neutral text", 1) as advance:
-        bench = Bench(loaded, run.test, behaviour.neutral)
-        bench.advance(program)
-        (change,) = bench.effects([program])
-        ratio = bench.perplexity_ratio(program)
-        stream = Stream.of(loaded, behaviour.neutral, run.directions.point, program)
-        advance(1)
-    few = Bench(loaded, run.test[: options.control_pairs])
-    random = stream.random(program, options.random_directions, recipe.seed)
-    controls = _controls(run, few, best, program, stream, random)
-    with progress.phase("test: dose-response", 1) as advance:
-        dosed = Bench(loaded, run.test[: options.dose_prompts], behaviour.neutral[: options.dose_prompts])
-        doses = dose_response(dosed, program, best.coefficient, options.max_perplexity_ratio)
-        advance(1)
-    with progress.phase("test: answers of every arm and dose", 1) as advance:
-        arms = answer_arms(recipe, loaded, behaviour, program, random, doses, run.score)
-        advance(1)
-    report = ValidationReport(
-        name=recipe.name,
-        layer=best.layer,
-        coefficient=best.coefficient,
-        grid=swept.cells,
-        layer_search=swept.rungs,
-        power=powers,
-        margin=bootstrap_mean(change, seed=recipe.seed),
-        p_margin=sign_flip(change, recipe.seed),
-        scores=arms.scores(recipe.seed),
-        controls=controls,
-        separability=_separability(run, best.layer),
-        steerability=float(swept.slopes.mean()),
-        wrong_way=float((swept.slopes < 0).mean()),
-        coherence=Coherence(
-            perplexity_ratio=ratio,
-            repetition_base=float(arms.base.repetition.mean()),
-            repetition_steered=float(arms.steered.repetition.mean()),
-            ended_base=float(arms.base.ended.mean()),
-            ended_steered=float(arms.steered.ended.mean()),
-            strength=stream.strength(program),
-        ),
-        coefficient_sweep=arms.doses,
-        samples=arms.samples,
-        program_hash="",
-        inputs="",
-        n_pairs=len(run.test),
-        n_prompts=len(arms.prompts),
-    )
-    return report, [*pair_rows(run.test, bench.base_contrast, change), *arms.rows()]
+@dataclass(frozen=True)
+class _Answers:
+    """Answers to the same test prompts under each condition (without those that the recipe or the template lacks)."""
 
+    prompts: list[str]
+    by_condition: dict[str, Answers]
+    samples: dict[str, str]
+    points: list[SweepPoint]
 
-def _controls(
-    run: Validation, bench: Bench, best: GridPoint, program: Program, stream: Stream, random: list[Program]
-) -> Controls:
-    def instead(directions: Directions) -> Program:
-        return run.make(best.layer, best.coefficient, directions)
-
-    # Shuffled labels are put through the same extraction, and what it finds through the same dial: a shorter vector
-    # is part of what labels that say nothing give. Another behaviour's has a length of its own, so it gets this dose.
-    shuffled = [instead(run.directions.control(n)) for n in range(len(run.directions.shuffled))]
-    mismatched = None if run.mismatched is None else stream.like(program, instead(run.mismatched))
-    total = 2 + len(random) + len(shuffled) + (mismatched is not None)
-    with run.progress.phase("test: control directions", total) as advance:
-        found = measure_controls(bench, program, random, shuffled, mismatched, advance)
-    return replace(found, shuffled_kind=run.directions.controls)
-
-
-def _separability(run: Validation, layer: int) -> Separability:
-    """On the activations of the block, or of `EVERY_BLOCK` side by side, as the program acts on them together."""
-    sides = [pair.positive for pair in run.test], [pair.negative for pair in run.test]
-    readout, point = run.recipe.extract.readout, run.directions.point
-    layers = list(run.directions.layers) if layer == EVERY_BLOCK else [layer]
-    with run.progress.phase("test: separability of held-out pairs", 2 * len(run.test)) as advance:
-        positive, negative = (
-            read_activations(run.loaded, side, point=point, readout=readout, through=max(layers), advance=advance)[
-                :, layers
-            ].flatten(1)
-            for side in sides
+    def scores(self, seed: int) -> Scores:
+        scores = {name: answers.scores for name, answers in self.by_condition.items()}
+        steered = scores["steered"]
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        over: dict[str, Interval] = {
+            name: bootstrap_mean(steered - values, seed=seed) for name, values in scores.items() if name != "steered"
+        }
+        return Scores(
+            base=means["base"],
+            steered=means["steered"],
+            random=means["random"],
+            instructed=means.get("instructed"),
+            few_shot=means.get("few_shot"),
+            effect=over["base"],
+            p_value=sign_flip(steered - scores["base"], seed),
+            over_random=over["random"],
+            p_over_random=sign_flip(steered - scores["random"], seed),
+            over_instructed=over.get("instructed"),
+            over_few_shot=over.get("few_shot"),
         )
-    return separability(positive, negative, run.directions.vectors[layers].flatten())
+
+    def coherence(self, perplexity_ratio: float, strength: float) -> Coherence:
+        base, steered = self.by_condition["base"], self.by_condition["steered"]
+        return Coherence(
+            perplexity_ratio=perplexity_ratio,
+            repetition_base=float(base.repetition.mean()),
+            repetition_steered=float(steered.repetition.mean()),
+            ended_base=float(base.ended.mean()),
+            ended_steered=float(steered.ended.mean()),
+            strength=strength,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [{"kind": "answer", "prompt": prompt} for prompt in self.prompts]
+        for name, answers in self.by_condition.items():
+            columns = zip(rows, answers.texts, answers.scores, answers.repetition, strict=True)
+            for row, text, score, repeats in columns:
+                row[name] = {"text": text, "score": float(score), "repetition": float(repeats)}
+        return rows
+
+
+def _answer(
+    context: Context,
+    options: ValidateOptions,
+    score: Score,
+    program: Program,
+    random: Sequence[Program],
+    points: Sequence[tuple[Program, SweepPoint]],
+    ask: str,
+    too_high: float,
+) -> _Answers:
+    """Answer the test prompts under every condition, a few of them along the sweep, and the recipe's own question."""
+    model, data = context.model, context.data
+    prompts = [pair.prompt for pair in data.test[: options.prompts]]
+    few = prompts[: options.dose_prompts]
+    # Another random direction for each prompt tells more about them than one for all.
+    by_chance = [random[n % len(random)] for n in range(len(prompts))]
+    sampled = {"base": None, "steered": program, "too_high": program.scaled(too_high)}
+    requests = [
+        Request(prompts),
+        Request(prompts, program),
+        Request(prompts, by_chance),
+        Request(prompts if options.instruction else [], ask=lambda prompt: Text(f"{prompt} {options.instruction}")),
+        *(Request([ask], setting, scored=False) for setting in sampled.values()),
+        *(Request(few, scaled) for scaled, _point in points),
+    ]
+    base, steered, chance, instructed, *rest = answer(model, requests, score, options.max_new_tokens, data.questions)
+    answers = {"base": base, "steered": steered, "random": chance}
+    if options.instruction:
+        answers["instructed"] = instructed
+
+    # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
+    history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
+    if history and _takes(context, Text(prompts[0], history=history)):
+        request = Request(prompts, ask=lambda prompt: Text(prompt, history=history))
+        (answers["few_shot"],) = answer(model, [request], score, options.max_new_tokens, data.questions)
+
+    samples = {name: sample.texts[0] for name, sample in zip(sampled, rest, strict=False)}
+    measured = [
+        replace(point, score=float(a.scores.mean()), repetition=float(a.repetition.mean()))
+        for (_program, point), a in zip(points, rest[len(sampled) :], strict=True)
+    ]
+    own = float(base.scores[: len(few)].mean()), float(base.repetition[: len(few)].mean())
+    return _Answers(prompts, answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)])
+
+
+def _takes(context: Context, text: Text) -> bool:
+    """False if the chat template cannot have earlier turns."""
+    try:
+        encode(context.model.tokenizer, text)
+    except RecipeError:
+        return False
+    return True
+
+
+def _pair_rows(pairs: Sequence[Pair], base: np.ndarray, effects: np.ndarray) -> Iterator[dict[str, Any]]:
+    for pair, before, effect in zip(pairs, base, effects, strict=True):
+        yield {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
+
+
+def _separability(
+    context: Context, pairs: Sequence[Pair], directions: Directions, layer: int, readout: Readout
+) -> Separability:
+    """Separate the activations of the block, or of every block side by side where the program acts on all together."""
+    layers = list(directions.layers) if layer == EVERY_BLOCK else [layer]
+    last, point = max(layers), directions.point
+    with context.progress.phase("test: separability of held-out pairs", 2 * len(pairs)) as advance:
+        positive, negative = (
+            read_activations(context.model, side, point=point, readout=readout, through=last, advance=advance)
+            for side in sides(pairs)
+        )
+    flat = [activations[:, layers].flatten(1) for activations in (positive, negative)]
+    return separability(*flat, directions.vectors[layers].flatten())
