@@ -32,7 +32,7 @@ from compile_steer.validate.stage import validate
 SETTINGS = [
     "extract.shuffled=12",
     "validate.layers=[10,14]",
-    "validate.coefficients={ceiling: 2}",
+    "validate.coefficients={perplexity_limit: 2}",
     "validate.instruction=''",
     "validate.few_shot=0",
     "validate.sweep_pairs=4",
@@ -106,21 +106,22 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     test, neutral = run.data.test[: run.recipe.validate_.prompts], run.data.neutral[:NEUTRAL]
     data = replace(run.data, test=test, neutral=neutral)
     part = replace(run, context=replace(run.context, data=data, progress=Progress()))
-    kept: list[Program] = []
-
-    def keep(program: Program) -> str:
-        kept.append(program)
-        return ""
-
+    recipe = part.recipe
     started = time.perf_counter()
     try:
-        report, _rows = validate(
-            part.recipe, part.model, data, in_place(real, kind, index, run.recipe.name), keep, "", part.progress
+        result = validate(
+            part.context,
+            in_place(real, kind, index, recipe.name),
+            recipe.validate_,
+            readout=recipe.extract.readout,
+            ask=recipe.ask,
+            too_high=recipe.too_high,
+            name=recipe.name,
         )
     except RecipeError as error:  # no coherent cell: refused before the test
         return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
-    found = _trial(run.recipe.name, kind, index, report, time.perf_counter() - started)
-    return replace(found, compiled=compiled(part, kept[0]) if compiles else None)
+    found = _trial(run.recipe.name, kind, index, result.report, time.perf_counter() - started)
+    return replace(found, compiled=compiled(part, result.program) if compiles else None)
 
 
 def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, seconds: float) -> Trial:

@@ -23,7 +23,7 @@ from compile_steer.data.section import Data
 from compile_steer.extract.options import Extract
 from compile_steer.lower.options import Compile
 from compile_steer.steering.sites import parse_positions
-from compile_steer.validate.options import Validate
+from compile_steer.validate.options import ValidateOptions
 from compile_steer.verify.options import Verify
 
 
@@ -42,7 +42,7 @@ class Recipe(Section):
     too_high: float = Field(4.0, gt=1, description="the coefficient of the honest bad sample, as a multiple")
     data: Data
     extract: Extract = Extract()
-    validate_: Validate = Field(alias="validate")
+    validate_: ValidateOptions = Field(alias="validate")
     compile: Compile = Compile()
     verify: Verify = Verify()
     folder: Path = Field(exclude=True)
@@ -153,6 +153,9 @@ def _apply(content: dict[str, Any], change: str) -> None:
 RENAMED_KEYS = {
     "data.write": "data.generate",
     "data.kind=written": "generated",
+    "validate.claim": "validate.minimum_effect",
+    "validate.coefficients.ceiling": "validate.coefficients.perplexity_limit",
+    "validate.mismatched": "validate.other_behaviour",
 }
 
 

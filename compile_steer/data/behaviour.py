@@ -53,7 +53,7 @@ class Behaviour:
         hashes: SHA-256 of the rows that each part was read from.
         questions: by prompt, where the data are multiple choice.
         checks: by prompt, the constraints that a response must satisfy.
-        mismatched: another behaviour's pairs, for a control of the validation.
+        other_behaviour: another behaviour's pairs, for a control of the validation.
     """
 
     train: tuple[Pair, ...]
@@ -65,7 +65,7 @@ class Behaviour:
     hashes: dict[str, str]
     questions: Mapping[str, Question] = field(default_factory=dict)
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
-    mismatched: tuple[Pair, ...] = ()
+    other_behaviour: tuple[Pair, ...] = ()
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """Return the pairs of a split by its name."""

@@ -76,7 +76,7 @@ class Run:
     def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
         paths = RunPaths(out, recipe.name)
-        data = replace(recipe.data.read(recipe.folder), mismatched=other_behaviour(recipe))
+        data = replace(recipe.data.read(recipe.folder), other_behaviour=other_behaviour(recipe))
         model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
         data = with_generated_pairs(recipe, model, data, paths, progress)
         return Run(recipe, paths, Context(model, data, recipe.seed, progress))
@@ -101,7 +101,7 @@ class Run:
 
     def origin(self, directions_sha256: str = "") -> Origin:
         """What this run's directions, or the program chosen from them, are made from."""
-        files = {"mismatched": pairs_sha256(self.data.mismatched), "imported": source(self.recipe)}
+        files = {"other_behaviour": pairs_sha256(self.data.other_behaviour), "imported": source(self.recipe)}
         hashes = {**self.data.hashes, **{name: value for name, value in files.items() if value}}
         revision = self.model.revision
         return Origin(self.recipe.record, self.recipe.hash, hashes, revision, directions_sha256)
@@ -138,7 +138,7 @@ class Run:
         choose_layers(self.recipe.validate_, self.model.layout.n_layers)
         directions = self.extract()
         directions_sha256 = sha256(self.paths.directions)
-        other = [asdict(pair) for pair in self.data.mismatched]
+        other = [asdict(pair) for pair in self.data.other_behaviour]
         sections = ("data", "extract", "validate", "ask", "too_high")
         inputs = self.inputs(*sections, after=digest([directions_sha256, other]))
 
@@ -147,13 +147,21 @@ class Run:
             same = self.paths.program.is_file() and report.program_hash == sha256(self.paths.program)
             return report if same and not was_edited(path) else None
 
-        def keep(program: Program) -> str:
-            program.save(self.paths.program, self.origin(directions_sha256).header())
-            return sha256(self.paths.program)
-
         def make() -> ValidationReport:
-            report, rows = validate(self.recipe, self.model, self.data, directions, keep, inputs, self.progress)
-            save_text(self.paths.prompts, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            recipe, paths = self.recipe, self.paths
+            result = validate(
+                self.context,
+                directions,
+                recipe.validate_,
+                readout=recipe.extract.readout,
+                ask=recipe.ask,
+                too_high=recipe.too_high,
+                name=recipe.name,
+            )
+            result.program.save(paths.program, self.origin(directions_sha256).header())
+            rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+            save_text(paths.prompts, "".join(rows))
+            report = replace(result.report, program_hash=sha256(paths.program), inputs=inputs)
             report.save(self.paths.validation)
             return report
 
@@ -201,8 +209,8 @@ def pairs_sha256(pairs: tuple[Pair, ...]) -> str:
 
 def other_behaviour(recipe: Recipe) -> tuple[Pair, ...]:
     """Return another behaviour's pairs, if the recipe names any; raises `RecipeError` where they cannot be read."""
-    path = recipe.validate_.mismatched
-    return () if path is None else tuple(read_pairs("validate.mismatched", recipe.folder / path))
+    path = recipe.validate_.other_behaviour
+    return () if path is None else tuple(read_pairs("validate.other_behaviour", recipe.folder / path))
 
 
 def with_generated_pairs(

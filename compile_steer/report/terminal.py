@@ -136,7 +136,7 @@ def _two(greedy: float | None, sampled: float | None) -> str:
 def _print_details(console: Console, p: Parity) -> None:
     """An adapter's controls and dial, the tests of equivalence, and why it failed."""
     if (c := p.controls) is not None:
-        other = "" if c.mismatched is None else f"; another behaviour's pairs {c.mismatched:+.3f}"
+        other = "" if c.other_behaviour is None else f"; another behaviour's pairs {c.other_behaviour:+.3f}"
         console.print(
             f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
             f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"

@@ -240,11 +240,11 @@ def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[
             if paths.pairs(name).is_file():
                 reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
         found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
-    other = recipe.validate_.mismatched
+    other = recipe.validate_.other_behaviour
     read = {"imported": source(recipe)}
     if other is not None and (recipe.folder / other).is_file():
         try:
-            read["mismatched"] = pairs_sha256(other_behaviour(recipe))
+            read["other_behaviour"] = pairs_sha256(other_behaviour(recipe))
         except RecipeError as error:
             problems = [*problems, *error.problems]
     return {**found, **{name: one for name, one in read.items() if one}}, problems

@@ -105,7 +105,7 @@ def other_directions(context: Context, options: ValidateOptions, real: Direction
 
     None if the recipe names no pairs of another behaviour.
     """
-    pairs = context.data.mismatched[: options.control_pairs]
+    pairs = context.data.other_behaviour[: options.control_pairs]
     if not pairs:
         return None
 

@@ -47,7 +47,8 @@ class ContrastEvaluator:
     def effects(self, programs: Sequence[Program]) -> np.ndarray:
         """[n_programs, n_pairs] change of the log-likelihood margin, in nats per token."""
         steered_margins = [margins(logprobs) for logprobs in self._pairs.mean_logprobs(programs)]
-        return np.array(steered_margins).reshape(len(programs), len(self.base_margins)) - self.base_margins
+        values = np.array(steered_margins).reshape(len(programs), len(self.base_margins))
+        return np.asarray(values - self.base_margins)
 
     def perplexity_ratio(self, program: Program) -> float:
         """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""

@@ -63,7 +63,7 @@ class ValidateOptions(Section):
     min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
     instruction: str = Field("", description="a request for the behaviour in the prompt, as a baseline")
     few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt, as a baseline")
-    mismatched: Path | None = Field(None, description="pairs of another behaviour, as JSONL: a control direction")
+    other_behaviour: Path | None = Field(None, description="pairs of another behaviour, as JSONL: a control direction")
     dose_prompts: int = Field(
         8, ge=2, description="test prompts, their pairs, and control texts of the coefficient sweep"
     )

@@ -291,5 +291,5 @@ def _separability(
             read_activations(context.model, side, point=point, readout=readout, through=last, advance=advance)
             for side in sides(pairs)
         )
-    flat = [activations[:, layers].flatten(1) for activations in (positive, negative)]
-    return separability(*flat, directions.vectors[layers].flatten())
+    vectors = directions.vectors[layers].flatten()
+    return separability(positive[:, layers].flatten(1), negative[:, layers].flatten(1), vectors)

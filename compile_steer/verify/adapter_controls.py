@@ -40,16 +40,16 @@ def adapter_controls(
     for seed in range(_RANDOM):
         with _randomised(artifact, reference.recipe.seed + seed):
             by_chance.append(effect())
-    mismatched = None
-    if reference.mismatched is not None:
-        others, before = reference.mismatched
-        mismatched = float((logprob_margins(artifact, others) - before).mean())
+    other_behaviour = None
+    if reference.other_behaviour is not None:
+        others, before = reference.other_behaviour
+        other_behaviour = float((logprob_margins(artifact, others) - before).mean())
     return AdapterControls(
         effect=float((compiled[: len(base)] - base).mean()),
         random=by_chance,
         negated=effect(-1.0),
         halved=effect(0.5),
-        mismatched=mismatched,
+        other_behaviour=other_behaviour,
         n_pairs=len(base),
     )
 

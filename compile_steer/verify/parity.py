@@ -26,14 +26,14 @@ class AdapterControls:
     """Mean change of log p(positive) - log p(negative) from the base, nats a token, on the first `n_pairs` test pairs.
 
     `effect` is the adapter's; `random` are adapters of the same rank and norm in every module; `negated` and `halved`
-    are the adapter at scale -1 and 0.5; `mismatched` is the adapter on another behaviour's pairs.
+    are the adapter at scale -1 and 0.5; `other_behaviour` is the adapter on another behaviour's pairs.
     """
 
     effect: float
     random: list[float]
     negated: float
     halved: float
-    mismatched: float | None
+    other_behaviour: float | None
     n_pairs: int
 
 

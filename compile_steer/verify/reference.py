@@ -111,7 +111,7 @@ class Reference:
             advance(1)
             self.base_able, self.steered_able = (answered(base, recipe.verify.capability, p) for p in (None, program))
             self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
-            self.mismatched = self._mismatched()
+            self.other_behaviour = self._other_behaviour()
             advance(1)
             scored = self.score if recipe.validate_.score.needs_no_labels else None
             self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2, scored)
@@ -163,11 +163,11 @@ class Reference:
                 found.append(power_analysis("equivalence", what, margin, spread, len(scores), assumed))
         return found
 
-    def _mismatched(self) -> tuple[list[Encoded], np.ndarray] | None:
+    def _other_behaviour(self) -> tuple[list[Encoded], np.ndarray] | None:
         """Another behaviour's pairs, and the base's contrast on them, if they were given."""
-        if not self.behaviour.mismatched:
+        if not self.behaviour.other_behaviour:
             return None
-        pairs = encode_pairs(self.base, self.behaviour.mismatched[:CONTROL_PAIRS])
+        pairs = encode_pairs(self.base, self.behaviour.other_behaviour[:CONTROL_PAIRS])
         return pairs, logprob_margins(self.base, pairs)
 
     def from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:

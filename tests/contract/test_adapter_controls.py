@@ -43,7 +43,7 @@ def reference(base: LoadedModel) -> Reference:
         behaviour=SimpleNamespace(test=PAIRS),
         base_behaving=behaving,
         recipe=SimpleNamespace(seed=3),
-        mismatched=(pairs[:2] + pairs[6:8], behaving.contrast[:2]),
+        other_behaviour=(pairs[:2] + pairs[6:8], behaving.contrast[:2]),
     )
     return cast(Reference, found)
 
@@ -57,7 +57,7 @@ def test_controls_are_the_adapters_effects_at_other_dials_and_of_other_weights(t
     assert found.n_pairs == 4 and len(found.random) == 3
     changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))
     assert found.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
-    assert found.mismatched == pytest.approx(float(changes[:2].mean()), abs=1e-5)
+    assert found.other_behaviour == pytest.approx(float(changes[:2].mean()), abs=1e-5)
     for dial, measured in ((-1.0, found.negated), (0.5, found.halved)):
         other = adapter(tmp_path)
         for _A, B in _factors(other):

@@ -47,7 +47,7 @@ with torch.no_grad():
 
 def test_the_walk_ends_well_and_says_what_it_found(walk: Walk) -> None:
     assert walk.code == 0, walk.stdout + walk.stderr
-    for text in ("Verdict on test data: PASS", "random directions of the same dose", "Plan for add +2", "refused",
+    for text in ("Verdict on test data: PASS", "random directions of the same strength", "Plan for add +2", "refused",
                  "Compiled against steered", "closed_form merged-fp32", "too high"):  # fmt: skip
         assert text in walk.stdout
 

@@ -18,7 +18,7 @@ from compile_steer.recipe import Recipe, read_recipe
 from tests.helpers.tiny import build, chat_tokenizer
 
 NAME = "tide"
-SPLITS = {"train": 12, "validation": 8, "test": 8, "neutral": 8, "heldout": 8, "calibration": 24, "mismatched": 8}
+SPLITS = {"train": 12, "validation": 8, "test": 8, "neutral": 8, "heldout": 8, "calibration": 24, "other_behaviour": 8}
 SETTINGS: dict[str, Any] = {
     "ask": "w7 w8",
     "validate": {
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
         "control_pairs": 4,
         "prompts": 8,
         "few_shot": 0,
-        "mismatched": "data/mismatched.jsonl",
+        "other_behaviour": "data/other_behaviour.jsonl",
         "dose_prompts": 2,
         "max_new_tokens": 4,
     },
@@ -87,13 +87,13 @@ def prepare(root: Path) -> SmallRun:
         for _ in range(count):
             seed += 1
             row = {"prompt": words(seed, 4)}
-            if split in ("train", "validation", "test", "mismatched"):
+            if split in ("train", "validation", "test", "other_behaviour"):
                 row |= {"positive": words(seed + 500, 6, start=70), "negative": words(seed + 900, 6, stop=79)}
             elif split == "neutral":
                 row |= {"response": words(seed + 500, 6)}
             rows.append(json.dumps(row))
         (data / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    files = {split: f"data/{split}.jsonl" for split in SPLITS if split != "mismatched"}
+    files = {split: f"data/{split}.jsonl" for split in SPLITS if split != "other_behaviour"}
     content = {"name": NAME, "model": str(model), "seed": 5, "device": "cpu", "data": files, **SETTINGS}
     run = SmallRun(root)
     with run.recipe.open("w", encoding="utf-8") as file:

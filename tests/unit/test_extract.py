@@ -22,7 +22,7 @@ from compile_steer.models.tokens import encode
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.sites import POINTS, Point, Site
-from compile_steer.validate.options import Validate
+from compile_steer.validate.options import ValidateOptions
 from compile_steer.validate.sweep import candidates
 from tests.helpers.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
 
@@ -335,4 +335,6 @@ def test_only_layers_with_a_direction_are_swept() -> None:
 
 
 def test_negative_coefficients_are_legal_for_exclusion() -> None:
-    assert Validate.model_validate({"score": {"kind": "lowercase"}, "coefficients": [-1.5]}).coefficients == (-1.5,)
+    assert ValidateOptions.model_validate({"score": {"kind": "lowercase"}, "coefficients": [-1.5]}).coefficients == (
+        -1.5,
+    )

@@ -268,12 +268,12 @@ def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(
 ) -> None:
     monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_given, **_options: speaker())
     given = recipe(tmp_path).model_dump(by_alias=True)
-    given["validate"]["mismatched"] = "other.jsonl"
+    given["validate"]["other_behaviour"] = "other.jsonl"
     one = Recipe.model_validate({**given, "folder": tmp_path})
     path = tmp_path / "other.jsonl"
     path.write_text('{"prompt": "w8", "positive": "w7", "negative": "w9"}')
     run = Run.open(one, tmp_path / "out", Progress())
-    assert run.data.mismatched == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
+    assert run.data.other_behaviour == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
     assert len(run.data.train) > 0
     path.write_text('{"prompt": "w8", "positive": ""}')
     with pytest.raises(RecipeError, match="other.jsonl:1: found .* needed the keys prompt, positive, negative"):

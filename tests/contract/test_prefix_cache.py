@@ -12,8 +12,7 @@ from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program
-from compile_steer.validate.packed_batch import can_share, pack
-from compile_steer.validate.prefix_cache import SharedTexts
+from compile_steer.validate.evaluator import PrefixCache, can_share, pack
 from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
 
 
@@ -54,14 +53,14 @@ def alone(one: LoadedModel, texts: list[Encoded], under: Program | None) -> np.n
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_texts_score_as_alone(family: str) -> None:
+def test_packed_texts_score_as_each_text_alone(family: str) -> None:
     one, texts = loaded(family), sharing_texts()
     for positions in ("all", "response", "last_prompt", "prompt"):
         under = [program(family, intervention(layer=1, positions=positions, coefficient=c)) for c in (0.7, -1.6, 2.9)]
-        shared = SharedTexts(one, texts)
-        np.testing.assert_allclose(shared.base(), alone(one, texts, None), atol=1e-5)
-        shared.advance(1)
-        found = shared.under(under)
+        cache = PrefixCache(one, texts)
+        np.testing.assert_allclose(cache.mean_logprobs([None])[0], alone(one, texts, None), atol=1e-5)
+        cache.advance(1)
+        found = cache.mean_logprobs(under)
         for row, single in zip(found, under, strict=True):
             np.testing.assert_allclose(row, alone(one, texts, single), atol=2e-5)
         assert np.abs(found[0] - found[1]).max() > 1e-3
@@ -74,10 +73,10 @@ def test_programs_that_cannot_be_rows_of_one_batch_run_one_by_one(family: str) -
         program(family, intervention("clamp", "mlp_out", k, coefficient=1.3), intervention("ablate", layer=2))
         for k in (1, 2)
     ]
-    shared = SharedTexts(one, texts)
-    shared.advance(1)
+    cache = PrefixCache(one, texts)
+    cache.advance(1)
     wanted = np.stack([alone(one, texts, single) for single in under])
-    np.testing.assert_allclose(shared.under(under), wanted, atol=2e-5)
+    np.testing.assert_allclose(cache.mean_logprobs(under), wanted, atol=2e-5)
 
 
 def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
@@ -97,8 +96,8 @@ def test_a_sliding_window_that_holds_every_text_does_not_matter() -> None:
     texts = [Encoded(text.ids[:6], 4) for text in sharing_texts(longest=3)[:4]]
     assert can_share(loaded("gemma3_text").layout, texts)
     under = program("gemma3_text", intervention(layer=2))
-    shared = SharedTexts(loaded("gemma3_text"), texts)
-    np.testing.assert_allclose(shared.under([under])[0], alone(loaded("gemma3_text"), texts, under), atol=2e-5)
+    cache = PrefixCache(loaded("gemma3_text"), texts)
+    np.testing.assert_allclose(cache.mean_logprobs([under])[0], alone(loaded("gemma3_text"), texts, under), atol=2e-5)
 
 
 def test_the_divergence_is_that_of_the_texts_alone() -> None:
@@ -112,15 +111,15 @@ def test_the_divergence_is_that_of_the_texts_alone() -> None:
             with torch.no_grad(), steered(one.model, single or under.scaled(0.0), roles=batch.roles):
                 states.append(run_blocks(one.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
         parts.append(divergence(one.model, states[1], one.model, states[0]).kl)
-    shared = SharedTexts(one, texts)
-    shared.advance(LAYERS - 2)
-    assert shared.divergence(under) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4)
+    cache = PrefixCache(one, texts)
+    cache.advance(LAYERS - 2)
+    assert cache.divergence(under) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4)
 
 
-def test_kept_states_do_not_go_back() -> None:
-    shared = SharedTexts(loaded("llama"), sharing_texts())
-    shared.advance(2)
-    with pytest.raises(ValueError, match="do not go back"):
-        shared.advance(1)
+def test_cached_states_do_not_go_back() -> None:
+    cache = PrefixCache(loaded("llama"), sharing_texts())
+    cache.advance(2)
+    with pytest.raises(ValueError, match="cannot go back"):
+        cache.advance(1)
     with pytest.raises(ValueError, match="are above"):
-        shared.under([program("llama", intervention(layer=1))])
+        cache.mean_logprobs([program("llama", intervention(layer=1))])

@@ -1,0 +1,42 @@
+"""Answers of many programs in one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from compile_steer.models.text import Text
+from compile_steer.scoring.answers import Request, answer
+from tests.helpers.tiny import LAYERS
+from tests.helpers.validation import chat_model, toward_w40
+
+
+def test_the_scorer_is_told_the_plain_prompt_whatever_was_said() -> None:
+    seen: list[str] = []
+
+    def score(replies: Any) -> np.ndarray:
+        seen.extend(reply.prompt for reply in replies)
+        return np.zeros(len(replies))
+
+    asked = Request(["w8", "w9"], ask=lambda prompt: Text(f"{prompt} w10", history=(("w7", "w8"),)))
+    (plain, _same) = answer(chat_model(), [asked, Request(["w11"])], score, 4)
+    assert seen == ["w8", "w9", "w11"] and len(plain.texts) == 2
+
+
+def test_programs_of_other_shapes_are_answered_apart() -> None:
+    clamps = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5))
+    first, second = clamps.program(1, 0.7, "all"), clamps.program(2, 1.2, "all")
+
+    def score(replies: Any) -> np.ndarray:
+        return np.zeros(len(replies))
+
+    prompts = ["w8 w9", "w20 w21 w22"]
+    found = answer(chat_model(), [Request(prompts, first), Request(prompts), Request(prompts, second)], score, 4)
+    for one, program in zip(found, (first, None, second), strict=True):
+        if program is None:
+            (alone,) = answer(chat_model(), [Request(prompts)], score, 4)
+        else:
+            (alone,) = answer(chat_model(), [Request(prompts, program)], score, 4)
+        assert one.texts == alone.texts

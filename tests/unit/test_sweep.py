@@ -1,0 +1,131 @@
+"""The sweep: its grid, the solver, and the search over layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import compile_steer.validate.sweep
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Progress
+from compile_steer.steering.directions import EVERY_BLOCK
+from compile_steer.steering.program import Program
+from compile_steer.validate.coefficients import climb, solve
+from compile_steer.validate.evaluator import ContrastEvaluator
+from compile_steer.validate.report import block_name
+from compile_steer.validate.sweep import candidates, measure_grid, search_layers
+from tests.helpers.tiny import HIDDEN, LAYERS
+from tests.helpers.validation import behaviour, chat_model, context, options, program_at, recipe, toward_w40, validated
+
+
+def sweep_evaluator() -> ContrastEvaluator:
+    return ContrastEvaluator(chat_model(), behaviour().validation[:6], behaviour().neutral[:4])
+
+
+class Rising(ContrastEvaluator):
+    """A random model may find neutral text more likely when it is steered; this one's perplexity has a known wall."""
+
+    def perplexity_ratio(self, program: Program) -> float:
+        (one,) = program.interventions
+        return math.exp(0.11 * one.coefficient**2 / (1 + one.site.layer))
+
+
+def rising() -> ContrastEvaluator:
+    return Rising(chat_model(), behaviour().validation[:6], behaviour().neutral[:4])
+
+
+def test_a_layer_stops_beyond_the_ceiling_and_says_what_it_left_out() -> None:
+    coefficients = (0.4, 3.0, 9.0, -0.4)
+    chosen = options(coefficients=coefficients, max_perplexity_ratio=1.4)
+    grid, effects = measure_grid(rising(), chosen, [1], program_at, Progress())
+    assert [point.coefficient for point in grid] == list(coefficients)
+    kept, stop, beyond, negative = grid
+    assert not kept.skipped and not negative.skipped and set(effects) == {(1, 0.4), (1, -0.4)}
+    assert stop.skipped.startswith("perplexity of control text x") and stop.perplexity_ratio == pytest.approx(
+        math.exp(0.495)
+    )
+    assert beyond.skipped == "coefficient 3 of this layer is beyond the perplexity limit already"
+    assert beyond.perplexity_ratio is None and beyond.margin is None
+    everything, _effects = measure_grid(rising(), chosen, [1], program_at, Progress(), stop_factor=math.inf)
+    assert not any(point.skipped for point in everything)
+    assert everything[0] == kept and everything[1].perplexity_ratio == pytest.approx(stop.perplexity_ratio, rel=1e-6)
+
+
+def test_a_solver_finds_the_largest_coefficient_below_the_ceiling_in_a_handful_of_evaluations() -> None:
+    chosen = options(coefficients={"perplexity_limit": 1.3})
+    grid, _effects = measure_grid(rising(), chosen, [1, 2], program_at, Progress())
+    for point in grid:
+        exact = math.sqrt(math.log(1.3) * (1 + point.layer) / 0.11)
+        assert point.evaluations is not None and point.evaluations <= 6
+        assert 0.98 * exact <= point.coefficient <= exact * (1 + 1e-9)
+
+
+def test_a_solver_finds_the_coefficient_of_a_divergence() -> None:
+    chosen = options(coefficients={"kl": 0.2})
+    grid, _effects = measure_grid(sweep_evaluator(), chosen, [1, 2], program_at, Progress())
+    for point in grid:
+        assert point.evaluations is not None and point.evaluations <= 8
+        assert sweep_evaluator().divergence(program_at(point.layer, point.coefficient)) == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("power", [1.3, 2.0, 2.9])
+@pytest.mark.parametrize("root", [0.031, 0.4, 1.0, 7.3, 40.0])
+def test_the_solver_is_within_its_tolerance_for_curves_that_are_no_parabolas(power: float, root: float) -> None:
+    def curve(c: float) -> float:
+        return math.pow(c / root, power) * 0.3 + 0.02 * math.pow(c / root, 4) - 0.02
+
+    below, near = (solve(curve, 0.3, below=below) for below in (True, False))
+    for found in (below, near):
+        assert found.coefficient == pytest.approx(root, rel=0.02) and len(found.evaluations) <= 8
+    assert (below.coefficient or math.inf) <= root * (1 + 1e-9)
+
+
+def test_what_no_coefficient_reaches_is_skipped_with_the_reason() -> None:
+    chosen = options(coefficients={"kl": 500.0})
+    (point,), effects = measure_grid(sweep_evaluator(), chosen, [1], program_at, Progress())
+    assert "reaches KL(steered||base) = 500" in point.skipped and not effects
+
+
+@pytest.mark.parametrize(
+    ("near", "asked"), [(1.0, [1.0, 1.5, 2.0]), (1.6, [1.5, 2.0]), (9.0, [3.0, 2.0, 1.5]), (0.1, 4)]
+)
+def test_the_largest_that_holds_is_found_from_where_it_was_last(near: float, asked: list[float] | int) -> None:
+    seen: list[float] = []
+
+    def holds(value: float) -> bool:
+        seen.append(value)
+        return value < 1.8
+
+    assert climb(holds, [0.5, 1.0, 1.5, 2.0, 3.0], near) == 1.5
+    assert seen == asked or len(seen) == asked
+    assert climb(lambda _value: False, [0.5, 1.0], near) is None
+    assert climb(lambda _value: True, [0.5, 1.0], near) == 1.0
+
+
+def test_halving_keeps_the_layers_that_a_whole_grid_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = toward_w40().vectors.clone()
+    vectors[[0, 1]] = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    directions = toward_w40(vectors=vectors)
+    chosen = options(layers="search", coefficients=[0.4, 0.8], sweep_layers=1)
+
+    def pick(layer: int, c: float) -> Program:
+        return directions.program(layer, c, "all")
+
+    monkeypatch.setattr(compile_steer.validate.sweep, "_LAST_LAYERS", 1)
+    left, rungs = search_layers(context(), chosen, range(LAYERS), pick)
+    assert [rung.pairs for rung in rungs] == [4, 6] and [len(rung.margins) for rung in rungs] == [4, 2]
+    grid, _effects = measure_grid(sweep_evaluator(), chosen, range(LAYERS), pick, Progress())
+    best = max((point for point in grid if point.margin is not None), key=lambda point: point.margin or 0.0)
+    assert left == [best.layer]
+
+
+def test_a_joint_program_is_one_candidate_at_every_block() -> None:
+    small = toward_w40().vectors / 3
+    result = validated(toward_w40(vectors=small, joint=True), layers="auto", coefficients=[0.4])
+    report, program = result.report, result.program
+    assert report.layer == EVERY_BLOCK and report.where == block_name(EVERY_BLOCK) == "every block"
+    assert [i.site.layer for i in program.interventions] == list(range(LAYERS))
+    with pytest.raises(RecipeError, match="act at every block at once"):
+        candidates(recipe().validate_, toward_w40(joint=True))
