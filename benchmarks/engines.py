@@ -40,18 +40,13 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.serving.compare import (
-    NEW_TOKENS,
-    PROMPTS,
-    engine_base,
-    engine_model,
-    measure_forms,
-    run_engine,
-)
+from compile_steer.tools.serving.compare import engine_base, engine_model, measure_forms, worker_of
 from compile_steer.tools.serving.export import export
-from compile_steer.tools.serving.runner import ENGINES, Environment, environment
+from compile_steer.tools.serving.runner import ENGINES, Environment, environment, run_worker
 
-SPEED = "speed"
+SPEED, SPEED_WORKER = "speed", ROOT / "benchmarks" / "speed_worker.py"
+# Of these many, that many tokens a round: short, so that what else a machine does falls on all forms alike.
+PROMPTS, NEW_TOKENS = 2, 16
 PROGRAM = ROOT / "vectors" / "ocean.safetensors"
 ADAPTER = ROOT / "adapters" / "ocean-closed_form"
 ADAPTED, FOREIGN, MERGED, BIASED, UNCOMPILED = (
@@ -132,10 +127,21 @@ def speeds(engine: Environment, one: LoadedModel, made: Mapping[str, Path], fold
     again.symlink_to(base)  # one path is one model to vLLM
     models = [engine_model(engine, "base", base), engine_model(engine, AGAIN, again)]
     models += [engine_model(engine, name, base, form) for name, form in exported.items()]
-    timed = ["base", AGAIN, *exported]
-    answer = run_engine(engine, models, reference_tokens(one), LIMIT_S, timed, ROUNDS)
-    found: dict[str, list[float]] = answer.content["times"]
-    return found
+    job = {
+        "worker": str(worker_of(engine)),
+        "models": models,
+        "prompts": prompts(one),
+        "new_tokens": NEW_TOKENS,
+        "context": 16 + NEW_TOKENS,
+        "rounds": ROUNDS,
+    }
+    times: dict[str, list[float]] = run_worker(engine, SPEED_WORKER, job, {}, LIMIT_S).content["times"]
+    return times
+
+
+def prompts(one: LoadedModel) -> list[list[int]]:
+    """Token ids of the first fixed texts, the same for every engine."""
+    return [ids[:16] for ids in reference_tokens(one)[:PROMPTS]]
 
 
 def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[float]]:
@@ -146,10 +152,9 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
         **{name: reload(made[name], one) for name in (BIASED, ADAPTED)},
     }
     program = Program.load(PROGRAM)
-    prompts = [ids[:16] for ids in reference_tokens(one)[:PROMPTS]]
 
     def write(model: Any) -> None:
-        for ids in prompts:
+        for ids in prompts(one):
             tokens = torch.tensor([ids])
             settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
             with torch.no_grad():

@@ -33,8 +33,6 @@ from compile_steer.steering.program import Program
 from compile_steer.tools.serving.export import Exported, export
 from compile_steer.tools.serving.runner import WORKERS, Answer, Environment, run_worker
 
-# What is timed in a round: short, so that other load on the machine falls on all forms alike.
-PROMPTS, NEW_TOKENS = 2, 16
 Array = np.ndarray[Any, Any]
 
 
@@ -196,30 +194,21 @@ def engine_model(engine: Environment, name: str, base: Path, form: Exported | No
 
 
 def run_engine(
-    engine: Environment,
-    models: Sequence[dict[str, Any]],
-    sequences: Sequence[Sequence[int]],
-    limit_s: float,
-    timed: Sequence[str] = (),
-    rounds: int = 0,
+    engine: Environment, models: Sequence[dict[str, Any]], sequences: Sequence[Sequence[int]], limit_s: float
 ) -> Answer:
-    """Run the engine's worker: log-probabilities of every model, and tokens a second of those named in `timed`.
+    """Run the engine's worker for the log-probabilities of every model.
 
     Raises:
         EngineError: it crashed, hung, or left no answer.
     """
-    new_tokens = NEW_TOKENS if timed else 1
-    job = {
-        "models": models,
-        "timed": timed,
-        "rounds": rounds,
-        "prompts": PROMPTS,
-        "new_tokens": new_tokens,
-        "context": max(len(ids) for ids in sequences) + new_tokens,
-    }
+    job = {"models": models, "context": max(len(ids) for ids in sequences) + 1}
     arrays = {
         "ids": np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]),
         "lengths": np.array([len(ids) for ids in sequences]),
     }
-    script = WORKERS / ("vllm_worker.py" if engine.name == "vllm" else "llama_cpp_worker.py")
-    return run_worker(engine, script, job, arrays, limit_s)
+    return run_worker(engine, worker_of(engine), job, arrays, limit_s)
+
+
+def worker_of(engine: Environment) -> Path:
+    """The script that an engine's own interpreter runs."""
+    return WORKERS / ("vllm_worker.py" if engine.name == "vllm" else "llama_cpp_worker.py")

@@ -1,9 +1,8 @@
-"""Log-probabilities and tokens a second in llama.cpp; run by its environment's interpreter as `llama_cpp_worker.py FOLDER`.
+"""Log-probabilities in llama.cpp; run by its environment's interpreter as `llama_cpp_worker.py FOLDER`.
 
-job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `timed`, those names
-that write `prompts` x `new_tokens` tokens in each of `rounds` rounds, in an order of its own; `context`, the most tokens. in.npz:
-`ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in
-nats. out.json: the `version`, and `times`, tokens a second by name, a value a round.
+job.json: `models`, each a `name`, a GGUF `file`, and beside it `adapter` (a LoRA file) or `control_vector`; `context`, the most
+tokens. in.npz: `ids`, all sequences behind one another, and their `lengths`. out.npz: by name, log p of every token but each
+sequence's first, in nats. out.json: the `version`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +26,13 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     arrays = np.load(folder / "in.npz")
     sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
-    models = {model["name"]: model for model in job["models"]}
     found = {}
-    for name, model in models.items():
+    for model in job["models"]:
         engine = opened(model, job["context"])
-        found[name] = np.concatenate([read(engine, ids) for ids in sequences])
+        found[model["name"]] = np.concatenate([read(engine, ids) for ids in sequences])
         engine.close()
-    times = timed([models[name] for name in job["timed"]], sequences, job)
     np.savez(folder / "out.npz", allow_pickle=False, **found)
-    (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__, "times": times}), encoding="utf-8")
+    (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__}), encoding="utf-8")
 
 
 def opened(model: dict[str, Any], context: int) -> Any:
@@ -85,29 +80,6 @@ def read(engine: Any, ids: list[int]) -> np.ndarray:
     chosen = logits[np.arange(len(ids) - 1), ids[1:]]
     found: np.ndarray = chosen - np.log(np.exp(logits).sum(axis=1))
     return found
-
-
-def timed(models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]) -> dict[str, list[float]]:
-    """Tokens a second of each model while it writes, a value a round."""
-    engines = {model["name"]: opened(model, job["context"]) for model in models}
-    prompts = [ids[:16] for ids in sequences[: job["prompts"]]]
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    for round_ in range(job["rounds"] + 1):
-        for name in random.Random(round_).sample(list(engines), len(engines)):
-            started = time.perf_counter()
-            for ids in prompts:
-                write(engines[name], ids, job["new_tokens"])
-            if round_:  # the first warms up
-                found[name].append(len(prompts) * job["new_tokens"] / (time.perf_counter() - started))
-    return found
-
-
-def write(engine: Any, ids: list[int], count: int) -> None:
-    """Answer greedily, `count` tokens."""
-    engine.reset()
-    engine.eval(ids)
-    for _token in range(count):
-        engine.eval([int(engine.scores[engine.n_tokens - 1].argmax())])
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""Log-probabilities and tokens a second in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
+"""Log-probabilities in vLLM; run by its environment's interpreter as `vllm_worker.py FOLDER`.
 
 job.json: `models`, each a `name`, a model's `folder`, and for an adapter on it `adapter` (its folder) and `rank`, for a program
-`steering` (its file for the plugin vllm-lens); `timed`, those names that write `prompts` x `new_tokens` tokens in each of `rounds`
-rounds, in an order of its own; `context`, the most tokens. in.npz: `ids`, all sequences behind one another, and their `lengths`.
-out.npz: by name, log p of every token but each sequence's first, in nats. out.json: the `version`, and `times`, tokens a second by
-name, a value a round.
+`steering` (its file for the plugin vllm-lens); `context`, the most tokens. in.npz: `ids`, all sequences behind one another,
+and their `lengths`. out.npz: by name, log p of every token but each sequence's first, in nats. out.json: the `version`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -38,9 +34,8 @@ def main(folder: Path) -> None:
     models = {model["name"]: model for model in job["models"]}
     engines = opened(models, job["context"])
     found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
-    times = timed(engines, [models[name] for name in job["timed"]], sequences, job)
     np.savez(folder / "out.npz", allow_pickle=False, **found)
-    (folder / "out.json").write_text(json.dumps({"version": vllm.__version__, "times": times}), encoding="utf-8")
+    (folder / "out.json").write_text(json.dumps({"version": vllm.__version__}), encoding="utf-8")
 
 
 def key(model: dict[str, Any]) -> tuple[str, bool]:
@@ -88,22 +83,6 @@ def read(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.n
         (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter(model), use_tqdm=False)
         values += [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)]
     return np.array(values, dtype=np.float64)
-
-
-def timed(
-    engines: dict[tuple[str, bool], LLM], models: list[dict[str, Any]], sequences: list[list[int]], job: dict[str, Any]
-) -> dict[str, list[float]]:
-    """Tokens a second of each model, a value a round."""
-    asked = SamplingParams(max_tokens=job["new_tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": ids[:16]} for ids in sequences[: job["prompts"]]]
-    found: dict[str, list[float]] = {model["name"]: [] for model in models}
-    for round_ in range(job["rounds"] + 1):
-        for model in random.Random(round_).sample(models, len(models)):
-            started = time.perf_counter()
-            engines[key(model)].generate(prompts, asked, lora_request=adapter(model), use_tqdm=False)
-            if round_:  # the first warms up
-                found[model["name"]].append(len(prompts) * job["new_tokens"] / (time.perf_counter() - started))
-    return found
 
 
 if __name__ == "__main__":
