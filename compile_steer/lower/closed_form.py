@@ -1,20 +1,19 @@
 """`closed_form`: a low-rank patch solved by regression, with no gradients.
 
-Stage by stage, for a writer W (d_in -> d_model) of a block k at or after the first intervened one, with
-x its input in the student (base plus what has been patched so far) and y = h_steered - h_student at the
-block's output, dW is the reduced-rank ridge solution of y ~ dW x over calibration tokens. Each stage
-corrects what the stages before it left over. For a constant shift at every position the target of the
-first stage is one vector, so its solution has rank 1 whatever rank is asked for.
+Stage by stage, for an output projection W (d_in -> d_model) of a block k at or after the first intervened one, with x its
+input in the student (base plus what has been patched so far) and y = h_steered - h_student at the block's output, dW is
+the reduced-rank ridge solution of y ~ dW x over calibration tokens. Each stage corrects what the stages before it left
+over. For a constant shift at every position the target of the first stage is one vector, so its solution has rank 1
+whatever rank is asked for.
 
-Under several processes each holds a share of the texts; the sums alone are exchanged, once a stage.
+Under several processes each has a share of the texts; only the sums are exchanged, once a stage.
 
-Memory: d_in^2 + d_in * d_model for the sums, and what the walk over the blocks keeps.
+Memory: d_in^2 + d_in * d_model for the sums, and the hidden states of `TeacherStudent`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
-from compile_steer.lower.job import Job
-from compile_steer.lower.regression import Sums, fit
-from compile_steer.lower.teacher_student import Walk, run_block
-from compile_steer.lower.work import NOWHERE, Work
+from compile_steer.lower.lowering import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lower.options import ClosedFormOptions
+from compile_steer.lower.regression import RidgeFitter
+from compile_steer.lower.teacher_student import TeacherStudent
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
@@ -35,54 +34,55 @@ from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
-_HELD_OUT_EVERY = 5
+_HELD_OUT_EVERY = 5  # one text in five chooses the ridge
 _CORRECTION_RANK = 8
-_CORRECTION_BLOCKS = 3
+_CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
-Refine = Callable[[Walk, int], None]
+Refine = Callable[[TeacherStudent, int], None]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One regression: a writer of block `layer`, cut to `rank`."""
+    """One regression: an output projection of block `layer`, cut to `rank`."""
 
     layer: int
-    writer: ProjectionKind
+    projection: ProjectionKind
     rank: int
 
 
-def lower(job: Job) -> WeightPatch:
-    """Return the patch after which the plain model imitates the program on calibration texts."""
-    stages = plan_stages(job)
-    with job.progress.phase("closed form: regression", len(job.regression_texts) * (1 + len(stages))) as advance:
-        return solve_stages(job.program, job.loaded, job.regression_texts, stages, advance, work=job.work).patch
+def lower(lowering: Lowering) -> WeightPatch:
+    """The patch with which the plain model imitates the program on calibration texts."""
+    program, loaded, texts = lowering.program, lowering.loaded, lowering.regression_texts
+    stages = plan_stages(program, loaded.layout, lowering.options.closed_form)
+    with lowering.progress.phase("closed form: regression", len(texts) * (1 + len(stages))) as advance:
+        return solve_stages(program, loaded, texts, stages, advance, resume=lowering.resume).patch
 
 
-def plan_stages(job: Job) -> list[Stage]:
+def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) -> list[Stage]:
     """The recipe's stages, or by default those of each intervened block, then those of the next few.
 
-    In an intervened block the MLP's writer comes first and makes the change; the attention's corrects a small rest, which
-    the block's own nonlinearity hardly sees (the other way round the MLP would answer to the whole change); then the first
-    is solved anew beside it. A change of what the attention writes is made there, and the MLP's writer mends its answer.
+    In an intervened block the MLP's projection comes first and makes the change; the attention's corrects a small rest,
+    which the block's own nonlinearity hardly sees (the other way round the MLP would answer to the whole change); then
+    the first is solved again beside it. A change of what the attention writes is made there, and the MLP's projection
+    corrects the MLP's answer to it.
     """
-    program, layout = job.program, job.loaded.layout
-    if job.options.closed_form.stages is not None:
-        return [Stage(program.first_layer + s.offset, s.writer, s.rank) for s in job.options.closed_form.stages]
-    intervened = {one.site.changes_from for one in program.interventions}
+    if options.stages is not None:
+        return [Stage(program.first_layer + s.offset, s.projection, s.rank) for s in options.stages]
+    intervened = {i.site.changes_from for i in program.interventions}
     later = {block + n for block in intervened for n in range(1, _CORRECTION_BLOCKS + 1)} - intervened
-    found = []
+    stages = []
     for block in sorted({*intervened, *later}):
-        here = [one for one in program.interventions if one.site.changes_from == block]
-        constant = bool(here) and all(one.operation == "add" and "all" in one.scopes for one in here)
-        rank = 1 if constant else _CORRECTION_RANK
+        here = [i for i in program.interventions if i.site.changes_from == block]
+        constant = bool(here) and all(i.operation == "add" and "all" in i.scopes for i in here)
+        rank = 1 if constant else _CORRECTION_RANK  # the target of a constant shift is one vector
         order: list[tuple[ProjectionKind, int]] = [("attn", _CORRECTION_RANK), ("mlp", _CORRECTION_RANK)]
-        if any(one.site.point == "attn_out" for one in here):
+        if any(i.site.point == "attn_out" for i in here):
             order = [("attn", rank), ("mlp", _CORRECTION_RANK)]
         elif here:
             order = [("mlp", rank), ("attn", rank), ("mlp", _CORRECTION_RANK)]
         if block < layout.n_layers:
-            found += [Stage(block, writer, r) for writer, r in order if writer in layout.projection_kinds]
-    return found
+            stages += [Stage(block, kind, r) for kind, r in order if kind in layout.projection_kinds]
+    return stages
 
 
 def solve_stages(
@@ -94,132 +94,123 @@ def solve_stages(
     *,
     refine: Refine | None = None,
     max_tokens: int = 4096,
-    work: Work = NOWHERE,
+    resume: ResumeFiles = NO_FILES,
     name: str = "closed_form",
-) -> Walk:
-    """One pass over the blocks from the first intervened one to the last stage's, solving as it goes.
+) -> TeacherStudent:
+    """One pass over the blocks from the first intervened one to the last stage's, solving each block's stages.
 
     Args:
-        stages: in any order of blocks; within a block they are solved as they stand, and a writer that stands there
-            again is solved anew.
-        refine: called after the regressions of each block; what it puts into `walk.solved` counts.
-        work: where, under `name`, what is solved is kept after each block, and found again.
+        stages: in any order of blocks; within a block they are solved in this order, and a projection that is there
+            twice is solved again.
+        refine: called after the regressions of each block; may replace edits in `solved`.
+        resume: where, under `name`, the edits are saved after each block.
     """
     _require_stages(stages, loaded.layout)
-    walk = Walk.start(program, loaded, texts, max_tokens, advance)
+    models = TeacherStudent.start(program, loaded, texts, max_tokens, advance)
     last = max(stage.layer for stage in stages)
-    kept = walk.restore(work, name)
+    first_unsolved = models.restore(resume, name)
     for block in range(program.first_layer, last + 1):
-        walk.aim(block)
-        if block >= kept:
+        models.run_teacher(block)
+        if block >= first_unsolved:
             for stage in (stage for stage in stages if stage.layer == block):
-                writer = loaded.layout.output_projection(block, stage.writer)
-                walk.solved.pop(writer.name, None)
-                walk.solved[writer.name] = _solve_stage(walk, writer, stage.rank, advance)
+                projection = loaded.layout.output_projection(block, stage.projection)
+                # Without its own earlier edit, which the new one replaces.
+                models.solved.pop(projection.name, None)
+                models.solved[projection.name] = solve_stage(models, projection, stage.rank, advance)
             if refine is not None:
-                refine(walk, block)
-            walk.keep(work, name, block + 1)
+                refine(models, block)
+            models.save(resume, name, block + 1)
         if block < last:
-            walk.advance(block)
-    return walk
+            models.run_student(block)
+    return models
 
 
 def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
-    n_layers = layout.n_layers
-    problems = [
-        f"stage {s.writer} of block {s.layer}: the model has blocks 0 to {n_layers - 1}."
-        for s in stages
-        if s.layer >= n_layers
-    ]
-    problems += [
-        f"stage mlp of block {s.layer}: the MLP is {EXPERTS}."
-        for s in stages
-        if s.writer not in layout.projection_kinds
-    ]
-    problems += [
-        f"stage {s.writer} of block {s.layer}: rank {s.rank} is above what its matrix can have."
-        for s in stages
-        if s.layer < n_layers
-        and s.writer in layout.projection_kinds
-        and s.rank > min(linear_shape(layout.output_projection(s.layer, s.writer).module))
-    ]
+    problems = []
+    for s in stages:
+        if s.layer >= layout.n_layers:
+            problems.append(
+                f"stage {s.projection} of block {s.layer}: the model has blocks 0 to {layout.n_layers - 1}."
+            )
+        elif s.projection not in layout.projection_kinds:
+            problems.append(f"stage {s.projection} of block {s.layer}: the MLP is {EXPERTS}.")
+        elif s.rank > min(linear_shape(layout.output_projection(s.layer, s.projection).module)):
+            problems.append(
+                f"stage {s.projection} of block {s.layer}: rank {s.rank} is above what its matrix can have."
+            )
     if problems:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def _solve_stage(walk: Walk, writer: OutputProjection, rank: int, advance: Advance) -> LowRank:
-    loaded = walk.loaded
-    _d_model, d_in = linear_shape(writer.module)
-    channel = _Channel(loaded.layout, writer)
-    sums = [Sums.zeros(d_in, loaded.layout.d_model, loaded.device) for _ in range(2)]
-    with with_patch(loaded.model, walk.patch), torch.no_grad():
-        for flow in walk.flows:
-            with _caught(writer.module) as caught:
-                student = run_block(loaded, flow.batch, flow.student, writer.layer)
-            real = flow.real
-            x, written = caught[0][0][real].float(), caught[0][1][real].float()
-            y, weight = channel.pull_back((flow.target - student)[real].float(), written, student[real].float())
-            rows = torch.tensor(flow.batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
-            held = (
-                rows * distributed.count() + distributed.rank()
-            ) % _HELD_OUT_EVERY == 0  # the same texts, however they are shared
-            for part, chosen in zip(sums, (~held, held), strict=True):
-                part.add(x[chosen], y[chosen], weight[chosen])
-            advance(len(flow.batch.rows))
-    train, held_out = (part.over_all_processes() for part in sums)
-    edit = channel.push_forward(fit(train, held_out, rank))
+def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int, advance: Advance) -> LowRank:
+    """The edit of one output projection that best corrects the current block's output."""
+    loaded, layout = models.loaded, models.loaded.layout
+    _d_model, d_in = linear_shape(projection.module)
+    gain = norm_weights(layout, projection)
+    fitter = RidgeFitter(d_in, layout.d_model, loaded.device)
+    captured: list[tuple[Tensor, Tensor]] = []
+
+    def capture(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        captured.append((args[0], output))
+
+    with with_patch(loaded.model, models.patch), torch.no_grad():
+        # Registered after the patch's hooks, so that the captured output holds the patch's share.
+        handle = projection.module.register_forward_hook(capture)
+        try:
+            for activations in models.batches:
+                # 1. Run the student through the block; capture the projection's input x and output.
+                batch, real = activations.batch, activations.real
+                student = models.run_block(batch, activations.student, projection.layer)
+                inputs, outputs = captured.pop()
+                x, written, stream = inputs[real].float(), outputs[real].float(), student[real].float()
+                # 2. What is still missing in the stream, as a change of the projection's output.
+                missing = (activations.target - student)[real].float()
+                y, weight = regression_targets(missing, written, stream, layout.residual_multiplier, gain)
+                # 3. Add the tokens to the sums; the same texts are held out however many processes share them.
+                rows = torch.tensor(batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
+                number = rows * distributed.count() + distributed.rank()
+                fitter.update(x, y, weight, number % _HELD_OUT_EVERY == 0)
+                advance(len(batch.rows))
+        finally:
+            handle.remove()
+    # 4. Solve over the texts of all processes.
+    fitter.sum_over_processes()
+    edit = fitter.fit(rank)
+    # 5. In front of a norm the solution is in units of the norm's output; a weight near 0 lets nothing through.
+    if gain is not None:
+        edit = LowRank(edit.B / torch.where(gain.abs() < 1e-3, torch.inf, gain).double().unsqueeze(1), edit.A)
     return LowRank(edit.B.float(), edit.A.float())
 
 
-class _Channel:
-    """How a writer's output enters the residual stream, linearised: h += g_t * (D z), z the output.
+def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:
+    """The weights [d_model] of the RMS norm between projection and stream (post-norm families), or None."""
+    name = layout.family.attn_norm if projection.kind == "attn" else layout.family.mlp_norm
+    if name is None:
+        return None
+    ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
+    with torch.no_grad():
+        # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
+        weights: Tensor = layout.blocks[projection.layer].get_submodule(name)(ones)
+    return weights.float()
 
-    Pre-norm families: g = the residual multiplier, D = 1. Post-norm families: an RMS norm, g_t = 1/rms(z_t)
-    and D = its weights. The regression is done on D^-1-free coordinates with token weights that carry g_t,
-    so that the error that is minimised is the one in the stream.
+
+def regression_targets(
+    missing: Tensor, written: Tensor, stream: Tensor, multiplier: float, gain: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Targets y [n, d_model] and token weights [n] with which the regression's error is the error in the stream.
+
+    A projection's output z enters the stream, linearised, as h += g_t * (D z). In pre-norm families g is the residual
+    multiplier and D = 1; behind an RMS norm g_t = 1/rms(z_t) and D are its weights, which are left to the solution.
+
+    Args:
+        missing: the change of the stream that is wanted, [n, d_model].
+        written: z, [n, d_model]. stream: h, [n, d_model].
+        gain: the norm's weights, [d_model], or None.
     """
-
-    def __init__(self, layout: Layout, writer: OutputProjection) -> None:
-        self._multiplier = layout.residual_multiplier
-        norm_name = layout.family.attn_norm if writer.kind == "attn" else layout.family.mlp_norm
-        self._gain: Tensor | None = None
-        if norm_name is not None:
-            norm = layout.blocks[writer.layer].get_submodule(norm_name)
-            ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
-            with torch.no_grad():
-                # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
-                self._gain = norm(ones).float()
-
-    def pull_back(self, y: Tensor, written: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets and weights [n] for the regression, from the wanted change of the stream y [n, d_model].
-
-        Weight 1/||h||^2: the blocks above see the stream normalised, so an error counts relative to it; the
-        first token, whose norm is a hundred times the others', would otherwise rule the sums.
-        """
-        weight = 1.0 / stream.square().sum(dim=1).clamp(min=1e-12)
-        if self._gain is None:
-            return y / self._multiplier, weight
-        rms = written.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
-        return y * rms, weight / rms.squeeze(1).square()
-
-    def push_forward(self, edit: LowRank) -> LowRank:
-        """The edit of the writer itself."""
-        if self._gain is None:
-            return edit
-        safe = torch.where(self._gain.abs() < 1e-3, torch.inf, self._gain)
-        return LowRank(edit.B / safe.double().unsqueeze(1), edit.A)
-
-
-@contextmanager
-def _caught(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Input and output of `module` in the next pass, the patch's share of the output included."""
-    caught: list[tuple[Tensor, Tensor]] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        caught.append((args[0], output))
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield caught
-    finally:
-        handle.remove()
+    # Relative to ||h||^2, for the blocks above see the stream normalised; the first token, whose norm is a hundred
+    # times that of the others, would otherwise rule the sums.
+    weight = 1.0 / stream.square().sum(dim=1).clamp(min=1e-12)
+    if gain is None:
+        return missing / multiplier, weight
+    rms = written.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+    return missing * rms, weight / rms.squeeze(1).square()

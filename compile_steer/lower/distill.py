@@ -1,94 +1,272 @@
 """`distill`: a low-rank patch trained to be the steered model, block by block and then end to end.
 
-First the closed form's walk, in which each intervened block is also trained on its own output (`block_fit`): that is
-where the error is made, and a step there costs a fraction of a full one. Then the objective, end to end (`train`).
+First the closed form's pass over the blocks, in which each intervened block is also trained on its own output: that is
+where the error is made, and a step there runs one block instead of all. Then the objective, end to end (`training`).
+
+The objective `likelihood` is the baseline that most people would use: the likelihood of the steered model's samples, by
+TRL's SFTTrainer. Texts, start, rank and optimizer are the same, but it sees one sampled token where the divergences see
+the whole distribution.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+import random
+import tempfile
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import nn
+from transformers import PrinterCallback
+from transformers.pytorch_utils import Conv1D
+
+from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
-from compile_steer.lower import closed_form, likelihood
-from compile_steer.lower.block_fit import fit_block, random_edits
-from compile_steer.lower.job import Job
-from compile_steer.lower.optimise import adamw, require_rank, trainable, worn
-from compile_steer.lower.teacher_student import Walk
-from compile_steer.lower.train import train
+from compile_steer.lower.closed_form import plan_stages, solve_stages
+from compile_steer.lower.lowering import Curve, Lowering
+from compile_steer.lower.teacher_student import ActivationBatch, TeacherStudent
+from compile_steer.lower.training import (
+    Factors,
+    adamw,
+    gradient_steps,
+    held_out_split,
+    patch_from_factors,
+    require_rank,
+    split_batches,
+    squared_error,
+    train,
+    trainable,
+)
+from compile_steer.models.load import quiet
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
-from compile_steer.steering.low_rank import LowRank
-from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.patch import WeightPatch, with_patch
 
 
-def lower(job: Job) -> WeightPatch:
-    """Return the start patch trained end to end, or the start itself if training made it worse."""
-    options = job.options.distill
-    require_rank(job.loaded.layout, job.program.first_layer, options.rank, "compile.distill.rank")
+def lower(lowering: Lowering) -> WeightPatch:
+    """The start patch trained end to end, or the start itself if training made it worse."""
+    options, layout, first = lowering.options.distill, lowering.loaded.layout, lowering.program.first_layer
+    require_rank(layout, first, options.rank, "compile.distill.rank")
     if options.objective == "likelihood":
-        likelihood.require_trl()
+        require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
     if options.start == "closed_form":
-        start = fitted_patch(job)
+        start = fit_blocks(lowering)
     else:
-        start = random_patch(job.loaded.layout, job.program.first_layer, options.rank, job.seed)
-    texts = job.training_texts
-    with job.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
-        return distil(job, texts, start, advance)
+        start = random_patch(layout, range(first, layout.n_layers), options.rank, lowering.seed)
+    texts = lowering.training_texts
+    with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
+        return train_end_to_end(lowering, texts, start, advance)
 
 
-def distil(job: Job, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:
-    """Train `start` end to end on `texts` by the recipe's objective.
-
-    A sixth of the batches is held out; `start` is returned where the result's KL is not lower on it.
-    """
-    options = job.options.distill
+def train_end_to_end(
+    lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance
+) -> WeightPatch:
+    """Train `start` on `texts` by the recipe's objective; returned as it is where the held-out KL does not fall."""
+    options = lowering.options.distill
     if options.objective == "likelihood":
-        return likelihood.train(job, texts, start, advance)
-    factors = trainable(start.low_rank, job.loaded.device)
+        return _train_likelihood(lowering, texts, start, advance)
+    factors = trainable(start.low_rank, lowering.loaded.device)
     optimizer = adamw(factors, options.learning_rate)
-    before, after = train(job, texts, worn(factors), optimizer, options, options.objective, "distill", advance)
-    trained = {name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()}
-    return WeightPatch(trained) if after < before else start
+    patch = patch_from_factors(factors)
+    before, after = train(lowering, texts, patch, optimizer, options, options.objective, "distill", advance)
+    return _detached(factors) if after < before else start
 
 
-def fitted_patch(job: Job) -> WeightPatch:
-    """The closed form's walk, with every intervened block trained on its own output before the next is solved."""
-    options, texts = job.options.distill, job.regression_texts
-    stages = closed_form.plan_stages(job)
-    blocks = {one.site.changes_from for one in job.program.interventions}
-    total = (1 + len(stages)) * len(texts) + options.block_steps * len(blocks)
-    with job.progress.phase("distill: block by block", total) as advance:
+def _detached(factors: Factors) -> WeightPatch:
+    return WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
 
-        def refine(walk: Walk, block: int) -> None:
-            if block in blocks and options.block_steps > 0:
-                walk.curves[f"block {block}"] = fit_block(
-                    walk,
+
+def random_patch(layout: Layout, blocks: Sequence[int], rank: int, seed: int) -> WeightPatch:
+    """LoRA's own start for every Linear of the blocks: A random, B zero, so nothing changes yet."""
+    edits = {}
+    for block in blocks:
+        generator = torch.Generator().manual_seed(seed + block)
+        for name, module in layout.linears(block).items():
+            d_out, d_in = linear_shape(module)
+            A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
+            edits[name] = LowRank(torch.zeros(d_out, rank), A)
+    return WeightPatch(edits)
+
+
+# -------------------------------------------------------------------------------------- block by block
+
+
+def fit_blocks(lowering: Lowering) -> WeightPatch:
+    """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
+    options, texts, program = lowering.options.distill, lowering.regression_texts, lowering.program
+    stages = plan_stages(program, lowering.loaded.layout, lowering.options.closed_form)
+    intervened = {i.site.changes_from for i in program.interventions}
+    total = (1 + len(stages)) * len(texts) + options.block_steps * len(intervened)
+    with lowering.progress.phase("distill: block by block", total) as advance:
+
+        def refine(models: TeacherStudent, block: int) -> None:
+            if block in intervened and options.block_steps > 0:
+                models.curves[f"block {block}"] = fit_block(
+                    models,
                     block,
                     rank=options.rank,
                     steps=options.block_steps,
                     rate=options.block_learning_rate,
-                    seed=job.seed,
+                    seed=lowering.seed,
                     advance=advance,
                 )
 
-        walk = closed_form.solve_stages(
-            job.program,
-            job.loaded,
+        models = solve_stages(
+            program,
+            lowering.loaded,
             texts,
             stages,
             advance,
             refine=refine,
             max_tokens=options.block_batch_tokens,
-            work=job.work,
+            resume=lowering.resume,
             name="distill.blocks",
         )
-    job.curves.update(walk.curves)
-    return walk.patch
+    lowering.curves.update(models.curves)
+    return models.patch
 
 
-def random_patch(layout: Layout, first: int, rank: int, seed: int) -> WeightPatch:
-    """LoRA's own start for every Linear of the blocks from `first` on."""
-    edits: dict[str, LowRank] = {}
-    for block in range(first, layout.n_layers):
-        edits.update(random_edits(layout, block, rank, seed))
-    return WeightPatch(edits)
+def fit_block(
+    models: TeacherStudent, block: int, *, rank: int, steps: int, rate: float, seed: int, advance: Advance
+) -> Curve:
+    """Train low-rank edits of all Linears of one block, so that its output is the steered block's.
+
+    The regression of `closed_form` is linear in what an output projection reads; gate, up, query, key and value are not
+    reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over
+    tokens, h the block's output. The edits go into `models.solved` unless they are no better on held-out batches.
+
+    Args:
+        rank: of every edit; those that are there already are the start, filled up to it.
+        steps: of AdamW, a batch each.
+        rate: AdamW's, relative to each factor's root mean square.
+
+    Returns:
+        The loss of every step, and the held-out error before and after.
+    """
+    loaded = models.loaded
+    start = dict(random_patch(loaded.layout, [block], rank, seed).low_rank)
+    for name, fresh in start.items():
+        if name in models.solved:
+            start[name] = _filled(models.solved[name].to(loaded.device), fresh)
+    factors = trainable(start, loaded.device)
+    before = models.patch
+    after = WeightPatch({**before.low_rank, **patch_from_factors(factors).low_rank})
+    shuffled = list(models.batches)
+    random.Random(seed).shuffle(shuffled)
+    held_out, seen = held_out_split(shuffled)
+
+    def errors(activations: ActivationBatch) -> torch.Tensor:
+        student = models.run_block(activations.batch, activations.student, block)
+        return squared_error(student[activations.real], activations.target[activations.real])
+
+    def backward(step: int) -> float:
+        if step % len(seen) == 0:
+            random.Random(seed + step).shuffle(seen)
+        loss = errors(seen[step % len(seen)]).mean()
+        loss.backward()
+        return float(loss.detach())
+
+    losses = []
+    with with_patch(loaded.model, after), torch.enable_grad():
+        for loss in gradient_steps(adamw(factors, rate), backward, steps):
+            losses.append(loss)
+            advance(1)
+    held_out_errors = []
+    for patch in (before, after):
+        with with_patch(loaded.model, patch), torch.no_grad():
+            parts = [errors(activations) for activations in held_out]
+        held_out_errors.append(float(sum(part.sum() for part in parts) / sum(len(part) for part in parts)))
+    if held_out_errors[1] < held_out_errors[0]:
+        models.solved.update({name: LowRank(B.detach(), A.detach()) for name, (B, A) in factors.items()})
+    return {"loss": losses, "held_out_error": held_out_errors}
+
+
+def _filled(edit: LowRank, fresh: LowRank) -> LowRank:
+    """`edit` with the random rows of `fresh`, scaled to its size, up to the rank of `fresh`."""
+    extra = fresh.rank - edit.rank
+    if extra <= 0:
+        return edit
+    rows = fresh.A[:extra].to(edit.A)
+    rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
+    return edit + LowRank(edit.B.new_zeros(len(edit.B), extra), rows)
+
+
+# ------------------------------------------------------------------------------------------ likelihood
+
+
+def _train_likelihood(
+    lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance
+) -> WeightPatch:
+    """The patch trained by TRL, or `start` where its KL on the held-out batches is not lower."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (only this objective needs it)
+
+    options, loaded = lowering.options.distill, lowering.loaded
+    suffix, held_out, seen = split_batches(lowering, texts, start, options.batch_tokens)
+    before = suffix.mean_kl(held_out, start)
+    modules = [loaded.layout.model.get_submodule(name) for name in start.low_rank]
+    config = LoraConfig(
+        r=start.max_rank,
+        lora_alpha=start.max_rank,
+        target_modules=sorted(start.low_rank),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules),
+        task_type="CAUSAL_LM",
+    )
+    # A copy: a trainer leaves marks on the model that it is given.
+    wrapped = get_peft_model(copy.deepcopy(loaded.model), config)
+    factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, edit in start.low_rank.items():
+        module: Any = wrapped.get_submodule(f"base_model.model.{name}")
+        factors[name] = (module.lora_B["default"].weight, module.lora_A["default"].weight)
+        padded = edit.padded(start.max_rank)
+        with torch.no_grad():
+            for parameter, value in zip(factors[name], (padded.B, padded.A), strict=True):
+                parameter.copy_(value)
+    losses = _run_trl(lowering, wrapped, factors, [texts[row] for batch in seen for row in batch.batch.rows])
+    trained = _detached(factors)
+    advance(options.epochs * len(texts))
+    after = suffix.mean_kl(held_out, trained)
+    lowering.curves["distill"] = {"loss": losses, "held_out_kl": [before, after]}
+    return trained if after < before else start
+
+
+def _run_trl(lowering: Lowering, wrapped: nn.Module, factors: Factors, texts: Sequence[Encoded]) -> list[float]:
+    """Train in place on the responses alone; returns the loss of every step."""
+    from datasets import Dataset  # noqa: PLC0415  (only this objective needs them, and they take seconds to load)
+    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+
+    options = lowering.options.distill
+    mean_length = sum(len(text.ids) for text in texts) / len(texts)
+    rows = [
+        {"input_ids": list(text.ids), "completion_mask": [0] * text.n_prompt + [1] * (len(text.ids) - text.n_prompt)}
+        for text in texts
+    ]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        settings = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=max(1, round(options.batch_tokens / mean_length)),
+            gradient_accumulation_steps=options.accumulate,
+            gradient_checkpointing=options.recompute_every == 1,
+            bf16=options.precision == "bfloat16",
+            use_cpu=lowering.loaded.device.type == "cpu",
+            completion_only_loss=True,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=lowering.seed,
+        )
+        trainer = SFTTrainer(
+            wrapped,
+            settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=lowering.loaded.tokenizer,
+            optimizers=(adamw(factors, options.learning_rate), None),
+        )
+        trainer.remove_callback(PrinterCallback)  # the losses are returned, not printed
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -11,7 +11,7 @@ from compile_steer.common.options import Section
 BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 
 
-class Calibration(Section):
+class CalibrationOptions(Section):
     """The texts that the compiler sees: the steered model's own continuations of calibration prompts."""
 
     prompts: int = Field(180, ge=1)
@@ -20,24 +20,24 @@ class Calibration(Section):
 
 
 class ClosedFormStage(Section):
-    """One regression: a writer of the block `offset` after the first intervened one, cut to `rank`."""
+    """One regression: an output projection of the block `offset` after the first intervened one, cut to `rank`."""
 
     offset: int = Field(ge=0)
-    writer: Literal["attn", "mlp"]
+    projection: Literal["attn", "mlp"]
     rank: int = Field(ge=1)
 
 
-class ClosedForm(Section):
-    """Which writers are solved for, in which order of blocks."""
+class ClosedFormOptions(Section):
+    """Which output projections are solved for, in which order of blocks."""
 
     stages: tuple[ClosedFormStage, ...] | None = Field(
         None,
         min_length=1,
-        description="within a block in this order, a writer named again is solved anew; None: by the program",
+        description="within a block in this order, a projection named again is solved again; None: by the program",
     )
 
 
-class Training(Section):
+class TrainingOptions(Section):
     """Training end to end: for how long, and within which memory."""
 
     epochs: float = Field(2.0, gt=0, description="passes over the training texts")
@@ -45,16 +45,16 @@ class Training(Section):
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
     accumulate: int = Field(1, ge=1, description="batches to a step")
     recompute_every: int = Field(
-        2, ge=0, description="of one block in so many, compute again for the gradient instead of keeping; 0: of none"
+        2, ge=0, description="recompute every so many-th block for the gradient instead of keeping it; 0: none"
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the student's matrix products")
-    neutral_weight: float = Field(
-        0.0, ge=0, description="of being further from the base, on its own texts, than steering is"
+    base_kl_weight: float = Field(
+        0.0, ge=0, description="of KL(base || student) beyond KL(base || steered), on texts that the base writes"
     )
-    save_every: int = Field(50, ge=1, description="steps after which the state is kept, to go on from")
+    save_every: int = Field(50, ge=1, description="steps after which the state is saved, so that a stopped run resumes")
 
 
-class Distill(Training):
+class DistillOptions(TrainingOptions):
     """Training: each intervened block on its own output, then end to end.
 
     `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
@@ -69,7 +69,7 @@ class Distill(Training):
     block_learning_rate: float = Field(0.3, gt=0)
 
 
-class Full(Training):
+class FullOptions(TrainingOptions):
     """Whole weights trained end to end, on the texts of the closed form and of `distill`.
 
     `cut_rank` is `full_cut`'s: the result as a LoRA.
@@ -85,11 +85,11 @@ class Full(Training):
     cut_rank: int = Field(8, ge=1)
 
 
-class Compile(Section):
+class CompileOptions(Section):
     """Backends, and the texts they are fitted to."""
 
     backends: tuple[BackendName, ...] | Literal["auto"] = "auto"
-    calibration: Calibration = Calibration()
-    closed_form: ClosedForm = ClosedForm()
-    distill: Distill = Distill()
-    full: Full = Full()
+    calibration: CalibrationOptions = CalibrationOptions()
+    closed_form: ClosedFormOptions = ClosedFormOptions()
+    distill: DistillOptions = DistillOptions()
+    full: FullOptions = FullOptions()

@@ -1,23 +1,82 @@
-"""Plan: which backends lower this program on this model, and why the others do not."""
+"""The backends, which of them lower a program, and the lowering itself: program, model and texts -> `WeightPatch`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.options import BackendName
+from compile_steer.common.progress import Progress
+from compile_steer.lower import closed_form, distill, exact, full
+from compile_steer.lower.lowering import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lower.options import BackendName, CompileOptions
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.text import Text
 from compile_steer.steering.layout import Layout
+from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
+
+Refusal = Callable[[Program, Layout], str | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to lower a canonical program.
+
+    Attributes:
+        refusal: why the program cannot be lowered so, or None; decided before any work.
+        adapter_refusal: why the result cannot be exported as a stock PEFT adapter, or None.
+        lower: the work.
+        fitted: it learns from texts of the steered model; the others are exact.
+        distributed: it can run in several processes, each with its share of the texts.
+    """
+
+    refusal: Refusal
+    adapter_refusal: Refusal
+    lower: Callable[[Lowering], WeightPatch]
+    fitted: bool = True
+    distributed: bool = False
+
+
+def _exact(
+    refusal: Refusal, adapter_refusal: Refusal, patch: Callable[[Program, Layout], WeightPatch]
+) -> Backend:
+    def lower(lowering: Lowering) -> WeightPatch:
+        return patch(lowering.program, lowering.loaded.layout)
+
+    return Backend(refusal, adapter_refusal, lower, fitted=False, distributed=True)
+
+
+def _fits(_program: Program, _layout: Layout) -> None:
+    """Low-rank edits of Linears are what a LoRA is."""
+
+
+def _full_rank(_program: Program, _layout: Layout) -> str:
+    return "its changes have full rank: merged checkpoint only, or full_cut"
+
+
+# Exact first: `auto` takes the first that does not refuse. What is fitted can imitate any program.
+BACKENDS: dict[str, Backend] = {
+    "bias": _exact(exact.bias_refusal, exact.bias_adapter_refusal, exact.bias_patch),
+    "orthogonalise": _exact(exact.orthogonalise_refusal, exact.orthogonalise_adapter_refusal, exact.orthogonalise),
+    "retarget": _exact(exact.convert_refusal, exact.bias_adapter_refusal, exact.convert_architecture),
+    "closed_form": Backend(exact.first_refusal, _fits, closed_form.lower, distributed=True),
+    "distill": Backend(exact.first_refusal, _fits, distill.lower),
+    "full": Backend(exact.first_refusal, _full_rank, full.lower),
+    "full_cut": Backend(exact.first_refusal, _fits, full.lower_cut),
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One backend's standing: `refusal` is None where it is legal; `chosen` if it will run.
+    """What the plan says of one backend.
 
-    `adapter_refusal` is why the result cannot ship as a stock PEFT adapter, or None.
+    Attributes:
+        refusal: why it cannot lower the program; None where it is legal.
+        chosen: it will run.
+        adapter_refusal: why its result cannot be exported as a stock PEFT adapter, or None.
     """
 
     backend: str
@@ -26,26 +85,66 @@ class Choice:
     adapter_refusal: str | None
 
 
-def plan(program: Program, layout: Layout, wanted: Sequence[BackendName] | Literal["auto"]) -> list[Choice]:
-    """Decide, before any work. `program` is canonical.
+@dataclass(frozen=True)
+class Plan:
+    """The program in canonical form, and what is said of each backend, in the order of `BACKENDS`."""
+
+    program: Program
+    choices: tuple[Choice, ...]
+
+    @property
+    def chosen(self) -> list[str]:
+        """The backends that will run, in the order of `BACKENDS`."""
+        return [choice.backend for choice in self.choices if choice.chosen]
+
+
+def plan(program: Program, layout: Layout, backends: Sequence[BackendName] | Literal["auto"] = "auto") -> Plan:
+    """Decide which backends lower the program, before any work.
 
     Raises:
-        CannotLower: a backend that the recipe pins refuses, or all do; every reason is named.
+        CannotLower: a backend that is named refuses, or all do; every reason is given.
     """
+    program = canonical(program)
     refusals = {name: backend.refusal(program, layout) for name, backend in BACKENDS.items()}
     legal = [name for name, refusal in refusals.items() if refusal is None]
-    chosen = legal[:1] if wanted == "auto" else list(wanted)
+    chosen = legal[:1] if backends == "auto" else list(backends)
     blocked = [name for name in chosen if refusals[name] is not None]
     if blocked or not chosen:
         lines = [f"{name}: {refusals[name]}." for name in (blocked or refusals)]
         use = f"Use compile.backends: {', '.join(legal)} or auto." if legal else "Change the program."
         raise CannotLower([*lines, use])
-    return [
-        Choice(
-            name,
-            refusals[name],
-            name in chosen,
-            backend.adapter_refusal(program, layout) if refusals[name] is None else None,
-        )
-        for name, backend in BACKENDS.items()
-    ]
+    return Plan(
+        program,
+        tuple(
+            Choice(name, refusals[name], name in chosen, backend.adapter_refusal(program, layout) if name in legal else None)
+            for name, backend in BACKENDS.items()
+        ),
+    )
+
+
+def lower(
+    program: Program,
+    loaded: LoadedModel,
+    prompts: Sequence[Text],
+    options: CompileOptions | None = None,
+    *,
+    backend: BackendName | Literal["auto"] = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+    resume: ResumeFiles = NO_FILES,
+) -> WeightPatch:
+    """The weight patch that does what `program` does on `loaded`.
+
+    Args:
+        prompts: calibration prompts, for the fitted backends: they learn from the steered model's own continuations.
+        backend: 'auto' takes the first that is legal, exact ones first.
+
+    Raises:
+        CannotLower: the backend, or every one, refuses.
+        RecipeError: the options need more prompts.
+    """
+    made = plan(program, loaded.layout, "auto" if backend == "auto" else (backend,))
+    lowering = Lowering(
+        made.program, loaded, prompts, options or CompileOptions(), seed, progress or Progress(), resume
+    )
+    return BACKENDS[made.chosen[0]].lower(lowering)

@@ -1,19 +1,25 @@
-"""Teacher (hooks on) and student (patch on), side by side at the boundary of one block after another.
+"""The steered model (teacher) and the patched one (student), over the same batches.
 
-Kept: two hidden states a token at the current boundary. The wide activations inside a block never are, no
-block above the last wanted one is run at all, and the language-model head never.
+Both are the same weights: the teacher runs with the hooks on, the student with the patch on. Below the first block that
+either changes they compute the same thing, so that prefix is run once. `TeacherStudent` keeps both side by side at the
+boundary of one block after another, for fits of single blocks; `SuffixModel` runs all blocks after the prefix at once,
+for training end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common.progress import Advance
-from compile_steer.lower.work import Curve, Work
+from compile_steer.lower.lowering import Curve, ResumeFiles
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Batch, Encoded, batches
@@ -23,11 +29,30 @@ from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 
-@dataclass
-class Flow:
-    """A batch at a block's boundary, [batch, time, d_model] in both models; None before block 0.
+def run_batch(
+    loaded: LoadedModel, batch: Batch, hidden: Tensor | None = None, *, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Run blocks `start` to `stop` - 1 on `hidden`, under the hooks and patches that are on; [batch, time, d_model]."""
+    return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, start=start, stop=stop, hidden=hidden)
 
-    `target` is what the teacher's current block hands on.
+
+def _with_prefix(
+    loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, first: int
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """The texts in batches on the model's device, with the input of block `first` (None for block 0)."""
+    for batch in batches(loaded, texts, max_tokens=max_tokens):
+        with torch.no_grad():
+            hidden = run_batch(loaded, batch, stop=first) if first else None
+        yield batch, hidden
+
+
+@dataclass
+class ActivationBatch:
+    """A batch at a block's boundary; hidden states are [batch, time, d_model], None before block 0.
+
+    Attributes:
+        teacher, student: the input of the current block in either model.
+        target: the teacher's output of the current block.
     """
 
     batch: Batch
@@ -41,67 +66,134 @@ class Flow:
         return self.batch.roles != PAD
 
 
-def run_block(loaded: LoadedModel, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
-    """What `block` hands on for `hidden`, under the hooks and patches that are on; [batch, time, d_model]."""
-    return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, start=block, stop=block + 1, hidden=hidden)
-
-
 @dataclass
-class Walk:
-    """The state of a walk: the edits so far by module name, and the curves of what was trained on the way."""
+class TeacherStudent:
+    """Both models at the boundary of one block, and the student's edits so far.
+
+    Only two hidden states a token are in memory. The wide activations inside a block are never kept, blocks above the
+    last fitted one are not run, and neither is the language-model head.
+
+    Attributes:
+        solved: edits by module name.
+        curves: what training recorded on the way.
+    """
 
     program: Program
     loaded: LoadedModel
-    flows: list[Flow]
+    batches: list[ActivationBatch]
     solved: dict[str, LowRank] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
 
     @staticmethod
     def start(
         program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
-    ) -> Walk:
-        """Run the prefix that both models share, below the first intervened block."""
-        first = program.first_layer
-        flows = []
-        for batch in batches(loaded, texts, max_tokens=max_tokens):
-            with torch.no_grad():
-                hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=first) if first else None
-            flows.append(Flow(batch, hidden, hidden, torch.empty(0)))
+    ) -> TeacherStudent:
+        """Both models at the first block that the program changes."""
+        at_start = []
+        for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
+            at_start.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
             advance(len(batch.rows))
-        return Walk(program, loaded, flows)
+        return TeacherStudent(program, loaded, at_start)
 
     @property
     def patch(self) -> WeightPatch:
         return WeightPatch(dict(self.solved))
 
-    def keep(self, work: Work, name: str, block: int) -> None:
-        """Keep what is solved, before `block`."""
-        tensors = {f"{part}.{module}": getattr(edit, part) for module, edit in self.solved.items() for part in "BA"}
-        work.keep(name, tensors, {"block": block, "curves": self.curves})
+    def run_teacher(self, block: int) -> None:
+        """Run the teacher through `block`."""
+        for activations in self.batches:
+            with steered(self.loaded.model, self.program, roles=activations.batch.roles), torch.no_grad():
+                activations.target = self.run_block(activations.batch, activations.teacher, block)
 
-    def restore(self, work: Work, name: str) -> int:
-        """Take over what was kept; returns the block that it goes on with, 0 where nothing was kept."""
-        found = work.kept(name)
-        if found is None:
+    def run_student(self, block: int) -> None:
+        """Run the patched student through `block`, and move both to the next boundary."""
+        with with_patch(self.loaded.model, self.patch), torch.no_grad():
+            for activations in self.batches:
+                activations.student = self.run_block(activations.batch, activations.student, block)
+                activations.teacher = activations.target
+
+    def run_block(self, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
+        """The output of `block`, under the hooks and patches that are on; [batch, time, d_model]."""
+        return run_batch(self.loaded, batch, hidden, start=block, stop=block + 1)
+
+    def save(self, resume: ResumeFiles, name: str, block: int) -> None:
+        """Save what is solved, before `block`."""
+        tensors = {f"{part}.{module}": getattr(edit, part) for module, edit in self.solved.items() for part in "BA"}
+        resume.save(name, tensors, {"block": block, "curves": self.curves})
+
+    def restore(self, resume: ResumeFiles, name: str) -> int:
+        """Load what was saved; returns the first block that is not solved yet, 0 where nothing was saved."""
+        saved = resume.load(name)
+        if saved is None:
             return 0
-        tensors, state = found
-        for place in tensors:
-            if place.startswith("B."):
-                module = place[2:]
-                edit = LowRank(tensors[place], tensors[f"A.{module}"])
-                self.solved[module] = edit.to(self.loaded.device)
+        tensors, state = saved
+        for module in (key.removeprefix("B.") for key in tensors if key.startswith("B.")):
+            self.solved[module] = LowRank(tensors[f"B.{module}"], tensors[f"A.{module}"]).to(self.loaded.device)
         self.curves.update(state["curves"])
         return int(state["block"])
 
-    def aim(self, block: int) -> None:
-        """Run the teacher through `block`."""
-        for flow in self.flows:
-            with steered(self.loaded.model, self.program, roles=flow.batch.roles), torch.no_grad():
-                flow.target = run_block(self.loaded, flow.batch, flow.teacher, block)
 
-    def advance(self, block: int) -> None:
-        """Run the patched student through `block`, and stand at the next boundary."""
-        with with_patch(self.loaded.model, self.patch), torch.no_grad():
-            for flow in self.flows:
-                flow.student = run_block(self.loaded, flow.batch, flow.student, block)
-                flow.teacher = flow.target
+@dataclass(frozen=True)
+class TeacherBatch:
+    """A batch with the input of the first block, [batch, time, d_model] (None for block 0), and the teacher's
+    output, [n_tokens, d_model]."""
+
+    batch: Batch
+    prefix: Tensor | None
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class SuffixModel:
+    """Blocks `first` to `stop` - 1 of teacher and student (`stop` None: all, and the final norm).
+
+    Attributes:
+        recompute_every: of one block in so many (0: of none) the student keeps the input alone, and computes the rest
+            again for the gradient.
+        dtype: of the student's matrix products; below float32 they run under autocast, its patch does not.
+    """
+
+    loaded: LoadedModel
+    program: Program
+    first: int
+    stop: int | None = None
+    recompute_every: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def batches(self, texts: Sequence[Encoded], max_tokens: int) -> list[TeacherBatch]:
+        """The texts in batches, with the teacher's output."""
+        return [self.run_teacher(*batch) for batch in _with_prefix(self.loaded, texts, max_tokens, self.first)]
+
+    def run_teacher(self, batch: Batch, prefix: Tensor | None) -> TeacherBatch:
+        """Run the teacher from the input of block `first` on."""
+        with torch.no_grad(), steered(self.loaded.model, self.program, roles=batch.roles):
+            teacher = run_batch(self.loaded, batch, prefix, start=self.first, stop=self.stop)
+        return TeacherBatch(batch, prefix, teacher[batch.roles != PAD])
+
+    def student(self, batch: TeacherBatch) -> Tensor:
+        """The student's output for the real tokens, [n_tokens, d_model]; its patch must be on."""
+        inner, hidden, start = batch.batch, batch.prefix, self.first
+        last = (self.loaded.layout.n_layers if self.stop is None else self.stop) - 1
+        with torch.autocast(self.loaded.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if not self.recompute_every:
+                output = run_batch(self.loaded, inner, hidden, start=start, stop=self.stop)
+            else:
+                for block in range(start, last):
+                    run = partial(run_batch, self.loaded, inner, start=block, stop=block + 1)
+                    recompute = (last - block) % self.recompute_every == 0
+                    hidden = checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)
+                # The last block runs together with the final norm, and is always recomputed.
+                run = partial(run_batch, self.loaded, inner, start=last, stop=self.stop)
+                output = cast(Tensor, checkpoint(run, hidden, use_reentrant=False))
+        return output[inner.roles != PAD]
+
+    def mean_kl(self, batches: Sequence[TeacherBatch], patch: WeightPatch) -> float:
+        """Mean KL(teacher || student) over the real tokens, nats a token; the suffix must reach the end."""
+        total = count = 0.0
+        for batch in batches:
+            with with_patch(self.loaded.model, patch), torch.no_grad():
+                student = self.student(batch)
+            kl = divergence(self.loaded.model, batch.teacher, self.loaded.model, student).kl
+            total += float(kl.sum())
+            count += len(kl)
+        return total / count

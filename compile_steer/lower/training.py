@@ -1,0 +1,322 @@
+"""Training: the objectives, AdamW and its rate, the one loop of gradient steps, and the training end to end.
+
+p is the steered model's next-token distribution, q the student's:
+
+    forward_kl      KL(p || q)                                  on the steered model's own texts
+    reverse_kl      KL(q || p)                                  on the student's own texts (on-policy)
+    jensen_shannon  KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2   (Agarwal et al. 2306.13649, beta 1/2)
+    hidden          ||h_p - h_q||^2 / ||h_p||^2                 after the last intervened block (LoRRA, Zou et al. 2310.01405)
+
+The likelihood of steered samples is the fifth; see `distill`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from compile_steer.common.errors import CannotLower
+from compile_steer.common.progress import Advance
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.options import TrainingOptions
+from compile_steer.lower.teacher_student import SuffixModel, TeacherBatch
+from compile_steer.models.logprobs import chunks, divergence, log_softmax
+from compile_steer.models.forward import lm_head
+from compile_steer.models.load import DTYPES
+from compile_steer.models.tokens import Encoded
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.program import Program
+
+T = TypeVar("T")
+Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+
+# A shorter memory of squared gradients than AdamW's usual 0.999: a training has a few hundred steps.
+BETAS = (0.9, 0.99)
+_HELD_OUT_EVERY = 6
+
+
+# ------------------------------------------------------------------------------------------- objectives
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss that accumulates its own gradient.
+
+    Attributes:
+        backward: `backward(model, teacher, student, weight)` adds `weight` times the mean's gradient to what the
+            student's states [n_tokens, d_model] were computed from, and returns the mean.
+        on_policy: the texts are the student's own.
+        at_end: the states are the final ones; otherwise those after the last intervened block, and nothing above it
+            is run.
+    """
+
+    backward: Callable[[nn.Module, Tensor, Tensor, float], float]
+    on_policy: bool = False
+    at_end: bool = True
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _forward_kl(log_q, log_p)
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (_forward_kl(log_p, log_m) + _forward_kl(log_q, log_m))
+
+
+def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor, float], float]:
+    """The mean of `per_token(log_p, log_q)` [n]."""
+
+    def backward(model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
+        # Chunk by chunk up to the states, so that n x vocabulary logits never exist; then once through the student.
+        leaf, total = student.detach().requires_grad_(), 0.0
+        for part in chunks(leaf.shape[0]):
+            with torch.no_grad():
+                log_p = log_softmax(lm_head(model, teacher[part]))
+            loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / leaf.shape[0]
+            (weight * loss).backward()
+            total += float(loss.detach())
+        student.backward(leaf.grad)
+        return total
+
+    return backward
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """||h_p - h_q||^2 / ||h_p||^2 of each token [n], of states [n, d_model]: relative, as the norms above see them."""
+    target = teacher.float()
+    return (student.float() - target).square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
+
+
+def _hidden(_model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
+    loss = squared_error(student, teacher).mean()
+    (weight * loss).backward()
+    return float(loss.detach())
+
+
+OBJECTIVES = {
+    "forward_kl": Objective(_on_logits(_forward_kl)),
+    "reverse_kl": Objective(_on_logits(_reverse_kl), on_policy=True),
+    "jensen_shannon": Objective(_on_logits(_jensen_shannon)),
+    "hidden": Objective(_hidden, at_end=False),
+}
+
+
+# ------------------------------------------------------------------------------------- factors and steps
+
+
+def require_rank(layout: Layout, block: int, rank: int, key: str) -> None:
+    """Raise `CannotLower` where a Linear of the block cannot have the rank of the recipe's `key`."""
+    for name, module in layout.linears(block).items():
+        d_out, d_in = linear_shape(module)
+        if rank > min(d_out, d_in):
+            raise CannotLower(f"{key} {rank} is above what {name} ({d_out} x {d_in}) can have.")
+
+
+def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Copies of the edits' factors (B, A) that an optimizer can train."""
+    return {
+        name: (nn.Parameter(edit.B.float().to(device).clone()), nn.Parameter(edit.A.float().to(device).clone()))
+        for name, edit in edits.items()
+    }
+
+
+def patch_from_factors(factors: Factors) -> WeightPatch:
+    """The patch made of live factors."""
+    return WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
+
+
+def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
+    """AdamW without decay. Its step has the size of the rate whatever the gradient's, so the rate is taken
+    relative to each factor's own root mean square (its partner's, for a factor that starts at zero).
+    """
+    groups: list[dict[str, object]] = []
+    for pair in factors.values():
+        sizes = [float(factor.detach().square().mean().sqrt()) for factor in pair]
+        for factor, size, other in zip(pair, sizes, reversed(sizes), strict=True):
+            groups.append({"params": [factor], "lr": rate * (size or other)})
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+
+
+def gradient_steps(
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[int], float],
+    steps: int,
+    *,
+    first: int = 0,
+    max_norm: float | None = None,
+) -> Iterator[float]:
+    """Take the steps from `first` to `steps` - 1, and yield the loss of each once it is taken.
+
+    The rate is each group's own, warmed up linearly over a tenth of the steps, then decayed to zero by a cosine.
+
+    Args:
+        backward: accumulates the gradient of the numbered step and returns its loss.
+        max_norm: to which the norm of the whole gradient is clipped.
+    """
+    warm = max(1, steps // 10)
+    for step in range(first, steps):
+        optimizer.zero_grad()
+        loss = backward(step)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
+        shape = (step + 1) / warm
+        if step >= warm:
+            shape = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * shape
+        optimizer.step()
+        yield loss
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def held_out_split(items: Sequence[T]) -> tuple[list[T], list[T]]:
+    """(held out, seen): a sixth is held out; a single item is both."""
+    return list(items[::_HELD_OUT_EVERY]), [x for n, x in enumerate(items) if n % _HELD_OUT_EVERY] or list(items)
+
+
+# ------------------------------------------------------------------------------------------- end to end
+
+
+def split_batches(
+    lowering: Lowering, texts: Sequence[Encoded], patch: WeightPatch, max_tokens: int
+) -> tuple[SuffixModel, list[TeacherBatch], list[TeacherBatch]]:
+    """(the blocks from the first one that the program or `patch` changes, held-out batches, batches to train on)."""
+    first = min(lowering.program.first_layer, patch.first_layer(lowering.loaded.layout))
+    suffix = SuffixModel(lowering.loaded, lowering.program, first)
+    shuffled = suffix.batches(texts, max_tokens)
+    random.Random(lowering.seed).shuffle(shuffled)
+    return suffix, *held_out_split(shuffled)
+
+
+def train(
+    lowering: Lowering,
+    texts: Sequence[Encoded],
+    patch: WeightPatch,
+    optimizer: torch.optim.Optimizer,
+    options: TrainingOptions,
+    objective: str,
+    name: str,
+    advance: Advance,
+) -> tuple[float, float]:
+    """Train a patch until the model under it is the steered one; return the mean KL(steered || student) on held-out
+    batches before and after.
+
+    The state is saved every so many steps, so that a run that was killed resumes there and ends in the same result.
+
+    Args:
+        texts: of the steered model; where the objective is on-policy the student continues their prompts again.
+        patch: made of live parameters, those of `optimizer`.
+        objective: a name in `OBJECTIVES`.
+        name: under which the state is saved and the curve is recorded.
+        advance: called with the number of texts just seen.
+    """
+    model, loss_of = lowering.loaded.model, OBJECTIVES[objective]
+    suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
+    seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
+    # The student stops where the objective looks; the held-out measure and the control always reach the end.
+    stop = None if loss_of.at_end else 1 + max(i.site.changes_from for i in lowering.program.interventions)
+    to_end = replace(suffix, recompute_every=options.recompute_every, dtype=DTYPES[options.precision])
+    student = replace(to_end, stop=stop)
+    if stop is not None:
+        seen = [student.run_teacher(batch.batch, batch.prefix) for batch in seen]
+    epoch_steps = math.ceil(len(seen) / options.accumulate)
+    steps = max(1, math.ceil(options.epochs * epoch_steps))
+    control = _base_texts(lowering, suffix, seen_texts, options) if options.base_kl_weight > 0 else []
+    before = suffix.mean_kl(held_out, patch)
+    first, losses = _load_state(lowering, name, optimizer)
+    batches: list[TeacherBatch] = []
+
+    def backward(step: int) -> float:
+        nonlocal batches
+        new_epoch = step % epoch_steps == 0
+        # On-policy a resumed run must write the same texts again, so it resumes where they are written.
+        if new_epoch if loss_of.on_policy else step % options.save_every == 0:
+            _save_state(lowering, name, optimizer, step, losses)
+        if new_epoch or not batches:
+            batches = seen
+            if loss_of.on_policy:
+                with with_patch(model, patch):
+                    seed = lowering.seed + 7919 * (step // epoch_steps + 1)
+                    batches = student.batches(lowering.sample(seen_texts, None, seed), options.batch_tokens)
+        loss = 0.0
+        with with_patch(model, patch), torch.enable_grad():
+            for n in range(options.accumulate):
+                batch = batches[(step % epoch_steps * options.accumulate + n) % len(batches)]
+                mean = loss_of.backward(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
+                loss += mean / options.accumulate
+            if control:
+                # The gradient of what KL(base || student) exceeds KL(base || steered) by.
+                batch, allowed = control[step % len(control)]
+                states = to_end.student(batch)
+                if divergence(model, batch.teacher, model, states.detach()).mean > allowed:
+                    OBJECTIVES["forward_kl"].backward(model, batch.teacher, states, options.base_kl_weight)
+        return loss
+
+    for loss in gradient_steps(optimizer, backward, steps, first=first, max_norm=1.0):
+        losses.append(loss)
+        advance(len(texts) / epoch_steps)
+    after = suffix.mean_kl(held_out, patch)
+    lowering.curves[name] = {"loss": losses, "held_out_kl": [before, after]}
+    return before, after
+
+
+def _base_texts(
+    lowering: Lowering, suffix: SuffixModel, texts: Sequence[Encoded], options: TrainingOptions
+) -> list[tuple[TeacherBatch, float]]:
+    """Batches of texts that the base writes, with its own states, and KL(base || steered) on each, nats a token."""
+    model = lowering.loaded.model
+    base = replace(suffix, program=Program((), lowering.program.model, lowering.program.revision))
+    control = []
+    for batch in base.batches(lowering.sample(texts, None, seed=lowering.seed + 7907), options.batch_tokens):
+        hooked = suffix.run_teacher(batch.batch, batch.prefix)
+        control.append((batch, divergence(model, batch.teacher, model, hooked.teacher).mean))
+    return control
+
+
+def _save_state(
+    lowering: Lowering, name: str, optimizer: torch.optim.Optimizer, step: int, losses: list[float]
+) -> None:
+    """Save the parameters and the optimizer's state, before `step`."""
+    tensors: dict[str, Tensor] = {f"parameter.{n}": value for n, value in enumerate(_parameters(optimizer))}
+    numbers: dict[str, float] = {}
+    for n, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"state.{n}.{key}"] = value
+            else:
+                numbers[f"state.{n}.{key}"] = value
+    lowering.resume.save(name, tensors, {"step": step, "losses": losses, "numbers": numbers})
+
+
+def _load_state(lowering: Lowering, name: str, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    """(step, losses so far) of what was saved, put into the parameters and the optimizer; (0, []) where nothing was."""
+    saved = lowering.resume.load(name)
+    if saved is None:
+        return 0, []
+    tensors, header = saved
+    with torch.no_grad():
+        for n, parameter in enumerate(_parameters(optimizer)):
+            parameter.copy_(tensors[f"parameter.{n}"])
+    state: dict[int, dict[str, Tensor | float]] = {}
+    for key, value in (*tensors.items(), *header["numbers"].items()):
+        if key.startswith("state."):
+            _state, n, entry = key.split(".", 2)
+            state.setdefault(int(n), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(header["step"]), list(header["losses"])
