@@ -22,7 +22,7 @@ from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.artifacts.files import save_text, sha256
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lower import closed_form, distill
-from compile_steer.lower.job import Job
+from compile_steer.lower.lowering import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS, divergence, final_states
@@ -80,9 +80,9 @@ def main() -> None:
     console.print(page, markup=False)
 
 
-def _job(run: Run) -> Job:
+def _job(run: Run) -> Lowering:
     recipe = run.recipe
-    return Job(canonical(run.program), run.model, run.data, recipe.compile, recipe.seed, run.progress)
+    return Lowering(canonical(run.program), run.model, run.data.calibration, recipe.compile, recipe.seed, run.progress)
 
 
 def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
@@ -111,7 +111,7 @@ def _medians(*works: Callable[[], object]) -> list[float]:
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def _forward(run: Run, job: Job) -> None:
+def _forward(run: Run, job: Lowering) -> None:
     """One plain pass over the calibration tokens, logits and all."""
     model = run.model.model
     for batch in batches(run.model, job.regression_texts):
@@ -121,7 +121,7 @@ def _forward(run: Run, job: Job) -> None:
                 lm_head(model, hidden[start : start + CHUNK_TOKENS])
 
 
-def _closed_form_cost(run: Run, job: Job) -> list[Row]:
+def _closed_form_cost(run: Run, job: Lowering) -> list[Row]:
     writing = _timed(lambda: job.regression_texts)
     forward, solving = _medians(lambda: _forward(run, job), lambda: closed_form.lower(job))
     return [
@@ -144,7 +144,7 @@ def _share(reference: Reference, patch: WeightPatch) -> float:
     return found.mean / reference.base_divergence.mean
 
 
-def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
+def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[Row]:
     """Seconds until the held-out share is 2 %: regression against training from LoRA's own start."""
     few = job.regression_texts[:40]
     stages = [closed_form.Stage(job.program.first_layer, "mlp", 1)]
@@ -164,7 +164,7 @@ def _time_to_two_percent(run: Run, job: Job, reference: Reference) -> list[Row]:
     trained: list[WeightPatch] = []
 
     def train() -> None:
-        trained.append(distill.distil(random, texts, start, lambda _n: None))
+        trained.append(distill.train_end_to_end(random, texts, start, lambda _n: None))
 
     spent = _timed(train)
     share = _share(reference, trained[0])

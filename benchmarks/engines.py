@@ -32,7 +32,7 @@ from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf import GGUF_KINDS
 from compile_steer.export.merged import write_merged
-from compile_steer.lower.bias import shifts
+from compile_steer.lower.exact import bias_patch
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.reload import reload
@@ -95,7 +95,7 @@ def forms(folder: Path, one: LoadedModel) -> dict[str, Path]:
     """The ocean program in every form that lies on disk, by name."""
     program = canonical(Program.load(PROGRAM))
     origin = replace(Provenance.read(ADAPTER), form="merged-fp32")
-    patches: dict[str, WeightPatch] = {MERGED: read_patch(ADAPTER), BIASED: shifts(program, one.layout)}
+    patches: dict[str, WeightPatch] = {MERGED: read_patch(ADAPTER), BIASED: bias_patch(program, one.layout)}
     for name, patch in patches.items():
         write_merged(folder / name, patch, one, "fp32", origin, "")
     merged = {name: folder / name for name in patches}

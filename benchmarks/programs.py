@@ -24,8 +24,8 @@ from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import distill
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
+from compile_steer.lower.plan import BACKENDS
+from compile_steer.lower.lowering import Lowering
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
@@ -135,7 +135,7 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     prompts = MOST_PROMPTS.get(name, PROMPTS)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
     options = run.recipe.compile.model_copy(update={"calibration": calibration})
-    job = Job(program, run.model, run.data, options, run.recipe.seed, run.progress)
+    job = Lowering(program, run.model, run.data.calibration, options, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     texts = [*job.regression_texts, *job.training_texts]  # written before any clock starts
     cells, peers = [], []
@@ -159,7 +159,7 @@ def _line(name: str, what: str, left: TokenDivergence, measure: Measure, seconds
     return f"| {name} | {what} | {left.mean:.5f} | {share:.2%} | {left.top1_agreement:.1%} | {seconds:.0f} |"
 
 
-def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, object]) -> WeightPatch:
+def _peer(job: Lowering, texts: Sequence[Encoded], peer: str, changes: dict[str, object]) -> WeightPatch:
     """Rank-8 edits from LoRA's own start, trained on the texts of both our backends."""
     layout, block = job.loaded.layout, max(one.site.changes_from for one in job.program.interventions)
     settings = job.options.distill.model_copy(update=PEER_SETTINGS | changes)
@@ -171,12 +171,12 @@ def _peer(job: Job, texts: Sequence[Encoded], peer: str, changes: dict[str, obje
         seen = sum(len(text.ids) for text in texts) * 5 / 6
         settings = settings.model_copy(update={"epochs": LORRA_STEPS * settings.batch_tokens / seen})
     options = job.options.model_copy(update={"distill": settings})
-    return distill.distil(replace(job, options=options), texts, start, lambda _done: None)
+    return distill.train_end_to_end(replace(job, options=options), texts, start, lambda _done: None)
 
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    job = Job(program, run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
+    job = Lowering(program, run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program)
     backend = EXACT[name]
     merged = replace(run.model, model=merged_model(run.model.source, BACKENDS[backend].lower(job)).eval())

@@ -21,8 +21,8 @@ from benchmarks.programs import Measure
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lower import full
-from compile_steer.lower.job import Job
-from compile_steer.lower.options import Full
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.options import FullOptions
 from compile_steer.pipeline.run import Run
 from compile_steer.tools.task_vector import look_into
 
@@ -32,7 +32,7 @@ SETTINGS = [
     "compile.distill.prompts=12",
 ]
 HELD_OUT = 16
-COMMON = Full(optimizer="adamw", batch_tokens=256, epochs=4, cut_rank=8)
+COMMON = FullOptions(optimizer="adamw", batch_tokens=256, epochs=4, cut_rank=8)
 QUERY, DOWN = ("self_attn.q_proj",), ("mlp.down_proj",)
 WEIGHTS: dict[str, dict[str, Any]] = {
     "W_q, AdamW": {"modules": QUERY},
@@ -51,7 +51,7 @@ ARMS = {
 }
 
 
-def arm(job: Job, measure: Measure, options: Full) -> str:
+def arm(job: Lowering, measure: Measure, options: FullOptions) -> str:
     """One line of the table: shares left, whole and cut, seconds, and the median stable rank and cosine."""
     one = replace(job, options=job.options.model_copy(update={"full": options}))
     # The texts do not depend on what is trained: written once, by the first job.
@@ -78,7 +78,7 @@ def arm(job: Job, measure: Measure, options: Full) -> str:
 def table(run: Run, show: Console) -> None:
     """Print the lines of the table as they are measured, a few minutes each."""
     program = committed_program(run)
-    job = Job(program, run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
+    job = Lowering(program, run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
     measure = Measure.of(run, program, HELD_OUT)
     tokens = sum(len(text.ids) for text in (*job.regression_texts, *job.training_texts))
     show.print(f"{program.describe()}; {tokens} tokens; KL(steered||base) {measure.base.mean:.3f}", markup=False)

@@ -30,7 +30,7 @@ from benchmarks.ocean import ROOT, committed_program, machine, ocean
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import Progress
 from compile_steer.lower import distill
-from compile_steer.lower.job import Job
+from compile_steer.lower.lowering import Lowering
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 
@@ -62,9 +62,9 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _job(folder: str) -> Job:
+def _job(folder: str) -> Lowering:
     run = ocean(SETTINGS, Path(folder), Progress())
-    return Job(committed_program(run), run.model, run.data, run.recipe.compile, run.recipe.seed, run.progress)
+    return Lowering(committed_program(run), run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
 
 
 def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:
@@ -73,10 +73,10 @@ def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - started, sum(len(text.ids) for text in texts), loaded, _memory())
 
 
-def ours(job: Job, texts: Sequence[Encoded]) -> Cost:
+def ours(job: Lowering, texts: Sequence[Encoded]) -> Cost:
     """`distill` from LoRA's own start."""
     start = distill.random_patch(job.loaded.layout, job.program.first_layer, 8, 0)
-    return _timed(texts, lambda: distill.distil(job, texts, start, lambda _done: None))
+    return _timed(texts, lambda: distill.train_end_to_end(job, texts, start, lambda _done: None))
 
 
 def _collated(chosen: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def _collated(chosen: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     return parts
 
 
-def theirs(job: Job, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
+def theirs(job: Lowering, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
     """TRL's trainer: a student that wears a LoRA, and a second model with the hooks on."""
     # Here alone, so that the other arm's memory is not theirs.
     from datasets import Dataset
@@ -134,7 +134,7 @@ def theirs(job: Job, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
         return _timed(texts, trainer.train)
 
 
-ARMS: dict[str, Callable[[Job, Sequence[Encoded]], Cost]] = {
+ARMS: dict[str, Callable[[Lowering, Sequence[Encoded]], Cost]] = {
     "ours": ours,
     "theirs": theirs,
     "theirs, recomputing": partial(theirs, recompute=True),

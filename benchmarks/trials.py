@@ -17,8 +17,8 @@ import torch
 from benchmarks.programs import Measure
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
+from compile_steer.lower.plan import BACKENDS
+from compile_steer.lower.lowering import Lowering
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer
@@ -150,7 +150,7 @@ def compiled(run: Run, program: Program) -> Compiled:
     """Closed form, measured on held-out continuations and on the test pairs and prompts that validation used."""
     program, loaded, test, options = canonical(program), run.model, run.data.test, run.recipe.validate_
     patch = BACKENDS["closed_form"].lower(
-        Job(program, loaded, run.data, run.recipe.compile, run.recipe.seed, run.progress)
+        Lowering(program, loaded, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
     )
     measure = Measure.of(run, program, HELD_OUT)
     score = options.score.bind(loaded, run.data)

@@ -21,7 +21,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
 from compile_steer.data.section import Data
 from compile_steer.extract.options import Extract
-from compile_steer.lower.options import Compile
+from compile_steer.lower.options import CompileOptions
 from compile_steer.steering.sites import parse_positions
 from compile_steer.validate.options import ValidateOptions
 from compile_steer.verify.options import Verify
@@ -43,7 +43,7 @@ class Recipe(Section):
     data: Data
     extract: Extract = Extract()
     validate_: ValidateOptions = Field(alias="validate")
-    compile: Compile = Compile()
+    compile: CompileOptions = CompileOptions()
     verify: Verify = Verify()
     folder: Path = Field(exclude=True)
 
@@ -151,6 +151,9 @@ def _apply(content: dict[str, Any], change: str) -> None:
 
 # Keys, and values as KEY=VALUE, that earlier versions had: the message says what they are called now.
 RENAMED_KEYS = {
+    "compile.closed_form.stages.writer": "projection",
+    "compile.distill.neutral_weight": "compile.distill.base_kl_weight",
+    "compile.full.neutral_weight": "compile.full.base_kl_weight",
     "data.write": "data.generate",
     "data.kind=written": "generated",
     "validate.claim": "validate.minimum_effect",
@@ -169,7 +172,7 @@ def _explain(error: ValidationError, content: Any) -> list[str]:
             known = _keys(steps[:-1])
             similar = difflib.get_close_matches(steps[-1], known, n=1)
             hint = f"; did you mean '{similar[0]}'?" if similar else f"; known here: {', '.join(sorted(known))}."
-            renamed = RENAMED_KEYS.get(where)
+            renamed = RENAMED_KEYS.get(re.sub(r"\.\d+", "", where))  # keys of a list's entries without their number
             lines.append(f"{where}: is now called {renamed}." if renamed else f"{where}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing.")

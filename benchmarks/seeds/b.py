@@ -22,8 +22,8 @@ from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extract.found import Found
 from compile_steer.lower import closed_form
-from compile_steer.lower.job import Job
-from compile_steer.lower.options import Calibration, Compile
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.options import CalibrationOptions, CompileOptions
 from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text
@@ -214,8 +214,8 @@ def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, p
     """The first kind's clamp lowered by the closed form, and answers of what came out, with no hook."""
     one = kinds[0]
     program, plain = one.program(say.loaded), [row.plain for row in one.test]
-    options = Compile(calibration=Calibration(prompts=COMPILED_PROMPTS, max_new_tokens=TOKENS))
-    patch = closed_form.lower(Job(program, say.loaded, behaviour, options, 0, progress))
+    options = CompileOptions(calibration=CalibrationOptions(prompts=COMPILED_PROMPTS, max_new_tokens=TOKENS))
+    patch = closed_form.lower(Lowering(program, say.loaded, behaviour.calibration, options, 0, progress))
     with with_patch(say.loaded.model, patch):
         weights = say(plain, patched=f"closed_form of {one.kind} at {one.layer}, {COMPILED_PROMPTS} prompts")
     arms = [say(plain), say(plain, [program] * len(plain)), weights]

@@ -58,7 +58,7 @@ def compile_(session: Session, *, force: Force = False) -> None:
     distributed.join()
     run = session.open()
     if not session.as_json:
-        print_plan(session.console, run.program.describe(), run.plan)
+        print_plan(session.console, run.program.describe(), run.plan.choices)
     folders = compile_program(run, force)
     distributed.leave()
     session.finish_paths(folders)

@@ -52,18 +52,14 @@ def lower(lowering: Lowering) -> WeightPatch:
     require_rank(layout, first, options.rank, "compile.distill.rank")
     if options.objective == "likelihood":
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
-    if options.start == "closed_form":
-        start = fit_blocks(lowering)
-    else:
-        start = random_patch(layout, range(first, layout.n_layers), options.rank, lowering.seed)
+    random_start = options.start == "random"
+    start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
     texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)
 
 
-def train_end_to_end(
-    lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance
-) -> WeightPatch:
+def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:
     """Train `start` on `texts` by the recipe's objective; returned as it is where the held-out KL does not fall."""
     options = lowering.options.distill
     if options.objective == "likelihood":
@@ -79,10 +75,10 @@ def _detached(factors: Factors) -> WeightPatch:
     return WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
 
 
-def random_patch(layout: Layout, blocks: Sequence[int], rank: int, seed: int) -> WeightPatch:
-    """LoRA's own start for every Linear of the blocks: A random, B zero, so nothing changes yet."""
+def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int | None = None) -> WeightPatch:
+    """LoRA's own start for every Linear of blocks `first` to `stop` - 1: A random, B zero, so nothing changes yet."""
     edits = {}
-    for block in blocks:
+    for block in range(first, layout.n_layers if stop is None else stop):
         generator = torch.Generator().manual_seed(seed + block)
         for name, module in layout.linears(block).items():
             d_out, d_in = linear_shape(module)
@@ -147,7 +143,7 @@ def fit_block(
         The loss of every step, and the held-out error before and after.
     """
     loaded = models.loaded
-    start = dict(random_patch(loaded.layout, [block], rank, seed).low_rank)
+    start = dict(random_patch(loaded.layout, block, rank, seed, stop=block + 1).low_rank)
     for name, fresh in start.items():
         if name in models.solved:
             start[name] = _filled(models.solved[name].to(loaded.device), fresh)
@@ -201,7 +197,7 @@ def _train_likelihood(
     lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance
 ) -> WeightPatch:
     """The patch trained by TRL, or `start` where its KL on the held-out batches is not lower."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  (only this objective needs it)
+    from peft import LoraConfig, get_peft_model
 
     options, loaded = lowering.options.distill, lowering.loaded
     suffix, held_out, seen = split_batches(lowering, texts, start, options.batch_tokens)
@@ -234,8 +230,8 @@ def _train_likelihood(
 
 def _run_trl(lowering: Lowering, wrapped: nn.Module, factors: Factors, texts: Sequence[Encoded]) -> list[float]:
     """Train in place on the responses alone; returns the loss of every step."""
-    from datasets import Dataset  # noqa: PLC0415  (only this objective needs them, and they take seconds to load)
-    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
     options = lowering.options.distill
     mean_length = sum(len(text.ids) for text in texts) / len(texts)

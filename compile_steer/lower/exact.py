@@ -32,7 +32,9 @@ from compile_steer.steering.sites import Site
 
 _EMBEDDINGS = Site(0, "resid_pre")
 _CONVERTIBLE, _CONVERTED = ("mistral", "qwen2"), "llama"
-_NO_ADAPTER_BIAS = "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
+_NO_ADAPTER_BIAS = (
+    "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
+)
 
 
 def first_refusal(
@@ -74,17 +76,14 @@ def _shift_refusal(intervention: Intervention, layout: Layout) -> str | None:
     if kind in layout.projection_kinds:
         projection, flag = layout.output_projection(intervention.site.layer, kind), layout.bias_flag(kind)
         # A family may have biases that this checkpoint was made without; then there is no flag to add them.
-        if flag is not None and (flag != "native" or layout.has_bias(projection)):
-            return None
+        legal = flag is not None and (flag != "native" or layout.has_bias(projection))
         reason = f"needs a bias on {projection.name}; {family} has none"
-    elif layout.family.expert_bias is None:
-        reason = f"the MLP is {EXPERTS}"
     else:
-        return None
+        legal, reason = layout.family.expert_bias is not None, f"the MLP is {EXPERTS}"
     other: ProjectionKind = "attn" if kind == "mlp" else "mlp"
-    if layout.bias_flag(other) is None:
-        return reason
-    return f"{reason}. A bias could hold a shift of {other}_out (extract.point: {other}_out)"
+    if layout.bias_flag(other) is not None:
+        reason += f". A bias could hold a shift of {other}_out (extract.point: {other}_out)"
+    return None if legal else reason
 
 
 def bias_adapter_refusal(_program: Program, _layout: Layout) -> str:

@@ -166,7 +166,8 @@ class Apollo(Optimizer):
         if norm > limit > 0:
             update, norm = update * (limit / norm), limit
         state["norm"] = norm
-        return update.T if tall else update
+        oriented: Tensor = update.T if tall else update
+        return oriented
 
 
 def projection(G: Tensor, rank: int, seed: tuple[int, int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lower import closed_form, distill, exact, full
 from compile_steer.lower.lowering import NO_FILES, Lowering, ResumeFiles
-from compile_steer.lower.options import BackendName, CompileOptions
+from compile_steer.lower.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.steering.layout import Layout
@@ -40,9 +40,7 @@ class Backend:
     distributed: bool = False
 
 
-def _exact(
-    refusal: Refusal, adapter_refusal: Refusal, patch: Callable[[Program, Layout], WeightPatch]
-) -> Backend:
+def _exact(refusal: Refusal, adapter_refusal: Refusal, patch: Callable[[Program, Layout], WeightPatch]) -> Backend:
     def lower(lowering: Lowering) -> WeightPatch:
         return patch(lowering.program, lowering.loaded.layout)
 
@@ -98,7 +96,7 @@ class Plan:
         return [choice.backend for choice in self.choices if choice.chosen]
 
 
-def plan(program: Program, layout: Layout, backends: Sequence[BackendName] | Literal["auto"] = "auto") -> Plan:
+def plan(program: Program, layout: Layout, backends: Sequence[str] | Literal["auto"] = "auto") -> Plan:
     """Decide which backends lower the program, before any work.
 
     Raises:
@@ -116,7 +114,12 @@ def plan(program: Program, layout: Layout, backends: Sequence[BackendName] | Lit
     return Plan(
         program,
         tuple(
-            Choice(name, refusals[name], name in chosen, backend.adapter_refusal(program, layout) if name in legal else None)
+            Choice(
+                name,
+                refusals[name],
+                name in chosen,
+                backend.adapter_refusal(program, layout) if name in legal else None,
+            )
             for name, backend in BACKENDS.items()
         ),
     )
@@ -128,7 +131,7 @@ def lower(
     prompts: Sequence[Text],
     options: CompileOptions | None = None,
     *,
-    backend: BackendName | Literal["auto"] = "auto",
+    backend: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
     resume: ResumeFiles = NO_FILES,

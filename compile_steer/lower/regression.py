@@ -30,7 +30,9 @@ class Statistics:
 
     @staticmethod
     def zeros(d_in: int, d_out: int, device: torch.device) -> Statistics:
-        G, C, yy = (torch.zeros(*s, dtype=torch.float64, device=device) for s in ((d_in, d_in), (d_in, d_out), ()))
+        G, C, yy = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((d_in, d_in), (d_in, d_out), ())
+        )
         return Statistics(G, C, yy)
 
     def update(self, x: Tensor, y: Tensor, weight: Tensor) -> None:

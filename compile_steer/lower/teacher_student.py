@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common.progress import Advance
 from compile_steer.lower.lowering import Curve, ResumeFiles
-from compile_steer.models.logprobs import divergence
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.low_rank import LowRank

@@ -26,9 +26,9 @@ from compile_steer.common.progress import Advance
 from compile_steer.lower.lowering import Lowering
 from compile_steer.lower.options import TrainingOptions
 from compile_steer.lower.teacher_student import SuffixModel, TeacherBatch
-from compile_steer.models.logprobs import chunks, divergence, log_softmax
 from compile_steer.models.forward import lm_head
 from compile_steer.models.load import DTYPES
+from compile_steer.models.logprobs import chunks, divergence, log_softmax
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
@@ -252,8 +252,8 @@ def train(
             batches = seen
             if loss_of.on_policy:
                 with with_patch(model, patch):
-                    seed = lowering.seed + 7919 * (step // epoch_steps + 1)
-                    batches = student.batches(lowering.sample(seen_texts, None, seed), options.batch_tokens)
+                    written = lowering.sample(seen_texts, None, seed=lowering.seed + 7919 * (step // epoch_steps + 1))
+                batches = student.batches(written, options.batch_tokens)
         loss = 0.0
         with with_patch(model, patch), torch.enable_grad():
             for n in range(options.accumulate):

@@ -23,14 +23,11 @@ from compile_steer.common.errors import ArtifactError, CannotLower, InternalErro
 from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import is_merged, write_merged
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
-from compile_steer.lower.plan import Choice
-from compile_steer.lower.work import Work
+from compile_steer.lower.lowering import Lowering, ResumeFiles
+from compile_steer.lower.plan import BACKENDS, Choice
 from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card
 from compile_steer.report.page import write_page
-from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.options import any_gguf
@@ -42,13 +39,15 @@ from compile_steer.verify.stage import require_same_origin, verify_artifact
 def compile_program(run: Run, force: bool = False) -> list[Path]:
     """Lower the program with every chosen backend; returns the folders of the patches."""
     verdict, report_sha256 = _verdict(run, force)
-    program, alone = canonical(run.program), distributed.count() == 1
+    alone = distributed.count() == 1
     for name in run.chosen:
-        if not BACKENDS[name].shares:
+        if not BACKENDS[name].distributed:
             distributed.require_alone(name)
-    work = Work(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
+    resume = ResumeFiles(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
     context = run.context
-    job = Job(program, context.model, context.data, run.recipe.compile, context.seed, context.progress, work)
+    lowering = Lowering(
+        run.plan.program, context.model, context.data.calibration, run.recipe.compile, context.seed, context.progress, resume
+    )
     folders = []
     for name in run.chosen:
         folder = run.paths.adapter(name)
@@ -57,13 +56,13 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         inputs = run.inputs("data", "compile", after=depends)
         kept = kept_patch(folder, inputs)
         if kept is not None:
-            job.finished[name] = kept
+            lowering.patches[name] = kept
             continue
         if BACKENDS[name].fitted:
-            _ = job.regression_texts  # written before the clock starts: every backend is given them
+            _ = lowering.regression_texts  # written before the clock starts: every backend is given them
         started = time.perf_counter()
-        job.curves.clear()
-        patch = job.finished[name] = BACKENDS[name].lower(job)
+        lowering.curves.clear()
+        patch = lowering.patches[name] = BACKENDS[name].lower(lowering)
         provenance = replace(
             _provenance(run, name, patch),
             validation_sha256=report_sha256,
@@ -74,8 +73,8 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         )
         if distributed.rank() == 0:
             card = model_card(provenance, run.paths.validation)
-            write_patch(folder, patch, context.model, provenance, card, job.curves)
-    work.clear()
+            write_patch(folder, patch, context.model, provenance, card, lowering.curves)
+    resume.clear()
     return folders
 
 
@@ -121,7 +120,7 @@ def _provenance(run: Run, backend: str, patch: WeightPatch) -> Provenance:
         seconds=0.0,
         inputs="",
         recipe=origin.recipe,
-        described=canonical(run.program).describe(),
+        described=run.plan.program.describe(),
         architecture=patch.architecture or model.model.config.model_type,
         biases=len(patch.bias),
     )
@@ -174,7 +173,7 @@ def precision_of(form: str) -> str:
 def artifacts(run: Run) -> list[Path]:
     """Return the folders that the recipe wants verified, in the plan's order."""
     folders = []
-    for choice in run.plan:
+    for choice in run.plan.choices:
         for form in run.recipe.verify.forms if choice.chosen else ():
             if form != "adapter":
                 folders.append(run.paths.merged(choice.backend, precision_of(form)))
@@ -235,7 +234,7 @@ def run_stages(run: Run, verify: Callable[[], list[Parity]], force: bool) -> Ite
     yield result
     if result.validation.verdict == "fail" and not force:
         return
-    result = replace(result, plan=run.plan)
+    result = replace(result, plan=run.plan.choices)
     yield result
     compile_program(run, force)
     result = replace(result, merged=merge(run))
@@ -247,7 +246,7 @@ def run_stages(run: Run, verify: Callable[[], list[Parity]], force: bool) -> Ite
         if path.is_file():
             curves |= {f"{name}, {part}": curve for part, curve in json.loads(path.read_text("utf-8")).items()}
     program = run.program.describe()
-    write_page(run.paths.report, run.recipe, program, run.plan, result.validation, result.parities, curves)
+    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, result.parities, curves)
     yield result
 
 

@@ -25,12 +25,11 @@ from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extract import generate_pairs
 from compile_steer.extract.generation_report import WritingReport
 from compile_steer.extract.stage import extract, source
-from compile_steer.lower.plan import Choice, plan
+from compile_steer.lower.plan import Plan, plan
 from compile_steer.models.load import LoadedModel, load, revision_of
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
@@ -183,7 +182,7 @@ class Run:
         return sha256(self.paths.program)
 
     @cached_property
-    def plan(self) -> list[Choice]:
+    def plan(self) -> Plan:
         """Which backends will run, and why the others will not.
 
         Raises:
@@ -194,12 +193,12 @@ class Run:
         problems = gguf_refusals(WeightPatch(), model) if any_gguf(self.recipe.verify.forms) else []
         if problems:
             raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
-        return plan(canonical(self.program), model.layout, self.recipe.compile.backends)
+        return plan(self.program, model.layout, self.recipe.compile.backends)
 
     @property
     def chosen(self) -> list[str]:
         """The backends that run, in order."""
-        return [choice.backend for choice in self.plan if choice.chosen]
+        return self.plan.chosen
 
 
 def pairs_sha256(pairs: tuple[Pair, ...]) -> str:

@@ -16,8 +16,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import kept_patch, read_patch, write_patch
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
+from compile_steer.lower.plan import BACKENDS, lower
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.pipeline.run import with_generated_pairs
@@ -193,10 +192,15 @@ def _stack(several: Several) -> WeightPatch:
 def _compile(several: Several, program: Program) -> WeightPatch:
     """The sum of the programs lowered as one, on texts that the model writes under all of them."""
     first = several.members[0]
-    behaviour = replace(first.behaviour, calibration=_in_turn([one.behaviour.calibration for one in several.members]))
-    recipe, whole = first.recipe, canonical(program)
-    return BACKENDS[several.backend].lower(
-        Job(whole, several.loaded, behaviour, recipe.compile, recipe.seed, several.progress)
+    prompts = _in_turn([one.behaviour.calibration for one in several.members])
+    return lower(
+        program,
+        several.loaded,
+        prompts,
+        first.recipe.compile,
+        backend=several.backend,
+        seed=first.recipe.seed,
+        progress=several.progress,
     )
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from compile_steer.common.errors import CompileSteerError
-from compile_steer.lower import closed_form
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
-from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile
-from compile_steer.steering.low_rank import LowRank
+from compile_steer.lower.closed_form import Stage, norm_weights, regression_targets, solve_stages
+from compile_steer.lower.options import ClosedFormOptions, ClosedFormStage, CompileOptions
+from compile_steer.lower.plan import BACKENDS
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention
 from tests.helpers.fitting import (
@@ -21,10 +19,10 @@ from tests.helpers.fitting import (
     HELD_OUT,
     TRAINING,
     canonical_program,
-    job,
     kl,
     remaining_kl,
     solve,
+    stages_of,
 )
 from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
 
@@ -51,7 +49,7 @@ def test_the_default_stages_take_most_of_the_divergence_away(
         (clamp, intervention("clamp", "mlp_out", 1)),
     ):
         steering = canonical_program(family, intervened)
-        assert remaining_kl(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < wanted
+        assert remaining_kl(one, steering, solve(one, steering, stages_of(one, steering))) < wanted
 
 
 @pytest.mark.parametrize(
@@ -77,14 +75,14 @@ def test_the_last_block_s_output_is_matched_before_the_final_norm(family: str, w
 def test_a_program_for_the_response_alone_is_imitated_in_part(family: str) -> None:
     one = loaded(family)
     steering = canonical_program(family, intervention(positions="response"))
-    assert remaining_kl(one, steering, solve(one, steering, plan_stages(job(one, steering)))) < 0.6
+    assert remaining_kl(one, steering, solve(one, steering, stages_of(one, steering))) < 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_stage_corrects_what_the_ones_before_it_left(family: str) -> None:
     one = loaded(family)
     steering = canonical_program(family, intervention("add", "attn_out", 1))
-    stages = plan_stages(job(one, steering))[:4]
+    stages = stages_of(one, steering)[:4]
     found = [remaining_kl(one, steering, solve(one, steering, stages[:n])) for n in range(1, len(stages) + 1)]
     assert len(found) == 4
     assert found == sorted(found, reverse=True)
@@ -95,7 +93,7 @@ def test_each_stage_corrects_what_the_ones_before_it_left(family: str) -> None:
 def test_the_patch_is_the_program_s_and_not_another_s(family: str) -> None:
     one = loaded(family)
     steering = canonical_program(family, intervention())
-    patch = solve(one, steering, plan_stages(job(one, steering)))
+    patch = solve(one, steering, stages_of(one, steering))
     right = remaining_kl(one, steering, patch)
     assert remaining_kl(one, -steering, patch) > 1.0, "the opposite program"
     assert remaining_kl(one, canonical_program(family, intervention(seed=5)), patch) > 3 * right, "another vector"
@@ -151,9 +149,9 @@ def test_a_writer_that_is_named_again_is_solved_anew() -> None:
 # ------------------------------------------------------------------------------------------- stages
 
 
-def planned(*interventions: Intervention, options: Compile | None = None) -> list[tuple[int, str, int]]:
+def planned(*interventions: Intervention, options: CompileOptions | None = None) -> list[tuple[int, str, int]]:
     steering = canonical_program("llama", *interventions)
-    return [(s.layer, s.writer, s.rank) for s in plan_stages(job(loaded("llama"), steering, options))]
+    return [(s.layer, s.projection, s.rank) for s in stages_of(loaded("llama"), steering, options)]
 
 
 def test_the_default_stages_follow_the_program() -> None:
@@ -177,20 +175,20 @@ def test_no_default_stage_lies_above_the_last_block() -> None:
     assert both == [*own, (3, "attn", 8), (3, "mlp", 8)]
 
 
-def stages_of(*stages: ClosedFormStage) -> Compile:
-    return Compile(closed_form=ClosedForm(stages=stages))
+def pinned(*stages: ClosedFormStage) -> CompileOptions:
+    return CompileOptions(closed_form=ClosedFormOptions(stages=stages))
 
 
 def test_the_recipe_s_stages_count_from_the_first_changed_block() -> None:
-    wanted = (ClosedFormStage(offset=0, writer="mlp", rank=2), ClosedFormStage(offset=2, writer="attn", rank=5))
-    assert planned(intervention("add", "resid_pre", 2), options=stages_of(*wanted)) == [(1, "mlp", 2), (3, "attn", 5)]
+    wanted = (ClosedFormStage(offset=0, projection="mlp", rank=2), ClosedFormStage(offset=2, projection="attn", rank=5))
+    assert planned(intervention("add", "resid_pre", 2), options=pinned(*wanted)) == [(1, "mlp", 2), (3, "attn", 5)]
 
 
 def test_a_stage_of_the_recipe_above_the_last_block_is_refused() -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention(layer=3))
-    options = stages_of(ClosedFormStage(offset=1, writer="mlp", rank=2))
+    options = pinned(ClosedFormStage(offset=1, projection="mlp", rank=2))
     with pytest.raises(CompileSteerError, match="blocks 0 to 3"):
-        solve(one, steering, plan_stages(job(one, steering, options)))
+        solve(one, steering, stages_of(one, steering, options))
 
 
 def test_an_empty_program_is_refused_before_any_work() -> None:
@@ -205,26 +203,23 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
     """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
     layout = loaded(family).layout
-    channel = closed_form._Channel(layout, layout.output_projection(1, "mlp"))
-    written, stream, wanted, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
-    y, weight = channel.pull_back(wanted, written, stream)
-    # The edit is diag(edit) in the regression's own coordinates; push_forward gives what the writer really adds.
-    real = torch.stack(
-        [channel.push_forward(LowRank(row.double().unsqueeze(1), torch.ones(1, 1))).B[:, 0] for row in edit]
-    )
+    gain = norm_weights(layout, layout.output_projection(1, "mlp"))
+    written, stream, missing, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
+    y, weight = regression_targets(missing, written, stream, layout.residual_multiplier, gain)
     if layout.post_norm:
-        gain = layout.blocks[1].get_submodule("post_feedforward_layernorm")(torch.ones(HIDDEN))
-        moved = gain * real / written.square().mean(dim=1, keepdim=True).sqrt()
+        assert gain is not None
+        # The solution is in units of the norm's output; divided by the norm's weights it is the projection's.
+        moved = edit / written.square().mean(dim=1, keepdim=True).sqrt()
     else:
-        moved = layout.residual_multiplier * real
-    found = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
-    assert torch.allclose(found.double(), (wanted - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
+        moved = layout.residual_multiplier * edit
+    error = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
+    assert torch.allclose(error, (missing - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
 
 
 def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
     one, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
-    stages = plan_stages(job(one, steering))
-    assert {stage.writer for stage in stages} == {"attn"}
+    stages = stages_of(one, steering)
+    assert {stage.projection for stage in stages} == {"attn"}
     assert remaining_kl(one, steering, solve(one, steering, stages)) < 0.8
     with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
         solve(one, steering, [Stage(1, "mlp", 2)])

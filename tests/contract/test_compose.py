@@ -24,7 +24,7 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import bias
+from compile_steer.lower import exact
 from compile_steer.lower.closed_form import Stage
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.logprobs import divergence, final_states
@@ -200,7 +200,7 @@ def test_biases_of_several_programs_add_up_to_the_hooks_of_all(saved: Save) -> N
     dials = (0.6, 1.4)
     patch, both = WeightPatch(), program("llama")
     for dial, steering in zip(dials, programs, strict=True):
-        patch += dial * bias.shifts(canonical(steering), one.layout)
+        patch += dial * exact.bias_patch(canonical(steering), one.layout)
         both += dial * steering
     inputs = Padded.of(texts(), "right")
     with steered(one.model, both, roles=inputs.roles):

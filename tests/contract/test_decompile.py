@@ -14,7 +14,7 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import bias
+from compile_steer.lower import exact
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.steering.passes import canonical
@@ -48,8 +48,8 @@ def test_compile_then_decompile_gives_the_directions_back(family: str, saved: Sa
     steering = canonical(
         program(family, intervention(layer=1, seed=1), intervention("add", "mlp_out", 3, coefficient=-0.8, seed=2))
     )
-    assert bias.refusal(steering, one.layout) is None
-    found = read_off(one, compiled(one, bias.shifts(steering, one.layout)))
+    assert exact.bias_refusal(steering, one.layout) is None
+    found = read_off(one, compiled(one, exact.bias_patch(steering, one.layout)))
     assert [i.site.layer for i in found.program.interventions] == [1, 3]
     for got, wanted in zip(found.program.interventions, steering.interventions, strict=True):
         # What a sublayer writes reaches the stream times the family's residual multiplier, points are of the stream.
@@ -80,7 +80,7 @@ def test_the_base_itself_and_another_shape_are_refused(saved: Save) -> None:
 
 def test_the_program_it_leaves_is_one_that_loads(saved: Save, tmp_path: Path) -> None:
     one = saved("llama")
-    found = read_off(one, compiled(one, bias.shifts(program("llama", intervention()), one.layout)))
+    found = read_off(one, compiled(one, exact.bias_patch(program("llama", intervention()), one.layout)))
     found.save(tmp_path / "found.safetensors", tmp_path / "found.json")
     again = Program.load(tmp_path / "found.safetensors")
     assert torch.equal(again.interventions[0].vector, found.program.interventions[0].vector)

@@ -7,8 +7,8 @@ import torch
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.lower import closed_form, distill
-from compile_steer.lower.closed_form import Stage, plan_stages
-from compile_steer.lower.options import ClosedForm, ClosedFormStage, Compile, Distill
+from compile_steer.lower.closed_form import Stage
+from compile_steer.lower.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.steering.layout import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -22,17 +22,20 @@ from tests.helpers.fitting import (
     job,
     remaining_kl,
     solve,
+    stages_of,
 )
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks
 
-OPTIONS = Distill(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
+OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
 
 KINDS: tuple[ProjectionKind, ...] = ("attn", "mlp")
-ONE_STAGE = ClosedForm(stages=(ClosedFormStage(offset=0, writer="mlp", rank=4),))
+ONE_STAGE = ClosedFormOptions(stages=(ClosedFormStage(offset=0, projection="mlp", rank=4),))
 
 
-def train(one: LoadedModel, steering: Program, start: WeightPatch, options: Distill = OPTIONS) -> WeightPatch:
-    return distill.distil(job(one, steering, Compile(distill=options)), TRAINING, start, lambda _done: None)
+def train(one: LoadedModel, steering: Program, start: WeightPatch, options: DistillOptions = OPTIONS) -> WeightPatch:
+    return distill.train_end_to_end(
+        job(one, steering, CompileOptions(distill=options)), TRAINING, start, lambda _done: None
+    )
 
 
 @pytest.mark.parametrize(("family", "wanted"), [("llama", 0.25), ("gpt2", 0.25), ("gemma2", 0.4), ("granite", 0.2)])
@@ -57,11 +60,11 @@ def test_training_goes_on_from_the_closed_form(family: str) -> None:
 @pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
 def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
     one, steering = loaded(family), canonical_program(family, intervention())
-    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
+    options = CompileOptions(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
     task = job(one, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
     before, hooks = remaining_kl(one, steering, closed_form.lower(task)), n_hooks(one.model)
-    fitted = distill.fitted_patch(task)
+    fitted = distill.fit_blocks(task)
     assert remaining_kl(one, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
     assert n_hooks(one.model) == hooks
@@ -69,16 +72,16 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
 
 def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention())
-    options = Compile(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
+    options = CompileOptions(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
     task = job(one, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
-    fitted, solved = distill.fitted_patch(task), closed_form.lower(task)
+    fitted, solved = distill.fit_blocks(task), closed_form.lower(task)
     assert fitted.low_rank.keys() == solved.low_rank.keys()
 
 
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention())
-    start = solve(one, steering, plan_stages(job(one, steering)))
+    start = solve(one, steering, stages_of(one, steering))
     assert train(one, steering, start, OPTIONS.model_copy(update={"learning_rate": 50.0})) is start
 
 
@@ -119,7 +122,7 @@ def test_a_random_patch_holds_every_linear_from_the_first_block_on_and_is_nothin
 
 def test_a_rank_that_no_matrix_can_have_is_refused_before_any_text_is_written() -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention())
-    wide = Compile(distill=OPTIONS.model_copy(update={"rank": 25}))
+    wide = CompileOptions(distill=OPTIONS.model_copy(update={"rank": 25}))
     with pytest.raises(CannotLower, match=r"rank 25 is above what model\.layers\.1\.self_attn\.k_proj \(24 x 32\)"):
         distill.lower(job(one, steering, wide))
     with pytest.raises(CannotLower, match="stage mlp of block 1: rank 33 is above"):

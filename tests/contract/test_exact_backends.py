@@ -11,13 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import bias, convert_architecture, orthogonalise
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
-from compile_steer.lower.options import Compile
+from compile_steer.lower import exact
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.plan import BACKENDS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
@@ -51,9 +48,8 @@ PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in load
 # --------------------------------------------------------------------------------- the bias backend
 
 
-def job(one: LoadedModel, steering: Program) -> Job:
-    nothing = Behaviour((), (), (), (), (), (), {})
-    return Job(canonical(steering), one, nothing, Compile(), 0, Progress())
+def job(one: LoadedModel, steering: Program) -> Lowering:
+    return Lowering(canonical(steering), one, ())
 
 
 def reloaded(one: LoadedModel, patch: WeightPatch, folder: Path) -> PreTrainedModel:
@@ -93,7 +89,9 @@ def must_equal_hooks(one: LoadedModel, steering: Program, folder: Path, name: st
 def legal_points(family: str) -> list[Point]:
     layout = loaded(family).layout
     return [
-        p for p in POINTS if bias.refusal(canonical(program(family, intervention("add", p, LAYER))), layout) is None
+        p
+        for p in POINTS
+        if exact.bias_refusal(canonical(program(family, intervention("add", p, LAYER))), layout) is None
     ]
 
 
@@ -103,7 +101,7 @@ def test_where_a_bias_is_legal_the_reloaded_checkpoint_equals_the_hooks(
 ) -> None:
     steering = program(family, intervention("add", point, LAYER))
     if point not in legal_points(family):
-        assert bias.refusal(canonical(steering), saved(family).layout)
+        assert exact.bias_refusal(canonical(steering), saved(family).layout)
         return
     patch = must_equal_hooks(saved(family), steering, tmp_path / "merged")
     assert len(patch.bias) == 1
@@ -146,28 +144,31 @@ def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
     ]
     for points, flags in cases:
         steering = program("llama", *(intervention("add", point, 1) for point in points))
-        assert bias.lower(job(saved("llama"), steering)).config_flags == flags
-    assert bias.lower(job(saved("gpt2"), program("gpt2", intervention()))).config_flags == ()
+        assert exact.bias_patch(canonical(steering), saved("llama").layout).config_flags == flags
+    assert exact.bias_patch(program("gpt2", intervention()), saved("gpt2").layout).config_flags == ()
 
 
 def test_a_family_whose_checkpoint_lacks_its_biases_is_refused_before_any_work() -> None:
     model = build("gpt_neox", attention_bias=False)
     steering = canonical(program("gpt_neox", intervention("add", "attn_out", 1)))
-    assert bias.refusal(steering, loaded("gpt_neox").layout) is None
-    found = bias.refusal(steering, Layout.of(model))
+    assert exact.bias_refusal(steering, loaded("gpt_neox").layout) is None
+    found = exact.bias_refusal(steering, Layout.of(model))
     assert found is not None
     assert "attention.dense" in found
 
 
 def test_one_illegal_intervention_refuses_the_whole_program_and_names_itself() -> None:
     steering = program("llama", intervention(layer=1), intervention("ablate", "mlp_out", 3))
-    found = bias.refusal(canonical(steering), loaded("llama").layout)
+    found = exact.bias_refusal(canonical(steering), loaded("llama").layout)
     assert found == "ablate at mlp_out 3: a bias cannot ablate; it only shifts"
 
 
 def test_nothing_lies_below_the_first_block() -> None:
     steering = canonical(program("gpt2", intervention("add", "resid_pre", 0)))
-    assert bias.refusal(steering, loaded("gpt2").layout) == "add at resid_pre 0: no writer lies below block 0"
+    assert (
+        exact.bias_refusal(steering, loaded("gpt2").layout)
+        == "add at resid_pre 0: no output projection lies below block 0"
+    )
 
 
 # ------------------------------------------------------------------- the other two exact backends
@@ -183,10 +184,10 @@ def test_ablating_writers_in_the_weights_equals_the_hooks(family: str, saved: Sa
         intervention("ablate", "mlp_out", 2, coefficient=0.9, seed=3),
     ]
     layout = loaded(family).layout
-    if orthogonalise.refusal(canonical(program(family, *several)), layout) is not None:
+    if exact.orthogonalise_refusal(canonical(program(family, *several)), layout) is not None:
         del several[0]
     for more in (intervention("clamp", "mlp_out", 2, seed=4), intervention("add", "attn_out", 1, seed=5)):
-        if orthogonalise.refusal(canonical(program(family, *several, more)), layout) is None:
+        if exact.orthogonalise_refusal(canonical(program(family, *several, more)), layout) is None:
             several.append(more)
     patch = must_equal_hooks(saved(family), program(family, *several), tmp_path / "merged", "orthogonalise")
     assert {edit.rank for edit in patch.low_rank.values()} >= {1}
@@ -232,9 +233,9 @@ def test_a_window_that_acts_is_not_rewritten_away() -> None:
     steering = canonical(program("mistral", intervention()))
     for window, refused in ((6, True), (64, False), (None, False)):
         layout = Layout.of(build("mistral", sliding_window=window))
-        assert (convert_architecture.refusal(steering, layout) is not None) == refused
-    assert "not one of the families" in (convert_architecture.refusal(steering, loaded("gpt2").layout) or "")
-    assert convert_architecture.refusal(steering, loaded("llama").layout) == "it is llama already"
+        assert (exact.convert_refusal(steering, layout) is not None) == refused
+    assert "not one of the families" in (exact.convert_refusal(steering, loaded("gpt2").layout) or "")
+    assert exact.convert_refusal(steering, loaded("llama").layout) == "it is llama already"
 
 
 # ------------------------------------------------------------------------------------------- merging

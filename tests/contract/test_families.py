@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.lower.backends import BACKENDS
+from compile_steer.lower.plan import BACKENDS
 from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.layout import FAMILIES as KNOWN
 from compile_steer.steering.passes import canonical
@@ -143,4 +143,4 @@ def test_the_golden_file_is_what_the_design_says() -> None:
     assert all(key[2] == "all" for key in exact)
     assert {key[3] for key in exact if key[4] != "orthogonalise"} == {"add"}
     for family in ("gemma2", "gemma3_text", "olmo2"):
-        assert "normalises what its writers write" in lines[family, "resid_post", "all", "add", "bias"]
+        assert "normalises what its output projections write" in lines[family, "resid_post", "all", "add", "bias"]

@@ -13,9 +13,9 @@ from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import is_adapter, read_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lower import full
-from compile_steer.lower.backends import BACKENDS
-from compile_steer.lower.job import Job
-from compile_steer.lower.options import Compile, Full
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.options import CompileOptions, FullOptions
+from compile_steer.lower.plan import BACKENDS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -25,19 +25,19 @@ from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, can
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
 
 Save = Callable[[str], LoadedModel]
-OPTIONS = Full(optimizer="adamw", batch_tokens=256, epochs=6, learning_rate=0.02, cut_rank=4)
+OPTIONS = FullOptions(optimizer="adamw", batch_tokens=256, epochs=6, learning_rate=0.02, cut_rank=4)
 APOLLO = OPTIONS.model_copy(update={"optimizer": "apollo", "apollo_rank": 4})
 
 
-def task(one: LoadedModel, steering: Program, options: Full = OPTIONS) -> Job:
-    found = job(one, steering, Compile(full=options))
+def task(one: LoadedModel, steering: Program, options: FullOptions = OPTIONS) -> Lowering:
+    found = job(one, steering, CompileOptions(full=options))
     found.__dict__.update(regression_texts=CALIBRATION, training_texts=TRAINING)
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [OPTIONS, APOLLO], ids=["adamw", "apollo"])
-def test_training_lowers_the_divergence_on_texts_it_never_saw(family: str, options: Full) -> None:
+def test_training_lowers_the_divergence_on_texts_it_never_saw(family: str, options: FullOptions) -> None:
     one, steering = loaded(family), canonical_program(family, intervention())
     batch, hooks = Padded.of(HELD_OUT, "right"), n_hooks(one.model)
     base = logits(one.model, batch)
@@ -77,7 +77,7 @@ def test_endings_that_no_module_has_are_named_with_those_there_are() -> None:
     with pytest.raises(
         CannotLower, match=r"ends in own_proj, 0.mlp.down_proj, lm_head. A block has: self_attn.q_proj, "
     ):
-        full.lower(job(one, steering, Compile(full=options)))
+        full.lower(job(one, steering, CompileOptions(full=options)))
 
 
 def test_training_that_learns_nothing_ships_nothing() -> None:
@@ -90,7 +90,7 @@ def test_training_that_learns_nothing_ships_nothing() -> None:
 def test_file_merged_weights_and_hooks_agree_and_so_does_the_cut(family: str, saved: Save, tmp_path: Path) -> None:
     one, steering = saved(family), canonical_program(family, intervention())
     ready = task(one, steering, OPTIONS.model_copy(update={"epochs": 2.0}))
-    patch = ready.finished["full"] = full.lower(ready)
+    patch = ready.patches["full"] = full.lower(ready)
     assert not is_adapter(patch, one)
     found = read_patch(write(tmp_path / "full", patch, one))
     assert all(torch.equal(found.dense[name], delta) for name, delta in patch.dense.items())
@@ -114,7 +114,7 @@ def test_file_merged_weights_and_hooks_agree_and_so_does_the_cut(family: str, sa
 def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention())
     ready = task(one, steering)
-    ready.finished["full"] = WeightPatch(dense={"model.layers.1.mlp.down_proj": torch.randn(32, 48)})
+    ready.patches["full"] = WeightPatch(dense={"model.layers.1.mlp.down_proj": torch.randn(32, 48)})
     monkeypatch.setattr("compile_steer.lower.full.train", lambda *_: pytest.fail("trained again"))
     assert list(BACKENDS["full_cut"].lower(ready).low_rank) == ["model.layers.1.mlp.down_proj"]
 

@@ -18,7 +18,7 @@ from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
-from compile_steer.lower.train import train
+from compile_steer.lower.training import train
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge

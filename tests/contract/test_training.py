@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from compile_steer.lower import distill
-from compile_steer.lower.job import Job
-from compile_steer.lower.objective import OBJECTIVES
-from compile_steer.lower.optimise import adamw, trainable, worn
-from compile_steer.lower.options import Calibration, Compile, Distill
-from compile_steer.lower.suffix import Suffix
-from compile_steer.lower.train import train
-from compile_steer.lower.work import Work
+from compile_steer.lower.lowering import Lowering, ResumeFiles
+from compile_steer.lower.options import CalibrationOptions, CompileOptions, DistillOptions
+from compile_steer.lower.teacher_student import SuffixModel
+from compile_steer.lower.training import OBJECTIVES, adamw, patch_from_factors, train, trainable
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
@@ -26,16 +23,18 @@ from compile_steer.steering.program import Program
 from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
 
-OPTIONS = Distill(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
+OPTIONS = DistillOptions(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
 
 
-def task(one: LoadedModel, steering: Program, **changes: Any) -> Job:
-    options = Compile(calibration=Calibration(prompts=1, max_new_tokens=8), distill=OPTIONS.model_copy(update=changes))
+def task(one: LoadedModel, steering: Program, **changes: Any) -> Lowering:
+    options = CompileOptions(
+        calibration=CalibrationOptions(prompts=1, max_new_tokens=8), distill=OPTIONS.model_copy(update=changes)
+    )
     return job(one, steering, options)
 
 
-def trained(work: Job, start: WeightPatch, texts: list[Encoded] = TRAINING) -> WeightPatch:
-    return distill.distil(work, texts, start, lambda _done: None)
+def trained(work: Lowering, start: WeightPatch, texts: list[Encoded] = TRAINING) -> WeightPatch:
+    return distill.train_end_to_end(work, texts, start, lambda _done: None)
 
 
 def random_start(one: LoadedModel, first: int = 1) -> WeightPatch:
@@ -60,7 +59,7 @@ def test_every_objective_brings_the_student_nearer(family: str, objective: str, 
     texts = TRAINING
     if objective == "likelihood":  # a sampled token says something only where it was sampled from the steered model
         prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in [*CALIBRATION, *TRAINING]]
-        texts = task(one, steering).write(prompts, steering, seed=1)
+        texts = task(one, steering).sample(prompts, steering, seed=1)
     before, hooks = logits(one.model, Padded.of(HELD_OUT, "right")), n_hooks(one.model)
     config, forward = one.model.config.to_dict(), one.model.__dict__.get("forward")
     work = task(one, steering, objective=objective)
@@ -87,9 +86,9 @@ def test_the_losses_are_what_they_are_called() -> None:
         "reverse_kl": (q * (log_q - log_p)).sum(-1).mean(),
         "jensen_shannon": (0.5 * (p * (log_p - m.log()) + q * (log_q - m.log())).sum(-1)).mean(),
     }
-    (item,) = Suffix(one, steering, first=1).items(HELD_OUT[:3], 4096)
+    (item,) = SuffixModel(one, steering, first=1).batches(HELD_OUT[:3], 4096)
     for name, value in wanted.items():
-        student = Suffix(one, steering, first=1).student(item).requires_grad_()
+        student = SuffixModel(one, steering, first=1).student(item).requires_grad_()
         found = OBJECTIVES[name].backward(one.model, item.teacher, student, 1.0)
         assert found == pytest.approx(float(value), rel=1e-4)
 
@@ -134,37 +133,37 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, 
         if seen > 1.6 * len(TRAINING):
             raise Stopped
 
-    kept = replace(task(one, steering, **settings), work=Work(tmp_path, "inputs"))
+    kept = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
     with pytest.raises(Stopped):
-        distill.distil(kept, TRAINING, random_start(one), stop)
-    again = replace(task(one, steering, **settings), work=Work(tmp_path, "inputs"))
+        distill.train_end_to_end(kept, TRAINING, random_start(one), stop)
+    again = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
     steps: list[float] = []
-    found = distill.distil(again, TRAINING, random_start(one), steps.append)
+    found = distill.train_end_to_end(again, TRAINING, random_start(one), steps.append)
     assert same(found, wanted), "bit by bit"
     assert again.curves == whole.curves
     assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin anew"
-    other = replace(task(one, steering, **settings), work=Work(tmp_path, "other inputs"))
-    assert other.work.kept("distill") is None
+    other = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "other inputs"))
+    assert other.resume.load("distill") is None
 
 
 def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None:
     one, steering = loaded("llama"), canonical_program("llama", intervention(layer=0))
     settings = {"start": "closed_form", "block_steps": 20}
 
-    def run(work: Work) -> tuple[Job, WeightPatch]:
-        doing = replace(task(one, steering, **settings), work=work)
+    def run(files: ResumeFiles) -> tuple[Lowering, WeightPatch]:
+        doing = replace(task(one, steering, **settings), resume=files)
         doing.__dict__["regression_texts"] = CALIBRATION
-        return doing, distill.fitted_patch(doing)
+        return doing, distill.fit_blocks(doing)
 
-    whole, wanted = run(Work())
-    doing, _patch = run(Work(tmp_path, "x"))
-    _tensors, state = doing.work.kept("distill.blocks") or ({}, {})
+    whole, wanted = run(ResumeFiles())
+    doing, _patch = run(ResumeFiles(tmp_path, "x"))
+    _tensors, state = doing.resume.load("distill.blocks") or ({}, {})
     assert state["block"] == one.layout.n_layers
     # As if it had been killed after the first two blocks.
     early = {n: e for n, e in wanted.low_rank.items() if ".0." in n or ".1." in n}
     tensors = {f"{part}.{n}": getattr(e, part) for n, e in early.items() for part in "BA"}
-    doing.work.keep("distill.blocks", tensors, {"block": 2, "curves": state["curves"]})
-    again, found = run(Work(tmp_path, "x"))
+    doing.resume.save("distill.blocks", tensors, {"block": 2, "curves": state["curves"]})
+    again, found = run(ResumeFiles(tmp_path, "x"))
     assert same(found, wanted)
     assert again.curves == whole.curves
 
@@ -175,39 +174,39 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
     prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
     drift = []
     for weight in (0.0, 20.0):
-        work = task(one, steering, neutral_weight=weight, epochs=2)
+        work = task(one, steering, base_kl_weight=weight, epochs=2)
         factors = trainable(random_patch(one, ranks=(3,)).low_rank, one.device)
         train(
             work,
             CALIBRATION,
-            worn(factors),
+            patch_from_factors(factors),
             adamw(factors, 0.03),
             work.options.distill,
             "hidden",
             "distill",
             lambda _done: None,
         )
-        batch = Padded.of(work.write(prompts, None, seed=3), "right")
+        batch = Padded.of(work.sample(prompts, None, seed=3), "right")
         base = logits(one.model, batch).double().log_softmax(-1)
-        with with_patch(one.model, worn(factors)), torch.no_grad():
+        with with_patch(one.model, patch_from_factors(factors)), torch.no_grad():
             found = logits(one.model, batch).double().log_softmax(-1)
         drift.append(float((base.exp() * (base - found)).sum(-1).mean()))
     assert drift[1] < 0.8 * drift[0]
 
 
 def test_what_is_kept_is_found_for_the_same_inputs_alone(tmp_path: Path) -> None:
-    work = Work(tmp_path, "a")
-    work.keep("texts", {"x": torch.ones(2)}, [1, 2])
-    tensors, state = work.kept("texts") or ({}, None)
+    work = ResumeFiles(tmp_path, "a")
+    work.save("texts", {"x": torch.ones(2)}, [1, 2])
+    tensors, state = work.load("texts") or ({}, None)
     assert state == [1, 2]
     assert torch.equal(tensors["x"], torch.ones(2))
-    assert Work(tmp_path, "b").kept("texts") is None
+    assert ResumeFiles(tmp_path, "b").load("texts") is None
     (tmp_path / "texts.safetensors").write_bytes(b"cut")
-    assert work.kept("texts") is None
+    assert work.load("texts") is None
     work.clear()
     assert not tmp_path.exists()
-    Work().keep("texts", {}, 1)
-    assert Work().kept("texts") is None
+    ResumeFiles().save("texts", {}, 1)
+    assert ResumeFiles().load("texts") is None
 
 
 def test_a_patch_knows_the_first_block_it_edits() -> None:

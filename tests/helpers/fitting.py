@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.lower.closed_form import Stage, solve_stages
-from compile_steer.lower.job import Job
-from compile_steer.lower.options import Compile
+from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
+from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
@@ -33,9 +31,12 @@ def canonical_program(family: str, *interventions: Intervention) -> Program:
     return canonical(program(family, *interventions))
 
 
-def job(one: LoadedModel, steering: Program, options: Compile | None = None) -> Job:
-    nothing = Behaviour((), (), (), (), (), (), {})
-    return Job(steering, one, nothing, options or Compile(), 0, Progress())
+def job(one: LoadedModel, steering: Program, options: CompileOptions | None = None) -> Lowering:
+    return Lowering(steering, one, (), options or CompileOptions())
+
+
+def stages_of(one: LoadedModel, steering: Program, options: CompileOptions | None = None) -> list[Stage]:
+    return plan_stages(steering, one.layout, (options or CompileOptions()).closed_form)
 
 
 def solve(one: LoadedModel, steering: Program, stages: Sequence[Stage]) -> WeightPatch:

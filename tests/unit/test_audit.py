@@ -21,7 +21,7 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError, Recipe
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_lora, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import bias, convert_architecture, orthogonalise
+from compile_steer.lower import exact
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.passes import canonical
@@ -29,7 +29,6 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.tools.audit import Audit, audit
 from tests.contract.test_adapters import origin
-from tests.helpers.fitting import job
 from tests.helpers.tiny import HIDDEN, LAYERS, build, chat_tokenizer, intervention, random_patch, vector
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -81,7 +80,7 @@ def test_a_copy_has_no_change_and_a_cast_is_only_that(base: LoadedModel, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_added_direction_is_found_in_its_bias(base: LoadedModel, tmp_path: Path, dtype: torch.dtype) -> None:
     program = Program((intervention(layer=1, coefficient=-1.7),), base.id, base.revision)
-    other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other", dtype)
+    other = merged(base, exact.bias_patch(canonical(program), base.layout), tmp_path / "other", dtype)
     found = look(base, other, program)
     (baked,) = found.baked
     assert (baked.kind, baked.block, baked.tensors) == ("added", 1, [f"{DOWN}.bias"])
@@ -100,7 +99,7 @@ def test_an_ablated_direction_is_found_in_all_writers(
     u = vector(3, norm=1.0)
     program = Program(ablate_everywhere(u, LAYERS, coefficient), base.id, base.revision)
     found = look(
-        base, merged(base, orthogonalise.lower(job(base, canonical(program))), tmp_path / "other", dtype), program
+        base, merged(base, exact.orthogonalise(canonical(program), base.layout), tmp_path / "other", dtype), program
     )
     (baked,) = found.baked
     assert (baked.kind, baked.block) == ("ablated", None)
@@ -110,7 +109,7 @@ def test_an_ablated_direction_is_found_in_all_writers(
     assert {change.rank for change in found.changes} == {1}, "rounding to bf16 is no rank"
     assert {change.dtype for change in found.changes} == {str(dtype).removeprefix("torch.")}
     patch = tmp_path / "patch"
-    write_patch(patch, orthogonalise.lower(job(base, canonical(program))), base, origin(base, "patch"), "")
+    write_patch(patch, exact.orthogonalise(canonical(program), base.layout), base, origin(base, "patch"), "")
     assert look(base, patch, program).baked[0].coefficient == pytest.approx(coefficient, abs=1e-4)
 
 
@@ -183,7 +182,7 @@ def test_another_architecture_and_an_untied_head_are_seen_through(tmp_path: Path
     one = on_disk("qwen2", tmp_path / "qwen")
     program = Program((intervention(layer=1),), one.id, one.revision)
     found = look(
-        one, merged(one, convert_architecture.lower(job(one, canonical(program))), tmp_path / "llama"), program
+        one, merged(one, exact.convert_architecture(canonical(program), one.layout), tmp_path / "llama"), program
     )
     assert {setting.key for setting in found.settings} >= {"model_type", "architectures"}
     (baked,) = found.baked
@@ -299,7 +298,7 @@ def test_a_family_that_is_not_known_is_still_compared(base: LoadedModel, tmp_pat
 def test_the_command_prints_and_writes_json(base: LoadedModel, tmp_path: Path) -> None:
     program = Program((intervention(layer=1),), base.id, base.revision)
     program.save(tmp_path / "v.safetensors")
-    other = merged(base, bias.lower(job(base, canonical(program))), tmp_path / "other")
+    other = merged(base, exact.bias_patch(canonical(program), base.layout), tmp_path / "other")
     asked = ["audit", base.source, str(other), "--program", str(tmp_path / "v.safetensors")]
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_steer.common.errors import CannotLower
-from compile_steer.lower.plan import plan
+from compile_steer.common.errors import CannotLower, RecipeError
+from compile_steer.lower.options import CalibrationOptions, CompileOptions
+from compile_steer.lower.plan import lower, plan
+from compile_steer.models.text import Text
 from compile_steer.steering.passes import canonical, drop_inactive, input_to_output, merge_shifts
 from compile_steer.steering.program import Program
 from tests.helpers.tiny import intervention, loaded, program
@@ -54,22 +56,26 @@ def test_a_block_s_output_is_edited_before_what_was_the_next_block_s_input() -> 
 
 
 def test_auto_takes_the_first_backend_that_does_not_refuse() -> None:
-    exact = plan(program("llama", intervention()), loaded("llama").layout, "auto")
-    assert [c.backend for c in exact if c.chosen] == ["bias"]
+    exact = plan(program("llama", intervention()), loaded("llama").layout)
+    assert exact.chosen == ["bias"]
     exact_first = ["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
-    assert [c.backend for c in exact] == exact_first
-    solved = plan(program("gemma2", intervention()), loaded("gemma2").layout, "auto")
-    assert [c.backend for c in solved if c.chosen] == ["closed_form"]
-    assert "normalises" in (solved[0].refusal or "")
-    rewritten = plan(program("mistral", intervention()), loaded("mistral").layout, "auto")
-    assert [c.backend for c in rewritten if c.chosen] == ["retarget"]
+    assert [choice.backend for choice in exact.choices] == exact_first
+    fitted = plan(program("gemma2", intervention()), loaded("gemma2").layout)
+    assert fitted.chosen == ["closed_form"]
+    assert "normalises" in (fitted.choices[0].refusal or "")
+    assert plan(program("mistral", intervention()), loaded("mistral").layout).chosen == ["retarget"]
     ablated = program("mistral", intervention("ablate", "mlp_out"))
-    assert [c.backend for c in plan(ablated, loaded("mistral").layout, "auto") if c.chosen] == ["orthogonalise"]
+    assert plan(ablated, loaded("mistral").layout).chosen == ["orthogonalise"]
 
 
 def test_pinned_backends_are_chosen_together() -> None:
-    found = plan(program("llama", intervention()), loaded("llama").layout, ("bias", "distill"))
-    assert [c.backend for c in found if c.chosen] == ["bias", "distill"]
+    pinned = plan(program("llama", intervention()), loaded("llama").layout, ("bias", "distill"))
+    assert pinned.chosen == ["bias", "distill"]
+
+
+def test_a_plan_holds_the_program_in_canonical_form() -> None:
+    steering = program("llama", intervention("add", "resid_pre", 2), intervention(coefficient=0.0))
+    assert sites(plan(steering, loaded("llama").layout).program) == ["add resid_post 1"]
 
 
 def test_a_pinned_backend_that_refuses_is_an_error_with_its_reason_and_what_to_use() -> None:
@@ -84,21 +90,34 @@ def test_a_pinned_backend_that_refuses_is_an_error_with_its_reason_and_what_to_u
 
 def test_an_empty_program_cannot_be_lowered_by_any_backend() -> None:
     with pytest.raises(CannotLower, match="nothing to compile"):
-        plan(canonical(program("llama", intervention(coefficient=0.0))), loaded("llama").layout, "auto")
+        plan(program("llama", intervention(coefficient=0.0)), loaded("llama").layout)
 
 
-def test_a_bias_does_not_ship_as_an_adapter() -> None:
-    choices = {c.backend: c for c in plan(program("llama", intervention()), loaded("llama").layout, "auto")}
+def test_a_bias_cannot_be_exported_as_an_adapter() -> None:
+    choices = {c.backend: c for c in plan(program("llama", intervention()), loaded("llama").layout).choices}
     assert "merged checkpoint only" in (choices["bias"].adapter_refusal or "")
     assert choices["closed_form"].adapter_refusal is None
 
 
-def test_an_ablation_of_writers_ships_as_an_adapter_unless_a_bias_or_the_embeddings_change_too() -> None:
-    for family, one, ships in (
-        ("llama", intervention("ablate", "mlp_out"), True),
-        ("gpt2", intervention("ablate", "mlp_out"), False),
-        ("llama", intervention("clamp", "mlp_out"), False),
-        ("llama", intervention("ablate", "resid_pre", 0), False),
+def test_an_ablation_can_be_exported_as_an_adapter_unless_a_bias_or_the_embeddings_change_too() -> None:
+    for family, steering, refused in (
+        ("llama", intervention("ablate", "mlp_out"), False),
+        ("gpt2", intervention("ablate", "mlp_out"), True),
+        ("llama", intervention("clamp", "mlp_out"), True),
+        ("llama", intervention("ablate", "resid_pre", 0), True),
     ):
-        choices = plan(program(family, one), loaded(family).layout, ("orthogonalise",))
-        assert [c.adapter_refusal is None for c in choices if c.chosen] == [ships]
+        choices = plan(program(family, steering), loaded(family).layout, ("orthogonalise",)).choices
+        assert [c.adapter_refusal is not None for c in choices if c.chosen] == [refused]
+
+
+# ------------------------------------------------------------------------------------------- lowering
+
+
+def test_a_program_a_model_and_options_are_enough_to_lower() -> None:
+    steering, one = program("llama", intervention("add", "resid_pre", 2)), loaded("llama")
+    assert lower(steering, one, ()).bias.keys() == {"model.layers.1.mlp.down_proj"}
+    with pytest.raises(RecipeError, match=r"need 180 prompts, data.calibration has 1\."):
+        lower(steering, one, [Text("w1 w2")], backend="closed_form")
+    options = CompileOptions(calibration=CalibrationOptions(prompts=2, max_new_tokens=3))
+    patch = lower(steering, one, [Text("w1 w2"), Text("w3")], options, backend="closed_form", seed=5)
+    assert patch.low_rank["model.layers.1.mlp.down_proj"].rank == 8

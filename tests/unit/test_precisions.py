@@ -204,4 +204,4 @@ def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: VerifierCa
     scene.program.save(run.paths.program)
     with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):
         _ = run.plan
-    assert any(choice.chosen for choice in walk_of(scene, ["merged-fp32"], tmp_path).plan)
+    assert any(choice.chosen for choice in walk_of(scene, ["merged-fp32"], tmp_path).plan.choices)

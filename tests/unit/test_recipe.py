@@ -27,8 +27,8 @@ compile:
   backends: [closed_form, distill]
   closed_form:
     stages:
-      - {offset: 0, writer: mlp, rank: 1}
-      - {offset: 1, writer: attn, rank: 4}
+      - {offset: 0, projection: mlp, rank: 1}
+      - {offset: 1, projection: attn, rank: 4}
   distill:
     learning_rate: 1e-5
 """
@@ -53,7 +53,10 @@ def test_a_good_recipe_is_read_and_its_paths_are_relative_to_its_folder(tmp_path
     found = read(tmp_path)
     assert found.validate_.coefficients == (-0.5, 1.0, 2.0)
     assert found.compile.closed_form.stages is not None
-    assert [(s.offset, s.writer, s.rank) for s in found.compile.closed_form.stages] == [(0, "mlp", 1), (1, "attn", 4)]
+    assert [(s.offset, s.projection, s.rank) for s in found.compile.closed_form.stages] == [
+        (0, "mlp", 1),
+        (1, "attn", 4),
+    ]
     with pytest.raises(RecipeError) as caught:
         found.data.read(found.folder)
     where = [line.split()[1] for line in caught.value.problems]
@@ -185,7 +188,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path) -> None:
         (("kind: length", "kind: vibes"), "validate.score"),
         (("max_words: 12", "max_words: twelve"), "validate.score.max_words"),
         (("[closed_form, distill]", "[closed_form, magic]"), "compile.backends"),
-        (("writer: mlp", "writer: head"), "compile.closed_form.stages.0.writer"),
+        (("projection: mlp", "projection: head"), "compile.closed_form.stages.0.projection"),
         (("coefficients:", "positions: everywhere\n  coefficients:"), "validate.positions"),
         (("coefficients:", "layers: [3, -1]\n  coefficients:"), "validate.layers"),
         (("coefficients:", "layers: []\n  coefficients:"), "validate.layers"),

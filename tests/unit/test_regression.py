@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_steer.lower.regression import RIDGES, Sums, fit, solve
+from compile_steer.lower.regression import RIDGES, RidgeFitter, Statistics, solve
 from compile_steer.steering.low_rank import LowRank
 
 D_IN, D_OUT, N = 9, 6, 60
@@ -20,18 +20,18 @@ class Problem:
 
     def __init__(self, seed: int = 0, n: int = N, noise: float = 2.0) -> None:
         generator = torch.Generator().manual_seed(-1)  # inputs and map have one law whatever the seed
-        mixing, wanted = (torch.randn(D_IN, d, generator=generator) for d in (D_IN, D_OUT))
+        mixing, coefficients = (torch.randn(D_IN, d, generator=generator) for d in (D_IN, D_OUT))
         generator.manual_seed(seed)
         self.x = torch.randn(n, D_IN, generator=generator) @ mixing + 0.7
-        self.y = self.x @ wanted * torch.linspace(0.1, 2.0, D_OUT)
+        self.y = self.x @ coefficients * torch.linspace(0.1, 2.0, D_OUT)
         self.y += noise * torch.randn(n, D_OUT, generator=generator)
         self.weight = torch.rand(n, generator=generator) + 0.1
 
     @property
-    def sums(self) -> Sums:
-        sums = Sums.zeros(D_IN, D_OUT, torch.device("cpu"))
+    def sums(self) -> Statistics:
+        sums = Statistics.zeros(D_IN, D_OUT, torch.device("cpu"))
         for part in (slice(0, 20), slice(20, 33), slice(33, None)):  # a stream
-            sums.add(self.x[part], self.y[part], self.weight[part])
+            sums.update(self.x[part], self.y[part], self.weight[part])
         return sums
 
     def penalty(self, ridge: float) -> float:
@@ -134,26 +134,37 @@ def test_a_constant_target_gives_rank_one_whatever_is_asked() -> None:
 
 def test_a_token_s_weight_counts_as_that_many_copies() -> None:
     problem = Problem()
-    twice = Sums.zeros(D_IN, D_OUT, torch.device("cpu"))
+    twice = Statistics.zeros(D_IN, D_OUT, torch.device("cpu"))
     weight = torch.ones(N)
     weight[:7] = 3.0
-    twice.add(problem.x, problem.y, weight)
-    copies = Sums.zeros(D_IN, D_OUT, torch.device("cpu"))
-    copies.add(problem.x, problem.y, torch.ones(N))
+    twice.update(problem.x, problem.y, weight)
+    copies = Statistics.zeros(D_IN, D_OUT, torch.device("cpu"))
+    copies.update(problem.x, problem.y, torch.ones(N))
     for _ in range(2):
-        copies.add(problem.x[:7], problem.y[:7], torch.ones(7))
+        copies.update(problem.x[:7], problem.y[:7], torch.ones(7))
     assert torch.allclose(twice.G, copies.G, rtol=1e-5)
     assert torch.allclose(twice.C, copies.C, rtol=1e-5, atol=1e-4)
     assert float(twice.yy) == pytest.approx(float(copies.yy), rel=1e-5)
 
 
-def test_fit_takes_the_ridge_with_the_least_held_out_error_and_then_all_data() -> None:
+def fitted(train: Problem, held_out: Problem) -> RidgeFitter:
+    fitter = RidgeFitter(D_IN, D_OUT, torch.device("cpu"))
+    for part in (train, held_out):
+        fitter.update(part.x, part.y, part.weight, torch.full((len(part.x),), part is held_out))
+    return fitter
+
+
+def test_the_fitter_takes_the_ridge_with_the_least_held_out_error_and_then_all_data() -> None:
     chosen = set()
     for seed, n, noise in ((1, N, 0.5), (7, 14, 6.0), (2, 12, 20.0)):
-        train, held_out = Problem(seed, n, noise).sums, Problem(seed + 100, N, noise).sums
-        errors = {ridge: held_out.error(solve(train, 2, ridge)) for ridge in RIDGES}
+        fitter = fitted(Problem(seed, n, noise), Problem(seed + 100, N, noise))
+        errors = {ridge: fitter.held_out.error(solve(fitter.train, 2, ridge)) for ridge in RIDGES}
         best = min(errors, key=lambda ridge: errors[ridge])
         chosen.add(best)
-        wanted = solve(train + held_out, 2, best)
-        assert torch.allclose(full(fit(train, held_out, 2)), full(wanted))
-    assert len(chosen) > 1, "the data must not all want the same ridge"
+        assert torch.equal(full(fitter.fit(2)), full(solve(fitter.train + fitter.held_out, 2, best)))
+    assert len(chosen) > 1, "the data must not all choose the same ridge"
+
+
+def test_with_nothing_held_out_the_largest_ridge_is_taken() -> None:
+    fitter = fitted(Problem(), Problem(n=0))
+    assert torch.equal(full(fitter.fit(2)), full(solve(fitter.train, 2, RIDGES[-1])))
