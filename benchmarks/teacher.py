@@ -64,7 +64,9 @@ def _memory() -> float:
 
 def _job(folder: str) -> Lowering:
     run = ocean(SETTINGS, Path(folder), Progress())
-    return Lowering(committed_program(run), run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
+    return Lowering(
+        committed_program(run), run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress
+    )
 
 
 def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:

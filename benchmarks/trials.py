@@ -17,8 +17,8 @@ import torch
 from benchmarks.programs import Measure
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.lower.plan import BACKENDS
 from compile_steer.lower.lowering import Lowering
+from compile_steer.lower.plan import BACKENDS
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer

@@ -7,6 +7,7 @@ relative to the recipe's own folder.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path

@@ -46,7 +46,13 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
     resume = ResumeFiles(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
     context = run.context
     lowering = Lowering(
-        run.plan.program, context.model, context.data.calibration, run.recipe.compile, context.seed, context.progress, resume
+        run.plan.program,
+        context.model,
+        context.data.calibration,
+        run.recipe.compile,
+        context.seed,
+        context.progress,
+        resume,
     )
     folders = []
     for name in run.chosen:
