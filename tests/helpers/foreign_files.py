@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compile_steer.formats.foreign import ForeignVectors, Format, ImportOptions, read_vectors
 from tests.helpers.tiny import HIDDEN, LAYERS, vector
 
 F32, F16 = 0, 1
@@ -90,3 +91,15 @@ def rows(count: int = LAYERS) -> Tensor:
 
 def by_block(*blocks: int) -> dict[int, Tensor]:
     return {k: vector(k, 1.3 + 0.4 * k) for k in blocks}
+
+
+def read_tiny(path: Path, format: Format | None = None, controls: int = 3, **options: Any) -> ForeignVectors:
+    """The vectors of a file, for the tiny models."""
+    generator = torch.Generator().manual_seed(5)
+    return read_vectors(path, format, ImportOptions(LAYERS, HIDDEN, controls, generator, **options))
+
+
+def same_vectors(foreign: ForeignVectors, expected: Mapping[int, Tensor]) -> bool:
+    """Whether exactly these blocks have a vector, and each is the expected one bit by bit."""
+    vectors = {layer: v for layer, v in foreign.vectors.items() if bool(v.any())}
+    return vectors.keys() == expected.keys() and all(torch.equal(vectors[k], v) for k, v in expected.items())

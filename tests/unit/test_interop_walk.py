@@ -46,7 +46,7 @@ from tests.helpers.tiny import (
     vector,
 )
 from tests.unit.test_extract import recipe
-from tests.unit.test_interop_features import DATA
+from tests.unit.test_feature_formats import DATA
 
 FAMILIES = ("llama", "gpt2", "gemma2")
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from pydantic import TypeAdapter, ValidationError
 
-from compile_steer.models.logprobs import encode_pairs, margins, mean_logprobs
-from compile_steer.models.text import Pair, Text
-from compile_steer.models.tokens import Encoded, encode, pad
 from compile_steer.scoring.options import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
-from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Program
-from tests.helpers.tiny import PAD_ID, intervention, loaded, program, texts
 
 
 def keywords(*patterns: str, absent: tuple[str, ...] = ()) -> Keywords:
@@ -120,51 +112,6 @@ def test_a_score_is_chosen_by_its_kind_and_bad_ones_are_refused() -> None:
     ):
         with pytest.raises(ValidationError):
             adapter.validate_python(bad)
-
-
-# -------------------------------------------------------------------------------- log-probabilities
-
-
-def mean_by_hand(ids: tuple[int, ...], n_prompt: int, steering: Program | None = None) -> float:
-    """Mean log-probability of the response tokens of one row, from the model's plain logits."""
-    model, batch = loaded("gemma2").model, pad([Encoded(ids, n_prompt)], [0], PAD_ID)
-    with torch.no_grad(), steered(model, steering, roles=batch.roles):
-        log_p = model(input_ids=batch.input_ids).logits[0].double().log_softmax(dim=-1)
-    return float(np.mean([float(log_p[at - 1, ids[at]]) for at in range(n_prompt, len(ids))]))
-
-
-def test_mean_log_probabilities_are_those_of_each_text_alone_in_the_order_given() -> None:
-    rows = texts(((5, 4), (3, 9), (4, 1), (2, 6)))
-    expected = [mean_by_hand(row.ids, row.n_prompt) for row in rows]
-    assert mean_logprobs(loaded("gemma2"), rows) == pytest.approx(expected, abs=1e-5)
-    assert np.ptp(expected) > 0.1
-
-
-def test_mean_log_probabilities_under_a_program() -> None:
-    rows, steering = texts(), program("gemma2", intervention(positions="response"))
-    plain, under = (mean_logprobs(loaded("gemma2"), rows, program) for program in (None, steering))
-    assert under == pytest.approx([mean_by_hand(row.ids, row.n_prompt, steering) for row in rows], abs=1e-5)
-    # The first response token is predicted at the prompt, where 'response' does not act; every row has a second one.
-    assert float(np.abs(under - plain).min()) > 1e-3
-
-
-def test_hooks_without_roles_take_a_whole_pass_for_a_prompt() -> None:
-    rows = texts()
-    with steered(loaded("gemma2").model, program("gemma2", intervention(positions="response"))):
-        assert mean_logprobs(loaded("gemma2"), rows) == pytest.approx(
-            [mean_by_hand(row.ids, row.n_prompt) for row in rows], abs=1e-5
-        )
-
-
-def test_a_margin_is_positive_minus_negative_of_each_pair_under_the_plain_prompt() -> None:
-    one = loaded("gemma2")
-    pairs = [Pair(Text(f"w9 w{n} w8", "w20 w21"), Text(f"w{n}", f"w3{n} w40 w41"), f"w{n} w50") for n in (6, 7, 8)]
-    encoded = encode_pairs(one, pairs)
-    assert [e.n_prompt for e in encoded] == [2] * 6, "the plain prompt, not the template's"
-    assert encoded[1] == encode(one.tokenizer, Text("w7 w50", "w20 w21"))
-    assert encoded[4] == encode(one.tokenizer, Text("w7 w50", "w37 w40 w41"))
-    wanted = [mean_by_hand((n, 50, 20, 21), 2) - mean_by_hand((n, 50, 30 + n, 40, 41), 2) for n in (6, 7, 8)]
-    assert margins(mean_logprobs(one, encoded)) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(
