@@ -21,7 +21,7 @@ from benchmarks.ocean import ROOT
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.extract.generation_report import WritingReport
+from compile_steer.extract.generate_pairs import GenerationReport
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
 
@@ -96,11 +96,11 @@ def recipe_for(one: Known, folder: Path, settings: Sequence[str] = ()) -> Recipe
         "name": one.name,
         "model": "smollm2-135m-instruct",
         "data": {
-            "kind": "written",
+            "kind": "generated",
             **prompts,
             **shared,
             "positive_template": f"{{prompt}} {one.instruction}",
-            "write": {"max_new_tokens": 40, "tries": 2, "min_pairs": 12},
+            "generate": {"max_new_tokens": 40, "tries": 2, "min_pairs": 12},
         },
         "validate": {
             "score": {"kind": "keywords", "patterns": [one.pattern]},
@@ -134,12 +134,12 @@ def _yields(one: Known, out: Path, progress: ProgressBars) -> Iterator[str]:
     try:
         Run.open(recipe, paths.out, progress)
     except RecipeError:
-        if not paths.writing.is_file():  # too few pairs: the table says so
+        if not paths.generation_report.is_file():  # too few pairs: the table says so
             raise
-    splits = WritingReport.load(paths.writing).splits
+    splits = GenerationReport.load(paths.generation_report).splits
     reasons: dict[str, int] = {}
     for split in splits.values():
-        yield f"{split.kept} of {split.wanted}"
+        yield f"{split.kept} of {split.prompts}"
         for reason, count in split.dropped.items():
             reasons[reason] = reasons.get(reason, 0) + count
     yield max(reasons, key=lambda reason: reasons[reason], default="")

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.ocean import ROOT, machine
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.errors import ArtifactError
-from compile_steer.extract.imported import read
-from compile_steer.extract.options import Extract
+from compile_steer.extract.options import ExtractOptions
+from compile_steer.extract.stage import read_imported
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
@@ -65,8 +65,8 @@ def ours(one: LoadedModel, program: Program) -> Tensor:
 
 def imported(one: LoadedModel, path: Path, coefficient: float, **said: Any) -> Program:
     """All vectors of a file at once, at a coefficient, by the way that a recipe takes."""
-    options = Extract.model_validate({"method": "imported", "imported": {"file": path, "joint": "all", **said}})
-    point, found = read(path, options, one.layout, 0)
+    options = ExtractOptions.model_validate({"method": "imported", "imported": {"file": path, "joint": "all", **said}})
+    point, found = read_imported(options, one.layout, 0)
     directions = Directions(found.vectors, found.shuffled, one.id, one.revision, point, "", joint=True)
     return directions.program(EVERY_BLOCK, coefficient, "all")
 

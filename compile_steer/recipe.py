@@ -21,7 +21,7 @@ from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
 from compile_steer.data.section import Data
-from compile_steer.extract.options import Extract
+from compile_steer.extract.options import ExtractOptions
 from compile_steer.lower.options import CompileOptions
 from compile_steer.steering.sites import parse_positions
 from compile_steer.validate.options import ValidateOptions
@@ -42,7 +42,7 @@ class Recipe(Section):
     ask: str = Field("What are you?", description="one prompt answered by base, steered and compiled for the report")
     too_high: float = Field(4.0, gt=1, description="the coefficient of the honest bad sample, as a multiple")
     data: Data
-    extract: Extract = Extract()
+    extract: ExtractOptions = ExtractOptions()
     validate_: ValidateOptions = Field(alias="validate")
     compile: CompileOptions = CompileOptions()
     verify: Verify = Verify()

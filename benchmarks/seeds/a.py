@@ -20,9 +20,8 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT
 from compile_steer.common.progress import Advance, Progress, ProgressBars
-from compile_steer.extract.options import Extract, Trained
-from compile_steer.extract.trained import Fitted, Start, starting_point, train
-from compile_steer.extract.trained_loss import Objective
+from compile_steer.extract.options import ExtractOptions, TrainedOptions
+from compile_steer.extract.trained import Objective, Start, TrainedVectors, starting_point, train
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states, mean_logprobs
@@ -102,10 +101,10 @@ class Test:
 # ------------------------------------------------------------------------------------------- arms
 
 
-def vectors(run: Run, advance: Advance, **changes: object) -> tuple[Start, Fitted, Program]:
+def vectors(run: Run, advance: Advance, **changes: object) -> tuple[Start, TrainedVectors, Program]:
     """Train as the recipe says, with changes; the program holds the kept vectors at coefficient 1."""
     options = run.recipe.extract.trained.model_copy(update=changes)
-    extract = Extract(method="trained", trained=Trained.model_validate(options.model_dump()))
+    extract = ExtractOptions(method="trained", trained=TrainedOptions.model_validate(options.model_dump()))
     pairs, loaded = run.data.train, run.model
     start = starting_point(loaded, pairs, extract)
     fitted = train(loaded, pairs, start, extract.trained, "all", run.recipe.seed, advance)
@@ -130,19 +129,19 @@ def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[flo
     options, pairs = run.recipe.extract.trained, list(run.data.train)
     mixed = random.Random(run.recipe.seed).sample(pairs, len(pairs))
     objective = Objective(one, "likelihood", options.beta, 0)
-    held_out = objective.items(mixed[::6], options.batch_tokens)
-    seen = objective.items([p for n, p in enumerate(mixed) if n % 6], options.batch_tokens)
+    held_out = objective.prepare(mixed[::6], options.batch_tokens)
+    seen = objective.prepare([p for n, p in enumerate(mixed) if n % 6], options.batch_tokens)
     optimizer = torch.optim.AdamW(factors, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(seen))
     empty, draw = Program((), one.id, one.revision), random.Random(run.recipe.seed)
-    curve, best = [objective.measure(held_out, empty)], [factor.detach().clone() for factor in factors]
+    curve, best = [objective.evaluate(held_out, empty)], [factor.detach().clone() for factor in factors]
     for _epoch in range(options.epochs):
         for item in draw.sample(seen, len(seen)):
             optimizer.zero_grad()
             objective.loss(item, empty, 1.0).backward()
             optimizer.step()
             schedule.step()
-        curve.append(objective.measure(held_out, empty))
+        curve.append(objective.evaluate(held_out, empty))
         if curve[-1] == min(curve):
             best = [factor.detach().clone() for factor in factors]
         advance(1)
@@ -249,7 +248,7 @@ def section(progress: Progress) -> list[str]:
     return _page(run, rows, dial, merged, {"base": base, **found, "LoRA": adapted})
 
 
-def _row(name: str, start: Start, fitted: Fitted, outcome: Outcome, seed: int) -> str:
+def _row(name: str, start: Start, fitted: TrainedVectors, outcome: Outcome, seed: int) -> str:
     curve, norms = fitted.curves["held_out"], fitted.curves["norm"]
     return (
         f"| {name} | {start.vectors.numel():,} | {curve[0]:.2f} to {min(curve):.2f}, last {curve[-1]:.2f} | "

@@ -20,7 +20,7 @@ from benchmarks.ocean import ROOT
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.found import Found
+from compile_steer.extract.pair_methods import ExtractedDirections
 from compile_steer.lower import closed_form
 from compile_steer.lower.lowering import Lowering
 from compile_steer.lower.options import CalibrationOptions, CompileOptions
@@ -57,7 +57,7 @@ class Instruction:
     """One kind of instruction: what was read of its training rows, and the layer that was chosen."""
 
     kind: str
-    found: Found
+    found: ExtractedDirections
     search: Sequence[Row]
     test: Sequence[Row]
     layer: int = 0
@@ -78,10 +78,10 @@ def last_token(loaded: LoadedModel, prompts: Sequence[str]) -> Tensor:
     return read_activations(loaded, texts, point="resid_post", readout="last_prompt").mean(dim=0)
 
 
-def contrast(loaded: LoadedModel, asked: Sequence[str], plain: Sequence[str]) -> Found:
+def contrast(loaded: LoadedModel, asked: Sequence[str], plain: Sequence[str]) -> ExtractedDirections:
     """The difference [L, d] at the prompt's last token between asking with an instruction and without."""
     high, low = last_token(loaded, asked), last_token(loaded, plain)
-    return Found(high - low, high.new_zeros(0, *high.shape), high)
+    return ExtractedDirections(high - low, high.new_zeros(0, *high.shape), high)
 
 
 def instructions(loaded: LoadedModel) -> list[Instruction]:

@@ -118,9 +118,9 @@ def read_questions() -> list[Question]:
 def vectors(items: Sequence[Item], seed: int) -> dict[str, Tensor]:
     """[L, d] of every arm, from the training items."""
     found = {
-        "PASf": choices.fit(items, "pasf", 1, seed),
-        "iPASa": choices.fit(items, "ipasa", 1, seed),
-        "iPASwo": choices.fit(items, "ipaswo", 1, seed),
+        "PASf": choices.with_controls(items, "pasf", 1, seed),
+        "iPASa": choices.with_controls(items, "ipasa", 1, seed),
+        "iPASwo": choices.with_controls(items, "ipaswo", 1, seed),
     }
     arms = {name: one.vectors for name, one in found.items()}
     arms["PASf, off by one"] = arms["PASf"].roll(1, dims=0)  # a block's input is the output of the one before

@@ -26,7 +26,7 @@ class RunPaths:
         return self.out / "data" / f"{self.name}.{split}.jsonl"
 
     @property
-    def writing(self) -> Path:
+    def generation_report(self) -> Path:
         """How many pairs the model generated, and why others were dropped."""
         return self.out / "data" / f"{self.name}.json"
 

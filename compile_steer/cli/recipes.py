@@ -18,11 +18,13 @@ def generate_pairs(session: Session) -> None:
     For data of kind written or instructions; every later command does this first. Leaves data/NAME.SPLIT.jsonl, which
     may be edited: the files are kept until the prompts, the templates, the scorer or the model change.
     """
-    from compile_steer.report.terminal import print_writing
+    from compile_steer.report.terminal import print_generation
 
     run = session.open()
     report = run.generated_pairs()
-    session.finish(asdict(report), lambda: print_writing(session.console, report, run.paths.writing.parent))
+    session.finish(
+        asdict(report), lambda: print_generation(session.console, report, run.paths.generation_report.parent)
+    )
 
 
 @command(Session)

@@ -1,166 +1,302 @@
-"""The stage: prompts -> pairs in JSONL, which a person can read and edit."""
+"""Let the model generate its own contrast pairs, and keep those that show the behaviour on the positive side alone.
+
+The pairs are JSONL files that a person can read and edit. This module does not import torch: reports are read with it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from compile_steer.artifacts.files import digest, save_text
+from compile_steer.artifacts.files import digest, load_json, save_json, save_text
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Advance, Progress
-from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, prompts_key
-from compile_steer.data.section import GenerateOptions, PairsData
+from compile_steer.common.progress import Advance
+from compile_steer.data.behaviour import SPLITS, Behaviour, Context, normalized, prompts_key
+from compile_steer.data.pairs import KEYS
+from compile_steer.data.section import GenerateOptions
 from compile_steer.data.sources import Reader
-from compile_steer.extract.completions import Answer, Side, write_side
-from compile_steer.extract.generation_report import SplitReport, WritingReport
-from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
-from compile_steer.recipe import Recipe
-from compile_steer.scoring.base import Score
+from compile_steer.scoring.base import Reply, Score, ScorerBase
+from compile_steer.scoring.text import repetition
+
+if TYPE_CHECKING:
+    from compile_steer.models.load import LoadedModel
+
+_SHOWS = 0.5  # the score from which a response shows the behaviour
+_BATCH = 96  # prompts that are continued at once
+# The end of a sentence or line. A full stop after a digit may be a list's number: what follows would be an empty item.
+_SENTENCE_END = re.compile(r"(?<!\d)[.!?]+[\"')\]*]*(?=\s|$)|\n")
 
 
-def write(
-    recipe: Recipe, options: GenerateOptions, loaded: LoadedModel, asked: Behaviour, paths: RunPaths, progress: Progress
-) -> Behaviour:
-    """The behaviour with the responses that its pairs lack, from the files of `paths`; writes those first if need be.
+@dataclass(frozen=True)
+class SplitReport:
+    """What was generated for one split.
 
-    Files that were written from the same inputs are taken as they are now, so what a person mended in them counts.
+    Attributes:
+        prompts: number of prompts.
+        generated: number of responses, of both sides and all tries.
+        kept: number of pairs.
+        dropped: number of the other prompts by reason.
+        examples: a prompt and response for each reason.
+    """
 
-    Args:
-        asked: as read from the recipe's data, with pairs whose responses are empty.
+    prompts: int
+    generated: int
+    kept: int
+    dropped: dict[str, int]
+    examples: dict[str, str]
+
+    def describe(self) -> str:
+        """Return one line, the most frequent reason first."""
+        reasons = "; ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items(), key=lambda item: -item[1]))
+        return f"{self.kept} of {self.prompts} prompts gave a pair" + (f" ({reasons})" if reasons else "")
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """The reports of all splits, and the fingerprint of what the pairs were generated from."""
+
+    kind: Literal["generation report"] = field(default="generation report", kw_only=True)
+    splits: dict[str, SplitReport]
+    inputs: str = ""
+
+    def save(self, path: Path) -> None:
+        save_json(path, asdict(self))
+
+    @staticmethod
+    def load(path: Path) -> GenerationReport:
+        """Raises `ArtifactError` for a missing or damaged report."""
+        return load_json(path, GenerationReport, "report on generated pairs", "generate-pairs")
+
+
+@dataclass(frozen=True)
+class GeneratedPairs:
+    """The kept pairs of each split, with the report on how they were generated."""
+
+    pairs: Mapping[str, tuple[Pair, ...]]
+    report: GenerationReport
+
+    def save(self, paths: RunPaths) -> None:
+        """Write a JSONL file for each split, and the report."""
+        # The report marks that all files belong together, so it is removed first and written last.
+        paths.generation_report.unlink(missing_ok=True)
+        for name, rows in self._rows().items():
+            save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.report.save(paths.generation_report)
+
+    @staticmethod
+    def load(paths: RunPaths, data: Behaviour) -> GeneratedPairs:
+        """Read the files as they are now, also where they were edited.
+
+        Args:
+            data: the prompts, with empty responses.
+
+        Raises:
+            RecipeError: an invalid row, or one whose prompt is not in `data`. ArtifactError: no or a damaged report.
+        """
+        report = GenerationReport.load(paths.generation_report)
+        reader = Reader(paths.out)
+        pairs: dict[str, tuple[Pair, ...]] = {}
+        for name in SPLITS:
+            path = paths.pairs(name)
+            # Where no pair was kept the file is empty, which `complete` explains better than the reader.
+            rows = reader.rows(name, path.resolve(), KEYS) if path.stat().st_size else []
+            known = {pair.prompt: pair for pair in data.split(name)}
+            unknown = [row["prompt"] for row in rows if row["prompt"] not in known]
+            if unknown:
+                reader.problems.append(
+                    f"{path}: {len(unknown)} of its prompts are not among those of data.{name}, for example "
+                    f"'{unknown[0]}'. Add them there, or give the files to a recipe of kind: pairs."
+                )
+            usable = [row for row in rows if row["prompt"] in known]
+            pairs[name] = tuple(_pair(known[row["prompt"]], row["positive"], row["negative"]) for row in usable)
+        if reader.problems:
+            raise RecipeError(reader.problems)
+        return GeneratedPairs(pairs, report)
+
+    def complete(self, data: Behaviour, min_pairs: int, report: Path | str = "the report") -> Behaviour:
+        """Return `data` with these pairs in the place of its prompts.
+
+        Args:
+            report: where to find the report, for the message.
+
+        Raises:
+            RecipeError: a split has fewer than `min_pairs` pairs.
+        """
+        problems = [
+            f"data.{name}: found {len(pairs)} generated pairs; needed: {min_pairs}. When they were generated "
+            f"{self.report.splits[name].describe()}; an example of each reason is in {report}. Change the prompts' "
+            "wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
+            for name, pairs in self.pairs.items()
+            if len(pairs) < min_pairs
+        ]
+        if problems:
+            raise RecipeError(problems)
+        prompts = {prompts_key(name): data.hashes[name] for name in SPLITS}
+        hashes = {**data.hashes, **{name: digest(rows) for name, rows in self._rows().items()}, **prompts}
+        train, validation, test = (self.pairs[name] for name in SPLITS)
+        return replace(data, train=train, validation=validation, test=test, hashes=hashes)
+
+    def _rows(self) -> dict[str, list[dict[str, str]]]:
+        return {
+            name: [
+                {"prompt": p.prompt, "positive": p.positive.response, "negative": p.negative.response} for p in pairs
+            ]
+            for name, pairs in self.pairs.items()
+        }
+
+
+def _pair(prompts: Pair, positive: str, negative: str) -> Pair:
+    return replace(
+        prompts,
+        positive=replace(prompts.positive, response=positive),
+        negative=replace(prompts.negative, response=negative),
+    )
+
+
+def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, paths: RunPaths) -> Behaviour:
+    """Return the data with generated responses, from the files of `paths`; generates these first if needed.
+
+    Files that were generated from the same inputs are taken as they are, so that edits in them count.
 
     Raises:
         RecipeError: too few pairs of a split show the behaviour, or an edited file is unusable.
     """
-    inputs = _inputs(recipe, options, loaded, asked)
-    if not _is_kept(paths, inputs):
-        distributed.require_alone("writing pairs")
-        _write(recipe, options, loaded, asked, paths, inputs, progress)
-    return _read(options, asked, paths)
-
-
-def _inputs(recipe: Recipe, options: GenerateOptions, loaded: LoadedModel, asked: Behaviour) -> str:
-    """Fingerprint of what the pairs depend on; how many are needed is not among it."""
-    pairs = {name: [asdict(pair) for pair in asked.split(name)] for name in SPLITS}
-    checks = {prompt: [asdict(check) for check in found] for prompt, found in asked.checks.items()}
-    how = [options.model_dump(exclude={"min_pairs"}), recipe.validate_.score.model_dump(mode="json")]
-    return digest([pairs, checks, how, loaded.id, loaded.revision, recipe.dtype, recipe.seed])
-
-
-def _is_kept(paths: RunPaths, inputs: str) -> bool:
+    model, data = context.model, context.data
+    prompts = {name: [asdict(pair) for pair in data.split(name)] for name in SPLITS}
+    checks = {prompt: [asdict(check) for check in checks] for prompt, checks in data.checks.items()}
+    # How many pairs are needed does not change what is generated.
+    settings = [options.model_dump(exclude={"min_pairs"}), scorer.model_dump(mode="json")]
+    identity = [model.id, model.revision, str(model.model.dtype), context.seed]
+    inputs = digest([prompts, checks, settings, identity])
     try:
-        kept = WritingReport.load(paths.writing)
+        kept = GenerationReport.load(paths.generation_report).inputs == inputs
     except ArtifactError:
-        return False  # none yet, or damaged: written again, and replaced as a whole
-    return kept.inputs == inputs and all(paths.pairs(name).is_file() for name in SPLITS)
+        kept = False  # none yet, or damaged: generated again, and replaced as a whole
+    if not kept or not all(paths.pairs(name).is_file() for name in SPLITS):
+        from compile_steer.common import distributed
+
+        distributed.require_alone("generating pairs")
+        generated = generate_pairs(context, options, scorer)
+        replace(generated, report=replace(generated.report, inputs=inputs)).save(paths)
+    return GeneratedPairs.load(paths, data).complete(data, options.min_pairs, paths.generation_report)
 
 
-def _write(
-    recipe: Recipe,
-    options: GenerateOptions,
-    loaded: LoadedModel,
-    asked: Behaviour,
-    paths: RunPaths,
-    inputs: str,
-    progress: Progress,
-) -> None:
-    score = recipe.validate_.score.bind(loaded, asked)
-    answers = 2 * sum(len(asked.split(name)) for name in SPLITS)
-    seen: set[str] = set()
-    splits: dict[str, SplitReport] = {}
-    files: dict[Path, str] = {}
-    with progress.phase("the model writes both sides of its pairs", answers) as advance:
+def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase) -> GeneratedPairs:
+    """Let the model respond to both sides' prompts, and keep the pairs that show the behaviour on one side alone.
+
+    Args:
+        context: its data have the prompts of both sides, with empty responses.
+        scorer: finds the behaviour in a response.
+    """
+    model, data = context.model, context.data
+    score = scorer.bind(model, data)
+    pairs: dict[str, tuple[Pair, ...]] = {}
+    reports: dict[str, SplitReport] = {}
+    earlier: set[str] = set()
+    total = 2 * sum(len(data.split(name)) for name in SPLITS)
+    with context.progress.phase("generating both sides of the pairs", total) as advance:
         for name in SPLITS:
-            rows, splits[name] = _write_split(asked.split(name), loaded, score, options, recipe.seed, seen, advance)
-            files[paths.pairs(name)] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    paths.writing.unlink(missing_ok=True)  # the report is the mark that all files belong together: it goes last
-    for path, text in files.items():
-        save_text(path, text)
-    WritingReport(splits, inputs).save(paths.writing)
+            prompts = data.split(name)
+            (positives, n_positive), (negatives, n_negative) = (
+                generate_side(model, side, prompts, score, options, context.seed, advance)
+                for side in ("positive", "negative")
+            )
+            kept: list[Pair] = []
+            dropped: Counter[str] = Counter()
+            examples: dict[str, str] = {}
+            for pair, positive, negative in zip(prompts, positives, negatives, strict=True):
+                problem, text = _pair_problem(positive, negative, earlier)
+                if problem:
+                    dropped[problem] += 1
+                    examples.setdefault(problem, f"{pair.prompt} -> {text}")
+                else:
+                    kept.append(_pair(pair, positive.text, negative.text))
+            # No response may be in two splits.
+            earlier |= {normalized(text.response) for pair in kept for text in (pair.positive, pair.negative)}
+            pairs[name] = tuple(kept)
+            reports[name] = SplitReport(len(prompts), n_positive + n_negative, len(kept), dict(dropped), examples)
+    return GeneratedPairs(pairs, GenerationReport(reports))
 
 
-def _write_split(
+@dataclass(frozen=True)
+class Completion:
+    """A response that the model generated; `problem` says why it cannot be used, empty if it can."""
+
+    text: str
+    problem: str = ""
+
+
+def generate_side(
+    model: LoadedModel,
+    side: Literal["positive", "negative"],
     pairs: Sequence[Pair],
-    loaded: LoadedModel,
     score: Score,
     options: GenerateOptions,
     seed: int,
-    seen: set[str],
     advance: Advance,
-) -> tuple[list[dict[str, str]], SplitReport]:
-    """The rows of one split, and what became of the others.
+) -> tuple[list[Completion], int]:
+    """Generate one side's responses; return the last one for each pair [n], and how many were generated in all.
 
-    Args:
-        seen: the responses of the splits before; this one's are added.
+    The first try is greedy, the others are sampled at `options.temperature`; only what failed is tried again.
     """
-    prompts = [pair.prompt for pair in pairs]
-    sides = [Side("positive", [p.positive for p in pairs], True), Side("negative", [p.negative for p in pairs], False)]
-    answered, written = zip(
-        *(write_side(loaded, side, prompts, score, options, seed, advance) for side in sides), strict=True
-    )
-    rows: list[dict[str, str]] = []
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for prompt, positive, negative in zip(prompts, *answered, strict=True):
-        problem, text = _dropped(positive, negative, seen)
-        if problem:
-            dropped[problem] += 1
-            examples.setdefault(problem, f"{prompt} -> {text}")
-        else:
-            rows.append({"prompt": prompt, "positive": positive.text, "negative": negative.text})
-    seen |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
-    return rows, SplitReport(len(pairs), sum(written), len(rows), dict(dropped), examples)
+    from compile_steer.models.generate import continue_prompts, ended, response_text
+
+    completions: dict[int, Completion] = {}
+    n_generated = 0
+    for attempt in range(options.tries):
+        left = [n for n in range(len(pairs)) if n not in completions or completions[n].problem]
+        for at in range(0, len(left), _BATCH):
+            rows = left[at : at + _BATCH]
+            encoded = continue_prompts(
+                model,
+                [pairs[n].positive if side == "positive" else pairs[n].negative for n in rows],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature if attempt else 0.0,
+                seed=seed + attempt,
+            )
+            ends = [ended(model, text) for text in encoded]
+            texts = [response_text(model, text) for text in encoded]
+            whole = [text if end else cut(text) for text, end in zip(texts, ends, strict=True)]
+            # Scorers know a reply by its plain prompt.
+            replies = [Reply(pairs[n].prompt, text, end) for n, text, end in zip(rows, whole, ends, strict=True)]
+            for n, text, usable, value in zip(rows, texts, whole, score(replies), strict=True):
+                completions[n] = Completion(usable or text, _completion_problem(side, usable, float(value), options))
+            n_generated += len(rows)
+            advance(len(rows))
+    return [completions[n] for n in range(len(pairs))], n_generated
 
 
-def _dropped(positive: Answer, negative: Answer, seen: set[str]) -> tuple[str, str]:
-    """Why two answers are no pair, with the one that is at fault; or nothing."""
-    for one in (positive, negative):
-        if one.problem:
-            return one.problem, one.text
+def cut(text: str) -> str:
+    """Return a text that was stopped midway up to its last whole sentence or line; empty if it has none."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]].strip() if ends else ""
+
+
+def _completion_problem(side: str, text: str, score: float, options: GenerateOptions) -> str:
+    """Return why a response cannot be used, or nothing."""
+    shows = score >= _SHOWS
+    if not text:
+        return f"{side}: no whole sentence within {options.max_new_tokens} tokens"
+    if shows != (side == "positive"):
+        return f"{side} shows the behaviour" if shows else f"{side} does not show the behaviour"
+    return f"{side} repeats itself" if repetition(text) > options.max_repetition else ""
+
+
+def _pair_problem(positive: Completion, negative: Completion, earlier: set[str]) -> tuple[str, str]:
+    """Return why two responses are no pair, with the one at fault; or nothing."""
+    for completion in (positive, negative):
+        if completion.problem:
+            return completion.problem, completion.text
     if normalized(positive.text) == normalized(negative.text):
         return "both sides are the same", positive.text
-    for one in (positive, negative):
-        if normalized(one.text) in seen:
-            return "an earlier split has the same answer", one.text
+    for completion in (positive, negative):
+        if normalized(completion.text) in earlier:
+            return "an earlier split has the same response", completion.text
     return "", ""
-
-
-def _read(options: GenerateOptions, asked: Behaviour, paths: RunPaths) -> Behaviour:
-    """The pairs on disk, put together with what each side was asked; raises `RecipeError`."""
-    reader = Reader(paths.pairs("train").parent)
-    report = WritingReport.load(paths.writing)
-    found: dict[str, tuple[Pair, ...]] = {}
-    short: list[str] = []
-    for name in SPLITS:
-        path = paths.pairs(name)
-        rows = reader.rows(name, path.resolve(), PairsData.keys) if path.stat().st_size else []
-        known = {pair.prompt: pair for pair in asked.split(name)}
-        foreign = [row["prompt"] for row in rows if row["prompt"] not in known]
-        if foreign:
-            reader.problems.append(
-                f"{path}: {len(foreign)} of its prompts are not among those of data.{name}, as '{foreign[0]}'. Add them "
-                "there, or give the files to a recipe of kind: pairs."
-            )
-        found[name] = tuple(_answered(known[row["prompt"]], row) for row in rows if row["prompt"] in known)
-        if len(found[name]) < options.min_pairs:
-            short.append(
-                f"data.{name}: {len(found[name])} written pairs, needed: {options.min_pairs}. When they were written "
-                f"{report.splits[name].describe()}; an answer for each reason is in {paths.writing}. Ask in other words, "
-                "give more prompts or data.generate.tries, or lower data.generate.min_pairs."
-            )
-    if reader.problems or short:
-        raise RecipeError([*reader.problems, *short])
-    train, validation, test = (found[name] for name in SPLITS)
-    prompts = {prompts_key(name): asked.hashes[name] for name in SPLITS}
-    hashes = {**asked.hashes, **reader.hashes, **prompts}
-    return replace(asked, train=train, validation=validation, test=test, hashes=hashes)
-
-
-def _answered(pair: Pair, row: dict[str, str]) -> Pair:
-    positive = replace(pair.positive, response=row["positive"])
-    return replace(pair, positive=positive, negative=replace(pair.negative, response=row["negative"]))

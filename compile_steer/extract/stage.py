@@ -1,154 +1,160 @@
-"""The stage: training data -> directions of every block."""
+"""The stage: training data, or another tool's file -> directions of every block."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from torch import Tensor
+import torch
 
-from compile_steer.artifacts.files import sha256
-from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract import choices, imported
-from compile_steer.extract.found import Found
-from compile_steer.extract.options import ChoiceMethod, Extract, PairMethod
-from compile_steer.extract.pairs import find
-from compile_steer.extract.sibling import load_sibling
+from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.data.behaviour import Context
+from compile_steer.extract.choices import from_choices
+from compile_steer.extract.options import ExtractOptions
+from compile_steer.extract.pair_methods import ExtractedDirections, from_pairs
 from compile_steer.extract.trained import trained_directions
-from compile_steer.models.forward import median_norms, read_activations
-from compile_steer.models.load import LoadedModel
-from compile_steer.models.text import Pair, Text
-from compile_steer.recipe import Recipe
-from compile_steer.steering.directions import Directions, Source
+from compile_steer.formats.foreign import ImportOptions, read_vectors
+from compile_steer.models.forward import median_norms
+from compile_steer.models.load import LoadedModel, load
+from compile_steer.steering.directions import Directions, Source, as_long_as
+from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point
 
 
-def extract(recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, inputs: str, progress: Progress) -> Directions:
-    """Find directions by the recipe's method, on the recipe's model or on the sibling that it names.
+def extract(context: Context, options: ExtractOptions, *, positions: str = "all") -> Directions:
+    """Find a direction for every block by the chosen method, with its controls.
+
+    Args:
+        options: an imported file's path must be absolute, or relative to the working directory (see
+            `ExtractOptions.located`).
+        positions: the tokens at which trained vectors act while they are trained ('all', 'prompt', 'response',
+            'last_prompt', or several joined by '+').
+
+    Returns:
+        The directions, for the model of the `context`. Their `inputs` are empty.
 
     Raises:
-        RecipeError: too few pairs or questions, pairs whose sides are the same tokens at the read-out, questions
-            that the model gets all right or all wrong, or a training that failed.
-        ArtifactError: an imported file is not there, damaged, unsafe, or of another width or depth.
-        LayoutError: NaN activations, or a sibling of another shape.
+        RecipeError: too few pairs or questions, pairs with the same tokens on both sides, questions that the model
+            answers all right or all wrong, or a training that failed.
+        ArtifactError: an imported file is missing, damaged, unsafe, or of another width or depth.
+        LayoutError: NaN activations, or another model (`options.model`) of another shape.
     """
-    if recipe.extract.model is None:
-        return _extract(recipe, loaded, behaviour, inputs, progress)
-    sibling = load_sibling(recipe.extract.model, loaded, recipe.dtype)
-    found = _extract(recipe, sibling, behaviour, inputs, progress)
+    if options.model is None:
+        return _extract(context, options, positions)
+    target = context.model
+    sibling = load_sibling(options.model, target)
+    directions = _extract(replace(context, model=sibling), options, positions)
     source = Source(sibling.id, sibling.revision)
-    return replace(found, model=loaded.id, revision=loaded.revision, source=source)
+    return replace(directions, model=target.id, revision=target.revision, source=source)
 
 
-def _extract(recipe: Recipe, loaded: LoadedModel, behaviour: Behaviour, inputs: str, progress: Progress) -> Directions:
-    """Find a direction at every block, at the length and for the operation that the recipe names."""
-    options = recipe.extract
-    if options.method == "trained":
-        _require_count(options, len(behaviour.train), "pairs")
-        return trained_directions(recipe, loaded, behaviour.train[: options.pairs], inputs, progress)
-    point: Point = options.point
+def _extract(context: Context, options: ExtractOptions, positions: str) -> Directions:
+    model, point = context.model, options.point
     match options.method:
+        case "trained":
+            return trained_directions(context, options, positions)
         case "imported":
-            point, found = imported.read(source_path(recipe), options, loaded.layout, recipe.seed)
+            point, extracted = read_imported(options, model.layout, context.seed)
         case "pasf" | "ipasa" | "ipaswo" as method:
-            found = _from_choices(loaded, behaviour, options, method, recipe.seed, progress)
+            extracted = from_choices(context, options, method)
         case _ as method:
-            found = _from_pairs(loaded, behaviour, options, method, recipe.seed, progress)
-    if float(found.vectors.norm(dim=-1).max()) == 0.0:
+            extracted = from_pairs(context, options, method)
+    if float(extracted.vectors.norm(dim=-1).max()) == 0.0:
         raise RecipeError("the two sides of the data have equal activations; there is no direction between them.")
-    length = _length(loaded, behaviour, options, point)
-    if length is not None:
-        found = found.resized(length)
-    projections = found.projections() if options.operation == "clamp" else None
+    if options.length == "unit":
+        extracted = extracted.resized(torch.ones(model.layout.n_layers))
+    elif options.length == "stream":
+        extracted = extracted.resized(median_norms(model, context.data.neutral, point))
     return Directions(
-        found.vectors,
-        found.shuffled,
-        loaded.id,
-        loaded.revision,
+        extracted.vectors,
+        extracted.shuffled,
+        model.id,
+        model.revision,
         point,
-        inputs,
-        options.operation,
-        projections,
+        inputs="",
+        operation=options.operation,
+        # A clamp sets the projection that the positive side has.
+        projections=extracted.projections() if options.operation == "clamp" else None,
         joint=options.imported.joint is not None,
-        controls=found.controls,
+        controls=extracted.controls,
     )
 
 
-def source_path(recipe: Recipe) -> Path:
-    """Where the file that directions are imported from lies."""
-    return Path(os.path.normpath(recipe.folder / (recipe.extract.imported.file or "")))
+def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
+    """Load another model to take directions from, for example the instruction-tuned sibling of a base model.
 
+    Vectors of Gemma-2's instruction-tuned models steer its base models (Stolfo et al. 2410.12877, section 6): the two
+    share the residual stream, so only a model of the same shape and tokenizer is accepted. It reads the data through
+    its own chat template.
 
-def source(recipe: Recipe) -> str:
-    """Hash of the file that the directions are read from, empty where they are made from the data alone."""
-    path = source_path(recipe)
-    return sha256(path) if recipe.extract.method == "imported" and path.exists() else ""
-
-
-def _length(loaded: LoadedModel, behaviour: Behaviour, options: Extract, point: Point) -> Tensor | None:
-    """[L] lengths that the recipe wants; None: the method's own."""
-    if options.length == "own":
-        return None
-    norms = median_norms(loaded, behaviour.neutral, point)
-    return norms if options.length == "stream" else norms.new_ones(norms.shape)
-
-
-def _read_at(options: Extract) -> Point:
-    """The output of the block before stands in for a block's own in the published code of PAS."""
-    return "resid_pre" if options.off_by_one else options.point
-
-
-def _from_choices(
-    loaded: LoadedModel, behaviour: Behaviour, options: Extract, method: ChoiceMethod, seed: int, progress: Progress
-) -> Found:
-    prompts = list(dict.fromkeys(pair.prompt for pair in behaviour.train))
-    questions = [behaviour.questions[prompt] for prompt in prompts if prompt in behaviour.questions]
-    _require_count(options, len(questions), "questions")
-    questions = questions[: options.pairs]
-    choices.require_questions(questions, method)
-    total = sum(len(question.letters) for question in questions)
-    with progress.phase("reading activations of all answers", total) as advance:
-        items = choices.read_items(loaded, questions, _read_at(options), advance)
-    return choices.fit(items, method, options.shuffled, seed)
-
-
-def _from_pairs(
-    loaded: LoadedModel, behaviour: Behaviour, options: Extract, method: PairMethod, seed: int, progress: Progress
-) -> Found:
-    """Both sides of the training pairs, read once."""
-    _require_count(options, len(behaviour.train), "pairs")
-    pairs = behaviour.train[: options.pairs]
-    _require_contrast(pairs, options)
-    with progress.phase("reading activations of all blocks", 2 * len(pairs)) as advance:
-        positive, negative = (
-            read_activations(
-                loaded, _read(side, options), point=_read_at(options), readout=options.readout, advance=advance
-            )
-            for side in ([p.positive for p in pairs], [p.negative for p in pairs])
+    Raises:
+        LayoutError: another shape or tokenizer. RecipeError: the model is not there.
+    """
+    dtype = str(target.model.dtype).removeprefix("torch.")
+    sibling = load(reference, device=str(target.device), dtype=dtype)
+    problems = [
+        f"extract.model '{reference}' has {found} {name}; '{target.id}' has {needed}."
+        for name, found, needed in (
+            ("blocks", sibling.layout.n_layers, target.layout.n_layers),
+            ("dimensions of the stream", sibling.layout.d_model, target.layout.d_model),
         )
-    return find(positive, negative, method, options.shuffled, seed)
+        if found != needed
+    ]
+    different = set(target.tokenizer.get_vocab().items()) ^ set(sibling.tokenizer.get_vocab().items())
+    if different:
+        problems.append(
+            f"extract.model '{reference}' has another tokenizer than '{target.id}' ({len(different)} entries differ)."
+        )
+    if problems:
+        raise LayoutError([*problems, "A direction means the same only in two trainings of one base model."])
+    return sibling
 
 
-def _read(side: Sequence[Text], options: Extract) -> Sequence[Text]:
-    """Without the responses where nothing of them is read."""
-    return [replace(text, response="") for text in side] if options.readout == "last_prompt" else side
+def read_imported(options: ExtractOptions, layout: Layout, seed: int) -> tuple[Point, ExtractedDirections]:
+    """Read the vectors of another tool's file: the point that the file names, and the vectors with their own length.
 
+    A coefficient of 1 adds a vector as it is. A block that the file has no vector for gets none. The controls are
+    other rows of the same file if it has any; otherwise the vectors' coordinates in another order, the same at all
+    blocks.
 
-def _require_count(options: Extract, found: int, what: str) -> None:
-    if options.pairs is not None and found < options.pairs:
-        raise RecipeError(f"extract.pairs: {options.pairs} wanted, but data.train has {found} {what}.")
-
-
-def _require_contrast(pairs: Sequence[Pair], options: Extract) -> None:
-    if options.readout == "last_prompt":
-        same = sum(p.positive.prompt == p.negative.prompt for p in pairs)
-        if same:
-            raise RecipeError(
-                f"extract.readout last_prompt: {same} of {len(pairs)} pairs ask the same prompt on both sides, so the "
-                "prompt's last token cannot tell them apart. Set data.positive_template (for example "
-                "'{prompt} Answer in lowercase.'), or read out response_mean."
+    Raises:
+        ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model.
+    """
+    imported = options.imported
+    if imported.file is None:
+        raise RecipeError("method imported needs extract.imported.file: the file or folder of the vectors.")
+    generator = torch.Generator().manual_seed(seed)
+    needed = ImportOptions(
+        layout.n_layers,
+        layout.d_model,
+        options.shuffled,
+        generator,
+        imported.layer_convention,
+        imported.layer,
+        imported.index,
+    )
+    foreign = read_vectors(imported.file, imported.format, needed)
+    vectors = torch.zeros(layout.n_layers, layout.d_model)
+    for layer, vector in foreign.vectors.items():
+        vectors[layer] = vector
+    if imported.joint == "all" and foreign.embeddings:
+        raise ArtifactError(
+            f"{imported.file} has a vector for the embeddings too, which is at no block's output. Name the blocks to use "
+            "in extract.imported.joint (--joint)."
+        )
+    if isinstance(imported.joint, tuple):
+        present = vectors.norm(dim=-1).nonzero()[:, 0].tolist()
+        missing = sorted(set(imported.joint) - set(present))
+        if missing:
+            raise ArtifactError(
+                f"{imported.file} has no vector for {', '.join(map(str, missing))} of extract.imported.joint (--joint); "
+                f"it has one for blocks {', '.join(map(str, present))}."
             )
+        others = [layer for layer in range(layout.n_layers) if layer not in imported.joint]
+        vectors[others] = 0.0
+    if foreign.others is not None:
+        rows = foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1)
+        controls = as_long_as(rows, vectors)
+        return foreign.point, ExtractedDirections(vectors, controls, controls="from other rows of its file")
+    orders = [torch.randperm(layout.d_model, generator=generator) for _ in range(options.shuffled)]
+    shuffled = torch.stack([vectors[:, order] for order in orders])
+    return foreign.point, ExtractedDirections(vectors, shuffled, controls="from its own numbers in another order")

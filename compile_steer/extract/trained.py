@@ -1,8 +1,14 @@
-"""Train a vector for every block at once while the model is frozen ('instruct vectors', and BiPO).
+"""Train a vector for every block at once while the model is frozen ("instruct vectors", and BiPO).
 
-The vectors are v = s w, s the norm of the stream after their block, so that one learning rate and one penalty fit all
-blocks of all models. AdamW minimises the loss plus l2 * sum ||w||^2; the epoch whose loss on a held-out sixth of the
-pairs is lowest is kept. A `bias` compiles the result exactly.
+The losses of a response, with the model steered by the vectors v:
+
+    likelihood  - log p(r_T | q, v), per token
+    bipo        - log sigmoid(d b [log p(r_T | q, d v) / p(r_T | q) - log p(r_O | q, d v) / p(r_O | q)])
+
+Here q is a prompt, r_T and r_O are its positive and negative response, b is the recipe's `beta`, and d is a sign that is
+drawn anew for every step: the vectors are to raise the preference for r_T where they are added, and to reverse it where
+they are subtracted (Cao et al. 2406.00045, equation 3). Instruct vectors: the likelihood at all blocks of a base model
+("Instruct Vectors", LessWrong). A `bias` compiles the result exactly.
 """
 
 from __future__ import annotations
@@ -11,40 +17,53 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Advance, Progress
-from compile_steer.extract.options import Extract, Trained
-from compile_steer.extract.pairs import fit
-from compile_steer.extract.trained_loss import Objective
-from compile_steer.models.forward import read_activations
+from compile_steer.common.progress import Advance
+from compile_steer.data.behaviour import Context
+from compile_steer.extract.options import ExtractOptions, TrainedOptions
+from compile_steer.extract.pair_methods import fit
+from compile_steer.models.forward import read_activations, run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.text import Pair
-from compile_steer.recipe import Recipe
+from compile_steer.models.logprobs import response_logprobs
+from compile_steer.models.text import Pair, Text
+from compile_steer.models.tokens import Batch, Encoded, batches, encode, pad
 from compile_steer.steering.directions import Directions, as_long_as
+from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point, Site
 
-_HELD_OUT_EVERY = 6
+_HELD_OUT_EVERY = 6  # a sixth of the pairs chooses the epoch; too few would choose at random
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins: `vectors` [n_sites, d_model], and the stream's norm [n_sites, 1] there."""
+    """Where training begins.
+
+    Attributes:
+        sites: the n sites that get a vector.
+        vectors: the vectors before the first step, [n, d_model].
+        norms: the stream's norm after the site's block, [n, 1].
+    """
 
     sites: tuple[Site, ...]
     vectors: Tensor
-    sizes: Tensor
+    norms: Tensor
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """`best` and `last` [n_sites, d_model]: the kept epoch's vectors and the last one's; a number an epoch in `curves`.
+class TrainedVectors:
+    """What a training leaves.
 
-    `held_out` begins before the first epoch; `norm` is the mean of the vectors' norms over the stream's.
+    Attributes:
+        best: the vectors of the epoch with the lowest held-out loss, [n_sites, d_model].
+        last: the vectors of the last epoch.
+        curves: a number for each epoch: mean `loss`, `held_out` loss (first before any step), and `norm`, the mean of
+            the vectors' norms relative to the stream's.
     """
 
     best: Tensor
@@ -52,57 +71,59 @@ class Fitted:
     curves: dict[str, list[float]]
 
 
-def trained_directions(
-    recipe: Recipe, loaded: LoadedModel, pairs: Sequence[Pair], inputs: str, progress: Progress
-) -> Directions:
+def trained_directions(context: Context, options: ExtractOptions, positions: str) -> Directions:
     """Train the vectors, and as controls others on pairs of which a random half has its sides swapped.
 
-    The controls are the last epoch's, as long as the real ones at every site: what all responses have in common is
-    still in them, what tells the sides apart is not.
+    The controls are those of the last epoch, with the length of the real ones at every site: they still contain what
+    all responses have in common, but not what tells the two sides apart.
 
     Raises:
         RecipeError: too few pairs, a block that the model lacks, a loss that is not finite or was never lowered.
     """
-    options, positions = recipe.extract, recipe.validate_.positions
-    _require(options, loaded, pairs)
-    start = starting_point(loaded, pairs, options)
-    with progress.phase(
-        "training vectors, and their controls", (1 + options.shuffled) * options.trained.epochs
-    ) as advance:
-        real = train(loaded, pairs, start, options.trained, positions, recipe.seed, advance)
-        before, best = real.curves["held_out"][0], min(real.curves["held_out"])
-        if best >= before:
+    model, seed = context.model, context.seed
+    pairs = options.first(context.data.train, "pairs")
+    _require(options, model, pairs)
+    start = starting_point(model, pairs, options)
+    total = (1 + options.shuffled) * options.trained.epochs
+    with context.progress.phase("training vectors, and their controls", total) as advance:
+        real = train(model, pairs, start, options.trained, positions, seed, advance)
+        before, *after = real.curves["held_out"]
+        if min(after) >= before:
             raise RecipeError(
                 f"extract.trained: the held-out loss was never below its start ({before:.3f}); the epochs gave "
-                f"{', '.join(f'{value:.3f}' for value in real.curves['held_out'][1:])}. Use a lower learning_rate, a "
-                "higher l2, or more pairs."
+                f"{', '.join(f'{value:.3f}' for value in after)}. Use a lower learning_rate, a higher l2, or more pairs."
             )
-        found = [real.best]
+        vectors = [real.best]
         for n in range(options.shuffled):
-            swapped = _half_swapped(pairs, recipe.seed + n)
-            last = train(loaded, swapped, start, options.trained, positions, recipe.seed + n, advance).last
-            found.append(as_long_as(last, real.best))
-    whole = _by_point(torch.stack(found), start.sites, loaded.layout.n_layers)
-    mine = whole.pop(options.point)
+            swapped = _half_swapped(pairs, seed + n)
+            control = train(model, swapped, start, options.trained, positions, seed + n, advance)
+            vectors.append(as_long_as(control.last, real.best))
+    # [1 + n_controls, n_sites, d] -> by point [1 + n_controls, n_layers, d], zero where a block has no site.
+    stacked = torch.stack(vectors)
+    by_point: dict[Point, Tensor] = {}
+    for n, site in enumerate(start.sites):
+        empty = stacked.new_zeros(stacked.shape[0], model.layout.n_layers, stacked.shape[2])
+        by_point.setdefault(site.point, empty)[:, site.layer] = stacked[:, n]
+    own = by_point.pop(options.point)
     return Directions(
-        mine[0],
-        mine[1:],
-        loaded.id,
-        loaded.revision,
+        own[0],
+        own[1:],
+        model.id,
+        model.revision,
         options.point,
-        inputs,
+        inputs="",
         joint=True,
-        beside=whole,
+        beside=by_point,
         curves=real.curves,
     )
 
 
-def _require(options: Extract, loaded: LoadedModel, pairs: Sequence[Pair]) -> None:
-    n_layers, layers = loaded.layout.n_layers, options.trained.layers
+def _require(options: ExtractOptions, model: LoadedModel, pairs: Sequence[Pair]) -> None:
+    n_layers, layers = model.layout.n_layers, options.trained.layers
     problems = []
     if len(pairs) < _HELD_OUT_EVERY:
         problems.append(
-            f"method trained keeps a sixth of the pairs apart; found {len(pairs)} pairs, needed {_HELD_OUT_EVERY} or more."
+            f"method trained holds out a sixth of the pairs; found {len(pairs)} pairs, needed {_HELD_OUT_EVERY} or more."
         )
     missing = [] if layers == "all" else [str(k) for k in layers if k >= n_layers]
     if missing:
@@ -113,48 +134,58 @@ def _require(options: Extract, loaded: LoadedModel, pairs: Sequence[Pair]) -> No
         raise RecipeError([f"extract: {problem}" for problem in problems])
 
 
-def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: Extract) -> Start:
-    """The sites, the vectors to start from, and the median norm of the positive responses' mean stream by block."""
+def _half_swapped(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    swapped = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
+    return [replace(p, positive=p.negative, negative=p.positive) if n in swapped else p for n, p in enumerate(pairs)]
+
+
+def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: ExtractOptions) -> Start:
+    """Return the sites, the vectors to start from, and by block the median norm of the responses' mean stream."""
     layers = range(loaded.layout.n_layers) if options.trained.layers == "all" else options.trained.layers
     points: tuple[Point, ...] = (options.point, *options.trained.beside)
-    positive = [p.positive for p in pairs]
+    sites = tuple(Site(k, point) for point in points for k in layers)
+    positive, negative = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
     stream = read_activations(loaded, positive, point="resid_post", readout="response_mean")
-    sizes = stream.norm(dim=-1).median(dim=0).values
+    norms = stream.norm(dim=-1).median(dim=0).values
     vectors = torch.zeros(len(points), loaded.layout.n_layers, loaded.layout.d_model)
     if options.trained.start == "mean_difference":
-        negative = [p.negative for p in pairs]
         for n, point in enumerate(points):
-            here, there = (
+            high, low = (
                 read_activations(loaded, side, point=point, readout=options.readout) for side in (positive, negative)
             )
-            # Each block's difference holds what the blocks below it have added already: together they count once.
-            vectors[n] = fit(here, there, "mean_difference") / (len(points) * len(layers))
-    sites = tuple(Site(k, point) for point in points for k in layers)
+            # Each block's difference already holds what the blocks below it add: together they count once.
+            vectors[n] = fit(high, low, "mean_difference") / (len(points) * len(layers))
     chosen = torch.stack([vectors[points.index(site.point), site.layer] for site in sites])
-    return Start(sites, chosen, torch.stack([sizes[site.layer] for site in sites]).unsqueeze(1))
+    return Start(sites, chosen, torch.stack([norms[site.layer] for site in sites]).unsqueeze(1))
 
 
 def train(
     loaded: LoadedModel,
     pairs: Sequence[Pair],
     start: Start,
-    options: Trained,
+    options: TrainedOptions,
     positions: str,
     seed: int,
     advance: Advance,
-) -> Fitted:
-    """Train from `start`; `advance` is called once an epoch.
+) -> TrainedVectors:
+    """Train the vectors from `start` by AdamW; `advance` is called once an epoch.
+
+    The parameters are w in v = s w, where s is the stream's norm after the site's block, so that one learning rate and
+    one penalty fit all blocks of all models. The loss is that of the recipe plus l2 * sum ||w||^2.
 
     Raises:
         RecipeError: the loss is not finite.
     """
+    # Hold out every sixth pair, and run the blocks below the first site once for all steps.
     shuffled = random.Random(seed).sample(list(pairs), len(pairs))
     objective = Objective(loaded, options.loss, options.beta, min(site.changes_from for site in start.sites))
-    held_out = objective.items(shuffled[::_HELD_OUT_EVERY], options.batch_tokens)
-    seen = objective.items([p for n, p in enumerate(shuffled) if n % _HELD_OUT_EVERY], options.batch_tokens)
-    sizes = start.sizes.to(loaded.device)
-    weights = nn.Parameter(start.vectors.to(loaded.device) / sizes)
-    rate = options.learning_rate / math.sqrt(weights.shape[1])  # a step of AdamW moves every coordinate by its rate
+    held_out = objective.prepare(shuffled[::_HELD_OUT_EVERY], options.batch_tokens)
+    seen = objective.prepare([p for n, p in enumerate(shuffled) if n % _HELD_OUT_EVERY], options.batch_tokens)
+
+    norms = start.norms.to(loaded.device)
+    weights = nn.Parameter(start.vectors.to(loaded.device) / norms)
+    # A step of AdamW moves every coordinate by the rate, so a vector of d coordinates by sqrt(d) times as much.
+    rate = options.learning_rate / math.sqrt(weights.shape[1])
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * len(seen))
 
@@ -162,51 +193,128 @@ def train(
         parts = (Intervention(site, "add", v, 1.0, positions) for site, v in zip(start.sites, vectors, strict=True))
         return Program(tuple(parts), loaded.id, loaded.revision)
 
-    best = now = (sizes * weights).detach()
-    curves = {"loss": [], "held_out": [objective.measure(held_out, program(now))], "norm": []}
+    best = vectors = (norms * weights).detach()
+    curves = {"loss": [], "held_out": [objective.evaluate(held_out, program(vectors))], "norm": []}
     draw = random.Random(seed)
     for epoch in range(options.epochs):
+        # One step a batch, in a new order, each under a sign that the loss draws from.
         losses = []
-        for item in draw.sample(seen, len(seen)):
+        for batch in draw.sample(seen, len(seen)):
             sign = draw.choice(objective.signs)
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = objective.loss(item, program(sizes * weights), sign)
+                loss = objective.loss(batch, program(norms * weights), sign)
                 (loss + options.l2 * weights.square().sum()).backward()
-            _require_finite(loss, weights, epoch)
+            gradient = torch.zeros(()) if weights.grad is None else weights.grad
+            if not (bool(torch.isfinite(loss)) and bool(torch.isfinite(gradient).all())):
+                raise RecipeError(
+                    f"extract.trained: the loss is {float(loss.detach())} in epoch {epoch + 1}. Use a lower "
+                    "learning_rate; in float16 or bfloat16 the model itself may overflow (--dtype float32)."
+                )
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
-        now = (sizes * weights).detach()
+        # Keep the vectors of the epoch with the lowest held-out loss.
+        vectors = (norms * weights).detach()
         curves["loss"].append(sum(losses) / len(losses))
-        curves["held_out"].append(objective.measure(held_out, program(now)))
+        curves["held_out"].append(objective.evaluate(held_out, program(vectors)))
         curves["norm"].append(float(weights.detach().norm(dim=1).mean()))
         if curves["held_out"][-1] == min(curves["held_out"]):
-            best = now
+            best = vectors
         advance(1)
-    return Fitted(best.cpu(), now.cpu(), curves)
+    return TrainedVectors(best.cpu(), vectors.cpu(), curves)
 
 
-def _require_finite(loss: Tensor, weights: Tensor, epoch: int) -> None:
-    if not (
-        bool(torch.isfinite(loss)) and bool(torch.isfinite(weights.grad).all() if weights.grad is not None else True)
-    ):
-        raise RecipeError(
-            f"extract.trained: the loss is {float(loss.detach())} in epoch {epoch + 1}. Use a lower learning_rate; in "
-            "float16 or bfloat16 the model itself may overflow (--dtype float32)."
-        )
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch of responses with what does not change while vectors are trained.
+
+    Attributes:
+        batch: the responses; for bipo the positives of some pairs, then their negatives.
+        prefix: the input of the first trained block, [batch, time, d_model]; None if that is block 0.
+        reference: log p(response) of the base, [batch]; zeros for the likelihood, which needs none.
+    """
+
+    batch: Batch
+    prefix: Tensor | None
+    reference: Tensor
 
 
-def _half_swapped(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs, a random half of them with their sides swapped."""
-    swapped = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
-    return [replace(p, positive=p.negative, negative=p.positive) if n in swapped else p for n, p in enumerate(pairs)]
+@dataclass(frozen=True)
+class Objective:
+    """A loss of the recipe, on a model that is run from block `first` on."""
+
+    loaded: LoadedModel
+    kind: Literal["likelihood", "bipo"]
+    beta: float
+    first: int
+
+    @property
+    def signs(self) -> tuple[float, ...]:
+        """The signs that a step draws from, and that an evaluation takes the mean over."""
+        return (1.0,) if self.kind == "likelihood" else (1.0, -1.0)
+
+    def prepare(self, pairs: Sequence[Pair], max_tokens: int) -> list[PreparedBatch]:
+        """Return the pairs in batches of at most `max_tokens` padded tokens."""
+        texts = [self._encode(pair.prompt, pair.positive.response) for pair in pairs]
+        if self.kind == "likelihood":
+            return [self._prepare(batch) for batch in batches(self.loaded, texts, max_tokens=max_tokens)]
+        # Both sides of a pair must be in the same batch: group the pairs by their longer side.
+        texts += [self._encode(pair.prompt, pair.negative.response) for pair in pairs]
+        longer = [max(texts[n], texts[n + len(pairs)], key=lambda text: len(text.ids)) for n in range(len(pairs))]
+        groups = [batch.rows for batch in batches(self.loaded, longer, max_tokens=max_tokens // 2)]
+        rows = [[*group, *(row + len(pairs) for row in group)] for group in groups]
+        return [self._prepare(pad(texts, both, self.loaded.pad_id).to(self.loaded.device)) for both in rows]
+
+    def _encode(self, prompt: str, response: str) -> Encoded:
+        """Encode the response to the plain prompt, with the token that ends the turn: it is part of the response."""
+        text, end = encode(self.loaded.tokenizer, Text(prompt, response)), self.loaded.tokenizer.eos_token_id
+        return text if end is None else replace(text, ids=(*text.ids, int(end)))
+
+    def _prepare(self, batch: Batch) -> PreparedBatch:
+        model = self.loaded.model
+        with torch.no_grad():
+            prefix = run_blocks(model, batch.input_ids, batch.attention_mask, stop=self.first) if self.first else None
+            prepared = PreparedBatch(batch, prefix, torch.zeros(len(batch.rows), device=self.loaded.device))
+            if self.kind == "likelihood":
+                return prepared
+            return replace(prepared, reference=self._logprobs(prepared, None))
+
+    def loss(self, prepared: PreparedBatch, program: Program, sign: float) -> Tensor:
+        """Return the batch's mean loss under `sign` times `program`, in nats, per token or per pair; differentiable."""
+        logprobs = self._logprobs(prepared, program if sign == 1 else program.scaled(sign))
+        if self.kind == "likelihood":
+            return -logprobs.sum() / self.count(prepared)
+        return bipo_loss(logprobs, prepared.reference, self.beta, sign)
+
+    def count(self, prepared: PreparedBatch) -> int:
+        """Return the number that a batch's loss is the mean over: response tokens, or pairs."""
+        batch = prepared.batch
+        return int(batch.predicts_response.sum()) if self.kind == "likelihood" else len(batch.rows) // 2
+
+    def evaluate(self, data: Sequence[PreparedBatch], program: Program) -> float:
+        """Return the mean loss over all batches and signs."""
+        total = count = 0.0
+        with torch.no_grad():
+            for prepared in data:
+                n = self.count(prepared)
+                total += n * sum(float(self.loss(prepared, program, sign)) for sign in self.signs) / len(self.signs)
+                count += n
+        return total / count
+
+    def _logprobs(self, prepared: PreparedBatch, program: Program | None) -> Tensor:
+        """Return log p(response) [batch] in nats, steered by `program` if given; differentiable."""
+        batch, model = prepared.batch, self.loaded.model
+        with steered(model, program, roles=batch.roles):
+            hidden = run_blocks(model, batch.input_ids, batch.attention_mask, start=self.first, hidden=prepared.prefix)
+        return response_logprobs(model, batch, hidden)
 
 
-def _by_point(vectors: Tensor, sites: Sequence[Site], n_layers: int) -> dict[Point, Tensor]:
-    """[m, n_sites, d_model] -> [m, n_layers, d_model] by point, zero where a block has no site."""
-    found: dict[Point, Tensor] = {}
-    for n, site in enumerate(sites):
-        empty = torch.zeros(vectors.shape[0], n_layers, vectors.shape[2])
-        found.setdefault(site.point, empty)[:, site.layer] = vectors[:, n]
-    return found
+def bipo_loss(logprobs: Tensor, reference: Tensor, beta: float, sign: float) -> Tensor:
+    """Return the mean of the paper's loss over n pairs.
+
+    Args:
+        logprobs, reference: log p(response) of the steered and of the base model, [2 n], the positives first.
+    """
+    positive, negative = (logprobs - reference).chunk(2)
+    return nn.functional.softplus(-sign * beta * (positive - negative)).mean()

@@ -22,9 +22,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context, require_distinct
 from compile_steer.data.pairs import read_pairs
 from compile_steer.export.gguf import gguf_refusals
-from compile_steer.extract import generate_pairs
-from compile_steer.extract.generation_report import WritingReport
-from compile_steer.extract.stage import extract, source
+from compile_steer.extract.generate_pairs import GenerationReport, kept_pairs
+from compile_steer.extract.stage import extract
 from compile_steer.lower.plan import Plan, plan
 from compile_steer.models.load import LoadedModel, load, revision_of
 from compile_steer.models.text import Pair
@@ -100,32 +99,38 @@ class Run:
 
     def origin(self, directions_sha256: str = "") -> Origin:
         """What this run's directions, or the program chosen from them, are made from."""
-        files = {"other_behaviour": pairs_sha256(self.data.other_behaviour), "imported": source(self.recipe)}
+        files = {
+            "other_behaviour": pairs_sha256(self.data.other_behaviour),
+            "imported": self.recipe.extract.imported_sha256(self.recipe.folder),
+        }
         hashes = {**self.data.hashes, **{name: value for name, value in files.items() if value}}
         revision = self.model.revision
         return Origin(self.recipe.record, self.recipe.hash, hashes, revision, directions_sha256)
 
-    def generated_pairs(self) -> WritingReport:
-        """Return the report on the pairs that the model wrote when the run was opened; raises `RecipeError` if none."""
+    def generated_pairs(self) -> GenerationReport:
+        """Return the report on the pairs that the model generated when the run was opened; raises `RecipeError` if none."""
         if self.recipe.data.generation is None:
             raise RecipeError(
                 f"data.kind {self.recipe.data.kind}: its rows have their responses, there is nothing to generate. The "
-                "model writes the pairs of kind: generated and kind: instructions."
+                "model generates the responses of kind: generated and kind: instructions."
             )
-        return WritingReport.load(self.paths.writing)
+        return GenerationReport.load(self.paths.generation_report)
 
     def extract(self) -> Directions:
         """Return the directions of every block, from the training pairs."""
         distributed.require_alone("extraction")
         require_distinct(self.model.tokenizer, self.data)
         options = self.recipe.extract
-        # Vectors that are trained depend on the positions that they are trained at.
-        positions = self.recipe.validate_.positions if options.method == "trained" else ""
+        positions = self.recipe.validate_.positions
         sibling = "" if options.model is None else revision_of(options.model)
-        inputs = self.inputs("data", "extract", after=f"{source(self.recipe)} {positions} {sibling}")
+        # Only vectors that are trained depend on the positions at which they act.
+        trained_at = positions if options.method == "trained" else ""
+        imported = options.imported_sha256(self.recipe.folder)
+        inputs = self.inputs("data", "extract", after=f"{imported} {trained_at} {sibling}")
 
         def make() -> Directions:
-            directions = extract(self.recipe, self.model, self.data, inputs, self.progress)
+            directions = extract(self.context, options.located(self.recipe.folder), positions=positions)
+            directions = replace(directions, inputs=inputs)
             directions.save(self.paths.directions, self.origin().header())
             return directions
 
@@ -215,6 +220,8 @@ def other_behaviour(recipe: Recipe) -> tuple[Pair, ...]:
 def with_generated_pairs(
     recipe: Recipe, model: LoadedModel, data: Behaviour, paths: RunPaths, progress: Progress
 ) -> Behaviour:
-    """Return the data with the responses that the model is to write; raises `RecipeError` where it writes too few."""
+    """Return the data with the responses that the model generates; raises `RecipeError` if they give too few pairs."""
     options = recipe.data.generation
-    return data if options is None else generate_pairs.write(recipe, options, model, data, paths, progress)
+    if options is None:
+        return data
+    return kept_pairs(Context(model, data, recipe.seed, progress), options, recipe.validate_.score, paths)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compile_steer.extract.generation_report import WritingReport
+from compile_steer.extract.generate_pairs import GenerationReport
 from compile_steer.lower.plan import Choice
 from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.verify.parity import Parity
@@ -48,10 +48,10 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     )
 
 
-def print_writing(console: Console, report: WritingReport, folder: Path) -> None:
-    """What came of the pairs that the model wrote, a line a split."""
+def print_generation(console: Console, report: GenerationReport, folder: Path) -> None:
+    """Print what was generated and kept, a line for each split."""
     for name, split in report.splits.items():
-        console.print(f"{name}: {escape(split.describe())}; {split.written} answers written")
+        console.print(f"{name}: {escape(split.describe())}; {split.generated} responses generated")
     console.print(f"Pairs: {folder}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.extract.generation_report import WritingReport
+from compile_steer.extract.generate_pairs import GenerationReport
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
@@ -31,7 +31,7 @@ def describe_artifact(path: Path) -> dict[str, object]:
         if "matrix" in content:
             return {"kind": "composition", **content}
         if "splits" in content:
-            return {"kind": "written pairs", **asdict(WritingReport.load(path))}
+            return asdict(GenerationReport.load(path))
         kind = "parity report" if "kl_share" in content else "validation report"
         report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
         return {"kind": kind, **asdict(report)}

@@ -27,7 +27,6 @@ from compile_steer.common.errors import CompileSteerError, RecipeError
 from compile_steer.data.behaviour import SPLITS, prompts_key
 from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
-from compile_steer.extract.stage import source
 from compile_steer.pipeline.run import other_behaviour, pairs_sha256
 from compile_steer.recipe import Recipe
 from compile_steer.validate.report import ValidationReport
@@ -241,7 +240,7 @@ def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[
                 reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
         found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
     other = recipe.validate_.other_behaviour
-    read = {"imported": source(recipe)}
+    read = {"imported": recipe.extract.imported_sha256(recipe.folder)}
     if other is not None and (recipe.folder / other).is_file():
         try:
             read["other_behaviour"] = pairs_sha256(other_behaviour(recipe))

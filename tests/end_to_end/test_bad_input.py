@@ -67,7 +67,7 @@ def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask: Ask) -> None:
         ("data.test=data/ocean/train.jsonl", "must not overlap"),
         ("data.train=data/nothing.jsonl", "cannot be read"),
         ("extract.readout=last_prompt", "positive_template"),
-        ("extract.pairs=500", "data.train has 60"),
+        ("extract.pairs=500", "found 60 pairs in data.train"),
         ("validate.coefficients=[0]", "steers nothing"),
         ("validate.positions=everywhere", "everywhere unknown"),
     ],

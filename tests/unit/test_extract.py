@@ -1,4 +1,4 @@
-"""Activations against plain captures, and directions against what each method is defined as."""
+"""Directions from pairs against the definition of each method, and what the stage makes of them."""
 
 from __future__ import annotations
 
@@ -10,74 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.options import Extract, PairMethod
-from compile_steer.extract.pairs import find, fit
-from compile_steer.extract.stage import extract
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.extract.options import PairMethod
+from compile_steer.extract.pair_methods import fit, with_controls
 from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
-from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.sites import POINTS, Point, Site
 from compile_steer.validate.options import ValidateOptions
 from compile_steer.validate.sweep import candidates
-from tests.helpers.tiny import FAMILIES, HIDDEN, LAYERS, Padded, build, captured, loaded, logits, n_hooks
+from tests.helpers.extraction import extract_with, training_data
+from tests.helpers.tiny import HIDDEN, LAYERS, Padded, captured, loaded, logits
 
-TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
 METHODS: tuple[PairMethod, ...] = ("mean_difference", "pca", "logistic")
-
-
-# ------------------------------------------------------------------------------------- activations
-
-
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_the_captured_ones_averaged_over_the_tokens_read(family: str, point: Point) -> None:
-    one = loaded(family)
-    mean_of = read_activations(one, TEXTS, point=point, readout="response_mean")
-    last_of = read_activations(one, TEXTS, point=point, readout="last_prompt")
-    for row, text in enumerate(TEXTS):
-        encoded = encode(one.tokenizer, text)
-        with captured(family, one.model) as streams:
-            logits(one.model, Padded.of([encoded], "right"))
-        for layer in range(LAYERS):
-            states = streams.at(Site(layer, point))[0]
-            mean, last = states[encoded.n_prompt :].mean(dim=0), states[encoded.n_prompt - 1]
-            size = float(states.abs().max())
-            assert torch.allclose(mean_of[row, layer], mean, atol=2e-5 * size)
-            assert torch.allclose(last_of[row, layer], last, atol=2e-5 * size)
-
-
-def test_reading_ticks_once_a_text_and_leaves_no_hook() -> None:
-    one = loaded("gpt2")
-    done: list[float] = []
-    before = n_hooks(one.model)
-    read_activations(one, TEXTS, point="mlp_out", readout="response_mean", advance=done.append)
-    assert sum(done) == len(TEXTS)
-    assert n_hooks(one.model) == before
-
-
-def test_the_first_block_whose_activations_are_not_finite_is_named() -> None:
-    model = build("llama")
-    with torch.no_grad():
-        model.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(torch.inf)
-    broken = replace(loaded("llama"), model=model)
-    with pytest.raises(LayoutError, match="resid_post 2 are NaN or infinite. Load the model in float32"):
-        read_activations(broken, TEXTS, point="resid_post", readout="response_mean")
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_blocks_above_the_last_one_wanted_are_not_run(point: Point) -> None:
-    model = build("llama")
-    with torch.no_grad():
-        model.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(torch.inf)
-    broken = replace(loaded("llama"), model=model)
-    found = read_activations(broken, TEXTS, point=point, readout="response_mean", through=1)
-    whole = read_activations(loaded("llama"), TEXTS, point=point, readout="response_mean")
-    assert found.shape[1] == 2 and torch.equal(found, whole[:, :2])
 
 
 # -------------------------------------------------------------------------------------- directions
@@ -157,14 +102,14 @@ def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_shuffled_labels_give_what_the_method_finds_in_them(method: PairMethod) -> None:
     positive, negative, unit = sides(noise=1.0)
-    both = find(positive, negative, method, 5, seed=3)
+    both = with_controls(positive, negative, method, 5, seed=3)
     found = both.shuffled
     assert torch.equal(both.vectors, fit(positive, negative, method))
     assert tuple(found.shape) == (5, 2, HIDDEN)
     length = (positive - negative).mean(dim=0).norm(dim=-1)
     assert bool((found.norm(dim=-1) < 0.9 * length).all())  # what the pairs have in common has cancelled
-    assert torch.equal(found, find(positive, negative, method, 5, seed=3).shuffled)
-    assert not torch.allclose(found, find(positive, negative, method, 5, seed=4).shuffled)
+    assert torch.equal(found, with_controls(positive, negative, method, 5, seed=3).shuffled)
+    assert not torch.allclose(found, with_controls(positive, negative, method, 5, seed=4).shuffled)
     if method != "pca":  # an axis does not care for the sides
         real = torch.nn.functional.cosine_similarity(fit(positive, negative, method), unit.expand(2, -1)).min()
         assert float((found @ unit / found.norm(dim=-1)).abs().max()) < 0.7 * float(real)
@@ -172,7 +117,7 @@ def test_shuffled_labels_give_what_the_method_finds_in_them(method: PairMethod) 
 
 def test_a_clamp_s_control_is_set_to_what_its_own_labels_say() -> None:
     positive, negative, _unit = sides(noise=1.0)
-    found = find(positive, negative, "mean_difference", 4, seed=3)
+    found = with_controls(positive, negative, "mean_difference", 4, seed=3)
     projections = found.projections()
     assert projections is not None and found.positive is not None
     assert tuple(projections.shape) == (5, 2)
@@ -187,39 +132,20 @@ def test_a_clamp_s_control_is_set_to_what_its_own_labels_say() -> None:
 # -------------------------------------------------------------------------------------------- stage
 
 
-def recipe(**options: object) -> Recipe:
-    names = ("train", "validation", "test", "neutral", "heldout", "calibration")
-    return Recipe.model_validate(
-        {
-            "name": "tiny",
-            "model": "tiny",
-            "seed": 3,
-            "data": {name: f"{name}.jsonl" for name in names},
-            "validate": {"score": {"kind": "lowercase"}},
-            "extract": Extract.model_validate(options).model_dump(),
-            "folder": Path(),
-        }
-    )
-
-
-def behaviour(*pairs: Pair) -> Behaviour:
-    return Behaviour(pairs, (), (), (), (), (), {})
-
-
 PAIRS = tuple(Pair(Text(f"w{n} w60 w8", f"w4{n} w50"), Text(f"w{n} w70 w8", f"w5{n}"), f"w{n}") for n in range(6, 10))
 
 
 def test_extraction_fits_each_block_on_the_pairs_asked_for_and_comes_back_from_disk(tmp_path: Path) -> None:
     one = loaded("granite")
     options = {"pairs": 3, "point": "mlp_out", "method": "pca", "shuffled": 6}
-    found = extract(recipe(**options), one, behaviour(*PAIRS), "inputs", Progress())
+    found = extract_with(one, training_data(*PAIRS), **options)
     positive, negative = (
         read_activations(one, side, point="mlp_out", readout="response_mean")
         for side in ([p.positive for p in PAIRS[:3]], [p.negative for p in PAIRS[:3]])
     )
     assert torch.allclose(found.vectors, fit(positive, negative, "pca"), atol=1e-5)
-    assert torch.allclose(found.shuffled, find(positive, negative, "pca", 6, 3).shuffled, atol=1e-4)
-    assert (found.model, found.revision, found.point, found.inputs) == (one.id, one.revision, "mlp_out", "inputs")
+    assert torch.allclose(found.shuffled, with_controls(positive, negative, "pca", 6, 3).shuffled, atol=1e-4)
+    assert (found.model, found.revision, found.point, found.inputs) == (one.id, one.revision, "mlp_out", "")
     found.save(tmp_path / "a.safetensors")
     again = Directions.load(tmp_path / "a.safetensors")
     assert torch.equal(again.vectors, found.vectors)
@@ -236,27 +162,28 @@ def test_directions_that_are_no_directions_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_pairs_than_there_are_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"extract\.pairs: 9 wanted, but data\.train has 4"):
-        extract(recipe(pairs=9), loaded("llama"), behaviour(*PAIRS), "", Progress())
+    with pytest.raises(RecipeError, match=r"extract\.pairs: found 4 pairs in data\.train; needed: 9"):
+        extract_with(loaded("llama"), training_data(*PAIRS), pairs=9)
 
 
 def test_the_same_prompt_on_both_sides_cannot_be_read_at_its_last_token() -> None:
     same = [replace(p, negative=Text(p.positive.prompt, "w50")) for p in PAIRS[:2]]
-    with pytest.raises(RecipeError, match="2 of 4 pairs ask the same prompt on both sides"):
-        extract(recipe(readout="last_prompt"), loaded("llama"), behaviour(*same, *PAIRS[2:]), "", Progress())
+    with pytest.raises(RecipeError, match="2 of 4 pairs have the same prompt on both sides"):
+        extract_with(loaded("llama"), training_data(*same, *PAIRS[2:]), readout="last_prompt")
 
 
 def test_sides_that_are_the_same_text_have_no_direction() -> None:
     same = [replace(p, negative=p.positive) for p in PAIRS]
     with pytest.raises(RecipeError, match="there is no direction between them"):
-        extract(recipe(), loaded("llama"), behaviour(*same), "", Progress())
+        extract_with(loaded("llama"), training_data(*same))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_embeddings_below_do_not_hide_the_directions_above(method: PairMethod) -> None:
     """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
-    options = recipe(point="resid_pre", readout="last_prompt", method=method)
-    found = extract(options, loaded("llama"), behaviour(*PAIRS), "", Progress())
+    found = extract_with(
+        loaded("llama"), training_data(*PAIRS), point="resid_pre", readout="last_prompt", method=method
+    )
     assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1
     assert bool(torch.isfinite(found.vectors).all())
     assert bool(torch.isfinite(found.shuffled).all())
@@ -273,7 +200,7 @@ ASKED = tuple(
 def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> None:
     """u = normalised mean of x(q + instruction) - x(q), t = mean of x(q + instruction) . u, both at the last token."""
     one = loaded("llama")
-    found = extract(recipe(readout="last_prompt", operation="clamp"), one, behaviour(*ASKED), "", Progress())
+    found = extract_with(one, training_data(*ASKED), readout="last_prompt", operation="clamp")
     states = []
     for side in ([p.positive for p in ASKED], [p.negative for p in ASKED]):
         rows = []
@@ -292,9 +219,8 @@ def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> N
 
 def test_a_response_that_is_not_read_changes_nothing() -> None:
     answered = [replace(p, positive=replace(p.positive, response="w33 w34")) for p in ASKED]
-    options = recipe(readout="last_prompt")
     first, second = (
-        extract(options, loaded("llama"), behaviour(*pairs), "", Progress()) for pairs in (ASKED, answered)
+        extract_with(loaded("llama"), training_data(*pairs), readout="last_prompt") for pairs in (ASKED, answered)
     )
     assert torch.equal(first.vectors, second.vectors)
 
@@ -302,10 +228,9 @@ def test_a_response_that_is_not_read_changes_nothing() -> None:
 def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
     one = loaded("granite")
     neutral = (Text("w8 w9", "w10 w11 w12"), Text("w13", "w14 w15"), Text("w40 w41", "w42"))
-    whole = replace(behaviour(*PAIRS), neutral=neutral)
+    whole = replace(training_data(*PAIRS), neutral=neutral)
     own, unit, stream = (
-        extract(recipe(length=length, point="mlp_out"), one, whole, "", Progress())
-        for length in ("own", "unit", "stream")
+        extract_with(one, whole, length=length, point="mlp_out") for length in ("own", "unit", "stream")
     )
     norms: list[list[float]] = [[] for _ in range(LAYERS)]
     for text in neutral:
@@ -322,9 +247,9 @@ def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
 
 
 def test_only_layers_with_a_direction_are_swept() -> None:
-    found = extract(recipe(), loaded("llama"), behaviour(*PAIRS), "", Progress())
+    found = extract_with(loaded("llama"), training_data(*PAIRS))
     assert found.layers == tuple(range(LAYERS))
-    options = recipe().validate_
+    options = ValidateOptions.model_validate({"score": {"kind": "lowercase"}})
     assert candidates(options, found) == [1, 2, 3]
     one = replace(found, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, found.vectors, 0.0))
     assert one.layers == (3,)

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Question
-from compile_steer.extract.choices import Item, choose, fit, read_items, relabelled, sides
-from compile_steer.extract.options import ChoiceMethod
-from compile_steer.extract.stage import extract
+from compile_steer.extract.choices import Item, choose, mean_sides, read_items, relabelled, with_controls
+from compile_steer.extract.options import ChoiceMethod, ExtractOptions
 from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.steering.sites import Point
+from tests.helpers.extraction import extract_with
 from tests.helpers.tiny import HIDDEN, LAYERS, loaded
-from tests.unit.test_extract import recipe
 
 METHODS: tuple[ChoiceMethod, ...] = ("pasf", "ipasa", "ipaswo")
 LETTERS = ("w30", "w41", "w52")
@@ -77,7 +75,7 @@ def test_pasf_is_right_minus_the_mean_of_the_wrong_answers_over_all_questions() 
     for one in asked:
         others = [at_letter(one, n) for n in range(len(one.letters)) if n != one.answer]
         wanted += (at_letter(one, one.answer) - torch.stack(others).mean(dim=0)) / len(asked)
-    found = extract(recipe(method="pasf"), loaded("llama"), behaviour(asked), "", Progress())
+    found = extract_with(loaded("llama"), behaviour(asked), method="pasf")
     assert torch.allclose(found.vectors, wanted, atol=1e-4)
     assert found.operation == "add"
 
@@ -88,7 +86,7 @@ def test_ipasa_is_its_own_answers_where_right_against_where_wrong() -> None:
     right = [at_letter(one, mine) for one, mine in zip(asked, own, strict=True) if mine == one.answer]
     wrong = [at_letter(one, mine) for one, mine in zip(asked, own, strict=True) if mine != one.answer]
     assert (len(right), len(wrong)) == (4, 5)
-    found = extract(recipe(method="ipasa"), loaded("llama"), behaviour(asked), "", Progress())
+    found = extract_with(loaded("llama"), behaviour(asked), method="ipasa")
     assert torch.allclose(found.vectors, torch.stack(right).mean(0) - torch.stack(wrong).mean(0), atol=1e-4)
 
 
@@ -100,15 +98,14 @@ def test_ipaswo_is_the_right_against_its_own_answer_where_that_is_wrong() -> Non
         for one, mine in zip(asked, own, strict=True)
         if mine != one.answer
     ]
-    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(asked), "", Progress())
+    found = extract_with(loaded("llama"), behaviour(asked), method="ipaswo")
     assert torch.allclose(found.vectors, torch.stack(differences).mean(0), atol=1e-4)
 
 
 def test_off_by_one_reads_the_block_s_input_and_steers_its_output() -> None:
     asked = questions(8, right=3)
     plain, shifted = (
-        extract(recipe(method="pasf", off_by_one=arm), loaded("llama"), behaviour(asked), "", Progress())
-        for arm in (False, True)
+        extract_with(loaded("llama"), behaviour(asked), method="pasf", off_by_one=arm) for arm in (False, True)
     )
     assert torch.allclose(shifted.vectors[1:], plain.vectors[:-1], atol=1e-5)
     assert shifted.point == "resid_post"
@@ -117,7 +114,7 @@ def test_off_by_one_reads_the_block_s_input_and_steers_its_output() -> None:
 
 def test_a_clamp_sets_the_mean_projection_of_the_positive_side() -> None:
     asked = questions(7, right=3)
-    found = extract(recipe(method="pasf", operation="clamp"), loaded("llama"), behaviour(asked), "", Progress())
+    found = extract_with(loaded("llama"), behaviour(asked), method="pasf", operation="clamp")
     positive = torch.stack([at_letter(one, one.answer) for one in asked]).mean(dim=0)
     one = found.program(1, 0.7, "last_prompt").interventions[0]
     assert one.operation == "clamp"
@@ -135,17 +132,17 @@ def test_shuffled_labels_say_nothing(method: ChoiceMethod) -> None:
         answer, own = n % 3, n % 3 if n % 2 else (n + 1 + n // 3 % 2) % 3
         noise[answer] += 2.5 * unit
         items.append(Item(noise, answer, own))
-    found = fit(items, method, 7, seed=5)
+    found = with_controls(items, method, 7, seed=5)
     assert torch.nn.functional.cosine_similarity(found.vectors, unit.expand(2, -1)).min() > 0.95
     assert tuple(found.shuffled.shape) == (7, 2, HIDDEN)
     assert bool((found.shuffled.norm(dim=-1) < 0.6 * found.vectors.norm(dim=-1)).all())
     cosines = torch.nn.functional.cosine_similarity(found.shuffled, unit.expand(7, 2, -1), dim=-1)
-    raw = [sides(relabelled(items, method, generator), method) for _ in range(20)]
+    raw = [mean_sides(relabelled(items, method, generator), method) for _ in range(20)]
     sizes = torch.stack([(high - low) @ unit for high, low in raw]).abs().mean()
     assert float(sizes) < 0.35 * float(found.vectors[0] @ unit)
     assert float(cosines.max() - cosines.min()) > 0.05
-    assert torch.equal(found.shuffled, fit(items, method, 7, seed=5).shuffled)
-    assert not torch.equal(found.shuffled, fit(items, method, 7, seed=6).shuffled)
+    assert torch.equal(found.shuffled, with_controls(items, method, 7, seed=5).shuffled)
+    assert not torch.equal(found.shuffled, with_controls(items, method, 7, seed=6).shuffled)
 
 
 def test_every_item_of_ipasa_counts_on_the_side_that_the_shuffled_labels_say() -> None:
@@ -169,11 +166,11 @@ def test_every_item_of_ipasa_counts_on_the_side_that_the_shuffled_labels_say() -
 )
 def test_too_few_right_or_wrong_answers_are_refused(method: ChoiceMethod, right: int, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        extract(recipe(method=method), loaded("llama"), behaviour(questions(8, right=right)), "", Progress())
+        extract_with(loaded("llama"), behaviour(questions(8, right=right)), method=method)
 
 
 def test_all_wrong_is_enough_for_ipaswo() -> None:
-    found = extract(recipe(method="ipaswo"), loaded("llama"), behaviour(questions(8, right=0)), "", Progress())
+    found = extract_with(loaded("llama"), behaviour(questions(8, right=0)), method="ipaswo")
     assert float(found.vectors.norm(dim=-1).min()) > 0.01
 
 
@@ -181,15 +178,15 @@ def test_what_are_no_questions_is_refused() -> None:
     one = loaded("llama")
     same = [question(n, 1) for n in range(5)]
     with pytest.raises(RecipeError, match="the right answer is w41 in all 5 questions"):
-        extract(recipe(method="pasf"), one, behaviour(same), "", Progress())
+        extract_with(one, behaviour(same), method="pasf")
     with pytest.raises(RecipeError, match=r"data\.train has none; give rows of question, choices"):
-        extract(recipe(method="pasf"), one, behaviour([]), "", Progress())
-    with pytest.raises(RecipeError, match=r"extract\.pairs: 30 wanted, but data\.train has 12 questions"):
-        extract(recipe(method="pasf", pairs=30), one, behaviour(questions()), "", Progress())
+        extract_with(one, behaviour([]), method="pasf")
+    with pytest.raises(RecipeError, match=r"extract\.pairs: found 12 questions in data\.train; needed: 30"):
+        extract_with(one, behaviour(questions()), method="pasf", pairs=30)
     for letters in (("w30 w31", "w41"), ("nothing", "else")):  # two tokens; one and the same
         asked = [question(n, n % 2, letters) for n in range(4)]
         with pytest.raises(RecipeError, match="needs letters that are one token each"):
-            extract(recipe(method="pasf"), one, behaviour(asked), "", Progress())
+            extract_with(one, behaviour(asked), method="pasf")
 
 
 @pytest.mark.parametrize(
@@ -212,4 +209,4 @@ def test_what_are_no_questions_is_refused() -> None:
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe(**options)
+        ExtractOptions.model_validate(options)

@@ -12,15 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.stage import extract, source
+from compile_steer.extract.options import ExtractOptions
 from compile_steer.models.text import Text
-from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.sites import Site
+from tests.helpers.extraction import extract_with
 from tests.helpers.tiny import HIDDEN, LAYERS, loaded
-from tests.unit.test_extract import recipe
 
 ROWS, INDEX = 17, 7
 DATA = Behaviour((), (), (), (Text("w8 w9", "w10 w11"), Text("w12", "w13")), (), (), {})
@@ -58,12 +56,8 @@ def neuronpedia(path: Path, **changes: Any) -> Path:
     return path
 
 
-def asked(file: Path, index: int | None = None, **options: object) -> Recipe:
-    return recipe(method="imported", imported={"file": file, "index": index}, **options)
-
-
 def found(file: Path, index: int | None = INDEX, **options: object) -> Directions:
-    return extract(asked(file, index, **options), loaded("llama"), DATA, "", Progress())
+    return extract_with(loaded("llama"), DATA, method="imported", imported={"file": file, "index": index}, **options)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -114,11 +108,11 @@ def test_a_feature_can_be_as_long_as_the_stream_so_that_a_coefficient_is_a_share
 
 def test_another_file_at_the_same_path_is_another_source(tmp_path: Path) -> None:
     path = neuronpedia(tmp_path / "feature.json")
-    one = asked(path)
-    before = source(one)
+    options = ExtractOptions.model_validate({"method": "imported", "imported": {"file": path.name}})
+    before = options.imported_sha256(tmp_path)
     neuronpedia(path, vector=rows()[0].tolist())
-    assert source(one) not in ("", before)
-    assert source(recipe()) == ""
+    assert options.imported_sha256(tmp_path) not in ("", before)
+    assert ExtractOptions().imported_sha256(tmp_path) == ""
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ from typer.testing import CliRunner
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, RecipeError
-from compile_steer.common.progress import Progress
-from compile_steer.extract.stage import extract
 from compile_steer.formats.foreign import ImportOptions, read_vectors
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
@@ -29,6 +27,7 @@ from compile_steer.steering.sites import Site
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe
+from tests.helpers.extraction import extract_with
 from tests.helpers.foreign_files import by_block, gguf, rows, svec, tensor
 from tests.helpers.tiny import (
     HIDDEN,
@@ -45,15 +44,13 @@ from tests.helpers.tiny import (
     texts,
     vector,
 )
-from tests.unit.test_extract import recipe
 from tests.unit.test_feature_formats import DATA
 
 FAMILIES = ("llama", "gpt2", "gemma2")
 
 
 def imported(family: str, file: Path, **said: Any) -> Directions:
-    options = recipe(method="imported", imported={"file": file, **said}, shuffled=5)
-    return extract(options, loaded(family), DATA, "", Progress())
+    return extract_with(loaded(family), DATA, method="imported", imported={"file": file, **said}, shuffled=5)
 
 
 def by_hand(family: str, vectors: dict[int, Tensor], coefficient: float) -> Tensor:

@@ -25,10 +25,9 @@ from compile_steer.steering.program import Program
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import walk
 from compile_steer.tools.reproduce import TOLERANCE, Reproduction, reproduce
+from tests.helpers.generation import generating_model, generating_recipe
 from tests.helpers.small_run import NAME, SmallRun
 from tests.helpers.tiny import loaded, random_patch
-from tests.unit.test_write import recipe as written_recipe
-from tests.unit.test_write import speaker
 
 
 def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproduction:
@@ -187,24 +186,24 @@ def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypat
         again(run.paths.program, tmp_path)
 
 
-def test_pairs_that_the_model_wrote_are_written_again(tmp_path: Path) -> None:
-    one = speaker()
+def test_generated_pairs_are_generated_again(tmp_path: Path) -> None:
+    one = generating_model()
     for part in (one.model, one.tokenizer):
         part.save_pretrained(tmp_path / "model")
     folder, out = tmp_path / "recipes", tmp_path / "runs" / "said"
     folder.mkdir()
-    recipe = written_recipe(folder).model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
+    recipe = generating_recipe(folder).model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
     opened = Run.open(recipe, out, Progress())
     opened.extract()
     path = opened.paths.directions
     assert {link.state for link in walk(path)} == {"whole"}
     found = again(path, tmp_path)
     assert set(states(found).values()) == {"bytes"}
-    assert states(found).keys() >= {"data train", "data train, asked", "data neutral"}
+    assert states(found).keys() >= {"data train", "data train, prompts", "data neutral"}
     pairs = opened.paths.pairs("test")
     pairs.write_text(pairs.read_text(encoding="utf-8").replace("w", "w1", 1), encoding="utf-8")
     assert [link.what for link in walk(path) if link.state == "broken"] == ["data test"]
-    assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are written again, not read"
+    assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are generated again, not read"
 
 
 # ----------------------------------------------------------------------------------------- agreement

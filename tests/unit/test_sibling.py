@@ -13,20 +13,21 @@ from transformers import AutoTokenizer
 
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import LayoutError, RecipeError
-from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
-from compile_steer.extract.stage import extract
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, completion_template, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.pipeline.run import Run
-from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recipe import read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.describe import describe_artifact
+from tests.helpers.extraction import extract_with, tiny_recipe, training_data
 from tests.helpers.rounding import assert_close_to_rounding
 from tests.helpers.tiny import build, chat_tokenizer, loaded, tokenizer
-from tests.unit.test_trained import behaviour, recipe
+from tests.unit.test_trained import PAIRS, trained
+
+DATA = training_data(*PAIRS)
 
 
 def on_disk(folder: Path, seed: int = 0, **changes: object) -> LoadedModel:
@@ -53,10 +54,9 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
     base = on_disk(tmp_path / "base")
     sibling = related(tmp_path / "tuned", base)
     options: dict[str, object] = {"method": method, "shuffled": 5 if method == "mean_difference" else 1}
-    given = recipe_of(options, model=str(tmp_path / "tuned"))
-    found = extract(given, base, behaviour(), "inputs", Progress())
-    its_own = extract(recipe_of(options), sibling, behaviour(), "inputs", Progress())
-    on_base = extract(recipe_of(options), base, behaviour(), "inputs", Progress())
+    found = extract_with(base, DATA, **options, model=str(tmp_path / "tuned"))
+    its_own = extract_with(sibling, DATA, **options)
+    on_base = extract_with(base, DATA, **options)
     # The sibling was loaded twice, and a training of several steps multiplies what differs.
     assert_close_to_rounding(found.vectors, its_own.vectors, 1e-3 if method == "trained" else 1e-5)
     assert not torch.allclose(found.vectors, on_base.vectors)
@@ -77,13 +77,6 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
     }
 
 
-def recipe_of(options: dict[str, object], **more: object) -> Recipe:
-    """The tiny recipe with these extract options and no others."""
-    made = recipe()
-    whole = made.model_dump(mode="json", by_alias=True) | {"folder": Path()}
-    return Recipe.model_validate(whole | {"extract": {**options, **more}})
-
-
 def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_difference(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
     on_disk(tmp_path / "other", num_hidden_layers=3, hidden_size=40)
@@ -91,7 +84,7 @@ def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_differenc
     other.add_tokens(["w1000"])
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(LayoutError) as error:
-        extract(recipe(model=str(tmp_path / "other")), base, behaviour(), "", Progress())
+        extract_with(base, DATA, model=str(tmp_path / "other"))
     for line in (
         "has 3 blocks; ",
         "has 40 dimensions of the stream; ",
@@ -103,14 +96,14 @@ def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_differenc
 
 def test_a_sibling_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such folder"):
-        extract(recipe(model=str(tmp_path / "none")), loaded("llama"), behaviour(), "", Progress())
+        extract_with(loaded("llama"), DATA, model=str(tmp_path / "none"))
 
 
 def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
     related(tmp_path / "tuned", base)
-    given = recipe_of({"model": str(tmp_path / "tuned")})
-    run = Run(given, RunPaths(tmp_path, "a"), Context(base, behaviour()))
+    given = tiny_recipe(model=str(tmp_path / "tuned"))
+    run = Run(given, RunPaths(tmp_path, "a"), Context(base, DATA))
     first, again = run.extract(), run.extract()
     assert torch.equal(first.vectors, again.vectors)
     shutil.rmtree(tmp_path / "tuned")
@@ -120,7 +113,11 @@ def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) 
 
 def test_trained_directions_are_made_anew_for_other_positions(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
-    runs = [Run(recipe(where), RunPaths(tmp_path, "a"), Context(base, behaviour())) for where in ("all", "response")]
+    options = trained()
+    runs = [
+        Run(tiny_recipe(positions, **options), RunPaths(tmp_path, "a"), Context(base, DATA))
+        for positions in ("all", "response")
+    ]
     first, other = (run.extract() for run in runs)
     assert first.inputs != other.inputs
     assert not torch.allclose(first.vectors, other.vectors)

@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.options import Extract, Trained
-from compile_steer.extract.pairs import fit
+from compile_steer.data.behaviour import Context
+from compile_steer.extract.options import ExtractOptions, TrainedOptions
+from compile_steer.extract.pair_methods import fit
 from compile_steer.extract.stage import extract
-from compile_steer.extract.trained import Start, starting_point, train
-from compile_steer.extract.trained_loss import Objective, bipo_loss
+from compile_steer.extract.trained import Objective, Start, bipo_loss, starting_point, train
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
-from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.tools.describe import describe_artifact
+from tests.helpers.extraction import SEED, extract_with, training_data
 from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
 
 N_PAIRS = 13
@@ -50,34 +48,15 @@ def misleading(one: LoadedModel, seed: int) -> tuple[Pair, ...]:
     )
 
 
-def recipe(positions: str = "all", **options: object) -> Recipe:
-    names = ("train", "validation", "test", "neutral", "heldout", "calibration")
-    wanted = {"method": "trained", "shuffled": 2, **options, "trained": {**QUICK, **_trained(options)}}
-    return Recipe.model_validate(
-        {
-            "name": "tiny",
-            "model": "tiny",
-            "seed": 3,
-            "data": {name: f"{name}.jsonl" for name in names},
-            "validate": {"score": {"kind": "lowercase"}, "positions": positions},
-            "extract": wanted,
-            "folder": Path(),
-        }
-    )
+def found(one: LoadedModel, positions: str = "all", pairs: Sequence[Pair] = PAIRS, **options: object) -> Directions:
+    return extract_with(one, training_data(*pairs), positions, **trained(**options))
 
 
-def _trained(options: dict[str, object]) -> dict[str, object]:
-    given = options.get("trained", {})
-    assert isinstance(given, dict)
-    return given
-
-
-def behaviour(pairs: Sequence[Pair] = PAIRS) -> Behaviour:
-    return Behaviour(tuple(pairs), (), (), (), (), (), {})
-
-
-def found(one: LoadedModel, positions: str = "all", **options: object) -> Directions:
-    return extract(recipe(positions, **options), one, behaviour(), "inputs", Progress())
+def trained(**options: object) -> dict[str, object]:
+    """Extract options for a quick training."""
+    inner = options.pop("trained", {})
+    assert isinstance(inner, dict)
+    return {"method": "trained", "shuffled": 2, **options, "trained": {**QUICK, **inner}}
 
 
 def response_sums(one: LoadedModel, program: Program, sides: Sequence[str]) -> list[float]:
@@ -108,9 +87,9 @@ def program(one: LoadedModel, coefficient: float = 1.7) -> Program:
 def test_the_likelihood_is_that_of_the_responses_and_their_ends_of_turn(family: str) -> None:
     one = loaded(family)
     objective = Objective(one, "likelihood", 0.1, first=1)
-    items = objective.items(PAIRS, 30)
+    items = objective.prepare(PAIRS, 30)
     assert len(items) > 2, "the batches must be several"
-    measured = objective.measure(items, program(one))
+    measured = objective.evaluate(items, program(one))
     sums = response_sums(one, program(one), ["positive"] * N_PAIRS)
     assert measured == pytest.approx(-sum(sums) / (4 * N_PAIRS), rel=1e-4)  # three words and the end, each
 
@@ -119,7 +98,7 @@ def test_the_likelihood_is_that_of_the_responses_and_their_ends_of_turn(family: 
 def test_bipo_is_the_papers_equation(family: str) -> None:
     one, beta = loaded(family), 0.23
     objective = Objective(one, "bipo", beta, first=1)
-    items = objective.items(PAIRS, 30)
+    items = objective.prepare(PAIRS, 30)
     assert len(items) > 2, "the batches must be several"
     empty = Program((), one.id, one.revision)
     losses = []
@@ -133,7 +112,7 @@ def test_bipo_is_the_papers_equation(family: str) -> None:
         held = [objective.loss(item, program(one), d) * objective.count(item) for item in items]
         assert float(sum(held)) / N_PAIRS == pytest.approx(float(losses[-1]), rel=1e-3)
     assert losses[0] != losses[1]
-    assert objective.measure(items, program(one)) == pytest.approx(float(sum(losses)) / 2, rel=1e-3)
+    assert objective.evaluate(items, program(one)) == pytest.approx(float(sum(losses)) / 2, rel=1e-3)
 
 
 def test_without_vectors_a_preference_is_undecided() -> None:
@@ -163,16 +142,16 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_model_as_it_was(family
 
 def test_the_kept_vectors_are_those_of_the_best_epoch() -> None:
     one = loaded("llama")
-    options = Trained.model_validate({**QUICK, "epochs": 10, "l2": 10.0})
-    start = starting_point(one, PAIRS, Extract(method="trained", trained=options))
+    options = TrainedOptions.model_validate({**QUICK, "epochs": 10, "l2": 10.0})
+    start = starting_point(one, PAIRS, ExtractOptions(method="trained", trained=options))
     fitted = train(one, PAIRS, start, options, "all", 3, lambda _n: None)
     held_out = fitted.curves["held_out"]
     assert min(held_out) < min(held_out[0], held_out[-1]), "neither the first nor the last must be the best here"
     objective = Objective(one, "likelihood", 0.1, 0)
-    items = objective.items(random.Random(3).sample(list(PAIRS), N_PAIRS)[::6], 64)
+    items = objective.prepare(random.Random(3).sample(list(PAIRS), N_PAIRS)[::6], 64)
     for vectors, wanted in ((fitted.best, min(held_out)), (fitted.last, held_out[-1])):
         parts = tuple(Intervention(site, "add", v) for site, v in zip(start.sites, vectors, strict=True))
-        assert objective.measure(items, Program(parts, one.id, one.revision)) == pytest.approx(wanted, rel=1e-4)
+        assert objective.evaluate(items, Program(parts, one.id, one.revision)) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_penalty_keeps_the_vectors_short() -> None:
@@ -188,7 +167,8 @@ def test_the_same_seed_gives_the_same_vectors_and_another_seed_others() -> None:
     first, again = found(one), found(one)
     assert torch.equal(first.vectors, again.vectors)
     assert torch.equal(first.shuffled, again.shuffled)
-    other = extract(recipe().model_copy(update={"seed": 4}), one, behaviour(), "inputs", Progress())
+    options = ExtractOptions.model_validate(trained())
+    other = extract(Context(one, training_data(*PAIRS), seed=4), options)
     assert not torch.allclose(first.vectors, other.vectors)
 
 
@@ -206,7 +186,7 @@ def test_nothing_below_the_first_trained_block_is_run_again() -> None:
             runs[n] += 1
 
         one.layout.output_projection(layer, "mlp").module.register_forward_hook(count)
-    options = Trained.model_validate({**QUICK, "layers": (2,)})
+    options = TrainedOptions.model_validate({**QUICK, "layers": (2,)})
     start = Start((Site(2),), torch.zeros(1, HIDDEN), torch.tensor([[5.0]]))
     train(one, PAIRS, start, options, "all", 0, lambda _n: None)
     assert runs == [2, 4 + 3]  # two batches: one held out and measured 4 times, one trained on in each of 3 epochs
@@ -214,7 +194,7 @@ def test_nothing_below_the_first_trained_block_is_run_again() -> None:
 
 def test_training_from_the_mean_difference_begins_there() -> None:
     one = loaded("llama")
-    options = Extract.model_validate(
+    options = ExtractOptions.model_validate(
         {"method": "trained", "trained": {"start": "mean_difference", "layers": (1, 3), "beside": ("attn_out",)}}
     )
     start = starting_point(one, PAIRS, options)
@@ -283,20 +263,19 @@ def test_controls_raise_the_preference_less_than_the_vectors() -> None:
 
 def test_options_that_do_not_fit_are_refused_all_at_once() -> None:
     with pytest.raises(ValueError, match=r"shuffled 2 is too few for method pca.*these options are of method trained"):
-        Extract.model_validate({"method": "pca", "shuffled": 2, "trained": {"epochs": 3}})
+        ExtractOptions.model_validate({"method": "pca", "shuffled": 2, "trained": {"epochs": 3}})
     with pytest.raises(ValueError, match="names a point twice"):
-        Extract.model_validate({"method": "trained", "trained": {"beside": ["resid_post"]}})
+        ExtractOptions.model_validate({"method": "trained", "trained": {"beside": ["resid_post"]}})
     with pytest.raises(ValueError, match="greater than 0"):
-        Trained.model_validate({"learning_rate": 0})
+        TrainedOptions.model_validate({"learning_rate": 0})
     for layers in ([], [-1], [2, 2]):
         with pytest.raises(ValueError, match="each once, or 'all'"):
-            Trained.model_validate({"layers": layers})
+            TrainedOptions.model_validate({"layers": layers})
 
 
 def test_too_few_pairs_and_blocks_that_are_missing_are_refused() -> None:
-    options = recipe(trained={"layers": (1, 9)})
     with pytest.raises(RecipeError) as error:
-        extract(options, loaded("llama"), behaviour(PAIRS[:4]), "", Progress())
+        found(loaded("llama"), pairs=PAIRS[:4], trained={"layers": (1, 9)})
     assert "found 4 pairs, needed 6 or more" in str(error.value)
     assert "trained.layers: 9 not in this model, which has blocks 0 to 3" in str(error.value)
 
@@ -311,6 +290,6 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
 
 
 def test_a_training_that_learns_nothing_is_refused() -> None:
-    options = recipe(trained={"learning_rate": 30.0, "l2": 0.0})
+    one = loaded("llama")
     with pytest.raises(RecipeError, match="held-out loss was never below its start"):
-        extract(options, loaded("llama"), behaviour(misleading(loaded("llama"), 3)), "", Progress())
+        found(one, pairs=misleading(one, SEED), trained={"learning_rate": 30.0, "l2": 0.0})

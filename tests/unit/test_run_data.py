@@ -1,0 +1,79 @@
+"""The data of an open run: generated pairs, another behaviour's pairs, and pairs that the model cannot tell apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compile_steer.artifacts.paths import RunPaths
+from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import SPLITS, Context
+from compile_steer.models.text import Pair, Text
+from compile_steer.pipeline.run import Run
+from compile_steer.recipe import Recipe
+from compile_steer.tools.lineage import data_on_disk
+from tests.helpers.generation import N_PROMPTS, generated, generating_model, generating_recipe, read_rows
+
+
+@pytest.fixture
+def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = generating_model()
+    monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_args, **_options: model)
+
+
+@pytest.mark.usefixtures("_tiny_model")
+def test_an_open_run_has_its_generated_pairs_and_replaces_a_damaged_report(tmp_path: Path) -> None:
+    run = Run.open(generating_recipe(tmp_path), tmp_path / "out", Progress())
+    assert run.generated_pairs().splits["train"].kept == len(run.data.train) > 0
+    assert "w50" in run.data.train[0].positive.prompt
+    run.paths.generation_report.write_text('{"splits": []}')
+    with pytest.raises(ArtifactError, match="Make it with 'compile-steer generate-pairs'"):
+        run.generated_pairs()
+    again = Run.open(run.recipe, run.paths.out, Progress())
+    assert again.data == run.data
+
+
+def test_a_run_records_the_hashes_of_the_prompts_and_of_the_generated_pairs(tmp_path: Path) -> None:
+    recipe, model = generating_recipe(tmp_path), generating_model()
+    data, _report = generated(recipe, model, tmp_path / "out")
+    prompts = recipe.data.read(tmp_path)
+    paths = RunPaths(tmp_path / "out", "generated")
+    recorded = Run(recipe, paths, Context(model, data)).origin().data_sha256
+    assert recorded == data_on_disk(recipe, paths)[0]
+    assert recorded["train, prompts"] == prompts.hashes["train"] != data.hashes["train"]
+
+
+@pytest.mark.usefixtures("_tiny_model")
+def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(tmp_path: Path) -> None:
+    record = generating_recipe(tmp_path).model_dump(by_alias=True)
+    record["validate"]["other_behaviour"] = "other.jsonl"
+    recipe = Recipe.model_validate({**record, "folder": tmp_path})
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"prompt": "w8", "positive": "w7", "negative": "w9"}')
+    run = Run.open(recipe, tmp_path / "out", Progress())
+    assert run.data.other_behaviour == (Pair(Text("w8", "w7"), Text("w8", "w9"), "w8"),)
+    assert len(run.data.train) > 0
+    path.write_text('{"prompt": "w8", "positive": ""}')
+    with pytest.raises(RecipeError, match="other.jsonl:1: found .* needed the keys prompt, positive, negative"):
+        Run.open(recipe, tmp_path / "out", Progress())
+
+
+@pytest.mark.usefixtures("_tiny_model")
+def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(tmp_path: Path) -> None:
+    """Pairs of kind 'pairs', so that there is nothing to generate; the tokenizer drops spaces."""
+    recipe = generating_recipe(tmp_path)
+    for name in SPLITS:
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{**row, "positive": f"{name} text", "negative": f"{name}  text"} for row in read_rows(path)]
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    section = {**recipe.data.model_dump(exclude={"kind", "generate"}), "positive_template": "{prompt}"}
+    record = {**recipe.model_dump(by_alias=True), "data": section, "folder": tmp_path}
+    run = Run.open(Recipe.model_validate(record), tmp_path / "out", Progress())
+    with pytest.raises(RecipeError, match=f"the two sides of {N_PROMPTS} of {N_PROMPTS} pairs are the same tokens"):
+        run.extract()
+    with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
+        run.generated_pairs()
+    assert not run.paths.out.exists()
