@@ -27,7 +27,7 @@ from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS, divergence, final_states
 from compile_steer.models.tokens import batches
-from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
+from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify, make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -71,7 +71,7 @@ def main() -> None:
         merge(run)
         parities = {(p.backend, p.form): p for p in verify(run, artifacts(run))}
         job = _job(run)
-        reference = Reference(run.recipe, run.model, run.program, run.data, run.progress)
+        reference = make_reference(run)
         rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
         rows += _throughput(run, out)
         tokens = sum(len(text.ids) for text in job.regression_texts)
@@ -88,14 +88,19 @@ def _job(run: Run) -> Lowering:
 def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
     bias = parities["bias", "merged-fp32"]
     near, trained = parities["closed_form", "adapter"], parities["distill", "adapter"]
-    recovered = ", ".join(f"{p.backend} {p.recovery:.3f} [{p.recovery_low:.3f}" + "]" for p in (bias, near, trained))
+    retained = ", ".join(f"{p.backend} {p.behaviour.effect_retained}" for p in (bias, near, trained))
     return [
-        Row("`bias`, merged and reloaded: KL per token", "1e-6", "1e-8", f"{bias.kl_per_token:.1e}"),
-        Row("`bias`: top-1", "99.9 %", "", f"{bias.top1_agreement:.2%}"),
-        Row("`closed_form`: share of KL(steered‖base)", "1.0 %", "0.5 %", f"{near.kl_share:.3%}"),
-        Row("`closed_form`: top-1", "96 %", "", f"{near.top1_agreement:.2%}"),
-        Row("`distill` from the closed-form patch: share", "0.5 %", "0.2 %", f"{trained.kl_share:.3%}"),
-        Row("recovery of the behaviour score [lower bound]", "0.90", "0.95", recovered),
+        Row("`bias`, merged and reloaded: KL per token", "1e-6", "1e-8", f"{bias.divergence.kl.value:.1e}"),
+        Row("`bias`: top-1", "99.9 %", "", f"{bias.divergence.top1:.2%}"),
+        Row("`closed_form`: remaining KL", "1.0 %", "0.5 %", f"{near.divergence.kl_remaining.value:.3%}"),
+        Row("`closed_form`: top-1", "96 %", "", f"{near.divergence.top1:.2%}"),
+        Row(
+            "`distill` from the closed-form patch: remaining KL",
+            "0.5 %",
+            "0.2 %",
+            f"{trained.divergence.kl_remaining.value:.3%}",
+        ),
+        Row("effect retained [95 %]", "0.90", "0.95", retained),
     ]
 
 
@@ -135,13 +140,12 @@ def _closed_form_cost(run: Run, job: Lowering) -> list[Row]:
     ]
 
 
-def _share(reference: Reference, patch: WeightPatch) -> float:
-    """Held-out share of a patch in memory."""
-    base = reference.base
+def _remaining_kl(reference: Reference, patch: WeightPatch) -> float:
+    """Held-out remaining KL of a patch in memory."""
+    base = reference.model
     with with_patch(base.model, patch):
-        states = final_states(base, reference.heldout)
-    found = divergence(base.model, reference.steered_heldout.response, base.model, states.response)
-    return found.mean / reference.base_divergence.mean
+        states = final_states(base, reference.texts.heldout)
+        return reference.kl_from_steered(base, states).mean / reference.kl_base.mean
 
 
 def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[Row]:
@@ -154,7 +158,7 @@ def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[
         patches.append(closed_form.solve_stages(job.program, run.model, few, stages, lambda _n: None).patch)
 
     (seconds,) = _medians(solve)
-    reached = _share(reference, patches[-1])
+    reached = _remaining_kl(reference, patches[-1])
     # Random init gets every text of both: more than the regression and the trained patch had.
     texts = [*job.regression_texts, *job.training_texts]
     plain = {"start": "random", "epochs": RANDOM_EPOCHS, "learning_rate": 0.02, "batch_tokens": 1024}
@@ -167,7 +171,7 @@ def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[
         trained.append(distill.train_end_to_end(random, texts, start, lambda _n: None))
 
     spent = _timed(train)
-    share = _share(reference, trained[0])
+    share = _remaining_kl(reference, trained[0])
     more = "" if share <= 0.02 else "more than "
     return [
         Row(
@@ -198,7 +202,7 @@ def _throughput(run: Run, out: Path) -> list[Row]:
 
 
 def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> str:
-    first = parities[0]
+    first, behaviour = parities[0].divergence, parities[0].behaviour
     lines = [
         "# Benchmarks",
         "",
@@ -208,7 +212,7 @@ def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program:
         f"Calibration: {tokens} tokens. Held out: {first.n_tokens} response tokens of the steered model's own continuations of "
         f"{SETTINGS[5].split('=')[1]} prompts on "
         f"other topics, where KL(steered‖base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%}; "
-        f"{first.n_pairs} test pairs.",
+        f"{behaviour.n_pairs} test pairs.",
         "",
         "| | floor | aim | measured |",
         "|---|---|---|---|",
@@ -217,12 +221,12 @@ def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program:
         "Times are medians of runs in turn; random init is trained with AdamW, "
         f"{RANDOM_EPOCHS:g} epochs over the texts of both other backends.",
         "",
-        "| artifact | KL | rms | p99 | share | top-1 | recovery | drift (steered's own) | seconds | |",
+        "| artifact | KL | rms | p99 | remaining KL | top-1 | effect retained | control KL (steered's own) | seconds | |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {p.backend} {p.form} | {p.kl_per_token:.1e} | {p.kl_rms:.1e} | {p.kl_p99:.1e} | {p.kl_share:.3%} | "
-            f"{p.top1_agreement:.2%} | {p.recovery:.3f} [{p.recovery_low:.3f}, {p.recovery_high:.3f}] | "
-            f"{p.neutral_drift_compiled:.3f} ({p.neutral_drift_steered:.3f}) | {p.compile_seconds:.1f} | "
+            f"| {p.backend} {p.form} | {p.divergence.kl.value:.1e} | {p.divergence.kl_rms:.1e} | {p.divergence.kl_p99:.1e} | "
+            f"{p.divergence.kl_remaining.value:.3%} | {p.divergence.top1:.2%} | {p.behaviour.effect_retained} | "
+            f"{p.divergence.kl_control:.3f} ({p.divergence.kl_control_steered:.3f}) | {p.compile_seconds:.1f} | "
             f"{'passed' if p.passed else 'FAILED: ' + '; '.join(p.reasons)} |"
             for p in parities
         ),

@@ -26,7 +26,7 @@ from benchmarks.record import Record
 from compile_steer.artifacts.files import sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.pipeline.artifacts import compile_program, merge
+from compile_steer.pipeline.artifacts import compile_program, merge, make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -46,7 +46,7 @@ FEWER = {
     "neutral": 8,
     "prompts": 8,
     "max_new_tokens": 16,
-    "kinds": 1,
+    "prompts_per_set": 1,
     "long": 0,
     "capability": 4,
 }
@@ -122,7 +122,7 @@ def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
         only = tuple(replace(one, positions="response") for one in program.interventions)
         program, hashed = Program(only, program.model, program.revision), RESPONSE_ONLY
     with steered(run.model.model, program) if kind == "hooked base" else nullcontext():
-        yield Reference(run.recipe, run.model, program, run.data, run.progress), hashed
+        yield make_reference(run, program), hashed
 
 
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
@@ -134,7 +134,7 @@ def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | 
         shutil.copytree(artifact(run, fault.form), folder)
         planted.plant(fault.plant, folder, Path(run.model.source))
         try:
-            reasons = verify_artifact(reference, folder, hashed, run.recipe.verify.gates).reasons
+            reasons = verify_artifact(reference, folder, hashed).reasons
         except ArtifactError as error:
             reasons = ["refused: " + " ".join(error.problems).replace(str(folder), "it")]
     return Verdict(fault.name, fault.form, bool(reasons), reasons, time.perf_counter() - started, seed)

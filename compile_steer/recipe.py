@@ -25,7 +25,7 @@ from compile_steer.extract.options import ExtractOptions
 from compile_steer.lower.options import CompileOptions
 from compile_steer.steering.sites import parse_positions
 from compile_steer.validate.options import ValidateOptions
-from compile_steer.verify.options import Verify
+from compile_steer.verify.options import VerifyOptions
 
 
 class Recipe(Section):
@@ -45,7 +45,7 @@ class Recipe(Section):
     extract: ExtractOptions = ExtractOptions()
     validate_: ValidateOptions = Field(alias="validate")
     compile: CompileOptions = CompileOptions()
-    verify: Verify = Verify()
+    verify: VerifyOptions = VerifyOptions()
     folder: Path = Field(exclude=True)
 
     @field_validator("prompt_format")
@@ -160,6 +160,11 @@ RENAMED_KEYS = {
     "validate.claim": "validate.minimum_effect",
     "validate.coefficients.ceiling": "validate.coefficients.perplexity_limit",
     "validate.mismatched": "validate.other_behaviour",
+    "verify.gates.drift_margin": "verify.gates.control_kl_margin",
+    "verify.gates.recovery": "verify.gates.effect_retained",
+    "verify.gates.recovery_low": "verify.gates.effect_retained_low",
+    "verify.gates.share": "verify.gates.kl_remaining",
+    "verify.kinds": "verify.prompts_per_set",
 }
 
 

@@ -21,12 +21,13 @@ POWER = 0.8
 # Where the samples suffice, equivalence is a gate: with 80 % power one perfect artifact in five would fail it by chance.
 EQUIVALENCE_POWER = 0.95
 
-Measure = Literal["log-likelihood margin", "score", "score by prompt set", "capability"]
+Measure = Literal["log-likelihood margin", "score", "score by prompt set", "repetition", "capability"]
 # (unit, what a sample is, whether a sample counts 0 or 1, mostly)
 _MEASURES: dict[Measure, tuple[str, str, bool]] = {
     "log-likelihood margin": (" nats/token", "pairs", False),
     "score": ("", "prompts", True),
     "score by prompt set": ("", "prompts", True),
+    "repetition": (" of 3-grams", "prompts", False),
     "capability": ("", "questions", True),
 }
 

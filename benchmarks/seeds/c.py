@@ -115,15 +115,15 @@ def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str
 def _compiled(parities: list[Parity]) -> list[str]:
     """The hook removed: what stays."""
     rows = [
-        f"| {one.backend} {one.form} | {one.kl_per_token:.1e} | {one.kl_share:.2%} | {one.top1_agreement:.1%} | "
-        f"{one.recovery or 0:.3f} [{one.recovery_low or 0:.3f}, {one.recovery_high or 0:.3f}] | "
-        f"{one.score_base:.2f} / {one.score_steered:.2f} / {one.score_compiled:.2f} | {one.hidden_error:.1e} |"
-        for one in parities
+        f"| {p.backend} {p.form} | {p.divergence.kl.value:.1e} | {p.divergence.kl_remaining.value:.2%} | "
+        f"{p.divergence.top1:.1%} | {p.behaviour.effect_retained or '-'} | {p.behaviour.score_base:.2f} / "
+        f"{p.behaviour.score_steered:.2f} / {p.behaviour.score_compiled:.2f} | {p.divergence.hidden_error:.1e} |"
+        for p in parities
     ]
     return [
         "The hook removed, the weights reloaded from disk:",
         "",
-        "| artifact | KL | share | top-1 | recovery | score: base / steered / compiled | error of hidden states |",
+        "| artifact | KL | remaining KL | top-1 | effect retained | score: base / steered / compiled | error of hidden states |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",

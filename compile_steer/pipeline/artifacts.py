@@ -29,6 +29,7 @@ from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card
 from compile_steer.report.page import write_page
 from compile_steer.steering.patch import WeightPatch
+from compile_steer.steering.program import Program
 from compile_steer.validate.report import ValidationReport
 from compile_steer.verify.options import any_gguf
 from compile_steer.verify.parity import Parity
@@ -188,6 +189,12 @@ def artifacts(run: Run) -> list[Path]:
     return folders
 
 
+def make_reference(run: Run, program: Program | None = None) -> Reference:
+    """Return what the artifacts are compared with: the base and the model steered by the run's program, or by `program`."""
+    recipe = run.recipe
+    return Reference(run.context, program or run.program, recipe.verify, recipe.validate_.score, recipe.ask)
+
+
 def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
     """Compare what is on disk with the steered model; with `save` a parity.json is left beside each artifact."""
     distributed.require_alone("verification")
@@ -200,12 +207,12 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
             problems += error.problems
     if problems:
         raise ArtifactError(problems)
-    reference = Reference(run.recipe, context.model, run.program, context.data, context.progress)
+    reference = make_reference(run)
     parities: dict[Path, Parity] = {}
     with context.progress.phase("verifying artifacts from disk", len(folders)) as advance:
         # By form: the base, rounded as a form is, is made once for all artifacts of that form.
         for folder in sorted(folders, key=lambda folder: Provenance.read(folder).form):
-            parity = verify_artifact(reference, folder, run.program_sha256, run.recipe.verify.gates)
+            parity = verify_artifact(reference, folder, run.program_sha256)
             if save:
                 parity.save(folder / PARITY)
                 update_card(folder, run.paths.validation)

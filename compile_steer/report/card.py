@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
 from compile_steer.export.engine_support import engine_support
+from compile_steer.report.terminal import details
 from compile_steer.validate.report import ValidationReport, own_validation
 from compile_steer.verify.parity import Parity, own_parity
 
@@ -62,7 +63,7 @@ def _render(
     kept: dict[str, str],
 ) -> str:
     environment = Environment(
-        loader=PackageLoader("compile_steer", "templates"),
+        loader=PackageLoader("compile_steer.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -74,6 +75,7 @@ def _render(
         "p": origin,
         "validation": validation,
         "parity": parity,
+        "details": [] if parity is None else details(parity),
         "readings": readings,
         "kept": {"license": "", "base_model": "", **kept},
         "engines": engine_support(origin),

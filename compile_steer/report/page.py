@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from compile_steer.artifacts.files import save_text
 from compile_steer.lower.plan import Choice
 from compile_steer.recipe import Recipe
+from compile_steer.report.terminal import details
 from compile_steer.validate.report import ValidationReport, block_name
 from compile_steer.verify.parity import Parity
 
@@ -30,7 +31,7 @@ def write_page(
 ) -> None:
     """Write the page atomically; `curves` holds the losses of each thing that was trained."""
     environment = Environment(
-        loader=PackageLoader("compile_steer", "templates"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+        loader=PackageLoader("compile_steer.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
     page = environment.get_template("page.html").render(
         recipe=recipe,
@@ -38,6 +39,7 @@ def write_page(
         choices=choices,
         report=report,
         parities=parities,
+        details=details,
         charts=[_sweep_chart(report), _control_chart(report), _coefficient_chart(report)],
         training=_loss_chart(curves) if curves else "",
     )

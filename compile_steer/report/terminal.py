@@ -69,91 +69,104 @@ def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> Non
 
 
 def print_parities(console: Console, parities: Sequence[Parity]) -> None:
-    """The table of every compiled artifact, and the reasons of those that failed."""
+    """The table of every compiled artifact, the prompt sets, and for each artifact its details and why it failed."""
     if not parities:
         return
-    first = parities[0]
+    first = parities[0].divergence
     table = Table(
         title=f"Compiled against steered, {first.n_tokens} held-out response tokens "
         f"(KL(steered||base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%})",
         title_justify="left",
     )
-    for heading in ("artifact", "KL", "share [95 %]", "top-1", "recovery [95 %]", "score", "drift", "seconds", ""):
-        table.add_column(heading, justify="left" if heading in ("artifact", "") else "right")
+    for heading in ("artifact", "KL", "remaining KL [95 %]", "top-1", "effect retained [95 %]", "score", "control KL"):
+        table.add_column(heading, justify="left" if heading == "artifact" else "right")
+    table.add_column("seconds", justify="right")
+    table.add_column("")
     for p in parities:
-        share = f"{p.kl_share:.3%} [{100 * p.kl_share_low:.3f}, {100 * p.kl_share_high:.3f}]"
-        recovery = "-" if p.recovery is None else f"{p.recovery:.3f} [{p.recovery_low:.3f}, {p.recovery_high:.3f}]"
+        remaining, retained = p.divergence.kl_remaining, p.behaviour.effect_retained
         table.add_row(
             f"{p.backend} {p.form}",
-            f"{p.kl_per_token:.1e}",
-            share,
-            f"{p.top1_agreement:.2%}",
-            recovery,
-            f"{p.score_compiled:.2f}",
-            f"{p.neutral_drift_compiled:.3f}",
+            f"{p.divergence.kl.value:.1e}",
+            f"{remaining.value:.3%} [{100 * remaining.low:.3f}, {100 * remaining.high:.3f}]",
+            f"{p.divergence.top1:.2%}",
+            "-" if retained is None else str(retained),
+            f"{p.behaviour.score_compiled:.2f}",
+            f"{p.divergence.kl_control:.3f}",
             f"{p.compile_seconds:.1f}",
             "[green]passed[/green]" if p.passed else "[red]FAILED[/red]",
         )
     console.print(table)
+    scores = parities[0].behaviour
     console.print(
-        f"  score: base {first.score_base:.2f}, steered {first.score_steered:.2f}; "
-        f"drift on neutral text: steered {first.neutral_drift_steered:.3f} nats/token; seconds: of lowering alone"
+        f"  score: base {scores.score_base:.2f}, steered {scores.score_steered:.2f}; KL from the base on control text: "
+        f"steered {first.kl_control_steered:.3f} nats/token; seconds: of the compile alone"
     )
-    _print_kinds(console, parities)
-    for remark in first.remarks:
+    _print_prompt_sets(console, parities)
+    for remark in parities[0].remarks:
         console.print(f"  {escape(remark)}")
     for p in parities:
-        _print_details(console, p)
+        for label, text in details(p):
+            console.print(f"  {p.backend} {p.form}, {label}: {escape(text)}")
+        for reason in p.reasons:
+            console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 
 
-def _print_kinds(console: Console, parities: Sequence[Parity]) -> None:
-    """How far each goes the steered model's way by itself, on every kind of prompt."""
+def _print_prompt_sets(console: Console, parities: Sequence[Parity]) -> None:
+    """How much of the steered model's answers each model writes by itself, on every prompt set."""
+    scored = parities[0].behaviour.prompt_sets is not None
     title = (
-        "Answered freely, greedy, sampled: tokens as steered before the first other one (share of KL on sampled ones)"
+        "Free answers, greedy, sampled: fraction of tokens before the first that differs from steered (remaining KL)"
     )
-    if parities[0].score_by_kind is not None:
-        title += "; score"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title + ("; score" if scored else ""), title_justify="left")
     table.add_column("")
-    for kind in parities[0].kinds:
-        table.add_column(f"{kind.kind}, {kind.prompt_tokens:,} tokens", justify="right")
-    frees = [(k.greedy, k.sampled) for k in parities[0].kinds]
-    table.add_row(
-        "base", *(f"{g.same_base:.0%}, {s.same_base:.0%}{_two(g.score_base, s.score_base)}" for g, s in frees)
-    )
-    if parities[0].score_by_kind is not None:
-        table.add_row("steered", *(f"-{_two(g.score_steered, s.score_steered)}" for g, s in frees))
+    for one in parities[0].prompt_sets:
+        table.add_column(f"{one.name}, {one.prompt_tokens:,} tokens", justify="right")
+
+    def scores(greedy: float | None, sampled: float | None) -> str:
+        return "" if greedy is None or sampled is None else f"; {greedy:.2f}, {sampled:.2f}"
+
+    answers = [(one.greedy, one.sampled) for one in parities[0].prompt_sets]
+    base = [f"{g.same_base:.0%}, {s.same_base:.0%}{scores(g.score_base, s.score_base)}" for g, s in answers]
+    table.add_row("base", *base)
+    if scored:
+        table.add_row("steered", *(f"-{scores(g.score_steered, s.score_steered)}" for g, s in answers))
     for p in parities:
-        table.add_row(f"{p.backend} {p.form}", *(f"{k}{_two(k.greedy.score, k.sampled.score)}" for k in p.kinds))
+        table.add_row(
+            f"{p.backend} {p.form}", *(f"{one}{scores(one.greedy.score, one.sampled.score)}" for one in p.prompt_sets)
+        )
     console.print(table)
 
 
-def _two(greedy: float | None, sampled: float | None) -> str:
-    """Both scores, to stand behind something else; nothing where there are none."""
-    return "" if greedy is None or sampled is None else f"; {greedy:.2f}, {sampled:.2f}"
-
-
-def _print_details(console: Console, p: Parity) -> None:
-    """An adapter's controls and dial, the tests of equivalence, and why it failed."""
-    if (c := p.controls) is not None:
-        other = "" if c.other_behaviour is None else f"; another behaviour's pairs {c.other_behaviour:+.3f}"
-        console.print(
-            f"  {p.backend} adapter on {c.n_pairs} test pairs {c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated "
-            f"{c.negated:+.3f}, random ones of its norms up to {max(c.random):+.3f}{other}"
-        )
-    if p.dial:
-        console.print(f"  {p.backend} adapter's dial against the coefficient's: {', '.join(map(str, p.dial))}")
+def details(p: Parity) -> list[tuple[str, str]]:
+    """What the table has no column for, as (label, text): in the terminal, on the page and on the card."""
+    d, b = p.divergence, p.behaviour
+    lines = [
+        (
+            "tokens",
+            f"KL rms {d.kl_rms:.1e}, p99 {d.kl_p99:.1e}, at the prompts' positions {d.kl_prompt:.1e} nats/token; final hidden "
+            f"states: gain {d.gain:.3f}, relative error {d.hidden_error:.1e}",
+        ),
+        ("compiled minus steered [90 %]", "; ".join(map(str, b.tests))),
+        ("repeated 3-grams", f"{b.repetition_compiled:.2f} (steered {b.repetition_steered:.2f})"),
+    ]
     if p.file_error is not None:
-        console.print(
-            f"  {p.backend} {p.form} on disk: {p.file_error:.0e} nats/token from the weights that were compiled"
-        )
-    console.print(f"  {p.backend} {p.form} less steered [90 %]: {escape('; '.join(map(str, p.tests)))}")
+        lines.append(("on disk", f"{p.file_error:.0e} nats/token from the weights that were compiled"))
     if p.capability is not None:
-        console.print(f"  {p.backend} {p.form}: {p.capability}")
+        lines.append(("capability", f"{p.capability}; {p.capability.test}"))
     if p.rounding is not None:
-        console.print(f"  {p.backend} {p.form}: {p.rounding}; with it KL {p.kl_per_token:.1e}, share {p.kl_share:.3%}")
-    for reason in p.reasons:
-        console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
+        remaining = f"remaining {d.kl_remaining.value:.3%}"
+        lines.append(("stored in fewer bits", f"{p.rounding}; with it KL {d.kl.value:.1e}, {remaining}"))
+    if (c := p.adapter) is not None:
+        other = "" if c.other_behaviour is None else f"; another behaviour's pairs {c.other_behaviour:+.3f}"
+        lines.append(
+            (
+                f"adapter on {c.n_pairs} test pairs",
+                f"{c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated {c.negated:+.3f}, random ones of its norms up to "
+                f"{max(c.random):+.3f}{other}",
+            )
+        )
+        lines.append(("adapter scale against program scale", ", ".join(map(str, c.scales))))
+    return lines
 
 
 def print_samples(
@@ -162,7 +175,7 @@ def print_samples(
     """One prompt answered by base, steered and compiled, and by a coefficient that is too high."""
     console.print(f"[bold]{escape(ask)}[/bold]")
     answers = [("base", report.samples["base"]), (f"steered, {report.coefficient:g}", report.samples["steered"])]
-    answers += [(f"compiled, {p.backend}", p.sample) for p in parities if p.form == "merged-fp32"]
+    answers += [(f"compiled, {p.backend}", p.behaviour.sample) for p in parities if p.form == "merged-fp32"]
     too_high = f"steered, {report.coefficient * factor:g}: too high"
     for name, text in [*answers, (too_high, report.samples["too_high"])]:
         console.print(f"  [cyan]{name}[/cyan]: {escape(' '.join(text.split()))}")

@@ -32,9 +32,8 @@ def describe_artifact(path: Path) -> dict[str, object]:
             return {"kind": "composition", **content}
         if "splits" in content:
             return asdict(GenerationReport.load(path))
-        kind = "parity report" if "kl_share" in content else "validation report"
-        report = Parity.load(path) if "kl_share" in content else ValidationReport.load(path)
-        return {"kind": kind, **asdict(report)}
+        report = Parity.load(path) if content.get("kind") == "parity report" else ValidationReport.load(path)
+        return asdict(report)
     _tensors, metadata = read_tensors(path)
     if "directions" in metadata:
         directions = Directions.load(path)

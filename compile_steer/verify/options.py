@@ -1,4 +1,4 @@
-"""`verify`: which forms are judged, on how much, and by which gates."""
+"""`verify`: which forms are verified, on how much, and by which gates."""
 
 from __future__ import annotations
 
@@ -18,37 +18,42 @@ def any_gguf(forms: Iterable[Form]) -> bool:
 
 
 class Gates(Section):
-    """What a compiled artifact must reach (nats a token; shares of KL(steered||base))."""
+    """What an artifact must reach; KL in nats per token."""
 
-    exact_kl: float = Field(1e-6, gt=0)
-    exact_top1: float = Field(0.999, gt=0, le=1)
-    share: float = Field(0.02, gt=0)
-    top1: float = Field(0.95, gt=0, le=1)
-    recovery: float = Field(0.95, gt=0)
-    recovery_low: float = Field(0.90, gt=0)
-    drift_margin: float = Field(0.01, ge=0)
-    effect_margin: float = Field(
-        0.2, gt=0, le=1, description="the share of the steered effect that counts as no difference"
+    exact_kl: float = Field(1e-6, gt=0, description="KL(steered||compiled) of an exact backend")
+    exact_top1: float = Field(0.999, gt=0, le=1, description="top-1 agreement of an exact backend")
+    kl_remaining: float = Field(
+        0.02, gt=0, description="KL(steered||compiled) of other backends, as a fraction of KL(steered||base)"
     )
+    top1: float = Field(0.95, gt=0, le=1, description="top-1 agreement of other backends")
+    effect_retained: float = Field(0.95, gt=0, description="fraction of the steered effect on the test pairs")
+    effect_retained_low: float = Field(0.90, gt=0, description="the same of its lower 95 % bound")
+    control_kl_margin: float = Field(
+        0.01, ge=0, description="KL from the base on control text: so much above the steered model's"
+    )
+    effect_margin: float = Field(0.2, gt=0, le=1, description="equivalence margin, as a fraction of the steered effect")
     score_margin: float = Field(0.05, gt=0, le=1, description="and at most so many points of the score")
+    repetition_margin: float = Field(
+        0.05, gt=0, le=1, description="so much more of an answer's 3-grams may be repeats than in the steered model's"
+    )
 
 
-class Verify(Section):
-    """Which forms are judged, on how much, and by which gates."""
+class VerifyOptions(Section):
+    """Which forms are verified, on how much, and by which gates."""
 
     forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
     max_new_tokens: int = Field(48, ge=4)
     heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
-    pairs: int = Field(40, ge=8, description="test pairs, for the recovery")
-    neutral: int = Field(30, ge=8, description="neutral texts, for the drift")
+    pairs: int = Field(40, ge=8, description="test pairs, for the effect retained")
+    neutral: int = Field(30, ge=8, description="control texts, for the KL from the base")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
-    kinds: int = Field(
-        2, ge=1, description="prompts of each kind: held-out, off-topic, multi-turn; answered freely too"
+    prompts_per_set: int = Field(
+        2, ge=1, description="prompts of each set: held-out, off-topic, multi-turn; answered freely too"
     )
-    long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the neutral texts")
+    long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the control texts")
     long_tokens: int = Field(1000, ge=16)
     free_tokens: int = Field(16, ge=4, description="of an answer to these prompts")
     capability: Literal[0] | Annotated[int, Field(ge=2, le=24)] = Field(
-        24, description="short questions with one right answer, of 24: what the model can still do; 0 asks none"
+        24, description="short questions with one right answer, of 24, for the capability retention; 0 asks none"
     )
     gates: Gates = Gates()

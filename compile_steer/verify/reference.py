@@ -1,220 +1,290 @@
-"""What every artifact is compared with: the base and the hooked model, run once on texts nobody trained on."""
+"""What every artifact is compared with: base and steered model, run once on texts that nobody trained on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
+from compile_steer.data.behaviour import Context
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import (
-    FinalStates,
-    TokenDivergence,
-    divergence,
-    encode_pairs,
-    final_states,
-    logprob_margins,
-)
+from compile_steer.models.reload import fresh_copy
 from compile_steer.models.tokens import Encoded, encode
-from compile_steer.recipe import Recipe
-from compile_steer.scoring.answers import Request, answer
-from compile_steer.scoring.base import Score
-from compile_steer.stats import Measure, PowerAnalysis, power_analysis
+from compile_steer.scoring.answers import Answers, Request, answer
+from compile_steer.scoring.base import Score, ScorerBase
 from compile_steer.steering.program import Program
-from compile_steer.verify.capability import answered
-from compile_steer.verify.prompt_sets import Kinds
-from compile_steer.verify.quantized import Rounded, Rounding
-
-DIALS = (0.0, 0.5, 1.0, -1.0)
-_DIAL_TEXTS = 4
-CONTROL_PAIRS = 8  # of an adapter's own controls, which are there to be seen, not to be measured finely
+from compile_steer.verify.controls import CONTROL_PAIRS, SCALE_TEXTS, SCALES, correct_answers
+from compile_steer.stats import Measure, PowerAnalysis, power_analysis
+from compile_steer.verify.options import VerifyOptions
+from compile_steer.verify.precision import rounding_of
+from compile_steer.verify.prompt_sets import PromptSets
 
 
 @dataclass(frozen=True)
-class Behaving:
-    """How a model behaves: contrast per test pair, scores and repetition per test prompt, the sample answer."""
+class Texts:
+    """Held-out prompts with the steered model's sampled continuations, and control text, as the base's tokens."""
 
-    contrast: np.ndarray
-    scores: np.ndarray
-    repetition: np.ndarray
-    sample: str
-
-
-def behave(
-    loaded: LoadedModel, behaviour: Behaviour, recipe: Recipe, score: Score, programs: Sequence[Program | None]
-) -> list[Behaving]:
-    """Score test pairs, and greedy free-running answers to test prompts, under each program (None: as it is)."""
-    options = recipe.verify
-    if len(behaviour.test) < 2:
-        raise RecipeError(f"data.test has {len(behaviour.test)} pairs; needed: two or more, to test for equivalence.")
-    pairs = encode_pairs(loaded, behaviour.test[: options.pairs])
-    prompts = [pair.prompt for pair in behaviour.test[: options.prompts]]
-    requests = [Request(prompts, program) for program in programs]
-    requests += [Request([recipe.ask], program, scored=False) for program in programs]
-    answers = answer(loaded, requests, score, options.max_new_tokens, behaviour.questions)
-    asked, samples = answers[: len(programs)], answers[len(programs) :]
-    return [
-        Behaving(logprob_margins(loaded, pairs, program), one.scores, one.repetition, sample.texts[0])
-        for program, one, sample in zip(programs, asked, samples, strict=True)
-    ]
+    heldout: list[Encoded]
+    control: list[Encoded]
 
 
 @dataclass(frozen=True)
-class Margins:
-    """Differences from the steered model that count as none: of the contrast in nats a token (0 where steering does not
-    move it, so that there is nothing to be equivalent in), of the score in points; and of the score of the answers to
-    prompts of every kind (None where these cannot be scored)."""
+class EquivalenceMargins:
+    """Differences from the steered model that count as none.
 
-    contrast: float
+    `margin` is of the log-likelihood margin, nats per token; 0 where steering does not move it, so that there is nothing to
+    be equivalent in. `score` and `prompt_sets` are in points of the score; the latter is None where it cannot be scored.
+    """
+
+    margin: float
     score: float
-    by_kind: float | None
+    prompt_sets: float | None
 
 
 class Reference:
-    """Base and steered model on held-out continuations, neutral text, test pairs and test prompts."""
+    """A base model without and with the program's hooks, on the verifier's texts. What is measured is kept.
+
+    Made for the base as it is; `quantized` makes it for the base with rounded weights, of which only what is read is run.
+    """
 
     def __init__(
-        self, recipe: Recipe, base: LoadedModel, program: Program, behaviour: Behaviour, progress: Progress
+        self,
+        context: Context,
+        program: Program,
+        options: VerifyOptions,
+        scorer: ScorerBase,
+        ask: str,
+        texts: Texts | None = None,
     ) -> None:
-        self.recipe, self.base, self.program, self.behaviour = recipe, base, program, behaviour
-        self.score = recipe.validate_.score.bind(base, behaviour)
-        self._rounded: tuple[object, Rounded] | None = None
-        with progress.phase("reference: base and steered model", 5) as advance:
-            self.heldout = continue_prompts(
-                base,
-                behaviour.heldout[: recipe.verify.heldout],
-                program,
-                max_new_tokens=recipe.verify.max_new_tokens,
-                temperature=1.0,
-                seed=recipe.seed + 1,
+        """Write the texts and measure base and steered model, unless the `texts` of another reference are given.
+
+        Args:
+            scorer: the recipe's `validate.score`.
+            ask: the prompt of the sample answer.
+
+        Raises:
+            RecipeError: fewer than two test pairs.
+            ArtifactError: the program changes nothing, or so much that KL(steered||base) is not finite.
+        """
+        self.context, self.program, self.options, self.ask = context, program, options, ask
+        self.model, self._data, self._scorer = context.model, context.data, scorer
+        self._quantized: tuple[object, Reference] | None = None
+        if texts is not None:
+            self.texts = texts
+            return
+        if len(self._data.test) < 2:
+            raise RecipeError(
+                f"data.test has {len(self._data.test)} pairs; needed: two or more, to test for equivalence."
             )
+        _ = self._score  # a scorer that these data cannot have fails before the work
+        with context.progress.phase("reference: base and steered model", 4) as advance:
+            self.texts = self._write_texts()
             advance(1)
-            self.neutral = [encode(base.tokenizer, text) for text in behaviour.neutral[: recipe.verify.neutral]]
-            self.base_heldout, self.steered_heldout = (final_states(base, self.heldout, p) for p in (None, program))
-            advance(1)
-            self.base_neutral, steered_neutral = (final_states(base, self.neutral, p) for p in (None, program))
-            self.base_divergence = self.from_steered(base, self.base_heldout)
-            if not 0 < self.base_divergence.mean < math.inf:
+            if not 0 < self.kl_base.mean < math.inf:
                 raise ArtifactError(
-                    f"KL(steered||base) is {self.base_divergence.mean:g} on the held-out texts: the program changes nothing "
+                    f"KL(steered||base) is {self.kl_base.mean:g} on the held-out texts: the program changes nothing "
                     "there, or too much to be computed. Needed: a program that steers; validate it again."
                 )
-            self.neutral_drift = self.drift(base, steered_neutral)
             advance(1)
-            self.base_able, self.steered_able = (answered(base, recipe.verify.capability, p) for p in (None, program))
-            self.base_behaving, self.steered_behaving = behave(base, behaviour, recipe, self.score, [None, program])
-            self.other_behaviour = self._other_behaviour()
+            # Read here so that all of the reference is measured under this bar, before any artifact is reloaded.
+            _ = self.kl_control, self.base_correct, self.steered_correct, self.answers, self.other_behaviour
             advance(1)
-            scored = self.score if recipe.validate_.score.needs_no_labels else None
-            self.kinds = Kinds(base, program, behaviour, recipe.verify, recipe.seed + 2, scored)
+            _ = self.prompt_sets
             advance(1)
-        self.margins = self._margins()
-        for one in self.planned():
-            progress.note(str(one))
+        # What the tests can show is noted before any artifact is seen.
+        for plan in self.planned_tests():
+            context.progress.note(str(plan))
 
-    def _margins(self) -> Margins:
-        gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
+    def _write_texts(self) -> Texts:
+        heldout = continue_prompts(
+            self.model,
+            self._data.heldout[: self.options.heldout],
+            self.program,
+            max_new_tokens=self.options.max_new_tokens,
+            temperature=1.0,
+            seed=self.context.seed + 1,
+        )
+        control = [encode(self.model.tokenizer, text) for text in self._data.neutral[: self.options.neutral]]
+        return Texts(heldout, control)
 
-        def share(base: np.ndarray, steered: np.ndarray) -> float:
+    def quantized(self, form: str, folder: Path) -> Reference | None:
+        """The reference of the base with its weights rounded as the artifact at `folder` stores them; None where it keeps
+        all bits."""
+        stored = rounding_of(form, folder, self.model)
+        if stored is None:
+            return None
+        key, rounding = stored
+        if self._quantized is None or self._quantized[0] != key:  # made once for all artifacts of a form
+            self._quantized = None  # it is a model's size: freed before the next is made
+            rounded = fresh_copy(self.model)
+            with torch.no_grad():
+                for name, parameter in rounded.model.named_parameters():
+                    parameter.copy_(rounding(name, parameter))
+            context = replace(self.context, model=rounded)
+            other = Reference(context, self.program, self.options, self._scorer, self.ask, self.texts)
+            self._quantized = key, other
+        return self._quantized[1]
+
+    # --------------------------------------------------------------------------- distributions
+
+    @cached_property
+    def base_heldout(self) -> FinalStates:
+        """Final hidden states of the base on the held-out texts."""
+        return final_states(self.model, self.texts.heldout)
+
+    @cached_property
+    def steered_heldout(self) -> FinalStates:
+        """The same under the program's hooks."""
+        return final_states(self.model, self.texts.heldout, self.program)
+
+    def kl_from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
+        """KL(steered||other) at the positions that predict the held-out responses."""
+        return divergence(self.model.model, self.steered_heldout.response, other.model, states.response)
+
+    @cached_property
+    def kl_base(self) -> TokenDivergence:
+        """KL(steered||base) there."""
+        return self.kl_from_steered(self.model, self.base_heldout)
+
+    def kl_prompt(self, other: LoadedModel, states: FinalStates) -> float:
+        """Mean KL(steered||other) at the other positions of the held-out texts, nats per token."""
+        return divergence(self.model.model, self.steered_heldout.prompt, other.model, states.prompt).mean
+
+    def kl_from_base_on_control(self, other: LoadedModel, program: Program | None = None) -> float:
+        """Mean KL(base||other, under the program if given) on the responses of the control text, nats per token."""
+        states = final_states(other, self.texts.control, program).response
+        return divergence(self.model.model, self._base_control, other.model, states).mean
+
+    @cached_property
+    def _base_control(self) -> Tensor:
+        return final_states(self.model, self.texts.control).response
+
+    @cached_property
+    def kl_control(self) -> float:
+        """Mean KL(base||steered) on the responses of the control text, nats per token."""
+        return self.kl_from_base_on_control(self.model, self.program)
+
+    @cached_property
+    def at_scales(self) -> dict[float, Tensor]:
+        """Final states [n, d_model] on `scale_texts`, by the factor on the program; at 0 without any hook."""
+        programs = {scale: self.program.scaled(scale) if scale else None for scale in SCALES}
+        return {scale: final_states(self.model, self.scale_texts, one).response for scale, one in programs.items()}
+
+    @property
+    def scale_texts(self) -> list[Encoded]:
+        """The first held-out texts: written at scale 1, and read at every scale."""
+        return self.texts.heldout[:SCALE_TEXTS]
+
+    # ------------------------------------------------------------------------------- behaviour
+
+    def margins_of(self, model: LoadedModel, program: Program | None = None) -> np.ndarray:
+        """log p(positive) - log p(negative) of each test pair, [n_pairs] nats per token."""
+        return logprob_margins(model, encode_pairs(model, self._data.test[: self.options.pairs]), program)
+
+    @cached_property
+    def base_margins(self) -> np.ndarray:
+        """[n_pairs], nats per token."""
+        return self.margins_of(self.model)
+
+    @cached_property
+    def steered_margins(self) -> np.ndarray:
+        """[n_pairs], nats per token."""
+        return self.margins_of(self.model, self.program)
+
+    def control_pairs(self, model: LoadedModel) -> list[Encoded]:
+        """The first test pairs as tokens, for an adapter's controls."""
+        return encode_pairs(model, self._data.test[:CONTROL_PAIRS])
+
+    @cached_property
+    def other_behaviour(self) -> tuple[list[Encoded], np.ndarray] | None:
+        """Another behaviour's pairs, and the base's margins on them; None where the recipe names none."""
+        if not self._data.other_behaviour:
+            return None
+        pairs = encode_pairs(self.model, self._data.other_behaviour[:CONTROL_PAIRS])
+        return pairs, logprob_margins(self.model, pairs)
+
+    @cached_property
+    def _score(self) -> Score:
+        return self._scorer.bind(self.model, self._data)
+
+    def answers_of(self, model: LoadedModel, *programs: Program | None) -> list[tuple[Answers, str]]:
+        """Greedy scored answers to the test prompts, and the answer to `ask`, under each program; all in one batch."""
+        prompts = [pair.prompt for pair in self._data.test[: self.options.prompts]]
+        requests = [Request(prompts, program) for program in programs]
+        requests += [Request([self.ask], program, scored=False) for program in programs]
+        answers = answer(model, requests, self._score, self.options.max_new_tokens, self._data.questions)
+        samples = [sample.texts[0] for sample in answers[len(programs) :]]
+        return list(zip(answers[: len(programs)], samples, strict=True))
+
+    @cached_property
+    def answers(self) -> tuple[Answers, Answers]:
+        """Answers of base and steered model to the test prompts."""
+        (base, _ask), (steered, _ask_steered) = self.answers_of(self.model, None, self.program)
+        return base, steered
+
+    @cached_property
+    def base_correct(self) -> np.ndarray:
+        """Which capability questions the base answers correctly, [n] 1 or 0."""
+        return correct_answers(self.model, self.options.capability)
+
+    @cached_property
+    def steered_correct(self) -> np.ndarray:
+        """The same under the program's hooks."""
+        return correct_answers(self.model, self.options.capability, self.program)
+
+    @cached_property
+    def prompt_sets(self) -> PromptSets:
+        """Base and steered model on the prompt sets, scored where the scorer takes prompts that are not in the data."""
+        score = self._score if self._scorer.needs_no_labels else None
+        return PromptSets(self.model, self.program, self._data, self.options, self.context.seed + 2, score)
+
+    # ---------------------------------------------------------------------- equivalence margins
+
+    @cached_property
+    def equivalence_margins(self) -> EquivalenceMargins:
+        """A fraction of the steered effect each; of scores at most `gates.score_margin`."""
+        gates = self.options.gates
+
+        def fraction(base: np.ndarray, steered: np.ndarray) -> float:
             return gates.effect_margin * abs(float((steered - base).mean()))
 
         def points(base: np.ndarray, steered: np.ndarray) -> float:
-            # Where steering does not move the score there is no effect to take a share of.
-            return min(gates.score_margin, share(base, steered)) or gates.score_margin
+            # Where steering does not move the score there is no effect to take a fraction of.
+            return min(gates.score_margin, fraction(base, steered)) or gates.score_margin
 
-        kinds = self.kinds.base_scores, self.kinds.steered_scores
-        return Margins(
-            share(base.contrast, steered.contrast),
+        base, steered = self.answers
+        sets = self.prompt_sets.base_scores, self.prompt_sets.steered_scores
+        return EquivalenceMargins(
+            fraction(self.base_margins, self.steered_margins),
             points(base.scores, steered.scores),
-            None if kinds[0] is None or kinds[1] is None else points(kinds[0], kinds[1]),
+            None if sets[0] is None or sets[1] is None else points(sets[0], sets[1]),
         )
 
-    def planned(self) -> list[PowerAnalysis]:
-        """What the tests of equivalence can be expected to show, from the reference alone: before any artifact is seen."""
-        gates, base, steered = self.recipe.verify.gates, self.base_behaving, self.steered_behaving
-        effect = steered.contrast - base.contrast
-        # KL grows with the square of what is left over.
-        left = math.sqrt(gates.share)
-        found = []
-        if self.margins.contrast:
+    def planned_tests(self) -> list[PowerAnalysis]:
+        """What the equivalence tests can be expected to show, from the reference alone."""
+        margins, plans = self.equivalence_margins, []
+        if margins.margin:
+            effect = self.steered_margins - self.base_margins
+            left = math.sqrt(self.options.gates.kl_remaining)  # KL grows with the square of the error
             spread = left * float(np.sqrt(np.square(effect).mean()))
-            assumed = f"assuming {left:.0%} of the effect's size left over, as a share of {gates.share:.0%} allows"
-            found.append(
-                power_analysis(
-                    "equivalence", "log-likelihood margin", self.margins.contrast, spread, len(effect), assumed
-                )
-            )
+            allowed = f"a remaining KL of {self.options.gates.kl_remaining:.0%}"
+            assumed = f"assuming {left:.0%} of the effect's size left over, as {allowed} allows"
+            plans.append(power_analysis("equivalence", "log-likelihood margin", margins.margin, spread, len(effect), assumed))
         scored: dict[Measure, tuple[np.ndarray | None, float | None]] = {
-            "score": (steered.scores, self.margins.score),
-            "score by prompt set": (self.kinds.steered_scores, self.margins.by_kind),
+            "score": (self.answers[1].scores, margins.score),
+            "score by prompt set": (self.prompt_sets.steered_scores, margins.prompt_sets),
         }
-        for what, (scores, margin) in scored.items():
+        for measure, (scores, margin) in scored.items():
             if scores is not None and margin is not None:
                 spread = math.sqrt(2) * float(scores.std(ddof=1))
-                assumed = "assuming compiled and steered answers that know nothing of each other"
-                found.append(power_analysis("equivalence", what, margin, spread, len(scores), assumed))
-        return found
-
-    def _other_behaviour(self) -> tuple[list[Encoded], np.ndarray] | None:
-        """Another behaviour's pairs, and the base's contrast on them, if they were given."""
-        if not self.behaviour.other_behaviour:
-            return None
-        pairs = encode_pairs(self.base, self.behaviour.other_behaviour[:CONTROL_PAIRS])
-        return pairs, logprob_margins(self.base, pairs)
-
-    def from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
-        """KL(steered || other) at the positions that predict the held-out responses."""
-        return divergence(self.base.model, self.steered_heldout.response, other.model, states.response)
-
-    def prompt_kl(self, other: LoadedModel, states: FinalStates) -> float:
-        """Mean KL(steered || other) over the other positions of the held-out texts, nats a token."""
-        return divergence(self.base.model, self.steered_heldout.prompt, other.model, states.prompt).mean
-
-    def drift(self, other: LoadedModel, states: FinalStates) -> float:
-        """Mean KL(base || other) over the neutral responses, nats a token."""
-        return divergence(self.base.model, self.base_neutral.response, other.model, states.response).mean
-
-    @property
-    def dial_texts(self) -> list[Encoded]:
-        """The first held-out texts: written at the program's own dose, and read at every one."""
-        return self.heldout[:_DIAL_TEXTS]
-
-    @cached_property
-    def dialled(self) -> dict[float, torch.Tensor]:
-        """Final states [n, d_model] that predict the responses of `dial_texts`, by the factor on every coefficient.
-
-        At 0 they are the base's own, with no hook at all.
-        """
-        return {
-            scale: final_states(self.base, self.dial_texts, self.program.scaled(scale) if scale else None).response
-            for scale in DIALS
-        }
-
-    @property
-    def base_contrast(self) -> np.ndarray:
-        """[n_pairs], nats a token."""
-        return self.base_behaving.contrast
-
-    @property
-    def steered_contrast(self) -> np.ndarray:
-        """[n_pairs], nats a token."""
-        return self.steered_behaving.contrast
-
-    def rounded(self, key: object, rounding: Rounding) -> Rounded:
-        """The same with the base's weights rounded; kept until another `key` is asked for, since it is a model's size."""
-        if self._rounded is None or self._rounded[0] != key:
-            self._rounded = None  # freed before the next is made
-            options = self.recipe.verify
-            pairs = encode_pairs(self.base, self.behaviour.test[: options.pairs])
-            texts = (self.heldout, self.neutral, pairs, options.capability)
-            whole = (self.base_heldout, self.steered_heldout)
-            self._rounded = key, Rounded(self.base, self.program, *texts, whole, rounding)
-        return self._rounded[1]
+                assumed = "assuming that answers of compiled and steered model are independent"
+                plans.append(power_analysis("equivalence", measure, margin, spread, len(scores), assumed))
+        return plans

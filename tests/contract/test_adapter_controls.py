@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, logprob_margins
+from compile_steer.models.logprobs import encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
-from compile_steer.verify.adapter_controls import _factors, _norm, _randomised, adapter_controls
+from compile_steer.verify.controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verify.reference import Reference
 from tests.helpers.tiny import REVISION, build, saved, tokenizer
 
@@ -37,34 +37,38 @@ def adapter(folder: Path, rank: int = 3) -> LoadedModel:
 
 
 def reference(base: LoadedModel) -> Reference:
+    """What the controls read of one: four control pairs, and two of them as another behaviour's."""
     pairs = encode_pairs(base, PAIRS)
-    behaving = SimpleNamespace(contrast=logprob_margins(base, pairs))
-    found = SimpleNamespace(
-        behaviour=SimpleNamespace(test=PAIRS),
-        base_behaving=behaving,
-        recipe=SimpleNamespace(seed=3),
-        other_behaviour=(pairs[:2] + pairs[6:8], behaving.contrast[:2]),
+    margins = logprob_margins(base, pairs)
+    state = final_states(base, pairs[:2]).response
+    stand_in = SimpleNamespace(
+        model=base,
+        context=SimpleNamespace(seed=3),
+        control_pairs=lambda model: encode_pairs(model, PAIRS[:4]),
+        base_margins=margins,
+        other_behaviour=(pairs[:2] + pairs[6:8], margins[:2]),
+        scale_texts=pairs[:2],
+        at_scales={0.0: state, 2.0: 1.1 * state},
     )
-    return cast(Reference, found)
+    return cast(Reference, stand_in)
 
 
-def test_controls_are_the_adapters_effects_at_other_dials_and_of_other_weights(tmp_path: Path) -> None:
+def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(tmp_path: Path) -> None:
     one = adapter(tmp_path)
     base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     compiled = logprob_margins(one, encode_pairs(one, PAIRS))
-    found = adapter_controls(reference(base), one, compiled, 4)
+    found = adapter_controls(reference(base), one, compiled)
     assert found.n_pairs == 4 and len(found.random) == 3
+    assert [one.scale for one in found.scales] == [0.0, 2.0] and found.scales[0].kl_remaining is None
     changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))
     assert found.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
     assert found.other_behaviour == pytest.approx(float(changes[:2].mean()), abs=1e-5)
-    for dial, measured in ((-1.0, found.negated), (0.5, found.halved)):
+    for scale, measured in ((-1.0, found.negated), (0.5, found.halved)):
         other = adapter(tmp_path)
         for _A, B in _factors(other):
-            B.mul_(dial)
-        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(
-            base, encode_pairs(base, PAIRS[:4])
-        )
+            B.mul_(scale)
+        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(base, encode_pairs(base, PAIRS[:4]))
         assert measured == pytest.approx(float(wanted.mean()), abs=1e-4)
     assert len({round(value, 6) for value in [found.effect, found.negated, found.halved, *found.random]}) == 6
     after = one.model.state_dict()

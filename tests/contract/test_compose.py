@@ -255,7 +255,7 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
 
 
 def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench, two: tuple[Path, Path]) -> None:
-    loose = ["--set", "verify.gates.share=0.2"]  # what two rank-4 edits on a random tiny model can be asked
+    loose = ["--set", "verify.gates.kl_remaining=0.2"]  # what two rank-4 edits on a random tiny model can be asked
     command = [
         "co-load",
         *map(str, two),

@@ -12,6 +12,7 @@ from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import write_merged
+from compile_steer.pipeline.artifacts import make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
@@ -71,11 +72,11 @@ def core(opened: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def reference(core: Run) -> Reference:
-    return Reference(core.recipe, core.model, core.program, core.data, core.progress)
+    return make_reference(core)
 
 
 def judged(opened: Run, reference: Reference, folder: Path) -> Parity:
-    return verify_artifact(reference, folder, sha256(opened.paths.program), opened.recipe.verify.gates)
+    return verify_artifact(reference, folder, sha256(opened.paths.program))
 
 
 def faulty_bias(opened: Run, fault: Fault, folder: Path) -> Path:
@@ -108,6 +109,6 @@ def test_the_untouched_adapter_passes_the_same_judge(opened: Run, reference: Ref
 
 
 def test_the_untouched_bias_passes_it_on_other_texts_too(core: Run) -> None:
-    other = replace(core, recipe=core.recipe.model_copy(update={"seed": 11}))
-    fresh = Reference(other.recipe, other.model, other.program, other.data, other.progress)
+    other = replace(core, context=replace(core.context, seed=11))
+    fresh = make_reference(other)
     assert judged(other, fresh, core.paths.merged("bias", "fp32")).reasons == []

@@ -21,8 +21,8 @@ from compile_steer.tools.describe import describe_artifact
 from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
 
 FIELDS = {
-    "backend", "form", "kl_per_token", "kl_rms", "kl_p99", "kl_share", "top1_agreement", "recovery", "recovery_low",
-    "neutral_drift_steered", "neutral_drift_compiled", "passed", "reasons", "sha256",
+    "kind", "backend", "form", "divergence", "behaviour", "prompt_sets", "capability", "adapter", "rounding", "passed",
+    "reasons", "sha256",
 }  # fmt: skip
 ARTIFACTS = [
     "adapters/ocean-closed_form", "adapters/ocean-distill",
@@ -57,15 +57,16 @@ def test_every_artifact_has_a_parity_report_with_the_promised_fields(walk: Walk)
         parity = json.loads((walk.out / name / "parity.json").read_text())
         assert parity.keys() >= FIELDS
         assert parity["passed"] and parity["reasons"] == []
-        assert parity["kl_share"] == pytest.approx(parity["kl_per_token"] / parity["kl_base"])
+        kl = parity["divergence"]
+        assert kl["kl_remaining"]["value"] == pytest.approx(kl["kl"]["value"] / kl["kl_base"])
         assert len(parity["sha256"]["artifact"]) == 64
 
 
 def test_the_bias_is_exact_and_the_closed_form_is_close(walk: Walk) -> None:
     exact = json.loads((walk.out / "merged/ocean-bias-fp32/parity.json").read_text())
-    assert exact["kl_per_token"] < 1e-6 and exact["top1_agreement"] >= 0.999
+    assert exact["divergence"]["kl"]["value"] < 1e-6 and exact["divergence"]["top1"] >= 0.999
     near = json.loads((walk.out / "adapters/ocean-closed_form/parity.json").read_text())
-    assert 1e-6 < near["kl_share"] < 0.02
+    assert 1e-6 < near["divergence"]["kl_remaining"]["value"] < 0.02
 
 
 def _plain_logits(kind: str, base: str, folder: Path, ids: torch.Tensor, tmp_path: Path) -> torch.Tensor:

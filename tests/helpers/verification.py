@@ -1,4 +1,4 @@
-"""A tiny model with a program and what was compiled from it on disk, for the tests of the judge."""
+"""A tiny model with a program and what was compiled from it on disk, for the tests of the verifier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour
+from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import write_merged
 from compile_steer.models.load import LoadedModel, weights_revision
@@ -74,6 +74,19 @@ def recipe(**verify: Any) -> Recipe:
     )
 
 
+def make_reference(
+    base: LoadedModel,
+    program: Program,
+    data: Behaviour | None = None,
+    progress: Progress | None = None,
+    **verify: Any,
+) -> Reference:
+    """The reference of the recipe above, for other data if given."""
+    options = recipe(**verify)
+    context = Context(base, data or behaviour(), options.seed, progress or Progress())
+    return Reference(context, program, options.verify, options.validate_.score, options.ask)
+
+
 @dataclass
 class VerifierCase:
     """A base on disk, the program, and the folder in which artifacts are written."""
@@ -100,7 +113,7 @@ class VerifierCase:
 
     @cached_property
     def reference(self) -> Reference:
-        return Reference(recipe(**self.verify), self.base, self.program, behaviour(), Progress())
+        return make_reference(self.base, self.program, **self.verify)
 
     @property
     def module(self) -> str:
@@ -134,4 +147,4 @@ class VerifierCase:
         return folder
 
     def parity_of(self, folder: Path) -> Parity:
-        return verify_artifact(self.reference, folder, PROGRAM_HASH, self.reference.recipe.verify.gates)
+        return verify_artifact(self.reference, folder, PROGRAM_HASH)

@@ -33,12 +33,12 @@ def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -
     (parity,) = verify(run.open(), [folder])
     after = card(folder)
     assert "| verification | **failed** |" in after
-    assert f"{100 * parity.top1_agreement:.2f} %" in after
-    assert f"{parity.kl_per_token:.2g}" in after
+    assert f"{100 * parity.divergence.top1:.2f} %" in after
+    assert f"{parity.divergence.kl.value:.2g}" in after
     assert all(reason in after for reason in parity.reasons)
     passed = card(run.paths.merged("bias", "fp32"))
     assert "| verification | passed |" in passed
-    assert "was held against" in passed
+    assert "was compared with" in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
     assert not Provenance.read(folder).edits(folder)
 
@@ -135,7 +135,7 @@ def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:
     folder = run.paths.adapter("closed_form")
     parity = Parity.load(folder / "parity.json")
-    assert parity.n_pairs == 8
+    assert parity.behaviour.n_pairs == 8
     (folder / "parity.json").write_text("{", encoding="utf-8")
     with pytest.raises(Exception, match=r"parity\.json is damaged"):
         update_card(folder, run.paths.validation)

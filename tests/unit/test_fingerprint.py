@@ -24,7 +24,7 @@ REASON = f"{OF_THE_FILE}: mean log p of a fixed text is "
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    made = VerifierCase.of(tmp_path_factory.mktemp("scene"), kinds=2, long=0, free_tokens=4)
+    made = VerifierCase.of(tmp_path_factory.mktemp("scene"), prompts_per_set=2, long=0, free_tokens=4)
     adapter = made.adapter()
     origin = replace(Provenance.read(adapter), form="merged-fp32")
     write_merged(made.folder / "sum", read_patch(adapter), made.base, "fp32", origin, "")

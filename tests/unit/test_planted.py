@@ -19,11 +19,9 @@ from benchmarks.faults import FAULTS, Verdict, page
 from benchmarks.planted import Fault, weights_file
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.progress import Progress
 from compile_steer.steering.hooks import steered
-from compile_steer.verify.reference import Reference
 from compile_steer.verify.stage import verify_artifact
-from tests.helpers.verification import PROGRAM_HASH, VerifierCase, behaviour, recipe
+from tests.helpers.verification import PROGRAM_HASH, VerifierCase, make_reference
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"
 # What no checkpoint shows by itself: the untouched one, and faults of the judge.
@@ -32,7 +30,7 @@ SEEN = [one for one in FAULTS if one.form == "merged-fp32" and one.name != "none
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    made = VerifierCase.of(tmp_path_factory.mktemp("scene"), kinds=2, long=1, long_tokens=40, free_tokens=4)
+    made = VerifierCase.of(tmp_path_factory.mktemp("scene"), prompts_per_set=2, long=1, long_tokens=40, free_tokens=4)
     made.adapter()
     made.merged()
     return made
@@ -187,15 +185,15 @@ def test_the_judge_passes_the_untouched(scene: VerifierCase, tmp_path: Path) -> 
 
 def test_a_program_of_other_positions_is_seen(scene: VerifierCase) -> None:
     only = replace(scene.program, interventions=(replace(scene.program.interventions[0], positions="response"),))
-    other = Reference(recipe(**scene.verify), scene.base, only, behaviour(), Progress())
-    assert verify_artifact(other, scene.folder / "merged", PROGRAM_HASH, other.recipe.verify.gates).reasons
+    other = make_reference(scene.base, only, **scene.verify)
+    assert verify_artifact(other, scene.folder / "merged", PROGRAM_HASH).reasons
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_hook_that_was_left_on_is_seen(scene: VerifierCase, form: str) -> None:
     with steered(scene.base.model, scene.program):
-        other = Reference(recipe(**scene.verify), scene.base, scene.program, behaviour(), Progress())
-        found = verify_artifact(other, scene.folder / form, PROGRAM_HASH, other.recipe.verify.gates)
+        other = make_reference(scene.base, scene.program, **scene.verify)
+        found = verify_artifact(other, scene.folder / form, PROGRAM_HASH)
     assert any("adapter at scale 0" in reason for reason in found.reasons) or form == "merged"
     assert found.reasons
 

@@ -33,8 +33,7 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.tools.compare import of_gguf
 from compile_steer.tools.lineage import walk
 from compile_steer.verify.options import Form
-from compile_steer.verify.overflow import HALF, first_beyond
-from compile_steer.verify.quantized import rounding_of
+from compile_steer.verify.precision import HALF, cost_of_rounding, edited_matrices, first_beyond, rounding_of
 from tests.helpers import byte_level
 from tests.helpers.tiny import FFN, HIDDEN
 from tests.helpers.verification import VerifierCase, behaviour, recipe
@@ -54,11 +53,13 @@ def halves(scene: VerifierCase, name: str, patch: WeightPatch) -> Path:
 def test_half_precision_is_measured_as_bf16_is(scene: VerifierCase) -> None:
     (one,) = scene.program.interventions
     patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
-    parity = scene.parity_of(halves(scene, "fp16", patch))
+    folder = halves(scene, "fp16", patch)
+    parity = scene.parity_of(folder)
     assert parity.passed and parity.form == "merged-fp16"
-    coarse = scene.reference.rounded("bf16", lambda _name, values: values.to(torch.bfloat16))
-    assert 0 < 10 * parity.noise_kl < scene.reference.from_steered(coarse.loaded, coarse.steered_heldout).mean
-    assert 0 < parity.kl_per_token < 10 * parity.noise_kl + 1e-6
+    coarse = scene.reference.quantized("merged-bf16", folder)
+    assert coarse is not None
+    assert 0 < 10 * parity.noise_kl < scene.reference.kl_from_steered(coarse.model, coarse.steered_heldout).mean
+    assert 0 < parity.divergence.kl.value < 10 * parity.noise_kl + 1e-6
 
 
 def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: VerifierCase) -> None:
@@ -67,7 +68,7 @@ def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: 
     weight = scene.base.model.get_submodule(up).weight
     large = LowRank(torch.eye(len(weight)), (60_000.0 - 1) * weight)  # the up projection 60,000 times as large
     folder = halves(scene, "large", WeightPatch({up: large}))
-    artifact, texts = reload(folder, scene.base), scene.reference.heldout
+    artifact, texts = reload(folder, scene.base), scene.reference.texts.heldout
     assert bool(torch.isfinite(final_states(artifact, texts).response).all())
     assert first_beyond(artifact, texts, 1e9) is None and first_beyond(scene.base, texts, HALF) is None
     with pytest.raises(ArtifactError, match=rf"the output of {up} reaches .* beyond 65504, the largest of fp16"):
@@ -103,14 +104,16 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase)
     for parity in found.values():
         assert parity.passed, parity.reasons
         assert parity.rounding is not None and parity.rounding.edited == 0 == parity.rounding.kl_edited
-        assert parity.rounding.kl < 1e-9 and parity.kl_per_token == pytest.approx(parity.noise_kl, rel=1e-4)
-        assert parity.neutral_drift_compiled == pytest.approx(parity.neutral_drift_steered, rel=1e-5)
+        assert parity.rounding.kl < 1e-9 and parity.divergence.kl.value == pytest.approx(parity.noise_kl, rel=1e-4)
+        assert parity.divergence.kl_control == pytest.approx(parity.divergence.kl_control_steered, rel=1e-5)
         assert parity.capability is not None and (parity.capability.lost, parity.capability.gained) == (0, 0)
-        assert parity.dose == pytest.approx(1.0, abs=1e-4) and parity.recovery == pytest.approx(1.0, abs=1e-4)
+        retained = parity.behaviour.effect_retained
+        assert parity.divergence.gain == pytest.approx(1.0, abs=1e-4)
+        assert retained is not None and retained.value == pytest.approx(1.0, abs=1e-4)
     fine, coarse = (found[precision].rounding for precision in ("f16", "q4_0"))
     assert fine is not None and coarse is not None and coarse.kl_base > 100 * fine.kl_base > 0
-    assert found["q4_0"].kl_per_token > 100 * found["f16"].kl_per_token > 0
-    assert json.loads(json.dumps(asdict(found["q4_0"])))["rounding"]["share"] < 1e-6
+    assert found["q4_0"].divergence.kl.value > 100 * found["f16"].divergence.kl.value > 0
+    assert json.loads(json.dumps(asdict(found["q4_0"])))["rounding"]["kl_remaining"] < 1e-6
 
 
 def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: VerifierCase) -> None:
@@ -121,7 +124,7 @@ def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise:
     assert parity.rounding is not None and parity.rounding.kl < parity.noise_kl
     assert not parity.passed
     assert any("from the hooks on the base quantised the same way; at most" in reason for reason in parity.reasons)
-    assert any("the dose is 1.0" in reason for reason in parity.reasons), parity.reasons
+    assert any("the gain is 1.0" in reason for reason in parity.reasons), parity.reasons
     whole = [reason for reason in parity.reasons if reason.startswith("KL") and "quantised" not in reason]
     assert whole == [], "against full precision it is within what rounding costs"
 
@@ -129,18 +132,21 @@ def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise:
 def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: VerifierCase) -> None:
     edits = {bytewise.module: LowRank(torch.full((HIDDEN, 1), 1e-3), torch.full((1, FFN), 1e-2))}
     folder = quantised(bytewise, "q8_0", WeightPatch(edits), "edited")
-    stored = rounding_of("gguf-q8_0", folder, bytewise.base)
-    assert stored is not None and rounding_of("merged-fp32", bytewise.folder, bytewise.base) is None
-    rounded = bytewise.reference.rounded(*stored)
-    artifact = reload(folder, bytewise.base)
-    assert rounded.edited(artifact) == [f"{bytewise.module}.weight"]
+    reference = bytewise.reference
+    assert rounding_of("merged-fp32", bytewise.folder, bytewise.base) is None
+    quantized = reference.quantized("gguf-q8_0", folder)
+    assert quantized is not None
+    rounded, artifact = quantized.model, reload(folder, bytewise.base)
+    edited = edited_matrices(rounded, artifact)
+    assert edited == [f"{bytewise.module}.weight"]
     everything = [name for name, value in artifact.model.named_parameters() if value.ndim > 1]
-    noise = bytewise.reference.from_steered(rounded.loaded, rounded.steered_heldout).mean
-    assert rounded.cost_of([]) == 0
-    assert 0 < rounded.cost_of(rounded.edited(artifact)) < noise
-    assert rounded.cost_of(everything) == pytest.approx(noise, rel=1e-6)
-    assert torch.equal(final_states(rounded.loaded, bytewise.reference.heldout).response, rounded.base_heldout.response)
-    assert bytewise.reference.rounded(*stored) is rounded, "made once for all artifacts of a form"
+    noise = reference.kl_from_steered(rounded, quantized.steered_heldout).mean
+    assert cost_of_rounding(reference, rounded, []) == 0
+    assert 0 < cost_of_rounding(reference, rounded, edited) < noise
+    assert cost_of_rounding(reference, rounded, everything) == pytest.approx(noise, rel=1e-6)
+    after = final_states(rounded, reference.texts.heldout).response
+    assert torch.equal(after, quantized.base_heldout.response), "the weights are put back"
+    assert reference.quantized("gguf-q8_0", folder) is quantized, "made once for all artifacts of a form"
 
 
 def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
@@ -149,7 +155,7 @@ def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     parity = bytewise.parity_of(quantised(bytewise, "q8_0", patch, "shown", "bias"))
     stream = StringIO()
     print_parities(Console(file=stream, width=400), [parity])
-    assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.kl_per_token:.1e}" in stream.getvalue()
+    assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.divergence.kl.value:.1e}" in stream.getvalue()
     origin = replace(bytewise.origin("gguf-q8_0", "bias"), architecture="llama", biases=1)
     assert [engine.name for engine in engine_support(origin)] == ["llama.cpp", "transformers"]
     assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)

@@ -222,12 +222,12 @@ def test_set_changes_nested_values_lists_and_sections_that_were_not_there(tmp_pa
         "seed=7",
         "compile.distill.rank=3",
         "compile.backends=[bias]",
-        "verify.gates.share=.05",
+        "verify.gates.kl_remaining=.05",
         "validate.layers=[3, 1]",
     )
     found = read(tmp_path, GOOD, *changes)
     assert (found.seed, found.compile.distill.rank, found.compile.backends) == (7, 3, ("bias",))
-    assert found.verify.gates.share == 0.05
+    assert found.verify.gates.kl_remaining == 0.05
     assert found.validate_.layers == (3, 1)
     assert found.compile.distill.learning_rate == 1e-5, "its neighbours stay"
 

@@ -1,0 +1,202 @@
+"""Prompt sets: what they are made of, and what the verifier measures on them, read and answered freely."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from compile_steer.common.errors import RecipeError
+from compile_steer.models.generate import continue_encoded, response_text
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence, final_states
+from compile_steer.models.reload import reload
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded
+from compile_steer.report.terminal import print_parities
+from compile_steer.steering.hooks import RESPONSE
+from compile_steer.steering.program import Program
+from compile_steer.stats import equivalence
+from compile_steer.verify.gates import check
+from compile_steer.verify.options import VerifyOptions
+from compile_steer.verify.parity import Parity, Rounding
+from compile_steer.verify.prompt_sets import PromptSets, build_prompts, same_until
+from tests.helpers.tiny import loaded
+from tests.helpers.verification import VerifierCase, behaviour, recipe
+
+SETTINGS: dict[str, Any] = {"prompts_per_set": 2, "long": 2, "long_tokens": 60, "free_tokens": 5}
+OPTIONS = recipe(**SETTINGS).verify
+NAMES = ["held-out", "off-topic", "multi-turn", "long"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("case"), **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def exact(case: VerifierCase) -> Parity:
+    return case.parity_of(case.merged())
+
+
+def prompt_sets(case: VerifierCase, scored: bool = True) -> PromptSets:
+    score = recipe().validate_.score.bind(case.base, behaviour()) if scored else None
+    return PromptSets(case.base, case.program, behaviour(), OPTIONS, 5, score)
+
+
+def test_each_set_has_the_prompts_that_its_name_says(case: VerifierCase) -> None:
+    sets, remarks = build_prompts(case.base, behaviour(), OPTIONS)
+    encoded = {name: [prompt.encoded for prompt in prompts] for name, prompts in sets.items()}
+    assert all(one.plain == text.prompt for one, text in zip(sets["multi-turn"], behaviour().heldout, strict=False))
+    assert sets["long"][0].plain.endswith(f"\n\n{behaviour().heldout[0].prompt}")
+    assert remarks == [] and list(encoded) == NAMES
+    assert [len(prompts) for prompts in encoded.values()] == [2, 2, 2, 2]
+    assert all(len(one.ids) == one.n_prompt for prompts in encoded.values() for one in prompts), "no answers yet"
+    assert all(len(one.earlier) == 1 and RESPONSE in one.roles for one in encoded["multi-turn"])
+    first, second = (one.ids for one in encoded["long"])
+    assert min(len(first), len(second)) >= 60 and first != second
+    text = case.base.tokenizer.decode(list(first))
+    assert behaviour().neutral[0].response in text and behaviour().heldout[0].prompt in text
+    assert behaviour().neutral[0].response not in case.base.tokenizer.decode(list(second))[:60]
+
+
+def test_the_recipe_s_own_conversations_come_first(case: VerifierCase) -> None:
+    own = Text("w9 w9", history=(("w10", "w11"), ("w12", "w13")))
+    sets, _remarks = build_prompts(case.base, behaviour(heldout=(*behaviour().heldout, own)), OPTIONS)
+    assert [len(one.encoded.earlier) for one in sets["multi-turn"]] == [2, 1]
+
+
+def test_remarks_name_the_sets_that_the_model_cannot_have(case: VerifierCase) -> None:
+    plain = loaded("llama")  # no chat template, 64 positions
+    sets, remarks = build_prompts(plain, behaviour(), OPTIONS)
+    assert list(sets) == ["held-out", "off-topic"]
+    assert "several turns needs a model with a chat template" in remarks[0]
+    assert "no long prompts were verified" in remarks[1] and "the model has 64 positions" in remarks[1]
+    short, remarks = build_prompts(case.base, behaviour(), recipe(**{**SETTINGS, "long": 0}).verify)
+    everything, _remarks = build_prompts(case.base, behaviour(), OPTIONS)
+    assert remarks == [] and short == {name: everything[name] for name in short} and list(short) == NAMES[:3]
+    with pytest.raises(RecipeError, match="data.neutral is empty"):
+        build_prompts(case.base, replace(behaviour(), neutral=()), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fraction"),
+    [([1, 2, 3, 4], 1.0), ([1, 2, 9, 4], 0.5), ([7, 2, 3, 4], 0.0), ([1, 2, 3], 0.75), ([1, 2, 3, 4, 5], 1.0)],
+)
+def test_answers_are_the_same_up_to_the_first_token_that_differs(tokens: list[int], fraction: float) -> None:
+    expected, answer = (Encoded((8, 8, *ids), 2) for ids in ([1, 2, 3, 4], tokens))
+    assert same_until([expected], [answer]) == fraction
+    assert same_until([expected, expected], [answer, expected]) == pytest.approx((fraction + 1) / 2)
+
+
+def test_the_base_itself_leaves_all_of_the_divergence(case: VerifierCase) -> None:
+    sets = prompt_sets(case)
+    measured, scores = sets.compare(case.base)
+    assert scores is not None and sets.base_scores is not None and scores.tolist() == sets.base_scores.tolist()
+    for one in measured:
+        assert one.kl_remaining == pytest.approx(1.0)
+        assert one.greedy.same == one.greedy.same_base and one.sampled.same == one.sampled.same_base
+    assert min(one.greedy.same_base for one in measured) < 1
+
+
+def test_figures_of_long_prompts_match_a_measurement_without_a_cache(case: VerifierCase) -> None:
+    sets = prompt_sets(case)
+    adapter = reload(case.adapter("figures"), case.base)
+    (long,) = [one for one in sets.compare(adapter)[0] if one.name == "long"]
+
+    def answers(model: LoadedModel, program: Program | None) -> list[Encoded]:
+        prompts = [[prompt] for prompt in sets.prompts["long"]]
+        return [continue_encoded(model, p, program, max_new_tokens=5, temperature=1.0, seed=5)[0] for p in prompts]
+
+    expected = answers(case.base, case.program)
+    p, q, base = (
+        final_states(model, expected, program).response
+        for model, program in ((case.base, case.program), (adapter, None), (case.base, None))
+    )
+    kl, kl_base = (
+        divergence(case.base.model, p, model.model, other).mean for model, other in ((adapter, q), (case.base, base))
+    )
+    # A prompt's keys and values are computed once and continued from, which rounds otherwise.
+    assert long.kl == pytest.approx(kl, rel=1e-3) and long.kl > 0
+    assert long.kl_remaining == pytest.approx(kl / kl_base, rel=1e-3) and long.n_tokens == len(p)
+    assert long.sampled.same_base == same_until(expected, answers(case.base, None))
+    assert long.sampled.same == same_until(expected, answers(adapter, None))
+
+
+def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
+    sets, adapter = prompt_sets(case), reload(case.adapter("scored"), case.base)
+    measured, scores = sets.compare(adapter)
+    expected = {}
+    for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        short = [prompt for name, prompts in sets.prompts.items() if name != "long" for prompt in prompts]
+        settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": temperature, "seed": 5}
+        answers = continue_encoded(adapter, short, **settings)
+        answers += [continue_encoded(adapter, [one], **settings)[0] for one in sets.prompts["long"]]
+        texts = [re.sub(r"w4\b", "", response_text(adapter, one)) for one in answers]
+        expected[decoding] = np.array([float("w4" in text) for text in texts])
+    assert scores is not None
+    np.testing.assert_array_equal(scores, (expected["greedy"] + expected["sampled"]) / 2)
+    assert 0 < scores.mean() < 1, "or it would show nothing"
+    assert [one.greedy.score for one in measured] == [expected["greedy"][2 * n : 2 * n + 2].mean() for n in range(4)]
+    assert [one.sampled.score for one in measured] == [expected["sampled"][2 * n : 2 * n + 2].mean() for n in range(4)]
+
+
+def test_a_scorer_of_the_data_s_own_prompts_scores_no_other(case: VerifierCase) -> None:
+    sets = prompt_sets(case, scored=False)
+    measured, scores = sets.compare(case.base)
+    assert scores is None and sets.base_scores is None and measured[0].greedy.score is None
+
+
+def test_scores_of_all_sets_are_tested_for_equivalence(case: VerifierCase, exact: Parity) -> None:
+    test = exact.behaviour.prompt_sets
+    assert test is not None and test.n == 8 and test in exact.behaviour.tests
+    assert test.difference == 0 and not test.enough and exact.passed
+    other = equivalence("score by prompt set", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
+
+    def reasons(needed: int) -> list[str]:
+        behaviour = replace(exact.behaviour, prompt_sets=replace(other, needed=needed))
+        return check(replace(exact, behaviour=behaviour), OPTIONS.gates)
+
+    (reason,) = reasons(4)
+    assert reason.startswith("score by prompt set -0.975 [")
+    assert reasons(5) == [], "too few to have shown it"
+    assert any(one.measure == "score by prompt set" and one.available == 8 for one in case.reference.planned_tests())
+
+
+def test_an_exact_compile_answers_as_the_steered_model_on_every_set(exact: Parity, tmp_path: Path) -> None:
+    assert exact.passed and [one.name for one in exact.prompt_sets] == NAMES
+    for one in exact.prompt_sets:
+        assert one.kl < 1e-9 and one.greedy.same == one.sampled.same == 1.0
+    exact.save(tmp_path / "parity.json")
+    assert Parity.load(tmp_path / "parity.json") == exact
+
+
+def test_an_exact_compile_that_is_off_on_one_set_fails(exact: Parity) -> None:
+    off = [replace(one, kl=1e-3) if one.name == "long" else one for one in exact.prompt_sets]
+    wrong, gates = replace(exact, prompt_sets=off), OPTIONS.gates
+    assert check(wrong, gates) == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
+    assert check(replace(wrong, exact=False), gates) == [], "a remaining KL of few tokens is reported only"
+    rounded = Rounding(1e-9, 1e-9, 1.0, 1e-9, 0.0, 1.0, 0, 0.0)
+    assert check(replace(wrong, rounding=rounded), gates) == [], "what rounding costs there is not measured"
+
+
+def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:
+    stream = StringIO()
+    print_parities(Console(file=stream, width=300), [replace(exact, remarks=["no long prompts"])])
+    first = exact.prompt_sets[0]
+    assert f"100%, 100% (0.00%); {first.greedy.score:.2f}, {first.sampled.score:.2f}" in stream.getvalue()
+    assert f"-; {first.greedy.score_steered:.2f}, {first.sampled.score_steered:.2f}" in stream.getvalue()
+    assert f"long, {exact.prompt_sets[-1].prompt_tokens} tokens" in stream.getvalue()
+    assert "  no long prompts" in stream.getvalue()
+
+
+@pytest.mark.parametrize("change", [{"prompts_per_set": 0}, {"long": -1}, {"long_tokens": 15}, {"free_tokens": 3}])
+def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="greater than or equal"):
+        VerifyOptions(**change)
