@@ -25,9 +25,9 @@ from compile_steer.lower import closed_form, distill
 from compile_steer.lower.lowering import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import CHUNK_TOKENS, divergence, final_states
+from compile_steer.models.logprobs import CHUNK_TOKENS, final_states
 from compile_steer.models.tokens import batches
-from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify, make_reference
+from compile_steer.pipeline.artifacts import artifacts, compile_program, make_reference, merge, verify
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -145,7 +145,7 @@ def _remaining_kl(reference: Reference, patch: WeightPatch) -> float:
     base = reference.model
     with with_patch(base.model, patch):
         states = final_states(base, reference.texts.heldout)
-        return reference.kl_from_steered(base, states).mean / reference.kl_base.mean
+    return reference.kl_from_steered(base, states).mean / reference.kl_base.mean
 
 
 def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[Row]:

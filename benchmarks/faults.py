@@ -26,7 +26,7 @@ from benchmarks.record import Record
 from compile_steer.artifacts.files import sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.pipeline.artifacts import compile_program, merge, make_reference
+from compile_steer.pipeline.artifacts import compile_program, make_reference, merge
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program

@@ -249,6 +249,6 @@ def _reasons(members: Sequence[Member], artifacts: Mapping[str, Fit]) -> Iterato
     """Why an artifact is not the steered model, by the strictest of the recipes' gates."""
     gates = [one.recipe.verify.gates for one in members]
     for way, fit in artifacts.items():
-        allowed = min(gate.share for gate in gates) * fit.kl_base + min(gate.exact_kl for gate in gates)
+        allowed = min(gate.kl_remaining for gate in gates) * fit.kl_base + min(gate.exact_kl for gate in gates)
         if not fit.kl <= allowed:
             yield f"{way}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {allowed:.2e}"

@@ -18,13 +18,13 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import binomtest
 from torch import Tensor
 
-from compile_steer.models.logprobs import divergence, final_states, logprob_margins
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import divergence, final_states, logprob_margins
 from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.models.text import Text
-from compile_steer.steering.program import Program
 from compile_steer.stats import equivalence
+from compile_steer.steering.program import Program
 from compile_steer.verify.parity import AdapterControls, AdapterScale, Capability
 
 if TYPE_CHECKING:

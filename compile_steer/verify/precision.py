@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.logprobs import FinalStates, divergence, final_states
 from compile_steer.models.gguf import gguf_in, stored_types
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import FinalStates, divergence, final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.verify.parity import Rounding
 
@@ -46,7 +46,9 @@ def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Cal
     return frozenset(kinds.items()), quantized
 
 
-def measure_rounding(reference: Reference, quantized: Reference, artifact: LoadedModel, states: FinalStates) -> Rounding:
+def measure_rounding(
+    reference: Reference, quantized: Reference, artifact: LoadedModel, states: FinalStates
+) -> Rounding:
     """What rounding the weights costs by itself, and what the compile costs without it.
 
     Two references answer two questions. Against the steered model in full precision an artifact shows all that its user

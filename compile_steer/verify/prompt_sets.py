@@ -18,9 +18,9 @@ from transformers import Cache
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.generate import continue_encoded, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.base import Reply, Score

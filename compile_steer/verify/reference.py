@@ -13,16 +13,23 @@ from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import (
+    FinalStates,
+    TokenDivergence,
+    divergence,
+    encode_pairs,
+    final_states,
+    logprob_margins,
+)
 from compile_steer.models.reload import fresh_copy
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, ScorerBase
+from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
 from compile_steer.verify.controls import CONTROL_PAIRS, SCALE_TEXTS, SCALES, correct_answers
-from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.verify.options import VerifyOptions
 from compile_steer.verify.precision import rounding_of
 from compile_steer.verify.prompt_sets import PromptSets
@@ -277,7 +284,9 @@ class Reference:
             spread = left * float(np.sqrt(np.square(effect).mean()))
             allowed = f"a remaining KL of {self.options.gates.kl_remaining:.0%}"
             assumed = f"assuming {left:.0%} of the effect's size left over, as {allowed} allows"
-            plans.append(power_analysis("equivalence", "log-likelihood margin", margins.margin, spread, len(effect), assumed))
+            plans.append(
+                power_analysis("equivalence", "log-likelihood margin", margins.margin, spread, len(effect), assumed)
+            )
         scored: dict[Measure, tuple[np.ndarray | None, float | None]] = {
             "score": (self.answers[1].scores, margins.score),
             "score by prompt set": (self.prompt_sets.steered_scores, margins.prompt_sets),

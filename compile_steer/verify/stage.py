@@ -11,13 +11,12 @@ import torch
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.stats import Interval, bootstrap_ratio, bootstrap_recovery, equivalence
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
+from compile_steer.stats import Interval, bootstrap_ratio, bootstrap_recovery, equivalence
 from compile_steer.verify.controls import adapter_controls, capability_retention, correct_answers
-from compile_steer.stats import equivalence
 from compile_steer.verify.gates import check
 from compile_steer.verify.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verify.precision import measure_rounding, require_finite, require_half_range
@@ -65,7 +64,9 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
         same_tokens=all(
             encode(artifact.tokenizer, text) == encode(base.tokenizer, text) for text in reference.context.data.heldout
         ),
-        file_error=None if quantized is not None else _file_error(fingerprint(artifact.model, base), origin.fingerprint),
+        file_error=None
+        if quantized is not None
+        else _file_error(fingerprint(artifact.model, base), origin.fingerprint),
         divergence=measure_divergence(reference, against, artifact, states),
         behaviour=measure_behaviour(reference, against, artifact, margins, set_scores),
         prompt_sets=sets,
@@ -86,7 +87,9 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
     return replace(parity, passed=not reasons, reasons=reasons)
 
 
-def measure_divergence(reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates) -> Divergence:
+def measure_divergence(
+    reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates
+) -> Divergence:
     """The next-token distributions, given the artifact's `states` on the held-out texts; gain and control text `against` the
     base rounded as the artifact is, if that costs much."""
     kl, kl_base, seed = reference.kl_from_steered(artifact, states), reference.kl_base, reference.context.seed

@@ -68,7 +68,9 @@ def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(
         other = adapter(tmp_path)
         for _A, B in _factors(other):
             B.mul_(scale)
-        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(base, encode_pairs(base, PAIRS[:4]))
+        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(
+            base, encode_pairs(base, PAIRS[:4])
+        )
         assert measured == pytest.approx(float(wanted.mean()), abs=1e-4)
     assert len({round(value, 6) for value in [found.effect, found.negated, found.halved, *found.random]}) == 6
     after = one.model.state_dict()

@@ -155,7 +155,10 @@ def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
     parity = bytewise.parity_of(quantised(bytewise, "q8_0", patch, "shown", "bias"))
     stream = StringIO()
     print_parities(Console(file=stream, width=400), [parity])
-    assert str(parity.rounding) in stream.getvalue() and f"with it KL {parity.divergence.kl.value:.1e}" in stream.getvalue()
+    assert (
+        str(parity.rounding) in stream.getvalue()
+        and f"with it KL {parity.divergence.kl.value:.1e}" in stream.getvalue()
+    )
     origin = replace(bytewise.origin("gguf-q8_0", "bias"), architecture="llama", biases=1)
     assert [engine.name for engine in engine_support(origin)] == ["llama.cpp", "transformers"]
     assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)

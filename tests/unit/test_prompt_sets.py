@@ -20,9 +20,9 @@ from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities
+from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
-from compile_steer.stats import equivalence
 from compile_steer.verify.gates import check
 from compile_steer.verify.options import VerifyOptions
 from compile_steer.verify.parity import Parity, Rounding

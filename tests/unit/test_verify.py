@@ -20,8 +20,8 @@ from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities
-from compile_steer.steering.hooks import steered
 from compile_steer.stats import equivalence
+from compile_steer.steering.hooks import steered
 from compile_steer.verify.gates import check
 from compile_steer.verify.parity import Parity, Rounding
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, make_reference, recipe
