@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.tokens import Encoded
+from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import steered
@@ -45,6 +47,21 @@ def with_behaviour(parity: Parity, **changes: Any) -> Parity:
 
 def with_divergence(parity: Parity, **changes: Any) -> Parity:
     return replace(parity, divergence=replace(parity.divergence, **changes))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"kinds": 2}, "verify.kinds: is now called verify.prompts_per_set."),
+        ({"gates": {"share": 0.1}}, "verify.gates.share: is now called verify.gates.kl_remaining."),
+        ({"gates": {"recovery": 0.9}}, "verify.gates.recovery: is now called verify.gates.effect_retained."),
+        ({"gates": {"drift_margin": 0.1}}, "verify.gates.drift_margin: is now called verify.gates.control_kl_margin."),
+    ],
+)
+def test_old_recipe_keys_are_answered_with_the_new_ones(old: dict[str, Any], new: str) -> None:
+    record = {**recipe().record, "verify": old}
+    with pytest.raises(RecipeError, match=re.escape(new)):
+        Recipe.recall(record, Path())
 
 
 # --------------------------------------------------------------------------------------- reference
