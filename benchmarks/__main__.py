@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.ocean import ROOT, machine, ocean
 from compile_steer.artifacts.files import save_text, sha256
 from compile_steer.common.progress import ProgressBars
-from compile_steer.lower import closed_form, distill
-from compile_steer.lower.lowering import Lowering
+from compile_steer.lowering import closed_form, distill
+from compile_steer.lowering.lowering import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS, final_states
@@ -31,8 +31,8 @@ from compile_steer.pipeline.artifacts import artifacts, compile_program, make_re
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
-from compile_steer.verify.parity import Parity
-from compile_steer.verify.reference import Reference
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
 
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",

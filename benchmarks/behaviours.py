@@ -21,7 +21,7 @@ from benchmarks.ocean import ROOT
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.extract.generate_pairs import GenerationReport
+from compile_steer.extraction.generate_pairs import GenerationReport
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
 

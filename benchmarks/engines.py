@@ -32,7 +32,7 @@ from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf import GGUF_KINDS
 from compile_steer.export.merged import write_merged
-from compile_steer.lower.exact import bias_patch
+from compile_steer.lowering.exact import bias_patch
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.reload import reload

@@ -30,8 +30,8 @@ from compile_steer.pipeline.artifacts import compile_program, make_reference, me
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
-from compile_steer.verify.reference import Reference
-from compile_steer.verify.stage import verify_artifact
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
 
 _Row = TypeVar("_Row")
 RUNS = ROOT / "runs" / "faults"

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.ocean import ROOT, machine
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.errors import ArtifactError
-from compile_steer.extract.options import ExtractOptions
-from compile_steer.extract.stage import read_imported
+from compile_steer.extraction.options import ExtractOptions
+from compile_steer.extraction.stage import read_imported
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered

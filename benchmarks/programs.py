@@ -23,9 +23,9 @@ from benchmarks.ocean import ROOT, machine, ocean, stream
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import distill
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering import distill
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states

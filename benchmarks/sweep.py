@@ -28,10 +28,10 @@ from compile_steer.pipeline.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.report import GridPoint
-from compile_steer.validate.sweep import measure_grid, search_layers
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.report import GridPoint
+from compile_steer.validation.sweep import measure_grid, search_layers
 
 LAYERS = tuple(range(1, 30, 3))
 COEFFICIENTS = (1.0, 2.0, 3.0, 4.0, 5.0)

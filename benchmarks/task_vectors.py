@@ -20,9 +20,9 @@ from benchmarks.ocean import committed_program, ocean
 from benchmarks.programs import Measure
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
-from compile_steer.lower import full
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import FullOptions
+from compile_steer.lowering import full
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import FullOptions
 from compile_steer.pipeline.run import Run
 from compile_steer.tools.task_vector import look_into
 

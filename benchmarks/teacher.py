@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.ocean import ROOT, committed_program, machine, ocean
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import Progress
-from compile_steer.lower import distill
-from compile_steer.lower.lowering import Lowering
+from compile_steer.lowering import distill
+from compile_steer.lowering.lowering import Lowering
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 

@@ -17,8 +17,8 @@ import torch
 from benchmarks.programs import Measure
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer
@@ -26,8 +26,8 @@ from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
-from compile_steer.validate.stage import validate
+from compile_steer.validation.report import ValidationReport
+from compile_steer.validation.stage import validate
 
 SETTINGS = [
     "extract.shuffled=12",

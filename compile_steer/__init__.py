@@ -6,17 +6,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compile_steer.api import CompiledProgram, compile, extract, load, merge, validate, verify
+    from compile_steer.data.behaviour import Behaviour
+    from compile_steer.data.pairs import Pairs
+    from compile_steer.steering.directions import Directions
     from compile_steer.steering.hooks import steered
     from compile_steer.steering.program import Intervention, Program
     from compile_steer.steering.sites import Site
 
-__all__ = ["Intervention", "Program", "Site", "steered"]
+# Imported on first use, so that the command line answers before torch is loaded.
+_MODULES = {
+    **dict.fromkeys(("CompiledProgram", "compile", "extract", "load", "merge", "validate", "verify"), "api"),
+    "Behaviour": "data.behaviour",
+    "Pairs": "data.pairs",
+    "Directions": "steering.directions",
+    "steered": "steering.hooks",
+    "Intervention": "steering.program",
+    "Program": "steering.program",
+    "Site": "steering.sites",
+}
+
+__all__ = [
+    "Behaviour",
+    "CompiledProgram",
+    "Directions",
+    "Intervention",
+    "Pairs",
+    "Program",
+    "Site",
+    "compile",
+    "extract",
+    "load",
+    "merge",
+    "steered",
+    "validate",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names on first use, so that the command line can answer before torch is loaded."""
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'compile_steer' has no attribute '{name}'")
-    return getattr(
-        import_module("compile_steer.steering.hooks" if name == "steered" else "compile_steer.steering.program"), name
-    )
+    return getattr(import_module(f"compile_steer.{_MODULES[name]}"), name)

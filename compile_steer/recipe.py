@@ -21,11 +21,11 @@ from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
 from compile_steer.data.section import Data
-from compile_steer.extract.options import ExtractOptions
-from compile_steer.lower.options import CompileOptions
+from compile_steer.extraction.options import ExtractOptions
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.steering.sites import parse_positions
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.verify.options import VerifyOptions
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.verification.options import VerifyOptions
 
 
 class Recipe(Section):

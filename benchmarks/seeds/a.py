@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks.ocean import ROOT
 from compile_steer.common.progress import Advance, Progress, ProgressBars
-from compile_steer.extract.options import ExtractOptions, TrainedOptions
-from compile_steer.extract.trained import Objective, Start, TrainedVectors, starting_point, train
+from compile_steer.extraction.options import ExtractOptions, TrainedOptions
+from compile_steer.extraction.trained import Objective, Start, TrainedVectors, starting_point, train
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states, mean_logprobs

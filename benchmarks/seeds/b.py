@@ -20,10 +20,10 @@ from benchmarks.ocean import ROOT
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.pair_methods import ExtractedDirections
-from compile_steer.lower import closed_form
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import CalibrationOptions, CompileOptions
+from compile_steer.extraction.pair_methods import ExtractedDirections
+from compile_steer.lowering import closed_form
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import CalibrationOptions, CompileOptions
 from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text

@@ -20,9 +20,9 @@ from compile_steer.pipeline.run import Run
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.controls import separability
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.parity import Parity
+from compile_steer.validation.controls import separability
+from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.parity import Parity
 
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS, EVERY = 16, 8, 32, 32, 3

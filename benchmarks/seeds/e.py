@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from benchmarks.ocean import ROOT
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Question
-from compile_steer.extract import choices
-from compile_steer.extract.choices import Item
+from compile_steer.extraction import choices
+from compile_steer.extraction.choices import Item
 from compile_steer.models.load import EMBEDDED, LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode

@@ -23,18 +23,18 @@ from compile_steer.common.errors import ArtifactError, CannotLower, InternalErro
 from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import is_merged, write_merged
-from compile_steer.lower.lowering import Lowering, ResumeFiles
-from compile_steer.lower.plan import BACKENDS, Choice
+from compile_steer.lowering.lowering import Lowering, ResumeFiles
+from compile_steer.lowering.plan import BACKENDS, Choice
 from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card
 from compile_steer.report.page import write_page
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.options import any_gguf
-from compile_steer.verify.parity import Parity
-from compile_steer.verify.reference import Reference
-from compile_steer.verify.stage import require_same_origin, verify_artifact
+from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.options import any_gguf
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import require_same_origin, verify_artifact
 
 
 def compile_program(run: Run, force: bool = False) -> list[Path]:

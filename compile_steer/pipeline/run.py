@@ -22,19 +22,19 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context, require_distinct
 from compile_steer.data.pairs import read_pairs
 from compile_steer.export.gguf import gguf_refusals
-from compile_steer.extract.generate_pairs import GenerationReport, kept_pairs
-from compile_steer.extract.stage import extract
-from compile_steer.lower.plan import Plan, plan
+from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
+from compile_steer.extraction.stage import extract
+from compile_steer.lowering.plan import Plan, plan
 from compile_steer.models.load import LoadedModel, load, revision_of
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
-from compile_steer.validate.stage import validate
-from compile_steer.validate.sweep import choose_layers
-from compile_steer.verify.options import any_gguf
+from compile_steer.validation.report import ValidationReport
+from compile_steer.validation.stage import validate
+from compile_steer.validation.sweep import choose_layers
+from compile_steer.verification.options import any_gguf
 
 
 class _Kept(Protocol):

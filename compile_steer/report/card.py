@@ -16,8 +16,8 @@ from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report.terminal import details
-from compile_steer.validate.report import ValidationReport, own_validation
-from compile_steer.verify.parity import Parity, own_parity
+from compile_steer.validation.report import ValidationReport, own_validation
+from compile_steer.verification.parity import Parity, own_parity
 
 
 def model_card(origin: Provenance, validation: Path | None) -> str:

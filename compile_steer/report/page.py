@@ -10,11 +10,11 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compile_steer.artifacts.files import save_text
-from compile_steer.lower.plan import Choice
+from compile_steer.lowering.plan import Choice
 from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import details
-from compile_steer.validate.report import ValidationReport, block_name
-from compile_steer.verify.parity import Parity
+from compile_steer.validation.report import ValidationReport, block_name
+from compile_steer.verification.parity import Parity
 
 matplotlib.use("svg")
 from matplotlib.figure import Figure

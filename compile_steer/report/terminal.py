@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compile_steer.extract.generate_pairs import GenerationReport
-from compile_steer.lower.plan import Choice
-from compile_steer.validate.report import ValidationReport, block_name
-from compile_steer.verify.parity import Parity
+from compile_steer.extraction.generate_pairs import GenerationReport
+from compile_steer.lowering.plan import Choice
+from compile_steer.validation.report import ValidationReport, block_name
+from compile_steer.verification.parity import Parity
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 

@@ -10,6 +10,7 @@ coefficient c is therefore a dial that is 0 for "off" and linear for every opera
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -176,6 +177,17 @@ class Program:
 
         One metadata key only: several are written in no fixed order, and equal programs must be equal files.
         """
+        save_tensors(path, *self._serialized(extra))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file that `save` writes where it is given nothing more."""
+        from safetensors.torch import save
+
+        return hashlib.sha256(save(*self._serialized({}))).hexdigest()
+
+    def _serialized(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors and the metadata of the file."""
         tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
         header = {
             **extra,
@@ -195,7 +207,7 @@ class Program:
                 for n, i in enumerate(self.interventions)
             ],
         }
-        save_tensors(path, tensors, {"program": json.dumps(header, sort_keys=True)})
+        return tensors, {"program": json.dumps(header, sort_keys=True)}
 
     @staticmethod
     def load(path: Path) -> Program:

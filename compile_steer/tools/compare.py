@@ -24,7 +24,7 @@ from compile_steer.models.gguf import gguf_tensors
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
+from compile_steer.validation.report import ValidationReport
 
 State = Literal["bytes", "numbers", "differs", "absent"]
 

@@ -16,7 +16,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import kept_patch, read_patch, write_patch
-from compile_steer.lower.plan import BACKENDS, lower
+from compile_steer.lowering.plan import BACKENDS, lower
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.pipeline.run import with_generated_pairs
@@ -27,7 +27,7 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.interference import JOINT, STACKED, Member, measure, summed
 from compile_steer.tools.interference_report import Composition
-from compile_steer.verify.stage import require_same_origin
+from compile_steer.verification.stage import require_same_origin
 
 
 @dataclass(frozen=True)

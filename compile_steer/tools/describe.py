@@ -9,11 +9,11 @@ from pathlib import Path
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.extract.generate_pairs import GenerationReport
+from compile_steer.extraction.generate_pairs import GenerationReport
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.parity import Parity
+from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.parity import Parity
 
 
 def describe_artifact(path: Path) -> dict[str, object]:

@@ -29,8 +29,8 @@ from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
 from compile_steer.pipeline.run import other_behaviour, pairs_sha256
 from compile_steer.recipe import Recipe
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.parity import Parity
+from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.parity import Parity
 
 State = Literal["whole", "broken", "absent", "unrecorded"]
 

@@ -15,7 +15,7 @@ from compile_steer.artifacts.files import own_files, sha256
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.tools.lineage import walk
-from compile_steer.verify.parity import own_parity
+from compile_steer.verification.parity import own_parity
 
 _TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # What a hub's client raises: its bases are the errors of whichever HTTP library it uses, and OSError.

@@ -13,7 +13,7 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import is_adapter, read_patch, write_patch
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.load import LoadedModel
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import WeightPatch

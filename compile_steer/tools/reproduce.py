@@ -21,7 +21,7 @@ from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
 from compile_steer.tools import compare
 from compile_steer.tools.lineage import data_on_disk, home, recipe_folder
-from compile_steer.verify.options import Form
+from compile_steer.verification.options import Form
 
 TOLERANCE = 1e-3
 """Largest relative difference by which numbers still agree, if no other is asked for."""

@@ -20,7 +20,7 @@ from compile_steer.recipe import rewritten
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Program
-from compile_steer.validate.sweep import candidates
+from compile_steer.validation.sweep import candidates
 
 
 def import_changes(

@@ -15,8 +15,8 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
-from compile_steer.verify.controls import _factors, _norm, _randomised, adapter_controls
-from compile_steer.verify.reference import Reference
+from compile_steer.verification.controls import _factors, _norm, _randomised, adapter_controls
+from compile_steer.verification.reference import Reference
 from tests.helpers.tiny import REVISION, build, saved, tokenizer
 
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from compile_steer.common.errors import CompileSteerError
-from compile_steer.lower.closed_form import Stage, norm_weights, regression_targets, solve_stages
-from compile_steer.lower.options import ClosedFormOptions, ClosedFormStage, CompileOptions
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering.closed_form import Stage, norm_weights, regression_targets, solve_stages
+from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention
 from tests.helpers.fitting import (

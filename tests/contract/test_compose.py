@@ -24,8 +24,8 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import exact
-from compile_steer.lower.closed_form import Stage
+from compile_steer.lowering import exact
+from compile_steer.lowering.closed_form import Stage
 from compile_steer.models.load import LoadedModel, load, quiet
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload_adapters, set_adapter_scales

@@ -14,7 +14,7 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import exact
+from compile_steer.lowering import exact
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.steering.passes import canonical

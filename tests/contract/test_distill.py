@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.lower import closed_form, distill
-from compile_steer.lower.closed_form import Stage
-from compile_steer.lower.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
+from compile_steer.lowering import closed_form, distill
+from compile_steer.lowering.closed_form import Stage
+from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.steering.layout import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch

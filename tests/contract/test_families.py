@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.layout import FAMILIES as KNOWN
 from compile_steer.steering.passes import canonical

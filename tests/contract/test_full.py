@@ -12,10 +12,10 @@ from peft import PeftModel
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.adapter import is_adapter, read_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import full
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import CompileOptions, FullOptions
-from compile_steer.lower.plan import BACKENDS
+from compile_steer.lowering import full
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import CompileOptions, FullOptions
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -115,7 +115,7 @@ def test_a_cut_trains_only_where_the_whole_is_not_there(monkeypatch: pytest.Monk
     one, steering = loaded("llama"), canonical_program("llama", intervention())
     ready = task(one, steering)
     ready.patches["full"] = WeightPatch(dense={"model.layers.1.mlp.down_proj": torch.randn(32, 48)})
-    monkeypatch.setattr("compile_steer.lower.full.train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("compile_steer.lowering.full.train", lambda *_: pytest.fail("trained again"))
     assert list(BACKENDS["full_cut"].lower(ready).low_rank) == ["model.layers.1.mlp.down_proj"]
 
 

@@ -12,7 +12,7 @@ from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program
-from compile_steer.validate.evaluator import PrefixCache, can_share, pack
+from compile_steer.validation.evaluator import PrefixCache, can_share, pack
 from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
 
 

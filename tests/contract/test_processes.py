@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
-from compile_steer.lower.closed_form import Stage, solve_stages
+from compile_steer.lowering.closed_form import Stage, solve_stages
 from compile_steer.steering.patch import WeightPatch
 from tests.helpers.fitting import CALIBRATION, canonical_program
 from tests.helpers.tiny import intervention, loaded

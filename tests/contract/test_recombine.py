@@ -18,7 +18,7 @@ from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
-from compile_steer.lower.training import train
+from compile_steer.lowering.training import train
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.reload import reload
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge
@@ -181,7 +181,7 @@ def test_the_walk_trains_once_for_both_backends_and_again_never(
         trained.append(given)
         return train(*given)
 
-    monkeypatch.setattr("compile_steer.lower.full.train", counted)
+    monkeypatch.setattr("compile_steer.lowering.full.train", counted)
     run = Run.open(recipe(base), paths.out, Progress())
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
     whole, small = compile_program(run, force=True)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from compile_steer.lower import distill
-from compile_steer.lower.lowering import Lowering, ResumeFiles
-from compile_steer.lower.options import CalibrationOptions, CompileOptions, DistillOptions
-from compile_steer.lower.teacher_student import SuffixModel
-from compile_steer.lower.training import OBJECTIVES, adamw, patch_from_factors, train, trainable
+from compile_steer.lowering import distill
+from compile_steer.lowering.lowering import Lowering, ResumeFiles
+from compile_steer.lowering.options import CalibrationOptions, CompileOptions, DistillOptions
+from compile_steer.lowering.teacher_student import SuffixModel
+from compile_steer.lowering.training import OBJECTIVES, adamw, patch_from_factors, train, trainable
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered

@@ -10,7 +10,7 @@ from compile_steer.pipeline.artifacts import verify
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.program import Program
-from compile_steer.validate.report import ValidationReport
+from compile_steer.validation.report import ValidationReport
 from tests.end_to_end.conftest import RECIPE, ROOT, SMALL
 
 PLACES = RunPaths(ROOT, "ocean")

@@ -16,9 +16,9 @@ from compile_steer.pipeline.artifacts import make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
-from compile_steer.verify.parity import Parity
-from compile_steer.verify.reference import Reference
-from compile_steer.verify.stage import verify_artifact
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
 from tests.end_to_end.conftest import Walk
 
 Fault = Callable[[WeightPatch], WeightPatch]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compile_steer.data.behaviour import Behaviour, Context
-from compile_steer.extract.options import ExtractOptions
-from compile_steer.extract.stage import extract
+from compile_steer.extraction.options import ExtractOptions
+from compile_steer.extraction.stage import extract
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.lower.closed_form import Stage, plan_stages, solve_stages
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import CompileOptions
+from compile_steer.lowering.closed_form import Stage, plan_stages, solve_stages
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.data.behaviour import SPLITS, Behaviour, Context
-from compile_steer.extract.generate_pairs import GenerationReport, kept_pairs
+from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.models.load import LoadedModel
 from compile_steer.recipe import Recipe
 from tests.helpers.tiny import VOCAB, build

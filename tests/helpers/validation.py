@@ -16,8 +16,8 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.stage import Validation, validate
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.stage import Validation, validate
 from tests.helpers.tiny import HIDDEN, LAYERS, REVISION, build, chat_tokenizer
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")

@@ -21,9 +21,9 @@ from compile_steer.recipe import Recipe
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.verify.parity import Parity
-from compile_steer.verify.reference import Reference
-from compile_steer.verify.stage import verify_artifact
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
 from tests.helpers.tiny import HIDDEN, VOCAB, build, chat_tokenizer, intervention
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")

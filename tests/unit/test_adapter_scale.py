@@ -14,9 +14,9 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.report.terminal import print_parities
-from compile_steer.verify.controls import _factors, adapter_scales
-from compile_steer.verify.gates import check
-from compile_steer.verify.parity import AdapterScale, Parity
+from compile_steer.verification.controls import _factors, adapter_scales
+from compile_steer.verification.gates import check
+from compile_steer.verification.parity import AdapterScale, Parity
 from tests.helpers.verification import VerifierCase, recipe
 
 

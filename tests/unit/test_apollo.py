@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compile_steer.lower.full import Apollo, projection
+from compile_steer.lowering.full import Apollo, projection
 
 RATE, FIRST, SECOND, EPSILON = 0.03, 0.8, 0.95, 1e-7
 

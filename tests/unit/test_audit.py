@@ -21,7 +21,7 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError, Recipe
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_lora, write_patch
 from compile_steer.export.merged import merged_model
-from compile_steer.lower import exact
+from compile_steer.lowering import exact
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.passes import canonical

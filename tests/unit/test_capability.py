@@ -13,9 +13,15 @@ from scipy.stats import binom
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.text import Text
 from compile_steer.report.terminal import print_parities
-from compile_steer.verify.controls import _ANSWER_TOKENS, QUESTIONS, Question, capability_retention, correct_answers
-from compile_steer.verify.gates import check
-from compile_steer.verify.options import VerifyOptions
+from compile_steer.verification.controls import (
+    _ANSWER_TOKENS,
+    QUESTIONS,
+    Question,
+    capability_retention,
+    correct_answers,
+)
+from compile_steer.verification.gates import check
+from compile_steer.verification.options import VerifyOptions
 from tests.helpers.verification import VerifierCase
 
 NUMBER = Question("What is 3 times 4?", ("12", "twelve"))
@@ -84,7 +90,7 @@ def test_it_is_asked_greedily_and_as_a_user_asks(scene: VerifierCase, monkeypatc
         said = continue_prompts(scene.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=_ANSWER_TOKENS)
         word = response_text(scene.base, said[0]).split()[-1]
         items = tuple(replace(one, answers=(word,), choices=()) if n == at else one for n, one in enumerate(QUESTIONS))
-        monkeypatch.setattr("compile_steer.verify.controls.QUESTIONS", items)
+        monkeypatch.setattr("compile_steer.verification.controls.QUESTIONS", items)
         found = correct_answers(scene.base, 3, program)
         assert found.shape == (3,) and found[at] == 1.0 and set(found) <= {0.0, 1.0}
 

@@ -15,8 +15,8 @@ from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.engine_support import engine_support
 from compile_steer.pipeline.artifacts import verify
 from compile_steer.report.card import model_card, update_card
-from compile_steer.validate.report import ValidationReport
-from compile_steer.verify.parity import Parity
+from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
 
 

@@ -11,8 +11,8 @@ import torch
 from compile_steer.common.progress import Progress
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.sites import Point
-from compile_steer.validate.controls import StreamStatistics, measure_controls
-from compile_steer.validate.evaluator import ContrastEvaluator
+from compile_steer.validation.controls import StreamStatistics, measure_controls
+from compile_steer.validation.evaluator import ContrastEvaluator
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, program_at, toward_w40, validated
 

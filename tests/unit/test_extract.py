@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.extract.options import PairMethod
-from compile_steer.extract.pair_methods import fit, with_controls
+from compile_steer.extraction.options import PairMethod
+from compile_steer.extraction.pair_methods import fit, with_controls
 from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode
 from compile_steer.steering.directions import Directions
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.sweep import candidates
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.sweep import candidates
 from tests.helpers.extraction import extract_with, training_data
 from tests.helpers.tiny import HIDDEN, LAYERS, Padded, captured, loaded, logits
 

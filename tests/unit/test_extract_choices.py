@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour, Question
-from compile_steer.extract.choices import Item, choose, mean_sides, read_items, relabelled, with_controls
-from compile_steer.extract.options import ChoiceMethod, ExtractOptions
+from compile_steer.extraction.choices import Item, choose, mean_sides, read_items, relabelled, with_controls
+from compile_steer.extraction.options import ChoiceMethod, ExtractOptions
 from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.extract.options import ExtractOptions
+from compile_steer.extraction.options import ExtractOptions
 from compile_steer.models.text import Text
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.sites import Site

@@ -15,7 +15,7 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Context
 from compile_steer.data.section import GenerateOptions
-from compile_steer.extract.generate_pairs import (
+from compile_steer.extraction.generate_pairs import (
     GeneratedPairs,
     GenerationReport,
     SplitReport,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compile_steer.common.errors import CannotLower, RecipeError
-from compile_steer.lower.options import CalibrationOptions, CompileOptions
-from compile_steer.lower.plan import lower, plan
+from compile_steer.lowering.options import CalibrationOptions, CompileOptions
+from compile_steer.lowering.plan import lower, plan
 from compile_steer.models.text import Text
 from compile_steer.steering.passes import canonical, drop_inactive, input_to_output, merge_shifts
 from compile_steer.steering.program import Program

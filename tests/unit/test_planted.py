@@ -20,7 +20,7 @@ from benchmarks.planted import Fault, weights_file
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.hooks import steered
-from compile_steer.verify.stage import verify_artifact
+from compile_steer.verification.stage import verify_artifact
 from tests.helpers.verification import PROGRAM_HASH, VerifierCase, make_reference
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"

@@ -32,8 +32,8 @@ from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.tools.compare import of_gguf
 from compile_steer.tools.lineage import walk
-from compile_steer.verify.options import Form
-from compile_steer.verify.precision import HALF, cost_of_rounding, edited_matrices, first_beyond, rounding_of
+from compile_steer.verification.options import Form
+from compile_steer.verification.precision import HALF, cost_of_rounding, edited_matrices, first_beyond, rounding_of
 from tests.helpers import byte_level
 from tests.helpers.tiny import FFN, HIDDEN
 from tests.helpers.verification import VerifierCase, behaviour, recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_steer.lower.regression import RIDGES, RidgeFitter, Statistics, solve
+from compile_steer.lowering.regression import RIDGES, RidgeFitter, Statistics, solve
 from compile_steer.steering.low_rank import LowRank
 
 D_IN, D_OUT, N = 9, 6, 60

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-import compile_steer.validate.sweep
+import compile_steer.validation.sweep
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.steering.directions import EVERY_BLOCK
 from compile_steer.steering.program import Program
-from compile_steer.validate.coefficients import climb, solve
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.report import block_name
-from compile_steer.validate.sweep import candidates, measure_grid, search_layers
+from compile_steer.validation.coefficients import climb, solve
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.report import block_name
+from compile_steer.validation.sweep import candidates, measure_grid, search_layers
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, context, options, program_at, recipe, toward_w40, validated
 
@@ -113,7 +113,7 @@ def test_halving_keeps_the_layers_that_a_whole_grid_would(monkeypatch: pytest.Mo
     def pick(layer: int, c: float) -> Program:
         return directions.program(layer, c, "all")
 
-    monkeypatch.setattr(compile_steer.validate.sweep, "_LAST_LAYERS", 1)
+    monkeypatch.setattr(compile_steer.validation.sweep, "_LAST_LAYERS", 1)
     left, rungs = search_layers(context(), chosen, range(LAYERS), pick)
     assert [rung.pairs for rung in rungs] == [4, 6] and [len(rung.margins) for rung in rungs] == [4, 2]
     grid, _effects = measure_grid(sweep_evaluator(), chosen, range(LAYERS), pick, Progress())

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.extract.options import ExtractOptions, TrainedOptions
-from compile_steer.extract.pair_methods import fit
-from compile_steer.extract.stage import extract
-from compile_steer.extract.trained import Objective, Start, bipo_loss, starting_point, train
+from compile_steer.extraction.options import ExtractOptions, TrainedOptions
+from compile_steer.extraction.pair_methods import fit
+from compile_steer.extraction.stage import extract
+from compile_steer.extraction.trained import Objective, Start, bipo_loss, starting_point, train
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text

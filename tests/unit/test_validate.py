@@ -13,9 +13,9 @@ import torch
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.pipeline.run import other_behaviour
-from compile_steer.validate.controls import StreamStatistics
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.report import ValidationReport
+from compile_steer.validation.controls import StreamStatistics
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.report import ValidationReport
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, recipe, toward_w40, usual_validation, validated, words
 

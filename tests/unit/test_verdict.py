@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from compile_steer.stats import Interval
-from compile_steer.validate.report import ValidationReport
-from compile_steer.validate.verdict import decide, remarks
+from compile_steer.validation.report import ValidationReport
+from compile_steer.validation.verdict import decide, remarks
 from tests.helpers.validation import options, usual_validation
 
 

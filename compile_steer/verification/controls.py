@@ -25,10 +25,10 @@ from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.models.text import Text
 from compile_steer.stats import equivalence
 from compile_steer.steering.program import Program
-from compile_steer.verify.parity import AdapterControls, AdapterScale, Capability
+from compile_steer.verification.parity import AdapterControls, AdapterScale, Capability
 
 if TYPE_CHECKING:
-    from compile_steer.verify.reference import Reference
+    from compile_steer.verification.reference import Reference
 
 CONTROL_PAIRS = 8  # an adapter's controls have to show large differences only
 SCALES = (0.0, 0.5, 1.0, -1.0)

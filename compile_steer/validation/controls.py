@@ -21,9 +21,9 @@ from compile_steer.steering.directions import Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.report import Controls, Separability
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.report import Controls, Separability
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Advance, Progress
-from compile_steer.lower.options import CompileOptions
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.generate import continue_encoded
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text

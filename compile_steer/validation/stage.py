@@ -19,19 +19,19 @@ from compile_steer.scoring.base import Score, require_discrimination
 from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.coefficients import coefficient_sweep, sweep_coefficients
-from compile_steer.validate.controls import StreamStatistics, measure_controls, other_directions, separability, sides
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.report import (
+from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
+from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability, sides
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.report import (
     Coherence,
     Scores,
     Separability,
     SweepPoint,
     ValidationReport,
 )
-from compile_steer.validate.sweep import candidates, sweep
-from compile_steer.validate.verdict import decide, remarks
+from compile_steer.validation.sweep import candidates, sweep
+from compile_steer.validation.verdict import decide, remarks
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 
 from compile_steer.steering.program import Program
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.report import CoefficientSweep, SweepPoint
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.report import CoefficientSweep, SweepPoint
 
 TOLERANCE = 0.02  # of the coefficient, relative
 _MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)

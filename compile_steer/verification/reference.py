@@ -29,10 +29,10 @@ from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, ScorerBase
 from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
-from compile_steer.verify.controls import CONTROL_PAIRS, SCALE_TEXTS, SCALES, correct_answers
-from compile_steer.verify.options import VerifyOptions
-from compile_steer.verify.precision import rounding_of
-from compile_steer.verify.prompt_sets import PromptSets
+from compile_steer.verification.controls import CONTROL_PAIRS, SCALE_TEXTS, SCALES, correct_answers
+from compile_steer.verification.options import VerifyOptions
+from compile_steer.verification.precision import rounding_of
+from compile_steer.verification.prompt_sets import PromptSets
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from compile_steer.scoring.base import Score
 from compile_steer.stats import false_discovery_rates, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
-from compile_steer.validate.coefficients import climb, solve
-from compile_steer.validate.evaluator import ContrastEvaluator
-from compile_steer.validate.options import SolverTarget, ValidateOptions
-from compile_steer.validate.report import GridPoint, Rung, block_name
+from compile_steer.validation.coefficients import climb, solve
+from compile_steer.validation.evaluator import ContrastEvaluator
+from compile_steer.validation.options import SolverTarget, ValidateOptions
+from compile_steer.validation.report import GridPoint, Rung, block_name
 
 ProgramAt = Callable[[int, float], Program]
 """(layer, coefficient) -> the program."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from compile_steer.stats import LEVEL
 from compile_steer.steering.directions import FROM_LABELS
-from compile_steer.validate.options import ValidateOptions
-from compile_steer.validate.report import ValidationReport, Verdict
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.report import ValidationReport, Verdict
 
 # Below the usual 5 %, because the candidate was chosen from a whole sweep.
 _BEYOND_RANDOM = 0.002

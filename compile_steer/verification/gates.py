@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compile_steer.verify.options import Gates
-    from compile_steer.verify.parity import Parity
+    from compile_steer.verification.options import Gates
+    from compile_steer.verification.parity import Parity
 
 # KL grows only with the square of the error of the strength, so a small divergence alone lets 10 % too much or too little
 # pass. The gain shows it directly.

@@ -16,10 +16,10 @@ from compile_steer.models.gguf import gguf_in, stored_types
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states
 from compile_steer.models.tokens import Encoded
-from compile_steer.verify.parity import Rounding
+from compile_steer.verification.parity import Rounding
 
 if TYPE_CHECKING:
-    from compile_steer.verify.reference import Reference
+    from compile_steer.verification.reference import Reference
 
 _CASTS = {"merged-bf16": torch.bfloat16, "merged-fp16": torch.float16}
 HALF = float(torch.finfo(torch.float16).max)

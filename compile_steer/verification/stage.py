@@ -16,11 +16,11 @@ from compile_steer.models.logprobs import FinalStates, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
 from compile_steer.stats import Interval, bootstrap_ratio, bootstrap_recovery, equivalence
-from compile_steer.verify.controls import adapter_controls, capability_retention, correct_answers
-from compile_steer.verify.gates import check
-from compile_steer.verify.parity import BehaviourMatch, Divergence, Parity
-from compile_steer.verify.precision import measure_rounding, require_finite, require_half_range
-from compile_steer.verify.reference import Reference
+from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
+from compile_steer.verification.gates import check
+from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
+from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
+from compile_steer.verification.reference import Reference
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 

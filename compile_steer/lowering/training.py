@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import TrainingOptions
-from compile_steer.lower.teacher_student import SuffixModel, TeacherBatch
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import TrainingOptions
+from compile_steer.lowering.teacher_student import SuffixModel, TeacherBatch
 from compile_steer.models.forward import lm_head
 from compile_steer.models.load import DTYPES
 from compile_steer.models.logprobs import chunks, divergence, log_softmax

@@ -17,8 +17,8 @@ from torch import Tensor
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import Context, Question
-from compile_steer.extract.options import ChoiceMethod, ExtractOptions
-from compile_steer.extract.pair_methods import ExtractedDirections
+from compile_steer.extraction.options import ChoiceMethod, ExtractOptions
+from compile_steer.extraction.pair_methods import ExtractedDirections
 from compile_steer.models.forward import read_activations
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text

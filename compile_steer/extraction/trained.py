@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import Context
-from compile_steer.extract.options import ExtractOptions, TrainedOptions
-from compile_steer.extract.pair_methods import fit
+from compile_steer.extraction.options import ExtractOptions, TrainedOptions
+from compile_steer.extraction.pair_methods import fit
 from compile_steer.models.forward import read_activations, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import response_logprobs

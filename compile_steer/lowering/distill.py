@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
-from compile_steer.lower.closed_form import plan_stages, solve_stages
-from compile_steer.lower.lowering import Curve, Lowering
-from compile_steer.lower.teacher_student import ActivationBatch, TeacherStudent
-from compile_steer.lower.training import (
+from compile_steer.lowering.closed_form import plan_stages, solve_stages
+from compile_steer.lowering.lowering import Curve, Lowering
+from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
+from compile_steer.lowering.training import (
     Factors,
     adamw,
     gradient_steps,

@@ -26,8 +26,8 @@ from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.program import Program
-from compile_steer.verify.options import VerifyOptions
-from compile_steer.verify.parity import FreeAnswers, PromptSet, PromptSetName
+from compile_steer.verification.options import VerifyOptions
+from compile_steer.verification.parity import FreeAnswers, PromptSet, PromptSetName
 
 Decoding = Literal["greedy", "sampled"]
 _TEMPERATURES: dict[Decoding, float] = {"greedy": 0.0, "sampled": 1.0}

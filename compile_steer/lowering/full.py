@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.lower.lowering import Lowering
-from compile_steer.lower.options import FullOptions
-from compile_steer.lower.training import BETAS, require_rank, train
+from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.options import FullOptions
+from compile_steer.lowering.training import BETAS, require_rank, train
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 

@@ -8,10 +8,10 @@ import torch
 
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.extract.choices import from_choices
-from compile_steer.extract.options import ExtractOptions
-from compile_steer.extract.pair_methods import ExtractedDirections, from_pairs
-from compile_steer.extract.trained import trained_directions
+from compile_steer.extraction.choices import from_choices
+from compile_steer.extraction.options import ExtractOptions
+from compile_steer.extraction.pair_methods import ExtractedDirections, from_pairs
+from compile_steer.extraction.trained import trained_directions
 from compile_steer.formats.foreign import ImportOptions, read_vectors
 from compile_steer.models.forward import median_norms
 from compile_steer.models.load import LoadedModel, load

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.extract.options import ExtractOptions, PairMethod
+from compile_steer.extraction.options import ExtractOptions, PairMethod
 from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair
 from compile_steer.steering.directions import FROM_LABELS, unit

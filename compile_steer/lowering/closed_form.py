@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
-from compile_steer.lower.lowering import NO_FILES, Lowering, ResumeFiles
-from compile_steer.lower.options import ClosedFormOptions
-from compile_steer.lower.regression import RidgeFitter
-from compile_steer.lower.teacher_student import TeacherStudent
+from compile_steer.lowering.lowering import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lowering.options import ClosedFormOptions
+from compile_steer.lowering.regression import RidgeFitter
+from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind

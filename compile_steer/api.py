@@ -1,0 +1,294 @@
+"""The main line in Python: load, extract, validate, compile, verify, merge.
+
+Every function takes values and returns a value. Nothing is written but where a folder is named. The command line and
+these functions run the same stages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import RecipeError
+from compile_steer.common.progress import Progress
+from compile_steer.data.behaviour import Behaviour, Context
+from compile_steer.models.text import Text
+
+if TYPE_CHECKING:
+    from compile_steer.models.load import LoadedModel
+    from compile_steer.scoring.base import ScorerBase
+    from compile_steer.steering.directions import Directions
+    from compile_steer.steering.patch import WeightPatch
+    from compile_steer.steering.program import Program
+    from compile_steer.validation.stage import Validation
+    from compile_steer.verification.parity import Parity
+
+_Options = TypeVar("_Options", bound=BaseModel)
+
+
+def load(
+    model: str = "smollm2-135m-instruct",
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    prompt_format: str | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, frozen, in evaluation mode.
+
+    Args:
+        model: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
+        device: 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1' ...
+        dtype: 'float32', 'bfloat16' or 'float16'. The rounding of bfloat16 alone costs about 1e-3 nats a token.
+        prompt_format: how a prompt is put to a base model without a chat template: "User: {prompt}\\nAssistant:\\n".
+
+    Raises:
+        RecipeError: the model, device or dtype cannot be had. LayoutError: the model family is not known.
+    """
+    from compile_steer.models.load import load
+
+    return load(model, device=device, dtype=dtype, prompt_format=prompt_format)
+
+
+def extract(
+    model: LoadedModel, data: Behaviour, *, seed: int = 0, progress: Progress | None = None, **options: Any
+) -> Directions:
+    """Find a direction at every block from the training pairs of `data`.
+
+    Args:
+        options: the keys of the recipe's section `extract`, for example method="pca" or readout="last_prompt".
+
+    Raises:
+        RecipeError: unknown or contradictory options, or pairs from which no direction can be read.
+    """
+    from compile_steer.extraction.options import ExtractOptions
+    from compile_steer.extraction.stage import extract
+
+    context = Context(model, data, seed, progress or Progress())
+    return extract(context, _parse(ExtractOptions, options))
+
+
+def validate(
+    model: LoadedModel,
+    data: Behaviour,
+    directions: Directions,
+    score: Any,
+    *,
+    seed: int = 0,
+    ask: str = "What are you?",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Validation:
+    """Choose block and coefficient on validation data, and measure the chosen program once on test data.
+
+    Args:
+        score: how a reply is scored, as in a recipe: {"kind": "keywords", "patterns": [...]}.
+        ask: a prompt that base and steered model answer for the report.
+        options: the keys of the recipe's section `validate`, for example layers=[10, 12] or coefficients=[1, 2].
+
+    Returns:
+        The program, the report with its verdict, and a row for each test pair and prompt.
+
+    Raises:
+        RecipeError: unknown options, or no coherent point in the grid.
+    """
+    from compile_steer.validation.options import ValidateOptions
+    from compile_steer.validation.stage import validate
+
+    context = Context(model, data, seed, progress or Progress())
+    scored = {"score": _scorer(score), **options}
+    return validate(
+        context,
+        directions,
+        _parse(ValidateOptions, scored),
+        readout="response_mean",
+        ask=ask,
+        too_high=4.0,
+        name="program",
+    )
+
+
+@dataclass(frozen=True)
+class CompiledProgram:
+    """A program as changes of weights: what `compile` returns.
+
+    Attributes:
+        patch: the changes, by module.
+        backend: the backend that made them.
+        program: what they imitate.
+        model: the base that they belong to.
+        seconds: how long the backend took.
+    """
+
+    patch: WeightPatch
+    backend: str
+    program: Program
+    model: LoadedModel
+    seconds: float
+
+    def __repr__(self) -> str:
+        return f"CompiledProgram({self.backend}, {self.patch!r}, {self.seconds:.1f} s)"
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run the model with the patch on its modules' outputs, the weights untouched, inside the block."""
+        from compile_steer.steering.patch import with_patch
+
+        with with_patch(self.model.model, self.patch):
+            yield
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a stock PEFT adapter, or, where no adapter can hold the patch, the patch to be merged; returns the folder."""
+        from compile_steer.export.adapter import write_patch
+        from compile_steer.report.card import model_card
+
+        record = self._provenance(Path(folder))
+        write_patch(Path(folder), self.patch, self.model, record, model_card(record, None))
+        return Path(folder)
+
+    def _provenance(self, folder: Path) -> Provenance:
+        from compile_steer.export.adapter import is_adapter
+
+        return Provenance(
+            name=folder.name,
+            backend=self.backend,
+            form="adapter" if is_adapter(self.patch, self.model) else "patch",
+            model=self.model.id,
+            revision=self.model.revision,
+            program="",
+            program_sha256=self.program.sha256,
+            validation_sha256="",
+            verdict="none",
+            forced=False,
+            recipe_sha256="",
+            data_sha256={},
+            seed=0,
+            seconds=self.seconds,
+            inputs="",
+            described=self.program.describe(),
+            architecture=self.patch.architecture or str(self.model.model.config.model_type),
+            biases=len(self.patch.bias),
+        )
+
+
+def compile(
+    model: LoadedModel,
+    program: Program,
+    texts: Sequence[str | Text],
+    *,
+    backend: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompiledProgram:
+    """Turn a steering program into changes of weights.
+
+    Args:
+        texts: calibration prompts; a fitted backend reads the steered model's own continuations of them.
+        backend: 'auto' takes the first that is exact, else the closed form; or the name of one.
+        options: the keys of the recipe's section `compile`, for example calibration={"prompts": 60}.
+
+    Raises:
+        CannotLower: the backend cannot express the program on this model.
+    """
+    from compile_steer.lowering.options import CompileOptions
+    from compile_steer.lowering.plan import BACKENDS, lower, plan
+
+    prompts = [Text(text) if isinstance(text, str) else text for text in texts]
+    name = plan(program, model.layout, "auto" if backend == "auto" else (backend,)).chosen[0]
+    if BACKENDS[name].fitted and "calibration" not in options:
+        # What trains sees other texts than the regression that it starts from.
+        own = len(prompts) if name == "closed_form" else len(prompts) * 2 // 3
+        options = {"calibration": {"prompts": own}, "distill": {"prompts": len(prompts) - own or 1}, **options}
+    parsed = _parse(CompileOptions, options)
+    started = time.perf_counter()
+    patch = lower(program, model, prompts, parsed, backend=name, seed=seed, progress=progress)
+    return CompiledProgram(patch, name, program, model, time.perf_counter() - started)
+
+
+def merge(compiled: CompiledProgram, folder: str | Path, precision: str = "bf16") -> Path:
+    """Write a stock checkpoint with the patch summed into the weights (float32 sum, one cast); returns the folder.
+
+    Args:
+        precision: 'fp32', 'bf16' or 'fp16'.
+    """
+    from compile_steer.export.merged import PRECISIONS, write_merged
+    from compile_steer.report.card import model_card
+
+    if precision not in PRECISIONS:
+        raise RecipeError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.")
+    record = replace(compiled._provenance(Path(folder)), form=f"merged-{precision}")
+    write_merged(Path(folder), compiled.patch, compiled.model, precision, record, model_card(record, None))
+    return Path(folder)
+
+
+def verify(
+    model: LoadedModel,
+    program: Program | str | Path,
+    folder: str | Path,
+    data: Behaviour,
+    score: Any,
+    *,
+    seed: int = 0,
+    ask: str = "What are you?",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Parity:
+    """Reload what lies in `folder` as a stock user would, and compare it with the steered model on held-out data.
+
+    Args:
+        program: the program, or the file that it was saved to.
+        score: how a reply is scored, as in `validate`.
+        options: the keys of the recipe's section `verify`, for example heldout=20 or gates={"kl_remaining": 0.01}.
+
+    Returns:
+        What was measured, with `passed` and the reasons where it did not.
+
+    Raises:
+        ArtifactError: there is no artifact, or it is of another program or base.
+    """
+    from compile_steer.steering.program import Program
+    from compile_steer.verification.options import VerifyOptions
+    from compile_steer.verification.reference import Reference
+    from compile_steer.verification.stage import verify_artifact
+
+    if isinstance(program, str | Path):
+        steering, digest = Program.load(Path(program)), sha256(Path(program))
+    else:
+        steering, digest = program, program.sha256
+    context = Context(model, data, seed, progress or Progress())
+    reference = Reference(context, steering, _parse(VerifyOptions, options), _scorer(score), ask)
+    return verify_artifact(reference, Path(folder), digest)
+
+
+def _parse(section: type[_Options], options: dict[str, Any]) -> _Options:
+    """Return the options of a stage; raises `RecipeError` with every problem."""
+    try:
+        return section.model_validate(options)
+    except ValidationError as error:
+        raise RecipeError(_problems("", error)) from error
+
+
+def _scorer(score: Any) -> ScorerBase:
+    """Return the scorer that a recipe's `validate.score` would be."""
+    from compile_steer.scoring.options import Scorer
+
+    try:
+        scorer: ScorerBase = TypeAdapter(Scorer).validate_python(score)
+    except ValidationError as error:
+        raise RecipeError(_problems("score.", error)) from error
+    return scorer
+
+
+def _problems(prefix: str, error: ValidationError) -> list[str]:
+    return [
+        f"{prefix}{'.'.join(map(str, item['loc']))}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
+        for item in error.errors()
+    ]
