@@ -25,19 +25,18 @@ def show(
 ) -> None:
     """Say what an artifact is, what it was made from and how it was verified, and check every link back to its data.
 
-    Exit code 1 if a link is broken: a file that was edited, cut short or swapped.
+    Exit code 1 if a link was changed: a file that was edited, cut short or swapped.
     """
-    from compile_steer.cli.tables import print_chain
-    from compile_steer.tools.describe import describe_artifact
-    from compile_steer.tools.lineage import walk, whole
+    from compile_steer.cli.tables import print_lineage
+    from compile_steer.tools.lineage import artifact_root, describe_artifact, lineage
 
-    path = whole(path)
-    description, links = describe_artifact(path), walk(path, recipes)
+    path = artifact_root(path)
+    description, links = describe_artifact(path), list(lineage(path, recipes))
     if not as_json:
         console().print(description)
-    summary = {**description, "chain": [asdict(link) for link in links]}
-    finish(as_json, summary, lambda: print_chain(console(), links))
-    raise typer.Exit(1 if any(link.state == "broken" for link in links) else 0)
+    summary = {**description, "lineage": [asdict(link) for link in links]}
+    finish(as_json, summary, lambda: print_lineage(console(), links))
+    raise typer.Exit(1 if any(link.state == "changed" for link in links) else 0)
 
 
 def reproduce(
@@ -52,11 +51,11 @@ def reproduce(
     Recipe, data and base are checked by their hashes before anything runs. Exit code 0 if all bytes or numbers agree.
     """
     from compile_steer.cli.tables import print_reproduction
-    from compile_steer.tools.lineage import whole
+    from compile_steer.tools.lineage import artifact_root
     from compile_steer.tools.reproduce import reproduce
 
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
-        reproduction = reproduce(whole(path), to or Path(temporary), recipes, tolerance, progress_bars())
+        reproduction = reproduce(artifact_root(path), to or Path(temporary), recipes, tolerance, progress_bars())
     finish(as_json, reproduction.summary(), lambda: print_reproduction(console(), reproduction))
     raise typer.Exit(0 if reproduction.agrees else 1)
 
@@ -98,10 +97,10 @@ def push(
     from huggingface_hub import HfApi
 
     from compile_steer.cli.tables import print_upload
-    from compile_steer.tools.lineage import whole
+    from compile_steer.tools.lineage import artifact_root
     from compile_steer.tools.push import prepare, send
 
-    upload = prepare(whole(path), to, private=not public)
+    upload = prepare(artifact_root(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
     finish(as_json, {**upload.summary(), "sent": sent}, lambda: print_upload(console(), upload, sent, force))

@@ -22,26 +22,26 @@ from compile_steer.tools.reproduce import Reproduction
 from compile_steer.tools.serving.export import Exported
 
 _STATES = {
-    "whole": "[green]whole[/green]",
-    "broken": "[red]BROKEN[/red]",
-    "absent": "[yellow]not here[/yellow]",
-    "unrecorded": "[yellow]not recorded[/yellow]",
+    "intact": "[green]intact[/green]",
+    "changed": "[red]CHANGED[/red]",
+    "missing": "[yellow]missing[/yellow]",
+    "unrecorded": "[yellow]unrecorded[/yellow]",
 }
 
 
-def print_chain(console: Console, links: Sequence[Link]) -> None:
-    """Every link back to the data; of a broken one what was expected and what was found."""
+def print_lineage(console: Console, links: Sequence[Link]) -> None:
+    """Every link back to the data; of a changed one what was expected and what is there."""
     if links:
-        console.print("[bold]Chain[/bold]")
+        console.print("[bold]Lineage[/bold]")
     for link in links:
-        console.print(f"  {link.what:<28} {_STATES[link.state]}  {escape(link.where)}", soft_wrap=True)
-        if link.state == "broken":
+        console.print(f"  {link.name:<28} {_STATES[link.state]}  {escape(link.path)}", soft_wrap=True)
+        if link.state == "changed":
             console.print(f"  {'':<28} expected {escape(link.expected) or 'no such file'}", soft_wrap=True)
-            console.print(f"  {'':<28} found    {escape(link.found) or 'nothing'}", soft_wrap=True)
-    broken = [link.what for link in links if link.state == "broken"]
-    if broken:
+            console.print(f"  {'':<28} actual   {escape(link.actual) or 'nothing'}", soft_wrap=True)
+    changed = [link.name for link in links if link.state == "changed"]
+    if changed:
         console.print(
-            f"[red]Broken:[/red] {', '.join(dict.fromkeys(broken))}. Make it again, or put back what was there."
+            f"[red]Changed:[/red] {', '.join(dict.fromkeys(changed))}. Make it again, or put back what was there."
         )
 
 
@@ -51,13 +51,13 @@ def print_reproduction(console: Console, found: Reproduction) -> None:
         "bytes": "[green]bytes agree[/green]",
         "numbers": "[green]numbers agree[/green]",
         "differs": "[red]DIFFERS[/red]",
-        "absent": "[yellow]not compared[/yellow]",
+        "not compared": "[yellow]not compared[/yellow]",
     }
     console.print(f"[bold]Made again[/bold], numbers agreeing up to a relative difference of {found.tolerance:g}")
     for link in found.links:
         size = "" if link.difference is None else f"  largest relative difference {link.difference:.2g}"
         note = f"  ({escape(link.note)})" if link.note else ""
-        console.print(f"  {link.what:<28} {said[link.state]}{size}{note}", soft_wrap=True)
+        console.print(f"  {link.name:<28} {said[link.state]}{size}{note}", soft_wrap=True)
     for name, (then, now) in found.versions.items():
         console.print(f"  [yellow]{name} {then} made it; this is {now or 'none'}[/yellow]")
 

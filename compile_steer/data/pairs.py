@@ -247,3 +247,8 @@ def _texts(name: str, texts: Sequence[str | Text], problems: list[str]) -> tuple
 
 def _short(text: str, length: int = 40) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def pairs_sha256(pairs: Sequence[Pair]) -> str:
+    """Return the hash of another behaviour's pairs, empty where there are none."""
+    return digest([asdict(pair) for pair in pairs]) if pairs else ""

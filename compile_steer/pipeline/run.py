@@ -20,7 +20,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context, require_distinct
-from compile_steer.data.pairs import read_pairs
+from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.extraction.stage import extract
@@ -204,11 +204,6 @@ class Run:
     def chosen(self) -> list[str]:
         """The backends that run, in order."""
         return self.plan.chosen
-
-
-def pairs_sha256(pairs: tuple[Pair, ...]) -> str:
-    """Return the hash of another behaviour's pairs, empty where there are none."""
-    return digest([asdict(pair) for pair in pairs]) if pairs else ""
 
 
 def other_behaviour(recipe: Recipe) -> tuple[Pair, ...]:

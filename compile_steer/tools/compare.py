@@ -1,13 +1,14 @@
-"""Do two artifacts agree: in their bytes, or in their numbers?
+"""Compare an artifact with one that was made again: in its bytes, or else in its numbers.
 
-A number's difference is ||new - old|| / ||old||, the largest of all tensors: of a vector c v, of a patch each matrix's
-whole change B A (its factors are not unique), of a checkpoint what it changed of its base, of a GGUF file the tensors themselves.
+The difference of two tensors is ||new - old|| / ||old||, that of two artifacts the largest of all their tensors. What is
+compared is what an artifact does: of a vector c v, of a patch each matrix's whole change B A (its factors are not unique), of
+a checkpoint what it changed of its base, of a GGUF file the tensors themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,21 +27,25 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.validation.report import ValidationReport
 
-State = Literal["bytes", "numbers", "differs", "absent"]
+State = Literal["bytes", "numbers", "differs", "not compared"]
+Difference = Callable[[Path, Path], float]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """One link made again: the same bytes; other bytes but numbers within the tolerance; neither; or, absent: other
-    bytes, and the original is not here for its numbers. `difference` is the largest relative one."""
+class Comparison:
+    """One thing made again. `difference` is the largest relative one, where numbers were compared.
 
-    what: str
+    bytes: the same bytes; numbers: other bytes, but numbers within the tolerance; differs: neither; not compared: other
+    bytes, and the original is not here for its numbers.
+    """
+
+    name: str
     state: State
     difference: float | None = None
     note: str = ""
 
 
-def between(old: Tensor | None, new: Tensor | None, base: Tensor | None = None) -> float:
+def relative_difference(old: Tensor | None, new: Tensor | None, base: Tensor | None = None) -> float:
     """||new - old|| / ||old - base||; infinite where one is missing or of another shape."""
     if old is None or new is None or old.shape != new.shape:
         return math.inf
@@ -50,119 +55,113 @@ def between(old: Tensor | None, new: Tensor | None, base: Tensor | None = None) 
     return 0.0 if difference == 0.0 else difference / size if size > 0 else math.inf
 
 
-def _largest(differences: Iterable[float]) -> float:
-    return max(differences, default=0.0)
-
-
-def of_directions(old: Path, new: Path) -> float:
-    """Of every block's direction; raises `ArtifactError`."""
-    one, other = Directions.load(old), Directions.load(new)
-    if one.vectors.shape != other.vectors.shape or one.point != other.point:
+def directions_difference(old: Path, new: Path) -> float:
+    """Over every block's direction; raises `ArtifactError`."""
+    before, after = Directions.load(old), Directions.load(new)
+    if before.vectors.shape != after.vectors.shape or before.point != after.point:
         return math.inf
-    return _largest(between(a, b) for a, b in zip(one.vectors, other.vectors, strict=True))
+    return max(map(relative_difference, before.vectors, after.vectors), default=0.0)
 
 
-def of_programs(old: Path, new: Path) -> float:
-    """Of every intervention's c v; infinite where they are of other sites, operations or positions. Raises
-    `ArtifactError`."""
-    one, other = Program.load(old), Program.load(new)
-    if one.shape != other.shape:
+def program_difference(old: Path, new: Path) -> float:
+    """Over every intervention's c v and target; infinite where sites, operations or positions differ.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    before, after = Program.load(old), Program.load(new)
+    if before.shape != after.shape:
         return math.inf
-    pairs = list(zip(one.interventions, other.interventions, strict=True))
-    targets = [(torch.tensor([a.projection or 0.0]), torch.tensor([b.projection or 0.0])) for a, b in pairs]
-    moved = _largest(between(a.coefficient * a.vector, b.coefficient * b.vector) for a, b in pairs)
-    return max(moved, _largest(between(a, b) for a, b in targets))
+    differences = [0.0]
+    for a, b in zip(before.interventions, after.interventions, strict=True):
+        differences.append(relative_difference(a.coefficient * a.vector, b.coefficient * b.vector))
+        targets = (torch.tensor([intervention.projection or 0.0]) for intervention in (a, b))
+        differences.append(relative_difference(*targets))
+    return max(differences)
 
 
-def of_reports(old: Path, new: Path) -> float:
-    """Of the effect on test pairs, relative to its size or to its interval's, whichever is larger; infinite where
-    another layer, coefficient or verdict came out. Raises `ArtifactError`."""
-    one, other = ValidationReport.load(old), ValidationReport.load(new)
-    if (one.layer, one.verdict) != (other.layer, other.verdict):
+def report_difference(old: Path, new: Path) -> float:
+    """Of the effect on test pairs, relative to its size or its interval's, whichever is larger; infinite where another
+    layer or verdict came out. Raises `ArtifactError`."""
+    before, after = ValidationReport.load(old), ValidationReport.load(new)
+    if (before.layer, before.verdict) != (after.layer, after.verdict):
         return math.inf
-    size = max(abs(one.margin.value), one.margin.high - one.margin.low)
-    difference = abs(one.margin.value - other.margin.value)
+    size = max(abs(before.margin.value), before.margin.high - before.margin.low)
+    difference = abs(before.margin.value - after.margin.value)
     return 0.0 if difference == 0.0 else difference / size
 
 
-def of_patches(old: Path, new: Path) -> float:
-    """Of every matrix and bias; raises `ArtifactError`."""
-    one, other = (list(_parts(read_patch(folder))) for folder in (old, new))
-    if [name for name, _factors in one] != [name for name, _factors in other]:
+def patch_difference(old: Path, new: Path) -> float:
+    """Over every matrix and bias; raises `ArtifactError`."""
+    before, after = (_patch_factors(read_patch(folder)) for folder in (old, new))
+    if before.keys() != after.keys():
         return math.inf
-    return _largest(between(_product(a), _product(b)) for (_name, a), (_other, b) in zip(one, other, strict=True))
+    # A low-rank edit becomes a whole matrix only here, one at a time.
+    changes = ((_product(before[name]), _product(after[name])) for name in before)
+    return max((relative_difference(*pair) for pair in changes), default=0.0)
 
 
-def _parts(patch: WeightPatch) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """What is added, by name, in factors: a whole matrix is made only when it is compared."""
-    for name in sorted(patch.low_rank):
-        yield f"{name}.BA", (patch.low_rank[name].B, patch.low_rank[name].A)
-    yield from ((f"{name}.weight", (patch.dense[name],)) for name in sorted(patch.dense))
-    yield from ((f"{name}.bias", (patch.bias[name],)) for name in sorted(patch.bias))
+def _patch_factors(patch: WeightPatch) -> dict[str, tuple[Tensor, ...]]:
+    return {
+        **{f"{name}.BA": (edit.B, edit.A) for name, edit in patch.low_rank.items()},
+        **{f"{name}.weight": (delta,) for name, delta in patch.dense.items()},
+        **{f"{name}.bias": (bias,) for name, bias in patch.bias.items()},
+    }
 
 
 def _product(factors: tuple[Tensor, ...]) -> Tensor:
     return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
 
 
-def of_checkpoints(old: Path, new: Path, base: Path) -> float:
-    """Of what each tensor was changed by from its base; raises `ArtifactError`."""
-    one, other, start = Checkpoint(old), Checkpoint(new), Checkpoint(base)
-    if one.files.keys() != other.files.keys():
+def checkpoint_difference(old: Path, new: Path, base: Path) -> float:
+    """Over what each tensor was changed by from its base; raises `ArtifactError`."""
+    before, after, start = Checkpoint(old), Checkpoint(new), Checkpoint(base)
+    if before.files.keys() != after.files.keys():
         return math.inf
-    return _largest(between(one.tensor(name), other.tensor(name), start.tensor(name)) for name in one.files)
+    return max(relative_difference(*(side.tensor(name) for side in (before, after, start))) for name in before.files)
 
 
-def of_gguf(old: Path, new: Path) -> float:
-    """Of each tensor of a folder's GGUF file, de-quantised; infinite where they hold other tensors."""
-    one, other = (gguf_tensors(folder / GGUF_FILE) for folder in (old, new))
-    return _largest(between(one[name], other[name]) for name in one) if one.keys() == other.keys() else math.inf
+def gguf_difference(old: Path, new: Path) -> float:
+    """Over each tensor of a folder's GGUF file, de-quantised; infinite where they hold other tensors."""
+    before, after = (gguf_tensors(folder / GGUF_FILE) for folder in (old, new))
+    if before.keys() != after.keys():
+        return math.inf
+    return max(relative_difference(before[name], after[name]) for name in before)
 
 
-def hashes(what: str, expected: str, found: str) -> Agreement:
-    """Two SHA-256 that are equal, or not."""
-    if expected == found:
-        return Agreement(what, "bytes")
-    return Agreement(what, "differs", note=f"recorded {expected}, found {found or 'nothing'}")
+def compare_hashes(name: str, expected: str, actual: str) -> Comparison:
+    """Two SHA-256 that should be equal."""
+    if expected == actual:
+        return Comparison(name, "bytes")
+    return Comparison(name, "differs", note=f"recorded {expected}, found {actual or 'nothing'}")
 
 
-def file(
-    what: str,
-    old: Path,
-    new: Path,
-    expected: str,
-    difference: Callable[[Path, Path], float],
-    tolerance: float,
-    note: str = "",
-) -> Agreement:
-    """A file against its original: by the recorded hash, and by its numbers where the original is here."""
+def compare_file(
+    name: str, old: Path, new: Path, expected: str, difference: Difference, tolerance: float, note: str = ""
+) -> Comparison:
+    """A file with its original: by the recorded hash, or by its numbers where the original is here."""
     if sha256(new) == expected:
-        return Agreement(what, "bytes", note=note)
+        return Comparison(name, "bytes", note=note)
     if not old.is_file() or sha256(old) != expected:
-        return Agreement(
-            what, "absent", note="other bytes; the original is not here, so its numbers cannot be compared"
-        )
-    return _numbers(what, difference(old, new), tolerance)
+        note = "other bytes; the original is not here, so its numbers cannot be compared"
+        return Comparison(name, "not compared", note=note)
+    return _compare_numbers(name, difference(old, new), tolerance)
 
 
-def folder(
-    what: str,
-    old: Path,
-    new: Path,
-    recorded: Provenance,
-    difference: Callable[[Path, Path], float],
-    tolerance: float,
-) -> Agreement:
-    """A folder against its original, file by file as it was recorded."""
-    tampered = list(recorded.changed_files(old))
-    other = sorted(change.name for change in recorded.changed_files(new))
-    if tampered:
-        came = "what was written came out again" if not other else "nor did that come out again"
-        return Agreement(what, "differs", note=f"{old} is not what was written: {tampered[0]}; {came}")
-    if not other:
-        return Agreement(what, "bytes")
-    return _numbers(what, difference(old, new), tolerance, f"other bytes: {', '.join(other)}")
+def compare_folder(
+    old: Path, new: Path, provenance: Provenance, difference: Difference, tolerance: float
+) -> Comparison:
+    """A folder with its original, of `provenance`: file by file as they were recorded, or by its numbers."""
+    edited = list(provenance.changed_files(old))
+    others = sorted(change.name for change in provenance.changed_files(new))
+    if edited:
+        result = "what was written came out again" if not others else "nor did that come out again"
+        note = f"{old} is not what was written: {edited[0]}; {result}"
+        return Comparison(provenance.form, "differs", note=note)
+    if not others:
+        return Comparison(provenance.form, "bytes")
+    return _compare_numbers(provenance.form, difference(old, new), tolerance, f"other bytes: {', '.join(others)}")
 
 
-def _numbers(what: str, difference: float, tolerance: float, note: str = "") -> Agreement:
-    return Agreement(what, "numbers" if difference <= tolerance else "differs", difference, note)
+def _compare_numbers(name: str, difference: float, tolerance: float, note: str = "") -> Comparison:
+    return Comparison(name, "numbers" if difference <= tolerance else "differs", difference, note)

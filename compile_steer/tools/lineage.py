@@ -1,18 +1,19 @@
-"""Walk the chain from an artifact back to its data, and say which link holds.
+"""The lineage of an artifact: every link from it back to its data, and whether what lies there is what was recorded.
 
-Every artifact records the SHA-256 of what it was made from. What lies where a run leaves it is hashed again; what
-does not lie there (an adapter by itself, on another machine) cannot be checked, and is said to be absent.
+Every artifact records the SHA-256 of what it was made from. What lies where a run leaves it is hashed again; what does
+not lie there (an adapter alone, on another machine) cannot be checked, and is reported as missing.
+
+Importing this module, and the lineage of a folder, need neither torch nor transformers, so that `show` answers at once.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compile_steer.artifacts.files import digest, edit_check, sha256
+from compile_steer.artifacts.files import digest, edit_check, read_json, sha256, without_check
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import (
     ENGINES,
@@ -23,35 +24,40 @@ from compile_steer.artifacts.provenance import (
     artifact_sha256,
     weights_sha256,
 )
+from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import CompileSteerError, RecipeError
 from compile_steer.data.behaviour import SPLITS, prompts_key
+from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
-from compile_steer.pipeline.run import other_behaviour, pairs_sha256
 from compile_steer.recipe import Recipe
 from compile_steer.validation.report import ValidationReport
-from compile_steer.verification.parity import Parity
 
-State = Literal["whole", "broken", "absent", "unrecorded"]
+State = Literal["intact", "changed", "missing", "unrecorded"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """One step of the chain. `expected` and `found` are SHA-256, or words where there is no hash; `where` is what was read.
+    """One step from an artifact back to its data.
 
-    whole: both agree; broken: they do not; absent: there is nothing here to compare with; unrecorded: the artifact
-    is older than this record.
+    Attributes:
+        name: what the artifact was made from, or is described by.
+        state: intact: `path` is what was recorded; changed: it is not; missing: nothing is here to compare with;
+            unrecorded: the artifact is older than this record.
+        path: what was read.
+        expected: the recorded SHA-256, or words where there is no hash.
+        actual: that of what lies there.
     """
 
-    what: str
+    name: str
     state: State
-    where: str
+    path: str
     expected: str = ""
-    found: str = ""
+    actual: str = ""
 
 
-def walk(path: Path, recipes: Path | None = None) -> list[Link]:
-    """Every link from the artifact at `path` (a folder, a vector, directions or a report) to its data.
+def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:
+    """Yield every link from the artifact at `path` (a folder, a vector, directions or a report) to its data.
 
     Args:
         recipes: what the paths in the recorded recipe are relative to; None: found from where the artifact lies.
@@ -59,191 +65,213 @@ def walk(path: Path, recipes: Path | None = None) -> list[Link]:
     Raises:
         ArtifactError: the artifact itself cannot be read, or is not one of ours.
     """
-    path = whole(path.resolve())
+    path = artifact_root(path.resolve())
     if path.is_dir():
-        return list(_folder(path, recipes))
-    if path.suffix == ".json":
-        return list(_report(path, recipes))
-    return list(_vector(path, recipes))
+        yield from _folder_links(path, recipes)
+    elif path.suffix != ".json":
+        yield from _vector_links(path, recipes)
+    elif path.name.endswith(".validation.json"):
+        report = ValidationReport.load(path)
+        yield _edit_check("record", path)
+        vector = _recorded(
+            "vector", path.with_name(path.name.replace(".validation.json", ".safetensors")), report.program_hash
+        )
+        yield vector
+        if vector.state == "intact":
+            yield from _vector_links(Path(vector.path), recipes)
 
 
-def whole(path: Path) -> Path:
+def artifact_root(path: Path) -> Path:
     """The artifact that `path` is, or is a file of: of a folder with a record the folder."""
     return path.parent if path.is_file() and (path.parent / PROVENANCE).is_file() else path
 
 
-def home(path: Path) -> Path:
-    """The output folder of the run that left the artifact at `path`."""
-    return path.resolve().parent.parent
-
-
-def _folder(folder: Path, recipes: Path | None) -> Iterator[Link]:
-    origin = Provenance.read(folder)
-    yield _sealed("record", folder / PROVENANCE)
-    if origin.files_sha256:
-        changes = list(origin.changed_files(folder))
-        yield from (Link("files", "broken", str(folder / one.name), one.expected, one.actual) for one in changes)
-        if not changes:
-            yield Link("files", "whole", str(folder), found=f"{len(origin.files_sha256)} as they were written")
-    else:
+def _folder_links(folder: Path, recipes: Path | None) -> Iterator[Link]:
+    provenance = Provenance.read(folder)
+    paths = RunPaths.of_artifact(folder, provenance.name)
+    yield _edit_check("record", folder / PROVENANCE)
+    changes = list(provenance.changed_files(folder))
+    for change in changes:
+        yield Link("files", "changed", str(folder / change.name), change.expected, change.actual)
+    if not provenance.files_sha256:
         yield Link("files", "unrecorded", str(folder))
-    yield from _judged(folder)
-    yield from _parents(folder, origin, recipes)
-    paths = RunPaths(home(folder), origin.name)
-    if origin.validation_sha256:
-        link = _hashed("validation", paths.validation, origin.validation_sha256)
-        yield link
-        if link.state == "whole":
-            yield _sealed("validation's record", paths.validation)
-    vector = home(folder) / "vectors" / Path(origin.program).name
-    link = _hashed("vector", vector, origin.program_sha256)
-    yield link
-    if origin.members:
-        return  # their own chains lead to the data
-    seen = origin.origin
-    yield from _sources(folder, seen, recipes)
-    if link.state == "whole":
-        yield from _vector(vector, recipes, skip=seen)
+    elif not changes:
+        yield Link("files", "intact", str(folder), actual=f"{len(provenance.files_sha256)} as they were written")
+    yield from _report_links(folder)
+    yield from _parent_links(folder, provenance, paths, recipes)
+    if provenance.validation_sha256:
+        validation = _recorded("validation", paths.validation, provenance.validation_sha256)
+        yield validation
+        if validation.state == "intact":
+            yield _edit_check("validation's record", paths.validation)
+    program = paths.program.with_name(Path(provenance.program).name)
+    vector = _recorded("vector", program, provenance.program_sha256)
+    yield vector
+    if not provenance.members:  # the members' own lineages lead to the data
+        yield from input_links(folder, provenance.origin, recipes)
+        if vector.state == "intact":
+            yield from _vector_links(program, recipes, checked=provenance.origin)
 
 
-def _sealed(what: str, path: Path) -> Link:
-    """Is a record what was written? Nobody who edits one by hand keeps its seal."""
-    expected, found = edit_check(path)
-    state: State = "unrecorded" if not expected else "whole" if expected == found else "broken"
-    return Link(what, state, str(path), expected, found)
+def _edit_check(name: str, path: Path) -> Link:
+    """Whether a record was edited by hand since it was written."""
+    expected, actual = edit_check(path)
+    return _compared(name, path, expected, actual) if expected else Link(name, "unrecorded", str(path), "", actual)
 
 
-def _hashed(what: str, path: Path, expected: str) -> Link:
-    if not path.exists():
-        return Link(what, "absent", str(path), expected)
-    found = artifact_sha256(path) if path.is_dir() else sha256(path)
-    return Link(what, "whole" if found == expected else "broken", str(path), expected, found)
+def _recorded(name: str, path: Path, expected: str) -> Link:
+    actual = "" if not path.exists() else artifact_sha256(path) if path.is_dir() else sha256(path)
+    return _compared(name, path, expected, actual)
 
 
-def _judged(folder: Path) -> Iterator[Link]:
-    """What was measured of the folder, by the judge and by serving engines: is it of these weights?"""
-    parity, engines = folder / PARITY, folder / ENGINES
-    if not parity.is_file() and not engines.is_file():
-        return
-    weights = weights_sha256(folder)
-
-    def of_these(what: str, path: Path, expected: str) -> Link:
-        return Link(what, "whole" if expected == weights else "broken", str(path), expected, weights)
-
-    if parity.is_file():
-        yield _sealed("parity's record", parity)
-        yield of_these("parity is of these weights", parity, Parity.load(parity).sha256.get("artifact", ""))
-    if engines.is_file():
-        yield _sealed("engines' record", engines)
-        measured = json.loads(engines.read_text(encoding="utf-8")).get("artifact", "")
-        yield of_these("engines' readings are of these weights", engines, measured)
+def _compared(name: str, path: Path | str, expected: str, actual: str) -> Link:
+    state: State = "missing" if not actual else "intact" if actual == expected else "changed"
+    return Link(name, state, str(path), expected, actual)
 
 
-def _parents(folder: Path, origin: Provenance, recipes: Path | None) -> Iterator[Link]:
-    """The patches that this one was merged, summed or composed from; of a composition their chains too."""
-    out = home(folder)
-    for name, expected in origin.members.items():
+def _report_links(folder: Path) -> Iterator[Link]:
+    """What was measured of the folder, by verification and in serving engines: is it of these weights?"""
+    reports = [folder / name for name in (PARITY, ENGINES) if (folder / name).is_file()]
+    weights = weights_sha256(folder) if reports else ""
+    for path in reports:
+        yield _edit_check("parity's record" if path.name == PARITY else "engines' record", path)
+        content = read_json(path, "Make it again.")
+        if path.name == PARITY:
+            measured = dict(content.get("sha256", {})).get("artifact", "")
+            yield _compared("parity is of these weights", path, measured, weights)
+        else:
+            yield _compared("engines' records are of these weights", path, content.get("artifact", ""), weights)
+
+
+def _parent_links(folder: Path, provenance: Provenance, paths: RunPaths, recipes: Path | None) -> Iterator[Link]:
+    """The patches that this one was merged, summed or composed from; of a composition their lineages too."""
+    for name, expected in provenance.members.items():
         member = name.rpartition(" x ")[0]
-        adapter = RunPaths(out.parent / member, member).adapter(origin.backend)
-        link = _hashed(f"member {name}", adapter, expected)
+        adapter = RunPaths(paths.out.parent / member, member).adapter(provenance.backend)
+        link = _recorded(f"member {name}", adapter, expected)
         yield link
-        if link.state == "whole":
-            yield from (replace(one, what=f"{member}: {one.what}") for one in _folder(adapter, recipes))
-    hashes = origin.parent.split()
-    if origin.is_merged and len(hashes) == 1:
-        yield _hashed("adapter", RunPaths(out, origin.name).adapter(origin.backend), hashes[0])
-        return
-    known = {
-        artifact_sha256(one): one for one in sorted((out / "adapters").glob("*")) if one.is_dir() and one != folder
-    }
-    for expected in hashes:
-        one = known.get(expected)
-        yield Link("part", "absent" if one is None else "whole", str(one or out / "adapters"), expected)
+        if link.state == "intact":
+            yield from (replace(inner, name=f"{member}: {inner.name}") for inner in _folder_links(adapter, recipes))
+    hashes = provenance.parent.split()
+    if provenance.is_merged and len(hashes) == 1:
+        yield _recorded("adapter", paths.adapter(provenance.backend), hashes[0])
+    elif hashes:
+        # The parts of a task vector may have any name: they are found by their hashes.
+        adapters = [path for path in sorted((paths.out / "adapters").glob("*")) if path.is_dir() and path != folder]
+        known = {artifact_sha256(adapter): adapter for adapter in adapters}
+        for expected in hashes:
+            part = known.get(expected)
+            yield Link("part", "missing" if part is None else "intact", str(part or paths.out / "adapters"), expected)
 
 
-def _report(path: Path, recipes: Path | None) -> Iterator[Link]:
-    name = path.name.removesuffix(".validation.json")
-    if name == path.name:
-        return
-    report = ValidationReport.load(path)
-    yield _sealed("record", path)
-    vector = path.with_name(f"{name}.safetensors")
-    link = _hashed("vector", vector, report.program_hash)
-    yield link
-    if link.state == "whole":
-        yield from _vector(vector, recipes)
-
-
-def _vector(path: Path, recipes: Path | None, skip: Origin | None = None) -> Iterator[Link]:
-    """A vector's or directions' own chain; what `skip` says as well was looked at before."""
+def _vector_links(path: Path, recipes: Path | None, checked: Origin | None = None) -> Iterator[Link]:
+    """The links of a vector or directions; recipe and data are left out where they are those of `checked`."""
     origin = Origin.read(path)
     report = path.with_name(f"{path.stem}.validation.json")
-    if skip is None and report.is_file():
+    if checked is None and report.is_file():
         try:
-            yield _hashed("validation is of this vector", path, ValidationReport.load(report).program_hash)
+            yield _recorded("validation is of this vector", path, ValidationReport.load(report).program_hash)
         except CompileSteerError as error:
-            yield Link("validation is of this vector", "broken", str(report), "a whole report", error.problems[0])
+            yield Link("validation is of this vector", "changed", str(report), "a complete report", error.problems[0])
     if origin is None:
         yield Link("vector's origin", "unrecorded", str(path))
         return
     if origin.directions_sha256:
-        yield _hashed("directions", path.with_name(f"{path.stem}.directions.safetensors"), origin.directions_sha256)
-    if skip is None or (skip.recipe_sha256, skip.data_sha256) != (origin.recipe_sha256, origin.data_sha256):
-        yield from _sources(path, origin, recipes)
+        yield _recorded("directions", path.with_name(f"{path.stem}.directions.safetensors"), origin.directions_sha256)
+    if checked is None or (checked.recipe_sha256, checked.data_sha256) != (origin.recipe_sha256, origin.data_sha256):
+        yield from input_links(path, origin, recipes)
 
 
-def _sources(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Link]:
-    """Recipe and data."""
+def input_links(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Link]:
+    """Yield the links to the recipe and the data that `origin`, recorded by the artifact at `path`, names."""
+    folder: Path | None = None
+    hashes: dict[str, str] = {}
+    problems: list[str] = []
     if not origin.recipe:
         yield Link("recipe", "unrecorded", str(path), origin.recipe_sha256)
-        yield from (Link(f"data {name}", "absent", "", one) for name, one in origin.data_sha256.items())
-        return
-    found = digest(origin.recipe)
-    yield Link("recipe", "whole" if found == origin.recipe_sha256 else "broken", str(path), origin.recipe_sha256, found)
-    folder = recipes or recipe_folder(path, origin.recipe) if found == origin.recipe_sha256 else None
-    if folder is None:
-        yield from (Link(f"data {name}", "absent", "", one) for name, one in origin.data_sha256.items())
-        return
-    recipe = Recipe.recall(origin.recipe, folder)
-    there, problems = data_on_disk(recipe, RunPaths(home(path), recipe.name))
+    else:
+        recorded = _compared("recipe", path, origin.recipe_sha256, digest(origin.recipe))
+        yield recorded
+        if recorded.state == "intact":  # the paths of an edited recipe prove nothing
+            folder = recipes or recipe_folder(path, origin.recipe)
+    if folder is not None:
+        recipe = Recipe.recall(origin.recipe, folder)
+        hashes, problems = data_hashes(recipe, RunPaths.of_artifact(path, recipe.name))
     for name, expected in origin.data_sha256.items():
-        found = there.get(name, "")
-        state: State = "absent" if not found else "whole" if found == expected else "broken"
-        yield Link(f"data {name}", state, str(folder), expected, found)
-    yield from (Link("data", "broken", str(folder), "readable", one) for one in problems)
+        yield _compared(f"data {name}", folder or "", expected, hashes.get(name, ""))
+    yield from (Link("data", "changed", str(folder), "readable", problem) for problem in problems)
 
 
 def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
-    """Where the recorded recipe's data lie: the nearest folder at or above the artifact, or its `recipes/`, that has them.
+    """The nearest folder at or above the artifact, or its `recipes/`, that has data of the recorded recipe.
 
-    Where a recipe lay is not recorded: it is of one machine. The data's hashes say whether they are the same.
+    Where the recipe lay is not recorded, as it holds for one machine only. The data's hashes tell whether they are the same.
     """
     files = Recipe.recall(recipe, path.parent).data.files.values()
-    for above in path.resolve().parents:
-        for folder in (above, above / "recipes"):
+    for parent in path.resolve().parents:
+        for folder in (parent, parent / "recipes"):
             if any((folder / file).is_file() for file in files):
                 return folder
     return None
 
 
-def data_on_disk(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[str]]:
-    """SHA-256 of the rows of every file that the recipe reads, under the keys of `Origin.data_sha256`; and what is wrong.
+def data_hashes(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 of the rows of every file that the recipe reads, under the keys of `Origin.data_sha256`, and the rows' problems.
 
-    A file that is not there is not among them, nor is a data set that is no file.
+    Files that are not there, and data sets that are no files, are left out.
     """
-    found, problems = recipe.data.hashes(recipe.folder)
+    hashes, problems = recipe.data.hashes(recipe.folder)
     if recipe.data.generation is not None:
-        found = {prompts_key(name) if name in SPLITS else name: one for name, one in found.items()}
+        # The files hold prompts; the pairs that the model generated from them lie in the run's folder.
+        hashes = {prompts_key(name) if name in SPLITS else name: value for name, value in hashes.items()}
         reader = Reader(paths.out)
         for name in SPLITS:
             if paths.pairs(name).is_file():
                 reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
-        found, problems = {**found, **reader.hashes}, [*problems, *reader.problems]
+        hashes, problems = {**hashes, **reader.hashes}, [*problems, *reader.problems]
+    imported = recipe.extract.imported_sha256(recipe.folder)
+    if imported:
+        hashes = {**hashes, "imported": imported}
     other = recipe.validate_.other_behaviour
-    read = {"imported": recipe.extract.imported_sha256(recipe.folder)}
     if other is not None and (recipe.folder / other).is_file():
         try:
-            read["other_behaviour"] = pairs_sha256(other_behaviour(recipe))
+            hashes["other_behaviour"] = pairs_sha256(
+                tuple(read_pairs("validate.other_behaviour", recipe.folder / other))
+            )
         except RecipeError as error:
             problems = [*problems, *error.problems]
-    return {**found, **{name: one for name, one in read.items() if one}}, problems
+    return hashes, problems
+
+
+def describe_artifact(path: Path) -> dict[str, Any]:
+    """What an artifact of any kind says about itself, as JSON; raises `ArtifactError` where it cannot be read."""
+    if path.is_dir():
+        description: dict[str, Any] = {"kind": "artifact", "provenance": asdict(Provenance.read(path))}
+        if (path / PARITY).is_file():
+            description["parity"] = without_check(read_json(path / PARITY, "Verify again."))
+        return description
+    return _describe_report(path) if path.suffix == ".json" else _describe_vector(path)
+
+
+def _describe_report(path: Path) -> dict[str, Any]:
+    content = without_check(read_json(path, "Make it again."))
+    kind = "composition" if "matrix" in content else content.get("kind", "validation report")
+    if kind == "validation report":
+        content = asdict(ValidationReport.load(path))  # refuses files that are no report of ours
+    return {"kind": kind, **content}
+
+
+def _describe_vector(path: Path) -> dict[str, Any]:
+    from compile_steer.steering.directions import Directions
+    from compile_steer.steering.program import Program
+
+    if "directions" in read_metadata(path):
+        directions = Directions.load(path)
+        norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
+        source = {} if directions.source is None else {"source": asdict(directions.source)}
+        curves = {"curves": dict(directions.curves)} if directions.curves else {}
+        kind = {"kind": "directions", "model": directions.model, "point": directions.point}
+        return {**kind, **source, **curves, "norms": norms}
+    program = Program.load(path)
+    lines = program.describe().splitlines()
+    return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}

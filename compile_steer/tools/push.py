@@ -1,9 +1,9 @@
-"""Send an artifact to a hub: what would be sent is listed first, and what is not the steered model is refused."""
+"""Send an artifact to a hub: list what would be sent, and refuse what was not verified or was changed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,16 +14,16 @@ from huggingface_hub.errors import HfHubHTTPError
 from compile_steer.artifacts.files import own_files, sha256
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.lineage import lineage
 from compile_steer.verification.parity import own_parity
 
 _TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# What a hub's client raises: its bases are the errors of whichever HTTP library it uses, and OSError.
+# The errors of whichever HTTP library the hub's client uses are the bases of its own.
 _HUB_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
 
 
 class Hub(Protocol):
-    """What is needed of `huggingface_hub.HfApi`."""
+    """The part of `huggingface_hub.HfApi` that is used."""
 
     def create_repo(self, repo_id: str, *, private: bool, repo_type: str, exist_ok: bool) -> object: ...
 
@@ -43,7 +43,7 @@ class File:
 
 @dataclass(frozen=True)
 class Upload:
-    """Everything that `send` will do. `refusals` are why it should not be done, `notes` what to know before."""
+    """What `send` will do. `refusals` are reasons not to do it, `notes` what to know before."""
 
     folder: Path
     target: str
@@ -53,7 +53,7 @@ class Upload:
     notes: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """As JSON."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
@@ -65,45 +65,41 @@ def prepare(folder: Path, target: str, private: bool) -> Upload:
     """
     if not _TARGET.fullmatch(target):
         raise RecipeError(f"--to {target}: needed: OWNER/NAME, of letters, digits, '.', '_' and '-'.")
-    origin = Provenance.read(folder)
+    provenance = Provenance.read(folder)
     paths = {name: folder / name for name in own_files(folder)}
     files = tuple(File(name, path.stat().st_size, sha256(path)) for name, path in paths.items())
-    return Upload(folder, target, private, files, tuple(_refusals(folder)), tuple(_notes(origin)))
+    return Upload(folder, target, private, files, tuple(_refusals(folder)), tuple(_notes(provenance)))
 
 
-def _refusals(folder: Path) -> list[str]:
-    found = [
-        f"{link.what}: {link.where} is broken (expected {link.expected or 'no such file'}, found {link.found or 'nothing'})."
-        for link in walk(folder)
-        if link.state == "broken"
-    ]
+def _refusals(folder: Path) -> Iterator[str]:
+    for link in lineage(folder):
+        if link.state == "changed":
+            expected, actual = link.expected or "no such file", link.actual or "nothing"
+            yield f"{link.name}: {link.path} was changed (expected {expected}, found {actual})."
     parity = own_parity(folder)
     if parity is None:
-        why = "is missing" if not (folder / PARITY).is_file() else "is of other weights, or was edited"
-        found.append(f"not verified: {PARITY} {why}. Run 'compile-steer verify'.")
+        reason = "is missing" if not (folder / PARITY).is_file() else "is of other weights, or was edited"
+        yield f"not verified: {PARITY} {reason}. Run 'compile-steer verify'."
     elif not parity.passed:
-        found.append(f"verification failed: {'; '.join(parity.reasons)}.")
-    return found
+        yield f"verification failed: {'; '.join(parity.reasons)}."
 
 
-def _notes(origin: Provenance) -> list[str]:
-    notes = []
-    if origin.verdict != "pass":
-        forced = ", and compiled with --force" if origin.forced else ""
-        notes.append(f"validation: {origin.verdict}{forced}; the card says so.")
-    if not origin.revision.startswith("hub:"):
-        notes.append(
-            f"the base is named as '{origin.model}' in the files, a local model; name its id in the card (base_model)."
+def _notes(provenance: Provenance) -> Iterator[str]:
+    if provenance.verdict != "pass":
+        forced = ", and compiled with --force" if provenance.forced else ""
+        yield f"validation: {provenance.verdict}{forced}; the card says so."
+    if not provenance.revision.startswith("hub:"):
+        yield (
+            f"the base is named as '{provenance.model}' in the files, a local model; name its id in the card (base_model)."
         )
-    notes.append("fill in the licence in the card's header before it is public: the base's binds it.")
-    return notes
+    yield "fill in the licence in the card's header before it is public: the base's licence binds it."
 
 
 def send(upload: Upload, hub: Hub) -> str:
-    """Make the repository if there is none and commit exactly the listed files; returns where they are.
+    """Create the repository if there is none and commit exactly the listed files; returns their address.
 
     Raises:
-        ArtifactError: a file is not what was listed any more, or the hub refused or could not be reached.
+        ArtifactError: a file changed since it was listed, or the hub refused or could not be reached.
     """
     changed = [file.name for file in upload.files if sha256(upload.folder / file.name) != file.sha256]
     if changed:
@@ -111,10 +107,10 @@ def send(upload: Upload, hub: Hub) -> str:
     operations = [CommitOperationAdd(file.name, upload.folder / file.name) for file in upload.files]
     try:
         hub.create_repo(upload.target, private=upload.private, repo_type="model", exist_ok=True)
-        done = hub.create_commit(upload.target, operations, commit_message=f"compile_steer: {upload.folder.name}")
+        commit = hub.create_commit(upload.target, operations, commit_message=f"compile_steer: {upload.folder.name}")
     except _HUB_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(
             f"{upload.target} was not written ({reason}). Log in with 'hf auth login', with a token that may write there."
         ) from error
-    return str(done)
+    return str(commit)

@@ -36,10 +36,9 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.tools.compose import Several, run_compose
-from compile_steer.tools.describe import describe_artifact
 from compile_steer.tools.interference import JOINT, LOADED, STACKED, Member, _texts, measure, summed
 from compile_steer.tools.interference_report import Composition
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.lineage import describe_artifact, lineage
 from tests.contract.test_adapters import origin
 from tests.helpers.fitting import solve
 from tests.helpers.tiny import (
@@ -242,8 +241,8 @@ def test_what_is_left_is_two_adapters_and_what_they_do(bench: Bench, two: tuple[
         assert came.program_sha256 == sha256(paths.program)
         adapter = RunPaths(bench.runs / NAMES[1], NAMES[1]).adapter("closed_form")
         assert came.members[f"{NAMES[1]} x 0.5"] == artifact_sha256(adapter)
-        links = {link.what: link for link in walk(paths.composed("closed_form", way))}
-        assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "whole"
+        links = {link.name: link for link in lineage(paths.composed("closed_form", way))}
+        assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "intact"
     assert [i.coefficient for i in Program.load(paths.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == done.exit_code

@@ -27,7 +27,7 @@ from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.lineage import lineage
 from tests.contract.test_adapters import origin
 from tests.helpers.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
 
@@ -113,8 +113,8 @@ def test_scaled_and_added_and_cut_on_disk(
     assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
     assert left.parent.split() == [artifact_sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
-    parts = [link for link in walk(paths.adapter("mix")) if link.what == "part"]
-    assert [(link.state, link.where) for link in parts] == [("whole", str(folder)) for folder in (one, two, three)]
+    parts = [link for link in lineage(paths.adapter("mix")) if link.name == "part"]
+    assert [(link.state, link.path) for link in parts] == [("intact", str(folder)) for folder in (one, two, three)]
     (merged,) = merge(Run.open(recipe(base), paths.out, Progress()), [paths.adapter("mix")])
     for folder in (paths.adapter("mix"), merged):
         card = (folder / "README.md").read_text("utf-8")

@@ -29,7 +29,7 @@ from compile_steer.models.reload import reload
 from compile_steer.report.card import update_card
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.lineage import lineage
 from compile_steer.tools.serving.compare import compare_engines, engine_record, recorded_base
 from compile_steer.tools.serving.runner import environment
 from tests.contract.test_adapters import origin
@@ -98,8 +98,8 @@ def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_ca
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| {kept.version} | tide | {kept.error:.1e} | {kept.base_error:.1e} | {kept.gain:.4f} | same |" in card
     assert artifact_sha256(folder) == before, "a report is no part of what the artifact is"
-    states = {link.what: link.state for link in walk(folder)}
-    assert states["engines' record"] == states["engines' readings are of these weights"] == "whole"
+    states = {link.name: link.state for link in lineage(folder)}
+    assert states["engines' record"] == states["engines' records are of these weights"] == "intact"
     # Another engine's is put beside it, a newer one in the place of the older.
     other = replace(kept, engine="llama.cpp", form="tide (f32)")
     assert save_engine_records(folder, [replace(kept, gain=0.5), other])
@@ -120,7 +120,7 @@ def test_records_of_something_else_are_not_shown(tmp_path: Path, adapter: tuple[
     assert load_engine_records(folder) == ()
     update_card(folder, tmp_path / "none.json")
     assert "In serving engines" not in (folder / "README.md").read_text(encoding="utf-8")
-    assert "broken" in {link.state for link in walk(folder) if "engines" in link.what}
+    assert "changed" in {link.state for link in lineage(folder) if "engines" in link.name}
 
 
 def test_nothing_is_written_into_a_folder_of_somebody_else(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.lineage import lineage
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_svec
 from tests.contract.test_compose import write_recipe
 from tests.helpers.extraction import extract_with
@@ -265,7 +265,7 @@ def test_a_file_becomes_a_recipe_and_the_program_a_file(tmp_path: Path, monkeypa
     directions = Directions.load(paths.directions)
     assert directions.joint
     assert torch.equal(directions.vectors[1], vectors[1])
-    assert {link.what: link.state for link in walk(paths.directions)}["data imported"] == "whole"
+    assert {link.name: link.state for link in lineage(paths.directions)}["data imported"] == "intact"
     first = paths.directions.stat().st_ino
     run("extract", tmp_path / "happy.yaml")
     assert paths.directions.stat().st_ino == first, "the new recipe keeps what the import left"

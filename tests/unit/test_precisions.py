@@ -30,8 +30,8 @@ from compile_steer.report.card import model_card
 from compile_steer.report.terminal import print_parities
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
-from compile_steer.tools.compare import of_gguf
-from compile_steer.tools.lineage import walk
+from compile_steer.tools.compare import gguf_difference
+from compile_steer.tools.lineage import lineage
 from compile_steer.verification.options import Form
 from compile_steer.verification.precision import HALF, cost_of_rounding, edited_matrices, first_beyond, rounding_of
 from tests.helpers import byte_level
@@ -203,9 +203,9 @@ def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierC
     assert merge(run, [run.paths.adapter("closed_form")]) == folders
     assert (folders[0] / GGUF_FILE).stat().st_mtime_ns == written
     assert Provenance.read_unedited(folders[0]).is_merged and not Provenance.read_unedited(adapter).is_merged
-    assert {link.what: link.state for link in walk(folders[0])}["adapter"] == "whole"
+    assert {link.name: link.state for link in lineage(folders[0])}["adapter"] == "intact"
     other = quantised(bytewise, "q8_0", 1.5 * read_patch(adapter), "more")
-    assert of_gguf(folders[0], folders[0]) == 0 < of_gguf(folders[0], other) < 1
+    assert gguf_difference(folders[0], folders[0]) == 0 < gguf_difference(folders[0], other) < 1
 
 
 def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: VerifierCase, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     one = Hub()
-    monkeypatch.setattr("compile_steer.cli.artifacts.HfApi", lambda: one)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: one)
     return one
 
 
@@ -91,7 +91,7 @@ def test_with_yes_exactly_the_listed_files_are_sent(run: SmallRun, hub: Hub) -> 
         ("missing", "parity.json is missing"),
         ("of another", "of other weights, or was edited"),
         ("edited", "of other weights, or was edited"),
-        ("tampered", "config.json is broken"),
+        ("tampered", "config.json was changed"),
         ("data", "data train"),
     ],
 )

@@ -22,12 +22,20 @@ from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.pipeline.artifacts import compile_program
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.program import Program
-from compile_steer.tools import compare
-from compile_steer.tools.lineage import walk
-from compile_steer.tools.reproduce import TOLERANCE, Reproduction, reproduce
+from compile_steer.tools.compare import (
+    checkpoint_difference,
+    directions_difference,
+    patch_difference,
+    program_difference,
+    report_difference,
+)
+from compile_steer.tools.lineage import lineage
+from compile_steer.tools.reproduce import Reproduction, reproduce
 from tests.helpers.generation import generating_model, generating_recipe
 from tests.helpers.small_run import NAME, SmallRun
 from tests.helpers.tiny import loaded, random_patch
+
+TOLERANCE = 1e-3
 
 
 def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproduction:
@@ -35,7 +43,7 @@ def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproducti
 
 
 def states(found: Reproduction) -> dict[str, str]:
-    return {link.what: link.state for link in found.links}
+    return {link.name: link.state for link in found.links}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +59,7 @@ def states(found: Reproduction) -> dict[str, str]:
 )
 def test_the_same_recipe_gives_the_same_bytes(run: SmallRun, tmp_path: Path, name: str, links: list[str]) -> None:
     found = again(run.paths.out / name, tmp_path)
-    assert [link.what for link in found.links if link.what.split()[0] not in ("recipe", "data", "base")] == links
+    assert [link.name for link in found.links if link.name.split()[0] not in ("recipe", "data", "base")] == links
     assert set(states(found).values()) == {"bytes"}
     assert found.agrees
     assert not found.versions
@@ -114,8 +122,8 @@ def test_nothing_runs_on_other_inputs(
         path.write_text(json.dumps({**content, "recipe": {**origin.recipe, "seed": 77}}), encoding="utf-8")
     monkeypatch.setattr("compile_steer.tools.reproduce.Run", None)
     found = again(folder, tmp_path)
-    assert {link.what for link in found.links if link.state == "differs"} == {what}
-    assert "recorded" in next(link.note for link in found.links if link.what == what)
+    assert {link.name for link in found.links if link.state == "differs"} == {what}
+    assert "recorded" in next(link.note for link in found.links if link.name == what)
     assert not found.agrees
     assert not (tmp_path / "again").exists()
 
@@ -137,7 +145,7 @@ def test_an_adapter_by_itself_is_made_again_from_its_own_recipe(run: SmallRun, t
         again(alone, tmp_path)
     found = again(alone, tmp_path, run.root / "recipes")
     assert states(found)["patch"] == states(found)["vector"] == states(found)["validation"] == "bytes"
-    assert states(found)["directions"] == "absent", "nobody kept their hash there"
+    assert states(found)["directions"] == "not compared", "nobody kept their hash there"
     assert found.agrees
 
 
@@ -147,7 +155,7 @@ def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Pat
     (2.0 * Program.load(paths.program)).save(paths.program)
     compile_program(run.open(), force=True)
     found = again(paths.adapter("bias"), tmp_path)
-    (vector,) = [link for link in found.links if link.what == "vector"]
+    (vector,) = [link for link in found.links if link.name == "vector"]
     assert (vector.state, vector.note) == ("bytes", "no recipe made it: taken as it is")
     assert states(found)["patch"] == "bytes"
     assert found.agrees
@@ -196,14 +204,14 @@ def test_generated_pairs_are_generated_again(tmp_path: Path) -> None:
     opened = Run.open(recipe, out, Progress())
     opened.extract()
     path = opened.paths.directions
-    assert {link.state for link in walk(path)} == {"whole"}
+    assert {link.state for link in lineage(path)} == {"intact"}
     found = again(path, tmp_path)
     assert set(states(found).values()) == {"bytes"}
     assert states(found).keys() >= {"data train", "data train, prompts", "data neutral"}
     pairs = opened.paths.pairs("test")
     pairs.write_text(pairs.read_text(encoding="utf-8").replace("w", "w1", 1), encoding="utf-8")
-    assert [link.what for link in walk(path) if link.state == "broken"] == ["data test"]
-    assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are generated again, not read"
+    assert [link.name for link in lineage(path) if link.state == "changed"] == ["data test"]
+    assert again(path, tmp_path.parent / f"{tmp_path.name}-2").agrees, "they are written again, not read"
 
 
 # ----------------------------------------------------------------------------------------- agreement
@@ -218,10 +226,10 @@ def test_factors_that_differ_are_one_patch_if_their_products_agree(tmp_path: Pat
     patch = random_patch(one)
     turned = WeightPatch({n: LowRank(-1.7 * e.B, e.A / -1.7) for n, e in patch.low_rank.items()})
     folders = [write(tmp_path / name, which, one) for name, which in (("a", patch), ("b", turned), ("c", 1.3 * patch))]
-    assert compare.of_patches(folders[0], folders[1]) < 1e-6
-    assert compare.of_patches(folders[0], folders[2]) == pytest.approx(0.3, rel=1e-4)
+    assert patch_difference(folders[0], folders[1]) < 1e-6
+    assert patch_difference(folders[0], folders[2]) == pytest.approx(0.3, rel=1e-4)
     fewer = WeightPatch(dict(list(patch.low_rank.items())[:2]))
-    assert compare.of_patches(folders[0], write(tmp_path / "d", fewer, one)) == math.inf
+    assert patch_difference(folders[0], write(tmp_path / "d", fewer, one)) == math.inf
 
 
 def test_a_checkpoint_is_compared_by_what_it_changed(tmp_path: Path) -> None:
@@ -237,26 +245,26 @@ def test_a_checkpoint_is_compared_by_what_it_changed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file(content, str(tmp_path / name / "model.safetensors"))
     old, base_folder = tmp_path / "old", tmp_path / "base"
-    assert compare.of_checkpoints(old, old, base_folder) == 0.0
-    assert compare.of_checkpoints(old, tmp_path / "new", base_folder) == pytest.approx(1.0, rel=1e-3)
-    assert compare.of_checkpoints(old, tmp_path / "moved", base_folder) == math.inf, "it was left alone"
-    assert compare.of_checkpoints(old, base_folder, base_folder) == math.inf
+    assert checkpoint_difference(old, old, base_folder) == 0.0
+    assert checkpoint_difference(old, tmp_path / "new", base_folder) == pytest.approx(1.0, rel=1e-3)
+    assert checkpoint_difference(old, tmp_path / "moved", base_folder) == math.inf, "it was left alone"
+    assert checkpoint_difference(old, base_folder, base_folder) == math.inf
 
 
 def test_programs_and_reports_are_compared_by_what_they_do(run: SmallRun, tmp_path: Path) -> None:
     program = Program.load(run.paths.program)
     (1.5 * program).save(tmp_path / "more.safetensors")
-    assert compare.of_programs(run.paths.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
+    assert program_difference(run.paths.program, tmp_path / "more.safetensors") == pytest.approx(0.5)
     (program + program).save(tmp_path / "twice.safetensors")
-    assert compare.of_programs(run.paths.program, tmp_path / "twice.safetensors") == math.inf
+    assert program_difference(run.paths.program, tmp_path / "twice.safetensors") == math.inf
     content = json.loads(run.paths.validation.read_text(encoding="utf-8"))
     size = max(abs(content["margin"]["value"]), content["margin"]["high"] - content["margin"]["low"])
     content["margin"]["value"] += 0.25 * size
     (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
-    assert compare.of_reports(run.paths.validation, tmp_path / "other.json") == pytest.approx(0.25)
+    assert report_difference(run.paths.validation, tmp_path / "other.json") == pytest.approx(0.25)
     (tmp_path / "verdict.json").write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
-    assert compare.of_reports(run.paths.validation, tmp_path / "verdict.json") == math.inf
+    assert report_difference(run.paths.validation, tmp_path / "verdict.json") == math.inf
     tensors, metadata = read_tensors(run.paths.directions)
     tensors["directions"] = tensors["directions"] * 1.25
     save_file(tensors, str(tmp_path / f"{NAME}.safetensors"), metadata=metadata)
-    assert compare.of_directions(run.paths.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)
+    assert directions_difference(run.paths.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)

@@ -14,7 +14,7 @@ from compile_steer.data.behaviour import SPLITS, Context
 from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
-from compile_steer.tools.lineage import data_on_disk
+from compile_steer.tools.lineage import data_hashes
 from tests.helpers.generation import N_PROMPTS, generated, generating_model, generating_recipe, read_rows
 
 
@@ -42,7 +42,7 @@ def test_a_run_records_the_hashes_of_the_prompts_and_of_the_generated_pairs(tmp_
     prompts = recipe.data.read(tmp_path)
     paths = RunPaths(tmp_path / "out", "generated")
     recorded = Run(recipe, paths, Context(model, data)).origin().data_sha256
-    assert recorded == data_on_disk(recipe, paths)[0]
+    assert recorded == data_hashes(recipe, paths)[0]
     assert recorded["train, prompts"] == prompts.hashes["train"] != data.hashes["train"]
 
 

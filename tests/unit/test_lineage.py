@@ -20,7 +20,7 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.pipeline.artifacts import compile_program, merge, verify
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.program import Program
-from compile_steer.tools.lineage import Link, walk
+from compile_steer.tools.lineage import Link, lineage
 from tests.helpers.small_run import NAME, SPLITS, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,18 +40,22 @@ def artifacts(paths: RunPaths) -> dict[str, Path]:
     }
 
 
-def broken(links: list[Link]) -> set[str]:
-    return {link.what for link in links if link.state == "broken"}
+def links_of(path: Path, recipes: Path | None = None) -> list[Link]:
+    return list(lineage(path, recipes))
+
+
+def changed(links: list[Link]) -> set[str]:
+    return {link.name for link in links if link.state == "changed"}
 
 
 @pytest.mark.parametrize("name", list(artifacts(RunPaths(Path(), NAME))))
 def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> None:
-    links = walk(artifacts(run.paths)[name])
-    assert {link.state for link in links} == {"whole"}
-    assert {link.what for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
+    links = links_of(artifacts(run.paths)[name])
+    assert {link.state for link in links} == {"intact"}
+    assert {link.name for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
     shown = CliRunner().invoke(app, ["show", str(artifacts(run.paths)[name]), "--json"])
     assert shown.exit_code == 0
-    assert len(json.loads(shown.stdout)["chain"]) == len(links)
+    assert len(json.loads(shown.stdout)["lineage"]) == len(links)
 
 
 def test_recipes_versions_and_seeds_are_in_every_artifact(run: SmallRun) -> None:
@@ -132,16 +136,16 @@ TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
 def test_what_was_tampered_with_is_named(run: SmallRun, asked: str, file: str, spoil: Spoil, links: set[str]) -> None:
     spoil(run.paths.out / file)
     path = artifacts(run.paths)[asked]
-    found = walk(path)
-    assert broken(found) == links
-    assert all(link.expected != link.found for link in found if link.state == "broken")
+    found = links_of(path)
+    assert changed(found) == links
+    assert all(link.expected != link.actual for link in found if link.state == "changed")
     shown = CliRunner().invoke(app, ["show", str(path), "--json"])
     assert shown.exit_code == 1
-    assert {one["what"] for one in json.loads(shown.stdout)["chain"] if one["state"] == "broken"} == broken(found)
+    assert {one["name"] for one in json.loads(shown.stdout)["lineage"] if one["state"] == "changed"} == changed(found)
     told = CliRunner().invoke(app, ["show", str(path)])
     assert told.exit_code == 1
     assert "expected" in told.stdout
-    assert "Broken:" in told.stdout
+    assert "Changed:" in told.stdout
 
 
 def test_a_swapped_adapter_is_found_by_its_name_and_by_its_child(run: SmallRun) -> None:
@@ -149,34 +153,34 @@ def test_a_swapped_adapter_is_found_by_its_name_and_by_its_child(run: SmallRun) 
     other = paths.adapter("other")
     shutil.move(paths.adapter("closed_form"), other)
     shutil.copytree(paths.adapter("bias"), paths.adapter("closed_form"))
-    (link,) = [link for link in walk(paths.merged("closed_form", "fp32")) if link.state == "broken"]
-    assert link.what == "adapter"
+    (link,) = [link for link in links_of(paths.merged("closed_form", "fp32")) if link.state == "changed"]
+    assert link.name == "adapter"
     assert link.expected == artifact_sha256(other)
-    assert link.found == artifact_sha256(paths.adapter("bias"))
+    assert link.actual == artifact_sha256(paths.adapter("bias"))
 
 
 def test_a_file_that_was_put_there_later_is_named_and_a_hidden_one_is_not(run: SmallRun) -> None:
     folder = run.paths.adapter("closed_form")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
-    assert not broken(walk(folder))
+    assert not changed(links_of(folder))
     (folder / "model-2.safetensors").write_bytes(b"")
-    (link,) = [link for link in walk(folder) if link.what == "files"]
-    assert (link.state, link.expected) == ("broken", "")
+    (link,) = [link for link in links_of(folder) if link.name == "files"]
+    assert (link.state, link.expected) == ("changed", "")
 
 
 def test_an_artifact_by_itself_says_what_is_not_here(run: SmallRun, tmp_path: Path) -> None:
     alone = tmp_path.parent / f"{tmp_path.name}-alone" / "adapters" / "tide-closed_form"
     shutil.copytree(run.paths.adapter("closed_form"), alone)
-    links = walk(alone)
-    assert not broken(links)
-    assert {link.what for link in links if link.state == "absent"} == {
+    links = links_of(alone)
+    assert not changed(links)
+    assert {link.name for link in links if link.state == "missing"} == {
         "validation", "vector", *(f"data {split}" for split in SPLITS)
     }  # fmt: skip
-    links = walk(alone, run.root / "recipes")
-    assert {link.what for link in links if link.state == "absent"} == {"validation", "vector"}
+    links = links_of(alone, run.root / "recipes")
+    assert {link.name for link in links if link.state == "missing"} == {"validation", "vector"}
     (run.root / "recipes" / "data" / "neutral.jsonl").unlink()
-    links = walk(alone, run.root / "recipes")
-    assert {link.what for link in links if link.state == "absent"} == {"validation", "vector", "data neutral"}
+    links = links_of(alone, run.root / "recipes")
+    assert {link.name for link in links if link.state == "missing"} == {"validation", "vector", "data neutral"}
 
 
 @pytest.mark.parametrize("name", ["adapter", "vector", "validation"])
@@ -184,23 +188,23 @@ def test_what_cannot_be_read_at_all_is_an_error(run: SmallRun, name: str) -> Non
     path = artifacts(run.paths)[name]
     cut_short(path / "compile_steer.json" if path.is_dir() else path)
     with pytest.raises(ArtifactError):
-        walk(path)
+        links_of(path)
     shown = CliRunner().invoke(app, ["show", str(path)])
     assert isinstance(shown.exception, ArtifactError)
 
 
 def test_foreign_and_missing_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="was not made by compile_steer"):
-        walk(tmp_path)
+        links_of(tmp_path)
     with pytest.raises(ArtifactError, match="does not exist"):
-        walk(tmp_path / "nothing")
+        links_of(tmp_path / "nothing")
 
 
 def test_the_committed_example_is_older_and_still_readable() -> None:
-    links = walk(ROOT / "adapters" / "ocean-closed_form")
-    assert not broken(links)
+    links = links_of(ROOT / "adapters" / "ocean-closed_form")
+    assert not changed(links)
     assert {"vector", "validation", "parity is of these weights"} <= {
-        link.what for link in links if link.state == "whole"
+        link.name for link in links if link.state == "intact"
     }
 
 
@@ -213,7 +217,7 @@ def test_merge_and_verify_refuse_what_was_tampered_with_and_compile_makes_it_aga
             span(opened, [folder])
     assert folder in compile_program(opened, force=True)
     assert sha256(folder / "adapter_model.safetensors") == before
-    assert not broken(walk(folder))
+    assert not changed(links_of(folder))
 
 
 def test_an_edited_verdict_is_not_compiled_by_and_is_measured_again(run: SmallRun) -> None:
