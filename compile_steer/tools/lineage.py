@@ -184,22 +184,23 @@ def _vector_links(path: Path, recipes: Path | None, checked: Origin | None = Non
 
 def input_links(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Link]:
     """Yield the links to the recipe and the data that `origin`, recorded by the artifact at `path`, names."""
-    folder: Path | None = None
-    hashes: dict[str, str] = {}
-    problems: list[str] = []
+    where, hashes, problems = "", dict[str, str](), list[str]()
     if not origin.recipe:
         yield Link("recipe", "unrecorded", str(path), origin.recipe_sha256)
     else:
         recorded = _compared("recipe", path, origin.recipe_sha256, digest(origin.recipe))
         yield recorded
-        if recorded.state == "intact":  # the paths of an edited recipe prove nothing
-            folder = recipes or recipe_folder(path, origin.recipe)
-    if folder is not None:
-        recipe = Recipe.recall(origin.recipe, folder)
-        hashes, problems = data_hashes(recipe, RunPaths.of_artifact(path, recipe.name))
+        try:
+            # The paths of an edited recipe prove nothing.
+            folder = (recipes or recipe_folder(path, origin.recipe)) if recorded.state == "intact" else None
+            if folder is not None:
+                where, recipe = str(folder), Recipe.recall(origin.recipe, folder)
+                hashes, problems = data_hashes(recipe, RunPaths.of_artifact(path, recipe.name))
+        except RecipeError:  # keys of another version: its data cannot be found
+            where = "the recipe is of another version of compile_steer"
     for name, expected in origin.data_sha256.items():
-        yield _compared(f"data {name}", folder or "", expected, hashes.get(name, ""))
-    yield from (Link("data", "changed", str(folder), "readable", problem) for problem in problems)
+        yield _compared(f"data {name}", where, expected, hashes.get(name, ""))
+    yield from (Link("data", "changed", where, "readable", problem) for problem in problems)
 
 
 def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
