@@ -177,7 +177,6 @@ def place_at_blocks(
     path: Path,
     by_number: Mapping[int, Tensor],
     convention: LayerConvention | None,
-    *,
     label: str,
     conventions: str,
     made_for: str,

@@ -5,7 +5,6 @@ Serving engines read few of a LoRA's settings, and some of them ignore the other
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
+from compile_steer.formats.foreign import read_json
 from compile_steer.steering.low_rank import LowRank
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +84,9 @@ def read_lora(folder: Path) -> PlainLora:
     Raises:
         ArtifactError: it does not exist, is damaged, or does more than plain LoRA; every reason is named.
     """
-    config = _read_config(folder)
+    config = read_json(folder / ADAPTER_CONFIG, "a PEFT adapter's folder")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise ArtifactError(f"{folder / ADAPTER_CONFIG} is no LoRA's: it has no rank r.")
     if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ArtifactError(
             f"{folder} holds {_PICKLE}, a pickle, which can run code. Load it with PEFT where you trust it, and save it again: "
@@ -115,18 +117,6 @@ def read_lora(folder: Path) -> PlainLora:
         raise ArtifactError(problems)
     base = config.get("base_model_name_or_path") or ""
     return PlainLora(edits, tuple(sorted(folded)), str(base), bool(config.get("fan_in_fan_out")))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder / ADAPTER_CONFIG} cannot be read ({error}); needed: a PEFT adapter's folder."
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise ArtifactError(f"{folder / ADAPTER_CONFIG} is no LoRA's: it has no rank r.")
-    return config
 
 
 def _unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:

@@ -40,6 +40,10 @@ from compile_steer.formats.foreign import (
 )
 
 _ARCHITECTURE = "controlvector"
+_GGUF_CONVENTIONS = (
+    "repeng, EasySteer and saklas write block; llama.cpp's cvector-generator and jukofyork's tool write hidden_state."
+)
+_SVEC_CONVENTIONS = "activation-steering reads a direction as block says, and adds it as hidden_state says."
 _REPSTEER_TENSORS, _REPSTEER_CHECKSUMS = "tensors.safetensors", "checksums.json"
 _REPSTEER_VECTORS = {"direction": "direction", "sae_feature": "decoder_direction"}  # artifact type -> tensor
 
@@ -75,15 +79,7 @@ def read_gguf(path: Path, options: ImportOptions) -> ForeignVectors:
         problems.append(f"{path} holds no direction.")
     if problems:
         raise ArtifactError(problems)
-    return place_at_blocks(
-        path,
-        by_number,
-        options.layer_convention,
-        label="direction.{}",
-        conventions="repeng, EasySteer and saklas write block; llama.cpp's cvector-generator and jukofyork's tool write "
-        "hidden_state.",
-        made_for=made_for,
-    )
+    return place_at_blocks(path, by_number, options.layer_convention, "direction.{}", _GGUF_CONVENTIONS, made_for)
 
 
 def write_gguf(path: Path, vectors: Mapping[int, Tensor], model_type: str) -> None:
@@ -110,14 +106,9 @@ def read_svec(path: Path, options: ImportOptions) -> ForeignVectors:
     invalid = [key for key in directions if re.fullmatch(BLOCK_NUMBER, key) is None]
     if invalid:
         raise ArtifactError(f"{path}: directions {', '.join(map(repr, invalid))}; needed: numbers of blocks.")
-    return place_at_blocks(
-        path,
-        {int(key): parse_numbers(path, f"direction {key}", values) for key, values in directions.items()},
-        options.layer_convention,
-        label="direction {}",
-        conventions="activation-steering reads a direction as block says, and adds it as hidden_state says.",
-        made_for=str(content.get("model_type", "")),
-    )
+    by_number = {int(key): parse_numbers(path, f"direction {key}", values) for key, values in directions.items()}
+    made_for = str(content.get("model_type", ""))
+    return place_at_blocks(path, by_number, options.layer_convention, "direction {}", _SVEC_CONVENTIONS, made_for)
 
 
 def write_svec(path: Path, vectors: Mapping[int, Tensor], model_type: str, convention: LayerConvention) -> None:

@@ -18,7 +18,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Advance, Progress
 from compile_steer.lowering.options import CompileOptions
-from compile_steer.models.generate import continue_encoded
+from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
@@ -131,7 +131,7 @@ class Lowering:
         options = self.options.calibration
         for at in range(0, len(prompts), options.batch):
             batch = prompts[at : at + options.batch]
-            texts += continue_encoded(
+            texts += continue_prompts(
                 self.loaded,
                 batch,
                 program,

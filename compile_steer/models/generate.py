@@ -12,28 +12,14 @@ from transformers import Cache
 
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-from compile_steer.models.tokens import Encoded, encode
-from compile_steer.steering.hooks import PAD, steered
+from compile_steer.models.tokens import Encoded, encode, pad
+from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 
 
 def continue_prompts(
     loaded: LoadedModel,
-    prompts: Sequence[Text],
-    program: Program | Sequence[Program] | None = None,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[Encoded]:
-    """Continue conversations after their last prompt; a response that is there is ignored. See `continue_encoded`."""
-    encoded = [encode(loaded.tokenizer, replace(prompt, response="")) for prompt in prompts]
-    return continue_encoded(loaded, encoded, program, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-
-
-def continue_encoded(
-    loaded: LoadedModel,
-    texts: Sequence[Encoded],
+    prompts: Sequence[Text | Encoded],
     program: Program | Sequence[Program] | None = None,
     *,
     max_new_tokens: int,
@@ -41,22 +27,18 @@ def continue_encoded(
     seed: int = 0,
     cache: Cache | None = None,
 ) -> list[Encoded]:
-    """Continue each text's prompt; returns prompt and continuation, cut after the end-of-turn token.
+    """Continue each prompt; returns prompt and continuation, cut after the end-of-turn token.
 
     Args:
-        texts: only their prompts are read.
-        program: steers the model: one program for all texts, one per text, or None.
+        prompts: conversations; a response after the last prompt is ignored.
+        program: steers the model: one program for all prompts, one per prompt, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
-        cache: the result of `prefill` for the only text, under the same program; it is not changed.
+        cache: the result of `prefill` for the only prompt, under the same program; it is not changed.
     """
-    prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
+    texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
+    encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     # Padded on the left, so that every prompt ends where generation begins.
-    width = max(len(prompt.ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), loaded.pad_id, dtype=torch.long)
-    roles = torch.full((len(prompts), width), PAD, dtype=torch.int8)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        roles[row, width - len(prompt.ids) :] = torch.tensor(prompt.roles, dtype=torch.int8)
+    batch = pad(encoded, range(len(encoded)), loaded.pad_id, left=True).to(loaded.device)
     # top_k and top_p are set because a checkpoint's generation settings may cut the distribution.
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -64,10 +46,10 @@ def continue_encoded(
         else {"do_sample": False}
     )
     torch.manual_seed(seed)
-    with steered(loaded.model, program, roles=roles.to(loaded.device)), torch.no_grad():
+    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
         output = loaded.model.generate(
-            input_ids=input_ids.to(loaded.device),
-            attention_mask=(roles != PAD).long().to(loaded.device),
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=loaded.pad_id,
             **({} if cache is None else {"past_key_values": copy.deepcopy(cache)}),
@@ -75,8 +57,8 @@ def continue_encoded(
         )
     ends = _end_tokens(loaded)
     continued = []
-    for row, prompt in enumerate(prompts):
-        new = output[row, width:].tolist()
+    for row, prompt in enumerate(encoded):
+        new = output[row, batch.input_ids.shape[1] :].tolist()
         stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
         continued.append(replace(prompt, ids=(*prompt.ids, *new[:stop])))
     return continued

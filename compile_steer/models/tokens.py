@@ -48,7 +48,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """A right-padded batch; all tensors are [batch, time], and `rows` are the indices of its texts."""
+    """A padded batch; all tensors are [batch, time], and `rows` are the indices of its texts."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -137,14 +137,15 @@ def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int 
         yield pad(encoded, group, loaded.pad_id).to(loaded.device)
 
 
-def pad(encoded: Sequence[Encoded], rows: Iterable[int], pad_id: int) -> Batch:
-    """One right-padded batch, on the CPU, of the texts with the indices `rows`."""
+def pad(encoded: Sequence[Encoded], rows: Iterable[int], pad_id: int, *, left: bool = False) -> Batch:
+    """One batch, on the CPU, of the texts with the indices `rows`, padded on the right (or left)."""
     rows = tuple(rows)
     time = max(len(encoded[row].ids) for row in rows)
     input_ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
     roles = torch.full((len(rows), time), PAD, dtype=torch.int8)
     for index, row in enumerate(rows):
         text = encoded[row]
-        input_ids[index, : len(text.ids)] = torch.tensor(text.ids)
-        roles[index, : len(text.ids)] = torch.tensor(text.roles, dtype=torch.int8)
+        real = slice(time - len(text.ids), time) if left else slice(len(text.ids))
+        input_ids[index, real] = torch.tensor(text.ids)
+        roles[index, real] = torch.tensor(text.roles, dtype=torch.int8)
     return Batch(input_ids, (roles != PAD).long(), roles, rows)

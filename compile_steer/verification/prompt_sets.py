@@ -18,7 +18,7 @@ from transformers import Cache
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
-from compile_steer.models.generate import continue_encoded, ended, prefill, response_text, states_after
+from compile_steer.models.generate import continue_prompts, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.text import Text
@@ -164,7 +164,7 @@ class PromptSets:
 
         def answer(prompts: list[Encoded], decoding: Decoding, cache: Cache | None = None) -> list[Encoded]:
             # One seed and one shape of the batch: every model draws with the same random numbers.
-            return continue_encoded(
+            return continue_prompts(
                 model,
                 prompts,
                 program,

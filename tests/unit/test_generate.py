@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from compile_steer.models.generate import (
-    continue_encoded,
     continue_prompts,
     ended,
     prefill,
@@ -148,8 +147,8 @@ def test_going_on_from_a_prompt_that_was_read_once_is_reading_it_again(family: s
     for under in (steering, None):
         cache = prefill(one, turns, under)
         for _ in range(2):  # the cache stays what it was
-            (found,) = continue_encoded(one, [turns], under, max_new_tokens=6, cache=cache)
-            assert [found] == continue_encoded(one, [turns], under, max_new_tokens=6)
+            (found,) = continue_prompts(one, [turns], under, max_new_tokens=6, cache=cache)
+            assert [found] == continue_prompts(one, [turns], under, max_new_tokens=6)
             wanted = final_states(one, [found], under).response[-(len(found.ids) - 12) :]  # less the earlier turn's
             torch.testing.assert_close(states_after(one, found, cache, under), wanted, atol=1e-4, rtol=1e-4)
     bare, hooked = (final_states(one, [turns], under).response for under in (None, steering))

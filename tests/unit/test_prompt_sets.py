@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.models.generate import continue_encoded, response_text
+from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
@@ -112,7 +112,7 @@ def test_figures_of_long_prompts_match_a_measurement_without_a_cache(case: Verif
 
     def answers(model: LoadedModel, program: Program | None) -> list[Encoded]:
         prompts = [[prompt] for prompt in sets.prompts["long"]]
-        return [continue_encoded(model, p, program, max_new_tokens=5, temperature=1.0, seed=5)[0] for p in prompts]
+        return [continue_prompts(model, p, program, max_new_tokens=5, temperature=1.0, seed=5)[0] for p in prompts]
 
     expected = answers(case.base, case.program)
     p, q, base = (
@@ -136,8 +136,8 @@ def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         short = [prompt for name, prompts in sets.prompts.items() if name != "long" for prompt in prompts]
         settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": temperature, "seed": 5}
-        answers = continue_encoded(adapter, short, **settings)
-        answers += [continue_encoded(adapter, [one], **settings)[0] for one in sets.prompts["long"]]
+        answers = continue_prompts(adapter, short, **settings)
+        answers += [continue_prompts(adapter, [one], **settings)[0] for one in sets.prompts["long"]]
         texts = [re.sub(r"w4\b", "", response_text(adapter, one)) for one in answers]
         expected[decoding] = np.array([float("w4" in text) for text in texts])
     assert scores is not None
