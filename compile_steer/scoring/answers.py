@@ -76,8 +76,8 @@ def answer(
     rows: list[_Row] = []
     scored: list[int] = []
     for request in requests:
-        n, one = len(request.prompts), request.program
-        programs: Sequence[Program | None] = [one] * n if isinstance(one, Program | None) else one
+        n, under = len(request.prompts), request.program
+        programs: Sequence[Program | None] = [under] * n if isinstance(under, Program | None) else under
         scored += range(len(rows), len(rows) + n) if request.scored else ()
         for prompt, program in zip(request.prompts, programs, strict=True):
             question = questions.get(prompt)
@@ -89,6 +89,7 @@ def answer(
         base = None if pattern is None else pattern.scaled(0.0)
         replies |= _generate(loaded, [row for row in group if row.question is None], base, max_new_tokens)
         replies |= _choose(loaded, [row for row in group if row.question is not None], base)
+    # All replies in one call, so that a judge is asked only once about a reply that occurs twice.
     scores = np.full(len(rows), np.nan)
     scores[scored] = score([replies[index] for index in scored])
     result, start = [], 0
@@ -104,6 +105,7 @@ def answer(
 
 def _same_shape(rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], Program | None]]:
     """Yield the rows by the shape of their programs, with one program of that shape; the base's rows join the first."""
+    # Rows of one batch may differ in their vectors and coefficients, but not in where the hooks are and what they do.
     groups: dict[object, list[_Row]] = {}
     for row in rows:
         if row.program is not None:
@@ -142,7 +144,8 @@ def _choose(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None) -> 
         part = [rows[index] for index in batch.rows]
         with steered(loaded.model, _programs(part, base), roles=batch.roles), torch.no_grad():
             hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
-            last = batch.attention_mask.sum(dim=1) - 1
+            last = batch.attention_mask.sum(dim=1) - 1  # batches are padded on the right
+            # Only there: logits of every token would be gigabytes.
             logits = lm_head(loaded.model, hidden[torch.arange(len(part), device=hidden.device), last])
         for row, values in zip(part, logits, strict=True):
             assert row.question is not None

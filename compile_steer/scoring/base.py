@@ -88,9 +88,10 @@ def require_discrimination(
     pairs = behaviour.validation
     if all(pair.positive.response == pair.negative.response for pair in pairs):
         return Discrimination(skipped="the two sides of the pairs have the same responses, or none")
+    # All of them ended, so that this cannot be what tells the sides apart.
     texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
     texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
-    if usable is not scorer:
+    if usable is not scorer:  # a part of it, without those that need a model's reply or cost requests
         score = usable.bind(loaded, behaviour)
     positive, negative = np.split(score(texts), 2)
     if np.ptp([*positive, *negative]) == 0:

@@ -34,9 +34,9 @@ class Classifier(ScorerBase):
     """
 
     kind: Literal["classifier"]
-    model: str | None = None
-    label: str | None = None
-    min_auroc: float = Field(0.7, gt=0.5, lt=1)
+    model: str | None = Field(None, description="local folder of a sequence classifier; none trains one on data.train")
+    label: str | None = Field(None, description="the classifier's label that is the behaviour")
+    min_auroc: float = Field(0.7, gt=0.5, lt=1, description="least AUROC between the two sides of data.validation")
 
     @model_validator(mode="after")
     def _model_has_a_label(self) -> Self:
@@ -61,6 +61,7 @@ class Classifier(ScorerBase):
             )
 
         def score(replies: Sequence[Reply]) -> np.ndarray:
+            # Nothing written has no words: the classifier would return the bias that it was trained to.
             written = np.array([bool(reply.text.strip()) for reply in replies], dtype=float)
             return written * probability([reply.text for reply in replies]) if len(replies) else written
 
@@ -84,6 +85,7 @@ def _trained(pairs: Sequence[Pair]) -> Probability:
 
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        # With upper case: a behaviour may be a style.
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, lowercase=False),
     )
     # A weak penalty: behaviours have a few dozen pairs, and the default C of 1 leaves all probabilities near 0.5.
@@ -107,6 +109,7 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

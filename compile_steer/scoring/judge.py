@@ -36,7 +36,7 @@ class Judge(ScorerBase):
 
     kind: Literal["judge"]
     base_url: str = Field(pattern=r"^https?://", description="of the endpoint, up to and with /v1")
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, description="the judge's name at the endpoint")
     prompt: str = Field(description="the question to the judge; {prompt} and {reply} are replaced by the texts")
     scale: tuple[float, float] | Literal["yes_no"] = Field((1.0, 5.0), description="the worst and the best number")
     api_key_env: str = Field("", description="environment variable that holds the key; none for a server without")
@@ -160,7 +160,7 @@ class _Client:
                 model=judge.model,
                 messages=[{"role": "user", "content": question}],
                 max_tokens=judge.answer_tokens,
-                temperature=0.0,
+                temperature=0.0,  # the kept score should be the one that another request would give
             )
         except self._openai.APITimeoutError as error:
             tries = judge.retries + 1
@@ -172,6 +172,7 @@ class _Client:
             raise _NoAnswer(f"{judge.base_url} cannot be asked ({reason})") from error
         choices = getattr(completion, "choices", None)  # a server of something else returns plain text
         answer = str(choices[0].message.content or "") if choices else str(completion)
+        # Many local servers do not count tokens.
         usage = getattr(completion, "usage", None)
         ledger.add(key, judge.read(answer), answer, int(usage.total_tokens) if usage else 0)
         return answer

@@ -43,6 +43,7 @@ class Choice(ScorerBase):
                 f"validate.score choice: the right letter of all {len(prompts)} questions of data.validation and data.test "
                 f"is {letters.pop()}, so a model that always says that letter is right. Shuffle the choices."
             )
+        # Refused here rather than in the middle of a sweep.
         for choices in {question.letters for question in behaviour.questions.values()}:
             letter_tokens(loaded.tokenizer, choices)
         return lambda replies: np.array([float(reply.text == right[reply.prompt]) for reply in replies])
@@ -65,6 +66,7 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) ->
 
     tokens = []
     for letter in letters:
+        # After a prompt: a letter at the start of a text may be another token than one in the middle.
         encoded = encode(tokenizer, Text("", letter))
         tokens.append(encoded.ids[encoded.n_prompt :])
     problems = [
@@ -92,8 +94,8 @@ class Perplexity(ScorerBase):
     """
 
     kind: Literal["perplexity"]
-    max: float | None = Field(None, gt=1)
-    min: float | None = Field(None, gt=1)
+    max: float | None = Field(None, gt=1, description="largest perplexity of the reply after its prompt")
+    min: float | None = Field(None, gt=1, description="smallest perplexity of the reply alone")
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Self:

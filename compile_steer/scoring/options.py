@@ -29,7 +29,7 @@ class All(ScorerBase):
     """
 
     kind: Literal["all"]
-    all_of: tuple[Annotated[Single, Field(discriminator="kind")], ...] = Field(min_length=2)
+    all_of: tuple[Annotated[Single, Field(discriminator="kind")], ...] = Field(min_length=2, description="scorers")
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         # Judges last (the sort is stable), because each of their answers costs a request.

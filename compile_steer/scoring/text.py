@@ -38,8 +38,8 @@ class Keywords(TextScorer):
     """
 
     kind: Literal["keywords"]
-    patterns: tuple[str, ...] = Field(min_length=1)
-    absent: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = Field(min_length=1, description="regular expressions of which one must occur")
+    absent: tuple[str, ...] = Field((), description="regular expressions of which none may occur")
 
     @field_validator("patterns", "absent")
     @classmethod
@@ -80,8 +80,8 @@ class Length(TextScorer):
     """
 
     kind: Literal["length"]
-    min_words: int = Field(1, gt=0)
-    max_words: int | None = Field(None, gt=0)
+    min_words: int = Field(1, gt=0, description="least number of words")
+    max_words: int | None = Field(None, gt=0, description="largest number of words")
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Self:
@@ -103,7 +103,7 @@ class Repetition(TextScorer):
     """
 
     kind: Literal["repetition"]
-    max: float = Field(0.2, ge=0, lt=1)
+    max: float = Field(0.2, ge=0, lt=1, description="largest fraction of repeated 3-grams")
 
     def score(self, text: str) -> float:
         return float(bool(text.split()) and repetition(text) <= self.max)
@@ -130,9 +130,9 @@ class IFEval(ScorerBase):
     """
 
     kind: Literal["ifeval"]
-    id: str | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    loose: bool = False
+    id: str | None = Field(None, description="one constraint for all prompts, such as punctuation:no_comma")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="of that constraint")
+    loose: bool = Field(False, description="also accept a reply without its first or last line or its asterisks")
 
     @model_validator(mode="after")
     def _arguments_need_an_id(self) -> Self:
@@ -147,6 +147,7 @@ class IFEval(ScorerBase):
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002
         from compile_steer.data.behaviour import Check
 
+        # By name below, because it is an optional library.
         require_library("if-verifiable", "ifeval", "validate.score ifeval")
         if self.id is not None:
             for_all = (Check(self.id, tuple(self.arguments.items())),)

@@ -45,10 +45,12 @@ class StreamStatistics:
         last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
         encoded = [encode(loaded.tokenizer, text) for text in texts]
+        # Small batches: the activations of all blocks are held at once.
         for batch in batches(loaded, encoded, max_tokens=2048):
             steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
             here = capture(loaded.layout, batch, point, last)
             after = here if point == "resid_post" else capture(loaded.layout, batch, "resid_post", last)
+            # In float64, because thousands of positions are summed.
             total = torch.stack([states[steered].double().sum(dim=0) for states in here]).cpu()
             sums = total if sums is None else sums + total
             count += int(steered.sum())
@@ -115,11 +117,9 @@ def other_directions(context: Context, options: ValidateOptions, real: Direction
         )
         return as_long_as((positive - negative).mean(dim=0), pattern)
 
-    with context.progress.phase("another behaviour's direction", 1) as advance:
+    with context.progress.phase("another behaviour's direction", 1):
         beside = {point: at(point, vectors[0])[None] for point, vectors in real.beside.items()}
-        other = replace(real, vectors=at(real.point, real.vectors), beside=beside)
-        advance(1)
-    return other
+        return replace(real, vectors=at(real.point, real.vectors), beside=beside)
 
 
 def measure_controls(
@@ -127,6 +127,7 @@ def measure_controls(
     program: Program,
     random: Sequence[Program],
     shuffled: Sequence[Program],
+    shuffled_kind: str,
     unrelated: Program | None,
     progress: Progress,
 ) -> Controls:
@@ -148,6 +149,7 @@ def measure_controls(
         p_value=rank_p(effect, by_chance),
         p_random=outlier_p(effect, by_chance),
         p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,
+        shuffled_kind=shuffled_kind,
     )
 
 

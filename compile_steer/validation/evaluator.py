@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class ContrastEvaluator:
         self._control = (
             PrefixCache(loaded, [encode(loaded.tokenizer, t) for t in control_texts]) if control_texts else None
         )
+        # The base is scored once, before any block is skipped.
         self.base_margins = margins(self._pairs.mean_logprobs([None])[0])
         self._base_control = self._control.mean_logprobs([None])[0] if self._control else np.zeros(0)
 
@@ -52,16 +54,12 @@ class ContrastEvaluator:
 
     def perplexity_ratio(self, program: Program) -> float:
         """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""
+        # Differences of mean log-probabilities, so that long texts do not outweigh short ones.
         return float(np.exp((self._base_control - self._control_texts.mean_logprobs([program])[0]).mean()))
 
     def divergence(self, program: Program) -> float:
         """KL(steered || base) on the responses of control texts, in nats per token."""
         return self._control_texts.divergence(program)
-
-    @property
-    def token_blocks(self) -> int:
-        """The work so far: padded tokens times blocks."""
-        return self._pairs.token_blocks + (self._control.token_blocks if self._control else 0)
 
     @property
     def _control_texts(self) -> PrefixCache:
@@ -71,10 +69,7 @@ class ContrastEvaluator:
 
 
 class PrefixCache:
-    """Texts whose hidden states at the input of block `layer` are kept; `layer` only moves up.
-
-    `token_blocks` counts the work: padded tokens times the blocks that they were run through.
-    """
+    """Texts whose hidden states at the input of one block are kept. The block only moves up, so a sweep goes upwards."""
 
     def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
         self._loaded = loaded
@@ -83,7 +78,6 @@ class PrefixCache:
         self._batches = [batch.to(loaded.device) for batch in batches]
         self._hidden: list[Tensor | None] = [None] * len(batches)
         self._layer = 0
-        self.token_blocks = 0
 
     def advance(self, layer: int) -> None:
         """Move the kept states up to the input of block `layer`, so that the blocks below it are not run again."""
@@ -102,6 +96,7 @@ class PrefixCache:
         for program in programs:
             if program is not None and program.first_layer < self._layer:
                 raise ValueError(f"the cached states at block {self._layer} are above {program.describe()}")
+        # Rows of one batch share the pattern of hooks; programs of several shapes run one by one.
         same_shape = len({None if program is None else program.shape for program in programs}) == 1
         result = np.zeros((len(programs), self._n))
         for index, batch in enumerate(self._batches):
@@ -119,6 +114,7 @@ class PrefixCache:
         """KL(steered || base), the mean over the positions that predict the responses, in nats per token."""
         model, parts = self._loaded.model, []
         for index, batch in enumerate(self._batches):
+            # Only where a response token is predicted: logits elsewhere would cost the most and say nothing.
             base, states = (self._states(index, [each])[0][batch.nodes] for each in (None, program))
             parts.append(divergence(model, states, model, base).kl)
         return float(torch.cat(parts).mean())
@@ -136,8 +132,6 @@ class PrefixCache:
 
     def _run(self, index: int, copies: int, stop: int | None = None) -> Tensor:
         batch, kept = self._batches[index], self._hidden[index]
-        end = self._loaded.layout.n_layers if stop is None else stop
-        self.token_blocks += copies * batch.n_tokens * (end - self._layer)
         with torch.no_grad():
             return run_blocks(
                 self._loaded.model,
@@ -178,39 +172,26 @@ class PackedBatch:
 
 
 @dataclass
-class _Trie:
-    """One row: a trie of (token, role), flattened in the order in which its texts were added."""
+class _Row:
+    """Texts that share their beginnings: a tree of tokens, flattened in the order in which the texts were added."""
 
     ids: list[int] = field(default_factory=list)
     roles: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    children: dict[tuple[int, int, int], int] = field(default_factory=dict)
     paths: dict[int, list[int]] = field(default_factory=dict)
 
-    def n_new(self, text: Encoded) -> int:
-        """How many tokens the text would add."""
-        node = -1
-        for depth, key in enumerate(zip(text.ids, text.roles, strict=True)):
-            child = self.children.get((node, *key))
-            if child is None:
-                return len(text.ids) - depth
-            node = child
-        return 0
-
-    def add(self, index: int, text: Encoded) -> None:
-        node, path = -1, []
-        for depth, (token, role) in enumerate(zip(text.ids, text.roles, strict=True)):
-            key = (node, token, role)
-            if key not in self.children:
-                self.children[key] = len(self.ids)
-                self.ids.append(token)
-                self.roles.append(role)
-                self.depths.append(depth)
-                self.parents.append(node)
-            node = self.children[key]
-            path.append(node)
+    def add(self, index: int, text: Encoded, shared: Sequence[int]) -> list[int]:
+        """Add a text whose first tokens are the nodes `shared`; returns the nodes of all its tokens."""
+        path = list(shared)
+        for depth in range(len(shared), len(text.ids)):
+            self.parents.append(path[-1] if path else -1)
+            path.append(len(self.ids))
+            self.ids.append(text.ids[depth])
+            self.roles.append(text.roles[depth])
+            self.depths.append(depth)
         self.paths[index] = path
+        return path
 
     def visible(self) -> Tensor:
         """[time, time] booleans: each token attends to itself and its ancestors."""
@@ -230,7 +211,7 @@ def can_share(layout: Layout, texts: Sequence[Encoded]) -> bool:
 
 
 def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype) -> list[PackedBatch]:
-    """Pack texts into rows as tries, so that tokens that several texts begin with are computed once.
+    """Pack texts into rows so that tokens that several texts begin with are computed once.
 
     A chat template opens every text with the same tokens, and both sides of a pair have the same prompt. A token attends
     to the tokens before it in its own text (a mask of ancestors) and has its own place in it (position ids), so this is
@@ -253,7 +234,7 @@ def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dty
     else:
         rows = _fill_rows(texts, range(len(texts)), 0)
     # Rows of similar length go into one batch.
-    groups: list[list[_Trie]] = [[]]
+    groups: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: len(row.ids)):
         if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > _BATCH_TOKENS:
             groups.append([])
@@ -261,17 +242,23 @@ def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dty
     return [_batch(group, texts, pad_id, dtype if share else None) for group in groups]
 
 
-def _fill_rows(texts: Sequence[Encoded], order: Sequence[int], limit: int) -> list[_Trie]:
-    """Fill one row after the other with up to `limit` tokens, or one text."""
-    rows = [_Trie()]
+def _fill_rows(texts: Sequence[Encoded], order: Sequence[int], limit: int) -> list[_Row]:
+    """Fill one row after the other with up to `limit` tokens, or one text. `order` is lexicographic, so that the longest
+    beginning that a text shares with its row is the one that it shares with the text before it."""
+    rows, path = [_Row()], list[int]()
+    before: list[tuple[int, int]] = []
     for index in order:
-        if rows[-1].ids and len(rows[-1].ids) + rows[-1].n_new(texts[index]) > limit:
-            rows.append(_Trie())
-        rows[-1].add(index, texts[index])
+        tokens = list(zip(texts[index].ids, texts[index].roles, strict=True))
+        pairs = zip(before, tokens, strict=False)
+        shared = path[: sum(1 for _pair in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        if rows[-1].ids and len(rows[-1].ids) + len(tokens) - len(shared) > limit:
+            rows.append(_Row())
+            shared = []
+        path, before = rows[-1].add(index, texts[index], shared), tokens
     return rows
 
 
-def _batch(rows: Sequence[_Trie], texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype | None) -> PackedBatch:
+def _batch(rows: Sequence[_Row], texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype | None) -> PackedBatch:
     time = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
     roles = torch.full((len(rows), time), PAD, dtype=torch.int8)

@@ -40,10 +40,11 @@ class MinimumEffect(Section):
 class ValidateOptions(Section):
     """The sweep on validation data, and what the test must show."""
 
-    score: Scorer
+    score: Scorer = Field(description="how much of the behaviour a reply shows, 0 to 1")
     layers: tuple[int, ...] | Literal["auto", "search"] = Field(
         "auto", description="auto: five from 30 % to 70 % of the depth; search: successive halving over all blocks"
     )
+    # The tags decide by the type of the value, so that an error names the one alternative that was meant.
     coefficients: Annotated[
         Annotated[tuple[float, ...], Field(min_length=1), Tag("list")] | Annotated[SolverTarget, Tag("target")],
         Discriminator(lambda value: "target" if isinstance(value, dict | SolverTarget) else "list"),
@@ -67,7 +68,7 @@ class ValidateOptions(Section):
     dose_prompts: int = Field(
         8, ge=2, description="test prompts, their pairs, and control texts of the coefficient sweep"
     )
-    minimum_effect: MinimumEffect = MinimumEffect()
+    minimum_effect: MinimumEffect = Field(MinimumEffect(), description="of the power analysis")
 
     @field_validator("coefficients")
     @classmethod

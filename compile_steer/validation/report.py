@@ -162,6 +162,7 @@ class ValidationReport:
         program_hash, inputs: SHA-256 of the program's file, and fingerprint of what the report depends on.
     """
 
+    # A keyword, so that it may come first in the JSON although it has a default.
     kind: Literal["validation report"] = field(default="validation report", kw_only=True)
     name: str
     layer: int

@@ -60,8 +60,7 @@ def validate(
 
     Args:
         readout: of the held-out activations that the direction is to separate.
-        ask: a prompt that is answered by base and steered model, and at `too_high` times the coefficient, for the report.
-        name: of the run.
+        ask: a prompt that base and steered model answer for the report, also at `too_high` times the coefficient.
 
     Raises:
         RecipeError: no point of the sweep is coherent. LayoutError: a layer is not in the model.
@@ -87,13 +86,12 @@ def validate(
     program = program_at(layer, coefficient)
 
     # Its effect and its cost on all test pairs and control texts.
-    with progress.phase("test: all pairs, control text", 1) as advance:
+    with progress.phase("test: all pairs, control text", 1):
         evaluator = ContrastEvaluator(model, test, data.neutral)
         evaluator.advance(program)
         (effects,) = evaluator.effects([program])
         perplexity_ratio = evaluator.perplexity_ratio(program)
         stream = StreamStatistics.of(model, data.neutral, directions.point, program)
-        advance(1)
 
     # Directions from shuffled labels have gone through the same extraction and get the same coefficient: a shorter vector
     # is part of what meaningless labels give. Another behaviour's has a length of its own, so it gets the same strength.
@@ -101,16 +99,14 @@ def validate(
     shuffled = [program_at(layer, coefficient, directions.control(n)) for n in range(len(directions.shuffled))]
     unrelated = None if other is None else stream.like(program, program_at(layer, coefficient, other))
     few = ContrastEvaluator(model, test[: options.control_pairs])
-    controls = measure_controls(few, program, random, shuffled, unrelated, progress)
+    controls = measure_controls(few, program, random, shuffled, directions.controls, unrelated, progress)
 
     # The same program at other coefficients, and the answers under every condition.
-    with progress.phase("test: coefficient sweep", 1) as advance:
+    with progress.phase("test: coefficient sweep", 1):
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
         points = sweep_coefficients(few, program, coefficient, limit)
-        advance(1)
-    with progress.phase("test: answers under every condition", 1) as advance:
+    with progress.phase("test: answers under every condition", 1):
         answers = _answer(context, options, score, program, random, points, ask, too_high)
-        advance(1)
 
     report = ValidationReport(
         name=name,
@@ -122,7 +118,7 @@ def validate(
         margin=bootstrap_mean(effects, seed=seed),
         p_margin=sign_flip(effects, seed),
         scores=answers.scores(seed),
-        controls=replace(controls, shuffled_kind=directions.controls),
+        controls=controls,
         separability=_separability(context, test, directions, layer, readout),
         steerability=float(chosen.slopes.mean()),
         wrong_way=float((chosen.slopes < 0).mean()),
@@ -141,9 +137,8 @@ def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray,
     """How many pairs and prompts the minimum effects need, printed before the sweep begins."""
     data, progress, minimum = context.data, context.progress, options.minimum_effect
     prompts = [pair.prompt for pair in data.validation[: options.sweep_prompts]]
-    with progress.phase("base: answers to validation prompts", 1) as advance:
+    with progress.phase("base: answers to validation prompts", 1):
         (base,) = answer(context.model, [Request(prompts)], score, options.max_new_tokens, data.questions)
-        advance(1)
     mean = float(base.scores.mean())
     after = min(mean + minimum.score, 1.0)
     # The largest spread of a paired change of scores in 0 to 1: two independent answers, each 0 or 1.
@@ -253,7 +248,11 @@ def _answer(
 
     # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
     history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
-    if history and _takes(context, Text(prompts[0], history=history)):
+    try:
+        encode(model.tokenizer, Text(prompts[0], history=history))
+    except RecipeError:
+        history = ()  # the chat template cannot have earlier turns
+    if history:
         request = Request(prompts, ask=lambda prompt: Text(prompt, history=history))
         (answers["few_shot"],) = answer(model, [request], score, options.max_new_tokens, data.questions)
 
@@ -264,15 +263,6 @@ def _answer(
     ]
     own = float(base.scores[: len(few)].mean()), float(base.repetition[: len(few)].mean())
     return _Answers(prompts, answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)])
-
-
-def _takes(context: Context, text: Text) -> bool:
-    """False if the chat template cannot have earlier turns."""
-    try:
-        encode(context.model.tokenizer, text)
-    except RecipeError:
-        return False
-    return True
 
 
 def _pair_rows(pairs: Sequence[Pair], base: np.ndarray, effects: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,9 @@ ProgramAt = Callable[[int, float], Program]
 # A layer's larger coefficients are skipped once the perplexity ratio exceeds the limit by this factor. Above 1, because the
 # few texts of the sweep are a sample.
 STOP_FACTOR = 1.1
-_FIRST_PAIRS = 4  # of the layer search
+# The layer search begins with as few pairs as can tell bad layers from good ones, and leaves more layers than are
+# answered, because a margin does not order the best ones reliably.
+_FIRST_PAIRS = 4
 _LAST_LAYERS = 4
 
 
@@ -162,10 +164,10 @@ def measure_grid(
     """The grid points of every layer, and the effects [n_pairs] of those that were measured; skipped ones give the reason."""
     grid: list[GridPoint] = []
     effects: dict[tuple[int, float], np.ndarray] = {}
-    start = 1.0
+    start = 1.0  # of the solver: the coefficient of the layer before, since neighbours have similar ones
     with progress.phase("sweep: log-likelihood margin", len(layers)) as advance:
         for layer in layers:
-            evaluator.advance(program_at(layer, 1.0))
+            evaluator.advance(program_at(layer, 1.0))  # layers ascend, so that each block below is run once
             if isinstance(options.coefficients, SolverTarget):
                 points = [_solve_layer(evaluator, options.coefficients, layer, program_at, start)]
                 start = points[0].coefficient if not points[0].skipped else start
@@ -201,7 +203,7 @@ def _within_limit(
                 beyond = c
                 reason = f"perplexity of control text x{ratio:.2f}, beyond x{limit:.2f}"
                 points[c] = replace(points[c], skipped=reason)
-    return [points[c] for c in dict.fromkeys(coefficients)]
+    return [points[c] for c in dict.fromkeys(coefficients)]  # in the recipe's order, each once
 
 
 def _solve_layer(
@@ -283,6 +285,7 @@ def _ratio(point: GridPoint) -> float:
 
 
 def _choose(grid: Sequence[GridPoint], options: ValidateOptions) -> GridPoint:
+    # Only the points that were answered have a repetition.
     coherent = [p for p in grid if p.repetition is not None and p.repetition <= options.max_repetition]
     if coherent:
         return max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))

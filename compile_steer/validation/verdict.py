@@ -30,6 +30,7 @@ def decide(report: ValidationReport, options: ValidateOptions) -> tuple[Verdict,
 
 def _evidence(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
+    # Controls in the order of what they exclude: any direction, the extraction's noise, another behaviour, the damage.
     others = [
         f"{len(c.random)} random directions of the same strength change it by at most {max(c.random):.3f} (p = {c.p_value:.3f})"
     ]
@@ -94,6 +95,7 @@ def _incoherence(report: ValidationReport, options: ValidateOptions) -> list[str
             f"the perplexity of control text rises {coherence.perplexity_ratio:.2f}-fold (at most "
             f"{options.max_perplexity_ratio:g}): use a smaller coefficient" + _crossing(report)
         )
+    # A base that repeats itself more than allowed is not steering's fault.
     if coherence.repetition_steered > max(options.max_repetition, coherence.repetition_base):
         reasons.append(
             f"the steered model repeats itself: {coherence.repetition_steered:.2f} of its 3-grams (base "

@@ -42,11 +42,11 @@ def test_a_random_direction_in_the_programs_place_is_one_of_many() -> None:
     stream = StreamStatistics.of(chat_model(), behaviour().neutral, "resid_post", program_at(2, 0.8))
     evaluator = ContrastEvaluator(chat_model(), behaviour().test)
     good = measure_controls(
-        evaluator, program_at(2, 0.8), stream.random(program_at(2, 0.8), 20, 1), [], None, Progress()
+        evaluator, program_at(2, 0.8), stream.random(program_at(2, 0.8), 20, 1), [], "", None, Progress()
     )
     assert good.p_value == pytest.approx(1 / 21) and good.p_random < 0.01
     (fake,) = stream.random(program_at(2, 0.8), 1, seed=77)
-    bad = measure_controls(evaluator, fake, stream.random(fake, 20, 1), [], None, Progress())
+    bad = measure_controls(evaluator, fake, stream.random(fake, 20, 1), [], "", None, Progress())
     assert bad.p_random > 0.01
 
 
