@@ -31,16 +31,18 @@ from compile_steer.verification.options import VerifyOptions
 class Recipe(Section):
     """One run. `folder` is where the file lies; everything else is in the file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    model: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the run's folder and artifacts")
+    model: str = Field(description="smollm2-135m-instruct (embedded), a hub id, a local folder, or a .gguf file")
     prompt_format: str | None = Field(
         None, description="how a prompt is put to the model in the place of its chat template (a base model has none)"
     )
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = Field(0, description="of everything random")
+    device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
     ask: str = Field("What are you?", description="one prompt answered by base, steered and compiled for the report")
-    too_high: float = Field(4.0, gt=1, description="the coefficient of the honest bad sample, as a multiple")
+    too_high: float = Field(
+        4.0, gt=1, description="multiple of the chosen coefficient for the answer that shows what too much does"
+    )
     data: Data
     extract: ExtractOptions = ExtractOptions()
     validate_: ValidateOptions = Field(alias="validate")

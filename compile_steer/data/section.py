@@ -42,12 +42,12 @@ class DataSection(Section, ABC):
     keys: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
 
-    train: Source
-    validation: Source
-    test: Source
-    neutral: Source
-    heldout: Source
-    calibration: Source
+    train: Source = Field(description="rows that the direction is found from")
+    validation: Source = Field(description="rows that layer and coefficient are chosen on")
+    test: Source = Field(description="rows that the chosen program is measured on, once")
+    neutral: Source = Field(description="control texts, with prompt and response")
+    heldout: Source = Field(description="prompts for verification alone")
+    calibration: Source = Field(description="prompts whose steered continuations the compiler is fitted to")
 
     @property
     def generation(self) -> GenerateOptions | None:
@@ -117,10 +117,10 @@ class _TwoTemplates(DataSection):
     prompt alone.
     """
 
-    positive_template: str = "{prompt}"
-    negative_template: str = "{prompt}"
-    positive_system: str = ""
-    negative_system: str = ""
+    positive_template: str = Field("{prompt}", description="the prompt of the positive side")
+    negative_template: str = Field("{prompt}", description="the prompt of the negative side")
+    positive_system: str = Field("", description="the system prompt of the positive side")
+    negative_system: str = Field("", description="the system prompt of the negative side")
 
     @property
     def same_prompt(self) -> bool:
@@ -218,7 +218,9 @@ class ChoicesData(DataSection):
     """
 
     kind: Literal["choices"]
-    question_template: str = "{question}\n{choices}\nAnswer with the letter only."
+    question_template: str = Field(
+        "{question}\n{choices}\nAnswer with the letter only.", description="how a question and its choices are asked"
+    )
     keys = ("question", "choices", "answer")
 
     def subject(self, row: Row) -> str:

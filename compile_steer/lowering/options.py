@@ -14,17 +14,17 @@ BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "disti
 class CalibrationOptions(Section):
     """The texts that the compiler sees: the steered model's own continuations of calibration prompts."""
 
-    prompts: int = Field(180, ge=1)
-    max_new_tokens: int = Field(48, ge=1)
+    prompts: int = Field(180, ge=1, description="calibration prompts that the closed form is fitted to")
+    max_new_tokens: int = Field(48, ge=1, description="length of a continuation")
     batch: int = Field(96, ge=1, description="prompts continued at once")
 
 
 class ClosedFormStage(Section):
     """One regression: an output projection of the block `offset` after the first intervened one, cut to `rank`."""
 
-    offset: int = Field(ge=0)
-    projection: Literal["attn", "mlp"]
-    rank: int = Field(ge=1)
+    offset: int = Field(ge=0, description="blocks above the first intervened one")
+    projection: Literal["attn", "mlp"] = Field(description="the attention's output projection, or the MLP's")
+    rank: int = Field(ge=1, description="of the edit")
 
 
 class ClosedFormOptions(Section):
@@ -41,7 +41,7 @@ class TrainingOptions(Section):
     """Training end to end: for how long, and within which memory."""
 
     epochs: float = Field(2.0, gt=0, description="passes over the training texts")
-    learning_rate: float = Field(0.02, gt=0)
+    learning_rate: float = Field(0.02, gt=0, description="relative to the size of each low-rank factor")
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
     accumulate: int = Field(1, ge=1, description="batches to a step")
     recompute_every: int = Field(
@@ -60,13 +60,15 @@ class DistillOptions(TrainingOptions):
     `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
     """
 
-    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = "forward_kl"
-    start: Literal["closed_form", "random"] = "closed_form"
-    rank: int = Field(8, ge=1)
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = Field(
+        "forward_kl", description="what end-to-end training minimises; likelihood is the baseline, by TRL"
+    )
+    start: Literal["closed_form", "random"] = Field("closed_form", description="the patch before training")
+    rank: int = Field(8, ge=1, description="of the edit of each Linear")
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
     block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
-    block_batch_tokens: int = Field(512, ge=64)
-    block_learning_rate: float = Field(0.3, gt=0)
+    block_batch_tokens: int = Field(512, ge=64, description="padded tokens of one such step")
+    block_learning_rate: float = Field(0.3, gt=0, description="of these steps")
 
 
 class FullOptions(TrainingOptions):
@@ -75,20 +77,24 @@ class FullOptions(TrainingOptions):
     `cut_rank` is `full_cut`'s: the result as a LoRA.
     """
 
-    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden"] = "forward_kl"
-    optimizer: Literal["apollo", "adamw"] = "apollo"
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden"] = Field(
+        "forward_kl", description="what training minimises"
+    )
+    optimizer: Literal["apollo", "adamw"] = Field("apollo", description="APOLLO keeps a fraction of AdamW's state")
     modules: tuple[str, ...] = Field(
         (), description="endings of module names, as mlp.down_proj; none: every Linear from the first steered block on"
     )
     learning_rate: float = Field(0.001, gt=0, description="relative to the root mean square of each weight")
     apollo_rank: int = Field(8, ge=1, description="of the optimizer's random subspace; 1: APOLLO-Mini")
-    cut_rank: int = Field(8, ge=1)
+    cut_rank: int = Field(8, ge=1, description="rank that full_cut leaves of each matrix")
 
 
 class CompileOptions(Section):
     """Backends, and the texts they are fitted to."""
 
-    backends: tuple[BackendName, ...] | Literal["auto"] = "auto"
+    backends: tuple[BackendName, ...] | Literal["auto"] = Field(
+        "auto", description="auto: the first that is possible, exact ones first"
+    )
     calibration: CalibrationOptions = CalibrationOptions()
     closed_form: ClosedFormOptions = ClosedFormOptions()
     distill: DistillOptions = DistillOptions()

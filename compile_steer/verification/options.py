@@ -41,8 +41,12 @@ class Gates(Section):
 class VerifyOptions(Section):
     """Which forms are verified, on how much, and by which gates."""
 
-    forms: tuple[Form, ...] = Field(("adapter", "merged-fp32", "merged-bf16"), min_length=1)
-    max_new_tokens: int = Field(48, ge=4)
+    forms: tuple[Form, ...] = Field(
+        ("adapter", "merged-fp32", "merged-bf16"),
+        min_length=1,
+        description="artifact formats that are made and verified",
+    )
+    max_new_tokens: int = Field(48, ge=4, description="length of a continuation or answer")
     heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
     pairs: int = Field(40, ge=8, description="test pairs, for the effect retained")
     neutral: int = Field(30, ge=8, description="control texts, for the KL from the base")
@@ -51,7 +55,7 @@ class VerifyOptions(Section):
         2, ge=1, description="prompts of each set: held-out, off-topic, multi-turn; answered freely too"
     )
     long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the control texts")
-    long_tokens: int = Field(1000, ge=16)
+    long_tokens: int = Field(1000, ge=16, description="length of these prompts")
     free_tokens: int = Field(16, ge=4, description="of an answer to these prompts")
     capability: Literal[0] | Annotated[int, Field(ge=2, le=24)] = Field(
         24, description="short questions with one right answer, of 24, for the capability retention; 0 asks none"

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from compile_steer.cli.app import app
 from compile_steer.recipe import RENAMED_KEYS, Recipe, read_recipe
+from compile_steer.scoring.base import ScorerBase
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("guide/*.md")), ROOT / "docs/index.md"]
@@ -72,3 +73,19 @@ def test_every_renamed_recipe_key_is_in_the_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     words = [re.split(r"[.=]", key)[-1] for key in (*RENAMED_KEYS, *RENAMED_KEYS.values())]
     assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
+
+
+def test_every_recipe_key_has_a_description() -> None:
+    """The page of recipe keys is made of them. A scorer's keys are described with the scorer."""
+
+    def undescribed(path: str, section: type[BaseModel], above: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:
+        if section in above or issubclass(section, ScorerBase):
+            return
+        for name, field in section.model_fields.items():
+            inner = list(_sections(field.annotation))
+            if not (field.description or inner or field.exclude or name == "kind"):
+                yield f"{path}.{name}"
+            for one in inner:
+                yield from undescribed(f"{path}.{name}", one, (*above, section))
+
+    assert sorted(set(undescribed("recipe", Recipe))) == []
