@@ -23,9 +23,9 @@ def tokenizer(split: Any = None) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(vocab, MERGES))
     raw.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    found.chat_template = CHAT_TEMPLATE
-    return found
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    words.chat_template = CHAT_TEMPLATE
+    return words
 
 
 def saved(family: str, folder: Path, **changes: Any) -> LoadedModel:

@@ -56,7 +56,7 @@ def neuronpedia(path: Path, **changes: Any) -> Path:
     return path
 
 
-def found(file: Path, index: int | None = INDEX, **options: object) -> Directions:
+def imported(file: Path, index: int | None = INDEX, **options: object) -> Directions:
     return extract_with(loaded("llama"), DATA, method="imported", imported={"file": file, "index": index}, **options)
 
 
@@ -74,33 +74,33 @@ def found(file: Path, index: int | None = INDEX, **options: object) -> Direction
 def test_the_decoder_row_is_the_direction_of_the_block_that_the_config_names(
     tmp_path: Path, hook: str, site: Site, old: bool
 ) -> None:
-    one = found(saelens(tmp_path / "sae", hook, old=old))
-    assert one.point == site.point
-    assert one.layers == (site.layer,)
-    assert torch.equal(one.vectors[site.layer], rows()[INDEX])
-    assert one.program(site.layer, 1.7, "all").interventions[0].site == site
+    directions = imported(saelens(tmp_path / "sae", hook, old=old))
+    assert directions.point == site.point
+    assert directions.layers == (site.layer,)
+    assert torch.equal(directions.vectors[site.layer], rows()[INDEX])
+    assert directions.program(site.layer, 1.7, "all").interventions[0].site == site
 
 
 def test_the_controls_are_other_rows_of_the_same_length(tmp_path: Path) -> None:
-    one = found(saelens(tmp_path / "sae"), shuffled=ROWS - 1)
-    assert one.controls == "from other rows of its file"
+    directions = imported(saelens(tmp_path / "sae"), shuffled=ROWS - 1)
+    assert directions.controls == "from other rows of its file"
     units = torch.nn.functional.normalize(rows(), dim=-1)
-    controls = one.shuffled[:, 2]
+    controls = directions.shuffled[:, 2]
     assert torch.allclose(controls.norm(dim=-1), rows()[INDEX].norm().expand(ROWS - 1), rtol=1e-5)
     taken = (torch.nn.functional.normalize(controls, dim=-1) @ units.T).argmax(dim=-1).tolist()
     assert sorted(taken) == [n for n in range(ROWS) if n != INDEX]
-    assert float(one.shuffled[:, [0, 1, 3]].abs().max()) == 0.0
+    assert float(directions.shuffled[:, [0, 1, 3]].abs().max()) == 0.0
 
 
 def test_a_feature_of_neuronpedia_is_the_same_direction(tmp_path: Path) -> None:
-    one = found(neuronpedia(tmp_path / "feature.json"), None)
-    assert torch.allclose(one.vectors[2], rows()[INDEX])
-    assert torch.allclose(one.shuffled[:, 2].sort(dim=-1).values, rows()[INDEX].sort().values.expand(12, HIDDEN))
-    assert not torch.equal(one.shuffled[0, 2], rows()[INDEX])
+    directions = imported(neuronpedia(tmp_path / "feature.json"), None)
+    assert torch.allclose(directions.vectors[2], rows()[INDEX])
+    assert torch.allclose(directions.shuffled[:, 2].sort(dim=-1).values, rows()[INDEX].sort().values.expand(12, HIDDEN))
+    assert not torch.equal(directions.shuffled[0, 2], rows()[INDEX])
 
 
 def test_a_feature_can_be_as_long_as_the_stream_so_that_a_coefficient_is_a_share(tmp_path: Path) -> None:
-    own, stream = (found(saelens(tmp_path / "sae"), length=length) for length in ("own", "stream"))
+    own, stream = (imported(saelens(tmp_path / "sae"), length=length) for length in ("own", "stream"))
     assert stream.layers == (2,)
     assert float(stream.vectors[2].norm()) > 1.5 * float(own.vectors[2].norm())
     assert float(torch.nn.functional.cosine_similarity(stream.vectors[2], own.vectors[2], dim=0)) > 0.9999
@@ -129,18 +129,18 @@ def test_a_dictionary_that_does_not_fit_is_refused(
     tmp_path: Path, hook: str, width: int, index: int | None, message: str
 ) -> None:
     with pytest.raises(ArtifactError, match=message):
-        found(saelens(tmp_path / "sae", hook, width=width), index)
+        imported(saelens(tmp_path / "sae", hook, width=width), index)
 
 
 def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "feature.json"
     with pytest.raises(ArtifactError, match="does not exist"):
-        found(path, None)
+        imported(path, None)
     path.write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as JSON"):
-        found(path, None)
+        imported(path, None)
     with pytest.raises(ArtifactError, match="read as neuronpedia, which does not take extract.imported.index"):
-        found(neuronpedia(path))
+        imported(neuronpedia(path))
     for changes, message in (
         ({"vector": [], "hasVector": False}, "holds no vector"),
         ({"vector": ["a"] * HIDDEN}, "must be a list of numbers"),
@@ -148,20 +148,20 @@ def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
         ({"hookName": None}, "the feature is of 'None'"),
     ):
         with pytest.raises(ArtifactError, match=message):
-            found(neuronpedia(path, **changes), None)
+            imported(neuronpedia(path, **changes), None)
     path.write_text("[1]")
     with pytest.raises(ArtifactError, match="is list; needed: a feature's JSON"):
-        found(path, None)
+        imported(path, None)
 
 
 def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = saelens(tmp_path / "sae")
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
     with pytest.raises(ArtifactError, match=r"sae_weights\.pt is a pickle.*If you trust it, convert it"):
-        found(folder)
+        imported(folder)
     (folder / "sae_weights.pt").unlink()
     with pytest.raises(ArtifactError, match=r"has no sae_weights\.safetensors"):
-        found(folder)
+        imported(folder)
     (folder / "sae_weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(ArtifactError, match="is damaged, or has no 'W_dec'"):
-        found(folder)
+        imported(folder)

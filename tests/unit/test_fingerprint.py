@@ -1,4 +1,4 @@
-"""What is on disk is what the compiler had in memory: a fault too small for the gates shows there."""
+"""Fingerprints: an artifact on disk computes what the compiler had in memory, closer than the gates ask."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def test_where_nothing_was_recorded_nothing_is_compared(scene: VerifierCase, tmp
 
 
 def test_a_fingerprint_is_the_mean_log_probability_of_each_text(scene: VerifierCase) -> None:
-    found = fingerprint(scene.base.model, scene.base)
-    assert len(found) == len(REFERENCE_TEXTS)
-    for ids, value in zip(reference_tokens(scene.base), found, strict=True):
+    values = fingerprint(scene.base.model, scene.base)
+    assert len(values) == len(REFERENCE_TEXTS)
+    for ids, value in zip(reference_tokens(scene.base), values, strict=True):
         tokens = torch.tensor([ids[:32]])
         loss = scene.base.model(input_ids=tokens, labels=tokens).loss
         assert value == pytest.approx(-float(loss), rel=1e-5)

@@ -43,25 +43,25 @@ def greedy_by_hand(one: LoadedModel, prompt: Text, steps: int) -> tuple[int, ...
 def test_a_batch_of_prompts_is_continued_as_each_alone() -> None:
     for family in ("llama", "gpt2", "gemma2"):
         one = unending(family)
-        found = continue_prompts(one, PROMPTS, max_new_tokens=6)
-        assert [e.n_prompt for e in found] == [5, 1, 3]
-        for prompt, encoded in zip(PROMPTS, found, strict=True):
-            wanted = greedy_by_hand(one, prompt, 6)
-            cut = wanted.index(EOS_ID) + 1 if EOS_ID in wanted else len(wanted)
-            assert encoded.ids == wanted[:cut]
+        completions = continue_prompts(one, PROMPTS, max_new_tokens=6)
+        assert [e.n_prompt for e in completions] == [5, 1, 3]
+        for prompt, encoded in zip(PROMPTS, completions, strict=True):
+            expected = greedy_by_hand(one, prompt, 6)
+            cut = expected.index(EOS_ID) + 1 if EOS_ID in expected else len(expected)
+            assert encoded.ids == expected[:cut]
 
 
 def test_hooks_that_are_on_act_on_the_continuation() -> None:
     one = unending("llama")
     steering = program("llama", intervention(positions="last_prompt+response", coefficient=6.0))
     with steered(one.model, steering):
-        found = continue_prompts(one, PROMPTS, max_new_tokens=6)
+        completions = continue_prompts(one, PROMPTS, max_new_tokens=6)
     alone = [continue_prompts(one, [prompt], steering, max_new_tokens=6)[0] for prompt in PROMPTS]
-    assert found == alone
-    assert found != continue_prompts(one, PROMPTS, max_new_tokens=6)
+    assert completions == alone
+    assert completions != continue_prompts(one, PROMPTS, max_new_tokens=6)
 
 
-def test_sampling_follows_the_seed_and_does_not_need_the_seed_before_it() -> None:
+def test_sampling_depends_on_the_given_seed_alone() -> None:
     one = unending("llama")
 
     def sample(seed: int) -> list[Encoded]:
@@ -74,14 +74,14 @@ def test_sampling_follows_the_seed_and_does_not_need_the_seed_before_it() -> Non
     assert first != continue_prompts(one, PROMPTS, max_new_tokens=8)
 
 
-def test_sampling_ignores_what_the_checkpoint_would_cut_off_the_distribution() -> None:
+def test_sampling_ignores_top_k_and_top_p_of_the_checkpoint() -> None:
     """A tiny model's most likely token is far from certain, so 'top_k 1' in its settings would show."""
     one = unending("llama")
     assert one.model.generation_config is not None
     one.model.generation_config.top_k = 1
     one.model.generation_config.top_p = 0.01
-    found = continue_prompts(one, PROMPTS * 4, max_new_tokens=4, temperature=1.0, seed=0)
-    assert len({e.ids for e in found}) > len(PROMPTS)
+    completions = continue_prompts(one, PROMPTS * 4, max_new_tokens=4, temperature=1.0, seed=0)
+    assert len({e.ids for e in completions}) > len(PROMPTS)
 
 
 def test_a_continuation_ends_with_its_first_end_of_turn() -> None:
@@ -97,14 +97,14 @@ def test_a_continuation_ends_with_its_first_end_of_turn() -> None:
     at = next(n for n in range(2, 6) if first[n] not in first[:n])
     stop = first[at]
     one.model.generation_config.eos_token_id = [stop, EOS_ID]
-    found = sample()
-    for before, after in zip(whole, found, strict=True):
+    completions = sample()
+    for before, after in zip(whole, completions, strict=True):
         new = before.ids[before.n_prompt :]
-        wanted = new[: new.index(stop) + 1] if stop in new else new
-        assert after.ids[after.n_prompt :] == wanted
+        expected = new[: new.index(stop) + 1] if stop in new else new
+        assert after.ids[after.n_prompt :] == expected
         assert ended(one, after) == (stop in new)
-    assert len(found[0].ids) == 5 + at + 1
-    assert len({len(e.ids) - e.n_prompt for e in found}) > 1
+    assert len(completions[0].ids) == 5 + at + 1
+    assert len({len(e.ids) - e.n_prompt for e in completions}) > 1
 
 
 def test_a_prompt_that_ends_like_a_turn_has_not_ended_one() -> None:
@@ -118,7 +118,7 @@ def test_the_response_is_text_without_special_tokens() -> None:
 
 
 @pytest.mark.parametrize("positions", ["prompt", "response", "last_prompt"])
-def test_earlier_turns_of_the_assistant_are_responses_while_it_answers_the_last(positions: str) -> None:
+def test_earlier_turns_are_responses_while_the_last_is_answered(positions: str) -> None:
     """Generation under hooks is greedy decoding by whole passes with the conversation's explicit roles."""
     one = replace(unending("llama"), tokenizer=chat_tokenizer())
     steering = program("llama", intervention(positions=positions, coefficient=6.0))
@@ -126,30 +126,32 @@ def test_earlier_turns_of_the_assistant_are_responses_while_it_answers_the_last(
         Text("w20 w21", history=(("w30", "w31 w32 w33"), ("w34 w35", "w36"))),
         Text("w40 w41 w42 w43"),
     ]
-    found = continue_prompts(one, talks, steering, max_new_tokens=5)
-    for talk, said in zip(talks, found, strict=True):
+    completions = continue_prompts(one, talks, steering, max_new_tokens=5)
+    for talk, completion in zip(talks, completions, strict=True):
         encoded = encode(one.tokenizer, talk)
-        assert (said.n_prompt, said.earlier) == (encoded.n_prompt, encoded.earlier)
+        assert (completion.n_prompt, completion.earlier) == (encoded.n_prompt, encoded.earlier)
         for _ in range(5):
             batch = pad([encoded], [0], 0)
             with steered(one.model, steering, roles=batch.roles), torch.no_grad():
                 token = int(one.model(input_ids=batch.input_ids).logits[0, -1].argmax())
             encoded = replace(encoded, ids=(*encoded.ids, token))
-        assert said.ids == encoded.ids[: len(said.ids)]
-        assert len(said.ids) == len(encoded.ids) or said.ids[-1] == EOS_ID
+        assert completion.ids == encoded.ids[: len(completion.ids)]
+        assert len(completion.ids) == len(encoded.ids) or completion.ids[-1] == EOS_ID
 
 
 @pytest.mark.parametrize("positions", ["all", "response", "prompt", "last_prompt+response"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_going_on_from_a_prompt_that_was_read_once_is_reading_it_again(family: str, positions: str) -> None:
+def test_continuing_from_a_cache_equals_reading_the_prompt_again(family: str, positions: str) -> None:
     one, turns = unending(family), Encoded(tuple(range(10, 24)), 12, earlier=((4, 7),))
     steering = program(family, intervention(positions=positions, coefficient=3.0))
     for under in (steering, None):
         cache = prefill(one, turns, under)
         for _ in range(2):  # the cache stays what it was
-            (found,) = continue_prompts(one, [turns], under, max_new_tokens=6, cache=cache)
-            assert [found] == continue_prompts(one, [turns], under, max_new_tokens=6)
-            wanted = final_states(one, [found], under).response[-(len(found.ids) - 12) :]  # less the earlier turn's
-            torch.testing.assert_close(states_after(one, found, cache, under), wanted, atol=1e-4, rtol=1e-4)
+            (completion,) = continue_prompts(one, [turns], under, max_new_tokens=6, cache=cache)
+            assert [completion] == continue_prompts(one, [turns], under, max_new_tokens=6)
+            expected = final_states(one, [completion], under).response[
+                -(len(completion.ids) - 12) :
+            ]  # without the earlier turn's
+            torch.testing.assert_close(states_after(one, completion, cache, under), expected, atol=1e-4, rtol=1e-4)
     bare, hooked = (final_states(one, [turns], under).response for under in (None, steering))
     assert not torch.allclose(bare, hooked, atol=1e-3)

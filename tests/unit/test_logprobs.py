@@ -39,7 +39,7 @@ def test_kl_is_torch_s_own_and_has_a_direction() -> None:
 
 
 def test_kl_of_states_that_differ_by_rounding_is_far_below_an_exact_compile_s_gate() -> None:
-    """Rounding of the states alone: what two exact forms of one model differ by."""
+    """Rounding of the states alone: what two exact forms of a model differ by."""
     model = loaded("llama").model
     hidden = 9.0 * torch.randn(200, HIDDEN, generator=torch.Generator().manual_seed(0))
     noise = hidden * (1 + 1e-7 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)))

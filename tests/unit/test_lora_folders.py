@@ -1,4 +1,4 @@
-"""Anybody's adapter as plain LoRA: what stock PEFT computes of the folder and of what is left, to rounding; or every reason."""
+"""Any adapter as plain LoRA, which stock PEFT computes to the same logits; or every reason why that is impossible."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_what_peft_computes_is_kept(tmp_path: Path, kind: str, engine: Any) -> None:
+def test_plain_lora_equals_the_adapter_under_peft(tmp_path: Path, kind: str, engine: Any) -> None:
     folder = adapter(tmp_path / "theirs", **KINDS[kind])
     exported = export(folder, engine, tmp_path / "ours")
     base = logits(build("llama"), Padded.of(texts(), "right"))
-    wanted = under_peft(folder)
-    assert relative_error(base, wanted) > 0.05, "an adapter without effect could not be lost"
-    assert relative_error(under_peft(tmp_path / "ours"), wanted) < 1e-5
+    expected = under_peft(folder)
+    assert relative_error(base, expected) > 0.05, "an adapter without effect could not be lost"
+    assert relative_error(under_peft(tmp_path / "ours"), expected) < 1e-5
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["lora_alpha"] == config["r"] == 8
     assert not (config["use_rslora"] or config["alpha_pattern"] or config["rank_pattern"])
@@ -79,10 +79,10 @@ def test_a_transposed_family_is_kept(tmp_path: Path) -> None:
 
 def test_a_wrong_scale_would_show(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "theirs", **KINDS["rslora"])
-    wanted = under_peft(folder)
+    expected = under_peft(folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "use_rslora": False}), encoding="utf-8")
-    assert relative_error(under_peft(folder), wanted) > 1e-2
+    assert relative_error(under_peft(folder), expected) > 1e-2
 
 
 RICH: dict[str, tuple[dict[str, Any], str]] = {
@@ -96,7 +96,7 @@ RICH: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", RICH)
-def test_what_no_plain_lora_says_is_refused(tmp_path: Path, kind: str) -> None:
+def test_more_than_plain_lora_is_refused(tmp_path: Path, kind: str) -> None:
     settings, reason = RICH[kind]
     folder = adapter(tmp_path / "theirs", **settings)
     with pytest.raises(ArtifactError, match=f"{reason}.*merge_and_unload"):
@@ -104,7 +104,7 @@ def test_what_no_plain_lora_says_is_refused(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "ours").exists()
 
 
-def test_every_reason_is_told_at_once(tmp_path: Path) -> None:
+def test_every_reason_is_reported_at_once(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "theirs")
     path = folder / "adapter_config.json"
     settings = {
@@ -114,12 +114,12 @@ def test_every_reason_is_told_at_once(tmp_path: Path) -> None:
         "woven": {"into": 3},
     }
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
-    with pytest.raises(ArtifactError) as told:
+    with pytest.raises(ArtifactError) as caught:
         read_lora(folder)
-    found = " ".join(told.value.problems)
-    assert len(told.value.problems) == 4
-    assert all(key in found for key in settings)
-    assert "woven is {'into': 3}, a setting that is not supported" in found
+    message = " ".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    assert all(key in message for key in settings)
+    assert "woven is {'into': 3}, a setting that is not supported" in message
 
 
 @pytest.mark.parametrize("spoil", ["half", "bias", "rank", "nan", "shape", "empty", "pickle", "config", "another kind"])
@@ -146,7 +146,7 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
     save_file(tensors, weights)
     if spoil == "pickle":
         weights.rename(folder / "adapter_model.bin")
-    said = {
+    messages = {
         "half": rf"{DOWN}\.lora_B\.weight is missing",
         "bias": rf"{DOWN}\.bias is not one of a pair",
         "rank": "the factors have rank 3, adapter_config.json says 4",
@@ -157,7 +157,7 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
         "config": "cannot be read",
         "another kind": "peft_type is LOHA",
     }
-    with pytest.raises(ArtifactError, match=said[spoil]):
+    with pytest.raises(ArtifactError, match=messages[spoil]):
         read_lora(folder)
 
 

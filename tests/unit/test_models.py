@@ -1,4 +1,4 @@
-"""Loading: what a local folder must be, its revision, and what a layout knows of a model."""
+"""Loading: the requirements on a local folder, its revision, and the layout of a model."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def folder(saved: Callable[[str], LoadedModel], tmp_path: Path) -> Path:
 
 
 def test_a_local_folder_is_loaded_frozen_in_evaluation_mode(folder: Path) -> None:
-    found = load(str(folder), device="cpu")
+    read = load(str(folder), device="cpu")
     inputs = Padded.of(texts(), "left")
-    assert_same_weights(found.model, loaded("llama").model)
-    assert_close_to_rounding(logits(found.model, inputs), logits(loaded("llama").model, inputs))
-    assert not found.model.training
-    assert not any(p.requires_grad for p in found.model.parameters())
-    assert found.tokenizer("w7 w9")["input_ids"] == [7, 9]
-    assert (found.id, found.source) == (str(folder), str(folder))
+    assert_same_weights(read.model, loaded("llama").model)
+    assert_close_to_rounding(logits(read.model, inputs), logits(loaded("llama").model, inputs))
+    assert not read.model.training
+    assert not any(p.requires_grad for p in read.model.parameters())
+    assert read.tokenizer("w7 w9")["input_ids"] == [7, 9]
+    assert (read.id, read.source) == (str(folder), str(folder))
     half = load(str(folder), device="cpu", dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
     assert repr(half) == f"LoadedModel({str(folder)!r}, {LAYERS} blocks, d_model {HIDDEN}, bfloat16, cpu)"
@@ -65,7 +65,7 @@ def test_the_revision_of_a_folder_follows_its_weights_and_not_its_name(folder: P
     assert weights_revision(copy) != first
 
 
-def test_what_is_no_model_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
+def test_a_reference_that_is_not_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     for reference, message in (
         ("./nowhere", "no such folder; needed: a folder with config.json and weights"),
         ("./nowhere.gguf", "no such file"),
@@ -98,15 +98,15 @@ def test_an_unknown_dtype_or_device_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
-    one = loaded(family)
-    layout = one.layout
+def test_a_layout_finds_blocks_and_output_projections_of_a_family(family: str) -> None:
+    model = loaded(family).model
+    layout = Layout.of(model)
     assert (layout.n_layers, layout.d_model) == (LAYERS, HIDDEN)
     for kind in layout.projection_kinds:
         d_in = FFN if kind == "mlp" else None
-        writer = layout.output_projection(2, kind)
-        assert one.model.get_submodule(writer.name) is writer.module
-        weight = writer.module.weight
+        projection = layout.output_projection(2, kind)
+        assert model.get_submodule(projection.name) is projection.module
+        weight = projection.module.weight
         assert isinstance(weight, nn.Parameter)
         assert weight.numel() % HIDDEN == 0
         assert d_in is None or weight.numel() == HIDDEN * d_in
@@ -114,7 +114,7 @@ def test_a_layout_finds_blocks_and_writers_of_a_family(family: str) -> None:
     assert layout.residual_multiplier == (0.37 if family == "granite" else 1.0)
 
 
-def test_a_mixture_of_experts_has_no_one_writer_in_its_mlp() -> None:
+def test_a_mixture_of_experts_has_no_output_projection_in_its_mlp() -> None:
     layout = loaded("qwen3_moe").layout
     assert layout.projection_kinds == ("attn",)
     with pytest.raises(LayoutError, match="the MLP of qwen3_moe is a mixture of experts"):
