@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.nn.functional import cosine_similarity
 
-from compile_steer.artifacts.provenance import EngineRecord
-from compile_steer.steering.program import Program
-from compile_steer.tools.audit import Audit, BakedDirection
-from compile_steer.tools.decompile import Decompiled
-from compile_steer.tools.interference import LOADED
-from compile_steer.tools.interference_report import Composition
-from compile_steer.tools.lineage import Link
-from compile_steer.tools.push import Upload
-from compile_steer.tools.recombine import Recombined
-from compile_steer.tools.reproduce import Reproduction
-from compile_steer.tools.serving.export import Exported
+if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder does not need
+    from rich.console import Console
+
+    from compile_steer.artifacts.provenance import EngineRecord
+    from compile_steer.steering.program import Program
+    from compile_steer.tools.audit import Audit, BakedDirection
+    from compile_steer.tools.decompile import Decompiled
+    from compile_steer.tools.interference_report import Composition
+    from compile_steer.tools.lineage import Link
+    from compile_steer.tools.push import Upload
+    from compile_steer.tools.recombine import Recombined
+    from compile_steer.tools.reproduce import Reproduction
+    from compile_steer.tools.serving.export import Exported
 
 _STATES = {
     "intact": "[green]intact[/green]",
@@ -171,6 +172,8 @@ def print_engine_records(console: Console, found: Sequence[EngineRecord]) -> Non
 
 def print_decompiled(console: Console, found: Decompiled, known: Program | None) -> None:
     """The blocks that were changed, beside the program that is known, if any."""
+    from torch.nn.functional import cosine_similarity
+
     table = Table(title="What the artifact's blocks were changed to do", title_justify="left")
     for heading in ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector"):
         table.add_column(heading, justify="right")
@@ -190,6 +193,8 @@ def print_decompiled(console: Console, found: Decompiled, known: Program | None)
 
 def print_composition(console: Console, found: Composition) -> None:
     """The interference matrix, what is shipped, each dial, and how much of the error is the compile's."""
+    from compile_steer.tools.interference import LOADED
+
     pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in found.matrix)
     table = Table(
         title=f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})", title_justify="left"

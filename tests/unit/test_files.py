@@ -11,8 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.artifacts.files import digest, new_file, new_folder, save_json, save_text, sha256
+from compile_steer.artifacts.files import (
+    digest,
+    edit_check,
+    new_file,
+    new_folder,
+    save_json,
+    save_record,
+    save_text,
+    sha256,
+    was_edited,
+)
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
+from compile_steer.common.errors import ArtifactError
 
 
 def names(folder: Path) -> list[str]:
@@ -171,3 +182,35 @@ def test_a_folder_s_hash_follows_names_and_contents_but_not_its_own_name_or_repo
 def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [2, "é"]}) == digest({"b": [2, "é"], "a": 1})
     assert digest({"a": 1, "b": [2, "é"]}) != digest({"a": 1, "b": ["é", 2]})
+
+
+# ---------------------------------------------------------------------------------------- edit check
+
+
+def test_an_edit_by_hand_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    save_record(path, {"verdict": "fail", "effect": 0.1})
+    assert not was_edited(path)
+    recorded, actual = edit_check(path)
+    assert recorded == actual == digest({"verdict": "fail", "effect": 0.1})
+    path.write_text(path.read_text(encoding="utf-8").replace("fail", "pass"), encoding="utf-8")
+    assert was_edited(path)
+    assert edit_check(path) == (recorded, digest({"verdict": "pass", "effect": 0.1}))
+
+
+def test_the_edit_check_is_no_protection_against_forgery(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    save_record(path, {"verdict": "fail"})
+    save_record(path, {"verdict": "pass"})  # whoever computes the hash again leaves no trace
+    assert not was_edited(path)
+
+
+def test_a_file_without_an_edit_check_was_not_edited_and_damage_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    save_json(path, {"verdict": "fail"})
+    assert not was_edited(path)
+    assert edit_check(path)[0] == ""
+    for text in ("{", "[1]"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ArtifactError, match="is damaged"):
+            was_edited(path)

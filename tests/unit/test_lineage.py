@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,24 @@ def test_every_recipe_can_be_recalled_from_its_record(path: Path) -> None:
     again = Recipe.recall(json.loads(json.dumps(recipe.record)), path.parent)
     assert again == recipe
     assert again.hash == recipe.hash
+
+
+SHOW = """
+import sys
+from compile_steer.__main__ import main
+sys.argv = ["compile-steer", "show", sys.argv[1]]
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+heavy = {"torch", "transformers", "peft", "scipy", "huggingface_hub"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("name", ["adapter", "judged"])
+def test_showing_a_folder_imports_no_heavy_library(run: SmallRun, name: str) -> None:
+    subprocess.run([sys.executable, "-c", SHOW, str(artifacts(run.paths)[name])], check=True, cwd=ROOT)
 
 
 def cut_short(path: Path) -> None:
