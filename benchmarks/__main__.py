@@ -144,7 +144,7 @@ def _remaining_kl(reference: Reference, patch: WeightPatch) -> float:
     """Held-out remaining KL of a patch in memory."""
     base = reference.model
     with with_patch(base.model, patch):
-        states = final_states(base, reference.texts.heldout)
+        states = final_states(base, reference.heldout)
     return reference.kl_from_steered(base, states).mean / reference.kl_base.mean
 
 

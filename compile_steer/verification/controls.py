@@ -127,7 +127,7 @@ def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.n
         compiled: its log-likelihood margins on all test pairs, [n_pairs].
     """
     pairs = reference.control_pairs(artifact)
-    base = reference.base_margins[: len(pairs) // 2]
+    base = reference.margins.base[: len(pairs) // 2]
 
     def effect(scale: float = 1.0) -> float:
         with adapter_scaled(artifact, scale):

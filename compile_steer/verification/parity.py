@@ -1,4 +1,7 @@
-"""Parity report of one artifact: what the verifier measured, in sections, and whether it passed."""
+"""Parity report of one artifact: what the verifier measured, in sections, and whether it passed.
+
+KL is in nats per token; its first argument is always the distribution that the mean is taken under.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,20 @@ PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Next-token distributions of compiled and steered model, on the steered model's own sampled continuations of
-    held-out prompts. KL in nats per token, over the positions that predict the response.
+    """Next-token distributions on the steered model's own sampled continuations of held-out prompts, where they predict the
+    response. Intervals are 95 % bootstrap intervals over texts.
 
     Attributes:
-        kl: mean KL(steered||compiled) with its 95 % bootstrap interval over texts.
-        kl_rms: root mean square over tokens; a few broken tokens raise it, where the mean hides them.
-        kl_p99: 99th percentile over tokens.
-        kl_remaining: KL(steered||compiled) as a fraction of KL(steered||base), with its 95 % bootstrap interval.
-        kl_base: mean KL(steered||base).
-        kl_prompt: mean KL(steered||compiled) over the prompts' positions.
-        top1: fraction of tokens at which both models rank the same token first.
-        top1_base: the same of the base.
+        kl: mean KL(steered||compiled); `kl_rms` is its root mean square over tokens, which a few broken tokens raise that
+            the mean hides, and `kl_p99` its 99th percentile.
+        kl_remaining: KL(steered||compiled) as a fraction of KL(steered||base), whose mean is `kl_base`.
+        kl_prompt: mean KL(steered||compiled) at the prompts' positions.
+        top1: fraction of tokens at which compiled and steered rank the same token first; `top1_base` for base and steered.
         gain: least-squares factor of the compiled change of the final hidden states on the steered change.
-        hidden_error: norm of compiled - steered final hidden states, relative to the steered change.
-        kl_control_steered: mean KL(base||steered) on the responses of the control text.
-        kl_control: mean KL(base||compiled) there.
-        n_tokens: response tokens of the `n_texts` held-out texts.
+        hidden_error: norm of compiled minus steered final hidden states, relative to the steered change.
+        kl_control: mean KL(base||compiled) on the responses of the control text; `kl_control_steered` is KL(base||steered).
 
-    For a GGUF file the base of `gain`, `hidden_error` and `kl_control*` is the base quantised the same way.
+    Of a GGUF file, the base in `gain`, `hidden_error` and `kl_control*` is quantised the same way.
     """
 
     kl: Interval
@@ -46,31 +44,28 @@ class Divergence:
     top1_base: float
     gain: float
     hidden_error: float
-    kl_control_steered: float
     kl_control: float
+    kl_control_steered: float
     n_tokens: int
     n_texts: int
 
 
 @dataclass(frozen=True)
 class BehaviourMatch:
-    """Behaviour of compiled and steered model on test data.
+    """Behaviour on `n_pairs` test pairs and in greedy answers to `n_prompts` test prompts; equivalence tests are of compiled
+    minus steered.
 
     Attributes:
         effect_retained: (compiled - base) / (steered - base) of the mean log-likelihood margin, with its 95 % bootstrap
             interval; None where steering does not move the margin.
-        margin: equivalence test of the log-likelihood margins log p(positive) - log p(negative), nats per token, of
-            `n_pairs` test pairs; None where steering does not move them.
-        score: equivalence test of the scores of greedy answers to `n_prompts` test prompts.
-        score_base: mean score of the base; likewise steered and compiled.
-        prompt_sets: equivalence test of the scores of the answers to all prompt sets, a prompt's greedy and sampled answer
-            averaged; None where these prompts cannot be scored.
-        repetition: equivalence test of the fraction of repeated 3-grams in the answers to the test prompts; only more
-            repetition is a fault.
-        repetition_steered: mean of that fraction; likewise compiled.
+        margin: test of the log-likelihood margins log p(positive) - log p(negative), nats per token; None as above.
+        score: test of the answers' scores, whose means are `score_base`, `score_steered` and `score_compiled`.
+        prompt_sets: test of the scores of the answers to all prompt sets, a prompt's greedy and sampled answer averaged;
+            None where these prompts cannot be scored.
+        repetition: test of the fraction of an answer's 3-grams that are repeats; only more repetition is a fault.
         sample: the compiled model's answer to the recipe's `ask`.
 
-    For a GGUF file the base and steered margins are those of the base quantised the same way; scores are full precision's.
+    Of a GGUF file, base and steered margins are of the base quantised the same way; scores are full precision's.
     """
 
     effect_retained: Interval | None
@@ -96,15 +91,13 @@ class BehaviourMatch:
 
 @dataclass(frozen=True)
 class FreeAnswers:
-    """Answers to the prompts of one set, each model writing by itself; sampled ones with the same random numbers.
+    """Answers to the prompts of one set that each model writes by itself; sampled ones with the same random numbers.
 
     Attributes:
-        same: mean fraction of the steered answer's tokens before the first that differs in the compiled model's answer.
-        same_base: the same of the base's answer.
-        repetition: mean fraction of repeated 3-grams in the compiled model's answers.
-        repetition_steered: the same of the steered model's.
-        score: mean score of the compiled model's answers; likewise steered and base. None where the scorer knows only
-            the data's own prompts.
+        same: mean fraction of the steered answer's tokens before the first that differs in the compiled model's answer;
+            `same_base` in the base's.
+        repetition: mean fraction of repeated 3-grams in the compiled model's answers, `repetition_steered` in the steered's.
+        score: the compiled model's mean score, likewise steered and base; None where the scorer knows only the data's prompts.
     """
 
     same: float
@@ -118,14 +111,9 @@ class FreeAnswers:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """One set of prompts: divergence on the steered model's sampled answers, and freely written answers.
-
-    Attributes:
-        prompt_tokens: length of the longest prompt.
-        kl: mean KL(steered||compiled), nats per token, over `n_tokens` response tokens, those of earlier turns included.
-        kl_remaining: as a fraction of KL(steered||base); None where that is 0.
-        top1: fraction of tokens at which both models rank the same token first.
-    """
+    """One set of prompts: mean KL(steered||compiled), its fraction of KL(steered||base) (None where that is 0) and top-1
+    agreement on `n_tokens` response tokens of the steered model's sampled answers, those of earlier turns included; and
+    freely written answers. `prompt_tokens` is the longest prompt's length."""
 
     name: PromptSetName
     n_texts: int
@@ -144,10 +132,10 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Capability:
-    """Fractions of `n` short questions answered correctly by base, steered and compiled model.
+    """Fractions of `n` short questions that base, steered and compiled model answer correctly.
 
     `lost` are answered by steered and not by compiled, `gained` the other way round; `p` is the exact one-sided McNemar
-    test that no more are lost than gained. `test` is the equivalence test, question by question.
+    test that no more are lost than gained, `test` the equivalence test question by question.
     """
 
     n: int
@@ -173,10 +161,8 @@ class Capability:
 
 @dataclass(frozen=True)
 class AdapterScale:
-    """Mean KL(steered||compiled), nats per token, with program and adapter both at `scale` times their strength.
-
-    `kl_remaining` is as a fraction of KL(steered||base) at that scale; None at 0, where steered is the base.
-    """
+    """Mean KL(steered||compiled) with program and adapter both at `scale` times their strength, and its fraction of
+    KL(steered||base) at that scale; None at 0, where steered is the base."""
 
     scale: float
     kl: float
@@ -190,15 +176,10 @@ class AdapterScale:
 
 @dataclass(frozen=True)
 class AdapterControls:
-    """What the reloaded adapter does by itself: the mean change of the log-likelihood margin from the base, nats per
-    token, on the first `n_pairs` test pairs.
+    """Mean change of the log-likelihood margin from the base, nats per token, on the first `n_pairs` test pairs.
 
-    Attributes:
-        effect: the adapter's.
-        random: those of random adapters with the same rank and norm in every module.
-        negated: the adapter's at scale -1; `halved` at 0.5.
-        other_behaviour: the adapter's on another behaviour's pairs; None where the recipe names none.
-        scales: adapter scale against program scale.
+    `effect` is the adapter's, `negated` and `halved` at scale -1 and 0.5, `random` those of random adapters with the same
+    rank and norm in every module, `other_behaviour` the adapter's on another behaviour's pairs (None without any).
     """
 
     effect: float
@@ -212,16 +193,16 @@ class AdapterControls:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What storing weights in fewer bits costs by itself, and the compile without that cost. Mean KL in nats per token over
-    the positions that predict the held-out responses; "rounded" are the base's weights, rounded as the artifact's are.
+    """What storing weights in fewer bits costs by itself, and the compile without that cost: mean KL where the held-out
+    responses are predicted. "Rounded" is the base with its weights rounded as the artifact's are.
 
     Attributes:
-        kl_base: KL(base||rounded base).
-        kl_steered: KL(steered||steered on the rounded base), and `top1_steered` the agreement of the two.
-        kl: KL(steered on the rounded base||compiled): the compile alone.
-        kl_remaining: as a fraction of KL(steered on the rounded base||rounded base), which is `kl_changed`.
-        edited: matrices that are not the rounded base's own, which were therefore rounded anew.
-        kl_edited: KL(steered||steered with only the edited matrices of the base rounded).
+        kl_base: KL(base||rounded).
+        kl_steered: KL(steered||steered, on rounded), and `top1_steered` their top-1 agreement.
+        kl: KL(steered, on rounded||compiled): the compile alone.
+        kl_remaining: its fraction of KL(steered, on rounded||rounded), which is `kl_changed`.
+        edited: number of matrices that are not rounded's own: the compile edited them, so they were rounded anew.
+        kl_edited: KL(steered||steered with only these matrices of the base rounded).
     """
 
     kl_base: float
@@ -247,16 +228,12 @@ class Parity:
     Attributes:
         exact: True where the backend reproduces the hooks exactly but for rounding.
         compute_dtype: what the verifier computed in.
-        compile_seconds: time of the compile alone.
         same_tokens: True if the artifact's tokenizer splits the held-out prompts as the base's does.
-        file_error: largest difference, over fixed texts, of the mean log p per token between the file and the weights that
-            the compiler had in memory, nats; None for fewer bits, or where the compiler recorded nothing.
-        capability: None where no questions were asked.
-        adapter: None for a whole model.
-        rounding: None where all bits are kept.
-        reasons: every gate that the artifact misses.
-        remarks: what could not be measured, and why.
-        sha256: of artifact, program and texts; the base's revision.
+        file_error: largest difference, over the reference texts, of the mean log p between the file and the weights that the
+            compiler had in memory, nats per token; None for fewer bits, or where the compiler recorded nothing.
+        capability: None where no questions were asked. `adapter`: None for a whole model. `rounding`: None for all bits.
+        reasons: every gate that the artifact misses. `remarks`: what could not be measured, and why.
+        sha256: of the artifact, its program and the held-out texts; and the base's revision.
     """
 
     kind: Literal["parity report"] = "parity report"

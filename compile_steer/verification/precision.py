@@ -61,9 +61,9 @@ def measure_rounding(
     """
     rounded = quantized.model
     base = divergence(
-        reference.model.model, reference.base_heldout.response, rounded.model, quantized.base_heldout.response
+        reference.model.model, reference.states.base.response, rounded.model, quantized.states.base.response
     )
-    noise = reference.kl_from_steered(rounded, quantized.steered_heldout)
+    noise = reference.kl_from_steered(rounded, quantized.states.steered)
     compiled = quantized.kl_from_steered(artifact, states)
     edited = edited_matrices(rounded, artifact)
     return Rounding(
@@ -93,7 +93,7 @@ def cost_of_rounding(reference: Reference, rounded: LoadedModel, matrices: Seque
     if not matrices:
         return 0.0
     with _only_rounded(matrices, rounded, reference.model):
-        states = final_states(rounded, reference.texts.heldout, reference.program)
+        states = final_states(rounded, reference.heldout, reference.program)
         return reference.kl_from_steered(rounded, states).mean
 
 

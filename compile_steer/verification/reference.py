@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,33 +36,28 @@ from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
 
-
-@dataclass(frozen=True)
-class Texts:
-    """Held-out prompts with the steered model's sampled continuations, and control text, as the base's tokens."""
-
-    heldout: list[Encoded]
-    control: list[Encoded]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class EquivalenceMargins:
-    """Differences from the steered model that count as none.
+class Both(NamedTuple, Generic[T]):
+    """One measurement of the base without and with the program's hooks."""
 
-    `margin` is of the log-likelihood margin, nats per token; 0 where steering does not move it, so that there is nothing to
-    be equivalent in. `score` and `prompt_sets` are in points of the score; the latter is None where it cannot be scored.
-    """
-
-    margin: float
-    score: float
-    prompt_sets: float | None
+    base: T
+    steered: T
 
 
 class Reference:
     """A base model without and with the program's hooks, on the verifier's texts. What is measured is kept.
 
     Made for the base as it is; `quantized` makes it for the base with rounded weights, of which only what is read is run.
+
+    Attributes:
+        heldout: held-out prompts with the steered model's own sampled continuations, as the base's tokens.
+        control: the control text, as the base's tokens.
     """
+
+    heldout: list[Encoded]
+    control: list[Encoded]
 
     def __init__(
         self,
@@ -69,9 +66,9 @@ class Reference:
         options: VerifyOptions,
         scorer: ScorerBase,
         ask: str,
-        texts: Texts | None = None,
+        texts_of: Reference | None = None,
     ) -> None:
-        """Write the texts and measure base and steered model, unless the `texts` of another reference are given.
+        """Write the texts and measure base and steered model, unless another reference has the texts.
 
         Args:
             scorer: the recipe's `validate.score`.
@@ -84,8 +81,8 @@ class Reference:
         self.context, self.program, self.options, self.ask = context, program, options, ask
         self.model, self._data, self._scorer = context.model, context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
-        if texts is not None:
-            self.texts = texts
+        if texts_of is not None:
+            self.heldout, self.control = texts_of.heldout, texts_of.control
             return
         if len(self._data.test) < 2:
             raise RecipeError(
@@ -93,7 +90,15 @@ class Reference:
             )
         _ = self._score  # a scorer that these data cannot have fails before the work
         with context.progress.phase("reference: base and steered model", 4) as advance:
-            self.texts = self._write_texts()
+            self.heldout = continue_prompts(
+                self.model,
+                self._data.heldout[: options.heldout],
+                program,
+                max_new_tokens=options.max_new_tokens,
+                temperature=1.0,
+                seed=context.seed + 1,
+            )
+            self.control = [encode(self.model.tokenizer, text) for text in self._data.neutral[: options.neutral]]
             advance(1)
             if not 0 < self.kl_base.mean < math.inf:
                 raise ArtifactError(
@@ -102,25 +107,13 @@ class Reference:
                 )
             advance(1)
             # Read here so that all of the reference is measured under this bar, before any artifact is reloaded.
-            _ = self.kl_control, self.base_correct, self.steered_correct, self.answers, self.other_behaviour
+            _ = self.kl_control, self.correct, self.answers, self.other_behaviour
             advance(1)
             _ = self.prompt_sets
             advance(1)
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
             context.progress.note(str(plan))
-
-    def _write_texts(self) -> Texts:
-        heldout = continue_prompts(
-            self.model,
-            self._data.heldout[: self.options.heldout],
-            self.program,
-            max_new_tokens=self.options.max_new_tokens,
-            temperature=1.0,
-            seed=self.context.seed + 1,
-        )
-        control = [encode(self.model.tokenizer, text) for text in self._data.neutral[: self.options.neutral]]
-        return Texts(heldout, control)
 
     def quantized(self, form: str, folder: Path) -> Reference | None:
         """The reference of the base with its weights rounded as the artifact at `folder` stores them; None where it keeps
@@ -136,43 +129,40 @@ class Reference:
                 for name, parameter in rounded.model.named_parameters():
                     parameter.copy_(rounding(name, parameter))
             context = replace(self.context, model=rounded)
-            other = Reference(context, self.program, self.options, self._scorer, self.ask, self.texts)
-            self._quantized = key, other
+            self._quantized = key, Reference(context, self.program, self.options, self._scorer, self.ask, self)
         return self._quantized[1]
 
     # --------------------------------------------------------------------------- distributions
 
-    @cached_property
-    def base_heldout(self) -> FinalStates:
-        """Final hidden states of the base on the held-out texts."""
-        return final_states(self.model, self.texts.heldout)
+    def _both(self, measure: Callable[[Program | None], T]) -> Both[T]:
+        return Both(measure(None), measure(self.program))
 
     @cached_property
-    def steered_heldout(self) -> FinalStates:
-        """The same under the program's hooks."""
-        return final_states(self.model, self.texts.heldout, self.program)
+    def states(self) -> Both[FinalStates]:
+        """Final hidden states on the held-out texts."""
+        return self._both(lambda program: final_states(self.model, self.heldout, program))
 
     def kl_from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
         """KL(steered||other) at the positions that predict the held-out responses."""
-        return divergence(self.model.model, self.steered_heldout.response, other.model, states.response)
+        return divergence(self.model.model, self.states.steered.response, other.model, states.response)
 
     @cached_property
     def kl_base(self) -> TokenDivergence:
         """KL(steered||base) there."""
-        return self.kl_from_steered(self.model, self.base_heldout)
+        return self.kl_from_steered(self.model, self.states.base)
 
     def kl_prompt(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(steered||other) at the other positions of the held-out texts, nats per token."""
-        return divergence(self.model.model, self.steered_heldout.prompt, other.model, states.prompt).mean
+        return divergence(self.model.model, self.states.steered.prompt, other.model, states.prompt).mean
 
     def kl_from_base_on_control(self, other: LoadedModel, program: Program | None = None) -> float:
         """Mean KL(base||other, under the program if given) on the responses of the control text, nats per token."""
-        states = final_states(other, self.texts.control, program).response
+        states = final_states(other, self.control, program).response
         return divergence(self.model.model, self._base_control, other.model, states).mean
 
     @cached_property
     def _base_control(self) -> Tensor:
-        return final_states(self.model, self.texts.control).response
+        return final_states(self.model, self.control).response
 
     @cached_property
     def kl_control(self) -> float:
@@ -188,7 +178,7 @@ class Reference:
     @property
     def scale_texts(self) -> list[Encoded]:
         """The first held-out texts: written at scale 1, and read at every scale."""
-        return self.texts.heldout[:SCALE_TEXTS]
+        return self.heldout[:SCALE_TEXTS]
 
     # ------------------------------------------------------------------------------- behaviour
 
@@ -197,14 +187,9 @@ class Reference:
         return logprob_margins(model, encode_pairs(model, self._data.test[: self.options.pairs]), program)
 
     @cached_property
-    def base_margins(self) -> np.ndarray:
-        """[n_pairs], nats per token."""
-        return self.margins_of(self.model)
-
-    @cached_property
-    def steered_margins(self) -> np.ndarray:
-        """[n_pairs], nats per token."""
-        return self.margins_of(self.model, self.program)
+    def margins(self) -> Both[np.ndarray]:
+        """`margins_of` base and steered model."""
+        return self._both(lambda program: self.margins_of(self.model, program))
 
     def control_pairs(self, model: LoadedModel) -> list[Encoded]:
         """The first test pairs as tokens, for an adapter's controls."""
@@ -232,20 +217,14 @@ class Reference:
         return list(zip(answers[: len(programs)], samples, strict=True))
 
     @cached_property
-    def answers(self) -> tuple[Answers, Answers]:
-        """Answers of base and steered model to the test prompts."""
-        (base, _ask), (steered, _ask_steered) = self.answers_of(self.model, None, self.program)
-        return base, steered
+    def answers(self) -> Both[Answers]:
+        """Answers to the test prompts."""
+        return Both(*(answers for answers, _sample in self.answers_of(self.model, None, self.program)))
 
     @cached_property
-    def base_correct(self) -> np.ndarray:
-        """Which capability questions the base answers correctly, [n] 1 or 0."""
-        return correct_answers(self.model, self.options.capability)
-
-    @cached_property
-    def steered_correct(self) -> np.ndarray:
-        """The same under the program's hooks."""
-        return correct_answers(self.model, self.options.capability, self.program)
+    def correct(self) -> Both[np.ndarray]:
+        """Which capability questions are answered correctly, [n] 1 or 0."""
+        return self._both(lambda program: correct_answers(self.model, self.options.capability, program))
 
     @cached_property
     def prompt_sets(self) -> PromptSets:
@@ -256,8 +235,9 @@ class Reference:
     # ---------------------------------------------------------------------- equivalence margins
 
     @cached_property
-    def equivalence_margins(self) -> EquivalenceMargins:
-        """A fraction of the steered effect each; of scores at most `gates.score_margin`."""
+    def equivalence_margins(self) -> dict[Measure, float]:
+        """Differences from the steered model that count as none: a fraction of the steered effect, in nats per token or, at
+        most `gates.score_margin`, in points of the score. A measure is missing that steering does not move or nothing scores."""
         gates = self.options.gates
 
         def fraction(base: np.ndarray, steered: np.ndarray) -> float:
@@ -267,33 +247,37 @@ class Reference:
             # Where steering does not move the score there is no effect to take a fraction of.
             return min(gates.score_margin, fraction(base, steered)) or gates.score_margin
 
-        base, steered = self.answers
-        sets = self.prompt_sets.base_scores, self.prompt_sets.steered_scores
-        return EquivalenceMargins(
-            fraction(self.base_margins, self.steered_margins),
-            points(base.scores, steered.scores),
-            None if sets[0] is None or sets[1] is None else points(sets[0], sets[1]),
-        )
+        margins: dict[Measure, float] = {}
+        if effect := fraction(*self.margins):
+            margins["log-likelihood margin"] = effect
+        margins["score"] = points(*(answers.scores for answers in self.answers))
+        sets = self.prompt_sets
+        if sets.base_scores is not None and sets.steered_scores is not None:
+            margins["score by prompt set"] = points(sets.base_scores, sets.steered_scores)
+        return margins
 
     def planned_tests(self) -> list[PowerAnalysis]:
         """What the equivalence tests can be expected to show, from the reference alone."""
-        margins, plans = self.equivalence_margins, []
-        if margins.margin:
-            effect = self.steered_margins - self.base_margins
-            left = math.sqrt(self.options.gates.kl_remaining)  # KL grows with the square of the error
-            spread = left * float(np.sqrt(np.square(effect).mean()))
-            allowed = f"a remaining KL of {self.options.gates.kl_remaining:.0%}"
-            assumed = f"assuming {left:.0%} of the effect's size left over, as {allowed} allows"
-            plans.append(
-                power_analysis("equivalence", "log-likelihood margin", margins.margin, spread, len(effect), assumed)
+        allowed = self.options.gates.kl_remaining
+        left = math.sqrt(allowed)  # KL grows with the square of the error
+        effect = self.margins.steered - self.margins.base
+        spreads: dict[Measure, tuple[float, int, str]] = {
+            "log-likelihood margin": (
+                left * float(np.sqrt(np.square(effect).mean())),
+                len(effect),
+                f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows",
             )
-        scored: dict[Measure, tuple[np.ndarray | None, float | None]] = {
-            "score": (self.answers[1].scores, margins.score),
-            "score by prompt set": (self.prompt_sets.steered_scores, margins.prompt_sets),
         }
-        for measure, (scores, margin) in scored.items():
-            if scores is not None and margin is not None:
-                spread = math.sqrt(2) * float(scores.std(ddof=1))
-                assumed = "assuming that answers of compiled and steered model are independent"
-                plans.append(power_analysis("equivalence", measure, margin, spread, len(scores), assumed))
-        return plans
+        scores: dict[Measure, np.ndarray | None] = {
+            "score": self.answers.steered.scores,
+            "score by prompt set": self.prompt_sets.steered_scores,
+        }
+        for measure, values in scores.items():
+            if values is not None:
+                spread = math.sqrt(2) * float(values.std(ddof=1))
+                assumption = "assuming that answers of compiled and steered model are independent"
+                spreads[measure] = spread, len(values), assumption
+        return [
+            power_analysis("equivalence", measure, margin, *spreads[measure])
+            for measure, margin in self.equivalence_margins.items()
+        ]

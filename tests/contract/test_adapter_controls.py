@@ -45,7 +45,7 @@ def reference(base: LoadedModel) -> Reference:
         model=base,
         context=SimpleNamespace(seed=3),
         control_pairs=lambda model: encode_pairs(model, PAIRS[:4]),
-        base_margins=margins,
+        margins=SimpleNamespace(base=margins),
         other_behaviour=(pairs[:2] + pairs[6:8], margins[:2]),
         scale_texts=pairs[:2],
         at_scales={0.0: state, 2.0: 1.1 * state},

@@ -13,15 +13,9 @@ from scipy.stats import binom
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.text import Text
 from compile_steer.report.terminal import print_parities
-from compile_steer.verification.controls import (
-    _ANSWER_TOKENS,
-    QUESTIONS,
-    Question,
-    capability_retention,
-    correct_answers,
-)
-from compile_steer.verification.gates import check
+from compile_steer.verification.controls import _ANSWER_TOKENS, QUESTIONS, Question, capability_retention, correct_answers
 from compile_steer.verification.options import VerifyOptions
+from compile_steer.verification.stage import check
 from tests.helpers.verification import VerifierCase
 
 NUMBER = Question("What is 3 times 4?", ("12", "twelve"))
@@ -98,7 +92,7 @@ def test_it_is_asked_greedily_and_as_a_user_asks(scene: VerifierCase, monkeypatc
 def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: VerifierCase) -> None:
     parity, gates = scene.parity_of(scene.merged()), scene.reference.options.gates
     assert parity.passed and parity.capability is not None and parity.capability.n == 3
-    assert parity.capability.steered == float(scene.reference.steered_correct.mean())
+    assert parity.capability.steered == float(scene.reference.correct.steered.mean())
     assert (parity.capability.lost, parity.capability.gained) == (0, 0)
     broken = capability_retention(np.ones(9), np.ones(9), np.array([0.0] * 6 + [1.0] * 3), 0.05)
     (reason,) = check(replace(parity, capability=broken), gates)

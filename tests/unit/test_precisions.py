@@ -58,7 +58,7 @@ def test_half_precision_is_measured_as_bf16_is(scene: VerifierCase) -> None:
     assert parity.passed and parity.form == "merged-fp16"
     coarse = scene.reference.quantized("merged-bf16", folder)
     assert coarse is not None
-    assert 0 < 10 * parity.noise_kl < scene.reference.kl_from_steered(coarse.model, coarse.steered_heldout).mean
+    assert 0 < 10 * parity.noise_kl < scene.reference.kl_from_steered(coarse.model, coarse.states.steered).mean
     assert 0 < parity.divergence.kl.value < 10 * parity.noise_kl + 1e-6
 
 
@@ -68,7 +68,7 @@ def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: 
     weight = scene.base.model.get_submodule(up).weight
     large = LowRank(torch.eye(len(weight)), (60_000.0 - 1) * weight)  # the up projection 60,000 times as large
     folder = halves(scene, "large", WeightPatch({up: large}))
-    artifact, texts = reload(folder, scene.base), scene.reference.texts.heldout
+    artifact, texts = reload(folder, scene.base), scene.reference.heldout
     assert bool(torch.isfinite(final_states(artifact, texts).response).all())
     assert first_beyond(artifact, texts, 1e9) is None and first_beyond(scene.base, texts, HALF) is None
     with pytest.raises(ArtifactError, match=rf"the output of {up} reaches .* beyond 65504, the largest of fp16"):
@@ -140,12 +140,12 @@ def test_edited_matrices_may_be_rounded_anew_and_no_others(bytewise: VerifierCas
     edited = edited_matrices(rounded, artifact)
     assert edited == [f"{bytewise.module}.weight"]
     everything = [name for name, value in artifact.model.named_parameters() if value.ndim > 1]
-    noise = reference.kl_from_steered(rounded, quantized.steered_heldout).mean
+    noise = reference.kl_from_steered(rounded, quantized.states.steered).mean
     assert cost_of_rounding(reference, rounded, []) == 0
     assert 0 < cost_of_rounding(reference, rounded, edited) < noise
     assert cost_of_rounding(reference, rounded, everything) == pytest.approx(noise, rel=1e-6)
-    after = final_states(rounded, reference.texts.heldout).response
-    assert torch.equal(after, quantized.base_heldout.response), "the weights are put back"
+    after = final_states(rounded, reference.heldout).response
+    assert torch.equal(after, quantized.states.base.response), "the weights are put back"
     assert reference.quantized("gguf-q8_0", folder) is quantized, "made once for all artifacts of a form"
 
 

@@ -23,10 +23,10 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
-from compile_steer.verification.gates import check
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import Parity, Rounding
 from compile_steer.verification.prompt_sets import PromptSets, build_prompts, same_until
+from compile_steer.verification.stage import check
 from tests.helpers.tiny import loaded
 from tests.helpers.verification import VerifierCase, behaviour, recipe
 

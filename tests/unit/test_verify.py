@@ -24,8 +24,8 @@ from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import steered
-from compile_steer.verification.gates import check
 from compile_steer.verification.parity import Parity, Rounding
+from compile_steer.verification.stage import check
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, make_reference, recipe
 
 GATES = recipe().verify.gates
@@ -74,8 +74,8 @@ def test_planned_tests_are_noted_before_any_artifact_is_seen(case: VerifierCase)
     assert notes.texts == [str(plan) for plan in plans]
     first, second, third = plans
     assert (first.measure, second.measure, third.measure) == ("log-likelihood margin", "score", "score by prompt set")
-    assert second.spread == pytest.approx(math.sqrt(2) * reference.answers[1].scores.std(ddof=1))
-    assert second.available == 12 and first.effect == margins.margin and third.effect == margins.prompt_sets
+    assert second.spread == pytest.approx(math.sqrt(2) * reference.answers.steered.scores.std(ddof=1))
+    assert second.available == 12 and [plan.effect for plan in plans] == list(margins.values())
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -105,10 +105,10 @@ def test_states_know_their_texts(case: VerifierCase) -> None:
 
 def test_equivalence_margins_are_fractions_of_the_effect(case: VerifierCase, exact: Parity) -> None:
     reference = case.reference
-    effect = abs(float((reference.steered_margins - reference.base_margins).mean()))
+    effect = abs(float((reference.margins.steered - reference.margins.base).mean()))
     margin, score = exact.behaviour.margin, exact.behaviour.score
     assert margin is not None
-    assert margin.margin == pytest.approx(0.2 * effect) and margin.n == len(reference.base_margins) == 12
+    assert margin.margin == pytest.approx(0.2 * effect) and margin.n == len(reference.margins.base) == 12
     base, steered_answers = reference.answers
     moved = abs(float((steered_answers.scores - base.scores).mean()))
     assert score.margin == pytest.approx(min(0.05, 0.2 * moved) or 0.05)
@@ -116,8 +116,8 @@ def test_equivalence_margins_are_fractions_of_the_effect(case: VerifierCase, exa
 
 def test_half_the_program_is_not_equivalent(case: VerifierCase) -> None:
     half = case.reference.margins_of(case.base, case.program.scaled(0.5))
-    margin = case.reference.equivalence_margins.margin
-    assert not equivalence("log-likelihood margin", half - case.reference.steered_margins, margin).equivalent
+    margin = case.reference.equivalence_margins["log-likelihood margin"]
+    assert not equivalence("log-likelihood margin", half - case.reference.margins.steered, margin).equivalent
 
 
 # ------------------------------------------------------------------------------------------ report
