@@ -13,7 +13,13 @@ from scipy.stats import binom
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.text import Text
 from compile_steer.report.terminal import print_parities
-from compile_steer.verification.controls import _ANSWER_TOKENS, QUESTIONS, Question, capability_retention, correct_answers
+from compile_steer.verification.controls import (
+    _ANSWER_TOKENS,
+    QUESTIONS,
+    Question,
+    capability_retention,
+    correct_answers,
+)
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.stage import check
 from tests.helpers.verification import VerifierCase
