@@ -55,21 +55,20 @@ class House:
                 self.nodes[where + ast.unparse(target)] = [statement.value]
 
     def calls(self, node: str) -> list[str]:
-        """What a function, class or constant mentions, in the order of the source."""
+        """What a function, class or constant mentions, as often as it does."""
         module, _, name = node.partition(":")
-        mentions: list[tuple[int, int, list[str]]] = []
         parts = [part for syntax in self.nodes[node] for part in ast.walk(syntax)]
         local = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
         local |= {part.arg for part in parts if isinstance(part, ast.arg)}
+        targets: list[str] = []
         for part in parts:
             if isinstance(part, ast.Name) and part.id not in local:
-                mentions.append((part.lineno, part.col_offset, [self._resolve(module, part.id)]))
+                targets.append(self._resolve(module, part.id))
             elif isinstance(part, ast.Attribute):
-                mentions.append((part.lineno, part.col_offset, self._attribute(module, name, part)))
+                targets += self._attribute(module, name, part)
             elif isinstance(part, ast.List) and {"-m", "verify"} <= {getattr(e, "value", "") for e in part.elts}:
-                mentions.append((part.lineno, part.col_offset, [self.find("verify", "cli|on_recipe")]))  # a process
-        mentions.sort(key=lambda mention: mention[:2])
-        return [target for *_, targets in mentions for target in targets if target in self.nodes and target != node]
+                targets.append(self.find("verify", "cli|on_recipe"))  # the command, in a process of its own
+        return [target for target in targets if target in self.nodes and target != node]
 
     def _resolve(self, module: str, name: str) -> str:
         target = self.names[module].get(name, f"{module}:{name}")
@@ -106,7 +105,7 @@ class House:
         return bool(self.nodes[node]) and isinstance(self.nodes[node][0], FUNCTION)
 
     def changes(self, node: str, above: tuple[str, ...] = ()) -> int:
-        """How often the leading packages pass the run from one to another, every call followed in order."""
+        """How often the leading packages pass the run from one to another, every call followed."""
         led = [t for t in self.calls(node) if room(t) in LEADERS and t not in above and self._runs(t)]
         return sum((room(target) != room(node)) + self.changes(target, (*above, target)) for target in led)
 
@@ -117,9 +116,8 @@ class House:
             below.setdefault(room(module), set()).update(room(target) for target in names.values())
 
         def floor(name: str, above: tuple[str, ...] = ()) -> int:
-            return 1 + max(
-                (floor(b, (*above, name)) for b in below.get(name, ()) if b not in (*above, name)), default=0
-            )
+            beneath = [other for other in below.get(name, ()) if other not in (*above, name)]
+            return 1 + max((floor(other, (*above, name)) for other in beneath), default=0)
 
         return {name: floor(name) for name in below if name}
 
