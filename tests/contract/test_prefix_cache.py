@@ -67,7 +67,7 @@ def test_packed_texts_score_as_each_text_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_programs_that_cannot_be_rows_of_one_batch_run_one_by_one(family: str) -> None:
+def test_programs_of_several_shapes_run_one_by_one(family: str) -> None:
     one, texts = loaded(family), sharing_texts(seed=1)
     under = [
         program(family, intervention("clamp", "mlp_out", k, coefficient=1.3), intervention("ablate", layer=2))
@@ -92,7 +92,7 @@ def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
     assert int((batch.roles[0, :3] == PROMPT).sum()) == 3
 
 
-def test_a_sliding_window_that_holds_every_text_does_not_matter() -> None:
+def test_texts_within_a_sliding_window_are_packed() -> None:
     texts = [Encoded(text.ids[:6], 4) for text in sharing_texts(longest=3)[:4]]
     assert can_share(loaded("gemma3_text").layout, texts)
     under = program("gemma3_text", intervention(layer=2))
@@ -100,7 +100,7 @@ def test_a_sliding_window_that_holds_every_text_does_not_matter() -> None:
     np.testing.assert_allclose(cache.mean_logprobs([under])[0], alone(loaded("gemma3_text"), texts, under), atol=2e-5)
 
 
-def test_the_divergence_is_that_of_the_texts_alone() -> None:
+def test_divergence_of_packed_texts_is_that_of_each_alone() -> None:
     one, texts = loaded("llama"), sharing_texts()[:4:2]  # prompts that share the template only
     under = program("llama", intervention(layer=2))
     parts = []

@@ -13,7 +13,7 @@ from tests.helpers.tiny import LAYERS
 from tests.helpers.validation import chat_model, toward_w40
 
 
-def test_the_scorer_is_told_the_plain_prompt_whatever_was_said() -> None:
+def test_the_scorer_receives_the_plain_prompt() -> None:
     seen: list[str] = []
 
     def score(replies: Any) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_the_scorer_is_told_the_plain_prompt_whatever_was_said() -> None:
     assert seen == ["w8", "w9", "w11"] and len(plain.texts) == 2
 
 
-def test_programs_of_other_shapes_are_answered_apart() -> None:
+def test_programs_of_several_shapes_are_answered_as_each_alone() -> None:
     clamps = toward_w40(operation="clamp", projections=torch.full((7, LAYERS), 6.5))
     first, second = clamps.program(1, 0.7, "all"), clamps.program(2, 1.2, "all")
 

@@ -17,7 +17,7 @@ from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, program_at, toward_w40, validated
 
 
-def test_controls_have_the_dose_of_the_program_at_every_site() -> None:
+def test_controls_have_the_strength_of_the_program_at_every_site() -> None:
     base = StreamStatistics.of(chat_model(), behaviour().neutral, "resid_post", program_at(1, 0.7))
     lengths = torch.tensor([1.5, 2.5, 3.5, 4.5]).unsqueeze(1)
     joint = toward_w40(joint=True, vectors=toward_w40().vectors / 7 * lengths).program(EVERY_BLOCK, 0.7, "all")
@@ -38,7 +38,7 @@ def test_controls_have_the_dose_of_the_program_at_every_site() -> None:
     )
 
 
-def test_a_random_direction_in_the_programs_place_is_one_of_many() -> None:
+def test_a_random_direction_is_no_outlier_among_random_ones() -> None:
     stream = StreamStatistics.of(chat_model(), behaviour().neutral, "resid_post", program_at(2, 0.8))
     evaluator = ContrastEvaluator(chat_model(), behaviour().test)
     good = measure_controls(
@@ -60,7 +60,7 @@ def beside_w40() -> Directions:
 
 
 @pytest.mark.parametrize("kind", ["add", "ablate", "beside"])
-def test_a_control_from_shuffled_labels_is_the_whole_program_along_it(kind: str) -> None:
+def test_a_control_from_shuffled_labels_has_all_sites_of_the_program(kind: str) -> None:
     """With the length that its extraction gave it."""
     directions = beside_w40() if kind == "beside" else toward_w40(operation=kind)
     directions = replace(directions, shuffled=0.3 * directions.shuffled)
@@ -74,7 +74,7 @@ def test_a_control_from_shuffled_labels_is_the_whole_program_along_it(kind: str)
     assert report.controls.effect == pytest.approx(evaluator.effects([program]).mean(), abs=1e-5)
 
 
-def test_an_ablation_takes_one_direction_out_of_every_write_and_so_do_its_controls() -> None:
+def test_controls_of_an_ablation_ablate_one_direction_at_every_site() -> None:
     program = toward_w40(operation="ablate").program(2, 1.0, "all")
     unit = toward_w40().vectors[2] / 7.0
     assert len(program.interventions) == 1 + 2 * LAYERS

@@ -56,11 +56,11 @@ def test_length_can_ask_for_many_words_as_well(text: str, score: float) -> None:
 @pytest.mark.parametrize(
     ("text", "score"), [("", 0.0), (" ", 0.0), ("a b c d e", 1.0), ("a b c a b c", 1.0), ("go " * 12, 0.0)]
 )
-def test_repetition_as_a_scorer_is_a_limit_on_its_share_and_no_text_is_no_good_text(text: str, score: float) -> None:
+def test_the_repetition_scorer_limits_the_fraction_and_refuses_empty_text(text: str, score: float) -> None:
     assert Repetition(kind="repetition", max=0.25).score(text) == score
 
 
-def test_what_each_scorer_of_text_gets_wrong_is_what_its_docstring_says() -> None:
+def test_text_scorers_are_wrong_where_their_docstrings_warn() -> None:
     assert keywords(r"\bsea\b").score("I know nothing of the sea.") == 1.0
     assert Lowercase(kind="lowercase").score("the the the the the the") == 1.0
     assert Length(kind="length", min_words=50).score("long " * 60) == 1.0
@@ -85,7 +85,7 @@ def test_what_each_scorer_of_text_gets_wrong_is_what_its_docstring_says() -> Non
         ("internationalization a b", 0.0),
     ],
 )
-def test_repetition_is_the_share_of_three_grams_seen_before(text: str, share: float) -> None:
+def test_repetition_is_the_fraction_of_3_grams_seen_before(text: str, share: float) -> None:
     assert repetition(text) == pytest.approx(share)
 
 
@@ -127,7 +127,5 @@ def test_a_score_is_chosen_by_its_kind_and_bad_ones_are_refused() -> None:
         ({"kind": "all", "all_of": [{"kind": "ended"}, {"kind": "ifeval"}]}, False),
     ],
 )
-def test_replies_to_prompts_that_are_not_in_the_data_are_scored_where_that_is_possible_and_costs_nothing(
-    score: dict[str, Any], able: bool
-) -> None:
+def test_which_scorers_need_no_labels(score: dict[str, Any], able: bool) -> None:
     assert TypeAdapter(Scorer).validate_python(score).needs_no_labels is able

@@ -52,7 +52,7 @@ def right(questions: Mapping[str, Question]) -> Score:
     )
 
 
-def test_questions_are_chosen_as_each_alone_under_each_row_s_program() -> None:
+def test_choices_equal_those_of_each_question_alone_under_its_program() -> None:
     prompts, hooks = list(QUESTIONS), n_hooks(MODEL.model)
     programs = (None, STEERING, OTHER)
     requests = [Request(prompts), Request(prompts, STEERING), Request(prompts[3:], OTHER)]
@@ -69,7 +69,7 @@ def test_questions_are_chosen_as_each_alone_under_each_row_s_program() -> None:
     assert n_hooks(MODEL.model) == hooks
 
 
-def test_prompts_that_are_no_questions_are_answered_in_full_beside_them() -> None:
+def test_open_prompts_beside_questions_are_answered_in_full() -> None:
     prompts = ["w7 w8", "w60", "w12", "w61"]
     (found,) = answer(MODEL, [Request(prompts, STEERING)], lambda given: np.ones(len(given)), 6, QUESTIONS)
     said = continue_prompts(MODEL, [Text("w7 w8"), Text("w12")], STEERING, max_new_tokens=6)
@@ -77,7 +77,7 @@ def test_prompts_that_are_no_questions_are_answered_in_full_beside_them() -> Non
     assert [found.texts[1], found.texts[3]] == [chosen_by_hand(QUESTIONS[p], STEERING) for p in ("w60", "w61")]
 
 
-def test_a_request_may_ask_otherwise_and_is_scored_by_the_plain_prompt() -> None:
+def test_a_request_with_a_changed_prompt_is_scored_by_the_plain_one() -> None:
     seen: list[str] = []
 
     def score(given: Sequence[Reply]) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_a_request_may_ask_otherwise_and_is_scored_by_the_plain_prompt() -> None
     assert np.isnan(sample.scores).all() and sample.texts == [chosen_by_hand(QUESTIONS["w61"], None)]
 
 
-def test_a_letter_must_be_one_token_of_its_own() -> None:
+def test_letters_must_be_different_single_tokens() -> None:
     assert letter_tokens(tokenizer(), ("w20", "w33")) == [20, 33]
     assert letter_tokens(chat_tokenizer(), ("w20", "w33")) == [20, 33]
     with pytest.raises(RecipeError, match="'w7 w8' is 2 tokens.*Use other letters"):
@@ -113,13 +113,13 @@ def items(answers: Sequence[int], letters: tuple[str, ...] = ("w20", "w21")) -> 
     return {f"validation {n}": Question(f"validation {n}", letters, answer) for n, answer in enumerate(answers)}
 
 
-def test_the_score_is_whether_the_letter_is_right() -> None:
+def test_a_choice_scores_1_for_the_right_letter() -> None:
     score = scorer(kind="choice").bind(MODEL, behaviour([("w20", "w21")] * 2, questions=items([0, 1])))
     assert list(score(replies("w20", "w21", "w20 w20", ""))) == [1.0, 0.0, 0.0, 0.0]
     assert list(score(replies("w20", "w21", prompt="validation 1"))) == [0.0, 1.0]
 
 
-def test_data_that_are_no_questions_are_refused() -> None:
+def test_data_without_questions_are_refused() -> None:
     with pytest.raises(
         RecipeError, match="1 of the 3 prompts .* are not multiple-choice questions, the first 'validation 2'"
     ):
@@ -128,7 +128,7 @@ def test_data_that_are_no_questions_are_refused() -> None:
         scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 2, questions=items([0, 1], ("A", "w20"))))
 
 
-def test_a_model_that_always_says_one_letter_scores_that_letter_s_share_and_all_of_one_letter_is_refused() -> None:
+def test_data_with_one_right_letter_are_refused() -> None:
     data = behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 1]))
     score = scorer(kind="choice").bind(MODEL, data)
     stuck = [reply for n in range(4) for reply in replies("w20", prompt=f"validation {n}")]
@@ -137,7 +137,7 @@ def test_a_model_that_always_says_one_letter_scores_that_letter_s_share_and_all_
         scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 0])))
 
 
-def test_a_vector_that_favours_a_letter_is_seen_in_the_choice() -> None:
+def test_steering_towards_a_letter_changes_the_choice() -> None:
     """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
     head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()

@@ -122,7 +122,7 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_name(id: str, argumen
     assert words in refusal(id, **arguments)
 
 
-def test_every_unusable_constraint_of_the_data_is_told_at_once() -> None:
+def test_all_unusable_constraints_are_reported_together() -> None:
     checks = {"validation 0": (Check("a:b"), Check(COMMA)), "validation 1": (Check("keywords:existence"), Check("a:b"))}
     with pytest.raises(RecipeError) as caught:
         scorer(kind="ifeval").bind(MODEL, behaviour([("p", "n"), ("p", "n")], checks=checks))
@@ -137,7 +137,7 @@ def test_every_unusable_constraint_of_the_data_is_told_at_once() -> None:
         ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}),
     ],
 )
-def test_what_needs_data_that_is_not_there_is_refused_with_the_way_out(
+def test_missing_nltk_data_is_refused_with_instructions(
     id: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
@@ -145,7 +145,7 @@ def test_what_needs_data_that_is_not_there_is_refused_with_the_way_out(
     assert id in said and "python -m nltk.downloader punkt_tab" in said
 
 
-def test_a_missing_library_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ifeval_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "if_verifiable" else find(name))
     assert "pip install 'compile-steer[ifeval]'" in refusal(COMMA)
@@ -161,7 +161,7 @@ def test_scoring_is_deterministic_and_leaves_the_random_state_alone() -> None:
     assert random.getstate() == before
 
 
-def test_a_constraint_s_letter_is_not_its_sense() -> None:
+def test_constraints_are_wrong_where_the_docstring_warns() -> None:
     assert scores("no no no no no no no", COMMA) == 1.0
     assert scores("I will not speak of the reef.", "keywords:existence", keywords=["reef"]) == 1.0
     assert scores("a partnership", "keywords:existence", keywords=["art"]) == 1.0, "a word within a word"
@@ -169,7 +169,7 @@ def test_a_constraint_s_letter_is_not_its_sense() -> None:
     assert scores("123 456", "language:response_language", language="de") == 1.0, "no language passes as any"
 
 
-def test_constraints_are_held_against_the_data_before_a_sweep() -> None:
+def test_constraints_must_discriminate() -> None:
     sides = [("No comma here.", "A comma, here."), ("None here.", "Here, and here.")]
     one = discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides))
     assert (one.positive, one.negative, one.auroc) == (1.0, 0.0, 1.0)

@@ -51,7 +51,7 @@ def greedy(prompt: str, count: int) -> str:
     return " ".join(f"w{n}" for n in ids[start:])
 
 
-def test_the_upper_limit_is_for_the_text_after_its_prompt_and_the_lower_for_the_text_alone() -> None:
+def test_max_perplexity_is_after_the_prompt_and_min_of_the_text_alone() -> None:
     texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5), "w11 w12 w90 w33"]
     after = [perplexity_by_hand("w8 w50", text) for text in texts]
     alone = [perplexity_by_hand("<s>", text) for text in texts]
@@ -67,18 +67,18 @@ def test_the_upper_limit_is_for_the_text_after_its_prompt_and_the_lower_for_the_
     assert scores(scorer(kind="perplexity", min=low, max=high), *texts, prompt="w8 w50") == both
 
 
-def test_an_empty_text_has_no_perplexity_to_be_good() -> None:
+def test_an_empty_text_fails_perplexity() -> None:
     assert scores(scorer(kind="perplexity", max=1e9), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
     assert scores(scorer(kind="perplexity", min=1.001), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
 
 
-def test_perplexity_calls_what_the_model_itself_would_say_good_whatever_it_says() -> None:
+def test_perplexity_passes_the_model_s_own_text() -> None:
     own = greedy("w8 w50", 6)
     limit = scorer(kind="perplexity", max=0.5 * perplexity_by_hand("w8 w50", "w9 w30 w7 w60 w11 w41"))
     assert scores(limit, own, "w9 w30 w7 w60 w11 w41", prompt="w8 w50") == [1.0, 0.0]
 
 
-def test_ended_is_what_the_reply_says_even_of_nothing() -> None:
+def test_ended_scores_empty_replies_too() -> None:
     one = scorer(kind="ended")
     assert scores(one, "w9", "", ended=True) == [1.0, 1.0]
     assert scores(one, "w9", ended=False) == [0.0]
@@ -93,7 +93,7 @@ HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll asho
             ("On the shore.", "In the office."), ("The waves.", "The plans.")]  # fmt: skip
 
 
-def test_a_classifier_learns_the_sides_of_the_training_pairs() -> None:
+def test_a_classifier_learns_the_two_sides() -> None:
     score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
     found = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
     assert found[0] > 0.6 and 0.0 < found[1] < 0.4
@@ -103,7 +103,7 @@ def test_a_classifier_learns_the_sides_of_the_training_pairs() -> None:
     assert list(again(replies("The shore has waves that roll."))) == [found[0]]
 
 
-def test_a_classifier_that_cannot_tell_is_refused_with_its_number() -> None:
+def test_a_classifier_with_a_low_auroc_is_refused() -> None:
     random = np.random.default_rng(3)
     words = [" ".join(f"w{n}" for n in random.integers(0, 40, 12)) for _ in range(80)]
     noise = list(zip(words[:40], words[40:], strict=True))
@@ -115,7 +115,7 @@ def test_a_classifier_that_cannot_tell_is_refused_with_its_number() -> None:
         scorer(kind="classifier").bind(MODEL, behaviour([(n, p) for p, n in HELD_OUT], SEA))
 
 
-def test_a_classifier_calls_by_the_subject_where_the_sides_differ_in_subject() -> None:
+def test_a_classifier_learns_the_topic_if_the_sides_differ_in_it() -> None:
     score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
     denied, unrelated = score(replies("There are no waves and no shore here.", "Quantum chromodynamics!"))
     assert denied > 0.55, "a denial is of the subject"
@@ -172,7 +172,7 @@ def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_cla
 # ------------------------------------------------------------------------------------- several at once
 
 
-def test_all_is_the_least_of_its_parts() -> None:
+def test_all_is_the_minimum_of_its_parts() -> None:
     one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}])
     assert scores(one, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
     graded = scorer(kind="all", all_of=[{"kind": "classifier"}, {"kind": "length", "max_words": 4}])
@@ -182,7 +182,7 @@ def test_all_is_the_least_of_its_parts() -> None:
     assert len(score([])) == 0
 
 
-def test_all_says_nothing_of_one_part_where_another_never_fires() -> None:
+def test_all_is_zero_if_one_part_never_fires() -> None:
     one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}])
     assert scores(one, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
 
@@ -199,7 +199,7 @@ def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
     return discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
-def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
+def test_discrimination_has_means_and_auroc() -> None:
     one = found(kind="keywords", patterns=["sea"])
     assert one.positive == pytest.approx(2 / 3) and one.negative == pytest.approx(1 / 3)
     # Of the 9 pairs of a positive and a negative text, 4 are in order, 4 ties count half, 1 is the wrong way.
@@ -236,7 +236,7 @@ def test_a_score_that_tells_the_sides_apart_passes_with_its_numbers() -> None:
         ),
     ],
 )
-def test_a_score_that_cannot_tell_is_refused_before_the_sweep(settings: dict[str, Any], words: str) -> None:
+def test_a_score_that_does_not_discriminate_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         found(**settings)
     assert words in str(caught.value)
@@ -258,7 +258,7 @@ _JUDGE = {"kind": "judge", "base_url": "http://127.0.0.1:9/v1", "model": "m", "p
         ),
     ],
 )
-def test_what_texts_cannot_tell_is_skipped_with_the_reason(
+def test_scorers_that_cannot_score_texts_are_skipped_with_a_reason(
     settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
@@ -267,7 +267,7 @@ def test_what_texts_cannot_tell_is_skipped_with_the_reason(
     assert (one.positive, one.negative, one.auroc) == (None, None, None)
 
 
-def test_what_cannot_be_scored_at_all_is_refused_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cannot_be_scored_are_refused_before_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADER_KEY", raising=False)
     with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
         found(**_JUDGE, api_key_env="GRADER_KEY")
@@ -280,7 +280,7 @@ def test_pairs_without_responses_of_their_own_are_skipped() -> None:
     assert "the same responses, or none" in found([("A", "A"), ("b", "b")], kind="lowercase").skipped
 
 
-def test_the_parts_of_all_that_texts_can_tell_are_judged_together() -> None:
+def test_the_parts_of_all_that_can_score_texts_are_checked_together() -> None:
     parts = [{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "min_words": 3}]
     one = found(kind="all", all_of=parts)
     assert one.positive == pytest.approx(2 / 3) and one.negative == 0.0
@@ -288,7 +288,7 @@ def test_the_parts_of_all_that_texts_can_tell_are_judged_together() -> None:
     assert alone == found(kind="keywords", patterns=["sea"])
 
 
-def test_the_shipped_recipes_scores_tell_their_data_apart() -> None:
+def test_scores_of_the_shipped_recipes_discriminate() -> None:
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:

@@ -37,7 +37,7 @@ def normal(seed: int, runs: int, n: int, mean: float, spread: float) -> np.ndarr
 # ------------------------------------------------------------------------------------- equivalence
 
 
-def test_it_is_the_hand_computation() -> None:
+def test_equivalence_is_the_hand_computation() -> None:
     # mean 0.3, sd sqrt(0.5 / 4), n 5: standard error 0.158114; t of 4 degrees at 0.95 is 2.131847
     found = equivalence("log-likelihood margin", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), 0.7)
     assert found.difference == pytest.approx(0.3) and found.n == 5
@@ -50,20 +50,20 @@ def test_it_is_the_hand_computation() -> None:
 
 
 @pytest.mark.parametrize("margin", [0.05, 0.3, 0.45, 0.66, 0.67, 0.9])
-def test_it_passes_exactly_where_the_interval_lies_inside_the_margin(margin: float) -> None:
+def test_equivalent_exactly_if_the_interval_lies_inside_the_margin(margin: float) -> None:
     found = equivalence("score", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), margin)
     assert found.equivalent == (-margin < found.low and found.high < margin)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_a_difference_of_the_margin_is_called_equivalent_at_most_once_in_twenty(sign: float) -> None:
+def test_a_difference_of_the_margin_passes_with_at_most_5_percent(sign: float) -> None:
     values = normal(0, 500, 12, sign * 0.2, 0.15)
     rate = float(np.mean([equivalence("log-likelihood margin", one, 0.2).equivalent for one in values]))
     assert rate <= LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
 
 
 @pytest.mark.parametrize(("spread", "margin"), [(0.3, 0.2), (0.5, 0.1), (0.05, 0.2)])
-def test_the_number_that_is_needed_has_the_power_that_is_said(spread: float, margin: float) -> None:
+def test_the_sample_size_has_95_percent_power(spread: float, margin: float) -> None:
     count = equivalence_sample_size(spread, margin)
     passed = [equivalence("score", one, margin).equivalent for one in normal(1, 400, count, 0.0, spread)]
     assert np.mean(passed) >= EQUIVALENCE_POWER - 3 * math.sqrt(EQUIVALENCE_POWER * (1 - EQUIVALENCE_POWER) / 400)
@@ -75,19 +75,19 @@ def test_the_number_that_is_needed_has_the_power_that_is_said(spread: float, mar
         )
 
 
-def test_unrelated_answers_need_the_thousands_that_are_known() -> None:
+def test_the_sample_size_for_independent_answers() -> None:
     # Two answers, each 0 or 1 by a coin: (1.645 + 1.960)^2 x 0.5 / 0.05^2
     assert equivalence_sample_size(math.sqrt(0.5), 0.05) == pytest.approx(2599, abs=4)
     assert equivalence_sample_size(0.0, 0.05) == 2
 
 
-def test_differences_that_are_all_the_same_need_no_interval() -> None:
+def test_equal_differences_have_no_interval() -> None:
     same, other = (equivalence("log-likelihood margin", np.full(7, value), 0.05) for value in (0.01, 0.1))
     assert (same.low, same.high, same.p, same.equivalent) == (0.01, 0.01, 0.0, True)
     assert (other.p, other.equivalent, other.enough) == (1.0, False, True)
 
 
-def test_of_a_few_answers_that_are_all_as_good_nothing_is_shown() -> None:
+def test_a_few_equal_scores_are_underpowered() -> None:
     """Were one prompt in twenty another, 58 would show none more often than once in twenty."""
     few, enough = (equivalence("score", np.zeros(n), 0.05) for n in (58, 59))
     assert 0.95**59 < 0.05 < 0.95**58 and few.needed == enough.needed == 59
@@ -99,18 +99,18 @@ def test_of_a_few_answers_that_are_all_as_good_nothing_is_shown() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.1], [0.1, math.nan, 0.2], [math.inf, 0.0]])
-def test_what_cannot_be_tested_is_refused(values: list[float]) -> None:
+def test_too_few_or_infinite_differences_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="needed: two or more, all finite"):
         equivalence("score", np.array(values), 0.1)
 
 
 @pytest.mark.parametrize(("spread", "margin"), [(0.1, 0.0), (0.1, -1.0), (-0.1, 1.0), (math.nan, 1.0), (0.1, math.inf)])
-def test_no_margin_or_no_spread_is_refused(spread: float, margin: float) -> None:
+def test_an_invalid_margin_or_spread_is_refused(spread: float, margin: float) -> None:
     with pytest.raises(ValueError, match="needed: a margin above 0"):
         equivalence_sample_size(spread, margin)
 
 
-def test_what_is_said() -> None:
+def test_equivalence_and_power_as_text() -> None:
     few = equivalence("score", np.array([0.0, 1.0, 0.0, 0.0]), 0.05)
     assert f"underpowered: needs {few.needed:,} prompts, there are 4" in str(few)
     assert str(equivalence("score", np.array([0.9, 0.2, 0.8, 0.3]), 0.05)).endswith("of +-0.05, not equivalent")
@@ -125,7 +125,7 @@ def test_what_is_said() -> None:
 # --------------------------------------------------------------------------- intervals over the texts
 
 
-def test_tokens_of_one_text_do_not_count_as_so_many_samples() -> None:
+def test_a_ratio_is_resampled_over_texts_not_tokens() -> None:
     kl = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.4, 0.3]).repeat_interleave(50)
     texts, ones = torch.arange(6).repeat_interleave(50), torch.ones(300)
     by_text = bootstrap_ratio(kl, ones, texts, seed=0)
@@ -134,7 +134,7 @@ def test_tokens_of_one_text_do_not_count_as_so_many_samples() -> None:
     assert by_text.high - by_text.low > 4 * (by_token.high - by_token.low)
 
 
-def test_long_texts_weigh_what_they_have_in_tokens() -> None:
+def test_texts_are_weighted_by_their_tokens() -> None:
     found = bootstrap_ratio(
         torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]), torch.tensor([5, 5, 9]), seed=0
     )
@@ -142,7 +142,7 @@ def test_long_texts_weigh_what_they_have_in_tokens() -> None:
 
 
 @pytest.mark.parametrize("below", [0.0, math.nan])
-def test_a_ratio_without_a_divisor_is_refused(below: float) -> None:
+def test_a_ratio_without_a_finite_divisor_is_refused(below: float) -> None:
     with pytest.raises(ValueError, match="no finite ratio"):
         bootstrap_ratio(torch.ones(4), torch.full((4,), below), torch.arange(4), seed=0)
 
@@ -167,20 +167,20 @@ def test_values_without_spread_have_an_interval_without_width(values: list[float
     assert (found.value, found.low, found.high) == pytest.approx((values[0],) * 3)
 
 
-def test_one_success_in_many_leaves_zero_out_of_no_interval() -> None:
+def test_one_success_in_many_has_an_interval_from_zero() -> None:
     found = bootstrap_mean(np.array([0.0] * 9 + [1.0]), seed=0)
     assert found.low == pytest.approx(0.0)
     assert 0.1 < found.high < 0.6
 
 
-def test_an_exact_compile_recovers_everything_for_certain() -> None:
+def test_an_exact_compile_has_a_recovery_of_one() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
     found = bootstrap_recovery(base, base + effect, base + effect, seed=0)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
 
 
-def test_the_base_recovers_nothing_and_half_the_effect_recovers_half() -> None:
+def test_recovery_is_linear_in_the_effect() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
     for share in (0.0, 0.5, -0.5):
         found = bootstrap_recovery(base, base + effect, base + share * effect, seed=0)
@@ -219,13 +219,13 @@ def test_a_recovery_of_constant_effects_has_no_width() -> None:
     assert found == Interval(0.75, 0.75, 0.75)
 
 
-def test_an_effect_that_some_resamples_lack_does_not_make_the_recovery_certain() -> None:
+def test_recovery_of_contradictory_effects_is_uncertain() -> None:
     base = np.zeros(4)
     found = bootstrap_recovery(base, np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, 0.5, 0.2, 1.0]), seed=0)
     assert found is None or found.low < found.value, "four prompts that disagree prove nothing"
 
 
-def test_an_interval_is_written_with_its_bounds() -> None:
+def test_an_interval_as_text() -> None:
     assert str(Interval(0.12345, -1.0, 2.5)) == "0.123 [-1.000, 2.500]"
 
 

@@ -36,7 +36,7 @@ def rising() -> ContrastEvaluator:
     return Rising(chat_model(), behaviour().validation[:6], behaviour().neutral[:4])
 
 
-def test_a_layer_stops_beyond_the_ceiling_and_says_what_it_left_out() -> None:
+def test_a_layer_stops_beyond_the_perplexity_limit_with_a_reason() -> None:
     coefficients = (0.4, 3.0, 9.0, -0.4)
     chosen = options(coefficients=coefficients, max_perplexity_ratio=1.4)
     grid, effects = measure_grid(rising(), chosen, [1], program_at, Progress())
@@ -53,7 +53,7 @@ def test_a_layer_stops_beyond_the_ceiling_and_says_what_it_left_out() -> None:
     assert everything[0] == kept and everything[1].perplexity_ratio == pytest.approx(stop.perplexity_ratio, rel=1e-6)
 
 
-def test_a_solver_finds_the_largest_coefficient_below_the_ceiling_in_a_handful_of_evaluations() -> None:
+def test_the_solver_finds_the_largest_coefficient_within_the_perplexity_limit() -> None:
     chosen = options(coefficients={"perplexity_limit": 1.3})
     grid, _effects = measure_grid(rising(), chosen, [1, 2], program_at, Progress())
     for point in grid:
@@ -62,7 +62,7 @@ def test_a_solver_finds_the_largest_coefficient_below_the_ceiling_in_a_handful_o
         assert 0.98 * exact <= point.coefficient <= exact * (1 + 1e-9)
 
 
-def test_a_solver_finds_the_coefficient_of_a_divergence() -> None:
+def test_the_solver_finds_the_coefficient_of_a_divergence() -> None:
     chosen = options(coefficients={"kl": 0.2})
     grid, _effects = measure_grid(sweep_evaluator(), chosen, [1, 2], program_at, Progress())
     for point in grid:
@@ -82,7 +82,7 @@ def test_the_solver_is_within_its_tolerance_for_curves_that_are_no_parabolas(pow
     assert (below.coefficient or math.inf) <= root * (1 + 1e-9)
 
 
-def test_what_no_coefficient_reaches_is_skipped_with_the_reason() -> None:
+def test_a_target_out_of_reach_skips_the_layer_with_a_reason() -> None:
     chosen = options(coefficients={"kl": 500.0})
     (point,), effects = measure_grid(sweep_evaluator(), chosen, [1], program_at, Progress())
     assert "reaches KL(steered||base) = 500" in point.skipped and not effects
@@ -91,7 +91,7 @@ def test_what_no_coefficient_reaches_is_skipped_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("near", "asked"), [(1.0, [1.0, 1.5, 2.0]), (1.6, [1.5, 2.0]), (9.0, [3.0, 2.0, 1.5]), (0.1, 4)]
 )
-def test_the_largest_that_holds_is_found_from_where_it_was_last(near: float, asked: list[float] | int) -> None:
+def test_climb_starts_near_the_last_coefficient(near: float, asked: list[float] | int) -> None:
     seen: list[float] = []
 
     def holds(value: float) -> bool:

@@ -20,7 +20,7 @@ from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, recipe, toward_w40, usual_validation, validated, words
 
 
-def test_the_chosen_program_is_kept_and_measured_on_test_data() -> None:
+def test_the_chosen_program_is_measured_on_test_data() -> None:
     result = usual_validation()
     report, program = result.report, result.program
     (one,) = program.interventions
@@ -38,7 +38,7 @@ def test_the_chosen_program_is_kept_and_measured_on_test_data() -> None:
     )
 
 
-def test_no_more_pairs_are_measured_than_asked_for_whatever_the_prompts() -> None:
+def test_pairs_and_prompts_are_limited_separately() -> None:
     result = validated(toward_w40(), pairs=5)
     report, rows = result.report, result.rows
     assert (report.n_pairs, report.n_prompts) == (5, 8)
@@ -46,7 +46,7 @@ def test_no_more_pairs_are_measured_than_asked_for_whatever_the_prompts() -> Non
     assert report.power[0].available == 5
 
 
-def test_a_report_comes_back_from_disk_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_a_report_is_loaded_as_saved_and_a_damaged_one_refused(tmp_path: Path) -> None:
     report = usual_validation().report
     report.save(tmp_path / "a.json")
     assert ValidationReport.load(tmp_path / "a.json") == report
@@ -57,7 +57,7 @@ def test_a_report_comes_back_from_disk_and_a_damaged_one_is_refused(tmp_path: Pa
         ValidationReport.load(tmp_path / "a.json")
 
 
-def test_every_test_pair_and_prompt_has_its_row() -> None:
+def test_every_test_pair_and_prompt_has_a_row() -> None:
     result = usual_validation()
     report, rows = result.report, result.rows
     of_pairs, of_answers = ([row for row in rows if row["kind"] == kind] for kind in ("pair", "answer"))
@@ -91,7 +91,7 @@ def test_a_clamp_is_validated_like_an_addition() -> None:
     assert report.coherence.strength > 0
 
 
-def test_negative_coefficients_exclude_and_their_slopes_have_the_right_sign() -> None:
+def test_negative_coefficients_have_negative_slopes() -> None:
     away = toward_w40(vectors=-toward_w40().vectors)
     report = validated(away, coefficients=[-1.6, -2.5]).report
     assert report.coefficient < 0 < report.margin.value
@@ -99,13 +99,13 @@ def test_negative_coefficients_exclude_and_their_slopes_have_the_right_sign() ->
     assert report.controls.opposite < 0
 
 
-def test_directions_without_shuffled_ones_are_judged_without_them_and_it_is_said() -> None:
+def test_a_missing_control_from_shuffled_labels_is_noted() -> None:
     report = validated(toward_w40(shuffled=torch.zeros(0, LAYERS, HIDDEN))).report
     assert report.controls.shuffled == [] and report.controls.p_shuffled is None
     assert any("that control is missing" in note for note in report.notes)
 
 
-def test_another_behaviours_pairs_give_a_control(tmp_path: Path) -> None:
+def test_another_behaviour_s_pairs_give_a_control(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     rows = [{"prompt": words(s, 3), "positive": f"w77 {words(s + 9, 3)}", "negative": "w12 w13"} for s in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))

@@ -47,7 +47,7 @@ def good() -> ValidationReport:
     )
 
 
-def test_a_report_with_nothing_against_it_passes_with_its_evidence() -> None:
+def test_a_report_without_failures_or_doubts_passes_with_its_evidence() -> None:
     verdict, reasons = decide(good(), options())
     assert verdict == "pass" and len(reasons) == 4
     assert "random directions score 0.05" in reasons[2]
@@ -89,7 +89,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("part", "changes", "wanted", "words"), CASES)
-def test_each_gate_closes_by_itself(part: str, changes: dict[str, Any], wanted: str, words: str) -> None:
+def test_each_gate_changes_the_verdict_alone(part: str, changes: dict[str, Any], wanted: str, words: str) -> None:
     report = good()
     if part:
         changes = {part: replace(getattr(report, part), **changes)}
@@ -97,7 +97,7 @@ def test_each_gate_closes_by_itself(part: str, changes: dict[str, Any], wanted: 
     assert verdict == wanted and any(words in reason for reason in reasons)
 
 
-def test_a_direction_that_separates_but_does_not_steer_is_told_so() -> None:
+def test_a_direction_that_separates_but_does_not_steer_fails() -> None:
     report = good()
     controls = replace(report.controls, p_value=0.3, p_random=0.3)
     separates = replace(report.separability, auroc=0.98)
@@ -109,16 +109,14 @@ def test_a_direction_that_separates_but_does_not_steer_is_told_so() -> None:
     ("p_random", "p_over_random", "wanted"),
     [(0.013, 1e-4, "pass"), (1e-4, 0.04, "pass"), (0.0015, 0.0015, "inconclusive"), (0.0009, 0.0015, "pass")],
 )
-def test_beyond_random_directions_on_the_pairs_or_on_the_answers_with_bonferroni(
-    p_random: float, p_over_random: float, wanted: str
-) -> None:
+def test_pairs_or_answers_must_be_outliers_with_bonferroni(p_random: float, p_over_random: float, wanted: str) -> None:
     report = good()
     controls = replace(report.controls, p_random=p_random)
     scores = replace(report.scores, p_over_random=p_over_random)
     assert decide(replace(report, controls=controls, scores=scores), options())[0] == wanted
 
 
-def test_the_least_score_counts() -> None:
+def test_a_score_below_the_minimum_fails() -> None:
     verdict, reasons = decide(good(), options(min_score=0.6))
     assert verdict == "fail" and "below 0.6" in reasons[0]
 
