@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from compile_steer.artifacts.files import digest, load_json, save_json, save_text
 from compile_steer.artifacts.paths import RunPaths
@@ -20,7 +20,7 @@ from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import SPLITS, Behaviour, Context, normalized, prompts_key
 from compile_steer.data.pairs import KEYS
 from compile_steer.data.section import GenerateOptions
-from compile_steer.data.sources import Reader
+from compile_steer.data.sources import Reader, Row
 from compile_steer.models.text import Pair
 from compile_steer.scoring.base import Reply, Score, ScorerBase
 from compile_steer.scoring.text import repetition
@@ -77,87 +77,69 @@ class GenerationReport:
 
 @dataclass(frozen=True)
 class GeneratedPairs:
-    """The kept pairs of each split, with the report on how they were generated."""
+    """The kept rows {"prompt", "positive", "negative"} of each split, and the report on how they were generated.
 
-    pairs: Mapping[str, tuple[Pair, ...]]
+    `problems` are the lines about invalid rows in the files, which `complete` raises together with its own.
+    """
+
+    rows: Mapping[str, Sequence[Row]]
     report: GenerationReport
+    problems: tuple[str, ...] = ()
 
     def save(self, paths: RunPaths) -> None:
         """Write a JSONL file for each split, and the report."""
         # The report marks that all files belong together, so it is removed first and written last.
         paths.generation_report.unlink(missing_ok=True)
-        for name, rows in self._rows().items():
+        for name, rows in self.rows.items():
             save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.report.save(paths.generation_report)
 
     @staticmethod
-    def load(paths: RunPaths, data: Behaviour) -> GeneratedPairs:
-        """Read the files as they are now, also where they were edited.
+    def load(paths: RunPaths) -> GeneratedPairs:
+        """Read the files as they are, edits included; raises `ArtifactError` for a missing or damaged report."""
+        reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
+        files = {name: paths.pairs(name).resolve() for name in SPLITS}
+        # Where no pair was kept the file is empty, which `complete` explains better than the reader.
+        rows = {name: reader.rows(name, path, KEYS) if path.stat().st_size else [] for name, path in files.items()}
+        return GeneratedPairs(rows, report, tuple(reader.problems))
 
-        Args:
-            data: the prompts, with empty responses.
+    def complete(self, data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviour:
+        """Return `data` with these pairs in the place of its prompts, each under its side's template.
 
         Raises:
-            RecipeError: an invalid row, or one whose prompt is not in `data`. ArtifactError: no or a damaged report.
+            RecipeError: an invalid row, one whose prompt is not in `data`, or fewer than `min_pairs` pairs in a split.
         """
-        report = GenerationReport.load(paths.generation_report)
-        reader = Reader(paths.out)
-        pairs: dict[str, tuple[Pair, ...]] = {}
-        for name in SPLITS:
-            path = paths.pairs(name)
-            # Where no pair was kept the file is empty, which `complete` explains better than the reader.
-            rows = reader.rows(name, path.resolve(), KEYS) if path.stat().st_size else []
-            known = {pair.prompt: pair for pair in data.split(name)}
-            unknown = [row["prompt"] for row in rows if row["prompt"] not in known]
+        problems = list(self.problems)
+        splits: dict[str, tuple[Pair, ...]] = {}
+        for name, rows in self.rows.items():
+            prompts = {pair.prompt: pair for pair in data.split(name)}
+            unknown = [row["prompt"] for row in rows if row["prompt"] not in prompts]
             if unknown:
-                reader.problems.append(
-                    f"{path}: {len(unknown)} of its prompts are not among those of data.{name}, for example "
+                problems.append(
+                    f"{paths.pairs(name)}: {len(unknown)} of its prompts are not among those of data.{name}, for example "
                     f"'{unknown[0]}'. Add them there, or give the files to a recipe of kind: pairs."
                 )
-            usable = [row for row in rows if row["prompt"] in known]
-            pairs[name] = tuple(_pair(known[row["prompt"]], row["positive"], row["negative"]) for row in usable)
-        if reader.problems:
-            raise RecipeError(reader.problems)
-        return GeneratedPairs(pairs, report)
-
-    def complete(self, data: Behaviour, min_pairs: int, report: Path | str = "the report") -> Behaviour:
-        """Return `data` with these pairs in the place of its prompts.
-
-        Args:
-            report: where to find the report, for the message.
-
-        Raises:
-            RecipeError: a split has fewer than `min_pairs` pairs.
-        """
-        problems = [
-            f"data.{name}: found {len(pairs)} generated pairs; needed: {min_pairs}. When they were generated "
-            f"{self.report.splits[name].describe()}; an example of each reason is in {report}. Change the prompts' "
-            "wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
-            for name, pairs in self.pairs.items()
-            if len(pairs) < min_pairs
-        ]
+            known = [(prompts[row["prompt"]], row) for row in rows if row["prompt"] in prompts]
+            splits[name] = tuple(
+                Pair(
+                    replace(pair.positive, response=row["positive"]),
+                    replace(pair.negative, response=row["negative"]),
+                    pair.prompt,
+                )
+                for pair, row in known
+            )
+            if len(known) < min_pairs:
+                problems.append(
+                    f"data.{name}: found {len(known)} generated pairs; needed: {min_pairs}. When they were generated "
+                    f"{self.report.splits[name].describe()}; an example of each reason is in {paths.generation_report}. "
+                    "Change the prompts' wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
+                )
         if problems:
             raise RecipeError(problems)
-        prompts = {prompts_key(name): data.hashes[name] for name in SPLITS}
-        hashes = {**data.hashes, **{name: digest(rows) for name, rows in self._rows().items()}, **prompts}
-        train, validation, test = (self.pairs[name] for name in SPLITS)
+        hashes = {name: digest(rows) for name, rows in self.rows.items()}
+        hashes = {**data.hashes, **hashes, **{prompts_key(name): data.hashes[name] for name in SPLITS}}
+        train, validation, test = (splits[name] for name in SPLITS)
         return replace(data, train=train, validation=validation, test=test, hashes=hashes)
-
-    def _rows(self) -> dict[str, list[dict[str, str]]]:
-        return {
-            name: [
-                {"prompt": p.prompt, "positive": p.positive.response, "negative": p.negative.response} for p in pairs
-            ]
-            for name, pairs in self.pairs.items()
-        }
-
-
-def _pair(prompts: Pair, positive: str, negative: str) -> Pair:
-    return replace(
-        prompts,
-        positive=replace(prompts.positive, response=positive),
-        negative=replace(prompts.negative, response=negative),
-    )
 
 
 def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, paths: RunPaths) -> Behaviour:
@@ -185,7 +167,7 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
         distributed.require_alone("generating pairs")
         generated = generate_pairs(context, options, scorer)
         replace(generated, report=replace(generated.report, inputs=inputs)).save(paths)
-    return GeneratedPairs.load(paths, data).complete(data, options.min_pairs, paths.generation_report)
+    return GeneratedPairs.load(paths).complete(data, options.min_pairs, paths)
 
 
 def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase) -> GeneratedPairs:
@@ -197,37 +179,34 @@ def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBas
     """
     model, data = context.model, context.data
     score = scorer.bind(model, data)
-    pairs: dict[str, tuple[Pair, ...]] = {}
+    kept: dict[str, list[Row]] = {}
     reports: dict[str, SplitReport] = {}
     earlier: set[str] = set()
     total = 2 * sum(len(data.split(name)) for name in SPLITS)
     with context.progress.phase("generating both sides of the pairs", total) as advance:
         for name in SPLITS:
-            prompts = data.split(name)
-            (positives, n_positive), (negatives, n_negative) = (
-                generate_side(model, side, prompts, score, options, context.seed, advance)
-                for side in ("positive", "negative")
-            )
-            kept: list[Pair] = []
+            pairs = data.split(name)
+            positives, n_positive = generate_side(model, "positive", pairs, score, options, context.seed, advance)
+            negatives, n_negative = generate_side(model, "negative", pairs, score, options, context.seed, advance)
+            rows: list[Row] = []
             dropped: Counter[str] = Counter()
             examples: dict[str, str] = {}
-            for pair, positive, negative in zip(prompts, positives, negatives, strict=True):
+            for pair, positive, negative in zip(pairs, positives, negatives, strict=True):
                 problem, text = _pair_problem(positive, negative, earlier)
                 if problem:
                     dropped[problem] += 1
                     examples.setdefault(problem, f"{pair.prompt} -> {text}")
                 else:
-                    kept.append(_pair(pair, positive.text, negative.text))
+                    rows.append({"prompt": pair.prompt, "positive": positive.text, "negative": negative.text})
             # No response may be in two splits.
-            earlier |= {normalized(text.response) for pair in kept for text in (pair.positive, pair.negative)}
-            pairs[name] = tuple(kept)
-            reports[name] = SplitReport(len(prompts), n_positive + n_negative, len(kept), dict(dropped), examples)
-    return GeneratedPairs(pairs, GenerationReport(reports))
+            earlier |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
+            kept[name] = rows
+            reports[name] = SplitReport(len(pairs), n_positive + n_negative, len(rows), dict(dropped), examples)
+    return GeneratedPairs(kept, GenerationReport(reports))
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A response that the model generated; `problem` says why it cannot be used, empty if it can."""
+class Completion(NamedTuple):
+    """A response that the model generated; `problem` is empty if it can be used."""
 
     text: str
     problem: str = ""
@@ -280,7 +259,6 @@ def cut(text: str) -> str:
 
 
 def _completion_problem(side: str, text: str, score: float, options: GenerateOptions) -> str:
-    """Return why a response cannot be used, or nothing."""
     shows = score >= _SHOWS
     if not text:
         return f"{side}: no whole sentence within {options.max_new_tokens} tokens"
@@ -290,13 +268,13 @@ def _completion_problem(side: str, text: str, score: float, options: GenerateOpt
 
 
 def _pair_problem(positive: Completion, negative: Completion, earlier: set[str]) -> tuple[str, str]:
-    """Return why two responses are no pair, with the one at fault; or nothing."""
-    for completion in (positive, negative):
-        if completion.problem:
-            return completion.problem, completion.text
+    """Return why two responses are no pair, with the text at fault; or nothing."""
+    for text, problem in (positive, negative):
+        if problem:
+            return problem, text
     if normalized(positive.text) == normalized(negative.text):
         return "both sides are the same", positive.text
-    for completion in (positive, negative):
-        if normalized(completion.text) in earlier:
-            return "an earlier split has the same response", completion.text
+    for text, _problem in (positive, negative):
+        if normalized(text) in earlier:
+            return "an earlier split has the same response", text
     return "", ""

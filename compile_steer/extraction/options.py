@@ -123,8 +123,9 @@ class ExtractOptions(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        method, operation = self.method, self.operation
-        imported, trained = method == "imported", method == "trained"
+        method, imported, trained = self.method, self.method == "imported", self.method == "trained"
+        clamp, ablate, sized = self.operation == "clamp", self.operation == "ablate", self.length != "own"
+        inner = self.point != "resid_post"
         clashes = {
             f"imported: these options are of method imported, not of {method}": (
                 not imported and self.imported != ImportedOptions()
@@ -132,30 +133,20 @@ class ExtractOptions(Section):
             "method imported needs extract.imported.file: the file or folder of the vectors": (
                 imported and self.imported.file is None
             ),
-            f"the file of method imported says the point; leave out extract.point ({self.point})": (
-                imported and self.point != "resid_post"
-            ),
+            f"the file of method imported says the point; leave out extract.point ({self.point})": imported and inner,
             "an ablation is of one direction at a time; leave out extract.imported.joint": (
-                operation == "ablate" and self.imported.joint is not None
+                ablate and self.imported.joint is not None
             ),
             f"a clamp needs the activations of a positive side; method {method} has none: use operation add": (
-                operation == "clamp" and (imported or trained)
+                clamp and (imported or trained)
             ),
-            "a clamp has no length: it sets the projection; leave out extract.length": (
-                operation == "clamp" and self.length != "own"
-            ),
-            "an ablation has no length: it removes what is there; leave out extract.length": (
-                operation == "ablate" and self.length != "own"
-            ),
-            "vectors of method trained are made to be added, all at once: use operation add": (
-                operation == "ablate" and trained
-            ),
+            "a clamp has no length: it sets the projection; leave out extract.length": clamp and sized,
+            "an ablation has no length: it removes what is there; leave out extract.length": ablate and sized,
+            "vectors of method trained are made to be added, all at once: use operation add": ablate and trained,
             f"an ablation is of the stream itself: read the direction at point resid_post, not {self.point}": (
-                operation == "ablate" and self.point != "resid_post"
+                ablate and inner
             ),
-            "off_by_one is about activations at resid_post": (
-                self.off_by_one and (imported or trained or self.point != "resid_post")
-            ),
+            "off_by_one is about activations at resid_post": self.off_by_one and (imported or trained or inner),
             f"method {method} reads the letter that is the response: use readout response_mean": (
                 method in get_args(ChoiceMethod) and self.readout != "response_mean"
             ),
@@ -165,9 +156,7 @@ class ExtractOptions(Section):
             f"trained: these options are of method trained, not of {method}": (
                 not trained and self.trained != TrainedOptions()
             ),
-            "method trained makes vectors of its own length; leave out extract.length": (
-                trained and self.length != "own"
-            ),
+            "method trained makes vectors of its own length; leave out extract.length": trained and sized,
             f"trained.beside names a point twice (extract.point is {self.point})": (
                 len({self.point, *self.trained.beside}) <= len(self.trained.beside)
             ),

@@ -109,8 +109,8 @@ def test_generated_pairs_are_the_same_after_saving_and_loading(tmp_path: Path) -
     pairs = generate_pairs(context, recipe.data.generation, recipe.validate_.score)
     paths = RunPaths(tmp_path / "out", "generated")
     pairs.save(paths)
-    assert GeneratedPairs.load(paths, context.data) == pairs
-    assert pairs.complete(context.data, 4).hashes == generated(recipe, model, tmp_path / "other")[0].hashes
+    assert GeneratedPairs.load(paths) == pairs
+    assert pairs.complete(context.data, 4, paths).hashes == generated(recipe, model, tmp_path / "other")[0].hashes
 
 
 def test_pairs_of_unknown_prompts_and_broken_lines_are_refused_together(tmp_path: Path) -> None:
