@@ -24,7 +24,7 @@ from compile_steer.lowering import full
 from compile_steer.lowering.lowering import Lowering
 from compile_steer.lowering.options import FullOptions
 from compile_steer.pipeline.run import Run
-from compile_steer.tools.task_vector import look_into
+from compile_steer.tools.task_vector import matrix_reports
 
 SETTINGS = [
     "compile.calibration.prompts=28",
@@ -64,7 +64,7 @@ def arm(job: Lowering, measure: Measure, options: FullOptions) -> str:
     seconds = time.perf_counter() - started
     whole = measure.patched(patch)
     small = measure.patched(patch.truncated(options.cut_rank, job.loaded.layout))
-    reports = look_into(patch, job.loaded.layout, job.program)
+    reports = matrix_reports(patch, job.loaded.layout, job.program)
     cosines = {report.name: report.cosine or 0.0 for report in reports}
     best = max(cosines, key=lambda name: cosines[name])
     return (

@@ -75,10 +75,10 @@ def decompile(
     The way back from weights to vectors; ours or anybody's. Leaves vectors/NAME.decompiled.safetensors.
     """
     from compile_steer.cli.tables import print_decompiled
-    from compile_steer.tools.decompile import run_decompile
+    from compile_steer.tools.decompile import decompile_artifact
 
     run = session.open()
-    decompiled = run_decompile(run, artifact)
+    decompiled = decompile_artifact(run, artifact)
     known = run.program if run.paths.program.is_file() else None
     session.finish(decompiled.summary(), lambda: print_decompiled(session.console, decompiled, known))
 
@@ -97,13 +97,14 @@ def task_vector(
 
     W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
     """
-    from compile_steer.cli.tables import print_recombined
-    from compile_steer.tools.recombine import Recombination, recombine
+    from compile_steer.cli.tables import print_task_vector
+    from compile_steer.tools.task_vector import Recombination, recombine
 
     run = session.open()
     known = run.program if run.paths.program.is_file() else None
-    recombined = recombine(Recombination(artifact, scale, tuple(add or ()), cut, to), run.model, run.paths, known)
-    session.finish(recombined.summary(), lambda: print_recombined(session.console, recombined))
+    recombination = Recombination(artifact, scale, tuple(add or ()), cut, to)
+    vector = recombine(recombination, run.model, run.paths, known)
+    session.finish(vector.summary(), lambda: print_task_vector(session.console, vector))
 
 
 @command(SeveralSession)

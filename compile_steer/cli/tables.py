@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.tools.interference_report import Composition
     from compile_steer.tools.lineage import Link
     from compile_steer.tools.push import Upload
-    from compile_steer.tools.recombine import Recombined
     from compile_steer.tools.reproduce import Reproduction
     from compile_steer.tools.serving.export import Exported
+    from compile_steer.tools.task_vector import TaskVector
 
 _STATES = {
     "intact": "[green]intact[/green]",
@@ -231,7 +231,7 @@ def print_composition(console: Console, found: Composition) -> None:
         console.print(f"  [red]FAILED[/red] {escape(reason)}")
 
 
-def print_recombined(console: Console, found: Recombined) -> None:
+def print_task_vector(console: Console, found: TaskVector) -> None:
     """The matrices of a task vector, and where it lies."""
     table = Table(title="What the task vector changes", title_justify="left")
     for heading in ("matrix", "norm", "stable rank", "rank of 99 %", "cosine with the vector"):

@@ -1,32 +1,66 @@
-"""Task vectors: a report on what a patch adds to the base's weights.
+"""Task vectors: scaled sums of patches of one base, cut to a rank, as a new patch; and a report on its matrices.
 
-W_new = W_base + patch, so a patch times -1 takes away what it gives, and the sum of two gives both
-(Ilharco et al. 2212.04089; the arithmetic is `WeightPatch`'s). That is exact of the weights; what the model then does
-is for the judge.
+W_new = W_base + patch, so a patch times -1 takes away what it gives, and the sum of two gives both (Ilharco et al.
+2212.04089; the arithmetic is `WeightPatch`'s). This is exact for the weights; what the model then does is for `verify`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.provenance import Provenance, artifact_sha256
+from compile_steer.common.errors import ArtifactError
+from compile_steer.export.adapter import is_adapter, read_patch, write_patch
+from compile_steer.lowering.plan import BACKENDS
+from compile_steer.models.load import LoadedModel
+from compile_steer.report.card import model_card
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 
-_ENERGY = 0.99
+_ENERGY = 0.99  # of the squared norm, for rank_99
+
+
+@dataclass(frozen=True)
+class Recombination:
+    """`scale` x the patch in `artifact` + the patches in `others`, cut to `rank` (None: not cut), kept as `name`."""
+
+    artifact: Path
+    scale: float
+    others: tuple[Path, ...]
+    rank: int | None
+    name: str
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.artifact, *self.others)
+
+    def describe(self) -> str:
+        """The arithmetic in words."""
+        parts = [f"{self.scale:g} x {self.artifact.name}", *(folder.name for folder in self.others)]
+        return " + ".join(parts) + (f", cut to rank {self.rank}" if self.rank else "")
 
 
 @dataclass(frozen=True)
 class MatrixReport:
     """One changed matrix.
 
-    `norm` is Frobenius's, `stable_rank` its square over the square of the largest singular value, `rank_99` the
-    number of singular values that hold 99 % of it. `cosine`, without sign, is of the top singular direction on the
-    stream's side (what a writer writes, what any other Linear reads) with the nearest steering vector at or below
-    the block; None where there is none. (A reader's direction is of the normed stream, the vector of the stream.)
+    Attributes:
+        norm: Frobenius norm.
+        stable_rank: squared norm over the square of the largest singular value.
+        rank_99: number of singular values that hold 99 % of the squared norm.
+        cosine: without sign, of the top singular direction on the stream's side (what an output projection writes, what
+            any other Linear reads) with the nearest steering vector at or below the block; None where there is none.
+            What is read is the normed stream, so there it is approximate.
     """
 
     name: str
@@ -36,24 +70,105 @@ class MatrixReport:
     cosine: float | None
 
 
-def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> list[MatrixReport]:
+@dataclass(frozen=True)
+class TaskVector:
+    """The folder that was written, and what its matrices hold."""
+
+    folder: Path
+    form: str
+    matrices: list[MatrixReport]
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def recombine(
+    recombination: Recombination, loaded: LoadedModel, paths: RunPaths, program: Program | None
+) -> TaskVector:
+    """Write the new patch to `paths.adapter(recombination.name)`.
+
+    Args:
+        program: the report compares with its vectors, if it is known.
+
+    Raises:
+        ArtifactError: a folder holds no patch, or of another base than `loaded`; scale, rank or name cannot be used.
+    """
+    folder = paths.adapter(recombination.name)
+    problems = _problems(recombination, folder)
+    patches: list[WeightPatch] = []
+    provenances: list[Provenance] = []
+    for source in recombination.folders:
+        try:
+            provenance = Provenance.read_unedited(source)
+            problems += provenance.base_mismatch(source, loaded.id, loaded.revision)
+            patches.append(read_patch(source))
+            provenances.append(provenance)
+        except ArtifactError as error:
+            problems += error.problems
+    if problems:
+        raise ArtifactError(problems)
+    patch = recombination.scale * patches[0]
+    for other in patches[1:]:
+        patch = patch + other
+    if recombination.rank is not None:
+        patch = patch.truncated(recombination.rank, loaded.layout)
+    form = "adapter" if is_adapter(patch, loaded) else "patch"
+    provenance = _provenance(recombination, provenances, form, paths.name, len(patch.bias))
+    write_patch(folder, patch, loaded, provenance, model_card(provenance, None))
+    return TaskVector(folder, form, matrix_reports(patch, loaded.layout, program))
+
+
+def _problems(recombination: Recombination, folder: Path) -> list[str]:
+    problems, name = [], recombination.name
+    if not math.isfinite(recombination.scale) or recombination.scale == 0.0:
+        problems.append(f"the scale is {recombination.scale:g}; needed: a finite number other than 0.")
+    if recombination.rank is not None and recombination.rank < 1:
+        problems.append(f"the rank to cut to is {recombination.rank}; needed: 1 or more.")
+    if Path(name).name != name or name in BACKENDS:
+        problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
+    if folder.resolve() in [source.resolve() for source in recombination.folders]:
+        problems.append(f"{folder} is read from and would be replaced; give another name.")
+    return problems
+
+
+def _provenance(
+    recombination: Recombination, provenances: Sequence[Provenance], form: str, name: str, biases: int
+) -> Provenance:
+    """The first patch's provenance, without the claims that no longer hold: nothing validated this combination."""
+    parents = [artifact_sha256(folder) for folder in recombination.folders]
+    return replace(
+        provenances[0],
+        name=name,
+        backend=recombination.name,
+        form=form,
+        validation_sha256="",
+        verdict="none",
+        forced=any(provenance.forced or provenance.verdict != "pass" for provenance in provenances),
+        seconds=0.0,
+        inputs=digest([parents, recombination.scale, recombination.rank]),
+        parent=" ".join(parents),
+        recombined=recombination.describe(),
+        described=recombination.describe(),
+        biases=biases,
+    )
+
+
+def matrix_reports(patch: WeightPatch, layout: Layout, program: Program | None) -> list[MatrixReport]:
     """A report on every matrix that the patch changes, in the order of the blocks."""
-    sites = {
-        name: (block, module) for block in range(layout.n_layers) for name, module in layout.linears(block).items()
-    }
-    writers = layout.output_projections
-    order = list(sites)
-    found = []
-    for name in sorted(patch.matrices, key=lambda name: order.index(name) if name in sites else -1):
+    blocks = {name: block for block in range(layout.n_layers) for name in layout.linears(block)}
+    order = {name: number for number, name in enumerate(blocks)}
+    reports = []
+    for name in sorted(patch.matrices, key=lambda name: order.get(name, -1)):  # embeddings come first
         U, S, V = patch.decompose(name, layout)
         squares = S.double().square()
         total = float(squares.sum())
         if total == 0.0:
-            found.append(MatrixReport(name, 0.0, 0.0, 0, None))
+            reports.append(MatrixReport(name, 0.0, 0.0, 0, None))
             continue
-        vector = vector_at(program, sites[name][0]) if program is not None and name in sites else None
-        top = U[:, 0] if name in writers else V[0]
-        found.append(
+        vector = vector_at(program, blocks[name]) if program is not None and name in blocks else None
+        top = U[:, 0] if name in layout.output_projections else V[0]
+        reports.append(
             MatrixReport(
                 name,
                 norm=total**0.5,
@@ -62,10 +177,10 @@ def look_into(patch: WeightPatch, layout: Layout, program: Program | None) -> li
                 cosine=None if vector is None else abs(float(torch.cosine_similarity(top, vector, dim=0))),
             )
         )
-    return found
+    return reports
 
 
 def vector_at(program: Program, block: int) -> Tensor | None:
     """The vector of the last active intervention at or below `block`."""
-    below = [one for one in program.active if one.site.changes_from <= block]
-    return max(below, key=lambda one: one.site.changes_from).vector.float() if below else None
+    below = [intervention for intervention in program.active if intervention.site.changes_from <= block]
+    return max(below, key=lambda intervention: intervention.site.changes_from).vector.float() if below else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch
-from compile_steer.tools.task_vector import look_into
+from compile_steer.tools.task_vector import matrix_reports
 from tests.helpers.tiny import intervention, loaded, program, random_patch, vector
 
 DOWN, QUERY, EMBEDDINGS = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.q_proj", "model.embed_tokens"
@@ -111,7 +111,7 @@ def test_the_report_finds_the_direction_that_a_writer_writes_and_a_reader_reads(
     patch = WeightPatch({DOWN: LowRank(B, A), QUERY: reader, EMBEDDINGS: LowRank(torch.ones(97, 1), v.view(1, -1))})
     patch = replace(patch, dense={early: B @ A, "model.layers.3.mlp.up_proj": torch.zeros(48, 32)})
     layout, steering = loaded("llama").layout, program("llama", intervention(layer=1, seed=0))
-    found = {one.name: one for one in look_into(patch, layout, steering)}
+    found = {one.name: one for one in matrix_reports(patch, layout, steering)}
     assert list(found) == [EMBEDDINGS, early, DOWN, QUERY, "model.layers.3.mlp.up_proj"]
     assert found[DOWN].cosine == pytest.approx(1.0)
     assert found[QUERY].cosine == pytest.approx(1.0)
@@ -122,4 +122,4 @@ def test_the_report_finds_the_direction_that_a_writer_writes_and_a_reader_reads(
     assert (found[DOWN].rank_99, found[QUERY].rank_99, found[EMBEDDINGS].rank_99) == (2, 2, 1)
     assert found[early].stable_rank == pytest.approx(found[DOWN].stable_rank)
     assert (found["model.layers.3.mlp.up_proj"].norm, found["model.layers.3.mlp.up_proj"].rank_99) == (0.0, 0)
-    assert all(one.cosine is None for one in look_into(patch, layout, None))
+    assert all(one.cosine is None for one in matrix_reports(patch, layout, None))

@@ -148,7 +148,7 @@ def test_every_problem_is_named_at_once(
     assert f"other changes some/model, revision r7; the recipe's base is {base.id}, revision {base.revision}" in said
     for words in (
         "nowhere does not exist",
-        "the factor is nan",
+        "the scale is nan",
         "to cut to is 0",
         "one is read from and would be replaced",
     ):
