@@ -113,7 +113,7 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
         options.point,
         inputs="",
         joint=True,
-        beside=by_point,
+        other_points=by_point,
         curves=real.curves,
     )
 

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 EVERY_BLOCK = -1
 FROM_LABELS = "from shuffled labels"
-_BESIDE = "beside."
+_OTHER_POINTS = "other_points."  # and the point: names in the file
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """`vectors` [..., d] at length 1; those that are 0 stay so."""
+    """`vectors` [..., d] scaled to length 1; zero vectors stay zero."""
     length: Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.clamp(min=1e-12)
 
 
 def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
-    """`vectors` [..., L, d] with the lengths of `pattern` [L, d]."""
+    """`vectors` [..., L, d] scaled to the lengths of `pattern` [L, d]."""
     length: Tensor = pattern.norm(dim=-1, keepdim=True)
     return unit(vectors) * length
 
 
 @dataclass(frozen=True)
 class Source:
-    """The model that directions were taken from, where it is not the one that they are for."""
+    """The model that directions were extracted from, where it is not the one that they are for."""
 
     model: str
     revision: str
@@ -44,14 +44,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Directions:
-    """`vectors` [n_layers, d_model] in the activations' units; `shuffled` [n, n_layers, d_model] are the controls: what
-    the same method finds from labels that say nothing, or what `controls` says in words.
+    """One candidate direction a block, and the controls that a candidate has to beat.
 
-    `operation` is what they are for; a clamp gives h.u the value `projections` [1 + n, n_layers] of its block, those of
-    the controls after the first; `ablate` takes the candidate's direction out of everything that the model writes. Of `joint`
-    directions one program holds all blocks' at once, under the layer `EVERY_BLOCK`; otherwise each is a candidate.
-    `beside` are those of other points of the same blocks, [1 + n, n_layers, d_model], the controls after the first.
-    `curves`: what training measured, an epoch a number.
+    Attributes:
+        vectors: [n_layers, d_model], in the activations' units; 0 where a block has none.
+        shuffled: [n, n_layers, d_model], the controls: what the same method yields from labels without meaning, or
+            what `controls` describes.
+        point: where in the block they are read and applied.
+        inputs: hash of what they were made from.
+        operation: what they are for; `ablate` removes the candidate's direction from everything that the model writes.
+        projections: [1 + n, n_layers], the value that a clamp gives to h.u, then that of each control.
+        joint: one program has all blocks' directions at once, under the layer `EVERY_BLOCK`; otherwise each block is a
+            candidate.
+        other_points: [1 + n, n_layers, d_model] each, directions of more points of the same blocks, then each
+            control's.
+        curves: what training measured, one number an epoch.
     """
 
     vectors: Tensor
@@ -64,7 +71,7 @@ class Directions:
     projections: Tensor | None = None
     joint: bool = False
     controls: str = FROM_LABELS
-    beside: Mapping[Point, Tensor] = field(default_factory=dict)
+    other_points: Mapping[Point, Tensor] = field(default_factory=dict)
     source: Source | None = None
     curves: Mapping[str, list[float]] = field(default_factory=dict)
 
@@ -74,25 +81,29 @@ class Directions:
         return tuple(int(k) for k in self.vectors.norm(dim=-1).nonzero()[:, 0])
 
     def program(self, layer: int, coefficient: float, positions: str) -> Program:
-        """The candidate of block `layer`, or of `EVERY_BLOCK` that has one, with the dial at `coefficient`.
+        """The candidate of block `layer`, or of every block that has one for `EVERY_BLOCK`.
 
-        An ablation is of all `positions`.
+        An ablation acts at all positions, whatever `positions` is.
         """
         if self.operation == "ablate":
             everywhere = ablate_everywhere(unit(self.vectors[layer]), self.vectors.shape[0], coefficient)
             return Program(everywhere, self.model, self.revision)
         layers = self.layers if layer == EVERY_BLOCK else (layer,)
         parts = [self._intervention(k, coefficient, positions) for k in layers]
-        for point, vectors in self.beside.items():
+        for point, vectors in self.other_points.items():
             parts += [Intervention(Site(k, point), "add", vectors[0, k], coefficient, positions) for k in layers]
         return Program(tuple(parts), self.model, self.revision)
 
     def control(self, index: int) -> Directions:
-        """The directions of shuffled labels number `index` in the place of the real ones."""
-        beside = {point: vectors[[index + 1]] for point, vectors in self.beside.items()}
+        """Control number `index` in the place of the real directions."""
+        other_points = {point: vectors[[index + 1]] for point, vectors in self.other_points.items()}
         projections = None if self.projections is None else self.projections[[index + 1]]
         return replace(
-            self, vectors=self.shuffled[index], shuffled=self.shuffled[:0], projections=projections, beside=beside
+            self,
+            vectors=self.shuffled[index],
+            shuffled=self.shuffled[:0],
+            projections=projections,
+            other_points=other_points,
         )
 
     def _intervention(self, layer: int, coefficient: float, positions: str) -> Intervention:
@@ -105,7 +116,7 @@ class Directions:
         return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
 
     def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Write safetensors with all else as JSON under metadata key `directions`, `extra` beside it."""
+        """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`."""
         header = {
             **extra,
             "model": self.model,
@@ -119,7 +130,7 @@ class Directions:
             "curves": dict(self.curves),
         }
         tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
-        tensors |= {f"{_BESIDE}{point}": vectors.contiguous() for point, vectors in self.beside.items()}
+        tensors |= {f"{_OTHER_POINTS}{point}": vectors.contiguous() for point, vectors in self.other_points.items()}
         if self.projections is not None:
             tensors["projections"] = self.projections.contiguous()
         save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
@@ -137,7 +148,7 @@ class Directions:
                 vectors,
                 shuffled,
                 projections=tensors.get("projections"),
-                beside={p: tensors[f"{_BESIDE}{p}"] for p in POINTS if f"{_BESIDE}{p}" in tensors},
+                other_points={p: tensors[f"{_OTHER_POINTS}{p}"] for p in POINTS if f"{_OTHER_POINTS}{p}" in tensors},
                 source=None if source is None else Source(**source),
                 **header,
             )

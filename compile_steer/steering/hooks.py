@@ -1,8 +1,8 @@
 """The reference semantics of a program: the model with hooks on.
 
-Whatever is compiled is judged against this file, so it is kept apart from every backend. It is right
-in prefill and in cached decoding, for left and right padding and for prompts of different lengths:
-what a token is (prompt, last prompt token, response) is told per row, never by its column.
+Whatever is compiled is compared with this file, so it shares no code with the backends. It is right in prefill and in
+cached decoding, for left and right padding and for prompts of different lengths: what a token is (prompt, last prompt
+token, response) is known per row, never inferred from its column.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _ROLES_OF: dict[Scope, tuple[int, ...]] = {
 
 def in_scope(roles: Tensor, scopes: frozenset[Scope]) -> Tensor:
     """Boolean [batch, time]: the positions whose role belongs to any of `scopes`."""
-    wanted = sorted({role for scope in scopes for role in _ROLES_OF[scope]})
-    return torch.isin(roles, torch.tensor(wanted, dtype=roles.dtype, device=roles.device))
+    chosen = sorted({role for scope in scopes for role in _ROLES_OF[scope]})
+    return torch.isin(roles, torch.tensor(chosen, dtype=roles.dtype, device=roles.device))
 
 
 def prompt_roles(attention_mask: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ def prompt_roles(attention_mask: Tensor) -> Tensor:
 
 
 class _Roles:
-    """Follows the model's forward passes and says what each token of the current one is.
+    """Follows the model's forward passes and knows the role of each token of the current one.
 
-    A pass that goes on from a cache is the response. Without a cache, so is what a pass appends to the
-    ids of the prompt before it, which is how `generate(use_cache=False)` runs.
+    A pass that continues from a cache is the response. Without a cache, so is what a pass appends to the ids of the
+    prompt before it, which is how `generate(use_cache=False)` runs.
     """
 
     def __init__(self, explicit: Tensor | None) -> None:
@@ -61,48 +61,54 @@ class _Roles:
         cache = kwargs.get("past_key_values")
         self._past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask")
-        # generate() may hand over a prepared 4-d mask; the 2-d one is what tells padding.
+        # generate() may pass a prepared 4-d mask; only the 2-d one shows the padding.
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self._past == 0 and not self._goes_on(ids):
+        if self._past == 0 and not self._continues_prompt(ids):
             self._prompt = ids
 
-    def _goes_on(self, ids: Tensor | None) -> bool:
-        """True if `ids` begin with the last prompt's."""
+    def _continues_prompt(self, ids: Tensor | None) -> bool:
+        """True if `ids` begin with the ids of the pass before."""
         before = self._prompt
         if ids is None or before is None or ids.shape[0] != before.shape[0] or ids.shape[1] <= before.shape[1]:
             return False
         return torch.equal(ids[:, : before.shape[1]], before)
 
     def current(self, hidden: Tensor) -> Tensor:
+        """Roles [batch, time] of `hidden` [batch, time, d_model]."""
         batch, time = hidden.shape[:2]
-        if self._explicit is not None:
-            explicit = self._explicit.to(hidden.device)
-            if self._past == 0 and self._prompt is not None and time > explicit.shape[1] == self._prompt.shape[1]:
-                return torch.cat([explicit, explicit.new_full((batch, time - explicit.shape[1]), RESPONSE)], dim=1)
-            if self._past > 0 and explicit.shape[1] == self._past + time:
-                return explicit[:, self._past :]
-            if self._past > 0 and explicit.shape[1] <= self._past:
-                return explicit.new_full((batch, time), RESPONSE)
-            if explicit.shape != (batch, time):
-                raise ArtifactError(
-                    f"roles are {list(self._explicit.shape)} but the model runs {[batch, time]}; "
-                    "give the roles of exactly this batch, or none to have them inferred."
-                )
-            return explicit
-        if self._past > 0:
-            return torch.full((batch, time), RESPONSE, dtype=torch.int8, device=hidden.device)
-        width = time if self._prompt is None else self._prompt.shape[1]
-        mask = torch.ones(batch, time, device=hidden.device) if self._mask is None else self._mask.to(hidden.device)
-        said = torch.full((batch, time - width), RESPONSE, dtype=torch.int8, device=hidden.device)
-        return torch.cat([prompt_roles(mask[:, :width]), said], dim=1)
+        response = torch.full((batch, time), RESPONSE, dtype=torch.int8, device=hidden.device)
+        if self._explicit is None:
+            if self._past > 0:
+                return response
+            width = time if self._prompt is None else self._prompt.shape[1]
+            mask = torch.ones(batch, time, device=hidden.device) if self._mask is None else self._mask.to(hidden.device)
+            return torch.cat([prompt_roles(mask[:, :width]), response[:, width:]], dim=1)
+        explicit = self._explicit.to(hidden.device)
+        known = explicit.shape[1]
+        if self._past > 0 and known == self._past + time:
+            return explicit[:, self._past :]
+        if self._past >= known:
+            return response
+        if self._past == 0 and self._prompt is not None and time > known == self._prompt.shape[1]:
+            return torch.cat([explicit, response[:, known:]], dim=1)
+        if explicit.shape != (batch, time):
+            raise ArtifactError(
+                f"roles are {list(self._explicit.shape)} but the model runs {[batch, time]}; "
+                "give the roles of exactly this batch, or none to have them inferred."
+            )
+        return explicit
 
 
 @dataclass(frozen=True)
 class _Edit:
-    """One edit in normal form; with a row a program, `basis`, `shift` and `strength` have a row each.
+    """One edit h + strength * (shift - basis basis^T h), for a whole batch or with a row each.
 
-    `basis` [d_model, 1] or [batch, d_model, 1], `shift` [d_model] or [batch, 1, d_model], `strength` or [batch, 1, 1].
+    Attributes:
+        basis: [d_model, 1], [batch, d_model, 1], or None.
+        shift: [d_model] or [batch, 1, d_model].
+        strength: a number or [batch, 1, 1].
+        scopes: the tokens that are edited.
     """
 
     basis: Tensor | None
@@ -128,26 +134,17 @@ class _Edit:
         return hidden + change
 
 
-def _groups(programs: Sequence[Program]) -> list[tuple[Intervention, ...]]:
-    """Interventions that run together. In a batch of programs a row with coefficient 0 is the base."""
-    if len(programs) == 1:
-        return [(one,) for one in programs[0].active]
-    shapes = [tuple(i for i in p.interventions if i.enabled) for p in programs]
-    if len({len(shape) for shape in shapes}) > 1:
-        raise ArtifactError("programs that run as rows of one batch must have the same number of interventions.")
-    return list(zip(*shapes, strict=True))
-
-
 def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edit]]:
     """Turn one program, or a batch of programs of one shape, into edits in running order."""
-    result = []
-    for group in _groups(programs):
-        first = group[0]
+    # In a batch a row with coefficient 0 is the base, so that only what is switched off is left out.
+    rows = [p.active if len(programs) == 1 else tuple(i for i in p.interventions if i.enabled) for p in programs]
+    if len({len(row) for row in rows}) > 1:
+        raise ArtifactError("programs that run as rows of one batch must have the same number of interventions.")
+    edits = []
+    for group in zip(*rows, strict=True):
+        first: Intervention = group[0]
         if any((i.site, i.operation, i.scopes) != (first.site, first.operation, first.scopes) for i in group):
             raise ArtifactError("programs that run as rows of one batch must share sites, operations and positions.")
-        # The point is defined on the stream: where the family scales a sublayer's output before adding
-        # it, the same edit has to be made before that factor.
-        scale = layout.stream_scale(first)
         basis, shift = first.normal_form()
         strength: float | Tensor = first.coefficient
         if len(group) > 1:
@@ -155,9 +152,11 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
             basis = None if basis is None else torch.stack(bases)
             shift = torch.stack(shifts).unsqueeze(1)
             strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
-        result.append((first.site, _Edit(basis, shift / scale, strength, first.scopes)))
+        # The point is defined on the stream: where the family scales a sublayer's output before adding it, the same
+        # edit has to be made before that factor.
+        edits.append((first.site, _Edit(basis, shift / layout.stream_scale(first), strength, first.scopes)))
     # Stable: within one module, edits of the block's output come before those of the next block's input.
-    return sorted(result, key=lambda item: item[0].point == "resid_pre")
+    return sorted(edits, key=lambda edit: edit[0].point == "resid_pre")
 
 
 @contextmanager
@@ -170,10 +169,10 @@ def steered(
         model: a causal language model of a known family (PEFT-wrapped or not).
         program: one program for every row, or one per row of the batch (same sites and operations), which
             is how a sweep runs many coefficients or directions at once. None leaves the model as it is.
-        roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts
-            that `generate` is given (earlier turns of the assistant are responses too); what follows them is
-            the response. A pass from a cache takes those of the whole.
-            Without them a pass that starts a cache is all prompt.
+        roles: [batch, time] int8 roles (see `prompt_roles`) of a teacher-forced batch, or of the prompts that `generate`
+            receives (earlier turns of the assistant are responses too); what follows them is the response. A pass
+            from a cache takes the roles of prompt and response together. None: a pass that starts a cache is all
+            prompt.
 
     Raises:
         LayoutError: the model lacks a site. ArtifactError: another width, or rows that do not match.
@@ -183,8 +182,8 @@ def steered(
         return
     layout = Layout.of(model)
     programs = [program] if isinstance(program, Program) else list(program)
-    for one in programs:
-        one.require(one.model, one.revision, layout.d_model, layout.n_layers)
+    for p in programs:
+        p.require(p.model, p.revision, layout.d_model, layout.n_layers)
     follow = _Roles(roles)
     with ExitStack() as stack:
         handle = layout.backbone.register_forward_pre_hook(follow.observe, with_kwargs=True)

@@ -1,7 +1,8 @@
-"""Named passes that bring a program into the one form that the backends reason about."""
+"""Named passes that bring a program into the one form that the backends decide about; none changes what it does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from compile_steer.steering.program import Intervention, Program
@@ -9,7 +10,7 @@ from compile_steer.steering.sites import Site
 
 
 def drop_inactive(program: Program) -> Program:
-    """Leave out what is switched off or has coefficient 0."""
+    """Leave out what is disabled or has coefficient 0."""
     return replace(program, interventions=program.active)
 
 
@@ -26,20 +27,22 @@ def input_to_output(program: Program) -> Program:
 def merge_shifts(program: Program) -> Program:
     """Adds that meet at one site and positions, with nothing between them, are one add."""
     merged: list[Intervention] = []
-    for one in program.interventions:
+    for i in program.interventions:
         last = merged[-1] if merged else None
-        if (
-            last is not None
-            and last.operation == one.operation == "add"
-            and (last.site, last.scopes) == (one.site, one.scopes)
-        ):
-            total = last.coefficient * last.vector.float() + one.coefficient * one.vector.float()
+        if last and last.operation == i.operation == "add" and (last.site, last.scopes) == (i.site, i.scopes):
+            total = last.coefficient * last.vector.float() + i.coefficient * i.vector.float()
             merged[-1] = replace(last, vector=total, coefficient=1.0)
         else:
-            merged.append(one)
+            merged.append(i)
     return replace(program, interventions=tuple(merged))
 
 
+# In this order: only what is active counts, and shifts can meet once inputs are outputs.
+PASSES: tuple[Callable[[Program], Program], ...] = (drop_inactive, input_to_output, merge_shifts)
+
+
 def canonical(program: Program) -> Program:
-    """All passes in order. The result steers exactly as `program` does."""
-    return merge_shifts(input_to_output(drop_inactive(program)))
+    """Run all passes in order."""
+    for run in PASSES:
+        program = run(program)
+    return program

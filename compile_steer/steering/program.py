@@ -4,8 +4,8 @@ One intervention is an affine edit of an activation h at a site, for some token 
 
     h <- h + c * (s - V (V^T h))        V [d_model, k] orthonormal or empty, s [d_model], c a scalar
 
-`Add` has V empty and s = v; `Ablate` has V = u and s = 0; `Clamp` has V = u and s = t*u. The
-coefficient c is therefore a dial that is 0 for "off" and linear for every operation.
+`add` has V empty and s = v; `ablate` has V = u and s = 0; `clamp` has V = u and s = t*u. Every operation is therefore
+linear in the coefficient c, and off at 0.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ _UNIT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """One affine edit. `vector` [d_model]: any length for `add`, unit for `ablate` and `clamp`.
+    """One affine edit.
 
-    `projection` is the value that `clamp` gives to h.u, in the activation's own units; it is None for
-    the other operations. `enabled` switches the intervention without losing it.
+    Attributes:
+        vector: [d_model]; of any length for `add`, unit for `ablate` and `clamp`.
+        coefficient: c above.
+        positions: the tokens that are edited; see `parse_positions`.
+        projection: the value that `clamp` gives to h.u, in the activation's own units; None for the other operations.
+        enabled: False turns the intervention off and keeps its coefficient.
     """
 
     site: Site
@@ -77,7 +81,7 @@ class Intervention:
         return vector.unsqueeze(1), target * vector
 
     def describe(self) -> str:
-        """One line for a person: operation, coefficient, site, positions and norm."""
+        """Operation, coefficient, site, positions and norm in one line."""
         name = "add" if self.operation == "add" else f"{self.operation} (projection {self.projection or 0.0:g})"
         norm = f", ||c v|| = {abs(self.coefficient) * float(self.vector.norm()):.3g}" if self.operation == "add" else ""
         off = "" if self.enabled else " [off]"
@@ -108,12 +112,12 @@ class Program:
 
     @property
     def active(self) -> tuple[Intervention, ...]:
-        """The interventions that are on and do anything."""
+        """The interventions that are enabled and have an effect."""
         return tuple(i for i in self.interventions if i.enabled and i.coefficient != 0.0)
 
     @property
     def shape(self) -> tuple[tuple[Site, OperationName, frozenset[Scope]], ...]:
-        """Sites, operations and positions of what is switched on: programs of one shape can be rows of one batch."""
+        """Sites, operations and positions of what is enabled: programs of one shape can be rows of one batch."""
         return tuple((i.site, i.operation, i.scopes) for i in self.interventions if i.enabled)
 
     @property
@@ -126,7 +130,7 @@ class Program:
         return self._map(lambda i: replace(i, coefficient=i.coefficient * factor), index)
 
     def toggled(self, index: int, on: bool) -> Program:
-        """Switch intervention `index` on or off; its coefficient is kept."""
+        """Turn intervention `index` on or off; its coefficient is kept."""
         return self._map(lambda i: replace(i, enabled=on), index)
 
     def _map(self, change: Any, index: int | None) -> Program:
@@ -164,7 +168,7 @@ class Program:
             raise ArtifactError([*problems, "Extract the vector from this model, or load the one it was made for."])
 
     def describe(self) -> str:
-        """The program as text: one intervention a line, one line for a long run that differs in the site alone."""
+        """The program as text, one intervention a line; more than 8 that differ only in their site are one line."""
         lines = [i.describe() for i in self.interventions]
         kinds = {line.replace(f" at {i.site},", ",") for line, i in zip(lines, self.interventions, strict=True)}
         if len(lines) > 8 and len(kinds) == 1:
@@ -173,21 +177,19 @@ class Program:
         return "\n".join(lines) or "(empty program)"
 
     def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Write safetensors with the JSON list of interventions under metadata key `program`, `extra` (JSON) beside it.
-
-        One metadata key only: several are written in no fixed order, and equal programs must be equal files.
-        """
+        """Write safetensors with the JSON list of interventions, and `extra` (JSON), under metadata key `program`."""
         save_tensors(path, *self._serialized(extra))
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file that `save` writes where it is given nothing more."""
+        """SHA-256 of the file that `save` writes without `extra`."""
         from safetensors.torch import save
 
         return hashlib.sha256(save(*self._serialized({}))).hexdigest()
 
     def _serialized(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors and the metadata of the file."""
+        # One metadata key only: several are written in no fixed order, and equal programs must be equal files.
         tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
         header = {
             **extra,
@@ -217,7 +219,23 @@ class Program:
             raise ArtifactError(f"{path} is safetensors, but not a steering program (no 'program' in its metadata).")
         try:
             header = json.loads(metadata["program"])
-            interventions = tuple(_intervention(entry, tensors) for entry in header["interventions"])
+            missing = [e["tensor"] for e in header["interventions"] if e["tensor"] not in tensors]
+            if missing:
+                raise ArtifactError(
+                    [f"tensor '{name}' is named by the program but not in the file." for name in missing]
+                )
+            interventions = tuple(
+                Intervention(
+                    site=Site(int(entry["layer"]), entry["point"]),
+                    operation=entry["operation"],
+                    vector=tensors[entry["tensor"]],
+                    coefficient=float(entry["coefficient"]),
+                    positions=str(entry["positions"]),
+                    projection=None if entry["projection"] is None else float(entry["projection"]),
+                    enabled=bool(entry["enabled"]),
+                )
+                for entry in header["interventions"]
+            )
             return Program(interventions, str(header["model"]), str(header["revision"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
@@ -226,18 +244,3 @@ class Program:
             ) from error
         except ArtifactError as error:
             raise ArtifactError([f"{path}: {problem}" for problem in error.problems]) from error
-
-
-def _intervention(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Intervention:
-    if entry["tensor"] not in tensors:
-        raise ArtifactError(f"tensor '{entry['tensor']}' is named by the program but not in the file.")
-    projection = entry.get("projection")
-    return Intervention(
-        site=Site(int(entry["layer"]), entry["point"]),
-        operation=entry["operation"],
-        vector=tensors[entry["tensor"]],
-        coefficient=float(entry["coefficient"]),
-        positions=str(entry["positions"]),
-        projection=None if projection is None else float(projection),
-        enabled=bool(entry.get("enabled", True)),
-    )

@@ -118,8 +118,8 @@ def other_directions(context: Context, options: ValidateOptions, real: Direction
         return as_long_as((positive - negative).mean(dim=0), pattern)
 
     with context.progress.phase("another behaviour's direction", 1):
-        beside = {point: at(point, vectors[0])[None] for point, vectors in real.beside.items()}
-        return replace(real, vectors=at(real.point, real.vectors), beside=beside)
+        other_points = {point: at(point, vectors[0])[None] for point, vectors in real.other_points.items()}
+        return replace(real, vectors=at(real.point, real.vectors), other_points=other_points)
 
 
 def measure_controls(

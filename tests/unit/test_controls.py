@@ -56,7 +56,7 @@ def beside_w40() -> Directions:
     noise = torch.randn(7, LAYERS, HIDDEN, generator=torch.Generator().manual_seed(9))
     lengths = torch.tensor([0.5, 1.5, 2.5, 3.5])[:LAYERS, None]
     beside: dict[Point, torch.Tensor] = {"mlp_out": noise / noise.norm(dim=-1, keepdim=True) * 2.0}
-    return replace(one, vectors=one.vectors / 7 * lengths, shuffled=one.shuffled / 7 * lengths, beside=beside)
+    return replace(one, vectors=one.vectors / 7 * lengths, shuffled=one.shuffled / 7 * lengths, other_points=beside)
 
 
 @pytest.mark.parametrize("kind", ["add", "ablate", "beside"])

@@ -220,7 +220,7 @@ def test_the_program_holds_a_vector_at_every_trained_block_and_point(tmp_path: P
     sites = {str(i.site): i for i in made.interventions}
     assert set(sites) == {f"{point} {k}" for point in ("resid_post", "attn_out", "mlp_out") for k in (1, 3)}
     assert all((i.coefficient, i.positions) == (0.6, "response") for i in made.interventions)
-    assert torch.equal(sites["attn_out 3"].vector, directions.beside["attn_out"][0, 3])
+    assert torch.equal(sites["attn_out 3"].vector, directions.other_points["attn_out"][0, 3])
     directions.save(tmp_path / "a.safetensors")
     again = Directions.load(tmp_path / "a.safetensors")
     assert again.curves == directions.curves
