@@ -49,6 +49,11 @@ def test_commands_and_keys_exist(page: Path) -> None:
     assert [key for key in sorted(keys - NO_KEYS) if not _is_key(key)] == []
 
 
+def test_every_command_is_in_the_guide() -> None:
+    text = (ROOT / "docs/guide/concepts.md").read_text("utf-8")
+    assert [command.name for command in app.registered_commands if f"| `{command.name}` |" not in text] == []
+
+
 def test_readme_is_short_and_its_links_lead_to_files() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 150
