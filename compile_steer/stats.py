@@ -53,13 +53,9 @@ def bootstrap_mean(values: np.ndarray, *, seed: int) -> Interval:
 
 
 def bootstrap_ratio(above: Tensor, below: Tensor, texts: Tensor, *, seed: int) -> Interval:
-    """Return the sum of `above` over the sum of `below`, both [n_tokens], resampled over texts; if `below` is 1, a mean.
+    """Return the sum of `above` over the sum of `below`, both [n_tokens], resampled over `texts` [n_tokens] of the tokens.
 
-    The text is the unit: tokens of one text share its topic, so they are not independent, and an interval over tokens
-    would be too narrow.
-
-    Args:
-        texts: the text that each token belongs to, [n_tokens].
+    Tokens of one text share its topic, so they are not independent, and an interval over tokens would be too narrow.
 
     Raises:
         ValueError: values that are not finite, or a `below` that is 0 in nearly every text.
@@ -174,23 +170,21 @@ def outlier_p(effect: float, others: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Two one-sided tests (TOST) of `n` paired differences, compiled minus steered, against +-`margin`.
+    """Two one-sided tests (TOST) of paired differences, compiled minus steered, in nats per token or points of a score.
 
     That no difference was detected proves nothing; equivalence is shown where the 90 % interval of the mean difference
-    lies inside the margin (Schuirmann 1987). `low` and `high` are that interval, `p` is the larger p-value of the two
-    tests, `spread` the standard deviation of a difference, and `needed` the number of samples that would show the
-    margin with 95 % power if there is no difference. Units: nats a token, or points of a score.
+    lies inside +-`margin` (Schuirmann 1987).
     """
 
     measure: Measure
     margin: float
-    difference: float
-    low: float
+    difference: float  # mean
+    low: float  # of its 90 % interval
     high: float
-    p: float
-    spread: float
+    p: float  # the larger p-value of the two tests
+    spread: float  # standard deviation of a difference
     n: int
-    needed: int
+    needed: int  # samples that would show the margin with 95 % power if there is no difference
     equivalent: bool
 
     @property
@@ -265,21 +259,16 @@ def equivalence_sample_size(spread: float, margin: float, *, counted: bool = Fal
 
 @dataclass(frozen=True)
 class PowerAnalysis:
-    """How many samples a paired test needs, computed before anything is measured.
-
-    `effect` is the minimum detectable effect that is asked for, or the margin of an equivalence test; `spread` is the
-    assumed standard deviation of a paired difference, and `assumption` says where it is from. `needed` samples are
-    enough; `available` is how many there are, and they can detect `detectable` (None for an equivalence test).
-    """
+    """How many samples a paired test needs, computed before anything is measured."""
 
     measure: Measure
     test: Literal["difference", "equivalence"]
-    effect: float
-    spread: float
-    assumption: str
+    effect: float  # the minimum detectable effect that is asked for, or the margin of an equivalence test
+    spread: float  # assumed standard deviation of a paired difference
+    assumption: str  # where the spread is from
     needed: int
     available: int
-    detectable: float | None = None
+    detectable: float | None = None  # the effect that the available samples detect
 
     def __str__(self) -> str:
         unit, samples, _counted = _MEASURES[self.measure]

@@ -13,7 +13,6 @@ from rich.console import Console
 from benchmarks.ocean import ocean, opened
 from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
 from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.models.forward import read_activations
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
 from compile_steer.pipeline.run import Run
@@ -58,11 +57,8 @@ def section(progress: Progress) -> list[str]:
 
 def _by_block(run: Run, directions: Directions) -> list[str]:
     """The difference at each block: its length, and how it tells the test pairs apart."""
-    sides = [p.positive for p in run.data.test], [p.negative for p in run.data.test]
-    options = run.recipe.extract
-    high, low = (read_activations(run.model, side, point=options.point, readout=options.readout) for side in sides)
     blocks = range(0, run.model.layout.n_layers, EVERY)
-    found = [separability(high[:, k], low[:, k], directions.vectors[k]) for k in blocks]
+    found = [separability(run.context, run.data.test, directions, k, run.recipe.extract.readout) for k in blocks]
     return [
         "| block | " + " | ".join(map(str, blocks)) + " |",
         "|---" * (len(blocks) + 1) + "|",

@@ -14,7 +14,6 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.options import Section
-from compile_steer.stats import auroc
 
 if TYPE_CHECKING:
     from compile_steer.data.behaviour import Behaviour
@@ -58,23 +57,8 @@ class ScorerBase(Section, ABC):
         return self
 
 
-@dataclass(frozen=True)
-class Discrimination:
-    """Mean scores of the validation pairs' positive and negative responses, and the AUROC between them.
-
-    All None if `skipped` gives a reason why the texts cannot be scored.
-    """
-
-    positive: float | None = None
-    negative: float | None = None
-    auroc: float | None = None
-    skipped: str = ""
-
-
-def require_discrimination(
-    scorer: ScorerBase, score: Score, loaded: LoadedModel, behaviour: Behaviour
-) -> Discrimination:
-    """Score both sides' responses of the validation pairs, as replies that ended.
+def require_discrimination(scorer: ScorerBase, score: Score, loaded: LoadedModel, behaviour: Behaviour) -> str:
+    """Score both sides' responses of the validation pairs; returns why that is not possible, empty if it was done.
 
     Args:
         score: the `scorer` bound to this model and data.
@@ -82,12 +66,11 @@ def require_discrimination(
     Raises:
         RecipeError: every text has the same score, or the negative ones have a higher mean.
     """
-    usable = scorer.for_data_texts()
+    usable, pairs = scorer.for_data_texts(), behaviour.validation
     if isinstance(usable, str):
-        return Discrimination(skipped=usable)
-    pairs = behaviour.validation
+        return usable
     if all(pair.positive.response == pair.negative.response for pair in pairs):
-        return Discrimination(skipped="the two sides of the pairs have the same responses, or none")
+        return "the two sides of the pairs have the same responses, or none"
     # All of them ended, so that this cannot be what tells the sides apart.
     texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
     texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
@@ -106,4 +89,4 @@ def require_discrimination(
             f"{negative.mean():.2f} and {positive.mean():.2f} on average: it scores the opposite of the behaviour. Fix "
             "validate.score, or swap the two sides."
         )
-    return Discrimination(float(positive.mean()), float(negative.mean()), auroc(positive, negative))
+    return ""

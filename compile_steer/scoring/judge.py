@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,40 +120,41 @@ class _Client:
         """
         keys = [digest([reply.prompt, reply.text]) for reply in replies]
         written = {key: reply for key, reply in zip(keys, replies, strict=True) if reply.text.strip()}
-        known = self._ledger.scores
+        known, expected = self._ledger.scores, self._judge.expected_answer
         unreadable: list[str] = []
         for key, reply in written.items():
             if key in known or len(unreadable) == _MAX_UNREADABLE:
                 continue
             try:
-                answer = self._ask(key, reply)
-                if key not in known:
-                    answer = self._ask(key, reply, f"\n\nAnswer with {self._judge.expected_answer}, and nothing else.")
+                answer, score = self._ask(key, reply)
+                if score is None:
+                    answer, score = self._ask(key, reply, f"\n\nAnswer with {expected}, and nothing else.")
             except _NoAnswer as error:
-                done = sum(key in known for key in written)
+                done = sum(key in self._ledger.scores for key in written)
                 raise RecipeError(
                     f"validate.score judge: {error}. {done} of these {len(written)} replies are judged and kept in "
                     f"{self._ledger.path}; the same command resumes there."
                 ) from error
-            if key not in known:
+            if score is None:
                 unreadable.append(answer)
         if unreadable:
             raise RecipeError(
                 f"validate.score judge: for {len(unreadable)} of {len(written)} replies {self._judge.model} did not answer "
-                f"with {self._judge.expected_answer}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the "
+                f"with {expected}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the "
                 "expected answer in validate.score.prompt, or raise answer_tokens. Its other answers are kept in "
                 f"{self._ledger.path}."
             )
-        return np.array([known[key] if key in written else 0.0 for key in keys])
+        scores = self._ledger.scores
+        return np.array([scores[key] if key in written else 0.0 for key in keys])
 
-    def _ask(self, key: str, reply: Reply, reminder: str = "") -> str:
-        """Send one request and write its answer to the ledger; raises `_NoAnswer`."""
+    def _ask(self, key: str, reply: Reply, reminder: str = "") -> tuple[str, float | None]:
+        """Send one request and write its answer to the ledger; returns the answer and its score; raises `_NoAnswer`."""
         judge, ledger = self._judge, self._ledger
         texts = {"prompt": reply.prompt, "reply": reply.text}
         # One pass over the template: text of a prompt that looks like {reply} must stay as it is.
         question = re.sub(r"\{(prompt|reply)\}", lambda place: texts[place.group(1)], judge.prompt) + reminder
-        if ledger.requests >= judge.max_requests:
-            raise _NoAnswer(f"{ledger.requests} requests were answered, which is max_requests; raise it to continue")
+        if len(ledger.rows) >= judge.max_requests:
+            raise _NoAnswer(f"{len(ledger.rows)} requests were answered, which is max_requests; raise it to continue")
         if judge.max_tokens is not None and ledger.tokens >= judge.max_tokens:
             raise _NoAnswer(f"{ledger.tokens} tokens were used of max_tokens {judge.max_tokens}; raise it to continue")
         try:
@@ -174,8 +176,9 @@ class _Client:
         answer = str(choices[0].message.content or "") if choices else str(completion)
         # Many local servers do not count tokens.
         usage = getattr(completion, "usage", None)
-        ledger.add(key, judge.read(answer), answer, int(usage.total_tokens) if usage else 0)
-        return answer
+        score = judge.read(answer)
+        ledger.add(key, score, answer, int(usage.total_tokens) if usage else 0)
+        return answer, score
 
 
 class _NoAnswer(Exception):
@@ -183,51 +186,45 @@ class _NoAnswer(Exception):
 
 
 class Ledger:
-    """An append-only JSONL file: the judge's settings, then a line per answer.
-
-    `scores` holds the last score of each reply by its key, `requests` and `tokens` what all answers have cost.
-    """
+    """An append-only JSONL file: the judge's settings, then a line per answer."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises `ArtifactError` if the file cannot be read or written."""
         self.path = path
-        self.scores: dict[str, float] = {}
-        self.requests = 0
-        self.tokens = 0
+        self.rows: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); it keeps the judge's answers. Remove it.") from error
         for line in lines:
-            try:
+            with suppress(json.JSONDecodeError):  # a writer was stopped within this line
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a writer was stopped within this line
-            if isinstance(row, dict) and "reply" in row:
-                self._count(row)
+                self.rows += [row] if isinstance(row, dict) and "reply" in row else []
         if not lines:
             self._append(json.dumps({"judge": settings}, ensure_ascii=False) + "\n")
         elif lines[-1]:
             self._append("\n")  # so that the next answer is not joined to a line that was cut off
 
-    def add(self, key: str, score: float | None, answer: str, tokens: int) -> None:
-        """Keep one answer about the reply `key`; a score of None is an unreadable answer, which costs as much."""
-        row = {"reply": key, "score": score, "answer": answer, "tokens": tokens}
-        self._append(json.dumps(row, ensure_ascii=False) + "\n")
-        self._count(row)
+    @property
+    def scores(self) -> dict[str, float]:
+        """The last score of each reply by its key."""
+        return {row["reply"]: row["score"] for row in self.rows if row["score"] is not None}
 
-    def _count(self, row: dict[str, Any]) -> None:
-        self.requests += 1
-        self.tokens += row["tokens"]
-        if row["score"] is not None:
-            self.scores[row["reply"]] = row["score"]
+    @property
+    def tokens(self) -> int:
+        """What all answers have cost, unreadable ones included."""
+        return sum(row["tokens"] for row in self.rows)
+
+    def add(self, key: str, score: float | None, answer: str, tokens: int) -> None:
+        """Keep one answer about the reply `key`; a score of None is an unreadable answer."""
+        self.rows.append({"reply": key, "score": score, "answer": answer, "tokens": tokens})
+        self._append(json.dumps(self.rows[-1], ensure_ascii=False) + "\n")
 
     def _append(self, text: str) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise ArtifactError(
-                f"{self.path} cannot be written ({error.strerror}); it keeps the judge's answers."
-            ) from error
+            reason = error.strerror
+            raise ArtifactError(f"{self.path} cannot be written ({reason}); it keeps the judge's answers.") from error

@@ -14,10 +14,10 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
 from compile_steer.models.forward import capture, read_activations
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.text import Pair, Text
+from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import batches, encode
 from compile_steer.stats import auroc, outlier_p, rank_p
-from compile_steer.steering.directions import Directions, as_long_as, unit
+from compile_steer.steering.directions import EVERY_BLOCK, Directions, as_long_as, unit
 from compile_steer.steering.hooks import PAD, in_scope
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Point
@@ -113,7 +113,7 @@ def other_directions(context: Context, options: ValidateOptions, real: Direction
 
     def at(point: Point, pattern: Tensor) -> Tensor:
         positive, negative = (
-            read_activations(context.model, side, point=point, readout="response_mean") for side in sides(pairs)
+            read_activations(context.model, side, point=point, readout="response_mean") for side in _sides(pairs)
         )
         return as_long_as((positive - negative).mean(dim=0), pattern)
 
@@ -153,9 +153,23 @@ def measure_controls(
     )
 
 
-def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separability:
-    """How well the direction [d] separates held-out activations [n, d] of the two sides."""
-    along = unit(direction)
+def separability(
+    context: Context, pairs: Sequence[Pair], directions: Directions, layer: int, readout: Readout
+) -> Separability:
+    """How well the direction separates the activations of held-out pairs.
+
+    Of the block, or of every block side by side where the program acts on all together.
+    """
+    layers = list(directions.layers) if layer == EVERY_BLOCK else [layer]
+    last, point = max(layers), directions.point
+    with context.progress.phase("test: separability of held-out pairs", 2 * len(pairs)) as advance:
+        positive, negative = (
+            read_activations(context.model, side, point=point, readout=readout, through=last, advance=advance)[
+                :, layers
+            ].flatten(1)
+            for side in _sides(pairs)
+        )
+    along = unit(directions.vectors[layers].flatten())
     high, low = (positive @ along).numpy(), (negative @ along).numpy()
     spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))
     differences = positive - negative
@@ -167,6 +181,5 @@ def separability(positive: Tensor, negative: Tensor, direction: Tensor) -> Separ
     )
 
 
-def sides(pairs: Sequence[Pair]) -> tuple[list[Text], list[Text]]:
-    """All positive texts, and all negative ones."""
+def _sides(pairs: Sequence[Pair]) -> tuple[list[Text], list[Text]]:
     return [pair.positive for pair in pairs], [pair.negative for pair in pairs]

@@ -21,27 +21,18 @@ def block_name(layer: int) -> str:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One layer and coefficient of the sweep, on validation data.
-
-    Attributes:
-        margin: mean change of the log-likelihood margin, in nats per token.
-        perplexity_ratio: perplexity of control text over the base's.
-        p_value, q_value: one-sided sign-flip p-value of the margin, and Benjamini-Hochberg q-value over the sweep.
-        score, repetition: of the answers; None if none were generated at this point.
-        evaluations: how many a solver needed to find the coefficient.
-        skipped: why the point was not measured.
-    """
+    """One layer and coefficient of the sweep, on validation data."""
 
     layer: int
     coefficient: float
-    margin: float | None = None
-    perplexity_ratio: float | None = None
-    p_value: float | None = None
-    q_value: float | None = None
-    score: float | None = None
+    margin: float | None = None  # mean change of the log-likelihood margin, nats per token
+    perplexity_ratio: float | None = None  # of control text, over the base's
+    p_value: float | None = None  # of the margin, by one-sided sign flips
+    q_value: float | None = None  # Benjamini-Hochberg, over the sweep
+    score: float | None = None  # of the answers, if any were generated here
     repetition: float | None = None
-    evaluations: int | None = None
-    skipped: str = ""
+    evaluations: int | None = None  # that a solver needed to find the coefficient
+    skipped: str = ""  # why it was not measured
 
 
 @dataclass(frozen=True)
@@ -54,25 +45,17 @@ class Rung:
 
 @dataclass(frozen=True)
 class Controls:
-    """Effects of other directions of the same strength, on the same test pairs as `effect`, in nats per token.
-
-    Attributes:
-        opposite: of the program with the opposite sign.
-        other_behaviour: of another behaviour's direction.
-        p_value: rank of the effect among the random directions'.
-        p_random, p_shuffled: how likely one more such direction has an effect as large (see `stats.outlier_p`).
-        shuffled_kind: what the `shuffled` directions are made from, in words.
-    """
+    """Effects of other directions of the same strength, on the same test pairs as `effect`, in nats per token."""
 
     effect: float
     random: list[float]
     shuffled: list[float]
-    opposite: float
-    other_behaviour: float | None
-    p_value: float
-    p_random: float
+    opposite: float  # of the program with the opposite sign
+    other_behaviour: float | None  # of another behaviour's direction
+    p_value: float  # rank of the effect among the random directions'
+    p_random: float  # how likely one more random direction has an effect as large, see `stats.outlier_p`
     p_shuffled: float | None
-    shuffled_kind: str = FROM_LABELS
+    shuffled_kind: str = FROM_LABELS  # what the shuffled directions are made from, in words
 
 
 @dataclass(frozen=True)
@@ -86,21 +69,15 @@ class Separability:
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean generation scores on test prompts under each condition, and paired differences with 95 % intervals.
-
-    Attributes:
-        random: under random directions of the same strength, another one for each prompt.
-        instructed, few_shot: of the base, with a request or with examples in the prompt.
-        effect: steered minus base, with the one-sided sign-flip p-value `p_value`.
-    """
+    """Mean generation scores on test prompts under each condition, and paired differences with 95 % intervals."""
 
     base: float
     steered: float
-    random: float
-    instructed: float | None
-    few_shot: float | None
-    effect: Interval
-    p_value: float
+    random: float  # random directions of the same strength, another one for each prompt
+    instructed: float | None  # the base, with a request in the prompt
+    few_shot: float | None  # the base, with examples before the prompt
+    effect: Interval  # steered minus base
+    p_value: float  # of the effect, by one-sided sign flips
     over_random: Interval
     p_over_random: float
     over_instructed: Interval | None
@@ -109,21 +86,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Coherence:
-    """What steering costs.
+    """What steering costs."""
 
-    Attributes:
-        perplexity_ratio: perplexity of control text over the base's.
-        repetition_base, repetition_steered: fraction of the answers' 3-grams that occurred before.
-        ended_base, ended_steered: fraction of the answers that ended by themselves.
-        strength: mean displacement (||c v|| of an addition) over the median norm of the stream, the largest of all sites.
-    """
-
-    perplexity_ratio: float
-    repetition_base: float
+    perplexity_ratio: float  # of control text, over the base's
+    repetition_base: float  # fraction of the answers' 3-grams that occurred before
     repetition_steered: float
-    ended_base: float
+    ended_base: float  # fraction of the answers that ended by themselves
     ended_steered: float
-    strength: float
+    strength: float  # mean displacement over the median norm of the stream, the largest of all sites
 
 
 @dataclass(frozen=True)
@@ -139,28 +109,17 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class CoefficientSweep:
-    """The chosen layer at several coefficients, in ascending order.
-
-    `crossing` and `negative_crossing` are the coefficients where the perplexity ratio crosses `perplexity_limit`; None
-    where it does not.
-    """
+    """The chosen layer at several coefficients, in ascending order."""
 
     points: list[SweepPoint]
     perplexity_limit: float
-    crossing: float | None
+    crossing: float | None  # coefficient where the perplexity ratio crosses the limit, if it does
     negative_crossing: float | None
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What was measured, the verdict and its reasons.
-
-    Attributes:
-        margin: change of the log-likelihood margin on test pairs, nats per token, with its sign-flip p-value `p_margin`.
-        steerability: mean slope of a pair's effect over the coefficient; `wrong_way` is the fraction with a negative one.
-        samples: answers to the recipe's own question: base, steered, and at a coefficient that is too high.
-        program_hash, inputs: SHA-256 of the program's file, and fingerprint of what the report depends on.
-    """
+    """What was measured, the verdict and its reasons."""
 
     # A keyword, so that it may come first in the JSON although it has a default.
     kind: Literal["validation report"] = field(default="validation report", kw_only=True)
@@ -170,20 +129,20 @@ class ValidationReport:
     grid: list[GridPoint]
     layer_search: list[Rung]
     power: list[PowerAnalysis]
-    margin: Interval
-    p_margin: float
+    margin: Interval  # change of the log-likelihood margin on test pairs, nats per token
+    p_margin: float  # by one-sided sign flips
     scores: Scores
     controls: Controls
     separability: Separability
-    steerability: float
-    wrong_way: float
+    steerability: float  # mean slope of a pair's effect over the coefficient
+    wrong_way: float  # fraction of the pairs whose slope is negative
     coherence: Coherence
     coefficient_sweep: CoefficientSweep
-    samples: dict[str, str]
+    samples: dict[str, str]  # answers to the recipe's own question: base, steered, too_high
     n_pairs: int
     n_prompts: int
-    program_hash: str = ""
-    inputs: str = ""
+    program_hash: str = ""  # SHA-256 of the program's file
+    inputs: str = ""  # fingerprint of what the report depends on
     verdict: Verdict = "inconclusive"
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

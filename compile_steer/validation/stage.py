@@ -11,22 +11,20 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
 from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
-from compile_steer.steering.directions import EVERY_BLOCK, Directions
+from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
-from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability, sides
+from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.validation.report import (
     Coherence,
     Scores,
-    Separability,
     SweepPoint,
     ValidationReport,
 )
@@ -119,7 +117,7 @@ def validate(
         p_margin=sign_flip(effects, seed),
         scores=answers.scores(seed),
         controls=controls,
-        separability=_separability(context, test, directions, layer, readout),
+        separability=separability(context, test, directions, layer, readout),
         steerability=float(chosen.slopes.mean()),
         wrong_way=float((chosen.slopes < 0).mean()),
         coherence=answers.coherence(perplexity_ratio, stream.strength(program)),
@@ -143,23 +141,13 @@ def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray,
     after = min(mean + minimum.score, 1.0)
     # The largest spread of a paired change of scores in 0 to 1: two independent answers, each 0 or 1.
     spread = math.sqrt(max(mean * (1 - mean) + after * (1 - after), 0.01))
+    n_pairs, n_prompts = len(data.test[: options.pairs]), len(data.test[: options.prompts])
+    base_spread = float(base_margins.std(ddof=1))
+    assumption = "assuming that the pairs' effects spread as much as their margins in the base"
+    widest = f"from the base's {mean:.2f}, with the largest spread that a paired change can have"
     analyses = [
-        power_analysis(
-            "difference",
-            "log-likelihood margin",
-            minimum.margin,
-            float(base_margins.std(ddof=1)),
-            len(data.test[: options.pairs]),
-            "assuming that the pairs' effects spread as much as their margins in the base",
-        ),
-        power_analysis(
-            "difference",
-            "score",
-            minimum.score,
-            spread,
-            len(data.test[: options.prompts]),
-            f"from the base's {mean:.2f}, with the largest spread that a paired change can have",
-        ),
+        power_analysis("difference", "log-likelihood margin", minimum.margin, base_spread, n_pairs, assumption),
+        power_analysis("difference", "score", minimum.score, spread, n_prompts, widest),
     ]
     for analysis in analyses:
         progress.note(str(analysis))
@@ -268,18 +256,3 @@ def _answer(
 def _pair_rows(pairs: Sequence[Pair], base: np.ndarray, effects: np.ndarray) -> Iterator[dict[str, Any]]:
     for pair, before, effect in zip(pairs, base, effects, strict=True):
         yield {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
-
-
-def _separability(
-    context: Context, pairs: Sequence[Pair], directions: Directions, layer: int, readout: Readout
-) -> Separability:
-    """Separate the activations of the block, or of every block side by side where the program acts on all together."""
-    layers = list(directions.layers) if layer == EVERY_BLOCK else [layer]
-    last, point = max(layers), directions.point
-    with context.progress.phase("test: separability of held-out pairs", 2 * len(pairs)) as advance:
-        positive, negative = (
-            read_activations(context.model, side, point=point, readout=readout, through=last, advance=advance)
-            for side in sides(pairs)
-        )
-    vectors = directions.vectors[layers].flatten()
-    return separability(positive[:, layers].flatten(1), negative[:, layers].flatten(1), vectors)

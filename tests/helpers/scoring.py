@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from compile_steer.data.behaviour import Behaviour, Check, Question
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
-from compile_steer.scoring.base import Discrimination, Reply, ScorerBase, require_discrimination
+from compile_steer.scoring.base import Reply, ScorerBase, require_discrimination
 from compile_steer.scoring.options import Scorer
 
 Sides = Sequence[tuple[str, str]]
@@ -45,6 +45,6 @@ def scorer(**settings: Any) -> ScorerBase:
     return adapter.validate_python(settings)
 
 
-def discrimination(one: ScorerBase, model: LoadedModel, data: Behaviour) -> Discrimination:
-    """What is found before a sweep: the scorer bound, then held against the data."""
+def discrimination(one: ScorerBase, model: LoadedModel, data: Behaviour) -> str:
+    """The check before a sweep: why it was skipped, empty if it passed."""
     return require_discrimination(one, one.bind(model, data), model, data)

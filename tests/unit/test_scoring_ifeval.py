@@ -171,7 +171,6 @@ def test_constraints_are_wrong_where_the_docstring_warns() -> None:
 
 def test_constraints_must_discriminate() -> None:
     sides = [("No comma here.", "A comma, here."), ("None here.", "Here, and here.")]
-    one = discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides))
-    assert (one.positive, one.negative, one.auroc) == (1.0, 0.0, 1.0)
+    assert discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides)) == ""
     with pytest.raises(RecipeError, match="it never fires"):
         discrimination(scorer(kind="ifeval", id=TITLE), MODEL, behaviour(sides))

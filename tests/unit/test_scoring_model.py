@@ -15,9 +15,10 @@ from compile_steer.data.behaviour import Question
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
-from compile_steer.scoring.base import Discrimination, ScorerBase
+from compile_steer.scoring.base import Reply, ScorerBase
 from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.model_based import perplexities
+from compile_steer.stats import auroc
 from tests.helpers.scoring import behaviour, discrimination, replies, scorer
 from tests.helpers.tiny import VOCAB, loaded, tokenizer
 
@@ -195,16 +196,12 @@ SIDES = [("the sea and sun", "the hill"), ("a hill by the sea", "a sea"), ("the 
 QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in range(len(SIDES))}
 
 
-def found(sides: Any = SIDES, **settings: Any) -> Discrimination:
+def checked(sides: Any = SIDES, **settings: Any) -> str:
     return discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
-def test_discrimination_has_means_and_auroc() -> None:
-    one = found(kind="keywords", patterns=["sea"])
-    assert one.positive == pytest.approx(2 / 3) and one.negative == pytest.approx(1 / 3)
-    # Of the 9 pairs of a positive and a negative text, 4 are in order, 4 ties count half, 1 is the wrong way.
-    assert one.auroc == pytest.approx((4 + 4 / 2) / 9)
-    assert one.skipped == ""
+def test_a_score_that_discriminates_passes() -> None:
+    assert checked(kind="keywords", patterns=["sea"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -238,7 +235,7 @@ def test_discrimination_has_means_and_auroc() -> None:
 )
 def test_a_score_that_does_not_discriminate_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        found(**settings)
+        checked(**settings)
     assert words in str(caught.value)
 
 
@@ -262,30 +259,29 @@ def test_scorers_that_cannot_score_texts_are_skipped_with_a_reason(
     settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
-    one = found(**settings)
-    assert words in one.skipped
-    assert (one.positive, one.negative, one.auroc) == (None, None, None)
+    assert words in checked(**settings)
 
 
 def test_data_that_cannot_be_scored_are_refused_before_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADER_KEY", raising=False)
     with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
-        found(**_JUDGE, api_key_env="GRADER_KEY")
+        checked(**_JUDGE, api_key_env="GRADER_KEY")
     with pytest.raises(RecipeError, match="not multiple-choice questions"):
-        found([*SIDES, ("more", "than asked")], kind="choice")
+        checked([*SIDES, ("more", "than asked")], kind="choice")
 
 
 def test_pairs_without_responses_of_their_own_are_skipped() -> None:
-    assert "the same responses, or none" in found([("", ""), ("", "")], kind="lowercase").skipped
-    assert "the same responses, or none" in found([("A", "A"), ("b", "b")], kind="lowercase").skipped
+    assert "the same responses, or none" in checked([("", ""), ("", "")], kind="lowercase")
+    assert "the same responses, or none" in checked([("A", "A"), ("b", "b")], kind="lowercase")
 
 
 def test_the_parts_of_all_that_can_score_texts_are_checked_together() -> None:
+    """Two of the three parts can, and no text of these satisfies both; the third cannot and does not count."""
+    sides = [("the sea", "the hill and the road"), ("a sea", "a long road home")]
     parts = [{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "min_words": 3}]
-    one = found(kind="all", all_of=parts)
-    assert one.positive == pytest.approx(2 / 3) and one.negative == 0.0
-    alone = found(kind="all", all_of=[{"kind": "ended"}, {"kind": "keywords", "patterns": ["sea"]}])
-    assert alone == found(kind="keywords", patterns=["sea"])
+    with pytest.raises(RecipeError, match="it never fires"):
+        checked(sides, kind="all", all_of=parts)
+    assert checked(sides, kind="all", all_of=parts[:2]) == checked(sides, kind="keywords", patterns=["sea"]) == ""
 
 
 def test_scores_of_the_shipped_recipes_discriminate() -> None:
@@ -293,6 +289,10 @@ def test_scores_of_the_shipped_recipes_discriminate() -> None:
     assert recipes
     for path in recipes:
         recipe = read_recipe(path)
-        if recipe.validate_.score.kind in ("keywords", "lowercase", "length", "repetition", "ifeval"):
-            one = discrimination(recipe.validate_.score, MODEL, recipe.data.read(recipe.folder))
-            assert one.skipped or (one.auroc is not None and one.auroc > 0.6), path.name
+        scorer = recipe.validate_.score
+        if scorer.kind in ("keywords", "lowercase", "length", "repetition", "ifeval"):
+            data = recipe.data.read(recipe.folder)
+            if not discrimination(scorer, MODEL, data):
+                texts = [Reply(p.prompt, p.positive.response, True) for p in data.validation]
+                texts += [Reply(p.prompt, p.negative.response, True) for p in data.validation]
+                assert auroc(*np.split(scorer.bind(MODEL, data)(texts), 2)) > 0.6, path.name
