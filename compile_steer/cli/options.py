@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from compile_steer.common.progress import Progress
     from compile_steer.pipeline.run import Run
-    from compile_steer.tools.compose import Several
+    from compile_steer.tools.compose import CompositionRun
     from compile_steer.tools.interference_report import Composition
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
@@ -146,13 +146,13 @@ class SeveralSession:
         finish(self.as_json, composition.summary(), lambda: print_composition(self.console, composition))
         raise typer.Exit(0 if composition.passed else 1)
 
-    def open(self) -> Several:
-        from compile_steer.tools.compose import Several, joined
+    def open(self) -> CompositionRun:
+        from compile_steer.tools.compose import CompositionRun, composed_name
 
         scales, backend, runs, out = self._arguments
         recipes = [session.recipe for session in self._sessions]
-        folder = out or runs / joined(recipes)
-        return Several.open(recipes, scales, backend, runs, folder, progress_bars())
+        folder = out or runs / composed_name(recipes)
+        return CompositionRun.open(recipes, scales, backend, runs, folder, progress_bars())
 
 
 def command(session_type: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -114,9 +114,9 @@ def compose(session: SeveralSession) -> None:
     Settings (--set and the like) are of every recipe; the joint compile takes the first one's. Exit code 1 if an
     adapter is not the model under all hooks at once.
     """
-    from compile_steer.tools.compose import run_compose
+    from compile_steer.tools.compose import compose
 
-    session.finish(run_compose(session.open()))
+    session.finish(compose(session.open()))
 
 
 @command(SeveralSession)
@@ -125,6 +125,6 @@ def co_load(session: SeveralSession) -> None:
 
     Nothing is compiled; compose makes one adapter of them. Exit code 1 if they are not the model under all hooks.
     """
-    from compile_steer.tools.compose import run_together
+    from compile_steer.tools.compose import co_load
 
-    session.finish(run_together(session.open()))
+    session.finish(co_load(session.open()))

@@ -1,4 +1,4 @@
-"""The walk for several programs at once: their adapters loaded together, stacked into one, and their sum compiled as one."""
+"""Several programs at once: their adapters loaded together, stacked into one, and their sum compiled as one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import kept_patch, read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.text import Text
 from compile_steer.pipeline.run import with_generated_pairs
 from compile_steer.recipe import Recipe
 from compile_steer.report.card import model_card
@@ -31,73 +30,76 @@ from compile_steer.verification.stage import require_same_origin
 
 
 @dataclass(frozen=True)
-class Several:
-    """Members that belong to one model, loaded; the first recipe's `compile` and `seed` are the joint compile's."""
+class CompositionRun:
+    """Compiled behaviours of one model, loaded. The joint compile takes `compile` and `seed` of the first recipe."""
 
+    recipes: tuple[Recipe, ...]
     members: tuple[Member, ...]
-    origins: tuple[Provenance, ...]
+    provenances: tuple[Provenance, ...]
     backend: str
     paths: RunPaths
-    loaded: LoadedModel
+    model: LoadedModel
     progress: Progress
 
     @staticmethod
     def open(
-        recipes: Sequence[Recipe], dials: Sequence[float], backend: str, runs: Path, out: Path, progress: Progress
-    ) -> Several:
-        """Read the runs of `recipes` from `runs`/NAME; `dials` are one a recipe, or none for 1 each.
+        recipes: Sequence[Recipe], scales: Sequence[float], backend: str, runs: Path, out: Path, progress: Progress
+    ) -> CompositionRun:
+        """Read the runs of `recipes` from `runs`/NAME.
+
+        Args:
+            scales: one a recipe, or none for 1 each.
 
         Raises:
-            CompileSteerError: anything that keeps them from running together, all of it at once.
+            CompileSteerError: everything that keeps them from running together.
         """
-        problems = list(_disagreements(recipes, dials, backend))
-        found: list[tuple[Member, Provenance]] = []
-        given = dials if len(dials) == len(recipes) else [1.0] * len(recipes)
-        for recipe, dial in zip(recipes, given, strict=True):
+        problems = list(_disagreements(recipes, scales, backend))
+        read: list[tuple[Member, Provenance]] = []
+        scales = scales if len(scales) == len(recipes) else [1.0] * len(recipes)
+        paths = {recipe.name: RunPaths(runs / recipe.name, recipe.name) for recipe in recipes}
+        for recipe, scale in zip(recipes, scales, strict=True):
             if backend in BACKENDS:
                 try:
-                    found.append(_member(recipe, _places(runs, recipe), backend, dial))
+                    read.append(_read_member(recipe, paths[recipe.name], backend, scale))
                 except CompileSteerError as error:
                     problems += error.problems
-        members, origins = (tuple(one) for one in zip(*found, strict=True)) if found else ((), ())
-        problems += _other_models(members)
+        for member, _provenance in read[1:]:
+            first = read[0][0]
+            try:
+                member.program.require(first.program.model, first.program.revision)
+            except ArtifactError as error:
+                problems.append(f"{first.name} and {member.name}: {error.problems[0]}")
         if problems:
             raise ArtifactError(problems)
-        first = recipes[0]
-        loaded = load(first.model, device=first.device, dtype=first.dtype, prompt_format=first.prompt_format)
-        for one in members:
-            loaded.layout.require_program(one.program, loaded.id, loaded.revision)
-        members = tuple(
-            replace(
-                one,
-                behaviour=with_generated_pairs(one.recipe, loaded, one.behaviour, _places(runs, one.recipe), progress),
-            )
-            for one in members
-        )
-        return Several(members, origins, backend, RunPaths(out, joined(recipes)), loaded, progress)
+        recipe = recipes[0]
+        model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
+        members = []
+        for own, (member, _provenance) in zip(recipes, read, strict=True):
+            model.layout.require_program(member.program, model.id, model.revision)
+            data = with_generated_pairs(own, model, member.behaviour, paths[own.name], progress)
+            members.append(replace(member, behaviour=data))
+        provenances = tuple(provenance for _member, provenance in read)
+        composed = RunPaths(out, composed_name(recipes))
+        return CompositionRun(tuple(recipes), tuple(members), provenances, backend, composed, model, progress)
 
 
-def _places(runs: Path, recipe: Recipe) -> RunPaths:
-    return RunPaths(runs / recipe.name, recipe.name)
-
-
-def joined(recipes: Sequence[Recipe]) -> str:
-    """The name of a composition."""
+def composed_name(recipes: Sequence[Recipe]) -> str:
+    """The name of a composition of the recipes' programs."""
     return "+".join(recipe.name for recipe in recipes)
 
 
-def _disagreements(recipes: Sequence[Recipe], dials: Sequence[float], backend: str) -> Iterator[str]:
-    """What is wrong before anything is read."""
+def _disagreements(recipes: Sequence[Recipe], scales: Sequence[float], backend: str) -> Iterator[str]:
+    """Everything that is wrong before a run is read."""
     names = [recipe.name for recipe in recipes]
     if len(recipes) < 2:
         yield f"compose: found {len(recipes)} recipe; needed: two or more, for programs that run at once."
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"compose: {names.count(name)} recipes have the name '{name}'; give each its own name, and run."
-    if dials and len(dials) != len(recipes):
-        yield f"compose: {len(dials)} dials for {len(recipes)} recipes; give one --dial a recipe, in their order, or none."
-    for dial in dials:
-        if not math.isfinite(dial) or dial == 0:
-            yield f"compose: a dial of {dial:g} is no program; leave that recipe out."
+    if scales and len(scales) != len(recipes):
+        yield f"compose: {len(scales)} scales for {len(recipes)} recipes; give one --scale a recipe, in their order, or none."
+    for scale in scales:
+        if not math.isfinite(scale) or scale == 0:
+            yield f"compose: a scale of {scale:g} is no program; leave that recipe out."
     if backend not in BACKENDS:
         yield f"compose: backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}."
     for key in ("model", "prompt_format", "dtype", "device"):
@@ -107,10 +109,10 @@ def _disagreements(recipes: Sequence[Recipe], dials: Sequence[float], backend: s
             yield f"compose: the recipes have different values of '{key}': {listed}; programs run at once on one model only."
 
 
-def _member(recipe: Recipe, paths: RunPaths, backend: str, dial: float) -> tuple[Member, Provenance]:
-    """One recipe's data, program and adapter as they are on disk; raises `CompileSteerError` with every problem."""
-    problems: list[str] = []
+def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) -> tuple[Member, Provenance]:
+    """A recipe's data, program and adapter as they are on disk; raises `CompileSteerError` with every problem."""
     folder = paths.adapter(backend)
+    problems = []
     if not paths.program.is_file():
         problems.append(f"{recipe.name}: {paths.program} does not exist. Make it with 'compile-steer validate'.")
     if not folder.is_dir():
@@ -121,118 +123,94 @@ def _member(recipe: Recipe, paths: RunPaths, backend: str, dial: float) -> tuple
     if problems:
         raise ArtifactError(problems)
     program = Program.load(paths.program)
-    origin = require_same_origin(folder, program.model, program.revision, sha256(paths.program))
-    if origin.form != "adapter":
+    provenance = require_same_origin(folder, program.model, program.revision, sha256(paths.program))
+    if provenance.form != "adapter":
         raise CannotLower(
             f"{recipe.name}: {folder} is no PEFT adapter ({backend} makes a merged checkpoint), so it cannot be loaded "
-            "beside another or dialled. Exact backends add up exactly: save the sum of the programs and compile that, or "
+            "beside another or scaled. Exact backends add up exactly: save the sum of the programs and compile that, or "
             "compose with --backend closed_form."
         )
-    read_patch(folder)
-    return Member(recipe, recipe.data.read(recipe.folder), program, folder, dial), origin
+    read_patch(folder)  # a damaged one is refused before the model is loaded
+    return Member(recipe, recipe.data.read(recipe.folder), program, folder, scale), provenance
 
 
-def _other_models(members: Sequence[Member]) -> Iterator[str]:
-    """A line for each program that is for another model, or another revision, than the first one."""
-    for one in members[1:]:
-        try:
-            one.program.require(members[0].program.model, members[0].program.revision)
-        except ArtifactError as error:
-            yield f"{members[0].name} and {one.name}: {error.problems[0]}"
-
-
-def run_compose(several: Several) -> Composition:
-    """Stack the adapters, compile the sum, leave both as adapters, and measure them against all hooks at once.
+def compose(run: CompositionRun) -> Composition:
+    """Stack the adapters, compile the sum of the programs, write both as adapters, and compare them with all hooks at once.
 
     Raises:
         CannotLower: the backend cannot express the sum as an adapter.
     """
     distributed.require_alone("composition")
-    paths, backend = several.paths, several.backend
-    program = summed(several.members, [one.dial for one in several.members])
-    _require_legal(several, program)
-    program.save(paths.program)
-    folders = {way: paths.composed(backend, way) for way in (STACKED, JOINT)}
-    for way, folder in folders.items():
-        origin = _origin(several, way, program, sha256(paths.program))
-        if kept_patch(folder, origin.inputs) is not None:
-            continue
-        started = time.perf_counter()
-        patch = _stack(several) if way == STACKED else _compile(several, program)
-        origin = replace(origin, seconds=time.perf_counter() - started)
-        write_patch(folder, patch, several.loaded, origin, model_card(origin, None))
-    found = measure(several.loaded, several.members, backend, folders, several.progress)
-    found.save(paths.composition(backend))
-    return found
-
-
-def run_together(several: Several) -> Composition:
-    """Load the members' adapters at once, as they lie, and measure them against all hooks at once; nothing is compiled."""
-    distributed.require_alone("verification")
-    found = measure(several.loaded, several.members, several.backend, {}, several.progress)
-    found.save(several.paths.co_loaded(several.backend))
-    return found
-
-
-def _require_legal(several: Several, program: Program) -> None:
-    backend, whole, layout = BACKENDS[several.backend], canonical(program), several.loaded.layout
-    refusal = backend.refusal(whole, layout) or backend.adapter_refusal(whole, layout)
+    program = summed(run.members, [member.dial for member in run.members])
+    backend, layout = BACKENDS[run.backend], run.model.layout
+    refusal = backend.refusal(canonical(program), layout) or backend.adapter_refusal(canonical(program), layout)
     if refusal is not None:
-        raise CannotLower(f"{several.backend}: all programs at once: {refusal}.")
+        raise CannotLower(f"{run.backend}: all programs at once: {refusal}.")
+    program.save(run.paths.program)
+    folders = {way: run.paths.composed(run.backend, way) for way in (STACKED, JOINT)}
+    for way, folder in folders.items():
+        provenance = _provenance(run, way, program)
+        if kept_patch(folder, provenance.inputs) is None:
+            started = time.perf_counter()
+            patch = _stacked(run.members) if way == STACKED else _compiled(run, program)
+            provenance = replace(provenance, seconds=time.perf_counter() - started)
+            write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
+    composition = measure(run.model, run.members, run.backend, folders, run.progress)
+    composition.save(run.paths.composition(run.backend))
+    return composition
 
 
-def _stack(several: Several) -> WeightPatch:
-    """All adapters as one: the exact sum, ranks beside each other, each times its dial."""
+def co_load(run: CompositionRun) -> Composition:
+    """Load the members' adapters at once, as they are, and compare them with all hooks at once; nothing is compiled."""
+    distributed.require_alone("verification")
+    composition = measure(run.model, run.members, run.backend, {}, run.progress)
+    composition.save(run.paths.co_loaded(run.backend))
+    return composition
+
+
+def _stacked(members: Sequence[Member]) -> WeightPatch:
+    """All adapters as one: the exact sum, each times its scale; ranks add up."""
     patch = WeightPatch()
-    for one in several.members:
-        patch += one.dial * read_patch(one.adapter)
+    for member in members:
+        patch += member.dial * read_patch(member.adapter)
     return patch
 
 
-def _compile(several: Several, program: Program) -> WeightPatch:
-    """The sum of the programs lowered as one, on texts that the model writes under all of them."""
-    first = several.members[0]
-    prompts = _in_turn([one.behaviour.calibration for one in several.members])
+def _compiled(run: CompositionRun, program: Program) -> WeightPatch:
+    """The sum of the programs lowered as one, on texts that the model generates under all of them."""
+    # The prompts take turns, each once: a compile that takes the first n is then fair to all members.
+    rows = zip_longest(*(member.behaviour.calibration for member in run.members))
+    prompts = tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
+    recipe = run.recipes[0]
     return lower(
-        program,
-        several.loaded,
-        prompts,
-        first.recipe.compile,
-        backend=several.backend,
-        seed=first.recipe.seed,
-        progress=several.progress,
+        program, run.model, prompts, recipe.compile, backend=run.backend, seed=recipe.seed, progress=run.progress
     )
 
 
-def _in_turn(lists: Sequence[Sequence[Text]]) -> tuple[Text, ...]:
-    """One text of each list in turn, each text once: a compile that takes the first so many is then fair to all."""
-    rows = zip_longest(*lists)
-    return tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
-
-
-def _origin(several: Several, way: str, program: Program, program_sha256: str) -> Provenance:
-    """Where the composed adapter comes from: its members' hashes, and with them their whole chains."""
-    first = several.members[0].recipe
-    members = {f"{one.name} x {one.dial:g}": artifact_sha256(one.adapter) for one in several.members}
-    made_of = [members, program_sha256, several.backend, way]
-    settings = [first.part("compile", "dtype", "seed"), [one.behaviour.hashes for one in several.members]]
+def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
+    """Where the composed adapter comes from: the hashes of its members, which have their own lineages."""
+    recipe, program_sha256 = run.recipes[0], sha256(run.paths.program)
+    members = {f"{member.name} x {member.dial:g}": artifact_sha256(member.adapter) for member in run.members}
+    settings = [recipe.part("compile", "dtype", "seed"), [member.behaviour.hashes for member in run.members]]
     return Provenance(
-        name=f"{several.paths.name}-{way}",
-        backend=several.backend,
+        name=f"{run.paths.name}-{way}",
+        backend=run.backend,
         form="adapter",
-        model=several.loaded.id,
-        revision=several.loaded.revision,
-        program=several.paths.program.name,
+        model=run.model.id,
+        revision=run.model.revision,
+        program=run.paths.program.name,
         program_sha256=program_sha256,
         validation_sha256="",
-        verdict=", ".join(f"{origin.name} {origin.verdict}" for origin in several.origins),
-        forced=any(origin.forced for origin in several.origins),
-        recipe_sha256=digest([one.recipe.hash for one in several.members]),
-        data_sha256={f"{one.name}.{n}": h for one in several.members for n, h in one.behaviour.hashes.items()},
-        seed=first.seed,
+        verdict=", ".join(f"{provenance.name} {provenance.verdict}" for provenance in run.provenances),
+        forced=any(provenance.forced for provenance in run.provenances),
+        recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
+        data_sha256={
+            f"{member.name}.{name}": value for member in run.members for name, value in member.behaviour.hashes.items()
+        },
+        seed=recipe.seed,
         seconds=0.0,
-        inputs=digest([made_of, settings]),
+        inputs=digest([[members, program_sha256, run.backend, way], settings]),
         members=members,
         described=program.describe(),
-        architecture=several.loaded.model.config.model_type,
+        architecture=run.model.model.config.model_type,
     )

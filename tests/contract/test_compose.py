@@ -1,4 +1,4 @@
-"""Several programs at once: adapters that are stacked, loaded together or compiled jointly, held against all hooks."""
+"""CompositionRun programs at once: adapters that are stacked, loaded together or compiled jointly, held against all hooks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Intervention, Program
-from compile_steer.tools.compose import Several, run_compose
+from compile_steer.tools.compose import CompositionRun, compose
 from compile_steer.tools.interference import JOINT, LOADED, STACKED, Member, _texts, measure, summed
 from compile_steer.tools.interference_report import Composition
 from compile_steer.tools.lineage import describe_artifact, lineage
@@ -121,9 +121,9 @@ class Bench:
         fit = solve(self.base, canonical(steering), stages)
         return self.run(name, steering, fit, start)
 
-    def open(self, *recipes: Path, dials: tuple[float, ...] = (), backend: str = "closed_form") -> Several:
+    def open(self, *recipes: Path, dials: tuple[float, ...] = (), backend: str = "closed_form") -> CompositionRun:
         read = [read_recipe(path) for path in recipes]
-        return Several.open(read, dials, backend, self.runs, self.root / "out", Progress())
+        return CompositionRun.open(read, dials, backend, self.runs, self.root / "out", Progress())
 
 
 @pytest.fixture
@@ -294,17 +294,17 @@ def test_adapters_loaded_at_once_are_judged_without_composing_them(bench: Bench,
 
 def test_a_joint_compile_is_kept_while_nothing_changes(bench: Bench, two: tuple[Path, Path]) -> None:
     several = bench.open(*two)
-    run_compose(several)
+    compose(several)
     paths = several.paths
     first = {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)}
-    run_compose(several)
+    compose(several)
     assert {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)} == first
-    run_compose(bench.open(*two, dials=(1, 0.9)))
+    compose(bench.open(*two, dials=(1, 0.9)))
     assert all(paths.composed("closed_form", way).stat().st_ino != first[way] for way in (STACKED, JOINT))
 
 
 def composed(bench: Bench, two: tuple[Path, Path], *dials: float) -> Composition:
-    return run_compose(bench.open(*two, dials=dials))
+    return compose(bench.open(*two, dials=dials))
 
 
 def test_interference_of_the_programs_fades_with_the_square_of_the_dose(bench: Bench, two: tuple[Path, Path]) -> None:
@@ -332,7 +332,7 @@ def test_a_program_and_its_negation_cancel_and_leave_no_share(bench: Bench) -> N
 @pytest.mark.parametrize("planted", ["one left out", "a dial ignored", "emptied"])
 def test_the_judge_fails_what_is_not_the_sum(bench: Bench, two: tuple[Path, Path], planted: str) -> None:
     several = bench.open(*two, dials=(1, 2))
-    run_compose(several)
+    compose(several)
     folder = several.paths.composed("closed_form", STACKED)
     own = [read_patch(one.adapter) for one in several.members]
     wrong = {"one left out": own[0], "a dial ignored": own[0] + own[1], "emptied": 0.0 * (own[0] + own[1])}[planted]
@@ -385,8 +385,8 @@ def test_every_problem_is_said_at_once(bench: Bench) -> None:
         bench.open(*recipes, dials=(1.0, 0.0))
     said = "\n".join(raised.value.problems)
     for wanted in (
-        "2 dials for 6 recipes",
-        "a dial of 0 is no program",
+        "2 scales for 6 recipes",
+        "a scale of 0 is no program",
         r"no-adapter-closed_form does not exist. Make it with 'compile-steer compile",
         "fine and foreign: the program was made for model 'another/model'",
         "stale-closed_form was compiled from another program",
@@ -406,7 +406,7 @@ def test_one_recipe_twins_other_models_and_unknown_backends_are_refused(bench: B
         bench.open(*two, backend="magic")
     other: Recipe = read_recipe(two[1]).model_copy(update={"model": "other"})
     with pytest.raises(ArtifactError, match=r"different values of 'model': .*\(high\.tide\), 'other' \(still\)"):
-        Several.open([read_recipe(two[0]), other], (), "closed_form", bench.runs, bench.root, Progress())
+        CompositionRun.open([read_recipe(two[0]), other], (), "closed_form", bench.runs, bench.root, Progress())
 
 
 def test_an_adapter_that_is_not_ours_is_refused(bench: Bench, two: tuple[Path, Path]) -> None:
