@@ -6,7 +6,15 @@ import subprocess
 import sys
 
 HEAVY = {"torch", "transformers", "peft", "scipy", "sklearn", "matplotlib", "gguf", "huggingface_hub", "openai"}
-MODULES = ("stats", "scoring.options", "validation.options", "validation.report")
+MODULES = (
+    "stats",
+    "models.text",
+    "formats.foreign",
+    "extraction.options",
+    "scoring.options",
+    "validation.options",
+    "validation.report",
+)
 
 
 def test_options_and_reports_import_no_heavy_library() -> None:
