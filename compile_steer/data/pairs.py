@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,8 +23,9 @@ Located = tuple[str, Any]  # where a row was found ("row 3", "pairs.jsonl:4"), a
 class Pairs(Sequence[Pair]):
     """Contrast pairs: for each prompt a response that shows the behaviour and one that does not.
 
-    Make them with `from_list`, `from_jsonl` or `from_dataset`, which refuse a prompt that occurs twice (whatever its
-    case and spacing) and a pair whose two sides are the same. Rows are counted from 0.
+    Make them with `from_list`, `from_jsonl` or `from_dataset`. These raise one `RecipeError` with the problems of all
+    rows: fields that are missing or no text, prompts that occur twice (whatever their case and spacing), and pairs
+    whose two sides are the same.
 
     Example:
         >>> pairs = Pairs.from_list([("Who are you?", "Arr, a pirate!", "I am an assistant."), ...])
@@ -36,23 +37,14 @@ class Pairs(Sequence[Pair]):
 
     @staticmethod
     def from_list(rows: Iterable[Pair | Mapping[str, str] | Sequence[str]]) -> Pairs:
-        """Make pairs of (prompt, positive, negative) tuples, of dicts with these keys, or of `Pair` values.
-
-        Raises:
-            RecipeError: with every problem of every row.
-        """
+        """Make pairs of (prompt, positive, negative) tuples, of dicts with these keys, or of `Pair` values."""
         return _checked([(f"row {n}", row) for n, row in enumerate(rows)], [])
 
     @staticmethod
     def from_jsonl(path: str | Path) -> Pairs:
-        """Read a JSONL file of objects with the keys prompt, positive and negative.
-
-        Raises:
-            RecipeError: with every problem of every line.
-        """
-        path, bad = Path(path), list[str]()
-        reader = Reader(path.parent, section="")
-        located = reader.lines("pairs", path, KEYS, bad)
+        """Read a JSONL file of objects with the keys prompt, positive and negative."""
+        reader, bad = Reader(Path(), section=""), list[str]()
+        located = reader.lines("pairs", Path(path), KEYS, bad)
         return _checked(located, [*reader.problems, *bad])
 
     @staticmethod
@@ -63,15 +55,7 @@ class Pairs(Sequence[Pair]):
         positive: str = "positive",
         negative: str = "negative",
     ) -> Pairs:
-        """Make pairs of the rows of a table, for example of a `datasets.Dataset`.
-
-        Args:
-            dataset: anything that yields mappings from column to value.
-            prompt, positive, negative: the columns to read; all others are ignored.
-
-        Raises:
-            RecipeError: with every problem of every row, missing columns included.
-        """
+        """Make pairs of the named columns of a `datasets.Dataset`, or of anything that yields a mapping for each row."""
         columns = dict(zip(KEYS, (prompt, positive, negative), strict=True))
         located, problems = list[Located](), list[str]()
         for n, row in enumerate(dataset):
@@ -95,11 +79,11 @@ class Pairs(Sequence[Pair]):
         return Pairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
     def __repr__(self) -> str:
-        shown = [
-            " -> ".join(repr(_short(text)) for text in (pair.prompt, pair.positive.response, pair.negative.response))
-            for pair in self.pairs[:1]
-        ]
-        return f"Pairs({', '.join([f'n={len(self)}', *shown])})"
+        if not self.pairs:
+            return "Pairs(n=0)"
+        first = self.pairs[0]
+        prompt, *sides = (_short(text) for text in (first.prompt, first.positive.response, first.negative.response))
+        return f"Pairs(n={len(self)}, first: {prompt!r} -> {sides[0]!r} / {sides[1]!r})"
 
     def split(
         self, train: float = 0.6, validation: float = 0.2, test: float = 0.2, seed: int = 0
@@ -115,16 +99,14 @@ class Pairs(Sequence[Pair]):
         fractions = (train, validation, test)
         if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise RecipeError(f"Pairs.split: found the fractions {fractions}; needed: all above 0, with the sum 1.")
-        order = random.Random(seed).sample(range(len(self)), len(self))
-        first, second = round(train * len(self)), round((train + validation) * len(self))
-        # Each part keeps the order of the pairs, so that a file's first rows stay the first of their part.
-        parts = [
-            Pairs(tuple(self.pairs[n] for n in sorted(part)))
-            for part in (order[:first], order[first:second], order[second:])
-        ]
-        if not all(parts):
-            sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(SPLITS, parts, strict=True))
-            raise RecipeError(f"Pairs.split: {len(self)} pairs give {sizes}; needed: 1 or more for each. Add pairs.")
+        n, order = len(self), random.Random(seed).sample(range(len(self)), len(self))
+        first, second = round(train * n), round((train + validation) * n)
+        # Sorted, so that the pairs of a part keep the order that they have in their file.
+        rows = [sorted(part) for part in (order[:first], order[first:second], order[second:])]
+        if not all(rows):
+            sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(SPLITS, rows, strict=True))
+            raise RecipeError(f"Pairs.split: {n} pairs give {sizes}; needed: 1 or more for each. Add pairs.")
+        parts = [Pairs(tuple(self.pairs[row] for row in part)) for part in rows]
         return parts[0], parts[1], parts[2]
 
     def to_behaviour(
@@ -133,9 +115,7 @@ class Pairs(Sequence[Pair]):
         neutral: Sequence[str | Text] | None = None,
         heldout: Sequence[str | Text] | None = None,
         calibration: Sequence[str | Text] | None = None,
-        train: float = 0.6,
-        validation: float = 0.2,
-        test: float = 0.2,
+        fractions: tuple[float, float, float] = (0.6, 0.2, 0.2),
         seed: int = 0,
     ) -> Behaviour:
         """Return all the data that the stages need, from these pairs and from texts on other topics.
@@ -148,7 +128,7 @@ class Pairs(Sequence[Pair]):
                 in the middle: its first words are the prompt, the others the response.
             heldout: prompts that only the verification sees.
             calibration: prompts that the compiler may see besides the training pairs.
-            train, validation, test, seed: see `split`.
+            fractions: of training, validation and test pairs.
 
         Raises:
             RecipeError: a prompt that occurs twice, an unusable text, or too few pairs.
@@ -157,35 +137,29 @@ class Pairs(Sequence[Pair]):
         problems: list[str] = []
         parts = {name: _texts(name, texts, problems) for name, texts in sources.items() if texts is not None}
         missing = [name for name in sources if name not in parts]
-        size = max(1, len(self) // 10)
-        order = random.Random(seed).sample(range(len(self)), len(self))
+        size, order = max(1, len(self) // 10), random.Random(seed).sample(self.pairs, len(self))
         for n, name in enumerate(missing):
-            taken = [self.pairs[row] for row in order[n * size : (n + 1) * size]]
             # The negative response is what the model says without the behaviour, so it can serve as control text.
-            parts[name] = tuple(Text(p.prompt, p.negative.response if name == "neutral" else "") for p in taken)
-        rest = Pairs(tuple(self.pairs[row] for row in sorted(order[len(missing) * size :])))
+            parts[name] = tuple(
+                Text(pair.prompt, pair.negative.response if name == "neutral" else "")
+                for pair in order[n * size : (n + 1) * size]
+            )
+        rest = Pairs(tuple(order[len(missing) * size :]))
         prompts = {name: [text.prompt for text in texts] for name, texts in parts.items()}
         problems += repeated_prompts({"pairs": [pair.prompt for pair in rest], **prompts})
         if problems:
             raise RecipeError(problems)
-        splits = dict(zip(SPLITS, rest.split(train, validation, test, seed), strict=True))
+        train, validation, test = rest.split(*fractions, seed)
         if missing:
             warnings.warn(
                 f"no {', no '.join(missing)} texts were given: each part gets {size} of the {len(self)} pairs, which "
                 f"leaves {len(rest)} for training, validation and test",
                 stacklevel=2,
             )
-        rows: dict[str, list[Any]] = {name: [asdict(pair) for pair in part] for name, part in splits.items()}
-        rows |= {name: [asdict(text) for text in texts] for name, texts in parts.items()}
-        return Behaviour(
-            splits["train"].pairs,
-            splits["validation"].pairs,
-            splits["test"].pairs,
-            parts["neutral"],
-            parts["heldout"],
-            parts["calibration"],
-            {name: digest(content) for name, content in rows.items()},
-        )
+        values: dict[str, Sequence[Pair | Text]] = {"train": train, "validation": validation, "test": test, **parts}
+        hashes = {name: digest([asdict(value) for value in part]) for name, part in values.items()}
+        texts = (parts["neutral"], parts["heldout"], parts["calibration"])
+        return Behaviour(train.pairs, validation.pairs, test.pairs, *texts, hashes)
 
 
 def read_pairs(key: str, path: Path) -> list[Pair]:
@@ -197,58 +171,59 @@ def read_pairs(key: str, path: Path) -> list[Pair]:
     return [_pair(row) for row in rows]
 
 
+def pairs_sha256(pairs: Sequence[Pair]) -> str:
+    """Return the hash of another behaviour's pairs, empty where there are none."""
+    return digest([asdict(pair) for pair in pairs]) if pairs else ""
+
+
 def _pair(row: Row) -> Pair:
     return Pair(Text(row["prompt"], row["positive"]), Text(row["prompt"], row["negative"]), row["prompt"])
 
 
-def _checked(located: Sequence[Located], problems: list[str]) -> Pairs:
+def _checked(located: Iterable[Located], problems: list[str]) -> Pairs:
     """Return the pairs of the rows; raises `RecipeError` with `problems` and all others."""
     pairs: list[Pair] = []
     first: dict[str, str] = {}
     for where, row in located:
-        if isinstance(row, Pair):
-            pair = row
-        else:
-            values = dict(zip(KEYS, row, strict=True)) if isinstance(row, tuple | list) and len(row) == 3 else row
-            checked = checked_row(where, values, KEYS, (), problems)
+        if isinstance(row, tuple | list) and len(row) == len(KEYS):
+            row = dict(zip(KEYS, row, strict=True))
+        if not isinstance(row, Pair):
+            checked = checked_row(where, row, KEYS, (), problems)
             if checked is None:
                 continue
-            pair = _pair(checked)
-        if normalized(pair.prompt) in first:
-            problems.append(f"{where}: the prompt '{pair.prompt}' is in {first[normalized(pair.prompt)]} too.")
-        if asdict(pair.positive) == asdict(pair.negative):
-            problems.append(f"{where}: positive and negative are the same text '{_short(pair.positive.response)}'.")
-        first.setdefault(normalized(pair.prompt), where)
-        pairs.append(pair)
+            row = _pair(checked)
+        other = first.setdefault(normalized(row.prompt), where)
+        if other != where:
+            problems.append(f"{where}: the prompt '{_short(row.prompt)}' is in {other} too.")
+        sides = [replace(text, response=text.response.strip()) for text in (row.positive, row.negative)]
+        if sides[0] == sides[1]:
+            problems.append(f"{where}: positive and negative are the same text, '{_short(row.positive.response)}'.")
+        pairs.append(row)
     if not pairs and not problems:
-        problems.append("found 0 pairs; needed: 1 or more.")
+        problems = ["found 0 pairs; needed: 1 or more."]
     if problems:
-        more = [f"{len(problems) - MAX_LINES} more rows like these."] * (len(problems) > MAX_LINES)
+        more = [f"{len(problems) - MAX_LINES} more problems like these."] if len(problems) > MAX_LINES else []
         raise RecipeError([*problems[:MAX_LINES], *more])
     return Pairs(tuple(pairs))
 
 
 def _texts(name: str, texts: Sequence[str | Text], problems: list[str]) -> tuple[Text, ...]:
-    """Return a part's texts, with a line in `problems` for each that cannot be used."""
+    """Return a part's texts, and add a line to `problems` for each that cannot be used."""
     parsed: list[Text] = []
     for n, text in enumerate(texts):
         if isinstance(text, str):
             words = text.split(" ")
             middle = len(words) // 2 if name == "neutral" else len(words)
             text = Text(" ".join(words[:middle]), " ".join(words[middle:]))
-        needed = "a prompt and a response (of a plain string, two words or more)" if name == "neutral" else "a prompt"
         if not text.prompt.strip() or (name == "neutral" and not text.response.strip()):
+            needed = "a prompt and a response; of a plain string, two words" if name == "neutral" else "a prompt"
             problems.append(f"{name}, text {n}: found {_short(text.prompt + text.response)!r}; needed: {needed}.")
-        parsed.append(text)
-    if not parsed:
+        else:
+            parsed.append(text)
+    if not texts:
         problems.append(f"{name}: found 0 texts; needed: 1 or more, or leave it out to take them from the pairs.")
     return tuple(parsed)
 
 
 def _short(text: str, length: int = 40) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def pairs_sha256(pairs: Sequence[Pair]) -> str:
-    """Return the hash of another behaviour's pairs, empty where there are none."""
-    return digest([asdict(pair) for pair in pairs]) if pairs else ""

@@ -42,13 +42,7 @@ _HELD_OUT_EVERY = 6  # a sixth of the pairs chooses the epoch; too few would cho
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins.
-
-    Attributes:
-        sites: the n sites that get a vector.
-        vectors: the vectors before the first step, [n, d_model].
-        norms: the stream's norm after the site's block, [n, 1].
-    """
+    """Where training begins: vectors [n_sites, d_model], and the stream's norm [n_sites, 1] at each site's block."""
 
     sites: tuple[Site, ...]
     vectors: Tensor
@@ -57,13 +51,10 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainedVectors:
-    """What a training leaves.
+    """The vectors [n_sites, d_model] of the epoch with the lowest held-out loss, and those of the last epoch.
 
-    Attributes:
-        best: the vectors of the epoch with the lowest held-out loss, [n_sites, d_model].
-        last: the vectors of the last epoch.
-        curves: a number for each epoch: mean `loss`, `held_out` loss (first before any step), and `norm`, the mean of
-            the vectors' norms relative to the stream's.
+    `curves` have a number for each epoch: the mean `loss`, the `held_out` loss (first before any step), and `norm`, the
+    mean of the vectors' norms relative to the stream's.
     """
 
     best: Tensor
@@ -80,9 +71,18 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
     Raises:
         RecipeError: too few pairs, a block that the model lacks, a loss that is not finite or was never lowered.
     """
-    model, seed = context.model, context.seed
+    model, seed, n_layers = context.model, context.seed, context.model.layout.n_layers
     pairs = options.first(context.data.train, "pairs")
-    _require(options, model, pairs)
+    problems = []
+    if len(pairs) < _HELD_OUT_EVERY:
+        problems.append(f"holds out a sixth of the pairs; found {len(pairs)} pairs, needed {_HELD_OUT_EVERY} or more.")
+    missing = [] if options.trained.layers == "all" else [str(k) for k in options.trained.layers if k >= n_layers]
+    if missing:
+        problems.append(
+            f"trained.layers: {', '.join(missing)} not in this model, which has blocks 0 to {n_layers - 1}."
+        )
+    if problems:
+        raise RecipeError([f"extract, method trained: {problem}" for problem in problems])
     start = starting_point(model, pairs, options)
     total = (1 + options.shuffled) * options.trained.epochs
     with context.progress.phase("training vectors, and their controls", total) as advance:
@@ -95,14 +95,18 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
             )
         vectors = [real.best]
         for n in range(options.shuffled):
-            swapped = _half_swapped(pairs, seed + n)
+            half = set(random.Random(seed + n).sample(range(len(pairs)), len(pairs) // 2))
+            swapped = [
+                replace(pair, positive=pair.negative, negative=pair.positive) if row in half else pair
+                for row, pair in enumerate(pairs)
+            ]
             control = train(model, swapped, start, options.trained, positions, seed + n, advance)
             vectors.append(as_long_as(control.last, real.best))
     # [1 + n_controls, n_sites, d] -> by point [1 + n_controls, n_layers, d], zero where a block has no site.
     stacked = torch.stack(vectors)
     by_point: dict[Point, Tensor] = {}
     for n, site in enumerate(start.sites):
-        empty = stacked.new_zeros(stacked.shape[0], model.layout.n_layers, stacked.shape[2])
+        empty = stacked.new_zeros(stacked.shape[0], n_layers, stacked.shape[2])
         by_point.setdefault(site.point, empty)[:, site.layer] = stacked[:, n]
     own = by_point.pop(options.point)
     return Directions(
@@ -116,27 +120,6 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
         other_points=by_point,
         curves=real.curves,
     )
-
-
-def _require(options: ExtractOptions, model: LoadedModel, pairs: Sequence[Pair]) -> None:
-    n_layers, layers = model.layout.n_layers, options.trained.layers
-    problems = []
-    if len(pairs) < _HELD_OUT_EVERY:
-        problems.append(
-            f"method trained holds out a sixth of the pairs; found {len(pairs)} pairs, needed {_HELD_OUT_EVERY} or more."
-        )
-    missing = [] if layers == "all" else [str(k) for k in layers if k >= n_layers]
-    if missing:
-        problems.append(
-            f"trained.layers: {', '.join(missing)} not in this model, which has blocks 0 to {n_layers - 1}."
-        )
-    if problems:
-        raise RecipeError([f"extract: {problem}" for problem in problems])
-
-
-def _half_swapped(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    swapped = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
-    return [replace(p, positive=p.negative, negative=p.positive) if n in swapped else p for n, p in enumerate(pairs)]
 
 
 def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: ExtractOptions) -> Start:
@@ -227,12 +210,10 @@ def train(
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch of responses with what does not change while vectors are trained.
+    """A batch of responses (for bipo the positives of some pairs, then their negatives) with what is computed once.
 
-    Attributes:
-        batch: the responses; for bipo the positives of some pairs, then their negatives.
-        prefix: the input of the first trained block, [batch, time, d_model]; None if that is block 0.
-        reference: log p(response) of the base, [batch]; zeros for the likelihood, which needs none.
+    `prefix` [batch, time, d_model] is the input of the first trained block, None if that is block 0. `reference` [batch]
+    is the base's log p(response); zeros for the likelihood, which needs none.
     """
 
     batch: Batch
