@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -166,66 +167,20 @@ def measure_grid(
     effects: dict[tuple[int, float], np.ndarray] = {}
     start = 1.0  # of the solver: the coefficient of the layer before, since neighbours have similar ones
     with progress.phase("sweep: log-likelihood margin", len(layers)) as advance:
-        for layer in layers:
-            evaluator.advance(program_at(layer, 1.0))  # layers ascend, so that each block below is run once
+        for number in layers:
+            layer = _Layer(evaluator, number, program_at)
             if isinstance(options.coefficients, SolverTarget):
-                points = [_solve_layer(evaluator, options.coefficients, layer, program_at, start)]
+                points = [layer.solve(options.coefficients, start)]
                 start = points[0].coefficient if not points[0].skipped else start
             else:
-                limit = options.max_perplexity_ratio * stop_factor
-                points = _within_limit(evaluator, options.coefficients, layer, program_at, limit)
+                points = layer.within(options.max_perplexity_ratio * stop_factor, options.coefficients)
             measured = [point.coefficient for point in points if not point.skipped]
-            rows = evaluator.effects([program_at(layer, c) for c in measured])
-            at_layer = dict(zip(measured, rows, strict=True))
-            effects |= {(layer, c): row for c, row in at_layer.items()}
-            for point in points:
-                mean = None if point.skipped else float(at_layer[point.coefficient].mean())
-                grid.append(replace(point, margin=mean))
+            rows = dict(zip(measured, layer.effects(measured), strict=True))
+            effects |= {(number, c): row for c, row in rows.items()}
+            means = {c: float(row.mean()) for c, row in rows.items()}
+            grid += [point if point.skipped else replace(point, margin=means[point.coefficient]) for point in points]
             advance(1)
     return grid, effects
-
-
-def _within_limit(
-    evaluator: ContrastEvaluator, coefficients: Sequence[float], layer: int, program_at: ProgramAt, limit: float
-) -> list[GridPoint]:
-    """Measure the perplexity of a layer's points, each sign in ascending order, up to the first beyond `limit`."""
-    points: dict[float, GridPoint] = {}
-    for sign in (1.0, -1.0):
-        beyond: float | None = None
-        for c in sorted((c for c in coefficients if c * sign > 0), key=abs):
-            if beyond is not None:
-                reason = f"coefficient {beyond:g} of this layer is beyond the perplexity limit already"
-                points[c] = GridPoint(layer, c, skipped=reason)
-                continue
-            ratio = evaluator.perplexity_ratio(program_at(layer, c))
-            points[c] = GridPoint(layer, c, perplexity_ratio=ratio)
-            if not ratio <= limit:  # NaN too
-                beyond = c
-                reason = f"perplexity of control text x{ratio:.2f}, beyond x{limit:.2f}"
-                points[c] = replace(points[c], skipped=reason)
-    return [points[c] for c in dict.fromkeys(coefficients)]  # in the recipe's order, each once
-
-
-def _solve_layer(
-    evaluator: ContrastEvaluator, target: SolverTarget, layer: int, program_at: ProgramAt, start: float
-) -> GridPoint:
-    """The layer's one point, at the coefficient that a solver finds."""
-
-    def log_ratio(c: float) -> float:
-        return math.log(evaluator.perplexity_ratio(program_at(layer, c)))
-
-    if target.perplexity_limit is not None:
-        words = f"a perplexity of x{target.perplexity_limit:g} on control text"
-        solution = solve(log_ratio, math.log(target.perplexity_limit), below=True, start=start)
-    else:
-        words, kl = f"KL(steered||base) = {target.kl:g} nats/token", float(target.kl or 0.0)
-        solution = solve(lambda c: evaluator.divergence(program_at(layer, c)), kl, below=False, start=start)
-    n = len(solution.evaluations)
-    if solution.coefficient is None:
-        largest = max(solution.evaluations)
-        return GridPoint(layer, largest, skipped=f"no coefficient of {n} up to {largest:.3g} reaches {words}")
-    ratio = evaluator.perplexity_ratio(program_at(layer, solution.coefficient))
-    return GridPoint(layer, solution.coefficient, perplexity_ratio=ratio, evaluations=n)
 
 
 def search_layers(
@@ -246,13 +201,12 @@ def search_layers(
             n_control = max(_FIRST_PAIRS, round(options.sweep_neutral * pairs / most))
             evaluator = ContrastEvaluator(context.model, data.validation[:pairs], data.neutral[:n_control])
             margins: dict[int, float] = {}
-            near = 1.0  # neighbouring layers have similar coefficients
-            for layer in left:
-                evaluator.advance(program_at(layer, 1.0))
-                largest = _largest_coherent(evaluator, options, layer, program_at, known.get(layer, near))
-                near = known[layer] = max(map(abs, largest), default=near)
-                effects = evaluator.effects([program_at(layer, c) for c in largest])
-                margins[layer] = float(max(effects.mean(axis=1), default=-math.inf))
+            near = 1.0
+            for number in left:
+                layer = _Layer(evaluator, number, program_at)
+                largest = layer.largest_coherent(options, known.get(number, near))
+                near = known[number] = max(map(abs, largest), default=near)
+                margins[number] = float(max(layer.effects(largest).mean(axis=1), default=-math.inf))
                 advance(1)
             rungs.append(Rung(pairs, margins))
             half = max(keep, math.ceil(len(left) / 2))
@@ -261,23 +215,64 @@ def search_layers(
     return left, rungs
 
 
-def _largest_coherent(
-    evaluator: ContrastEvaluator, options: ValidateOptions, layer: int, program_at: ProgramAt, near: float
-) -> list[float]:
-    """The largest coefficient of each sign within the perplexity limit, or the solver's; searched from the size `near` on."""
-    if isinstance(options.coefficients, SolverTarget):
-        point = _solve_layer(evaluator, options.coefficients, layer, program_at, near)
-        return [] if point.skipped else [point.coefficient]
+class _Layer:
+    """One layer's programs on the evaluator's pairs and control texts. Layers come in ascending order."""
 
-    def coherent(c: float) -> bool:
-        return evaluator.perplexity_ratio(program_at(layer, c)) <= options.max_perplexity_ratio
+    def __init__(self, evaluator: ContrastEvaluator, number: int, program_at: ProgramAt) -> None:
+        self._evaluator, self._number, self._at = evaluator, number, partial(program_at, number)
+        evaluator.advance(self._at(1.0))  # so that each block below is run once for the whole sweep
 
-    largest = []
-    for sign in (1.0, -1.0):
-        ordered = sorted((c for c in options.coefficients if c * sign > 0), key=abs)
-        last = climb(coherent, ordered, sign * near) if ordered else None
-        largest += [] if last is None else [last]
-    return largest
+    def effects(self, coefficients: Sequence[float]) -> np.ndarray:
+        return self._evaluator.effects([self._at(c) for c in coefficients])
+
+    def ratio(self, c: float) -> float:
+        return self._evaluator.perplexity_ratio(self._at(c))
+
+    def within(self, limit: float, coefficients: Sequence[float]) -> list[GridPoint]:
+        """Measure the perplexity of the points, each sign in ascending order, up to the first beyond `limit`."""
+        points: dict[float, GridPoint] = {}
+        for sign in (1.0, -1.0):
+            beyond: float | None = None
+            for c in sorted((c for c in coefficients if c * sign > 0), key=abs):
+                if beyond is not None:
+                    reason = f"coefficient {beyond:g} of this layer is beyond the perplexity limit already"
+                    points[c] = GridPoint(self._number, c, skipped=reason)
+                    continue
+                ratio, reason = self.ratio(c), ""
+                if not ratio <= limit:  # NaN too
+                    beyond, reason = c, f"perplexity of control text x{ratio:.2f}, beyond x{limit:.2f}"
+                points[c] = GridPoint(self._number, c, perplexity_ratio=ratio, skipped=reason)
+        return [points[c] for c in dict.fromkeys(coefficients)]  # in the recipe's order, each once
+
+    def solve(self, target: SolverTarget, start: float) -> GridPoint:
+        """The layer's one point, at the coefficient that a solver finds."""
+        if target.perplexity_limit is not None:
+            words, goal = (
+                f"a perplexity of x{target.perplexity_limit:g} on control text",
+                math.log(target.perplexity_limit),
+            )
+            solution = solve(lambda c: math.log(self.ratio(c)), goal, below=True, start=start)
+        else:
+            words, goal = f"KL(steered||base) = {target.kl:g} nats/token", float(target.kl or 0.0)
+            solution = solve(lambda c: self._evaluator.divergence(self._at(c)), goal, below=False, start=start)
+        n, c = len(solution.evaluations), solution.coefficient
+        if c is None:
+            largest = max(solution.evaluations)
+            reason = f"no coefficient of {n} up to {largest:.3g} reaches {words}"
+            return GridPoint(self._number, largest, skipped=reason)
+        return GridPoint(self._number, c, perplexity_ratio=self.ratio(c), evaluations=n)
+
+    def largest_coherent(self, options: ValidateOptions, near: float) -> list[float]:
+        """The largest coefficient of each sign within the perplexity limit, or the solver's; searched from `near` on."""
+        if isinstance(options.coefficients, SolverTarget):
+            point = self.solve(options.coefficients, near)
+            return [] if point.skipped else [point.coefficient]
+        limit, largest = options.max_perplexity_ratio, []
+        for sign in (1.0, -1.0):
+            ordered = sorted((c for c in options.coefficients if c * sign > 0), key=abs)
+            last = climb(lambda c: self.ratio(c) <= limit, ordered, sign * near) if ordered else None
+            largest += [] if last is None else [last]
+        return largest
 
 
 def _ratio(point: GridPoint) -> float:

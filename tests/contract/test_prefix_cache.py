@@ -24,59 +24,59 @@ def sharing_texts(template: int = 3, seed: int = 0, longest: int = 5) -> list[En
         return tuple(torch.randint(6, VOCAB, (n,), generator=generator).tolist())
 
     opening = words(template)
-    found = []
+    texts = []
     for n in (2, 4, 3):
         prompt = opening + words(n)
-        found += [Encoded(prompt + words(k), len(prompt)) for k in (longest, 2)]
-    found.append(Encoded(found[0].ids[:-2], found[0].n_prompt))
+        texts += [Encoded(prompt + words(k), len(prompt)) for k in (longest, 2)]
+    texts.append(Encoded(texts[0].ids[:-2], texts[0].n_prompt))
     # The same tokens as found[0], with other roles: the second turn of a conversation.
-    turns = found[0].ids + words(4)
-    found.append(Encoded(turns, len(found[0].ids) + 2, ((found[0].n_prompt, len(found[0].ids)),)))
-    return found
+    turns = texts[0].ids + words(4)
+    texts.append(Encoded(turns, len(texts[0].ids) + 2, ((texts[0].n_prompt, len(texts[0].ids)),)))
+    return texts
 
 
-def alone(one: LoadedModel, texts: list[Encoded], under: Program | None) -> np.ndarray:
+def alone(model: LoadedModel, texts: list[Encoded], under: Program | None) -> np.ndarray:
     """Each text by itself through the whole model, all logits."""
-    found = []
+    means = []
     for text in texts:
         batch = pad([text], [0], PAD_ID)
         with torch.no_grad():
             if under is None:
-                logits = one.model(batch.input_ids).logits
+                logits = model.model(batch.input_ids).logits
             else:
-                with steered(one.model, under, roles=batch.roles):
-                    logits = one.model(batch.input_ids).logits
+                with steered(model.model, under, roles=batch.roles):
+                    logits = model.model(batch.input_ids).logits
         log_p = torch.log_softmax(logits[0], dim=-1)
         paths = [t for t, role in enumerate(text.roles) if role == RESPONSE]
-        found.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in paths]))
-    return np.array(found)
+        means.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in paths]))
+    return np.array(means)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_texts_score_as_each_text_alone(family: str) -> None:
-    one, texts = loaded(family), sharing_texts()
+    model, texts = loaded(family), sharing_texts()
     for positions in ("all", "response", "last_prompt", "prompt"):
         under = [program(family, intervention(layer=1, positions=positions, coefficient=c)) for c in (0.7, -1.6, 2.9)]
-        cache = PrefixCache(one, texts)
-        np.testing.assert_allclose(cache.mean_logprobs([None])[0], alone(one, texts, None), atol=1e-5)
+        cache = PrefixCache(model, texts)
+        np.testing.assert_allclose(cache.mean_logprobs([None])[0], alone(model, texts, None), atol=1e-5)
         cache.advance(1)
-        found = cache.mean_logprobs(under)
-        for row, single in zip(found, under, strict=True):
-            np.testing.assert_allclose(row, alone(one, texts, single), atol=2e-5)
-        assert np.abs(found[0] - found[1]).max() > 1e-3
+        scores = cache.mean_logprobs(under)
+        for row, single in zip(scores, under, strict=True):
+            np.testing.assert_allclose(row, alone(model, texts, single), atol=2e-5)
+        assert np.abs(scores[0] - scores[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_programs_of_several_shapes_run_one_by_one(family: str) -> None:
-    one, texts = loaded(family), sharing_texts(seed=1)
+    model, texts = loaded(family), sharing_texts(seed=1)
     under = [
         program(family, intervention("clamp", "mlp_out", k, coefficient=1.3), intervention("ablate", layer=2))
         for k in (1, 2)
     ]
-    cache = PrefixCache(one, texts)
+    cache = PrefixCache(model, texts)
     cache.advance(1)
-    wanted = np.stack([alone(one, texts, single) for single in under])
-    np.testing.assert_allclose(cache.mean_logprobs(under), wanted, atol=2e-5)
+    expected = np.stack([alone(model, texts, single) for single in under])
+    np.testing.assert_allclose(cache.mean_logprobs(under), expected, atol=2e-5)
 
 
 def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
@@ -101,17 +101,17 @@ def test_texts_within_a_sliding_window_are_packed() -> None:
 
 
 def test_divergence_of_packed_texts_is_that_of_each_alone() -> None:
-    one, texts = loaded("llama"), sharing_texts()[:4:2]  # prompts that share the template only
+    model, texts = loaded("llama"), sharing_texts()[:4:2]  # prompts that share the template only
     under = program("llama", intervention(layer=2))
     parts = []
     for text in texts:
         batch = pad([text], [0], PAD_ID)
         states = []
         for single in (None, under):
-            with torch.no_grad(), steered(one.model, single or under.scaled(0.0), roles=batch.roles):
-                states.append(run_blocks(one.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
-        parts.append(divergence(one.model, states[1], one.model, states[0]).kl)
-    cache = PrefixCache(one, texts)
+            with torch.no_grad(), steered(model.model, single or under.scaled(0.0), roles=batch.roles):
+                states.append(run_blocks(model.model, batch.input_ids, batch.attention_mask)[batch.predicts_response])
+        parts.append(divergence(model.model, states[1], model.model, states[0]).kl)
+    cache = PrefixCache(model, texts)
     cache.advance(LAYERS - 2)
     assert cache.divergence(under) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4)
 

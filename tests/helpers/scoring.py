@@ -45,6 +45,6 @@ def scorer(**settings: Any) -> ScorerBase:
     return adapter.validate_python(settings)
 
 
-def discrimination(one: ScorerBase, model: LoadedModel, data: Behaviour) -> str:
+def discrimination(scorer_: ScorerBase, model: LoadedModel, data: Behaviour) -> str:
     """The check before a sweep: why it was skipped, empty if it passed."""
-    return require_discrimination(one, one.bind(model, data), model, data)
+    return require_discrimination(scorer_, scorer_.bind(model, data), model, data)

@@ -79,9 +79,9 @@ def recipe(folder: Path = Path(), **options: Any) -> Recipe:
 def toward_w40(**changes: Any) -> Directions:
     """Towards the embedding of w40, which is the head's row of it too; as long as the stream is."""
     table = chat_model().model.get_input_embeddings().weight
-    one = table[40] - table[50]
+    difference = table[40] - table[50]
     generator = torch.Generator().manual_seed(8)
-    vectors = torch.stack([7.0 * one / one.norm()] * LAYERS)
+    vectors = torch.stack([7.0 * difference / difference.norm()] * LAYERS)
     shuffled = torch.randn(6, LAYERS, HIDDEN, generator=generator)
     shuffled = 7.0 * shuffled / shuffled.norm(dim=-1, keepdim=True)
     return replace(Directions(vectors, shuffled, "tiny-qwen2", REVISION, "resid_post", "inputs"), **changes)
@@ -103,15 +103,15 @@ def validated(
     directions: Directions, data: Behaviour | None = None, progress: Progress | None = None, **changes: Any
 ) -> Validation:
     """The whole stage, with `changes` of the recipe's section."""
-    one = recipe(**changes)
+    settings = recipe(**changes)
     return validate(
         context(data, progress),
         directions,
-        one.validate_,
-        readout=one.extract.readout,
-        ask=one.ask,
-        too_high=one.too_high,
-        name=one.name,
+        settings.validate_,
+        readout=settings.extract.readout,
+        ask=settings.ask,
+        too_high=settings.too_high,
+        name=settings.name,
     )
 
 

@@ -20,8 +20,8 @@ def test_the_scorer_receives_the_plain_prompt() -> None:
         seen.extend(reply.prompt for reply in replies)
         return np.zeros(len(replies))
 
-    asked = Request(["w8", "w9"], ask=lambda prompt: Text(f"{prompt} w10", history=(("w7", "w8"),)))
-    (plain, _same) = answer(chat_model(), [asked, Request(["w11"])], score, 4)
+    changed = Request(["w8", "w9"], ask=lambda prompt: Text(f"{prompt} w10", history=(("w7", "w8"),)))
+    (plain, _same) = answer(chat_model(), [changed, Request(["w11"])], score, 4)
     assert seen == ["w8", "w9", "w11"] and len(plain.texts) == 2
 
 
@@ -33,10 +33,10 @@ def test_programs_of_several_shapes_are_answered_as_each_alone() -> None:
         return np.zeros(len(replies))
 
     prompts = ["w8 w9", "w20 w21 w22"]
-    found = answer(chat_model(), [Request(prompts, first), Request(prompts), Request(prompts, second)], score, 4)
-    for one, program in zip(found, (first, None, second), strict=True):
+    answers = answer(chat_model(), [Request(prompts, first), Request(prompts), Request(prompts, second)], score, 4)
+    for together, program in zip(answers, (first, None, second), strict=True):
         if program is None:
             (alone,) = answer(chat_model(), [Request(prompts)], score, 4)
         else:
             (alone,) = answer(chat_model(), [Request(prompts, program)], score, 4)
-        assert one.texts == alone.texts
+        assert together.texts == alone.texts

@@ -33,9 +33,9 @@ STEERING = program(FAMILY, intervention(positions="last_prompt", coefficient=3.7
 OTHER = Program((intervention(positions="last_prompt", coefficient=-4.9, seed=5),), STEERING.model, REVISION)
 
 
-def chosen_by_hand(question: Question, under: Program | None, said: str | None = None) -> str:
+def chosen_by_hand(question: Question, under: Program | None, text: str | None = None) -> str:
     """The likeliest letter after this prompt alone, by a plain forward pass."""
-    ids = torch.tensor([encode(MODEL.tokenizer, Text(said or question.prompt)).ids])
+    ids = torch.tensor([encode(MODEL.tokenizer, Text(text or question.prompt)).ids])
     tokens = [int(letter[1:]) for letter in question.letters]
     with torch.no_grad():
         if under is None:
@@ -47,8 +47,8 @@ def chosen_by_hand(question: Question, under: Program | None, said: str | None =
 
 
 def right(questions: Mapping[str, Question]) -> Score:
-    return lambda given: np.array(
-        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in given]
+    return lambda replies_: np.array(
+        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in replies_]
     )
 
 
@@ -56,45 +56,47 @@ def test_choices_equal_those_of_each_question_alone_under_its_program() -> None:
     prompts, hooks = list(QUESTIONS), n_hooks(MODEL.model)
     programs = (None, STEERING, OTHER)
     requests = [Request(prompts), Request(prompts, STEERING), Request(prompts[3:], OTHER)]
-    found = answer(MODEL, requests, right(QUESTIONS), 5, QUESTIONS)
-    for request, under, one in zip(requests, programs, found, strict=True):
-        wanted = [chosen_by_hand(QUESTIONS[prompt], under) for prompt in request.prompts]
-        assert one.texts == wanted
+    results = answer(MODEL, requests, right(QUESTIONS), 5, QUESTIONS)
+    for request, under, result in zip(requests, programs, results, strict=True):
+        expected = [chosen_by_hand(QUESTIONS[prompt], under) for prompt in request.prompts]
+        assert result.texts == expected
         answers = [QUESTIONS[prompt].letters[QUESTIONS[prompt].answer] for prompt in request.prompts]
-        assert list(one.scores) == [float(a == b) for a, b in zip(wanted, answers, strict=True)]
-        assert list(one.ended) == [1.0] * len(request.prompts)
-        assert list(one.repetition) == [0.0] * len(request.prompts)
-    assert found[0].texts != found[1].texts and found[0].texts[3:] != found[2].texts, "steering moves some choice"
-    assert 0 < found[0].scores.mean() < 1
+        assert list(result.scores) == [float(a == b) for a, b in zip(expected, answers, strict=True)]
+        assert list(result.ended) == [1.0] * len(request.prompts)
+        assert list(result.repetition) == [0.0] * len(request.prompts)
+    assert results[0].texts != results[1].texts and results[0].texts[3:] != results[2].texts, (
+        "steering moves some choice"
+    )
+    assert 0 < results[0].scores.mean() < 1
     assert n_hooks(MODEL.model) == hooks
 
 
 def test_open_prompts_beside_questions_are_answered_in_full() -> None:
     prompts = ["w7 w8", "w60", "w12", "w61"]
-    (found,) = answer(MODEL, [Request(prompts, STEERING)], lambda given: np.ones(len(given)), 6, QUESTIONS)
-    said = continue_prompts(MODEL, [Text("w7 w8"), Text("w12")], STEERING, max_new_tokens=6)
-    assert [found.texts[0], found.texts[2]] == [response_text(MODEL, one) for one in said]
-    assert [found.texts[1], found.texts[3]] == [chosen_by_hand(QUESTIONS[p], STEERING) for p in ("w60", "w61")]
+    (result,) = answer(MODEL, [Request(prompts, STEERING)], lambda replies_: np.ones(len(replies_)), 6, QUESTIONS)
+    completions = continue_prompts(MODEL, [Text("w7 w8"), Text("w12")], STEERING, max_new_tokens=6)
+    assert [result.texts[0], result.texts[2]] == [response_text(MODEL, completion) for completion in completions]
+    assert [result.texts[1], result.texts[3]] == [chosen_by_hand(QUESTIONS[p], STEERING) for p in ("w60", "w61")]
 
 
 def test_a_request_with_a_changed_prompt_is_scored_by_the_plain_one() -> None:
     seen: list[str] = []
 
-    def score(given: Sequence[Reply]) -> np.ndarray:
-        seen.extend(one.prompt for one in given)
-        return np.full(len(given), 0.25)
+    def score(replies_: Sequence[Reply]) -> np.ndarray:
+        seen.extend(reply.prompt for reply in replies_)
+        return np.full(len(replies_), 0.25)
 
     requests = [
         Request(["w60", "w9"], ask=lambda prompt: Text(f"{prompt} w13")),
         Request(["w61"], scored=False),
         Request(["w60"]),
     ]
-    asked, sample, plain = answer(MODEL, requests, score, 4, QUESTIONS)
+    changed, sample, plain = answer(MODEL, requests, score, 4, QUESTIONS)
     assert seen == ["w60", "w9", "w60"]
-    assert asked.texts[0] == chosen_by_hand(QUESTIONS["w60"], None, QUESTIONS["w60"].prompt + " w13")
-    (said,) = continue_prompts(MODEL, [Text("w9 w13")], max_new_tokens=4)
-    assert asked.texts[1] == response_text(MODEL, said)
-    assert list(asked.scores) == [0.25, 0.25] and list(plain.scores) == [0.25]
+    assert changed.texts[0] == chosen_by_hand(QUESTIONS["w60"], None, QUESTIONS["w60"].prompt + " w13")
+    (completion,) = continue_prompts(MODEL, [Text("w9 w13")], max_new_tokens=4)
+    assert changed.texts[1] == response_text(MODEL, completion)
+    assert list(changed.scores) == [0.25, 0.25] and list(plain.scores) == [0.25]
     assert np.isnan(sample.scores).all() and sample.texts == [chosen_by_hand(QUESTIONS["w61"], None)]
 
 
@@ -141,8 +143,8 @@ def test_steering_towards_a_letter_changes_the_choice() -> None:
     """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
     head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
-    one = intervention(layer=3, positions="last_prompt", coefficient=60.0)
-    pushed = Program((replace(one, vector=towards / towards.norm()),), STEERING.model, REVISION)
+    intervention_ = intervention(layer=3, positions="last_prompt", coefficient=60.0)
+    pushed = Program((replace(intervention_, vector=towards / towards.norm()),), STEERING.model, REVISION)
     prompts = [f"validation {n}" for n in range(6)]
     questions = {p: Question(f"w{60 + n} w{70 + n}", ("w20", "w21"), n % 2) for n, p in enumerate(prompts)}
     forward, back = answer(MODEL, [Request(prompts, pushed), Request(prompts, -pushed)], right(questions), 3, questions)

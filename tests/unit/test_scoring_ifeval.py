@@ -19,9 +19,9 @@ COMMA, TITLE = "punctuation:no_comma", "detectable_format:title"
 
 
 def scores(text: str, id: str, loose: bool = False, **arguments: Any) -> float:
-    one = scorer(kind="ifeval", id=id, arguments=arguments, loose=loose)
-    (found,) = one.bind(MODEL, behaviour(()))(replies(text))
-    return float(found)
+    scorer_ = scorer(kind="ifeval", id=id, arguments=arguments, loose=loose)
+    (score,) = scorer_.bind(MODEL, behaviour(()))(replies(text))
+    return float(score)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_prompt_s_own_constraints_must_all_hold() -> None:
     score = scorer(kind="ifeval").bind(MODEL, data)
     assert list(score(replies("A reef", "A reef, a hill", "A hill"))) == [1.0, 0.0, 0.0]
     assert list(score(replies("two words", "now three words", prompt="test 0"))) == [1.0, 0.0]
-    one = scorer(kind="ifeval", id=COMMA).bind(MODEL, data)
-    assert list(one(replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], (
+    scorer_ = scorer(kind="ifeval", id=COMMA).bind(MODEL, data)
+    assert list(scorer_(replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], (
         "the recipe's in place of the data's"
     )
 
@@ -141,8 +141,8 @@ def test_missing_nltk_data_is_refused_with_instructions(
     id: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
-    said = refusal(id, **arguments)
-    assert id in said and "python -m nltk.downloader punkt_tab" in said
+    message = refusal(id, **arguments)
+    assert id in message and "python -m nltk.downloader punkt_tab" in message
 
 
 def test_a_missing_ifeval_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +155,8 @@ def test_scoring_is_deterministic_and_leaves_the_random_state_alone() -> None:
     random.seed(11)
     before = random.getstate()
     # The detector draws n-grams: without a seed it takes these words for English about every third time.
-    found = {scores("all small letters here", "language:response_language", language="en") for _ in range(40)}
-    assert len(found) == 1
+    results = {scores("all small letters here", "language:response_language", language="en") for _ in range(40)}
+    assert len(results) == 1
     refusal("keywords:frequency")
     assert random.getstate() == before
 

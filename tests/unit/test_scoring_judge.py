@@ -44,14 +44,19 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def judge(url: str, **settings: Any) -> Judge:
-    given = {"model": "grader", "prompt": "Asked: {prompt}. Said: {reply}. How wet, 1 to 5?", "retries": 0, **settings}
-    found = scorer(kind="judge", base_url=url, **given)
-    assert isinstance(found, Judge)
-    return found
+    settings_ = {
+        "model": "grader",
+        "prompt": "Asked: {prompt}. Said: {reply}. How wet, 1 to 5?",
+        "retries": 0,
+        **settings,
+    }
+    result = scorer(kind="judge", base_url=url, **settings_)
+    assert isinstance(result, Judge)
+    return result
 
 
-def bind(one: Judge) -> Score:
-    return one.bind(loaded("llama"), behaviour(()))
+def bind(judge_: Judge) -> Score:
+    return judge_.bind(loaded("llama"), behaviour(()))
 
 
 def by_length(question: str) -> str:
@@ -75,13 +80,15 @@ def failure(score: Score, *texts: str) -> str:
 
 def test_numbers_of_the_scale_become_scores(serve: Serve, tmp_path: Path) -> None:
     endpoint = serve(by_length)
-    found = bind(judge(endpoint.url))(replies("a", "a b {prompt}", "a b c d e f", "", " ", prompt="Why {reply}?"))
-    assert list(found) == [0.0, 0.5, 1.0, 0.0, 0.0]
+    scores = bind(judge(endpoint.url))(replies("a", "a b {prompt}", "a b c d e f", "", " ", prompt="Why {reply}?"))
+    assert list(scores) == [0.0, 0.5, 1.0, 0.0, 0.0]
     assert endpoint.questions[1] == "Asked: Why {reply}?. Said: a b {prompt}. How wet, 1 to 5?", (
         "paths in texts are text"
     )
     assert len(endpoint.requests) == 3, "an empty reply is 0 unasked"
-    assert {(one["model"], one["temperature"], one["max_tokens"]) for one in endpoint.requests} == {("grader", 0.0, 64)}
+    assert {(request["model"], request["temperature"], request["max_tokens"]) for request in endpoint.requests} == {
+        ("grader", 0.0, 64)
+    }
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,7 @@ def test_answers_are_kept_and_not_requested_again(serve: Serve, tmp_path: Path) 
     assert len(endpoint.requests) == 3
     lines = kept(tmp_path)
     assert lines[0]["judge"]["model"] == "grader" and lines[0]["judge"]["base_url"] == endpoint.url
-    assert [(one["score"], one["answer"], one["tokens"]) for one in lines[1:]] == [
+    assert [(line["score"], line["answer"], line["tokens"]) for line in lines[1:]] == [
         (0.25, "2", 10),
         (0.0, "1", 10),
         (0.5, "3", 10),
@@ -147,9 +154,9 @@ def test_an_interrupted_run_resumes(serve: Serve, tmp_path: Path) -> None:
         return by_length(question)
 
     endpoint = serve(say)
-    said = failure(bind(judge(endpoint.url)), "a", "a b", "a b c", "a b c d")
-    assert f"{endpoint.url} cannot be asked" in said and "out of memory" in said
-    assert "2 of these 4 replies are judged and kept in" in said and "resumes there" in said
+    message = failure(bind(judge(endpoint.url)), "a", "a b", "a b c", "a b c d")
+    assert f"{endpoint.url} cannot be asked" in message and "out of memory" in message
+    assert "2 of these 4 replies are judged and kept in" in message and "resumes there" in message
     (file,) = (tmp_path / "cache" / "judged").glob("*.jsonl")
     with file.open("a") as end:
         end.write('{"reply": "half a li')  # killed within a line
@@ -171,9 +178,9 @@ def test_an_unreadable_answer_is_requested_again_with_a_reminder(serve: Serve) -
 
 def test_two_unreadable_answers_are_an_error_and_the_rest_is_kept(serve: Serve, tmp_path: Path) -> None:
     endpoint = serve(lambda question: "As a model, I cannot." if "bad" in question else "2")
-    said = failure(bind(judge(endpoint.url)), "good", "bad 1", "better", "bad 2")
-    assert "for 2 of 4 replies grader did not answer with one number from 1 to 5, asked twice each" in said
-    assert "'As a model, I cannot.'" in said
+    message = failure(bind(judge(endpoint.url)), "good", "bad 1", "better", "bad 2")
+    assert "for 2 of 4 replies grader did not answer with one number from 1 to 5, asked twice each" in message
+    assert "'As a model, I cannot.'" in message
     assert len(endpoint.requests) == 1 + 2 + 1 + 2
     assert list(bind(judge(endpoint.url))(replies("good", "better"))) == [0.25, 0.25]
     assert len(endpoint.requests) == 6
@@ -229,8 +236,8 @@ def test_an_unreachable_endpoint_is_an_error(serve: Serve) -> None:
 
 def test_requests_and_tokens_are_limited_over_all_runs(serve: Serve) -> None:
     endpoint = serve(by_length)
-    said = failure(bind(judge(endpoint.url, max_requests=2)), "a", "b", "c d", "e f")
-    assert "2 requests were answered, which is max_requests; raise it to continue. 2 of these 4" in said
+    message = failure(bind(judge(endpoint.url, max_requests=2)), "a", "b", "c d", "e f")
+    assert "2 requests were answered, which is max_requests; raise it to continue. 2 of these 4" in message
     assert "which is max_requests" in failure(bind(judge(endpoint.url, max_requests=2)), "c d"), (
         "another run pays from it too"
     )
@@ -261,8 +268,8 @@ def test_a_missing_openai_library_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_in_all_a_judge_scores_only_what_the_others_pass(serve: Serve) -> None:
     endpoint = serve(by_length)
-    given = judge(endpoint.url).model_dump(mode="json")
-    both = scorer(kind="all", all_of=[given, {"kind": "keywords", "patterns": ["sea"]}])
+    settings_ = judge(endpoint.url).model_dump(mode="json")
+    both = scorer(kind="all", all_of=[settings_, {"kind": "keywords", "patterns": ["sea"]}])
     score = both.bind(loaded("llama"), behaviour(()))
     assert list(score(replies("the sea", "the hill", "a sea of troubles here"))) == [0.25, 0.0, 1.0]
     assert len(endpoint.requests) == 2

@@ -26,8 +26,8 @@ MODEL = loaded("gemma2")
 NONE = behaviour(())
 
 
-def scores(one: ScorerBase, *texts: str, **how: Any) -> list[float]:
-    return list(one.bind(MODEL, NONE)(replies(*texts, **how)))
+def scores(scorer_: ScorerBase, *texts: str, **how: Any) -> list[float]:
+    return list(scorer_.bind(MODEL, NONE)(replies(*texts, **how)))
 
 
 # --------------------------------------------------------------------------- perplexity, end of turn
@@ -38,8 +38,8 @@ def perplexity_by_hand(prompt: str, text: str) -> float:
     words = tokenizer()(f"{prompt} {text}")["input_ids"]
     start = len(tokenizer()(prompt)["input_ids"])
     with torch.no_grad():
-        found = MODEL.model(input_ids=torch.tensor([words])).logits[0].double().log_softmax(dim=-1)
-    return float(np.exp(-np.mean([float(found[at - 1, words[at]]) for at in range(start, len(words))])))
+        log_p = MODEL.model(input_ids=torch.tensor([words])).logits[0].double().log_softmax(dim=-1)
+    return float(np.exp(-np.mean([float(log_p[at - 1, words[at]]) for at in range(start, len(words))])))
 
 
 def greedy(prompt: str, count: int) -> str:
@@ -56,12 +56,12 @@ def test_max_perplexity_is_after_the_prompt_and_min_of_the_text_alone() -> None:
     texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5), "w11 w12 w90 w33"]
     after = [perplexity_by_hand("w8 w50", text) for text in texts]
     alone = [perplexity_by_hand("<s>", text) for text in texts]
-    said = replies(*texts, prompt="w8 w50")
-    assert list(perplexities(MODEL, said)) == pytest.approx(after, rel=1e-4)
-    assert list(perplexities(MODEL, said, alone=True)) == pytest.approx(alone, rel=1e-4)
+    replies_ = replies(*texts, prompt="w8 w50")
+    assert list(perplexities(MODEL, replies_)) == pytest.approx(after, rel=1e-4)
+    assert list(perplexities(MODEL, replies_, alone=True)) == pytest.approx(alone, rel=1e-4)
     assert np.argsort(after).tolist() != np.argsort(alone).tolist(), "otherwise the two could be exchanged unseen"
     high, low = sum(sorted(after)[1:3]) / 2, sum(sorted(alone)[1:3]) / 2
-    below, above = [one <= high for one in after], [one >= low for one in alone]
+    below, above = [value <= high for value in after], [value >= low for value in alone]
     assert scores(scorer(kind="perplexity", max=high), *texts, prompt="w8 w50") == below
     assert scores(scorer(kind="perplexity", min=low), *texts, prompt="w8 w50") == above
     both = [a and b for a, b in zip(below, above, strict=True)]
@@ -80,9 +80,9 @@ def test_perplexity_passes_the_model_s_own_text() -> None:
 
 
 def test_ended_scores_empty_replies_too() -> None:
-    one = scorer(kind="ended")
-    assert scores(one, "w9", "", ended=True) == [1.0, 1.0]
-    assert scores(one, "w9", ended=False) == [0.0]
+    scorer_ = scorer(kind="ended")
+    assert scores(scorer_, "w9", "", ended=True) == [1.0, 1.0]
+    assert scores(scorer_, "w9", ended=False) == [0.0]
 
 
 # ---------------------------------------------------------------------------------------- classifier
@@ -96,12 +96,12 @@ HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll asho
 
 def test_a_classifier_learns_the_two_sides() -> None:
     score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
-    found = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
-    assert found[0] > 0.6 and 0.0 < found[1] < 0.4
-    assert list(found[2:]) == [0.0, 0.0]
+    scores_ = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
+    assert scores_[0] > 0.6 and 0.0 < scores_[1] < 0.4
+    assert list(scores_[2:]) == [0.0, 0.0]
     assert score([]).shape == (0,)
     again = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
-    assert list(again(replies("The shore has waves that roll."))) == [found[0]]
+    assert list(again(replies("The shore has waves that roll."))) == [scores_[0]]
 
 
 def test_a_classifier_with_a_low_auroc_is_refused() -> None:
@@ -156,8 +156,8 @@ def sequence_classifier(tmp_path: Path) -> Path:
 def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_classifier: Path) -> None:
     sides = [("w20 w9 w30", "w20 w40 w30"), ("w9 w50", "w51 w50 w60 w61"), ("w8 w8 w9", "w8 w8 w70")]
     sea = scorer(kind="classifier", model=str(sequence_classifier), label="sea")
-    found = sea.bind(MODEL, behaviour(sides))(replies("w33 w9 w12 w70", "w33 w13"))
-    assert found[0] > 0.8 and found[1] < 0.2
+    scores_ = sea.bind(MODEL, behaviour(sides))(replies("w33 w9 w12 w70", "w33 w13"))
+    assert scores_[0] > 0.8 and scores_[1] < 0.2
     land = Classifier(kind="classifier", model=str(sequence_classifier), label="land")
     with pytest.raises(RecipeError, match=r"cannot tell .* AUROC 0\.0"):
         land.bind(MODEL, behaviour(sides))
@@ -174,18 +174,18 @@ def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_cla
 
 
 def test_all_is_the_minimum_of_its_parts() -> None:
-    one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}])
-    assert scores(one, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
+    scorer_ = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}])
+    assert scores(scorer_, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
     graded = scorer(kind="all", all_of=[{"kind": "classifier"}, {"kind": "length", "max_words": 4}])
-    score, alone = (one.bind(MODEL, behaviour(HELD_OUT, SEA)) for one in (graded, scorer(kind="classifier")))
-    said = replies("The waves.", "The waves of the shore roll.", "The plans.")
-    assert list(score(said)) == [alone(said)[0], 0.0, alone(said)[2]]
+    score, alone = (scorer_.bind(MODEL, behaviour(HELD_OUT, SEA)) for scorer_ in (graded, scorer(kind="classifier")))
+    replies_ = replies("The waves.", "The waves of the shore roll.", "The plans.")
+    assert list(score(replies_)) == [alone(replies_)[0], 0.0, alone(replies_)[2]]
     assert len(score([])) == 0
 
 
 def test_all_is_zero_if_one_part_never_fires() -> None:
-    one = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}])
-    assert scores(one, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
+    scorer_ = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}])
+    assert scores(scorer_, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------- before the sweep

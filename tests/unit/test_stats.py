@@ -39,38 +39,38 @@ def normal(seed: int, runs: int, n: int, mean: float, spread: float) -> np.ndarr
 
 def test_equivalence_is_the_hand_computation() -> None:
     # mean 0.3, sd sqrt(0.5 / 4), n 5: standard error 0.158114; t of 4 degrees at 0.95 is 2.131847
-    found = equivalence("log-likelihood margin", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), 0.7)
-    assert found.difference == pytest.approx(0.3) and found.n == 5
+    result = equivalence("log-likelihood margin", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), 0.7)
+    assert result.difference == pytest.approx(0.3) and result.n == 5
     error = math.sqrt(0.58 / 4) / math.sqrt(5)
-    assert found.low == pytest.approx(0.3 - 2.131847 * error, abs=1e-5)
-    assert found.high == pytest.approx(0.3 + 2.131847 * error, abs=1e-5)
+    assert result.low == pytest.approx(0.3 - 2.131847 * error, abs=1e-5)
+    assert result.high == pytest.approx(0.3 + 2.131847 * error, abs=1e-5)
     # The upper test is the harder: t = (0.7 - 0.3) / 0.170294 = 2.34888, one-sided p of 4 degrees 0.03930
-    assert found.p == pytest.approx(0.0393, abs=2e-4)
-    assert found.equivalent and found.high < 0.7
+    assert result.p == pytest.approx(0.0393, abs=2e-4)
+    assert result.equivalent and result.high < 0.7
 
 
 @pytest.mark.parametrize("margin", [0.05, 0.3, 0.45, 0.66, 0.67, 0.9])
 def test_equivalent_exactly_if_the_interval_lies_inside_the_margin(margin: float) -> None:
-    found = equivalence("score", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), margin)
-    assert found.equivalent == (-margin < found.low and found.high < margin)
+    result = equivalence("score", np.array([0.1, 0.8, -0.1, 0.6, 0.1]), margin)
+    assert result.equivalent == (-margin < result.low and result.high < margin)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_difference_of_the_margin_passes_with_at_most_5_percent(sign: float) -> None:
     values = normal(0, 500, 12, sign * 0.2, 0.15)
-    rate = float(np.mean([equivalence("log-likelihood margin", one, 0.2).equivalent for one in values]))
+    rate = float(np.mean([equivalence("log-likelihood margin", row, 0.2).equivalent for row in values]))
     assert rate <= LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / 500)
 
 
 @pytest.mark.parametrize(("spread", "margin"), [(0.3, 0.2), (0.5, 0.1), (0.05, 0.2)])
 def test_the_sample_size_has_95_percent_power(spread: float, margin: float) -> None:
     count = equivalence_sample_size(spread, margin)
-    passed = [equivalence("score", one, margin).equivalent for one in normal(1, 400, count, 0.0, spread)]
+    passed = [equivalence("score", row, margin).equivalent for row in normal(1, 400, count, 0.0, spread)]
     assert np.mean(passed) >= EQUIVALENCE_POWER - 3 * math.sqrt(EQUIVALENCE_POWER * (1 - EQUIVALENCE_POWER) / 400)
     if count > 2:
         fewer = max(2, count // 2)
         assert (
-            np.mean([equivalence("score", one, margin).equivalent for one in normal(2, 100, fewer, 0.0, spread)])
+            np.mean([equivalence("score", row, margin).equivalent for row in normal(2, 100, fewer, 0.0, spread)])
             < EQUIVALENCE_POWER
         )
 
@@ -135,10 +135,10 @@ def test_a_ratio_is_resampled_over_texts_not_tokens() -> None:
 
 
 def test_texts_are_weighted_by_their_tokens() -> None:
-    found = bootstrap_ratio(
+    interval = bootstrap_ratio(
         torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]), torch.tensor([5, 5, 9]), seed=0
     )
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("below", [0.0, math.nan])
@@ -149,11 +149,11 @@ def test_a_ratio_without_a_finite_divisor_is_refused(below: float) -> None:
 
 def test_the_interval_of_a_mean_is_near_the_normal_one_for_many_values() -> None:
     values = sample(0, 400, mean=2.0)
-    found = bootstrap_mean(values, seed=1)
+    interval = bootstrap_mean(values, seed=1)
     half = 1.96 * values.std(ddof=1) / 20
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
 def test_one_seed_gives_one_interval() -> None:
@@ -163,39 +163,39 @@ def test_one_seed_gives_one_interval() -> None:
 
 @pytest.mark.parametrize("values", [[0.7], [0.1] * 7, [0.0, 0.0]])
 def test_values_without_spread_have_an_interval_without_width(values: list[float]) -> None:
-    found = bootstrap_mean(np.array(values), seed=0)
-    assert (found.value, found.low, found.high) == pytest.approx((values[0],) * 3)
+    interval = bootstrap_mean(np.array(values), seed=0)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((values[0],) * 3)
 
 
 def test_one_success_in_many_has_an_interval_from_zero() -> None:
-    found = bootstrap_mean(np.array([0.0] * 9 + [1.0]), seed=0)
-    assert found.low == pytest.approx(0.0)
-    assert 0.1 < found.high < 0.6
+    interval = bootstrap_mean(np.array([0.0] * 9 + [1.0]), seed=0)
+    assert interval.low == pytest.approx(0.0)
+    assert 0.1 < interval.high < 0.6
 
 
 def test_an_exact_compile_has_a_recovery_of_one() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
-    found = bootstrap_recovery(base, base + effect, base + effect, seed=0)
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+    recovery = bootstrap_recovery(base, base + effect, base + effect, seed=0)
+    assert recovery is not None
+    assert (recovery.value, recovery.low, recovery.high) == pytest.approx((1.0, 1.0, 1.0))
 
 
 def test_recovery_is_linear_in_the_effect() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
     for share in (0.0, 0.5, -0.5):
-        found = bootstrap_recovery(base, base + effect, base + share * effect, seed=0)
-        assert found is not None
-        assert (found.value, found.low, found.high) == pytest.approx((share, share, share))
+        recovery = bootstrap_recovery(base, base + effect, base + share * effect, seed=0)
+        assert recovery is not None
+        assert (recovery.value, recovery.low, recovery.high) == pytest.approx((share, share, share))
 
 
 def test_recovery_is_the_ratio_of_mean_effects_and_its_interval_holds_it() -> None:
     base, effect = sample(0, 40), sample(1, 40, mean=1.0)
     compiled = base + 0.8 * effect + 0.2 * sample(2, 40)
-    found = bootstrap_recovery(base, base + effect, compiled, seed=0)
-    assert found is not None
-    assert found.value == pytest.approx((compiled - base).mean() / effect.mean())
-    assert found.low < found.value < found.high
-    assert found.high - found.low < 0.4
+    recovery = bootstrap_recovery(base, base + effect, compiled, seed=0)
+    assert recovery is not None
+    assert recovery.value == pytest.approx((compiled - base).mean() / effect.mean())
+    assert recovery.low < recovery.value < recovery.high
+    assert recovery.high - recovery.low < 0.4
 
 
 def test_recovery_pairs_the_prompts_so_that_their_spread_does_not_count() -> None:
@@ -215,14 +215,14 @@ def test_where_steering_does_nothing_there_is_no_recovery() -> None:
 
 
 def test_a_recovery_of_constant_effects_has_no_width() -> None:
-    found = bootstrap_recovery(np.zeros(5), np.full(5, 2.0), np.full(5, 1.5), seed=0)
-    assert found == Interval(0.75, 0.75, 0.75)
+    recovery = bootstrap_recovery(np.zeros(5), np.full(5, 2.0), np.full(5, 1.5), seed=0)
+    assert recovery == Interval(0.75, 0.75, 0.75)
 
 
 def test_recovery_of_contradictory_effects_is_uncertain() -> None:
     base = np.zeros(4)
-    found = bootstrap_recovery(base, np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, 0.5, 0.2, 1.0]), seed=0)
-    assert found is None or found.low < found.value, "four prompts that disagree prove nothing"
+    recovery = bootstrap_recovery(base, np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, 0.5, 0.2, 1.0]), seed=0)
+    assert recovery is None or recovery.low < recovery.value, "four prompts that disagree prove nothing"
 
 
 def test_an_interval_as_text() -> None:

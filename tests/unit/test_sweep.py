@@ -28,8 +28,8 @@ class Rising(ContrastEvaluator):
     """A random model may find neutral text more likely when it is steered; this one's perplexity has a known wall."""
 
     def perplexity_ratio(self, program: Program) -> float:
-        (one,) = program.interventions
-        return math.exp(0.11 * one.coefficient**2 / (1 + one.site.layer))
+        (intervention,) = program.interventions
+        return math.exp(0.11 * intervention.coefficient**2 / (1 + intervention.site.layer))
 
 
 def rising() -> ContrastEvaluator:
@@ -77,8 +77,8 @@ def test_the_solver_is_within_its_tolerance_for_curves_that_are_no_parabolas(pow
         return math.pow(c / root, power) * 0.3 + 0.02 * math.pow(c / root, 4) - 0.02
 
     below, near = (solve(curve, 0.3, below=below) for below in (True, False))
-    for found in (below, near):
-        assert found.coefficient == pytest.approx(root, rel=0.02) and len(found.evaluations) <= 8
+    for solution in (below, near):
+        assert solution.coefficient == pytest.approx(root, rel=0.02) and len(solution.evaluations) <= 8
     assert (below.coefficient or math.inf) <= root * (1 + 1e-9)
 
 
@@ -89,9 +89,9 @@ def test_a_target_out_of_reach_skips_the_layer_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("near", "asked"), [(1.0, [1.0, 1.5, 2.0]), (1.6, [1.5, 2.0]), (9.0, [3.0, 2.0, 1.5]), (0.1, 4)]
+    ("near", "evaluated"), [(1.0, [1.0, 1.5, 2.0]), (1.6, [1.5, 2.0]), (9.0, [3.0, 2.0, 1.5]), (0.1, 4)]
 )
-def test_climb_starts_near_the_last_coefficient(near: float, asked: list[float] | int) -> None:
+def test_climb_starts_near_the_last_coefficient(near: float, evaluated: list[float] | int) -> None:
     seen: list[float] = []
 
     def holds(value: float) -> bool:
@@ -99,7 +99,7 @@ def test_climb_starts_near_the_last_coefficient(near: float, asked: list[float] 
         return value < 1.8
 
     assert climb(holds, [0.5, 1.0, 1.5, 2.0, 3.0], near) == 1.5
-    assert seen == asked or len(seen) == asked
+    assert seen == evaluated or len(seen) == evaluated
     assert climb(lambda _value: False, [0.5, 1.0], near) is None
     assert climb(lambda _value: True, [0.5, 1.0], near) == 1.0
 

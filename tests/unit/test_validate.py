@@ -23,8 +23,8 @@ from tests.helpers.validation import behaviour, chat_model, recipe, toward_w40, 
 def test_the_chosen_program_is_measured_on_test_data() -> None:
     result = usual_validation()
     report, program = result.report, result.program
-    (one,) = program.interventions
-    assert (one.site.layer, one.coefficient) == (report.layer, report.coefficient)
+    (intervention,) = program.interventions
+    assert (intervention.site.layer, intervention.coefficient) == (report.layer, report.coefficient)
     assert (report.kind, report.n_pairs, report.n_prompts) == ("validation report", 12, 8)
     evaluator = ContrastEvaluator(chat_model(), behaviour().test)
     assert report.margin.value == pytest.approx(evaluator.effects([program]).mean(), abs=1e-4)
@@ -109,12 +109,12 @@ def test_another_behaviour_s_pairs_give_a_control(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     rows = [{"prompt": words(s, 3), "positive": f"w77 {words(s + 9, 3)}", "negative": "w12 w13"} for s in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    one = recipe(tmp_path, other_behaviour=Path("other.jsonl"))
-    report = validated(toward_w40(), replace(behaviour(), other_behaviour=other_behaviour(one))).report
+    settings = recipe(tmp_path, other_behaviour=Path("other.jsonl"))
+    report = validated(toward_w40(), replace(behaviour(), other_behaviour=other_behaviour(settings))).report
     assert report.controls.other_behaviour is not None and report.controls.other_behaviour < report.controls.effect
     path.write_text('{"prompt": "w8"}')
     with pytest.raises(RecipeError, match="needed the keys prompt, positive, negative"):
-        other_behaviour(one)
+        other_behaviour(settings)
 
 
 def test_the_power_analysis_is_printed_before_the_sweep() -> None:

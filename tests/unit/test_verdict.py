@@ -88,13 +88,13 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("part", "changes", "wanted", "words"), CASES)
-def test_each_gate_changes_the_verdict_alone(part: str, changes: dict[str, Any], wanted: str, words: str) -> None:
+@pytest.mark.parametrize(("part", "changes", "expected", "words"), CASES)
+def test_each_gate_changes_the_verdict_alone(part: str, changes: dict[str, Any], expected: str, words: str) -> None:
     report = good()
     if part:
         changes = {part: replace(getattr(report, part), **changes)}
     verdict, reasons = decide(replace(report, **changes), options())
-    assert verdict == wanted and any(words in reason for reason in reasons)
+    assert verdict == expected and any(words in reason for reason in reasons)
 
 
 def test_a_direction_that_separates_but_does_not_steer_fails() -> None:
@@ -106,14 +106,16 @@ def test_a_direction_that_separates_but_does_not_steer_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p_random", "p_over_random", "wanted"),
+    ("p_random", "p_over_random", "expected"),
     [(0.013, 1e-4, "pass"), (1e-4, 0.04, "pass"), (0.0015, 0.0015, "inconclusive"), (0.0009, 0.0015, "pass")],
 )
-def test_pairs_or_answers_must_be_outliers_with_bonferroni(p_random: float, p_over_random: float, wanted: str) -> None:
+def test_pairs_or_answers_must_be_outliers_with_bonferroni(
+    p_random: float, p_over_random: float, expected: str
+) -> None:
     report = good()
     controls = replace(report.controls, p_random=p_random)
     scores = replace(report.scores, p_over_random=p_over_random)
-    assert decide(replace(report, controls=controls, scores=scores), options())[0] == wanted
+    assert decide(replace(report, controls=controls, scores=scores), options())[0] == expected
 
 
 def test_a_score_below_the_minimum_fails() -> None:
