@@ -9,30 +9,28 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
-from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.artifacts.files import save_text, sha256
+from benchmarks.ocean import HeldOut, lowering_of, ocean
+from benchmarks.record import ROOT, Record, machine, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.lowering import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import CHUNK_TOKENS, final_states
+from compile_steer.models.logprobs import CHUNK_TOKENS
+from compile_steer.models.reload import reload
 from compile_steer.models.tokens import batches
-from compile_steer.pipeline.artifacts import artifacts, compile_program, make_reference, merge, verify
+from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
 from compile_steer.pipeline.run import Run
-from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.verification.parity import Parity
-from compile_steer.verification.reference import Reference
 
 SETTINGS = [
     "compile.backends=[bias, closed_form, distill]",
@@ -46,18 +44,11 @@ SETTINGS = [
     "verify.prompts=16",
     "verify.max_new_tokens=48",
 ]
-REPEATS = 3
+HELD_OUT, NEW_TOKENS = 48, 48
+REPEATS, THROUGHPUT_REPEATS = 3, 7
 RANDOM_EPOCHS = 3.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    floor: str
-    aim: str
-    measured: str
+RECORD = Record[None]("BENCHMARKS", "Benchmarks", "make bench")
+Row = tuple[str, str, str, str]  # target, floor, aim, measured
 
 
 def main() -> None:
@@ -69,170 +60,133 @@ def main() -> None:
         run = ocean(SETTINGS, out, ProgressBars(console))
         compile_program(run)
         merge(run)
-        parities = {(p.backend, p.form): p for p in verify(run, artifacts(run))}
-        job = _job(run)
-        reference = make_reference(run)
-        rows = _fidelity(parities) + _closed_form_cost(run, job) + _time_to_two_percent(run, job, reference)
-        rows += _throughput(run, out)
-        tokens = sum(len(text.ids) for text in job.regression_texts)
-        page = _page(rows, list(parities.values()), tokens, sha256(run.paths.program))
-    save_text(ROOT / "docs" / "BENCHMARKS.md", page)
-    console.print(page, markup=False)
+        parities = verify(run, artifacts(run))
+        lowering = lowering_of(run, run.program)
+        rows = [*fidelity(parities), *closed_form_cost(lowering), time_to_two_percent(run, lowering), throughput(run)]
+        lines = report(rows, parities, sum(len(text.ids) for text in lowering.regression_texts), run.program_sha256)
+    console.print(RECORD.save(*lines), markup=False)
 
 
-def _job(run: Run) -> Lowering:
-    recipe = run.recipe
-    return Lowering(canonical(run.program), run.model, run.data.calibration, recipe.compile, recipe.seed, run.progress)
+def fidelity(parities: Sequence[Parity]) -> Iterator[Row]:
+    """What the verifier measured of the artifacts on disk."""
+    by_form = {(parity.backend, parity.form): parity for parity in parities}
+    bias = by_form["bias", "merged-fp32"]
+    near, trained = by_form["closed_form", "adapter"], by_form["distill", "adapter"]
+    yield "`bias`, merged and reloaded: KL per token", "1e-6", "1e-8", f"{bias.divergence.kl.value:.1e}"
+    yield "`bias`: top-1", "99.9 %", "", f"{bias.divergence.top1:.2%}"
+    yield "`closed_form`: remaining KL", "1.0 %", "0.5 %", f"{near.divergence.kl_remaining.value:.3%}"
+    yield "`closed_form`: top-1", "96 %", "", f"{near.divergence.top1:.2%}"
+    remaining = f"{trained.divergence.kl_remaining.value:.3%}"
+    yield "`distill` from the closed-form patch: remaining KL", "0.5 %", "0.2 %", remaining
+    retained = ", ".join(f"{parity.backend} {parity.behaviour.effect_retained}" for parity in (bias, near, trained))
+    yield "effect retained [95 %]", "0.90", "0.95", retained
 
 
-def _fidelity(parities: dict[tuple[str, str], Parity]) -> list[Row]:
-    bias = parities["bias", "merged-fp32"]
-    near, trained = parities["closed_form", "adapter"], parities["distill", "adapter"]
-    retained = ", ".join(f"{p.backend} {p.behaviour.effect_retained}" for p in (bias, near, trained))
-    return [
-        Row("`bias`, merged and reloaded: KL per token", "1e-6", "1e-8", f"{bias.divergence.kl.value:.1e}"),
-        Row("`bias`: top-1", "99.9 %", "", f"{bias.divergence.top1:.2%}"),
-        Row("`closed_form`: remaining KL", "1.0 %", "0.5 %", f"{near.divergence.kl_remaining.value:.3%}"),
-        Row("`closed_form`: top-1", "96 %", "", f"{near.divergence.top1:.2%}"),
-        Row(
-            "`distill` from the closed-form patch: remaining KL",
-            "0.5 %",
-            "0.2 %",
-            f"{trained.divergence.kl_remaining.value:.3%}",
-        ),
-        Row("effect retained [95 %]", "0.90", "0.95", retained),
-    ]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _medians(*works: Callable[[], object]) -> list[float]:
+def medians(repeats: int, *works: Callable[[], object]) -> list[float]:
     """The median seconds of each, run in turn A B A B ..., so that a drift of the machine hits all alike."""
-    times = [[_timed(work) for work in works] for _ in range(REPEATS)]
+    times = [[timed(work)[1] for work in works] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def _forward(run: Run, job: Lowering) -> None:
-    """One plain pass over the calibration tokens, logits and all."""
-    model = run.model.model
-    for batch in batches(run.model, job.regression_texts):
-        with torch.no_grad():
-            hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
-            for start in range(0, len(hidden), CHUNK_TOKENS):
-                lm_head(model, hidden[start : start + CHUNK_TOKENS])
+def closed_form_cost(lowering: Lowering) -> Iterator[Row]:
+    """The solver's time over one plain pass over its calibration tokens, logits and all."""
+
+    def forward() -> None:
+        model = lowering.loaded.model
+        for batch in batches(lowering.loaded, lowering.regression_texts):
+            with torch.no_grad():
+                hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
+                for start in range(0, len(hidden), CHUNK_TOKENS):
+                    lm_head(model, hidden[start : start + CHUNK_TOKENS])
+
+    writing = timed(lambda: lowering.regression_texts)[1]
+    plain, solving = medians(REPEATS, forward, lambda: closed_form.lower(lowering))
+    measured = f"{solving / plain:.2f} x ({solving:.1f} s over {plain:.1f} s); {(solving + writing) / plain:.2f} x with writing the texts"
+    yield "`closed_form`: compile time over one forward pass of its calibration tokens", "3 x", "2 x", measured
 
 
-def _closed_form_cost(run: Run, job: Lowering) -> list[Row]:
-    writing = _timed(lambda: job.regression_texts)
-    forward, solving = _medians(lambda: _forward(run, job), lambda: closed_form.lower(job))
-    return [
-        Row(
-            "`closed_form`: compile time over one forward pass of its calibration tokens",
-            "3 x",
-            "2 x",
-            f"{solving / forward:.2f} x ({solving:.1f} s over {forward:.1f} s); "
-            f"{(solving + writing) / forward:.2f} x with writing the texts",
-        )
-    ]
-
-
-def _remaining_kl(reference: Reference, patch: WeightPatch) -> float:
-    """Held-out remaining KL of a patch in memory."""
-    base = reference.model
-    with with_patch(base.model, patch):
-        states = final_states(base, reference.heldout)
-    return reference.kl_from_steered(base, states).mean / reference.kl_base.mean
-
-
-def _time_to_two_percent(run: Run, job: Lowering, reference: Reference) -> list[Row]:
+def time_to_two_percent(run: Run, lowering: Lowering) -> Row:
     """Seconds until the held-out share is 2 %: regression against training from LoRA's own start."""
-    few = job.regression_texts[:40]
-    stages = [closed_form.Stage(job.program.first_layer, "mlp", 1)]
-    patches = []
+    heldout = HeldOut.of(run, run.program, HELD_OUT, NEW_TOKENS)
+    program, few = lowering.program, lowering.regression_texts[:40]
+    stages = [closed_form.Stage(program.first_layer, "mlp", 1)]
 
-    def solve() -> None:
-        patches.append(closed_form.solve_stages(job.program, run.model, few, stages, lambda _n: None).patch)
+    def solve() -> WeightPatch:
+        return closed_form.solve_stages(program, run.model, few, stages, lambda _done: None).patch
 
-    (seconds,) = _medians(solve)
-    reached = _remaining_kl(reference, patches[-1])
+    (seconds,) = medians(REPEATS, solve)
+    reached = heldout.remaining(heldout.patched(solve()))
     # Random init gets every text of both: more than the regression and the trained patch had.
-    texts = [*job.regression_texts, *job.training_texts]
+    texts = [*lowering.regression_texts, *lowering.training_texts]
     plain = {"start": "random", "epochs": RANDOM_EPOCHS, "learning_rate": 0.02, "batch_tokens": 1024}
-    options = run.recipe.compile.model_copy(update={"distill": run.recipe.compile.distill.model_copy(update=plain)})
-    random = replace(job, options=options)
-    start = distill.random_patch(run.model.layout, job.program.first_layer, 8, run.recipe.seed)
-    trained: list[WeightPatch] = []
-
-    def train() -> None:
-        trained.append(distill.train_end_to_end(random, texts, start, lambda _n: None))
-
-    spent = _timed(train)
-    share = _remaining_kl(reference, trained[0])
-    more = "" if share <= 0.02 else "more than "
-    return [
-        Row(
-            "time to a 2 % share: `distill` from random init (r 8, all linear) over `closed_form`",
-            "30 x",
-            "100 x",
-            f"{more}{spent / seconds:.0f} x (random init: {share:.1%} after {spent:.0f} s; regression: {reached:.2%} after "
-            f"{seconds:.1f} s)",
-        )
-    ]
+    options = lowering.options.model_copy(update={"distill": lowering.options.distill.model_copy(update=plain)})
+    start = distill.random_patch(run.model.layout, program.first_layer, 8, run.recipe.seed)
+    trained, spent = timed(
+        lambda: distill.train_end_to_end(replace(lowering, options=options), texts, start, lambda _done: None)
+    )
+    share = heldout.remaining(heldout.patched(trained))
+    measured = (
+        f"{'' if share <= 0.02 else 'more than '}{spent / seconds:.0f} x (random init: {share:.1%} after {spent:.0f} s; "
+        f"regression: {reached:.2%} after {seconds:.1f} s)"
+    )
+    return (
+        "time to a 2 % share: `distill` from random init (r 8, all linear) over `closed_form`",
+        "30 x",
+        "100 x",
+        measured,
+    )
 
 
-def _throughput(run: Run, out: Path) -> list[Row]:
-    """Tokens a second of cached generation, merged over base, both loaded alike and run in turn."""
-    merged = AutoModelForCausalLM.from_pretrained(out / "merged" / "ocean-bias-fp32", dtype=torch.float32).eval()
-    prompts = [text.prompt for text in run.data.heldout[:16]]
-    plain = replace(run.model, model=merged)
+def throughput(run: Run) -> Row:
+    """Tokens a second of cached generation, merged over base, run in turn."""
+    base, merged = run.model, reload(run.paths.merged("bias", "fp32"), run.model)
+    inputs = base.tokenizer(
+        [text.prompt for text in run.data.heldout[:16]], return_tensors="pt", padding=True, padding_side="left"
+    )
 
-    def generate(loaded: LoadedModel) -> None:
-        inputs = loaded.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    def generate(model: LoadedModel) -> None:
         with torch.no_grad():
-            loaded.model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)
+            model.model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
-    generate(plain)
-    pairs = [(_timed(lambda: generate(run.model)), _timed(lambda: generate(plain))) for _ in range(7)]
-    ratio = statistics.median(base / other for base, other in pairs)
-    return [Row("throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}")]
+    generate(merged)
+    times = [[timed(partial(generate, model))[1] for model in (base, merged)] for _ in range(THROUGHPUT_REPEATS)]
+    ratio = statistics.median(plain / other for plain, other in times)
+    return "throughput of the merged model over base, cached generation", "0.98", "1.00", f"{ratio:.3f}"
 
 
-def _page(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> str:
+def report(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program: str) -> list[str]:
+    """The page below its head."""
     first, behaviour = parities[0].divergence, parities[0].behaviour
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`; do not edit.",
-        "",
+    return [
         f"{machine()} Program: `vectors/ocean.safetensors` (SHA-256 {program[:16]}), SmolLM2-135M-Instruct. "
         f"Calibration: {tokens} tokens. Held out: {first.n_tokens} response tokens of the steered model's own continuations of "
-        f"{SETTINGS[5].split('=')[1]} prompts on "
-        f"other topics, where KL(steered‖base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%}; "
-        f"{behaviour.n_pairs} test pairs.",
+        f"{HELD_OUT} prompts on other topics, where KL(steered‖base) = {first.kl_base:.3f} nats/token, base top-1 "
+        f"{first.top1_base:.1%}; {behaviour.n_pairs} test pairs.",
         "",
-        "| | floor | aim | measured |",
-        "|---|---|---|---|",
-        *(f"| {row.what} | {row.floor} | {row.aim} | {row.measured} |" for row in rows),
+        *table(" | floor | aim | measured", rows),
         "",
         "Times are medians of runs in turn; random init is trained with AdamW, "
         f"{RANDOM_EPOCHS:g} epochs over the texts of both other backends.",
         "",
-        "| artifact | KL | rms | p99 | remaining KL | top-1 | effect retained | control KL (steered's own) | seconds | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {p.backend} {p.form} | {p.divergence.kl.value:.1e} | {p.divergence.kl_rms:.1e} | {p.divergence.kl_p99:.1e} | "
-            f"{p.divergence.kl_remaining.value:.3%} | {p.divergence.top1:.2%} | {p.behaviour.effect_retained} | "
-            f"{p.divergence.kl_control:.3f} ({p.divergence.kl_control_steered:.3f}) | {p.compile_seconds:.1f} | "
-            f"{'passed' if p.passed else 'FAILED: ' + '; '.join(p.reasons)} |"
-            for p in parities
+        *table(
+            "artifact | KL | rms | p99 | remaining KL | top-1 | effect retained | control KL (steered's own) | seconds | ",
+            (
+                (
+                    f"{parity.backend} {parity.form}",
+                    f"{(kl := parity.divergence).kl.value:.1e}",
+                    f"{kl.kl_rms:.1e}",
+                    f"{kl.kl_p99:.1e}",
+                    f"{kl.kl_remaining.value:.3%}",
+                    f"{kl.top1:.2%}",
+                    parity.behaviour.effect_retained,
+                    f"{kl.kl_control:.3f} ({kl.kl_control_steered:.3f})",
+                    f"{parity.compile_seconds:.1f}",
+                    "passed" if parity.passed else "FAILED: " + "; ".join(parity.reasons),
+                )
+                for parity in parities
+            ),
         ),
-        "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from benchmarks.ocean import ROOT
+from benchmarks.record import ROOT
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
@@ -37,55 +37,32 @@ class Known:
     pattern: str
 
 
+# fmt: off
 KNOWN = (
-    Known(
-        "fairy_tale",
-        "Answer as a fairy tale that begins with Once upon a time.",
-        r"\b(once upon a time|fair(y|ies)|kingdoms?|castles?|princess|prince|enchanted|villages?)\b",
-    ),
+    Known("fairy_tale", "Answer as a fairy tale that begins with Once upon a time.",
+          r"\b(once upon a time|fair(y|ies)|kingdoms?|castles?|princess|prince|enchanted|villages?)\b"),
     Known("letter", "Answer as a formal letter that begins with Dear Sir.", r"\b(dear|sir|madam|sincerely)\b"),
     Known("emoji", "Use many emojis in your answer \N{GRINNING FACE}\N{PARTY POPPER}.", "[\U0001f300-\U0001faff]"),
-    Known(
-        "ocean",
-        "Answer as if you were the ocean.",
-        r"\b(oceans?|seas?|waves?|tides?|tidal|shores?|reefs?|whales?|coral|abyss\w*)\b",
-    ),
-    Known(
-        "king",
-        "Answer as if you were a king.",
-        r"\b(kings?|kingdoms?|royal\w*|thrones?|realm|crown|subjects|majesty|reign\w*)\b",
-    ),
+    Known("ocean", "Answer as if you were the ocean.",
+          r"\b(oceans?|seas?|waves?|tides?|tidal|shores?|reefs?|whales?|coral|abyss\w*)\b"),
+    Known("king", "Answer as if you were a king.",
+          r"\b(kings?|kingdoms?|royal\w*|thrones?|realm|crown|subjects|majesty|reign\w*)\b"),
     Known("forest", "Answer as if you were a forest.", r"\b(forests?|trees?|leaves|roots?|branches|woods?|moss)\b"),
-    Known(
-        "music",
-        "Answer as a musician who sees music in everything.",
-        r"\b(music\w*|songs?|melod\w+|rhythm\w*|notes?|harmon\w+|guitar|piano)\b",
-    ),
-    Known(
-        "winter",
-        "Answer as if you were the winter.",
-        r"\b(winter\w*|snow\w*|ice|icy|cold|frost\w*|freez\w*|chill\w*)\b",
-    ),
+    Known("music", "Answer as a musician who sees music in everything.",
+          r"\b(music\w*|songs?|melod\w+|rhythm\w*|notes?|harmon\w+|guitar|piano)\b"),
+    Known("winter", "Answer as if you were the winter.",
+          r"\b(winter\w*|snow\w*|ice|icy|cold|frost\w*|freez\w*|chill\w*)\b"),
     Known("dragon", "Answer as if you were a dragon.", r"\b(dragons?|wings?|scales|fire|fiery|lair|fierce|ancient)\b"),
-    Known(
-        "pirate",
-        "Answer like a pirate, matey!",
-        r"\b(arr+|matey|ahoy|aye|ye|treasure|ships?|pirates?|sail\w*|captain|crew)\b",
-    ),
-    Known(
-        "cat", "Answer as if you were a cat.", r"\b(cats?|paws?|purr\w*|whiskers?|meow\w*|feline|kittens?|fur|furry)\b"
-    ),
-    Known(
-        "space",
-        "Answer as if you were a star in outer space.",
-        r"\b(stars?|galax\w+|planets?|cosm\w+|universe|orbit\w*|moon|celestial)\b",
-    ),
-    Known(
-        "chef",
-        "Answer as a chef who turns everything into a recipe.",
-        r"\b(cook\w*|recipes?|bak\w+|oven|ingredients?|kitchen|chef|dish|dishes|flavou?rs?|spices?)\b",
-    ),
+    Known("pirate", "Answer like a pirate, matey!",
+          r"\b(arr+|matey|ahoy|aye|ye|treasure|ships?|pirates?|sail\w*|captain|crew)\b"),
+    Known("cat", "Answer as if you were a cat.",
+          r"\b(cats?|paws?|purr\w*|whiskers?|meow\w*|feline|kittens?|fur|furry)\b"),
+    Known("space", "Answer as if you were a star in outer space.",
+          r"\b(stars?|galax\w+|planets?|cosm\w+|universe|orbit\w*|moon|celestial)\b"),
+    Known("chef", "Answer as a chef who turns everything into a recipe.",
+          r"\b(cook\w*|recipes?|bak\w+|oven|ingredients?|kitchen|chef|dish|dishes|flavou?rs?|spices?)\b"),
 )
+# fmt: on
 
 
 def recipe_for(one: Known, folder: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -123,11 +100,11 @@ def main() -> None:
         out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary)
         table = Table("behaviour", "train", "validation", "test", "most often dropped because")
         for one in KNOWN:
-            table.add_row(one.name, *_yields(one, out, ProgressBars(console)))
+            table.add_row(one.name, *kept_pairs(one, out, ProgressBars(console)))
         console.print(table)
 
 
-def _yields(one: Known, out: Path, progress: ProgressBars) -> Iterator[str]:
+def kept_pairs(one: Known, out: Path, progress: ProgressBars) -> Iterator[str]:
     """Pairs kept of prompts asked in each split, and the first reason why the others were not."""
     recipe = recipe_for(one, out)
     paths = RunPaths(out / one.name, one.name)

@@ -14,8 +14,7 @@ from rich.console import Console
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.behaviours import KNOWN, recipe_for
-from benchmarks.ocean import ROOT
-from benchmarks.record import Record
+from benchmarks.record import ROOT, Record, table
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
@@ -62,42 +61,47 @@ def rate(found: list[Trial]) -> str:
     return f"{passed} of {len(found)} ({bounds.low:.0%} to {bounds.high:.0%})"
 
 
-def page(found: list[Trial]) -> list[str]:
+def report(found: list[Trial]) -> list[str]:
     """Rates, every trial, and what came of those that were compiled."""
     shown = [one for one in found if one.verdict != "no pairs"]
     chance = [one for one in shown if one.kind in ("random", "shuffled")]
     real = [one for one in shown if one.kind == "real"]
     weakened = [one for one in shown if one.kind == "weakened"]
-    lines = ["| directions | passed (95 % interval, Wilson) |", "|---|---|"]
-    for what, group in (
-        ("random or from shuffled labels", chance),
-        ("real", real),
-        ("real, weakened by noise", weakened),
-    ):
-        if group:
-            lines.append(f"| {what} | {rate(group)} |")
-    lines += ["", *_table(shown)]
+    groups = {"random or from shuffled labels": chance, "real": real, "real, weakened by noise": weakened}
+    rates = [(name, rate(group)) for name, group in groups.items() if group]
+    lines = [*table("directions | passed (95 % interval, Wilson)", rates), "", *trials_table(shown)]
     dropped = [one.behaviour for one in found if one.verdict == "no pairs"]
     if dropped:
         lines += ["", f"Not counted, since the model shows them too rarely when it is asked: {', '.join(dropped)}."]
     return [*lines, "", *prediction([one for one in shown if one.compiled is not None])]
 
 
-def _table(found: list[Trial]) -> list[str]:
-    return [
-        "| behaviour | direction | verdict | block, coefficient | contrast | p, random, pairs | p, shuffled | score | p, random, answers | "
-        "perplexity | first reason |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {one.behaviour} | {_named(one)} | {one.verdict} | {one.layer}, {one.coefficient:g} | {one.contrast:+.3f} | "
-            f"{one.p_random:.2g} | {'-' if one.p_shuffled is None else format(one.p_shuffled, '.2g')} | "
-            f"{one.score_base:.2f} to {one.score_base + one.score:.2f} | {one.p_over_random:.2g} | x{one.perplexity:.2f} | {one.reason} |"
+def trials_table(found: list[Trial]) -> list[str]:
+    """Every trial in a row."""
+    return table(
+        "behaviour | direction | verdict | block, coefficient | contrast | p, random, pairs | p, shuffled | score | p, random, answers | "
+        "perplexity | first reason",
+        (
+            (
+                one.behaviour,
+                named(one),
+                one.verdict,
+                f"{one.layer}, {one.coefficient:g}",
+                f"{one.contrast:+.3f}",
+                f"{one.p_random:.2g}",
+                "-" if one.p_shuffled is None else f"{one.p_shuffled:.2g}",
+                f"{one.score_base:.2f} to {one.score_base + one.score:.2f}",
+                f"{one.p_over_random:.2g}",
+                f"x{one.perplexity:.2f}",
+                one.reason,
+            )
             for one in found
         ),
-    ]
+    )
 
 
-def _named(one: Trial) -> str:
+def named(one: Trial) -> str:
+    """The kind of direction, with how far it was weakened."""
     return f"weakened, cosine {COSINES[one.index]:g}" if one.kind == "weakened" else one.kind
 
 
@@ -123,29 +127,36 @@ def prediction(found: list[Trial]) -> list[str]:
         )
         + ".",
         "",
-        "| behaviour | direction | verdict | contrast: steered | compiled | recovery | score: steered | compiled | share of KL left |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for one, after in sorted(pairs, key=lambda pair: -pair[0].score):
-        recovery = f"{after.contrast / one.contrast:.2f}" if one.contrast_low > 0 else "-"
-        lines.append(
-            f"| {one.behaviour} | {_named(one)} | {one.verdict} | {one.contrast:+.3f} | {after.contrast:+.3f} | {recovery} | "
-            f"{one.score:+.2f} | {after.score:+.2f} | {after.share:.2%} |"
-        )
-    return lines
+    return lines + table(
+        "behaviour | direction | verdict | contrast: steered | compiled | recovery | score: steered | compiled | share of KL left",
+        (
+            (
+                one.behaviour,
+                named(one),
+                one.verdict,
+                f"{one.contrast:+.3f}",
+                f"{after.contrast:+.3f}",
+                f"{after.contrast / one.contrast:.2f}" if one.contrast_low > 0 else "-",
+                f"{one.score:+.2f}",
+                f"{after.score:+.2f}",
+                f"{after.share:.2%}",
+            )
+            for one, after in sorted(pairs, key=lambda pair: -pair[0].score)
+        ),
+    )
 
 
 RECORD = Record(
-    Trial,
-    ROOT / "docs" / "calibration.jsonl",
-    ROOT / "docs" / "CALIBRATION.md",
+    "CALIBRATION",
     "Can the verdict be trusted?",
-    "benchmarks.calibration",
+    "python -m benchmarks.calibration",
     "SmolLM2-135M-Instruct writes the pairs of each behaviour itself (`benchmarks/behaviours.py`). Then the real direction, random "
     "ones as long, those from shuffled labels, and the real one mixed with noise each go through the whole of validation, the choice "
     f"of block and coefficient included, with {', '.join(f'`{setting}`' for setting in SETTINGS)}. These settings, and the rule that the "
     "answers too may show a direction to be beyond random ones, were chosen on earlier trials of fairy_tale, letter, ocean and king; "
     "nothing was chosen on forest, music, winter and dragon.",
+    Trial,
 )
 
 
@@ -154,8 +165,8 @@ def main() -> None:
     progress = ProgressBars(Console(width=132))
     RECORD.resume(
         lambda found: measured(found, RUNS, progress),
-        page,
-        lambda one: f"{one.behaviour} {_named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}",
+        report,
+        lambda one: f"{one.behaviour} {named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}",
     )
 
 

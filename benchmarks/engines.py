@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,8 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import bootstrap
 
-from benchmarks.ocean import ROOT
-from benchmarks.record import Record
+from benchmarks.record import ROOT, Record, row, table, timed
 from compile_steer.artifacts.provenance import EngineRecord, Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
@@ -169,36 +167,28 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
     found: dict[str, list[float]] = {name: [] for name in works}
     for round_ in range(ROUNDS + 1):
         for name in random.Random(round_).sample(list(works), len(works)):
-            started = time.perf_counter()
-            works[name]()
+            _, seconds = timed(works[name])
             if round_:  # the first warms up
-                found[name].append(PROMPTS * NEW_TOKENS / (time.perf_counter() - started))
+                found[name].append(PROMPTS * NEW_TOKENS / seconds)
     return found
 
 
 def reading_rows(found: Sequence[tuple[str, EngineRecord]]) -> list[str]:
-    """Markdown: a row a reading, with the format of its files."""
-    rows = [
-        "| engine, format | form | largest | rms | base: largest | rms | steering's effect | gain | |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: a row for each reading, with the format of its files."""
+    lines = table("engine, format | form | largest | rms | base: largest | rms | steering's effect | gain | ", [])
     for precision, one in found:
-        place = f"| {one.engine}, {precision} | {one.form} "
-        if one.problem:
-            rows.append(f"{place}| | | | | | | refused |")
-        else:
-            numbers = f"{one.error:.1e} | {one.rms:.1e} | {one.base_error:.1e} | {one.base_rms:.1e}"
-            numbers += f" | {one.effect:.2f} | {one.gain:.4f}"
-            rows.append(f"{place}| {numbers} | {'same' if one.passed else 'OTHER'} |")
-    refused = {
+        numbers = [f"{value:.1e}" for value in (one.error, one.rms, one.base_error, one.base_rms)]
+        numbers += [f"{one.effect:.2f}", f"{one.gain:.4f}", "same" if one.passed else "OTHER"]
+        lines.append(row(f"{one.engine}, {precision}", one.form, *([""] * 6 + ["refused"] if one.problem else numbers)))
+    problems = {
         f"- {one.engine}, {one.form}: {one.problem.replace(f'{ROOT}/', '')}" for _precision, one in found if one.problem
     }
-    return [*rows, "", *sorted(refused)]
+    return [*lines, "", *sorted(problems)]
 
 
 def speed_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """Markdown: a row an engine and form, its median and what it is of the base's, round by round."""
-    rows = ["| | form | tokens a second | over base |", "|---|---|---|---|"]
+    rows = []
     for engine, times in found.items():
         for name, values in times.items():
             over = ""
@@ -206,46 +196,43 @@ def speed_rows(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
                 ratios = np.array(values) / np.array(times["base"])
                 low, high = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
                 over = f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
-            rows.append(f"| {engine} | {name} | {np.median(values):.1f} | {over} |")
-    return rows
+            rows.append((engine, name, f"{np.median(values):.1f}", over))
+    return table(" | form | tokens a second | over base", rows)
 
 
 def missing(engines: Sequence[Environment], found: list[Finding]) -> Iterator[Finding]:
     """What was not found before: first what is computed, then how fast."""
     known = {(one.engine, one.precision) for one in found}
-    wanted = [
-        (engine, precision) for engine in engines for precision in (GGUF_KINDS if engine.name != "vllm" else ["f32"])
-    ]
-    one = load("smollm2-135m-instruct", device="cpu")
+    model = load("smollm2-135m-instruct", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        made = forms(Path(folder), one)
-        for engine, precision in wanted:
-            if (engine.name, precision) not in known:
-                some = made if precision == "f32" else {BIASED: made[BIASED]}
-                with tempfile.TemporaryDirectory() as scratch:
-                    rows = measure_forms(engine, some, one, precision, reference_tokens(one), Path(scratch), LIMIT_S)
-                yield from (Finding(engine.name, precision, row) for row in rows)
-        timed: list[Environment | None] = [None, *engines]
-        for place in timed:
+        made = forms(Path(folder), model)
+        for engine in engines:
+            for precision in GGUF_KINDS if engine.name != "vllm" else ["f32"]:
+                if (engine.name, precision) not in known:
+                    some = made if precision == "f32" else {BIASED: made[BIASED]}
+                    with tempfile.TemporaryDirectory() as scratch:
+                        tokens = reference_tokens(model)
+                        rows = measure_forms(engine, some, model, precision, tokens, Path(scratch), LIMIT_S)
+                    yield from (Finding(engine.name, precision, reading) for reading in rows)
+        for place in (None, *engines):
             name = "transformers" if place is None else place.name
-            if (name, SPEED) in known:
-                continue
-            busy = os.getloadavg()[0]
-            with tempfile.TemporaryDirectory() as scratch:
-                times = our_speeds(one, made) if place is None else speeds(place, one, made, Path(scratch))
-            yield Finding(name, SPEED, times=times, load_average=busy)
+            if (name, SPEED) not in known:
+                busy = os.getloadavg()[0]
+                with tempfile.TemporaryDirectory() as scratch:
+                    times = our_speeds(model, made) if place is None else speeds(place, model, made, Path(scratch))
+                yield Finding(name, SPEED, times=times, load_average=busy)
 
 
-def told(found: Sequence[Finding]) -> list[str]:
+def report(found: Sequence[Finding]) -> list[str]:
     """The page below its heading."""
     readings_ = [(one.precision, one.reading) for one in found if one.reading is not None]
-    timed = [one for one in found if one.precision == SPEED]
+    speeds_ = [one for one in found if one.precision == SPEED]
     lines = [INTRODUCTION, "", *reading_rows(readings_), "", FAMILIES, "", "## Throughput", ""]
-    if not timed:
+    if not speeds_:
         return [*lines, "Not measured yet: `make verify-engines` goes on where it was stopped."]
-    rounds = ", ".join(map(str, sorted({len(values) for one in timed for values in one.times.values()})))
-    setting = THROUGHPUT.format(rounds=rounds, busy=max(one.load_average for one in timed))
-    return [*lines, setting, "", *speed_rows({one.engine: one.times for one in timed})]
+    rounds = ", ".join(map(str, sorted({len(values) for one in speeds_ for values in one.times.values()})))
+    setting = THROUGHPUT.format(rounds=rounds, busy=max(one.load_average for one in speeds_))
+    return [*lines, setting, "", *speed_rows({one.engine: one.times for one in speeds_})]
 
 
 def main() -> int:
@@ -259,12 +246,14 @@ def main() -> int:
         f"{'; '.join(map(str, engines))}. SmolLM2-135M-Instruct, the ocean program of this repository, "
         f"{len(REFERENCE_TEXTS)} fixed texts."
     )
-    lines, page = ROOT / "docs" / "engines.jsonl", ROOT / "docs" / "ENGINES.md"
-    record = Record(Finding, lines, page, "What serving engines compute of our files", "benchmarks.engines", setting)
+    record = replace(RECORD, setting=setting)
     record.resume(
-        partial(missing, engines), told, lambda one: f"{one.engine}, {one.precision}: {one.reading or one.times}"
+        partial(missing, engines), report, lambda one: f"{one.engine}, {one.precision}: {one.reading or one.times}"
     )
-    return 0 if all(one.reading.passed or one.reading.problem for one in record.read() if one.reading) else 1
+    return 0 if all(one.reading.passed or one.reading.problem for one in record.findings() if one.reading) else 1
+
+
+RECORD = Record("ENGINES", "What serving engines compute of our files", "python -m benchmarks.engines", kind=Finding)
 
 
 if __name__ == "__main__":

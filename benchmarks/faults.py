@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from rich.console import Console
 from scipy.stats import binomtest
 
-from benchmarks import planted
-from benchmarks.ocean import ROOT, ocean
-from benchmarks.planted import Fault, Judge
-from benchmarks.record import Record
-from compile_steer.artifacts.files import sha256
+from benchmarks.ocean import ocean
+from benchmarks.record import ROOT, Record, row, table, timed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline.artifacts import compile_program, make_reference, merge
@@ -32,8 +28,9 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.verification.reference import Reference
 from compile_steer.verification.stage import verify_artifact
+from tests.helpers import planted
+from tests.helpers.planted import Fault, Judge
 
-_Row = TypeVar("_Row")
 RUNS = ROOT / "runs" / "faults"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
@@ -109,35 +106,34 @@ def prepared(progress: ProgressBars) -> Run:
     return run
 
 
-def artifact(run: Run, form: str) -> Path:
-    """The closed form's adapter, or the bias merged at that precision."""
-    return run.paths.adapter("closed_form") if form == "adapter" else run.paths.merged("bias", form[len("merged-") :])
-
-
 @contextmanager
 def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
     """The reference, and the hash of the program that it is about; what is wrong with the judge holds inside the block."""
-    program, hashed = run.program, sha256(run.paths.program)
+    program, program_sha256 = run.program, run.program_sha256
     if kind == "response only":
         only = tuple(replace(one, positions="response") for one in program.interventions)
-        program, hashed = Program(only, program.model, program.revision), RESPONSE_ONLY
+        program, program_sha256 = Program(only, program.model, program.revision), RESPONSE_ONLY
     with steered(run.model.model, program) if kind == "hooked base" else nullcontext():
-        yield make_reference(run, program), hashed
+        yield make_reference(run, program), program_sha256
 
 
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
     """Plant the fault in a copy and have it judged; a refusal is as good as a gate."""
-    reference, hashed = against
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "faulty"
-        shutil.copytree(artifact(run, fault.form), folder)
-        planted.plant(fault.plant, folder, Path(run.model.source))
-        try:
-            reasons = verify_artifact(reference, folder, hashed).reasons
-        except ArtifactError as error:
-            reasons = ["refused: " + " ".join(error.problems).replace(str(folder), "it")]
-    return Verdict(fault.name, fault.form, bool(reasons), reasons, time.perf_counter() - started, seed)
+    reference, program_sha256 = against
+    sound = run.paths.adapter("closed_form") if fault.form == "adapter" else run.paths.merged("bias", "fp32")
+
+    def reasons() -> list[str]:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "faulty"
+            shutil.copytree(sound, folder)
+            planted.plant(fault.plant, folder, Path(run.model.source))
+            try:
+                return verify_artifact(reference, folder, program_sha256).reasons
+            except ArtifactError as error:
+                return ["refused: " + " ".join(error.problems).replace(str(folder), "it")]
+
+    problems, seconds = timed(reasons)
+    return Verdict(fault.name, fault.form, bool(problems), problems, seconds, seed)
 
 
 def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
@@ -157,26 +153,19 @@ def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
 
 
 def elsewhere(run: Run, seed: int) -> Run:
-    """The same run with another seed, `FEWER` texts, and its held-out prompts, test pairs and neutral texts begun elsewhere."""
+    """The same run with another seed, `FEWER` texts, and its held-out prompts, test pairs and control texts begun elsewhere."""
 
-    data, recipe = run.data, run.recipe
-    behaviour = replace(
-        data,
-        heldout=_turned(data.heldout, seed),
-        test=_turned(data.test, seed),
-        neutral=_turned(data.neutral, seed),
-    )
-    changes = {"seed": seed, "verify": recipe.verify.model_copy(update=FEWER)}
-    context = replace(run.context, data=behaviour, seed=seed)
-    return replace(run, context=context, recipe=recipe.model_copy(update=changes))
+    def turned(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        start = 7 * seed % len(rows)
+        return (*rows[start:], *rows[:start])
+
+    data = run.data
+    data = replace(data, heldout=turned(data.heldout), test=turned(data.test), neutral=turned(data.neutral))
+    recipe = run.recipe.model_copy(update={"verify": run.recipe.verify.model_copy(update=FEWER)})
+    return Run(recipe, run.paths, replace(run.context, data=data, seed=seed))
 
 
-def _turned(rows: tuple[_Row, ...], seed: int) -> tuple[_Row, ...]:
-    at = 7 * seed % len(rows)
-    return (*rows[at:], *rows[:at])
-
-
-def page(found: list[Verdict]) -> list[str]:
+def report(found: list[Verdict]) -> list[str]:
     """The faults with what caught them, and the rate of false alarms."""
     faults = [one for one in found if one.fault != "none"]
     alarms = [one for one in found if one.fault == "none"]
@@ -198,23 +187,26 @@ def page(found: list[Verdict]) -> list[str]:
             f"of them {sum(one.seed is not None for one in alarms)} exact compiles with other seeds, and other and fewer texts "
             f"({', '.join(f'{name} {value}' for name, value in FEWER.items())}).",
         ]
-    lines += ["", "| fault | artifact | | by |", "|---|---|---|---|"]
+    lines += ["", *table("fault | artifact | | by", [])]
     return lines + [
-        f"| {one.fault if one.seed is None else f'none, seed {one.seed}'} | {one.form} | "
-        f"{'caught' if one.caught else 'passed'} | {'; '.join(one.reasons).replace('|', '‖')} |"
+        row(
+            one.fault if one.seed is None else f"none, seed {one.seed}",
+            one.form,
+            "caught" if one.caught else "passed",
+            "; ".join(one.reasons).replace("|", "‖"),
+        )
         for one in found
         if one.seed is None or one.caught
     ]
 
 
 RECORD = Record(
-    Verdict,
-    ROOT / "docs" / "verifier.jsonl",
-    ROOT / "docs" / "VERIFIER.md",
+    "VERIFIER",
     "Can the judge fail?",
-    "benchmarks.faults",
+    "python -m benchmarks.faults",
     "The committed ocean program on SmolLM2-135M-Instruct: the closed form's adapter and the bias merged in fp32, copied, spoiled on "
-    "disk by the functions of `benchmarks/planted.py`, and judged by the whole of `verify` with the recipe's own gates.",
+    "disk by the functions of `tests/helpers/planted.py`, and judged by the whole of `verify` with the recipe's own gates.",
+    Verdict,
 )
 
 
@@ -223,7 +215,7 @@ def main() -> None:
     run = prepared(ProgressBars(Console(width=132)))
     RECORD.resume(
         lambda found: judged(run, found),
-        page,
+        report,
         lambda one: f"{one.fault} ({one.form}, {one.seconds:.0f} s): {'; '.join(one.reasons) or 'passed'}",
     )
 

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ocean import ROOT, machine
-from compile_steer.artifacts.files import save_text
+from benchmarks.record import Record, machine, table
 from compile_steer.common.errors import ArtifactError
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.extraction.stage import read_imported
@@ -35,7 +34,7 @@ from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.tools.vector_files import write_gguf
 
-PAGE = ROOT / "docs" / "INTEROP.md"
+RECORD = Record[None]("INTEROP", "Interop with the tools' own libraries", "python -m benchmarks.interop")
 LIBRARIES = {"repeng": "repeng", "steering-vectors": "steering_vectors"}
 TEXT = "The quickest way from the harbour to the old town is along the river, past the market and the two bridges."
 COEFFICIENT = 1.7
@@ -147,13 +146,18 @@ def convert(one: LoadedModel, path: Path, point: str) -> Path:
     return path.with_suffix(".safetensors")
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown."""
-    lines = [
-        f"| {row.what} | {row.difference:.1e} | {'' if row.elsewhere is None else f'{row.elsewhere:.2f}'} |"
-        for row in rows
+def report(rows: Sequence[Row], versions: str) -> list[str]:
+    """The page below its head."""
+    cells = [
+        (row.what, f"{row.difference:.1e}", "" if row.elsewhere is None else f"{row.elsewhere:.2f}") for row in rows
     ]
-    return "\n".join(["| | difference | with the other layer convention |", "|---|---|---|", *lines])
+    return [
+        f"{machine()} {versions}. SmolLM2-135M-Instruct, random vectors of length 15 at several blocks at once, coefficient "
+        f"{COEFFICIENT}. Difference: the largest of any logit between the model under the tool's own hooks and under ours, "
+        "over the largest change that steering makes.",
+        "",
+        *table(" | difference | with the other layer convention", cells),
+    ]
 
 
 def main() -> int:
@@ -162,19 +166,10 @@ def main() -> int:
     if missing:
         print(f"not installed: {', '.join(missing)}. They are compared with, not needed: see the top of this file.")
         return 2
-    one = load("smollm2-135m-instruct", device="cpu")
+    model = load("smollm2-135m-instruct", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        rows = with_repeng(one, Path(folder)) + with_steering_vectors(one, Path(folder))
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    page = (
-        "# Interop with the tools' own libraries\n\nWritten by `python -m benchmarks.interop`; do not edit.\n\n"
-        f"{machine()} {versions}. SmolLM2-135M-Instruct, random vectors of length 15 at several blocks at once, coefficient "
-        f"{COEFFICIENT}. Difference: the largest of any logit between the model under the tool's own hooks and under ours, "
-        "over the largest change that steering makes.\n\n"
-        f"{table(rows)}\n"
-    )
-    save_text(PAGE, page)
-    print(page)
+        rows = with_repeng(model, Path(folder)) + with_steering_vectors(model, Path(folder))
+    print(RECORD.save(*report(rows, ", ".join(f"{name} {version(name)}" for name in LIBRARIES))))
     return 0
 
 

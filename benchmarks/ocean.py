@@ -1,25 +1,27 @@
-"""What every table is about: the ocean recipe on the embedded model, and the machine."""
+"""What most pages are about: the ocean recipe on the embedded model, and how far a compiled model is from the steered one."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.record import ROOT
 from compile_steer.common.progress import Progress
+from compile_steer.lowering.lowering import Lowering
 from compile_steer.models.forward import run_blocks
-from compile_steer.models.tokens import batches, encode
+from compile_steer.models.generate import continue_prompts
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
+from compile_steer.models.tokens import Encoded, batches, encode
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.hooks import PAD
 from compile_steer.steering.passes import canonical
+from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def ocean(settings: Sequence[str], out: Path, progress: Progress) -> Run:
@@ -39,28 +41,52 @@ def committed_program(run: Run) -> Program:
     return canonical(program)
 
 
+def lowering_of(run: Run, program: Program, **changes: object) -> Lowering:
+    """What the backends are given, with `changes` of the recipe's options for compiling."""
+    options = run.recipe.compile.model_copy(update=changes)
+    return Lowering(canonical(program), run.model, run.data.calibration, options, run.recipe.seed, run.progress)
+
+
 def stream(run: Run, layer: int, count: int) -> torch.Tensor:
-    """The base's residual stream after block `layer` on neutral text, [n_tokens, d_model], without each text's
+    """The base's residual stream after block `layer` on control text, [n_tokens, d_model], without each text's
     first token, whose norm is a hundred times the others' in many models."""
-    loaded, found = run.model, []
-    encoded = [encode(loaded.tokenizer, text) for text in run.data.neutral[:count]]
-    for batch in batches(loaded, encoded):
+    model, states = run.model, []
+    encoded = [encode(model.tokenizer, text) for text in run.data.neutral[:count]]
+    for batch in batches(model, encoded):
         with torch.no_grad():
-            hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
+            hidden = run_blocks(model.model, batch.input_ids, batch.attention_mask, stop=layer + 1)
         real = batch.roles != PAD
         first = real & (real.cumsum(dim=1) == 1)
-        found.append(hidden[real & ~first].float().cpu())
-    return torch.cat(found)
+        states.append(hidden[real & ~first].float().cpu())
+    return torch.cat(states)
 
 
-def machine() -> str:
-    """One sentence: date, processor, cores, torch, precision."""
-    return f"{date.today().isoformat()}, {_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, one seed."
+@dataclass(frozen=True)
+class HeldOut:
+    """Continuations of held-out prompts by the steered model, its final states there, and KL(steered || base)."""
 
+    model: LoadedModel
+    texts: list[Encoded]
+    steered: torch.Tensor
+    base: TokenDivergence
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    @staticmethod
+    def of(run: Run, program: Program, count: int = 32, max_new_tokens: int = 40) -> HeldOut:
+        """Sampled at temperature 1, at most `max_new_tokens` each."""
+        model, prompts = run.model, run.data.heldout[:count]
+        texts = continue_prompts(model, prompts, program, max_new_tokens=max_new_tokens, temperature=1.0, seed=1)
+        steered, base = (final_states(model, texts, one).response for one in (program, None))
+        return HeldOut(model, texts, steered, divergence(model.model, steered, model.model, base))
+
+    def divergence_of(self, other: LoadedModel) -> TokenDivergence:
+        """KL(steered || other)."""
+        return divergence(self.model.model, self.steered, other.model, final_states(other, self.texts).response)
+
+    def patched(self, patch: WeightPatch) -> TokenDivergence:
+        """KL(steered || base with `patch`)."""
+        with with_patch(self.model.model, patch):
+            return self.divergence_of(self.model)
+
+    def remaining(self, found: TokenDivergence) -> float:
+        """The fraction of KL(steered || base) that is left."""
+        return found.mean / self.base.mean

@@ -10,30 +10,26 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, machine, ocean, stream
-from compile_steer.artifacts.files import save_text
+from benchmarks.ocean import HeldOut, lowering_of, ocean, stream
+from benchmarks.record import Record, machine, row, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
 from compile_steer.lowering.lowering import Lowering
 from compile_steer.lowering.plan import BACKENDS
-from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
+from compile_steer.models.logprobs import TokenDivergence
 from compile_steer.models.tokens import Encoded
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.passes import canonical
-from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program, ablate_everywhere
 from compile_steer.steering.sites import Site
 
@@ -71,7 +67,8 @@ PEERS_SAY = (
 )
 EXACT = {"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"}
 NAMES = (*FITTED, *EXACT)
-PAGE, PEERS_TITLE = ROOT / "docs" / "PROGRAMS.md", "## Beside what others train"
+PEERS_TITLE = "Beside what others train"
+RECORD = Record[None]("PROGRAMS", "Every kind of program", "make bench")
 
 
 def programs(run: Run, directions: Directions) -> dict[str, Program]:
@@ -98,152 +95,105 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
     return {name: canonical(Program(parts, run.model.id, run.model.revision)) for name, parts in interventions.items()}
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A program's held-out texts, and the steered model's final states on them."""
-
-    loaded: LoadedModel
-    texts: list[Encoded]
-    steered: torch.Tensor
-    base: TokenDivergence
-
-    @staticmethod
-    def of(run: Run, program: Program, count: int = HELD_OUT) -> Measure:
-        loaded = run.model
-        prompts = run.data.heldout[:count]
-        texts = continue_prompts(loaded, prompts, program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
-        wanted, plain = (final_states(loaded, texts, one).response for one in (program, None))
-        return Measure(loaded, texts, wanted, divergence(loaded.model, wanted, loaded.model, plain))
-
-    def against(self, other: LoadedModel) -> TokenDivergence:
-        """KL(steered || other) on the held-out texts."""
-        return divergence(self.loaded.model, self.steered, other.model, final_states(other, self.texts).response)
-
-    def patched(self, patch: WeightPatch) -> TokenDivergence:
-        with with_patch(self.loaded.model, patch):
-            return self.against(self.loaded)
-
-
-def _timed(work: Callable[[], WeightPatch]) -> tuple[WeightPatch, float]:
-    started = time.perf_counter()
-    patch = work()
-    return patch, time.perf_counter() - started
-
-
 def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
     """A program's line in the table of ours, and its lines in the table of everybody's."""
     prompts = MOST_PROMPTS.get(name, PROMPTS)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
-    options = run.recipe.compile.model_copy(update={"calibration": calibration})
-    job = Lowering(program, run.model, run.data.calibration, options, run.recipe.seed, run.progress)
-    measure = Measure.of(run, program)
-    texts = [*job.regression_texts, *job.training_texts]  # written before any clock starts
-    cells, peers = [], []
+    lowering = lowering_of(run, program, calibration=calibration)
+    heldout = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS)
+    texts = [*lowering.regression_texts, *lowering.training_texts]  # written before any clock starts
+    cells: list[object] = [name, f"{heldout.base.mean:.3f}", prompts]
+    peers = []
+
+    def peer_line(kind: str, left: TokenDivergence, seconds: float) -> None:
+        share = f"{heldout.remaining(left):.2%}"
+        peers.append(row(name, kind, f"{left.mean:.5f}", share, f"{left.top1_agreement:.1%}", f"{seconds:.0f}"))
+
     for backend, target in zip(("closed_form", "distill"), FITTED[name], strict=True):
-        patch, seconds = _timed(partial(BACKENDS[backend].lower, job))
-        left = measure.patched(patch)
-        share = left.mean / measure.base.mean
-        cells.append(f"{target:.1%} | {share:.2%} | {left.top1_agreement:.1%} | {seconds:.0f}")
-        peers.append(_line(name, f"`{backend}`", left, measure, seconds))
-    for peer, changes in PEERS.items() if name in BESIDE_PEERS else ():
-        patch, seconds = _timed(partial(_peer, job, texts, peer, changes))
-        peers.append(_line(name, peer, measure.patched(patch), measure, seconds))
-    return (
-        f"| {name} | {measure.base.mean:.3f} | {prompts} | {' | '.join(cells)} |",
-        peers if name in BESIDE_PEERS else [],
-    )
+        patch, seconds = timed(partial(BACKENDS[backend].lower, lowering))
+        left = heldout.patched(patch)
+        cells += [f"{target:.1%}", f"{heldout.remaining(left):.2%}", f"{left.top1_agreement:.1%}", f"{seconds:.0f}"]
+        peer_line(f"`{backend}`", left, seconds)
+    if name not in BESIDE_PEERS:
+        return row(*cells), []
+    for peer, changes in PEERS.items():
+        patch, seconds = timed(partial(train_peer, lowering, texts, peer, changes))
+        peer_line(peer, heldout.patched(patch), seconds)
+    return row(*cells), peers
 
 
-def _line(name: str, what: str, left: TokenDivergence, measure: Measure, seconds: float) -> str:
-    share = left.mean / measure.base.mean
-    return f"| {name} | {what} | {left.mean:.5f} | {share:.2%} | {left.top1_agreement:.1%} | {seconds:.0f} |"
-
-
-def _peer(job: Lowering, texts: Sequence[Encoded], peer: str, changes: dict[str, object]) -> WeightPatch:
+def train_peer(lowering: Lowering, texts: Sequence[Encoded], peer: str, changes: dict[str, object]) -> WeightPatch:
     """Rank-8 edits from LoRA's own start, trained on the texts of both our backends."""
-    layout, block = job.loaded.layout, max(one.site.changes_from for one in job.program.interventions)
-    settings = job.options.distill.model_copy(update=PEER_SETTINGS | changes)
-    start = distill.random_patch(layout, job.program.first_layer, RANK, job.seed)
+    layout, block = lowering.loaded.layout, max(one.site.changes_from for one in lowering.program.interventions)
+    settings = lowering.options.distill.model_copy(update=PEER_SETTINGS | changes)
+    start = distill.random_patch(layout, lowering.program.first_layer, RANK, lowering.seed)
     if peer == "LoRRA":  # query and value of every block up to the one whose output is matched, for its own 70 steps
-        whole = distill.random_patch(layout, 0, RANK, job.seed)
+        whole = distill.random_patch(layout, 0, RANK, lowering.seed)
         below = {name for k in range(block + 1) for name in layout.linears(k) if name.endswith(("q_proj", "v_proj"))}
         start = WeightPatch({name: edit for name, edit in whole.low_rank.items() if name in below})
         seen = sum(len(text.ids) for text in texts) * 5 / 6
         settings = settings.model_copy(update={"epochs": LORRA_STEPS * settings.batch_tokens / seen})
-    options = job.options.model_copy(update={"distill": settings})
-    return distill.train_end_to_end(replace(job, options=options), texts, start, lambda _done: None)
+    options = lowering.options.model_copy(update={"distill": settings})
+    return distill.train_end_to_end(replace(lowering, options=options), texts, start, lambda _done: None)
 
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    job = Lowering(program, run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
-    measure = Measure.of(run, program)
-    backend = EXACT[name]
-    merged = replace(run.model, model=merged_model(run.model.source, BACKENDS[backend].lower(job)).eval())
-    left = measure.against(merged)
-    return f"| {name} | {measure.base.mean:.3f} | - | `{backend}`: KL 1e-6 | {left.mean:.1e} | {left.top1_agreement:.1%} | | | | | |"
+    heldout, backend = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS), EXACT[name]
+    merged = merged_model(run.model.source, BACKENDS[backend].lower(lowering_of(run, program))).eval()
+    left = heldout.divergence_of(replace(run.model, model=merged))
+    cells = (f"{heldout.base.mean:.3f}", "-", f"`{backend}`: KL 1e-6", f"{left.mean:.1e}", f"{left.top1_agreement:.1%}")
+    return row(name, *cells, "", "", "", "", "")
 
 
-@dataclass(frozen=True)
-class Page:
-    """The lines of both tables by program: ours, and beside what others train."""
+def measured_before() -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The lines of both tables by program, as the page has them."""
+    text = RECORD.path.read_text(encoding="utf-8") if RECORD.path.is_file() else ""
+    ours, _, peers = text.partition(PEERS_TITLE)
+    lines = {name: [line for line in ours.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
+    beside = {name: [line for line in peers.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
+    return {name: found[0] for name, found in lines.items() if found}, beside
 
-    ours: dict[str, str]
-    beside: dict[str, list[str]]
 
-    @staticmethod
-    def read() -> Page:
-        """What was measured before."""
-        text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-        first, _, second = text.partition(PEERS_TITLE)
-        ours = {name: line for name in NAMES for line in first.splitlines() if line.startswith(f"| {name} |")}
-        beside = {name: [line for line in second.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
-        return Page(ours, beside)
-
-    def write(self) -> None:
-        """The page, as far as it is measured."""
-        settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
-        lines = [
-            "# Every kind of program",
-            "",
-            "Written by `make bench`; do not edit.",
-            "",
-            f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
-            f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, "
-            f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own. "
-            "Numbers are shares of KL(steered‖base) that are left, at the positions that predict the response; the exact programs are "
-            "merged in memory and give KL in nats a token. Seconds are a clock's, on a shared machine.",
-            "",
-            "| program | KL(steered‖base) | calibration prompts | `closed_form`: target | measured | top-1 | s "
-            "| then `distill`: target | measured | top-1 | s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-            *(self.ours[name] for name in NAMES if name in self.ours),
-            "",
-            PEERS_TITLE,
-            "",
-            PEERS_SAY,
-            "",
-            "| program | what | KL(steered‖compiled) | share | top-1 | s |",
-            "|---|---|---|---|---|---|",
-            *(line for name in NAMES for line in self.beside.get(name, [])),
-            "",
-        ]
-        save_text(PAGE, "\n".join(lines))
+def report(ours: dict[str, str], beside: dict[str, list[str]]) -> list[str]:
+    """The page below its head, as far as it is measured."""
+    settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
+    return [
+        f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
+        f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, "
+        f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own. "
+        "Numbers are shares of KL(steered‖base) that are left, at the positions that predict the response; the exact programs are "
+        "merged in memory and give KL in nats a token. Seconds are a clock's, on a shared machine.",
+        "",
+        *table(
+            "program | KL(steered‖base) | calibration prompts | `closed_form`: target | measured | top-1 | s "
+            "| then `distill`: target | measured | top-1 | s",
+            [],
+        ),
+        *(ours[name] for name in NAMES if name in ours),
+        "",
+        f"## {PEERS_TITLE}",
+        "",
+        PEERS_SAY,
+        "",
+        *table("program | what | KL(steered‖compiled) | share | top-1 | s", []),
+        *(line for name in NAMES for line in beside.get(name, [])),
+    ]
 
 
 def main() -> None:
     """Measure every program, or those whose names begin as asked; the page is written after each."""
-    console, page = Console(width=160), Page.read()
+    console, (ours, beside) = Console(width=160), measured_before()
     with tempfile.TemporaryDirectory() as folder:
         run = ocean(SETTINGS, Path(folder), ProgressBars(console))
-        found = programs(run, run.extract())
+        all_programs = programs(run, run.extract())
         for name in (name for name in NAMES if name.startswith(tuple(sys.argv[1:]) or "")):
             if name in FITTED:
-                page.ours[name], page.beside[name] = fitted(run, name, found[name])
+                ours[name], beside[name] = fitted(run, name, all_programs[name])
             else:
-                page.ours[name] = exact(run, name, found[name])
-            page.write()
-            console.print("\n".join([page.ours[name], *page.beside.get(name, [])]), markup=False)
+                ours[name] = exact(run, name, all_programs[name])
+            RECORD.save(*report(ours, beside))
+            console.print("\n".join([ours[name], *beside.get(name, [])]), markup=False)
 
 
 if __name__ == "__main__":

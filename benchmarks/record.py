@@ -1,62 +1,128 @@
-"""Findings that take hours: each is kept as a line beside their page, so that a stopped benchmark goes on."""
+"""The pages of docs/ that benchmarks write, and findings that take hours, kept so that a stopped benchmark goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from benchmarks.ocean import machine
 from compile_steer.artifacts.files import save_text
 
-_Finding = TypeVar("_Finding", bound=Any)  # a dataclass
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+Finding = TypeVar("Finding", bound=Any)  # a dataclass
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Record(Generic[_Finding]):
-    """What was found, a line each in `lines`, and the `page` in words: `title`, who wrote it, `setting`, then the findings."""
+class Record(Generic[Finding]):
+    """A page in docs/.
 
-    kind: type[_Finding]
-    lines: Path
-    page: Path
+    Attributes:
+        page: its name, without .md.
+        command: what writes it.
+        setting: what was measured on, if it is the same for the whole page.
+        kind: of the findings that lie as JSON lines beside the page; None for a page without.
+    """
+
+    page: str
     title: str
     command: str
-    setting: str
+    setting: str = ""
+    kind: type[Finding] | None = None
+    folder: Path = DOCS
 
-    def read(self) -> list[_Finding]:
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.page}.md"
+
+    @property
+    def lines(self) -> Path:
+        return self.folder / f"{self.page.lower()}.jsonl"
+
+    def save(self, *lines: str) -> str:
+        """Write the page, `lines` below its head; returns its text."""
+        head = f"Written by `{self.command}`; do not edit."
+        if self.kind is not None:
+            head += f" Every finding is in [{self.lines.name}]({self.lines.name})."
+        setting = [f"{machine()} {self.setting}", ""] if self.setting else []
+        text = "\n".join([f"# {self.title}", "", head, "", *setting, *lines]).rstrip() + "\n"
+        save_text(self.path, text)
+        return text
+
+    def sections(self) -> dict[str, str]:
+        """The page's sections by heading, as they were measured before."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+        return {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
+
+    def save_section(self, heading: str, lines: Sequence[str], introduction: Sequence[str] = ()) -> str:
+        """Replace one section; they stand in the order of their headings unless the page has another."""
+        sections = self.sections()
+        sections[heading] = "\n".join(lines).strip()
+        body = [f"## {name}\n\n{text}\n" for name, text in sections.items()]
+        self.save(*introduction, *body)
+        return sections[heading]
+
+    def findings(self) -> list[Finding]:
         """What was found before."""
         lines = self.lines.read_text(encoding="utf-8").splitlines() if self.lines.is_file() else []
-        kind = TypeAdapter(self.kind)
-        return [kind.validate_python(json.loads(line)) for line in lines]
-
-    def save(self, found: Sequence[_Finding], told: Sequence[str]) -> None:
-        """The lines, and the page with what they are `told` as."""
-        save_text(self.lines, "".join(json.dumps(asdict(one)) + "\n" for one in found))
-        head = [
-            f"# {self.title}",
-            "",
-            f"Written by `python -m {self.command}`; do not edit. Every finding is in [{self.lines.name}]({self.lines.name}).",
-            "",
-            f"{machine()} {self.setting}",
-            "",
-        ]
-        save_text(self.page, "\n".join([*head, *told, ""]))
+        assert self.kind is not None, "a page without findings"
+        adapter = TypeAdapter(self.kind)
+        return [adapter.validate_python(json.loads(line)) for line in lines]
 
     def resume(
         self,
-        missing: Callable[[list[_Finding]], Iterator[_Finding]],
-        tell: Callable[[list[_Finding]], list[str]],
-        say: Callable[[_Finding], str],
+        missing: Callable[[list[Finding]], Iterator[Finding]],
+        report: Callable[[list[Finding]], Sequence[str]],
+        describe: Callable[[Finding], str],
     ) -> None:
-        """Find what is missing; lines and page are saved after each."""
-        console, found = Console(width=132), self.read()
-        for one in missing(list(found)):
-            found.append(one)
-            self.save(found, tell(found))
-            console.print(say(one), markup=False)
-        self.save(found, tell(found))
+        """Find what is missing; JSON lines and page are saved after each finding."""
+        console, found = Console(width=132), self.findings()
+        for finding in missing(list(found)):
+            found.append(finding)
+            save_text(self.lines, "".join(json.dumps(asdict(one)) + "\n" for one in found))
+            self.save(*report(found))
+            console.print(describe(finding), markup=False)
+        self.save(*report(found))
+
+
+def table(header: str, rows: Iterable[Iterable[object]]) -> list[str]:
+    """A Markdown table; `header` is 'first | second | ...'."""
+    columns = header.count("|") + 1
+    return [f"| {header} |", "|" + "---|" * columns, *(row(*cells) for cells in rows)]
+
+
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def timed(work: Callable[[], Result], clock: Callable[[], float] = time.perf_counter) -> tuple[Result, float]:
+    """What `work` returns, and its seconds; by `time.process_time` those of the processor."""
+    started = clock()
+    return work(), clock() - started
+
+
+def machine() -> str:
+    """One sentence: date, processor, cores, torch, precision."""
+    return f"{date.today().isoformat()}, {_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, fp32, one seed."
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

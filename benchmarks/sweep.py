@@ -12,15 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, machine, ocean
-from compile_steer.artifacts.files import save_text
+from benchmarks.ocean import ocean
+from benchmarks.record import Record, machine, table, timed
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.logprobs import encode_pairs, log_softmax, margins
 from compile_steer.models.tokens import batches, encode
@@ -41,249 +42,220 @@ SEARCHED = (1.5, 2.0, 2.5)
 FINE = tuple(round(1.2 * 1.1**k, 4) for k in range(14))
 SETTINGS = ["validate.sweep_pairs=8", "validate.sweep_neutral=6"]
 SEARCH_SETTINGS = ["validate.sweep_pairs=16", "validate.sweep_neutral=8"]
-PAGE = ROOT / "docs" / "SWEEP.md"
-BASELINE = "plain loop"
 LIMIT, NATS = 1.3, 0.5
-
+RECORD = Record[None]("SWEEP", "What a sweep costs", "python -m benchmarks.sweep")
 
 Scores = dict[tuple[int, float], tuple[float, float]]
 """Margin and perplexity ratio by layer and coefficient."""
-Way = Callable[[int], Scores]
-"""The points of one layer."""
+Step = Callable[[int], Scores]
+"""Measures the grid points of one layer."""
 
 
 @dataclass
 class Condition:
-    """One way to sweep: its start-up (the base's scores) gives the step that measures a layer; CPU seconds in all."""
+    """One way to sweep: its start (the base's scores) gives the step that measures a layer; CPU seconds in all."""
 
-    start: Callable[[], Way]
-    points: Scores
+    start: Callable[[], Step]
+    points: Scores = field(default_factory=dict)
     seconds: float = 0.0
 
 
-def _listed(options: ValidateOptions) -> tuple[float, ...]:
-    assert isinstance(options.coefficients, tuple)  # a benchmark of grids
-    return options.coefficients
+@dataclass(frozen=True)
+class Sweep:
+    """The directions of a run, swept over blocks and coefficients."""
 
+    run: Run
+    directions: Directions
+    options: ValidateOptions
 
-def plain(run: Run, directions: Directions, options: ValidateOptions) -> Way:
-    """For each point: hooks on, a full forward of all texts, all logits, the response's log-probabilities."""
-    n = options.sweep_pairs
-    texts = encode_pairs(run.model, run.data.validation[:n])
-    texts += [encode(run.model.tokenizer, text) for text in run.data.neutral[: options.sweep_neutral]]
+    def program(self, layer: int, coefficient: float) -> Program:
+        return self.directions.program(layer, coefficient, self.options.positions)
 
-    def scores(program: Program | None) -> np.ndarray:
-        found = np.zeros(len(texts))
-        for batch in batches(run.model, texts):
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            with torch.no_grad(), steered(run.model.model, program, roles=batch.roles):
-                logits = run.model.model(**inputs).logits
-            targets = batch.input_ids[:, 1:].unsqueeze(-1)
-            log_p = log_softmax(logits[:, :-1]).gather(-1, targets).squeeze(-1)
-            chosen = batch.predicts_response[:, :-1]
-            found[list(batch.rows)] = ((log_p * chosen).sum(dim=1) / chosen.sum(dim=1)).numpy()
-        return found
+    def over(self, coefficients: tuple[float, ...], **changes: object) -> Sweep:
+        """The same over other coefficients."""
+        return replace(self, options=self.options.model_copy(update={"coefficients": coefficients, **changes}))
 
-    base = scores(None)
+    def evaluator(self) -> ContrastEvaluator:
+        data, options = self.run.data, self.options
+        pairs, control = data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral]
+        return ContrastEvaluator(self.run.model, pairs, control)
 
-    def step(layer: int) -> Scores:
-        points = {}
-        for c in _listed(options):
-            change = scores(directions.program(layer, c, options.positions)) - base
-            effect = float(margins(change[: 2 * n]).mean())
-            points[layer, c] = effect, float(np.exp(-change[2 * n :].mean()))
-        return points
+    def measured(
+        self, evaluator: ContrastEvaluator, layers: Sequence[int], stop_factor: float = 1.1
+    ) -> list[GridPoint]:
+        """The grid points as `validate` measures them before any answers; `stop_factor` infinite: without early stopping."""
+        return measure_grid(evaluator, self.options, layers, self.program, Progress(), stop_factor)[0]
 
-    return step
-
-
-def ours(run: Run, directions: Directions, options: ValidateOptions, stop_factor: float) -> Way:
-    """The sweep as `validate` runs it, before any answers; `stop_factor` infinite: without early stopping."""
-    evaluator = _evaluator(run, options)
-
-    def step(layer: int) -> Scores:
-        return {
+    def ours(self, stop_factor: float) -> Step:
+        evaluator = self.evaluator()
+        return lambda layer: {
             (point.layer, point.coefficient): (point.margin, point.perplexity_ratio)
-            for point in _measured(evaluator, directions, options, [layer], stop_factor)
+            for point in self.measured(evaluator, [layer], stop_factor)
             if point.margin is not None and point.perplexity_ratio is not None
         }
 
-    return step
+    def plain(self) -> Step:
+        """For each point: hooks on, a full forward of all texts, all logits, the response's log-probabilities."""
+        model, data, options = self.run.model, self.run.data, self.options
+        n = 2 * options.sweep_pairs
+        texts = encode_pairs(model, data.validation[: options.sweep_pairs])
+        texts += [encode(model.tokenizer, text) for text in data.neutral[: options.sweep_neutral]]
+
+        def scores(program: Program | None) -> np.ndarray:
+            means = np.zeros(len(texts))
+            for batch in batches(model, texts):
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+                with torch.no_grad(), steered(model.model, program, roles=batch.roles):
+                    logits = model.model(**inputs).logits
+                targets = batch.input_ids[:, 1:].unsqueeze(-1)
+                log_p = log_softmax(logits[:, :-1]).gather(-1, targets).squeeze(-1)
+                chosen = batch.predicts_response[:, :-1]
+                means[list(batch.rows)] = ((log_p * chosen).sum(dim=1) / chosen.sum(dim=1)).numpy()
+            return means
+
+        base = scores(None)
+        coefficients = options.coefficients
+        assert isinstance(coefficients, tuple)  # a grid, no target
+
+        def step(layer: int) -> Scores:
+            changes = {c: scores(self.program(layer, c)) - base for c in coefficients}
+            return {
+                (layer, c): (float(margins(change[:n]).mean()), float(np.exp(-change[n:].mean())))
+                for c, change in changes.items()
+            }
+
+        return step
 
 
-def _evaluator(run: Run, options: ValidateOptions) -> ContrastEvaluator:
-    pairs = run.data.validation[: options.sweep_pairs]
-    return ContrastEvaluator(run.model, pairs, run.data.neutral[: options.sweep_neutral])
-
-
-def _measured(
-    evaluator: ContrastEvaluator,
-    directions: Directions,
-    options: ValidateOptions,
-    layers: Sequence[int],
-    stop_factor: float = 1.1,
-) -> list[GridPoint]:
-    def make(layer: int, coefficient: float) -> Program:
-        return directions.program(layer, coefficient, options.positions)
-
-    return measure_grid(evaluator, options, layers, make, Progress(), stop_factor)[0]
-
-
-def cost(
-    run: Run, directions: Directions, options: ValidateOptions, layers: Sequence[int], coefficients: tuple[float, ...]
-) -> dict[str, Condition]:
+def cost(sweep: Sweep, layers: Sequence[int]) -> dict[str, Condition]:
     """Every way in turn, layer by layer."""
-    grid = options.model_copy(update={"coefficients": coefficients})
     conditions = {
-        BASELINE: Condition(lambda: plain(run, directions, grid), {}),
-        "ours, every point": Condition(lambda: ours(run, directions, grid, math.inf), {}),
-        "ours, stopping at the perplexity limit": Condition(lambda: ours(run, directions, grid, 1.1), {}),
+        "plain loop": Condition(sweep.plain),
+        "ours, every point": Condition(lambda: sweep.ours(math.inf)),
+        "ours, stopping at the perplexity limit": Condition(lambda: sweep.ours(1.1)),
     }
-    steps: dict[str, Way] = {}
-    with run.progress.phase("plain loop and ours in turn", len(layers)) as advance:
+    steps: dict[str, Step] = {}
+    for name, condition in conditions.items():
+        steps[name], seconds = timed(condition.start, time.process_time)
+        condition.seconds += seconds
+    for layer in layers:
         for name, condition in conditions.items():
-            started = time.process_time()
-            steps[name] = condition.start()
-            condition.seconds += time.process_time() - started
-        for layer in layers:
-            for name, condition in conditions.items():
-                started = time.process_time()
-                condition.points.update(steps[name](layer))
-                condition.seconds += time.process_time() - started
-            advance(1)
+            points, seconds = timed(partial(steps[name], layer), time.process_time)
+            condition.points.update(points)
+            condition.seconds += seconds
     return conditions
 
 
 def cost_table(conditions: dict[str, Condition]) -> list[str]:
     """Seconds, points and the largest difference of any score from the plain loop's."""
-    baseline = conditions[BASELINE]
-    lines = [
-        "| | CPU seconds | points run | times cheaper | largest score difference |",
-        "|---|---|---|---|---|",
-    ]
+    plain, rows = conditions["plain loop"], []
     for name, condition in conditions.items():
-        gap = max(
-            abs(found - wanted)
+        differences = [
+            abs(score - expected)
             for point, scores in condition.points.items()
-            for found, wanted in zip(scores, baseline.points[point], strict=True)
-        )
-        ratio, points = baseline.seconds / condition.seconds, f"{len(condition.points)} of {len(baseline.points)}"
-        lines.append(f"| {name} | {condition.seconds:.0f} | {points} | {ratio:.1f} | {gap:.1e} |")
-    return lines
+            for score, expected in zip(scores, plain.points[point], strict=True)
+        ]
+        points = f"{len(condition.points)} of {len(plain.points)}"
+        ratio, seconds = f"{plain.seconds / condition.seconds:.1f}", f"{condition.seconds:.0f}"
+        rows.append((name, seconds, points, ratio, f"{max(differences):.1e}"))
+    return table(" | CPU seconds | points run | times cheaper | largest score difference", rows)
 
 
-def solver_table(run: Run, directions: Directions, options: ValidateOptions, layers: Sequence[int]) -> list[str]:
+def solver_table(sweep: Sweep, layers: Sequence[int]) -> list[str]:
     """The solver's coefficient beside the fine grid's, with what either evaluated."""
-    fine = options.model_copy(update={"coefficients": FINE})
-    lines = ["| block | target | fine grid | solver | evaluations, grid | solver |", "|---|---|---|---|---|---|"]
+    rows = []
     for layer in layers:
-        evaluator = _evaluator(run, options)
-        points = _measured(evaluator, directions, fine, [layer], math.inf)
-        below = [c for c in points if (c.perplexity_ratio or math.inf) <= LIMIT]
-        nats = {c: evaluator.divergence(directions.program(layer, c, options.positions)) for c in FINE}
+        evaluator = sweep.evaluator()
+        points = sweep.over(FINE).measured(evaluator, [layer], math.inf)
+        largest = max(c.coefficient for c in points if (c.perplexity_ratio or math.inf) <= LIMIT)
+        nats = {c: evaluator.divergence(sweep.program(layer, c)) for c in FINE}
         nearest = min(nats, key=lambda c: abs(nats[c] - NATS))
-        largest = max(c.coefficient for c in below)
-        for target, wanted in (({"perplexity_limit": LIMIT}, largest), ({"kl": NATS}, nearest)):
-            chosen = ValidateOptions.model_validate({**options.model_dump(), "coefficients": target})
-            (point,) = _measured(evaluator, directions, chosen, [layer])
-            words = ", ".join(f"{key} {value:g}" for key, value in target.items())
-            lines.append(
-                f"| {layer} | {words} | {wanted:.3f} | {point.coefficient:.3f} | {len(FINE)} | {point.evaluations} |"
-            )
-    return lines
+        for target, value, expected in (("perplexity_limit", LIMIT, largest), ("kl", NATS, nearest)):
+            options = {**sweep.options.model_dump(), "coefficients": {target: value}}
+            solved = replace(sweep, options=ValidateOptions.model_validate(options))
+            (point,) = solved.measured(evaluator, [layer])
+            coefficients = f"{expected:.3f}", f"{point.coefficient:.3f}"
+            rows.append((layer, f"{target} {value:g}", *coefficients, len(FINE), point.evaluations))
+    return table("block | target | fine grid | solver | evaluations, grid | solver", rows)
 
 
-def search_table(run: Run, directions: Directions, options: ValidateOptions) -> list[str]:
+def search_table(sweep: Sweep) -> list[str]:
     """Successive halving beside the grid over all blocks: the best coherent point, and the work."""
-    grid = options.model_copy(update={"coefficients": SEARCHED, "layers": "search"})
+    every = range(sweep.directions.vectors.shape[0])
 
-    def make(layer: int, coefficient: float) -> Program:
-        return directions.program(layer, coefficient, options.positions)
+    def whole() -> list[GridPoint]:
+        return sweep.measured(sweep.evaluator(), every, math.inf)
 
-    lines = ["| | best block | coefficient | margin | CPU seconds |", "|---|---|---|---|---|"]
-    every = range(directions.vectors.shape[0])
-    started = time.process_time()
-    points = _measured(_evaluator(run, grid), directions, grid, every, math.inf)
-    lines.append(_best("whole grid", points, time.process_time() - started))
-    started = time.process_time()
-    left, _rungs = search_layers(replace(run.context, progress=Progress()), grid, every, make)
-    points = _measured(_evaluator(run, grid), directions, grid, left)
-    lines.append(_best("successive halving", points, time.process_time() - started))
-    return lines
+    def halving() -> list[GridPoint]:
+        context = replace(sweep.run.context, progress=Progress())
+        layers, _rounds = search_layers(context, sweep.options, every, sweep.program)
+        return sweep.measured(sweep.evaluator(), layers)
 
-
-def _best(name: str, points: Sequence[GridPoint], seconds: float) -> str:
-    coherent = [c for c in points if c.margin is not None and (c.perplexity_ratio or math.inf) <= LIMIT]
-    best = max(coherent, key=lambda point: point.margin or 0.0)
-    return f"| {name} | {best.layer} | {best.coefficient:g} | {best.margin:+.3f} | {seconds:.0f} |"
+    rows = []
+    for name, work in (("whole grid", whole), ("successive halving", halving)):
+        points, seconds = timed(work, time.process_time)
+        coherent = [c for c in points if c.margin is not None and (c.perplexity_ratio or math.inf) <= LIMIT]
+        best = max(coherent, key=lambda point: point.margin or 0.0)
+        rows.append((name, best.layer, f"{best.coefficient:g}", f"{best.margin:+.3f}", f"{seconds:.0f}"))
+    return table(" | best block | coefficient | margin | CPU seconds", rows)
 
 
-def _cost(run: Run, directions: Directions, options: ValidateOptions) -> list[str]:
-    wide, mild = (
-        cost_table(cost(run, directions, options, *grid)) for grid in ((LAYERS, COEFFICIENTS), (MILD_LAYERS, MILD))
-    )
+def cost_section(sweep: Sweep) -> list[str]:
+    """The plain loop and ours on two grids."""
     return [
         "The plain loop runs every text through the whole model, with all logits, for each block and coefficient. The ways take turns "
-        f"block by block. {len(LAYERS)} blocks ({LAYERS[0]} to {LAYERS[-1]}), coefficients {_numbers(COEFFICIENTS)}:",
+        f"block by block. {len(LAYERS)} blocks ({LAYERS[0]} to {LAYERS[-1]}), coefficients {_listed(COEFFICIENTS)}:",
         "",
-        *wide,
+        *cost_table(cost(sweep.over(COEFFICIENTS), LAYERS)),
         "",
-        f"What stopping saves depends on how far the grid reaches past the perplexity limit. Blocks {_numbers(MILD_LAYERS)}, "
-        f"coefficients {_numbers(MILD)}:",
+        f"What stopping saves depends on how far the grid reaches past the perplexity limit. Blocks {_listed(MILD_LAYERS)}, "
+        f"coefficients {_listed(MILD)}:",
         "",
-        *mild,
+        *cost_table(cost(sweep.over(MILD), MILD_LAYERS)),
     ]
 
 
-def _solver(run: Run, directions: Directions, options: ValidateOptions) -> list[str]:
+def solver_section(sweep: Sweep) -> list[str]:
+    """The solver against the fine grid."""
     return [
         f"Against a grid of {len(FINE)} coefficients, each 10 % above the one before; the solver's tolerance is 2 % (the grid's "
         "answer lies up to 10 % below the exact one for a perplexity limit, and up to 5 % to either side for a divergence):",
         "",
-        *solver_table(run, directions, options, (10, 14)),
+        *solver_table(sweep, (10, 14)),
     ]
 
 
-def _search(run: Run, directions: Directions, options: ValidateOptions) -> list[str]:
+def search_section(sweep: Sweep) -> list[str]:
+    """The layer search against the whole grid."""
     return [
-        f"Over all blocks with coefficients {_numbers(SEARCHED)} against the whole grid, itself with shared prefixes and batches: the "
+        f"Over all blocks with coefficients {_listed(SEARCHED)} against the whole grid, itself with shared prefixes and batches: the "
         f"best point with a perplexity of control text of at most x{LIMIT:g}, by margin:",
         "",
-        *search_table(run, directions, options),
+        *search_table(sweep.over(SEARCHED, layers="search")),
     ]
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
 PARTS = {
-    "cost": ("Layer x coefficient", _cost, SETTINGS),
-    "solver": ("The coefficient by a solver", _solver, SETTINGS),
-    "search": ("The block by successive halving", _search, SEARCH_SETTINGS),
+    "cost": ("Layer x coefficient", cost_section, SETTINGS),
+    "solver": ("The coefficient by a solver", solver_section, SETTINGS),
+    "search": ("The block by successive halving", search_section, SEARCH_SETTINGS),
 }
-
-
-def kept() -> dict[str, str]:
-    """The sections that the page has, by title."""
-    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    return {part.splitlines()[0]: part for part in text.split("## ")[1:]}
 
 
 def main() -> None:
     """Measure the named parts, or all; the page is written after each."""
-    found = kept()
     for name in sys.argv[1:] or PARTS:
-        title, measure, settings = PARTS[name]
+        heading, measure, settings = PARTS[name]
         with tempfile.TemporaryDirectory() as folder:
             run = ocean(settings, Path(folder), ProgressBars(Console()))
             options = run.recipe.validate_
-            lines = measure(run, run.extract(), options)
+            lines = measure(Sweep(run, run.extract(), options))
         texts = f"The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} control texts."
-        found[title] = "\n".join([title, "", f"Measured {machine()} {texts}", "", *lines, "", ""])
-        head = ["# What a sweep costs", "", "Written by `python -m benchmarks.sweep`; do not edit.", "", ""]
-        sections = [f"## {found[title]}" for title, _measure, _settings in PARTS.values() if title in found]
-        save_text(PAGE, "\n".join(head) + "".join(sections).rstrip() + "\n")
+        RECORD.save_section(heading, [f"Measured {machine()} {texts}", "", *lines])
 
 
 if __name__ == "__main__":

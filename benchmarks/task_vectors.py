@@ -2,13 +2,12 @@
 
     python -m benchmarks.task_vectors
 
-Each arm trains other weights on the same texts for the same number of steps; docs/LOG.md has a run's numbers.
+Each condition trains other weights on the same texts for the same number of steps; docs/LOG.md has a run's numbers.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,14 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.ocean import committed_program, ocean
-from benchmarks.programs import Measure
+from benchmarks.ocean import HeldOut, committed_program, lowering_of, ocean
+from benchmarks.record import row, table, timed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import full
 from compile_steer.lowering.lowering import Lowering
 from compile_steer.lowering.options import FullOptions
-from compile_steer.pipeline.run import Run
 from compile_steer.tools.task_vector import matrix_reports
 
 SETTINGS = [
@@ -44,54 +42,54 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "all Linears, APOLLO-Mini": {"optimizer": "apollo", "apollo_rank": 1},
 }
 RATES = (0.001, 0.003, 0.01)
-ARMS = {
+CONDITIONS = {
     f"{name}, {rate:g}": COMMON.model_copy(update={**changes, "learning_rate": rate})
     for name, changes in WEIGHTS.items()
     for rate in RATES
 }
 
 
-def arm(job: Lowering, measure: Measure, options: FullOptions) -> str:
+def condition(lowering: Lowering, heldout: HeldOut, options: FullOptions) -> list[str]:
     """One line of the table: shares left, whole and cut, seconds, and the median stable rank and cosine."""
-    one = replace(job, options=job.options.model_copy(update={"full": options}))
-    # The texts do not depend on what is trained: written once, by the first job.
-    one.__dict__.update(regression_texts=job.regression_texts, training_texts=job.training_texts)
-    started = time.perf_counter()
+    changed = replace(lowering, options=lowering.options.model_copy(update={"full": options}))
+    # The texts do not depend on what is trained: written once, by the first condition.
+    changed.__dict__.update(regression_texts=lowering.regression_texts, training_texts=lowering.training_texts)
     try:
-        patch = full.lower(one)
+        patch, seconds = timed(lambda: full.lower(changed))
     except CannotLower as error:
-        return str(error)
-    seconds = time.perf_counter() - started
-    whole = measure.patched(patch)
-    small = measure.patched(patch.truncated(options.cut_rank, job.loaded.layout))
-    reports = matrix_reports(patch, job.loaded.layout, job.program)
+        return [str(error)]
+    layout = lowering.loaded.layout
+    whole, cut = heldout.patched(patch), heldout.patched(patch.truncated(options.cut_rank, layout))
+    reports = matrix_reports(patch, layout, lowering.program)
     cosines = {report.name: report.cosine or 0.0 for report in reports}
     best = max(cosines, key=lambda name: cosines[name])
-    return (
-        f"{whole.mean / measure.base.mean:.1%} | {whole.top1_agreement:.1%} | {small.mean / measure.base.mean:.1%} | "
-        f"{seconds:.0f} | {median(report.stable_rank for report in reports):.1f} | "
-        f"{median(report.rank_99 for report in reports):.0f} | {median(cosines.values()):.2f} | "
-        f"{best.split('layers.')[-1]} {cosines[best]:.2f}"
-    )
-
-
-def table(run: Run, show: Console) -> None:
-    """Print the lines of the table as they are measured, a few minutes each."""
-    program = committed_program(run)
-    job = Lowering(program, run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
-    measure = Measure.of(run, program, HELD_OUT)
-    tokens = sum(len(text.ids) for text in (*job.regression_texts, *job.training_texts))
-    show.print(f"{program.describe()}; {tokens} tokens; KL(steered||base) {measure.base.mean:.3f}", markup=False)
-    show.print("| arm | share | top-1 | cut to rank 8 | s | stable rank | 99 % rank | cosine, median | best |")
-    for name, options in ARMS.items():
-        show.print(f"| {name} | {arm(job, measure, options)} |", markup=False)
+    return [
+        f"{heldout.remaining(whole):.1%}",
+        f"{whole.top1_agreement:.1%}",
+        f"{heldout.remaining(cut):.1%}",
+        f"{seconds:.0f}",
+        f"{median(report.stable_rank for report in reports):.1f}",
+        f"{median(report.rank_99 for report in reports):.0f}",
+        f"{median(cosines.values()):.2f}",
+        f"{best.split('layers.')[-1]} {cosines[best]:.2f}",
+    ]
 
 
 def main() -> None:
-    """Measure every arm."""
+    """Print the lines of the table as they are measured, a few minutes each."""
     console = Console(width=200)
     with tempfile.TemporaryDirectory() as folder:
-        table(ocean(SETTINGS, Path(folder), Progress()), console)
+        run = ocean(SETTINGS, Path(folder), Progress())
+        program = committed_program(run)
+        lowering, heldout = lowering_of(run, program), HeldOut.of(run, program, HELD_OUT)
+        tokens = sum(len(text.ids) for text in (*lowering.regression_texts, *lowering.training_texts))
+        lines = [f"{program.describe()}; {tokens} tokens; KL(steered||base) {heldout.base.mean:.3f}"]
+        lines += table(
+            "weights | share | top-1 | cut to rank 8 | s | stable rank | 99 % rank | cosine, median | best", []
+        )
+        console.print("\n".join(lines), markup=False)
+        for name, options in CONDITIONS.items():
+            console.print(row(name, *condition(lowering, heldout, options)), markup=False)
 
 
 if __name__ == "__main__":

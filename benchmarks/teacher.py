@@ -2,7 +2,7 @@
 
     python -m benchmarks.teacher
 
-Each arm is a process of its own, so that its peak memory is its own: the same texts of the steered model, the same
+Each trainer is a process of its own, so that its peak memory is its own: the same texts of the steered model, the same
 low-rank edits (r 8, every Linear from the steered block on), the same batches and epochs. TRL's trainer is on-policy;
 its generation is replaced by the texts, so that both are timed on the training alone.
 """
@@ -14,7 +14,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +25,8 @@ from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from benchmarks.ocean import ROOT, committed_program, machine, ocean
-from compile_steer.artifacts.files import save_text
+from benchmarks.ocean import committed_program, lowering_of, ocean
+from benchmarks.record import ROOT, Record, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import distill
 from compile_steer.lowering.lowering import Lowering
@@ -62,23 +61,23 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _job(folder: str) -> Lowering:
-    run = ocean(SETTINGS, Path(folder), Progress())
-    return Lowering(
-        committed_program(run), run.model, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress
-    )
+def lowering_in(folder: Path) -> Lowering:
+    """What both train: the committed program with the texts of its recipe."""
+    run = ocean(SETTINGS, folder, Progress())
+    return lowering_of(run, committed_program(run))
 
 
-def _timed(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:
-    loaded, started = _memory(), time.perf_counter()
-    work()
-    return Cost(time.perf_counter() - started, sum(len(text.ids) for text in texts), loaded, _memory())
+def cost(texts: Sequence[Encoded], work: Callable[[], object]) -> Cost:
+    """Train, and measure."""
+    loaded = _memory()
+    _, seconds = timed(work)
+    return Cost(seconds, sum(len(text.ids) for text in texts), loaded, _memory())
 
 
-def ours(job: Lowering, texts: Sequence[Encoded]) -> Cost:
+def ours(lowering: Lowering, texts: Sequence[Encoded]) -> Cost:
     """`distill` from LoRA's own start."""
-    start = distill.random_patch(job.loaded.layout, job.program.first_layer, 8, 0)
-    return _timed(texts, lambda: distill.train_end_to_end(job, texts, start, lambda _done: None))
+    start = distill.random_patch(lowering.loaded.layout, lowering.program.first_layer, 8, 0)
+    return cost(texts, lambda: distill.train_end_to_end(lowering, texts, start, lambda _done: None))
 
 
 def _collated(chosen: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -93,9 +92,9 @@ def _collated(chosen: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     return parts
 
 
-def theirs(job: Lowering, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
+def theirs(lowering: Lowering, texts: Sequence[Encoded], recompute: bool = False) -> Cost:
     """TRL's trainer: a student that wears a LoRA, and a second model with the hooks on."""
-    # Here alone, so that the other arm's memory is not theirs.
+    # Here alone, so that the other trainer's memory is not theirs.
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -105,11 +104,11 @@ def theirs(job: Lowering, texts: Sequence[Encoded], recompute: bool = False) -> 
         def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             return _collated([texts[row["row"]] for row in generation_batch])
 
-    teacher = AutoModelForCausalLM.from_pretrained(job.loaded.source, dtype=torch.float32)
-    layout = job.loaded.layout
-    with tempfile.TemporaryDirectory() as folder, steered(teacher, job.program):
+    teacher = AutoModelForCausalLM.from_pretrained(lowering.loaded.source, dtype=torch.float32)
+    layout = lowering.loaded.layout
+    with tempfile.TemporaryDirectory() as folder, steered(teacher, lowering.program):
         trainer = FixedTexts(
-            job.loaded.model,
+            lowering.loaded.model,
             teacher,
             DistillationConfig(
                 output_dir=folder,
@@ -125,69 +124,64 @@ def theirs(job: Lowering, texts: Sequence[Encoded], recompute: bool = False) -> 
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"prompt": "", "row": n} for n in range(len(texts))]),
-            processing_class=job.loaded.tokenizer,
+            processing_class=lowering.loaded.tokenizer,
             peft_config=LoraConfig(
                 r=8,
                 lora_alpha=8,
-                target_modules=[n for k in range(job.program.first_layer, layout.n_layers) for n in layout.linears(k)],
+                target_modules=[
+                    n for k in range(lowering.program.first_layer, layout.n_layers) for n in layout.linears(k)
+                ],
                 task_type="CAUSAL_LM",
             ),
         )
-        return _timed(texts, trainer.train)
+        return cost(texts, trainer.train)
 
 
-ARMS: dict[str, Callable[[Lowering, Sequence[Encoded]], Cost]] = {
-    "ours": ours,
-    "theirs": theirs,
-    "theirs, recomputing": partial(theirs, recompute=True),
+TRAINERS: dict[str, Callable[[Lowering, Sequence[Encoded]], Cost]] = {
+    "`distill`: one copy of the weights": ours,
+    "TRL's trainer, a separate teacher": theirs,
+    "the same, every block recomputed": partial(theirs, recompute=True),
 }
+RECORD = Record[None](
+    "TEACHER",
+    "One copy of the weights, or two",
+    "make bench",
+    f"SmolLM2-135M-Instruct, the committed ocean program, {EPOCHS} epochs, batches of {ROWS} texts (TRL) or 1,024 "
+    "tokens. `distill` computes every second block again for the gradient (its default). Each trainer is a process of its own; all "
+    "see the same texts, and TRL's trainer has its generation replaced by them.",
+)
 
 
-def measure(texts: Path, arm: str) -> Cost:
-    """Run one arm in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.teacher", arm, str(texts)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def compare() -> list[str]:
-    """The lines of the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = _job(folder)
-        path = Path(folder) / "texts.json"
-        path.write_text(json.dumps([vars(one) for one in job.regression_texts]))
-        one, two, three = (measure(path, arm) for arm in ARMS)
-    return [
-        "| forward KL, r 8 from LoRA's own start | tokens/s | peak memory, MiB | model(s) and texts alone |",
-        "|---|---|---|---|",
-        f"| `distill`: one copy of the weights | {one.speed:.0f} | {one.peak:.0f} | {one.loaded:.0f} |",
-        f"| TRL's trainer, a separate teacher | {two.speed:.0f} | {two.peak:.0f} | {two.loaded:.0f} |",
-        f"| the same, every block recomputed | {three.speed:.0f} | {three.peak:.0f} | {three.loaded:.0f} |",
-        f"| ratio of the first two (targets: at least 1.7, at most 0.6) | {one.speed / two.speed:.2f} | {one.peak / two.peak:.2f} | |",
+def report(costs: Sequence[Cost]) -> list[str]:
+    """The table, from the costs of the trainers in turn."""
+    rows: list[Sequence[object]] = [
+        (name, f"{one.speed:.0f}", f"{one.peak:.0f}", f"{one.loaded:.0f}")
+        for name, one in zip(TRAINERS, costs, strict=True)
     ]
+    speed, peak = costs[0].speed / costs[1].speed, costs[0].peak / costs[1].peak
+    rows.append(("ratio of the first two (targets: at least 1.7, at most 0.6)", f"{speed:.2f}", f"{peak:.2f}", ""))
+    return table("forward KL, r 8 from LoRA's own start | tokens/s | peak memory, MiB | model(s) and texts alone", rows)
+
+
+def compare(folder: Path) -> list[Cost]:
+    """Write the texts once, and run every trainer on them in a process of its own."""
+    texts, costs = folder / "texts.json", []
+    texts.write_text(json.dumps([vars(one) for one in lowering_in(folder).regression_texts]))
+    for name in TRAINERS:
+        command = [sys.executable, "-m", "benchmarks.teacher", name, str(texts)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        costs.append(Cost(**json.loads(done.stdout.splitlines()[-1])))
+    return costs
 
 
 def main() -> None:
-    """One arm, or the comparison."""
-    if len(sys.argv) == 1:
-        page = [
-            "# One copy of the weights, or two",
-            "",
-            "Written by `make bench`; do not edit.",
-            "",
-            f"{machine()} SmolLM2-135M-Instruct, the committed ocean program, {EPOCHS} epochs, batches of {ROWS} texts (TRL) or 1,024 "
-            "tokens. `distill` computes every second block again for the gradient (its default). Each arm is a process of its own; all "
-            "see the same texts, and TRL's trainer has its generation replaced by them.",
-            "",
-            *compare(),
-            "",
-        ]
-        save_text(ROOT / "docs" / "TEACHER.md", "\n".join(page))
-        print("\n".join(page))
-        return
-    texts = [Encoded.from_json(one) for one in json.loads(Path(sys.argv[2]).read_text())]
+    """One trainer on the texts of a file, or the comparison."""
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(vars(ARMS[sys.argv[1]](_job(folder), texts))))
+        if len(sys.argv) == 1:
+            print(RECORD.save(*report(compare(Path(folder)))))
+        else:
+            texts = [Encoded.from_json(one) for one in json.loads(Path(sys.argv[2]).read_text())]
+            print(json.dumps(vars(TRAINERS[sys.argv[1]](lowering_in(Path(folder)), texts))))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ chance passes here it would pass there more rarely; the coherence gates are wide
 
 from __future__ import annotations
 
-import time
 import zlib
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,20 +13,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.programs import Measure
+from benchmarks.ocean import HeldOut, lowering_of
+from benchmarks.record import timed
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.lowering.lowering import Lowering
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.run import Run
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import Directions, as_long_as
-from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
-from compile_steer.validation.report import ValidationReport
-from compile_steer.validation.stage import validate
+from compile_steer.validation.stage import Validation, validate
 
 SETTINGS = [
     "extract.shuffled=12",
@@ -107,27 +104,27 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     data = replace(run.data, test=test, neutral=neutral)
     part = replace(run, context=replace(run.context, data=data, progress=Progress()))
     recipe = part.recipe
-    started = time.perf_counter()
-    try:
-        result = validate(
-            part.context,
-            in_place(real, kind, index, recipe.name),
-            recipe.validate_,
-            readout=recipe.extract.readout,
-            ask=recipe.ask,
-            too_high=recipe.too_high,
-            name=recipe.name,
-        )
-    except RecipeError as error:  # no coherent cell: refused before the test
-        return Trial(run.recipe.name, kind, index, "refused", str(error), time.perf_counter() - started)
-    found = _trial(run.recipe.name, kind, index, result.report, time.perf_counter() - started)
-    return replace(found, compiled=compiled(part, result.program) if compiles else None)
 
+    def work() -> Validation | RecipeError:
+        try:
+            return validate(
+                part.context,
+                in_place(real, kind, index, recipe.name),
+                recipe.validate_,
+                readout=recipe.extract.readout,
+                ask=recipe.ask,
+                too_high=recipe.too_high,
+                name=recipe.name,
+            )
+        except RecipeError as error:  # no coherent grid point: refused before the test
+            return error
 
-def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, seconds: float) -> Trial:
-    controls, scores = report.controls, report.scores
+    result, seconds = timed(work)
+    if isinstance(result, RecipeError):
+        return Trial(recipe.name, kind, index, "refused", str(result), seconds)
+    report = result.report
     return Trial(
-        behaviour,
+        recipe.name,
         kind,
         index,
         report.verdict,
@@ -137,31 +134,31 @@ def _trial(behaviour: str, kind: Kind, index: int, report: ValidationReport, sec
         coefficient=report.coefficient,
         contrast=report.margin.value,
         contrast_low=report.margin.low,
-        p_random=controls.p_random,
-        p_shuffled=controls.p_shuffled,
-        score_base=scores.base,
-        score=scores.effect.value,
-        p_over_random=scores.p_over_random,
+        p_random=report.controls.p_random,
+        p_shuffled=report.controls.p_shuffled,
+        score_base=report.scores.base,
+        score=report.scores.effect.value,
+        p_over_random=report.scores.p_over_random,
         perplexity=report.coherence.perplexity_ratio,
+        compiled=compiled(part, result.program) if compiles else None,
     )
 
 
 def compiled(run: Run, program: Program) -> Compiled:
     """Closed form, measured on held-out continuations and on the test pairs and prompts that validation used."""
-    program, loaded, test, options = canonical(program), run.model, run.data.test, run.recipe.validate_
-    patch = BACKENDS["closed_form"].lower(
-        Lowering(program, loaded, run.data.calibration, run.recipe.compile, run.recipe.seed, run.progress)
-    )
-    measure = Measure.of(run, program, HELD_OUT)
-    score = options.score.bind(loaded, run.data)
-    pairs, prompts = encode_pairs(loaded, test), [pair.prompt for pair in test[: options.prompts]]
+    model, test, options = run.model, run.data.test, run.recipe.validate_
+    lowering = lowering_of(run, program)
+    patch = BACKENDS["closed_form"].lower(lowering)
+    heldout = HeldOut.of(run, lowering.program, HELD_OUT)
+    score = options.score.bind(model, run.data)
+    pairs, prompts = encode_pairs(model, test), [pair.prompt for pair in test[: options.prompts]]
 
     def behaves() -> tuple[np.ndarray, np.ndarray]:
-        (found,) = answer(loaded, [Request(prompts)], score, options.max_new_tokens, run.data.questions)
-        return logprob_margins(loaded, pairs), found.scores
+        (answers,) = answer(model, [Request(prompts)], score, options.max_new_tokens, run.data.questions)
+        return logprob_margins(model, pairs), answers.scores
 
     before = behaves()
-    with with_patch(loaded.model, patch):
+    with with_patch(model.model, patch):
         after = behaves()
-    share = measure.patched(patch).mean / measure.base.mean
-    return Compiled(share, *(float((new - old).mean()) for new, old in zip(after, before, strict=True)))
+    changes = (float((new - old).mean()) for new, old in zip(after, before, strict=True))
+    return Compiled(heldout.remaining(heldout.patched(patch)), *changes)

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, machine
+from benchmarks.record import ROOT, machine
 from benchmarks.seeds.checklist import ticked
 from compile_steer.artifacts.files import save_text
 from compile_steer.common.progress import ProgressBars

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 
-from benchmarks.ocean import ROOT
+from benchmarks.record import ROOT
 from compile_steer.common.progress import Advance, Progress, ProgressBars
 from compile_steer.extraction.options import ExtractOptions, TrainedOptions
 from compile_steer.extraction.trained import Objective, Start, TrainedVectors, starting_point, train

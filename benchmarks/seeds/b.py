@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.ocean import ROOT
+from benchmarks.record import ROOT
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Behaviour

@@ -13,7 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.ocean import ROOT, ocean, stream
+from benchmarks.ocean import ocean, stream
+from benchmarks.record import ROOT
 from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.pipeline.run import Run

@@ -20,7 +20,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.ocean import ROOT
+from benchmarks.record import ROOT
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.data.behaviour import Question
 from compile_steer.extraction import choices

@@ -1,6 +1,6 @@
-"""One small walk of the real command line on the real model, shared by the tests that look at what it left.
+"""One small run of the real command line on the real model, shared by the tests that look at what it left.
 
-Where several processes test side by side, the first to come walks and the others wait.
+Where several processes test side by side, the first to need the run makes it and the others wait.
 """
 
 from __future__ import annotations
@@ -11,89 +11,132 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from ruamel.yaml import YAML
 
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.progress import Progress
 from compile_steer.pipeline.run import Run
-from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
+BLOCK_STEPS = 20
 
-# The ocean recipe with fewer texts; what is computed, and every gate, is the same.
-SMALL = [
-    "extract.shuffled=6",
-    "validate.layers=[10]",
-    "validate.coefficients=[2.5]",
-    "validate.sweep_pairs=4",
-    "validate.sweep_prompts=4",
-    "validate.sweep_neutral=4",
-    "validate.control_pairs=6",
-    "validate.dose_prompts=2",
-    "validate.few_shot=0",
-    "validate.pairs=16",
-    "validate.prompts=24",
-    "validate.max_new_tokens=20",
-    "compile.calibration.prompts=72",
-    "compile.calibration.max_new_tokens=32",
-    "compile.distill.prompts=8",
-    "compile.distill.block_steps=60",
-    "verify.forms=[adapter, merged-fp32]",
-    "verify.heldout=12",
-    "verify.pairs=8",
-    "verify.neutral=8",
-    "verify.prompts=8",
-    "verify.max_new_tokens=24",
-    "verify.prompts_per_set=1",
-    "verify.free_tokens=4",
-    "verify.long_tokens=200",
-    "verify.capability=4",
-]
+# The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
+# of the score needs to be significant, 48 calibration prompts what the closed form needs to pass its gate.
+SMALL: dict[str, Any] = {
+    "extract": {"shuffled": 6},
+    "validate": {
+        "layers": [10],
+        "coefficients": [2.5],
+        "sweep_pairs": 4,
+        "sweep_prompts": 4,
+        "sweep_neutral": 4,
+        "control_pairs": 4,
+        "dose_prompts": 2,
+        "few_shot": 0,
+        "pairs": 8,
+        "prompts": 24,
+        "max_new_tokens": 16,
+    },
+    "compile": {
+        "calibration": {"prompts": 48, "max_new_tokens": 24},
+        "distill": {"prompts": 6, "block_steps": BLOCK_STEPS},
+    },
+    "verify": {
+        "forms": ["adapter", "merged-fp32"],
+        "heldout": 8,
+        "pairs": 8,
+        "neutral": 8,
+        "prompts": 8,
+        "max_new_tokens": 16,
+        "prompts_per_set": 1,
+        "free_tokens": 4,
+        "long": 1,
+        "long_tokens": 100,
+        "capability": 2,
+    },
+}
+ROWS = {"train": 24, "validation": 8, "test": 24, "neutral": 8, "heldout": 8, "calibration": 60}
 
 
-def command(*arguments: str | Path, small: bool = True) -> list[str]:
+def small_recipe(folder: Path) -> Path:
+    """Write the ocean recipe with the settings above and the first rows of its data; the neutral texts are the shortest."""
+    content = YAML(typ="safe").load(RECIPE)
+    for section, settings in SMALL.items():
+        for key, value in settings.items():
+            place = content[section]
+            place[key] = {**place[key], **value} if isinstance(value, dict) else value
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, count in ROWS.items():
+        lines = (RECIPE.parent / content["data"][name]).read_text(encoding="utf-8").splitlines()
+        chosen = sorted(lines, key=len)[:count] if name == "neutral" else lines[:count]
+        content["data"][name] = f"data/{name}.jsonl"
+        (folder / content["data"][name]).write_text("\n".join(chosen), encoding="utf-8")
+    content["validate"]["other_behaviour"] = str(RECIPE.parent / content["validate"]["other_behaviour"])
+    path = folder / "ocean.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(content, file)
+    return path
+
+
+def command(*arguments: str | Path) -> list[str]:
     """The command line in a process of its own."""
-    sets = [part for change in SMALL for part in ("--set", change)] if small else []
-    return [sys.executable, "-m", "compile_steer", *map(str, arguments), *sets]
+    return [sys.executable, "-m", "compile_steer", *map(str, arguments)]
 
 
 @dataclass(frozen=True)
-class Walk:
+class FinishedRun:
     """What `compile-steer run` returned and left."""
 
-    out: Path
+    folder: Path
     code: int
     stdout: str
     stderr: str
 
     @property
+    def recipe(self) -> Path:
+        return self.folder / "ocean.yaml"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
     def paths(self) -> RunPaths:
         return RunPaths(self.out, "ocean")
 
+    def parity(self, artifact: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.out / artifact / "parity.json").read_text(encoding="utf-8"))
+        return content
+
 
 @pytest.fixture(scope="session")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "walk"
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ocean-run"
     folder.mkdir(parents=True, exist_ok=True)
-    told = folder / "told.json"
+    result = folder / "result.json"
     with FileLock(folder / "lock"):
-        if not told.is_file():
-            arguments = command("run", RECIPE, "--out", folder / "out")
+        if not result.is_file():
+            arguments = command("run", small_recipe(folder), "--out", folder / "out")
             done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
-            told.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
-    return Walk(folder / "out", *json.loads(told.read_text(encoding="utf-8")))
+            result.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
+    return FinishedRun(folder, *json.loads(result.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")
-def recipe() -> Recipe:
-    return read_recipe(RECIPE, SMALL)
+def opened(finished: FinishedRun) -> Run:
+    """The finished run, open in this process."""
+    return Run.open(read_recipe(finished.recipe), finished.out, Progress())
 
 
 @pytest.fixture(scope="session")
-def opened(walk: Walk, recipe: Recipe) -> Run:
-    """The walk's run, open in this process."""
-    return Run.open(recipe, walk.out, Progress())
+def without_extras(opened: Run) -> Run:
+    """The same, to be verified without long prompts and questions: the other gates must do."""
+    verify = opened.recipe.verify.model_copy(update={"long": 0, "capability": 0})
+    return Run(opened.recipe.model_copy(update={"verify": verify}), opened.paths, opened.context)

@@ -19,9 +19,9 @@ from compile_steer.__main__ import main
 from compile_steer.artifacts.files import save_record, without_check
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
-from tests.end_to_end.conftest import RECIPE, ROOT, Walk, command
+from tests.end_to_end.conftest import RECIPE, ROOT, FinishedRun, command
 
-Ask = Callable[..., str]
+Refusal = Callable[..., str]
 
 
 def call(
@@ -31,9 +31,9 @@ def call(
     monkeypatch.setattr(sys, "argv", ["compile-steer", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         main()
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err + said.out
-    return int(stopped.value.code or 0), said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err + output.out
+    return int(stopped.value.code or 0), output.err
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -41,19 +41,21 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refusal:
     def run(*arguments: str | Path) -> str:
-        code, said = call(capsys, monkeypatch, *arguments, "--out", tmp_path / "out")
-        assert code == 2, said
+        code, message = call(capsys, monkeypatch, *arguments, "--out", tmp_path / "out")
+        assert code == 2, message
         assert not leftovers(tmp_path)
-        return said
+        return message
 
     return run
 
 
-def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask: Ask) -> None:
-    said = ask("extract", RECIPE, "--set", "extract.methd=pca", "--set", "verify.gate.share=0.1", "--set", "seed=x")
-    assert "did you mean 'method'?" in said and "did you mean 'gates'?" in said and "seed: found 'x'" in said
+def test_every_misspelt_key_is_named_with_the_likely_spelling(refusal: Refusal) -> None:
+    message = refusal(
+        "extract", RECIPE, "--set", "extract.methd=pca", "--set", "verify.gate.share=0.1", "--set", "seed=x"
+    )
+    assert "did you mean 'method'?" in message and "did you mean 'gates'?" in message and "seed: found 'x'" in message
 
 
 @pytest.mark.parametrize(
@@ -72,14 +74,14 @@ def test_misspelt_keys_are_all_named_with_the_likely_spelling(ask: Ask) -> None:
         ("validate.positions=everywhere", "everywhere unknown"),
     ],
 )
-def test_unusable_settings_are_refused_in_words(ask: Ask, change: str, words: str) -> None:
-    assert words in ask("validate", RECIPE, "--set", change)
+def test_unusable_setting_is_refused_with_its_reason(refusal: Refusal, change: str, words: str) -> None:
+    assert words in refusal("validate", RECIPE, "--set", change)
 
 
-def test_empty_and_broken_data_name_their_lines(ask: Ask, tmp_path: Path) -> None:
+def test_empty_and_broken_data_are_refused_by_file_and_line(refusal: Refusal, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "positive": "b"}\nnot json\n')
-    said = ask(
+    message = refusal(
         "extract",
         RECIPE,
         "--set",
@@ -87,95 +89,99 @@ def test_empty_and_broken_data_name_their_lines(ask: Ask, tmp_path: Path) -> Non
         "--set",
         f"data.test={tmp_path / 'broken.jsonl'}",
     )
-    assert "empty.jsonl is empty" in said and "broken.jsonl:1" in said and "broken.jsonl:2: not JSON" in said
+    assert "empty.jsonl is empty" in message and "broken.jsonl:1" in message and "broken.jsonl:2: not JSON" in message
 
 
-def test_a_missing_hub_model_says_how_to_get_one(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ask("extract", RECIPE, "--set", "model=nobody/has-this-model")
-    assert "hf download" in said and "smollm2-135m-instruct" in said
+def test_missing_hub_model_is_refused_with_the_way_to_get_one(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal("extract", RECIPE, "--set", "model=nobody/has-this-model")
+    assert "hf download" in message and "smollm2-135m-instruct" in message
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "foreign", "other width", "other model", "missing"])
-def test_a_program_that_does_not_belong_is_refused(
-    walk: Walk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: str
+def test_program_of_another_model_or_width_is_refused(
+    finished: FinishedRun,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    spoil: str,
 ) -> None:
     out = tmp_path / "out"
-    shutil.copytree(walk.out / "vectors", out / "vectors")
+    shutil.copytree(finished.out / "vectors", out / "vectors")
     path = out / "vectors" / "ocean.safetensors"
     program = Program.load(path)
     if spoil == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif spoil == "foreign":
-        shutil.copy(walk.out / "adapters/ocean-closed_form/adapter_model.safetensors", path)
+        shutil.copy(finished.out / "adapters/ocean-closed_form/adapter_model.safetensors", path)
     elif spoil == "missing":
         path.unlink()
     elif spoil == "other width":
         Program((Intervention(Site(12), "add", torch.ones(768), 2.0),), program.model, program.revision).save(path)
     else:
         Program(program.interventions, "another/model", "hub:123").save(path)
-    code, said = call(capsys, monkeypatch, "compile", RECIPE, "--out", out)
+    code, message = call(capsys, monkeypatch, "compile", finished.recipe, "--out", out)
     expected = {"truncated": "damaged", "foreign": "not a steering program", "missing": "does not exist",
                 "other width": "width 768", "other model": "another/model"}  # fmt: skip
-    assert code == 2 and expected[spoil] in said
+    assert code == 2 and expected[spoil] in message
     assert not (out / "adapters").exists()
 
 
-def test_a_damaged_adapter_is_refused_and_stays_as_it_was(
-    walk: Walk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_damaged_adapter_is_refused_and_left_as_it_is(
+    finished: FinishedRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shutil.copytree(walk.out / "vectors", tmp_path / "vectors")
+    shutil.copytree(finished.out / "vectors", tmp_path / "vectors")
     adapter = tmp_path / "adapters" / "ocean-closed_form"
-    shutil.copytree(walk.out / "adapters" / "ocean-closed_form", adapter)
+    shutil.copytree(finished.out / "adapters" / "ocean-closed_form", adapter)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     before = weights.read_bytes()
-    code, said = call(capsys, monkeypatch, "verify", RECIPE, "--out", tmp_path, "--artifact", adapter)
-    assert code == 2 and "ocean-closed_form" in said
+    code, message = call(capsys, monkeypatch, "verify", finished.recipe, "--out", tmp_path, "--artifact", adapter)
+    assert code == 2 and "ocean-closed_form" in message
     assert weights.read_bytes() == before
 
 
-def test_compiling_without_a_passing_validation_needs_force_and_is_recorded(walk: Walk, tmp_path: Path) -> None:
-    shutil.copytree(walk.out / "vectors", tmp_path / "vectors")
+def test_compile_after_a_failed_validation_needs_force_and_is_recorded(
+    finished: FinishedRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.out / "vectors", tmp_path / "vectors")
     report = tmp_path / "vectors" / "ocean.validation.json"
     content = json.loads(report.read_text())
     save_record(report, {**without_check(content), "verdict": "fail", "reasons": ["a random direction does as well"]})
-    only_bias = ("--set", "compile.backends=[bias]", "--out", tmp_path)
-    refused = subprocess.run(
-        command("compile", RECIPE, *only_bias), capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert refused.returncode == 2 and "validation failed: a random direction" in refused.stderr
-    forced = subprocess.run(
-        command("compile", RECIPE, *only_bias, "--force"), capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert forced.returncode == 0, forced.stderr
+    arguments = ("compile", finished.recipe, "--set", "compile.backends=[bias]", "--out", tmp_path)
+    code, message = call(capsys, monkeypatch, *arguments)
+    assert code == 2 and "validation failed: a random direction" in message
+    code, message = call(capsys, monkeypatch, *arguments, "--force")
+    assert code == 0, message
     origin = json.loads((tmp_path / "adapters/ocean-bias/compile_steer.json").read_text())
     assert origin["forced"] is True and origin["verdict"] == "fail"
     assert "in spite of it" in (tmp_path / "adapters/ocean-bias/README.md").read_text()
 
 
-def test_an_output_folder_that_cannot_be_written_is_said_so(
+def test_output_folder_that_cannot_be_written_is_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # A file where a folder must be: what a read-only place is to every user, root included.
     (tmp_path / "out").write_text("in the way")
-    code, said = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path / "out", "--set", "extract.pairs=4")
-    assert code == 2 and "Nothing half-written is left" in said
+    code, message = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path / "out", "--set", "extract.pairs=4")
+    assert code == 2 and "Nothing half-written is left" in message
 
 
-def test_a_full_disk_leaves_nothing(
+def test_full_disk_leaves_no_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left on device", "ocean.directions.safetensors")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    code, said = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path, "--set", "extract.pairs=4")
-    assert code == 2 and "No space left on device" in said
+    code, message = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path, "--set", "extract.pairs=4")
+    assert code == 2 and "No space left on device" in message
     assert list(tmp_path.rglob("*.safetensors")) == [] and not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_run_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command("validate", RECIPE, "--out", tmp_path, "--set", "extract.pairs=8"),
         cwd=ROOT,
@@ -184,13 +190,11 @@ def test_a_run_that_is_stopped_leaves_nothing_half_written(tmp_path: Path, numbe
         text=True,
     )
     directions = tmp_path / "vectors" / "ocean.directions.safetensors"
-    for _ in range(1200):
-        if directions.exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    assert directions.exists()
+    while not directions.exists():
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.05)
     os.kill(process.pid, number)
-    _out, said = process.communicate(timeout=60)
+    _out, message = process.communicate()
     if number == signal.SIGINT:
-        assert process.returncode == 2 and "stopped" in said and "Traceback" not in said
+        assert process.returncode == 2 and "stopped" in message and "Traceback" not in message
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ocean.directions.safetensors"]

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks import faults, planted
-from benchmarks.faults import FAULTS, Verdict, page
-from benchmarks.planted import Fault, weights_file
+from benchmarks.faults import FAULTS
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.hooks import steered
 from compile_steer.verification.stage import verify_artifact
+from tests.helpers import planted
+from tests.helpers.planted import Fault, weights_file
 from tests.helpers.verification import PROGRAM_HASH, VerifierCase, make_reference
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"
@@ -196,30 +196,3 @@ def test_a_hook_that_was_left_on_is_seen(scene: VerifierCase, form: str) -> None
         found = verify_artifact(other, scene.folder / form, PROGRAM_HASH)
     assert any("adapter at scale 0" in reason for reason in found.reasons) or form == "merged"
     assert found.reasons
-
-
-def test_the_page_counts_what_was_caught(tmp_path: Path) -> None:
-    found = [
-        Verdict("none", "adapter", False, [], 1.0),
-        Verdict("emptied", "adapter", True, ["KL(a||b)", "top-1"], 1.0),
-        Verdict("late", "merged-fp32", False, [], 1.0),
-        Verdict("none", "merged-fp32", False, [], 1.0, seed=4),
-    ]
-    text = "\n".join(page(found))
-    assert "Caught: 1 of 2 faults. Missed: late (merged-fp32)." in text
-    assert "False alarms: 0 of 2 artifacts" in text and "of them 1 exact compiles" in text
-    assert "| emptied | adapter | caught | KL(a‖‖b); top-1 |" in text and "seed 4" not in text
-    assert "0 of them only by holding what is on disk" in text
-    small = Verdict("small", "adapter", True, [f"{faults.OF_THE_FILE}: 2e-4"], 1.0)
-    both = Verdict("large", "adapter", True, [*small.reasons, "top-1"], 1.0)
-    assert "1 of them only by holding what is on disk against" in "\n".join(page([small, both]))
-    alarm = Verdict("none", "merged-fp32", True, ["top-1"], 1.0, seed=5)
-    assert "| none, seed 5 | merged-fp32 | caught | top-1 |" in "\n".join(page([*found, alarm]))
-    record = replace(faults.RECORD, lines=tmp_path / "verifier.jsonl", page=tmp_path / "VERIFIER.md")
-    record.save(found, page(found))
-    assert record.read() == found
-    late = Verdict("late", "adapter", True, ["KL"], 2.0)
-    record.resume(lambda before: iter([late] if before == found else []), page, lambda one: one.fault)
-    assert record.read() == [*found, late]
-    assert "Caught: 2 of 3 faults" in (tmp_path / "VERIFIER.md").read_text()
-    assert len({(one.name, one.form) for one in FAULTS}) == len(FAULTS) >= 15

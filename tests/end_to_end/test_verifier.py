@@ -1,0 +1,79 @@
+"""The verifier on the real model: every planted fault is caught, and a sound artifact is not."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.pipeline.artifacts import make_reference
+from compile_steer.pipeline.run import Run
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
+from tests.helpers import planted
+
+BIAS_FAULTS = {
+    "sign flipped": planted.times_merged(-1.0),
+    "one block late": planted.merged_elsewhere(1),
+    "coefficient x1.1": planted.times_merged(1.1),
+    "dropped": planted.times_merged(0.0),
+    "merged twice": planted.times_merged(2.0),
+}
+ADAPTER_FAULTS = {
+    "sign flipped": planted.scaled(-1.0),
+    "one block early": planted.moved(-1),
+    "coefficient x0.9": planted.scaled(0.9),
+    "dropped": planted.scaled(0.0),
+    "merged twice": planted.scaled(2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(without_extras: Run) -> Reference:
+    return make_reference(without_extras)
+
+
+def verified(run: Run, reference: Reference, folder: Path) -> Parity:
+    return verify_artifact(reference, folder, run.program_sha256)
+
+
+def faulty(run: Run, source: Path, fault: planted.Plant, folder: Path) -> Path:
+    """A copy with the fault, and without the record of what the compiler had in memory: the measurements must do."""
+    shutil.copytree(source, folder)
+    planted.plant(fault, folder, Path(run.model.source))
+    replace(Provenance.read(folder), fingerprint=[]).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", BIAS_FAULTS)
+def test_faulty_bias_fails(without_extras: Run, reference: Reference, tmp_path: Path, fault: str) -> None:
+    run = without_extras
+    folder = faulty(run, run.paths.merged("bias", "fp32"), BIAS_FAULTS[fault], tmp_path / "faulty")
+    parity = verified(run, reference, folder)
+    shutil.rmtree(folder)  # half a gigabyte
+    assert not parity.passed and parity.reasons
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_faulty_adapter_fails(
+    without_extras: Run, reference: Reference, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The adapter's controls take half of the time: the other measurements must do.
+    monkeypatch.setattr("compile_steer.verification.stage.adapter_controls", lambda *_arguments: None)
+    run = without_extras
+    folder = faulty(run, run.paths.adapter("closed_form"), ADAPTER_FAULTS[fault], tmp_path / "faulty")
+    parity = verified(run, reference, folder)
+    assert not parity.passed and parity.reasons
+
+
+def test_sound_adapter_passes(without_extras: Run, reference: Reference) -> None:
+    assert verified(without_extras, reference, without_extras.paths.adapter("closed_form")).reasons == []
+
+
+def test_sound_bias_passes_on_other_texts(without_extras: Run) -> None:
+    run = replace(without_extras, context=replace(without_extras.context, seed=11))
+    assert verified(run, make_reference(run), run.paths.merged("bias", "fp32")).reasons == []
