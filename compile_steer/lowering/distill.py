@@ -26,6 +26,7 @@ from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.closed_form import plan_stages, solve_stages
 from compile_steer.lowering.lowering import Curve, Lowering
+from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
 from compile_steer.lowering.training import (
     Factors,
@@ -67,7 +68,7 @@ def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: Weight
     factors = trainable(start.low_rank, lowering.loaded.device)
     optimizer = adamw(factors, options.learning_rate)
     patch = patch_from_factors(factors)
-    before, after = train(lowering, texts, patch, optimizer, options, options.objective, "distill", advance)
+    before, after = train(lowering, texts, patch, optimizer, options, "distill", advance)
     return _detached(factors) if after < before else start
 
 
@@ -100,15 +101,7 @@ def fit_blocks(lowering: Lowering) -> WeightPatch:
 
         def refine(models: TeacherStudent, block: int) -> None:
             if block in intervened and options.block_steps > 0:
-                models.curves[f"block {block}"] = fit_block(
-                    models,
-                    block,
-                    rank=options.rank,
-                    steps=options.block_steps,
-                    rate=options.block_learning_rate,
-                    seed=lowering.seed,
-                    advance=advance,
-                )
+                models.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
 
         models = solve_stages(
             program,
@@ -125,25 +118,19 @@ def fit_blocks(lowering: Lowering) -> WeightPatch:
     return models.patch
 
 
-def fit_block(
-    models: TeacherStudent, block: int, *, rank: int, steps: int, rate: float, seed: int, advance: Advance
-) -> Curve:
+def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed: int, advance: Advance) -> Curve:
     """Train low-rank edits of all Linears of one block, so that its output is the steered block's.
 
     The regression of `closed_form` is linear in what an output projection reads; gate, up, query, key and value are not
     reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over
-    tokens, h the block's output. The edits go into `models.solved` unless they are no better on held-out batches.
-
-    Args:
-        rank: of every edit; those that are there already are the start, filled up to it.
-        steps: of AdamW, a batch each.
-        rate: AdamW's, relative to each factor's root mean square.
+    tokens, h the block's output. The edits that are there already are the start, filled up to the rank. The result
+    goes into `models.solved` unless it is no better on held-out batches.
 
     Returns:
         The loss of every step, and the held-out error before and after.
     """
     loaded = models.loaded
-    start = dict(random_patch(loaded.layout, block, rank, seed, stop=block + 1).low_rank)
+    start = dict(random_patch(loaded.layout, block, options.rank, seed, stop=block + 1).low_rank)
     for name, fresh in start.items():
         if name in models.solved:
             start[name] = _filled(models.solved[name].to(loaded.device), fresh)
@@ -167,7 +154,7 @@ def fit_block(
 
     losses = []
     with with_patch(loaded.model, after), torch.enable_grad():
-        for loss in gradient_steps(adamw(factors, rate), backward, steps):
+        for loss in gradient_steps(adamw(factors, options.block_learning_rate), backward, options.block_steps):
             losses.append(loss)
             advance(1)
     held_out_errors = []

@@ -41,7 +41,7 @@ def lower(lowering: Lowering) -> WeightPatch:
     optimizer = optimizer_of(deltas, weights, options, lowering.seed)
     with lowering.progress.phase(f"full: {options.optimizer}", options.epochs * len(texts)) as advance:
         patch = WeightPatch(dense=deltas)
-        before, after = train(lowering, texts, patch, optimizer, options, options.objective, "full", advance)
+        before, after = train(lowering, texts, patch, optimizer, options, "full", advance)
     if not after < before:
         raise CannotLower(
             f"full: training left KL {after:.3g} nats a token on held-out texts, where the base itself has {before:.3g}; "
@@ -146,15 +146,15 @@ class Apollo(Optimizer):
         if not state:
             zeros = G.new_zeros(rank, G.shape[1])
             state |= {"step": 0, "first": zeros, "second": zeros.clone(), "norm": math.inf}
-        # 1. The gradient in the random subspace.
-        R = projection(G, rank, (self._seed, number, state["step"] // self._refresh)) @ G
-        state["step"] += 1
+        # 1. The gradient in the random subspace. (A restored state holds step and norm as tensors.)
+        R = projection(G, rank, (self._seed, number, int(state["step"]) // self._refresh)) @ G
+        step = state["step"] = int(state["step"]) + 1
         # 2. AdamW's direction there: the bias-corrected first moment over the root of the second.
         beta1, beta2 = self._betas
         state["first"].lerp_(R, 1 - beta1)
         state["second"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        root = (state["second"] / (1 - beta2 ** state["step"])).sqrt()
-        direction = state["first"] / (1 - beta1 ** state["step"]) / (root + self._epsilon)
+        root = (state["second"] / (1 - beta2**step)).sqrt()
+        direction = state["first"] / (1 - beta1**step) / (root + self._epsilon)
         # 3. How much AdamW rescales each channel, applied to the whole gradient.
         channels = None if rank == 1 else 0
         norms = torch.linalg.vector_norm(R, dim=channels).clamp(min=torch.finfo(R.dtype).tiny)
@@ -162,7 +162,7 @@ class Apollo(Optimizer):
         update = G * scale * (_MINI_SCALE if rank == 1 else math.sqrt(G.shape[0] / rank))
         # 4. Limit the growth of the update.
         norm = float(update.norm())
-        limit = _GROWTH * state["norm"]
+        limit = _GROWTH * float(state["norm"])
         if norm > limit > 0:
             update, norm = update * (limit / norm), limit
         state["norm"] = norm

@@ -38,8 +38,11 @@ class ClosedFormOptions(Section):
 
 
 class TrainingOptions(Section):
-    """Training end to end: for how long, and within which memory."""
+    """Training end to end: on what, for how long, and within which memory."""
 
+    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = Field(
+        "forward_kl", description="what end-to-end training minimises; likelihood is the baseline, by TRL"
+    )
     epochs: float = Field(2.0, gt=0, description="passes over the training texts")
     learning_rate: float = Field(0.02, gt=0, description="relative to the size of each low-rank factor")
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
@@ -60,9 +63,6 @@ class DistillOptions(TrainingOptions):
     `start` random is the baseline: rank-`rank` edits of all Linears from the block on, end to end alone.
     """
 
-    objective: Literal["forward_kl", "reverse_kl", "jensen_shannon", "hidden", "likelihood"] = Field(
-        "forward_kl", description="what end-to-end training minimises; likelihood is the baseline, by TRL"
-    )
     start: Literal["closed_form", "random"] = Field("closed_form", description="the patch before training")
     rank: int = Field(8, ge=1, description="of the edit of each Linear")
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")

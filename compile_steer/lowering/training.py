@@ -210,7 +210,6 @@ def train(
     patch: WeightPatch,
     optimizer: torch.optim.Optimizer,
     options: TrainingOptions,
-    objective: str,
     name: str,
     advance: Advance,
 ) -> tuple[float, float]:
@@ -222,11 +221,10 @@ def train(
     Args:
         texts: of the steered model; where the objective is on-policy the student continues their prompts again.
         patch: made of live parameters, those of `optimizer`.
-        objective: a name in `OBJECTIVES`.
         name: under which the state is saved and the curve is recorded.
         advance: called with the number of texts just seen.
     """
-    model, loss_of = lowering.loaded.model, OBJECTIVES[objective]
+    model, loss_of = lowering.loaded.model, OBJECTIVES[options.objective]
     suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
     seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
     # The student stops where the objective looks; the held-out measure and the control always reach the end.
@@ -294,14 +292,12 @@ def _save_state(
 ) -> None:
     """Save the parameters and the optimizer's state, before `step`."""
     tensors: dict[str, Tensor] = {f"parameter.{n}": value for n, value in enumerate(_parameters(optimizer))}
-    numbers: dict[str, float] = {}
     for n, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"state.{n}.{key}"] = value
-            else:
-                numbers[f"state.{n}.{key}"] = value
-    lowering.resume.save(name, tensors, {"step": step, "losses": losses, "numbers": numbers})
+            # float64, so that the numbers of APOLLO come back as they were
+            exact = torch.float64 if isinstance(value, float) else None
+            tensors[f"state.{n}.{key}"] = torch.as_tensor(value, dtype=exact)
+    lowering.resume.save(name, tensors, {"step": step, "losses": losses})
 
 
 def _load_state(lowering: Lowering, name: str, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
@@ -312,11 +308,10 @@ def _load_state(lowering: Lowering, name: str, optimizer: torch.optim.Optimizer)
     tensors, header = saved
     with torch.no_grad():
         for n, parameter in enumerate(_parameters(optimizer)):
-            parameter.copy_(tensors[f"parameter.{n}"])
-    state: dict[int, dict[str, Tensor | float]] = {}
-    for key, value in (*tensors.items(), *header["numbers"].items()):
-        if key.startswith("state."):
-            _state, n, entry = key.split(".", 2)
-            state.setdefault(int(n), {})[entry] = value
+            parameter.copy_(tensors.pop(f"parameter.{n}"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        _state, n_parameter, key = path.split(".")
+        state.setdefault(int(n_parameter), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(header["step"]), list(header["losses"])

@@ -41,19 +41,19 @@ from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, log
 def test_the_default_stages_take_most_of_the_divergence_away(
     family: str, attn_out: float, resid_post: float, resid_pre: float, clamp: float
 ) -> None:
-    one = loaded(family)
-    for wanted, intervened in (
+    tiny = loaded(family)
+    for limit, intervened in (
         (attn_out, intervention("add", "attn_out", 1)),
         (resid_post, intervention("add", "resid_post", 1)),
         (resid_pre, intervention("add", "resid_pre", 0)),
         (clamp, intervention("clamp", "mlp_out", 1)),
     ):
         steering = canonical_program(family, intervened)
-        assert remaining_kl(one, steering, solve(one, steering, stages_of(one, steering))) < wanted
+        assert remaining_kl(tiny, steering, solve(tiny, steering, stages_of(tiny, steering))) < limit
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted"),
+    ("family", "limit"),
     [
         ("llama", 0.1),
         ("gpt2", 0.01),
@@ -64,84 +64,84 @@ def test_the_default_stages_take_most_of_the_divergence_away(
         ("phi3", 0.12),
     ],
 )
-def test_the_last_block_s_output_is_matched_before_the_final_norm(family: str, wanted: float) -> None:
-    one = loaded(family)
+def test_the_last_block_s_output_is_matched_before_the_final_norm(family: str, limit: float) -> None:
+    tiny = loaded(family)
     steering = canonical_program(family, intervention("add", "resid_post", LAYERS - 1))
     stages = [Stage(LAYERS - 1, "attn", 8), Stage(LAYERS - 1, "mlp", 8)]
-    assert remaining_kl(one, steering, solve(one, steering, stages)) < wanted
+    assert remaining_kl(tiny, steering, solve(tiny, steering, stages)) < limit
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_program_for_the_response_alone_is_imitated_in_part(family: str) -> None:
-    one = loaded(family)
+    tiny = loaded(family)
     steering = canonical_program(family, intervention(positions="response"))
-    assert remaining_kl(one, steering, solve(one, steering, stages_of(one, steering))) < 0.6
+    assert remaining_kl(tiny, steering, solve(tiny, steering, stages_of(tiny, steering))) < 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_stage_corrects_what_the_ones_before_it_left(family: str) -> None:
-    one = loaded(family)
+    tiny = loaded(family)
     steering = canonical_program(family, intervention("add", "attn_out", 1))
-    stages = stages_of(one, steering)[:4]
-    found = [remaining_kl(one, steering, solve(one, steering, stages[:n])) for n in range(1, len(stages) + 1)]
-    assert len(found) == 4
-    assert found == sorted(found, reverse=True)
-    assert found[-1] < 0.5 * found[0]
+    stages = stages_of(tiny, steering)[:4]
+    left = [remaining_kl(tiny, steering, solve(tiny, steering, stages[:n])) for n in range(1, len(stages) + 1)]
+    assert len(left) == 4
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < 0.5 * left[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_patch_is_the_program_s_and_not_another_s(family: str) -> None:
-    one = loaded(family)
+    tiny = loaded(family)
     steering = canonical_program(family, intervention())
-    patch = solve(one, steering, stages_of(one, steering))
-    right = remaining_kl(one, steering, patch)
-    assert remaining_kl(one, -steering, patch) > 1.0, "the opposite program"
-    assert remaining_kl(one, canonical_program(family, intervention(seed=5)), patch) > 3 * right, "another vector"
+    patch = solve(tiny, steering, stages_of(tiny, steering))
+    right = remaining_kl(tiny, steering, patch)
+    assert remaining_kl(tiny, -steering, patch) > 1.0, "the opposite program"
+    assert remaining_kl(tiny, canonical_program(family, intervention(seed=5)), patch) > 3 * right, "another vector"
     flipped = {name: type(edit)(-edit.B, edit.A) for name, edit in patch.low_rank.items()}
-    assert remaining_kl(one, steering, WeightPatch(flipped)) > 1.0, "the sign flipped"
+    assert remaining_kl(tiny, steering, WeightPatch(flipped)) > 1.0, "the sign flipped"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_is_asked(family: str) -> None:
-    one = loaded(family)
+    tiny = loaded(family)
     steering = canonical_program(family, intervention())
-    patch = solve(one, steering, [Stage(1, "mlp", 8)])
+    patch = solve(tiny, steering, [Stage(1, "mlp", 8)])
     ((name, edit),) = patch.low_rank.items()
-    assert name == one.layout.output_projection(1, "mlp").name
+    assert name == tiny.layout.output_projection(1, "mlp").name
     assert (tuple(edit.B.shape), tuple(edit.A.shape)) == ((32, 8), (8, 48))
     assert (edit.B.dtype, edit.A.dtype) == (torch.float32, torch.float32)
     sizes = torch.linalg.svdvals(edit.B @ edit.A)
     # Behind a norm each token needs the shift times its own scale, in the metric of the norm's weights.
-    assert float(sizes[1] / sizes[0]) < (1e-2 if one.layout.post_norm else 1e-3)
+    assert float(sizes[1] / sizes[0]) < (1e-2 if tiny.layout.post_norm else 1e-3)
 
 
 def test_solving_leaves_the_model_as_it_was() -> None:
-    one = loaded("gpt2")
+    tiny = loaded("gpt2")
     batch = Padded.of(HELD_OUT, "right")
-    before, base = n_hooks(one.model), logits(one.model, batch)
-    solve(one, canonical_program("gpt2", intervention()), [Stage(1, "attn", 2), Stage(2, "mlp", 2)])
-    assert n_hooks(one.model) == before
-    assert torch.equal(logits(one.model, batch), base)
+    before, base = n_hooks(tiny.model), logits(tiny.model, batch)
+    solve(tiny, canonical_program("gpt2", intervention()), [Stage(1, "attn", 2), Stage(2, "mlp", 2)])
+    assert n_hooks(tiny.model) == before
+    assert torch.equal(logits(tiny.model, batch), base)
 
 
 def test_one_text_is_enough_or_refused_in_words() -> None:
-    one = loaded("llama")
+    tiny = loaded("llama")
     steering = canonical_program("llama", intervention())
     try:
-        patch = solve_stages(steering, one, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None).patch
+        patch = solve_stages(steering, tiny, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None).patch
     except CompileSteerError as error:
         assert "calibration" in str(error)
     else:
         patch.require_finite()
-        assert kl(one, steering, patch, TRAINING[:1]) < kl(one, steering, WeightPatch(), TRAINING[:1])
+        assert kl(tiny, steering, patch, TRAINING[:1]) < kl(tiny, steering, WeightPatch(), TRAINING[:1])
 
 
 def test_a_writer_that_is_named_again_is_solved_anew() -> None:
-    one, steering = loaded("gpt2"), canonical_program("gpt2", intervention())
-    twice = solve(one, steering, [Stage(1, "mlp", 1), Stage(1, "attn", 1), Stage(1, "mlp", 3)])
+    tiny, steering = loaded("gpt2"), canonical_program("gpt2", intervention())
+    twice = solve(tiny, steering, [Stage(1, "mlp", 1), Stage(1, "attn", 1), Stage(1, "mlp", 3)])
     assert sorted(edit.rank for edit in twice.low_rank.values()) == [1, 3]
-    once = solve(one, steering, [Stage(1, "mlp", 2)])
-    again = solve(one, steering, [Stage(1, "mlp", 7), Stage(1, "mlp", 2)])
+    once = solve(tiny, steering, [Stage(1, "mlp", 2)])
+    again = solve(tiny, steering, [Stage(1, "mlp", 7), Stage(1, "mlp", 2)])
     for name, edit in once.low_rank.items():
         assert torch.equal(again.low_rank[name].B @ again.low_rank[name].A, edit.B @ edit.A)
 
@@ -180,15 +180,15 @@ def pinned(*stages: ClosedFormStage) -> CompileOptions:
 
 
 def test_the_recipe_s_stages_count_from_the_first_changed_block() -> None:
-    wanted = (ClosedFormStage(offset=0, projection="mlp", rank=2), ClosedFormStage(offset=2, projection="attn", rank=5))
-    assert planned(intervention("add", "resid_pre", 2), options=pinned(*wanted)) == [(1, "mlp", 2), (3, "attn", 5)]
+    stages = (ClosedFormStage(offset=0, projection="mlp", rank=2), ClosedFormStage(offset=2, projection="attn", rank=5))
+    assert planned(intervention("add", "resid_pre", 2), options=pinned(*stages)) == [(1, "mlp", 2), (3, "attn", 5)]
 
 
 def test_a_stage_of_the_recipe_above_the_last_block_is_refused() -> None:
-    one, steering = loaded("llama"), canonical_program("llama", intervention(layer=3))
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention(layer=3))
     options = pinned(ClosedFormStage(offset=1, projection="mlp", rank=2))
     with pytest.raises(CompileSteerError, match="blocks 0 to 3"):
-        solve(one, steering, stages_of(one, steering, options))
+        solve(tiny, steering, stages_of(tiny, steering, options))
 
 
 def test_an_empty_program_is_refused_before_any_work() -> None:
@@ -217,9 +217,9 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
 
 
 def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
-    one, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
-    stages = stages_of(one, steering)
+    tiny, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
+    stages = stages_of(tiny, steering)
     assert {stage.projection for stage in stages} == {"attn"}
-    assert remaining_kl(one, steering, solve(one, steering, stages)) < 0.8
+    assert remaining_kl(tiny, steering, solve(tiny, steering, stages)) < 0.8
     with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
-        solve(one, steering, [Stage(1, "mlp", 2)])
+        solve(tiny, steering, [Stage(1, "mlp", 2)])

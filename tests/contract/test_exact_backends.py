@@ -48,40 +48,40 @@ PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in load
 # --------------------------------------------------------------------------------- the bias backend
 
 
-def job(one: LoadedModel, steering: Program) -> Lowering:
-    return Lowering(canonical(steering), one, ())
+def job(tiny: LoadedModel, steering: Program) -> Lowering:
+    return Lowering(canonical(steering), tiny, ())
 
 
-def reloaded(one: LoadedModel, patch: WeightPatch, folder: Path) -> PreTrainedModel:
+def reloaded(tiny: LoadedModel, patch: WeightPatch, folder: Path) -> PreTrainedModel:
     """The merged checkpoint as a user's plain transformers would load it."""
-    merged = merged_model(one.source, patch)
+    merged = merged_model(tiny.source, patch)
     with quiet():
         merged.save_pretrained(folder)
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert not loading["mismatched_keys"]
-    found: PreTrainedModel = model.eval()
-    return found
+    reloaded_model: PreTrainedModel = model.eval()
+    return reloaded_model
 
 
-def must_equal_hooks(one: LoadedModel, steering: Program, folder: Path, name: str = "bias") -> WeightPatch:
+def must_equal_hooks(tiny: LoadedModel, steering: Program, folder: Path, name: str = "bias") -> WeightPatch:
     """Lower, merge, save and reload; compare with the hooks on both padding sides and through the cache."""
     backend = BACKENDS[name]
-    assert backend.refusal(canonical(steering), one.layout) is None
-    patch = backend.lower(job(one, steering))
-    compiled = reloaded(one, patch, folder)
+    assert backend.refusal(canonical(steering), tiny.layout) is None
+    patch = backend.lower(job(tiny, steering))
+    compiled = reloaded(tiny, patch, folder)
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
-        with steered(one.model, steering):
-            wanted = logits(one.model, inputs)
-        assert relative_error(logits(compiled, inputs), wanted) < 1e-5
-        assert relative_error(logits(one.model, inputs), wanted) > 1e-3
+        with steered(tiny.model, steering):
+            expected = logits(tiny.model, inputs)
+        assert relative_error(logits(compiled, inputs), expected) < 1e-5
+        assert relative_error(logits(tiny.model, inputs), expected) > 1e-3
     prompts = Padded.of(texts(((5, 0), (2, 0), (4, 0))), "left")
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     ids = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
-    with steered(one.model, steering):
-        wanted_tokens = one.model.generate(**ids, **settings)
+    with steered(tiny.model, steering):
+        wanted_tokens = tiny.model.generate(**ids, **settings)
     assert torch.equal(compiled.generate(**ids, **settings), wanted_tokens)
     return patch
 
@@ -123,18 +123,18 @@ def test_a_checkpoint_that_has_biases_already_keeps_them(family: str, tmp_path: 
     flags = {"attention_bias": True} | ({"mlp_bias": True} if family == "llama" else {})
     model = build(family, **flags)
     model.save_pretrained(tmp_path / "base")
-    one = replace(loaded(family), model=model, source=str(tmp_path / "base"))
+    tiny = replace(loaded(family), model=model, source=str(tmp_path / "base"))
     steering = program(family, *(intervention("add", point, 1) for point in legal_points(family)))
-    patch = must_equal_hooks(one, steering, tmp_path / "merged")
+    patch = must_equal_hooks(tiny, steering, tmp_path / "merged")
     assert patch.config_flags == ()
 
 
 def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path: Path) -> None:
     model = build("gpt_neox", use_parallel_residual=False)
     model.save_pretrained(tmp_path / "base")
-    one = replace(loaded("gpt_neox"), model=model, source=str(tmp_path / "base"))
+    tiny = replace(loaded("gpt_neox"), model=model, source=str(tmp_path / "base"))
     steering = program("gpt_neox", *(intervention("add", point, 1, seed=n) for n, point in enumerate(POINTS)))
-    must_equal_hooks(one, steering, tmp_path / "merged")
+    must_equal_hooks(tiny, steering, tmp_path / "merged")
 
 
 def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
@@ -152,15 +152,15 @@ def test_a_family_whose_checkpoint_lacks_its_biases_is_refused_before_any_work()
     model = build("gpt_neox", attention_bias=False)
     steering = canonical(program("gpt_neox", intervention("add", "attn_out", 1)))
     assert exact.bias_refusal(steering, loaded("gpt_neox").layout) is None
-    found = exact.bias_refusal(steering, Layout.of(model))
-    assert found is not None
-    assert "attention.dense" in found
+    refusal = exact.bias_refusal(steering, Layout.of(model))
+    assert refusal is not None
+    assert "attention.dense" in refusal
 
 
 def test_one_illegal_intervention_refuses_the_whole_program_and_names_itself() -> None:
     steering = program("llama", intervention(layer=1), intervention("ablate", "mlp_out", 3))
-    found = exact.bias_refusal(canonical(steering), loaded("llama").layout)
-    assert found == "ablate at mlp_out 3: a bias cannot ablate; it only shifts"
+    refusal = exact.bias_refusal(canonical(steering), loaded("llama").layout)
+    assert refusal == "ablate at mlp_out 3: a bias cannot ablate; it only shifts"
 
 
 def test_nothing_lies_below_the_first_block() -> None:
@@ -199,12 +199,12 @@ def test_ablating_writers_in_the_weights_equals_the_hooks(family: str, saved: Sa
 def test_ablating_everywhere_is_exact_and_the_stream_never_holds_the_direction(
     family: str, coefficient: float, saved: Save, tmp_path: Path
 ) -> None:
-    one = saved(family)
+    tiny = saved(family)
     steering = program(family, *ablate_everywhere(vector(3, 1.0), LAYERS, coefficient))
-    patch = must_equal_hooks(one, steering, tmp_path / "merged", "orthogonalise")
-    assert patch.untie == one.layout.tied
+    patch = must_equal_hooks(tiny, steering, tmp_path / "merged", "orthogonalise")
+    assert patch.untie == tiny.layout.tied
     assert len(steering.describe().splitlines()) == 1
-    compiled = reloaded(one, patch, tmp_path / "again")
+    compiled = reloaded(tiny, patch, tmp_path / "again")
     inputs = Padded.of(texts(), "right")
     with captured(family, compiled) as streams:
         logits(compiled, inputs)
@@ -218,14 +218,14 @@ def test_ablating_everywhere_is_exact_and_the_stream_never_holds_the_direction(
 def test_a_rewritten_checkpoint_is_the_same_function_and_then_holds_the_shifts(
     family: str, saved: Save, tmp_path: Path
 ) -> None:
-    one = saved(family)
+    tiny = saved(family)
     inputs = Padded.of(texts(), "left")
-    empty = reloaded(one, WeightPatch(architecture="llama", config_flags=("mlp_bias",)), tmp_path / "plain")
+    empty = reloaded(tiny, WeightPatch(architecture="llama", config_flags=("mlp_bias",)), tmp_path / "plain")
     assert type(empty).__name__ == "LlamaForCausalLM"
-    assert_same_weights(empty, one.model)
-    assert_close_to_rounding(logits(empty, inputs), logits(one.model, inputs))
+    assert_same_weights(empty, tiny.model)
+    assert_close_to_rounding(logits(empty, inputs), logits(tiny.model, inputs))
     several = [intervention("add", p, 1 + n % 2, seed=n) for n, p in enumerate(POINTS)]
-    patch = must_equal_hooks(one, program(family, *several), tmp_path / "merged", "retarget")
+    patch = must_equal_hooks(tiny, program(family, *several), tmp_path / "merged", "retarget")
     assert patch.config_flags == ("attention_bias", "mlp_bias")
 
 

@@ -44,14 +44,14 @@ def test_every_known_family_is_tested_here() -> None:
 # ------------------------------------------------------------------------------------ what hooks mean
 
 
-def expected(family: str, one: Intervention, inputs: Padded) -> dict[str, torch.Tensor]:
+def expected(family: str, action: Intervention, inputs: Padded) -> dict[str, torch.Tensor]:
     """The residual stream right after the edit, from the base's own streams and the definition."""
     model = loaded(family).model
     with captured(family, model) as base:
         logits(model, inputs)
-    layer, point = one.site.layer, one.site.point
-    change = edit(one, base.at(one.site)) - base.at(one.site)
-    if "all" not in one.scopes:
+    layer, point = action.site.layer, action.site.point
+    change = edit(action, base.at(action.site)) - base.at(action.site)
+    if "all" not in action.scopes:
         change = change * (inputs.roles == RESPONSE).unsqueeze(-1)
     if point == "resid_pre":
         return {"before": base.before[layer] + change}
@@ -69,17 +69,17 @@ def test_an_edit_changes_the_stream_at_its_point_by_its_definition_and_nothing_b
         logits(model, inputs)
     for operation in OPERATIONS:
         for positions in ("all", "response"):
-            one = intervention(operation, point, LAYER, positions=positions)
-            ((where, wanted),) = expected(family, one, inputs).items()
-            with steered(model, program(family, one), roles=inputs.roles), captured(family, model) as streams:
+            action = intervention(operation, point, LAYER, positions=positions)
+            ((where, target),) = expected(family, action, inputs).items()
+            with steered(model, program(family, action), roles=inputs.roles), captured(family, model) as streams:
                 logits(model, inputs)
-            found = getattr(streams, where)[LAYER]
-            assert relative_error(found[real], wanted[real]) < 1e-5
+            actual = getattr(streams, where)[LAYER]
+            assert relative_error(actual[real], target[real]) < 1e-5
             untouched = getattr(base, where)[LAYER]
-            assert relative_error(found[real], untouched[real]) > 1e-3
+            assert relative_error(actual[real], untouched[real]) > 1e-3
             if positions == "response":
                 prompt = real & (inputs.roles != RESPONSE)
-                assert torch.equal(found[prompt], untouched[prompt])
+                assert torch.equal(actual[prompt], untouched[prompt])
             for layer in range(LAYER):
                 assert torch.equal(streams.before[layer], base.before[layer])
                 if (layer, point) != (LAYER - 1, "resid_pre"):
@@ -90,11 +90,11 @@ def test_an_edit_changes_the_stream_at_its_point_by_its_definition_and_nothing_b
 def test_the_input_of_the_first_block_is_the_embeddings(family: str) -> None:
     model = loaded(family).model
     inputs = Padded.of(texts(), "right")
-    one = intervention("clamp", "resid_pre", 0)
-    wanted = expected(family, one, inputs)["before"]
-    with steered(model, program(family, one)), captured(family, model) as streams:
+    action = intervention("clamp", "resid_pre", 0)
+    target = expected(family, action, inputs)["before"]
+    with steered(model, program(family, action)), captured(family, model) as streams:
         logits(model, inputs)
-    assert relative_error(streams.before[0], wanted) < 1e-5
+    assert relative_error(streams.before[0], target) < 1e-5
 
 
 # --------------------------------------------------------------------------------------- golden file
@@ -103,20 +103,20 @@ def test_the_input_of_the_first_block_is_the_embeddings(family: str) -> None:
 def legality() -> list[str]:
     lines = []
     for family, point, positions, operation in product(FAMILIES, POINTS, ("all", "response"), OPERATIONS):
-        one = intervention(operation, point, LAYER, positions=positions)
+        action = intervention(operation, point, LAYER, positions=positions)
         for name, backend in BACKENDS.items():
-            reason = backend.refusal(canonical(program(family, one)), loaded(family).layout)
+            reason = backend.refusal(canonical(program(family, action)), loaded(family).layout)
             lines.append(f"{family} {point} {positions} {operation} {name}: {reason or 'legal'}")
     return sorted(lines)
 
 
 def test_legality_is_the_golden_one() -> None:
-    found = legality()
+    lines = legality()
     if os.environ.get("UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text("\n".join(found) + "\n", encoding="utf-8")
+        GOLDEN.write_text("\n".join(lines) + "\n", encoding="utf-8")
     golden = GOLDEN.read_text(encoding="utf-8").splitlines() if GOLDEN.is_file() else []
-    changed = sorted(set(found) ^ set(golden))
-    assert found == golden, (
+    changed = sorted(set(lines) ^ set(golden))
+    assert lines == golden, (
         f"{len(changed)} lines differ from {GOLDEN.name}, first: {changed[:4]}. If the new ones are right: "
         "UPDATE_GOLDEN=1 python -m pytest tests/contract/test_families.py -k golden, and look at the difference."
     )

@@ -38,13 +38,13 @@ def test_two_processes_solve_what_one_does(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    wanted = solved().low_rank
+    expected = solved().low_rank
     for rank in (0, 1):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert found.keys() == wanted.keys()
-        for name, edit in wanted.items():
+        actual = load_file(tmp_path / f"{rank}.safetensors")
+        assert actual.keys() == expected.keys()
+        for name, edit in expected.items():
             delta = edit.B @ edit.A
-            assert torch.allclose(found[name], delta, atol=2e-3 * float(delta.abs().max()))
+            assert torch.allclose(actual[name], delta, atol=2e-3 * float(delta.abs().max()))
 
 
 def test_what_one_process_alone_can_do_is_refused_to_several(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,19 +26,19 @@ from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, ra
 OPTIONS = DistillOptions(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
 
 
-def task(one: LoadedModel, steering: Program, **changes: Any) -> Lowering:
+def task(tiny: LoadedModel, steering: Program, **changes: Any) -> Lowering:
     options = CompileOptions(
         calibration=CalibrationOptions(prompts=1, max_new_tokens=8), distill=OPTIONS.model_copy(update=changes)
     )
-    return job(one, steering, options)
+    return job(tiny, steering, options)
 
 
-def trained(work: Lowering, start: WeightPatch, texts: list[Encoded] = TRAINING) -> WeightPatch:
-    return distill.train_end_to_end(work, texts, start, lambda _done: None)
+def trained(lowering: Lowering, start: WeightPatch, texts: list[Encoded] = TRAINING) -> WeightPatch:
+    return distill.train_end_to_end(lowering, texts, start, lambda _done: None)
 
 
-def random_start(one: LoadedModel, first: int = 1) -> WeightPatch:
-    return distill.random_patch(one.layout, first, OPTIONS.rank, seed=0)
+def random_start(tiny: LoadedModel, first: int = 1) -> WeightPatch:
+    return distill.random_patch(tiny.layout, first, OPTIONS.rank, seed=0)
 
 
 def same(a: WeightPatch, b: WeightPatch, tolerance: float = 0.0) -> bool:
@@ -51,67 +51,67 @@ def same(a: WeightPatch, b: WeightPatch, tolerance: float = 0.0) -> bool:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(
-    ("objective", "wanted"),
+    ("objective", "limit"),
     [("forward_kl", 0.4), ("reverse_kl", 0.6), ("jensen_shannon", 0.5), ("hidden", 0.6), ("likelihood", 0.97)],
 )
-def test_every_objective_brings_the_student_nearer(family: str, objective: str, wanted: float) -> None:
-    one, steering = loaded(family), canonical_program(family, intervention(positions="all"))
+def test_every_objective_brings_the_student_nearer(family: str, objective: str, limit: float) -> None:
+    tiny, steering = loaded(family), canonical_program(family, intervention(positions="all"))
     texts = TRAINING
     if objective == "likelihood":  # a sampled token says something only where it was sampled from the steered model
         prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in [*CALIBRATION, *TRAINING]]
-        texts = task(one, steering).sample(prompts, steering, seed=1)
-    before, hooks = logits(one.model, Padded.of(HELD_OUT, "right")), n_hooks(one.model)
-    config, forward = one.model.config.to_dict(), one.model.__dict__.get("forward")
-    work = task(one, steering, objective=objective)
-    found = trained(work, random_start(one), texts)
-    assert remaining_kl(one, steering, found) < wanted
-    assert n_hooks(one.model) == hooks
-    assert (one.model.config.to_dict(), one.model.__dict__.get("forward")) == (config, forward)
-    assert torch.equal(logits(one.model, Padded.of(HELD_OUT, "right")), before), "the base is as it was"
-    curve = work.curves["distill"]
+        texts = task(tiny, steering).sample(prompts, steering, seed=1)
+    before, hooks = logits(tiny.model, Padded.of(HELD_OUT, "right")), n_hooks(tiny.model)
+    config, forward = tiny.model.config.to_dict(), tiny.model.__dict__.get("forward")
+    lowering = task(tiny, steering, objective=objective)
+    patch = trained(lowering, random_start(tiny), texts)
+    assert remaining_kl(tiny, steering, patch) < limit
+    assert n_hooks(tiny.model) == hooks
+    assert (tiny.model.config.to_dict(), tiny.model.__dict__.get("forward")) == (config, forward)
+    assert torch.equal(logits(tiny.model, Padded.of(HELD_OUT, "right")), before), "the base is as it was"
+    curve = lowering.curves["distill"]
     assert curve["held_out_kl"][1] < curve["held_out_kl"][0]
     assert len(curve["loss"]) > 4
 
 
 def test_the_losses_are_what_they_are_called() -> None:
-    one, steering = loaded("llama"), canonical_program("llama", intervention())
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention())
     batch = Padded.of(HELD_OUT[:3], "right")
-    with steered(one.model, steering, roles=batch.roles):
-        log_p = logits(one.model, batch).double().log_softmax(dim=-1)
-    log_q = logits(one.model, batch).double().log_softmax(dim=-1)
+    with steered(tiny.model, steering, roles=batch.roles):
+        log_p = logits(tiny.model, batch).double().log_softmax(dim=-1)
+    log_q = logits(tiny.model, batch).double().log_softmax(dim=-1)
     p, q = log_p.exp(), log_q.exp()
     m = (p + q) / 2
-    wanted = {
+    expected = {
         "forward_kl": (p * (log_p - log_q)).sum(-1).mean(),
         "reverse_kl": (q * (log_q - log_p)).sum(-1).mean(),
         "jensen_shannon": (0.5 * (p * (log_p - m.log()) + q * (log_q - m.log())).sum(-1)).mean(),
     }
-    (item,) = SuffixModel(one, steering, first=1).batches(HELD_OUT[:3], 4096)
-    for name, value in wanted.items():
-        student = SuffixModel(one, steering, first=1).student(item).requires_grad_()
-        found = OBJECTIVES[name].backward(one.model, item.teacher, student, 1.0)
-        assert found == pytest.approx(float(value), rel=1e-4)
+    (item,) = SuffixModel(tiny, steering, first=1).batches(HELD_OUT[:3], 4096)
+    for name, value in expected.items():
+        student = SuffixModel(tiny, steering, first=1).student(item).requires_grad_()
+        loss = OBJECTIVES[name].backward(tiny.model, item.teacher, student, 1.0)
+        assert loss == pytest.approx(float(value), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_saving_memory_gives_the_same_gradient(family: str) -> None:
-    one, steering = loaded(family), canonical_program(family, intervention(positions="response"))
-    start = random_start(one, 0)
-    plain, half, saving = (trained(task(one, steering, recompute_every=every), start) for every in (0, 2, 1))
+    tiny, steering = loaded(family), canonical_program(family, intervention(positions="response"))
+    start = random_start(tiny, 0)
+    plain, half, saving = (trained(task(tiny, steering, recompute_every=every), start) for every in (0, 2, 1))
     assert same(plain, half, 1e-5) and same(plain, saving, 1e-5)
-    rough = trained(task(one, steering, precision="bfloat16"), start)
+    rough = trained(task(tiny, steering, precision="bfloat16"), start)
     assert not same(plain, rough, 1e-5)
-    assert abs(remaining_kl(one, steering, rough) - remaining_kl(one, steering, plain)) < 0.1
+    assert abs(remaining_kl(tiny, steering, rough) - remaining_kl(tiny, steering, plain)) < 0.1
 
 
 def test_several_small_batches_to_a_step_are_fewer_steps() -> None:
-    one, steering = loaded("llama"), canonical_program("llama", intervention())
-    one_a_step, three_a_step = task(one, steering), task(one, steering, accumulate=3)
-    trained(one_a_step, random_start(one))
-    found = trained(three_a_step, random_start(one))
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention())
+    one_a_step, three_a_step = task(tiny, steering), task(tiny, steering, accumulate=3)
+    trained(one_a_step, random_start(tiny))
+    patch = trained(three_a_step, random_start(tiny))
     steps = len(one_a_step.curves["distill"]["loss"])
     assert len(three_a_step.curves["distill"]["loss"]) in {steps // 3, steps // 3 + 1, 4 * (-(-(steps // 4) // 3))}
-    assert remaining_kl(one, steering, found) < 1.0
+    assert remaining_kl(tiny, steering, patch) < 1.0
 
 
 class Stopped(Exception):
@@ -120,10 +120,10 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
 def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, tmp_path: Path) -> None:
-    one, steering = loaded("granite"), canonical_program("granite", intervention("ablate", "attn_out", 1))
+    tiny, steering = loaded("granite"), canonical_program("granite", intervention("ablate", "attn_out", 1))
     settings = {"objective": objective, "save_every": 3, "epochs": 3}
-    whole = task(one, steering, **settings)
-    wanted = trained(whole, random_start(one))
+    whole = task(tiny, steering, **settings)
+    expected = trained(whole, random_start(tiny))
 
     seen = 0.0
 
@@ -133,77 +133,76 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, 
         if seen > 1.6 * len(TRAINING):
             raise Stopped
 
-    kept = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
+    kept = replace(task(tiny, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
     with pytest.raises(Stopped):
-        distill.train_end_to_end(kept, TRAINING, random_start(one), stop)
-    again = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
+        distill.train_end_to_end(kept, TRAINING, random_start(tiny), stop)
+    again = replace(task(tiny, steering, **settings), resume=ResumeFiles(tmp_path, "inputs"))
     steps: list[float] = []
-    found = distill.train_end_to_end(again, TRAINING, random_start(one), steps.append)
-    assert same(found, wanted), "bit by bit"
+    resumed = distill.train_end_to_end(again, TRAINING, random_start(tiny), steps.append)
+    assert same(resumed, expected), "bit by bit"
     assert again.curves == whole.curves
     assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin anew"
-    other = replace(task(one, steering, **settings), resume=ResumeFiles(tmp_path, "other inputs"))
+    other = replace(task(tiny, steering, **settings), resume=ResumeFiles(tmp_path, "other inputs"))
     assert other.resume.load("distill") is None
 
 
 def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None:
-    one, steering = loaded("llama"), canonical_program("llama", intervention(layer=0))
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention(layer=0))
     settings = {"start": "closed_form", "block_steps": 20}
 
     def run(files: ResumeFiles) -> tuple[Lowering, WeightPatch]:
-        doing = replace(task(one, steering, **settings), resume=files)
-        doing.__dict__["regression_texts"] = CALIBRATION
-        return doing, distill.fit_blocks(doing)
+        lowering = replace(task(tiny, steering, **settings), resume=files)
+        lowering.__dict__["regression_texts"] = CALIBRATION
+        return lowering, distill.fit_blocks(lowering)
 
-    whole, wanted = run(ResumeFiles())
-    doing, _patch = run(ResumeFiles(tmp_path, "x"))
-    _tensors, state = doing.resume.load("distill.blocks") or ({}, {})
-    assert state["block"] == one.layout.n_layers
+    whole, expected = run(ResumeFiles())
+    lowering, _patch = run(ResumeFiles(tmp_path, "x"))
+    _tensors, state = lowering.resume.load("distill.blocks") or ({}, {})
+    assert state["block"] == tiny.layout.n_layers
     # As if it had been killed after the first two blocks.
-    early = {n: e for n, e in wanted.low_rank.items() if ".0." in n or ".1." in n}
+    early = {n: e for n, e in expected.low_rank.items() if ".0." in n or ".1." in n}
     tensors = {f"{part}.{n}": getattr(e, part) for n, e in early.items() for part in "BA"}
-    doing.resume.save("distill.blocks", tensors, {"block": 2, "curves": state["curves"]})
-    again, found = run(ResumeFiles(tmp_path, "x"))
-    assert same(found, wanted)
+    lowering.resume.save("distill.blocks", tensors, {"block": 2, "curves": state["curves"]})
+    again, resumed = run(ResumeFiles(tmp_path, "x"))
+    assert same(resumed, expected)
     assert again.curves == whole.curves
 
 
 def test_neutral_text_holds_the_student_near_the_base() -> None:
     """A student that starts far from the base on its own texts comes nearer with the penalty than without."""
-    one, steering = loaded("llama"), canonical_program("llama", intervention(positions="response", coefficient=0.4))
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention(positions="response", coefficient=0.4))
     prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
     drift = []
     for weight in (0.0, 20.0):
-        work = task(one, steering, base_kl_weight=weight, epochs=2)
-        factors = trainable(random_patch(one, ranks=(3,)).low_rank, one.device)
+        lowering = task(tiny, steering, base_kl_weight=weight, objective="hidden", epochs=2)
+        factors = trainable(random_patch(tiny, ranks=(3,)).low_rank, tiny.device)
         train(
-            work,
+            lowering,
             CALIBRATION,
             patch_from_factors(factors),
             adamw(factors, 0.03),
-            work.options.distill,
-            "hidden",
+            lowering.options.distill,
             "distill",
             lambda _done: None,
         )
-        batch = Padded.of(work.sample(prompts, None, seed=3), "right")
-        base = logits(one.model, batch).double().log_softmax(-1)
-        with with_patch(one.model, patch_from_factors(factors)), torch.no_grad():
-            found = logits(one.model, batch).double().log_softmax(-1)
-        drift.append(float((base.exp() * (base - found)).sum(-1).mean()))
+        batch = Padded.of(lowering.sample(prompts, None, seed=3), "right")
+        base = logits(tiny.model, batch).double().log_softmax(-1)
+        with with_patch(tiny.model, patch_from_factors(factors)), torch.no_grad():
+            student = logits(tiny.model, batch).double().log_softmax(-1)
+        drift.append(float((base.exp() * (base - student)).sum(-1).mean()))
     assert drift[1] < 0.8 * drift[0]
 
 
 def test_what_is_kept_is_found_for_the_same_inputs_alone(tmp_path: Path) -> None:
-    work = ResumeFiles(tmp_path, "a")
-    work.save("texts", {"x": torch.ones(2)}, [1, 2])
-    tensors, state = work.load("texts") or ({}, None)
+    lowering = ResumeFiles(tmp_path, "a")
+    lowering.save("texts", {"x": torch.ones(2)}, [1, 2])
+    tensors, state = lowering.load("texts") or ({}, None)
     assert state == [1, 2]
     assert torch.equal(tensors["x"], torch.ones(2))
     assert ResumeFiles(tmp_path, "b").load("texts") is None
     (tmp_path / "texts.safetensors").write_bytes(b"cut")
-    assert work.load("texts") is None
-    work.clear()
+    assert lowering.load("texts") is None
+    lowering.clear()
     assert not tmp_path.exists()
     ResumeFiles().save("texts", {}, 1)
     assert ResumeFiles().load("texts") is None

@@ -31,27 +31,27 @@ def canonical_program(family: str, *interventions: Intervention) -> Program:
     return canonical(program(family, *interventions))
 
 
-def job(one: LoadedModel, steering: Program, options: CompileOptions | None = None) -> Lowering:
-    return Lowering(steering, one, (), options or CompileOptions())
+def job(tiny: LoadedModel, steering: Program, options: CompileOptions | None = None) -> Lowering:
+    return Lowering(steering, tiny, (), options or CompileOptions())
 
 
-def stages_of(one: LoadedModel, steering: Program, options: CompileOptions | None = None) -> list[Stage]:
-    return plan_stages(steering, one.layout, (options or CompileOptions()).closed_form)
+def stages_of(tiny: LoadedModel, steering: Program, options: CompileOptions | None = None) -> list[Stage]:
+    return plan_stages(steering, tiny.layout, (options or CompileOptions()).closed_form)
 
 
-def solve(one: LoadedModel, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
-    return solve_stages(steering, one, CALIBRATION, stages, lambda _done: None).patch
+def solve(tiny: LoadedModel, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
+    return solve_stages(steering, tiny, CALIBRATION, stages, lambda _done: None).patch
 
 
-def kl(one: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
+def kl(tiny: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
     """Mean KL(steered || patched) in nats a token, from whole passes with explicit roles."""
     batch = Padded.of(rows, "right")
-    with steered(one.model, steering, roles=batch.roles):
-        wanted = logits(one.model, batch).double().log_softmax(dim=-1)
-    with with_patch(one.model, patch):
-        found = logits(one.model, batch).double().log_softmax(dim=-1)
-    return float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+    with steered(tiny.model, steering, roles=batch.roles):
+        steered_logprobs = logits(tiny.model, batch).double().log_softmax(dim=-1)
+    with with_patch(tiny.model, patch):
+        patched_logprobs = logits(tiny.model, batch).double().log_softmax(dim=-1)
+    return float(functional.kl_div(patched_logprobs, steered_logprobs, log_target=True, reduction="batchmean"))
 
 
-def remaining_kl(one: LoadedModel, steering: Program, patch: WeightPatch) -> float:
-    return kl(one, steering, patch) / kl(one, steering, WeightPatch())
+def remaining_kl(tiny: LoadedModel, steering: Program, patch: WeightPatch) -> float:
+    return kl(tiny, steering, patch) / kl(tiny, steering, WeightPatch())

@@ -54,7 +54,7 @@ def interventions(draw: st.DrawFn) -> Intervention:
     )
 
 
-programs = st.lists(interventions(), min_size=1, max_size=4).map(lambda found: program(FAMILY, *found))
+programs = st.lists(interventions(), min_size=1, max_size=4).map(lambda edits: program(FAMILY, *edits))
 
 
 def at(layer: int, point: Point, operation: OperationName, seed: int, **rest: float | str) -> Intervention:
@@ -88,38 +88,38 @@ def everywhere(site: Site, operation: OperationName, seed: int, coefficient: flo
 
 @given(sites, seeds)
 def test_ablating_twice_is_ablating_once(site: Site, seed: int) -> None:
-    one = everywhere(site, "ablate", seed, 1.0)
-    once, twice = activation(site, one), activation(site, one, one)
+    action = everywhere(site, "ablate", seed, 1.0)
+    once, twice = activation(site, action), activation(site, action, action)
     assert relative_error(twice, once) < 1e-5
-    assert float((once @ one.vector.double()).abs().max()) < 1e-4 * float(once.abs().max())
+    assert float((once @ action.vector.double()).abs().max()) < 1e-4 * float(once.abs().max())
     assert relative_error(activation(site), once) > 1e-4
 
 
 @given(sites, seeds, numbers)
 def test_clamping_sets_the_projection_and_keeps_the_rest(site: Site, seed: int, projection: float) -> None:
-    one = everywhere(site, "clamp", seed, 1.0, projection=projection)
-    unit = one.vector.double()
-    found, base = activation(site, one), activation(site)
-    assert float((found @ unit - projection).abs().max()) < 1e-4
-    across, before = (h - torch.outer(h @ unit, unit) for h in (found, base))
+    action = everywhere(site, "clamp", seed, 1.0, projection=projection)
+    unit = action.vector.double()
+    clamped, base = activation(site, action), activation(site)
+    assert float((clamped @ unit - projection).abs().max()) < 1e-4
+    across, before = (h - torch.outer(h @ unit, unit) for h in (clamped, base))
     assert relative_error(across, before) < 1e-5
 
 
 @given(sites, seeds, numbers)
 def test_adding_and_taking_away_restores_the_base(site: Site, seed: int, coefficient: float) -> None:
-    one = program(FAMILY, everywhere(site, "add", seed, coefficient))
-    assert relative_error(output(one + -one), output(program(FAMILY))) < 2e-5
-    assert relative_error(output(one), output(program(FAMILY))) > 1e-4
+    added = program(FAMILY, everywhere(site, "add", seed, coefficient))
+    assert relative_error(output(added + -added), output(program(FAMILY))) < 2e-5
+    assert relative_error(output(added), output(program(FAMILY))) > 1e-4
 
 
 @given(interventions(), numbers)
-def test_the_change_at_a_site_is_linear_in_the_coefficient(one: Intervention, factor: float) -> None:
-    alone = program(FAMILY, one).toggled(0, True)
+def test_the_change_at_a_site_is_linear_in_the_coefficient(action: Intervention, factor: float) -> None:
+    alone = program(FAMILY, action).toggled(0, True)
     (single,), (scaled,) = alone.interventions, alone.scaled(factor).interventions
-    base = activation(one.site)
-    change = activation(one.site, single) - base
+    base = activation(action.site)
+    change = activation(action.site, single) - base
     assert torch.allclose(
-        activation(one.site, scaled) - base, factor * change, atol=1e-5 * float(base.abs().max() + 10)
+        activation(action.site, scaled) - base, factor * change, atol=1e-5 * float(base.abs().max() + 10)
     )
 
 
@@ -128,10 +128,10 @@ def test_composed_edits_are_the_edits_in_turn(site: Site, steps: list[tuple[Oper
     edits = [
         everywhere(site, name, seed, c, **({"projection": c} if name == "clamp" else {})) for name, seed, c in steps
     ]
-    wanted = activation(site)
-    for one in edits:
-        wanted = edit(one, wanted)
-    assert relative_error(activation(site, *edits), wanted) < 1e-5
+    expected = activation(site)
+    for action in edits:
+        expected = edit(action, expected)
+    assert relative_error(activation(site, *edits), expected) < 1e-5
 
 
 @given(programs, numbers, numbers)
@@ -166,11 +166,11 @@ def test_an_intervention_switched_off_is_one_left_out(steering: Program, index: 
 )
 @given(programs)
 def test_the_canonical_program_steers_exactly_as_the_program(steering: Program) -> None:
-    found = canonical(steering)
-    assert relative_error(output(found), output(steering)) < 1e-5
-    assert all(i.enabled and i.coefficient != 0 for i in found.interventions)
-    assert all(i.site.point != "resid_pre" or i.site.layer == 0 for i in found.interventions)
-    assert found.first_layer == steering.first_layer
+    canonical_form = canonical(steering)
+    assert relative_error(output(canonical_form), output(steering)) < 1e-5
+    assert all(i.enabled and i.coefficient != 0 for i in canonical_form.interventions)
+    assert all(i.site.point != "resid_pre" or i.site.layer == 0 for i in canonical_form.interventions)
+    assert canonical_form.first_layer == steering.first_layer
 
 
 @given(programs)
@@ -194,9 +194,9 @@ def test_a_saved_program_has_the_same_vectors_and_steers_the_same(steering: Prog
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.safetensors"
         separate.save(path)
-        found = Program.load(path)
-    assert found.describe() == steering.describe()
+        reread = Program.load(path)
+    assert reread.describe() == steering.describe()
     assert all(
-        torch.equal(a.vector, b.vector) for a, b in zip(found.interventions, steering.interventions, strict=True)
+        torch.equal(a.vector, b.vector) for a, b in zip(reread.interventions, steering.interventions, strict=True)
     )
-    assert_close_to_rounding(output(found), output(steering))
+    assert_close_to_rounding(output(reread), output(steering))

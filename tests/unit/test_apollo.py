@@ -63,9 +63,9 @@ def equations(start: Tensor, grads: list[Tensor], rank: int, refresh: int = 200)
 @pytest.mark.parametrize("growth", [0.5, 7.0])
 def test_every_step_is_the_papers(rank: int, growth: float) -> None:
     start, grads = torch.randn(6, 11, generator=torch.Generator().manual_seed(0)), gradients((6, 11), 4, growth)
-    for found, wanted in zip(descend(start, grads, rank, 2), equations(start, grads, rank, 2), strict=True):
-        assert torch.allclose(found.double(), wanted, atol=1e-5)
-        assert not torch.allclose(found, start, atol=1e-2)
+    for actual, expected in zip(descend(start, grads, rank, 2), equations(start, grads, rank, 2), strict=True):
+        assert torch.allclose(actual.double(), expected, atol=1e-5)
+        assert not torch.allclose(actual, start, atol=1e-2)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

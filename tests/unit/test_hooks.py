@@ -104,8 +104,8 @@ def test_the_hand_written_llama_is_the_model() -> None:
     model = loaded("llama").model
     row = texts()[0]
     with torch.no_grad():
-        wanted = model(input_ids=torch.tensor([row.ids])).logits[0]
-    assert relative_error(llama_by_hand(model, torch.tensor(row.ids), {}), wanted) < 1e-5
+        expected = model(input_ids=torch.tensor([row.ids])).logits[0]
+    assert relative_error(llama_by_hand(model, torch.tensor(row.ids), {}), expected) < 1e-5
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -114,11 +114,11 @@ def test_each_operation_at_each_point_is_the_hand_written_one(operation: Operati
     model = loaded("llama").model
     row = texts()[1]
     for layer in (0, 2, LAYERS - 1):
-        one = intervention(operation, point, layer)
-        by_hand = llama_by_hand(model, torch.tensor(row.ids), {(layer, point): partial(edit, one)})
-        with steered(model, program("llama", one)):
-            found = logits(model, Padded.of([row], "right"))
-        assert relative_error(found, by_hand) < 1e-5
+        action = intervention(operation, point, layer)
+        by_hand = llama_by_hand(model, torch.tensor(row.ids), {(layer, point): partial(edit, action)})
+        with steered(model, program("llama", action)):
+            actual = logits(model, Padded.of([row], "right"))
+        assert relative_error(actual, by_hand) < 1e-5
         assert relative_error(logits(model, Padded.of([row], "right")), by_hand) > 1e-3
 
 
@@ -164,26 +164,26 @@ def test_an_edit_acts_on_the_tokens_of_its_scope_alone(positions: str) -> None:
     }[positions]
     chosen = torch.zeros(len(row.ids), 1, dtype=torch.bool)
     chosen[list(in_words)] = True
-    one = intervention("clamp", "mlp_out", 1, positions=positions)
+    action = intervention("clamp", "mlp_out", 1, positions=positions)
     by_hand = llama_by_hand(
-        model, torch.tensor(row.ids), {(1, "mlp_out"): lambda h: torch.where(chosen, edit(one, h), h)}
+        model, torch.tensor(row.ids), {(1, "mlp_out"): lambda h: torch.where(chosen, edit(action, h), h)}
     )
     batch = Padded.of([row], "right")
-    with steered(model, program("llama", one), roles=batch.roles):
+    with steered(model, program("llama", action), roles=batch.roles):
         assert relative_error(logits(model, batch), by_hand) < 1e-5
 
 
 def test_hidden_states_that_transformers_captures_are_the_steered_ones() -> None:
     model = loaded("llama").model
     batch = Padded.of(texts(), "left")
-    one = intervention(layer=1)
+    action = intervention(layer=1)
     with torch.no_grad():
         base = model(**batch.inputs, output_hidden_states=True).hidden_states
-        with steered(model, program("llama", one)):
-            found = model(**batch.inputs, output_hidden_states=True).hidden_states
-    assert torch.equal(found[1], base[1])
+        with steered(model, program("llama", action)):
+            actual = model(**batch.inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(actual[1], base[1])
     real = batch.attention_mask.bool()
-    assert relative_error(found[2][real], edit(one, base[2][real])) < 1e-6
+    assert relative_error(actual[2][real], edit(action, base[2][real])) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------- roles
@@ -233,18 +233,18 @@ def test_left_and_right_padding_and_single_rows_agree(family: str) -> None:
     model = loaded(family).model
     rows = texts()
     for positions in POSITIONS:
-        found = {}
+        actual = {}
         for side in ("left", "right"):
             batch = Padded.of(rows, side)
             with steered(model, mixed(family, positions), roles=batch.roles):
-                found[side] = logits(model, batch)
+                actual[side] = logits(model, batch)
         alone = []
         for row in rows:
             single = Padded.of([row], "right")
             with steered(model, mixed(family, positions), roles=single.roles):
                 alone.append(logits(model, single))
-        assert relative_error(found["left"], torch.cat(alone)) < 1e-5
-        assert relative_error(found["right"], torch.cat(alone)) < 1e-5
+        assert relative_error(actual["left"], torch.cat(alone)) < 1e-5
+        assert relative_error(actual["right"], torch.cat(alone)) < 1e-5
 
 
 # -------------------------------------------------------------------------------- cached generation
@@ -318,31 +318,31 @@ def test_programs_in_the_rows_of_a_batch_equal_separate_runs(family: str) -> Non
     batch = Padded.of(rows, "left")
     with steered(model, programs, roles=batch.roles), torch.no_grad():
         together = batch.rows(model(**batch.inputs).logits)
-    for row, one, found in zip(rows, programs, together, strict=True):
+    for row, steering, actual in zip(rows, programs, together, strict=True):
         single = Padded.of([row], "right")
-        with steered(model, one, roles=single.roles):
-            assert relative_error(found, logits(model, single)) < 1e-5
+        with steered(model, steering, roles=single.roles):
+            assert relative_error(actual, logits(model, single)) < 1e-5
 
 
 def test_programs_in_the_rows_of_a_batch_generate_what_separate_runs_do() -> None:
     model = loaded("granite").model
     rows, programs = texts(((5, 0), (2, 0), (4, 0))), by_row("granite")
     with steered(model, programs):
-        tokens, found = generated(model, Padded.of(rows, "left"), 5)
-    for at, (row, one) in enumerate(zip(rows, programs, strict=True)):
-        with steered(model, one):
-            alone, wanted = generated(model, Padded.of([row], "left"), 5)
-        assert relative_error(found[at], wanted[0]) < 2e-5
+        tokens, actual = generated(model, Padded.of(rows, "left"), 5)
+    for at, (row, steering) in enumerate(zip(rows, programs, strict=True)):
+        with steered(model, steering):
+            alone, expected = generated(model, Padded.of([row], "left"), 5)
+        assert relative_error(actual[at], expected[0]) < 2e-5
         assert tokens[at].tolist() == alone[0].tolist()
 
 
 def test_rows_that_do_not_share_a_shape_are_refused() -> None:
     model = loaded("llama").model
-    one = program("llama", intervention())
+    steering = program("llama", intervention())
     refused = {
-        "same number of interventions": [one, program("llama", intervention(), intervention(layer=2))],
-        "must share sites": [one, program("llama", intervention(layer=2))],
-        "share sites, operations and positions": [one, program("llama", intervention(positions="response"))],
+        "same number of interventions": [steering, program("llama", intervention(), intervention(layer=2))],
+        "must share sites": [steering, program("llama", intervention(layer=2))],
+        "share sites, operations and positions": [steering, program("llama", intervention(positions="response"))],
         "sites, operations": [program("llama", intervention("ablate")), program("llama", intervention("clamp"))],
     }
     for message, programs in refused.items():
@@ -432,7 +432,7 @@ def test_a_model_wrapped_by_peft_is_steered_in_the_same_way() -> None:
             weights[f"base_model.model.{name}.lora_A.default.weight"].copy_(full.A)
             weights[f"base_model.model.{name}.lora_B.default.weight"].copy_(full.B)
     with steered(merged, mixed("llama", "response"), roles=batch.roles):
-        wanted = logits(merged, batch)
-    assert relative_error(logits(merged, batch), wanted) > 1e-3
+        expected = logits(merged, batch)
+    assert relative_error(logits(merged, batch), expected) > 1e-3
     with steered(adapted, mixed("llama", "response"), roles=batch.roles):
-        assert relative_error(logits(adapted, batch), wanted) < 1e-5
+        assert relative_error(logits(adapted, batch), expected) < 1e-5

@@ -14,8 +14,8 @@ from compile_steer.steering.program import Program
 from tests.helpers.tiny import intervention, loaded, program
 
 
-def sites(found: Program) -> list[str]:
-    return [f"{i.operation} {i.site}" for i in found.interventions]
+def sites(steering: Program) -> list[str]:
+    return [f"{i.operation} {i.site}" for i in steering.interventions]
 
 
 def test_what_is_off_or_zero_is_dropped() -> None:
@@ -30,9 +30,9 @@ def test_the_input_of_a_block_is_the_output_of_the_one_below_but_the_first_has_n
 
 def test_shifts_that_meet_are_one_shift_with_their_sum() -> None:
     first, second = intervention(seed=1, coefficient=1.7), intervention(seed=2, coefficient=-0.6)
-    (found,) = merge_shifts(program("llama", first, second)).interventions
-    assert found.coefficient == 1.0
-    assert torch.allclose(found.vector, 1.7 * first.vector - 0.6 * second.vector)
+    (merged,) = merge_shifts(program("llama", first, second)).interventions
+    assert merged.coefficient == 1.0
+    assert torch.allclose(merged.vector, 1.7 * first.vector - 0.6 * second.vector)
 
 
 def test_shifts_apart_in_place_positions_or_order_stay_apart() -> None:
@@ -114,10 +114,10 @@ def test_an_ablation_can_be_exported_as_an_adapter_unless_a_bias_or_the_embeddin
 
 
 def test_a_program_a_model_and_options_are_enough_to_lower() -> None:
-    steering, one = program("llama", intervention("add", "resid_pre", 2)), loaded("llama")
-    assert lower(steering, one, ()).bias.keys() == {"model.layers.1.mlp.down_proj"}
+    steering, tiny = program("llama", intervention("add", "resid_pre", 2)), loaded("llama")
+    assert lower(steering, tiny, ()).bias.keys() == {"model.layers.1.mlp.down_proj"}
     with pytest.raises(RecipeError, match=r"need 180 prompts, data.calibration has 1\."):
-        lower(steering, one, [Text("w1 w2")], backend="closed_form")
+        lower(steering, tiny, [Text("w1 w2")], backend="closed_form")
     options = CompileOptions(calibration=CalibrationOptions(prompts=2, max_new_tokens=3))
-    patch = lower(steering, one, [Text("w1 w2"), Text("w3")], options, backend="closed_form", seed=5)
+    patch = lower(steering, tiny, [Text("w1 w2"), Text("w3")], options, backend="closed_form", seed=5)
     assert patch.low_rank["model.layers.1.mlp.down_proj"].rank == 8

@@ -39,10 +39,10 @@ def biases(family: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_an_applied_patch_equals_merged_weights(family: str, side: str) -> None:
-    one, merged = loaded(family), build(family)
-    patch = random_patch(one)
+    tiny, merged = loaded(family), build(family)
+    patch = random_patch(tiny)
     batch = Padded.of(texts(), side)
-    base = logits(one.model, batch)
+    base = logits(tiny.model, batch)
     with torch.no_grad():
         for name, edit in patch.low_rank.items():
             module = merged.get_submodule(name)
@@ -50,11 +50,11 @@ def test_an_applied_patch_equals_merged_weights(family: str, side: str) -> None:
             assert isinstance(module.weight, nn.Parameter)
             assert delta.shape == module.weight.shape
             module.weight.add_(delta)
-    with with_patch(one.model, patch):
-        found = logits(one.model, batch)
-    assert relative_error(found, logits(merged, batch)) < 1e-5
-    assert relative_error(found, base) > 1e-2
-    assert torch.equal(logits(one.model, batch), base)
+    with with_patch(tiny.model, patch):
+        patched = logits(tiny.model, batch)
+    assert relative_error(patched, logits(merged, batch)) < 1e-5
+    assert relative_error(patched, base) > 1e-2
+    assert torch.equal(logits(tiny.model, batch), base)
 
 
 def test_conv1d_stores_its_weight_the_other_way_round() -> None:
@@ -70,8 +70,8 @@ def test_conv1d_stores_its_weight_the_other_way_round() -> None:
 
 
 def test_an_applied_bias_is_added_to_what_the_module_writes() -> None:
-    one, merged = loaded("llama"), build("llama", mlp_bias=True)
-    weights = one.model.state_dict()
+    tiny, merged = loaded("llama"), build("llama", mlp_bias=True)
+    weights = tiny.model.state_dict()
     missing = merged.load_state_dict(weights, strict=False).missing_keys
     assert missing
     assert all(name.endswith("bias") for name in missing)
@@ -83,23 +83,23 @@ def test_an_applied_bias_is_added_to_what_the_module_writes() -> None:
         for name, bias in patch.bias.items():
             merged.get_parameter(f"{name}.bias").copy_(bias)
     batch = Padded.of(texts(), "left")
-    with with_patch(one.model, patch):
-        found = logits(one.model, batch)
-    assert relative_error(found, logits(merged, batch)) < 1e-5
-    assert relative_error(found, logits(one.model, batch)) > 1e-2
+    with with_patch(tiny.model, patch):
+        patched = logits(tiny.model, batch)
+    assert relative_error(patched, logits(merged, batch)) < 1e-5
+    assert relative_error(patched, logits(tiny.model, batch)) > 1e-2
 
 
 def test_an_applied_patch_leaves_no_hook_even_after_an_error() -> None:
-    one = loaded("gpt2")
-    before = n_hooks(one.model)
-    patch = random_patch(one)
+    tiny = loaded("gpt2")
+    before = n_hooks(tiny.model)
+    patch = random_patch(tiny)
     with (
         pytest.raises(ZeroDivisionError),
-        with_patch(one.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})),
+        with_patch(tiny.model, replace(patch, bias={sorted(patch.low_rank)[0]: vector(0)})),
     ):
-        assert n_hooks(one.model) == before + len(patch.low_rank) + 1
+        assert n_hooks(tiny.model) == before + len(patch.low_rank) + 1
         raise ZeroDivisionError
-    assert n_hooks(one.model) == before
+    assert n_hooks(tiny.model) == before
 
 
 def test_padding_an_edit_to_a_rank_does_not_change_it() -> None:
@@ -133,20 +133,20 @@ def test_every_module_that_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_sum_of_scaled_patches_makes_the_sum_of_their_changes(family: str) -> None:
-    one = loaded(family)
+    tiny = loaded(family)
     first, second = (
-        replace(random_patch(one, ranks=ranks, seed=seed), bias=biases(family))
+        replace(random_patch(tiny, ranks=ranks, seed=seed), bias=biases(family))
         for seed, ranks in enumerate(((2, 3), (1,)))
     )
     second = replace(second, low_rank=dict(list(second.low_rank.items())[1:]), config_flags=("mlp_bias",), untie=True)
     total = 0.4 * first + second * -1.7
     assert set(total.low_rank) == set(first.low_rank)
     for name, edit in total.low_rank.items():
-        wanted = 0.4 * (first.low_rank[name].B @ first.low_rank[name].A)
+        expected = 0.4 * (first.low_rank[name].B @ first.low_rank[name].A)
         if name in second.low_rank:
-            wanted -= 1.7 * (second.low_rank[name].B @ second.low_rank[name].A)
+            expected -= 1.7 * (second.low_rank[name].B @ second.low_rank[name].A)
             assert edit.rank == first.low_rank[name].rank + 1
-        assert torch.allclose(edit.B @ edit.A, wanted, atol=1e-5)
+        assert torch.allclose(edit.B @ edit.A, expected, atol=1e-5)
     assert all(torch.allclose(total.bias[name], (0.4 - 1.7) * shift) for name, shift in first.bias.items())
     assert (total.config_flags, total.untie) == (("mlp_bias",), True)
     assert (first.config_flags, first.untie) == ((), False)

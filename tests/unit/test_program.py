@@ -27,14 +27,16 @@ def three() -> Program:
     )
 
 
-def same(found: Program, wanted: Program) -> bool:
-    def values(one: Intervention) -> tuple[Any, ...]:
-        return one.site, one.operation, one.coefficient, one.positions, one.scopes, one.projection, one.enabled
+def same(actual: Program, expected: Program) -> bool:
+    def values(i: Intervention) -> tuple[Any, ...]:
+        return i.site, i.operation, i.coefficient, i.positions, i.scopes, i.projection, i.enabled
 
     return (
-        (found.model, found.revision) == (wanted.model, wanted.revision)
-        and [values(i) for i in found.interventions] == [values(i) for i in wanted.interventions]
-        and all(torch.equal(a.vector, b.vector) for a, b in zip(found.interventions, wanted.interventions, strict=True))
+        (actual.model, actual.revision) == (expected.model, expected.revision)
+        and [values(i) for i in actual.interventions] == [values(i) for i in expected.interventions]
+        and all(
+            torch.equal(a.vector, b.vector) for a, b in zip(actual.interventions, expected.interventions, strict=True)
+        )
     )
 
 
@@ -135,8 +137,8 @@ def test_a_program_scales_as_a_whole_or_by_one_intervention() -> None:
     whole = 2.5 * three()
     assert [i.coefficient for i in whole.interventions] == pytest.approx([4.25, 2.55, 2.55])
     assert [i.coefficient for i in (three() * 2.5).interventions] == [i.coefficient for i in whole.interventions]
-    one = three().scaled(2.5, index=1)
-    assert [i.coefficient for i in one.interventions] == pytest.approx([1.7, 2.55, 1.02])
+    scaled = three().scaled(2.5, index=1)
+    assert [i.coefficient for i in scaled.interventions] == pytest.approx([1.7, 2.55, 1.02])
     last = three().scaled(2.5, index=-1)
     assert [i.coefficient for i in last.interventions] == pytest.approx([1.7, 1.02, 2.55])
 
@@ -209,18 +211,18 @@ def test_the_model_it_was_made_for_is_accepted() -> None:
 
 
 def test_a_program_comes_back_from_disk_bit_by_bit(tmp_path: Path) -> None:
-    wanted = three().toggled(2, False).scaled(1 / 3)
-    wanted.save(tmp_path / "a.safetensors", {"recipe_sha256": "abc"})
-    assert same(Program.load(tmp_path / "a.safetensors"), wanted)
+    expected = three().toggled(2, False).scaled(1 / 3)
+    expected.save(tmp_path / "a.safetensors", {"recipe_sha256": "abc"})
+    assert same(Program.load(tmp_path / "a.safetensors"), expected)
 
 
 def test_the_same_program_gives_the_same_file_so_that_hashes_of_hashes_hold(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    found = set()
+    contents = set()
     for _ in range(12):
         three().save(path, {"recipe_sha256": "abc"})
-        found.add(path.read_bytes())
-    assert len(found) == 1
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
 
 
 def test_an_empty_program_comes_back_empty(tmp_path: Path) -> None:
@@ -288,8 +290,8 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 
 def test_the_unchanged_rewritten_file_is_good(tmp_path: Path) -> None:
-    wanted = program("llama", intervention("add", "mlp_out", 2))
-    assert same(Program.load(rewritten(tmp_path / "a.safetensors")), wanted)
+    expected = program("llama", intervention("add", "mlp_out", 2))
+    assert same(Program.load(rewritten(tmp_path / "a.safetensors")), expected)
 
 
 @pytest.mark.parametrize(
