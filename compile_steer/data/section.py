@@ -19,8 +19,13 @@ from compile_steer.data.sources import Reader, Row, Source
 from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
-_PROMPTS = ("heldout", "calibration")
-_SOURCES = (*SPLITS, "neutral", *_PROMPTS)
+# The keys that a row of these parts must have, and those that it may have.
+_TEXT_KEYS = {
+    "neutral": (("prompt", "response"), ("history",)),
+    "heldout": (("prompt",), ("history",)),
+    "calibration": (("prompt",), ("history",)),
+}
+_PARTS = (*SPLITS, *_TEXT_KEYS)
 
 
 class GenerateOptions(Section):
@@ -62,22 +67,22 @@ class DataSection(Section, ABC):
             RecipeError: with every problem of every source.
         """
         reader = Reader(folder)
-        rows = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _SOURCES}
-        splits = {name: rows[name] for name in SPLITS}
-        subjects = {name: [self.subject(row) for row in part] for name, part in splits.items()}
-        prompts = {name: [row["prompt"] for row in rows[name]] for name in ("neutral", *_PROMPTS)}
-        problems = [*reader.problems, *repeated_prompts({**subjects, **prompts}), *self.problems(splits)]
+        rows = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _PARTS}
+        splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
+        prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
+        prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
+        problems = [*reader.problems, *repeated_prompts(prompts), *self.problems(splits)]
         if problems:
             raise RecipeError(problems)
-        train, validation, test = (tuple(self.pair(row) for row in splits[name]) for name in SPLITS)
-        neutral, heldout, calibration = (tuple(map(_text, rows[name])) for name in ("neutral", *_PROMPTS))
+        train, validation, test = (tuple(map(self.pair, part)) for part in splits.values())
+        neutral, heldout, calibration = (tuple(map(_text, part)) for part in texts.values())
         labels = self.labels(splits)
         return Behaviour(train, validation, test, neutral, heldout, calibration, reader.hashes, **labels)
 
     @property
     def files(self) -> dict[str, Path]:
         """The sources that are files, by part, relative to the recipe."""
-        sources = {name: getattr(self, name) for name in _SOURCES}
+        sources = {name: getattr(self, name) for name in _PARTS}
         return {name: source for name, source in sources.items() if isinstance(source, Path)}
 
     def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -89,10 +94,7 @@ class DataSection(Section, ABC):
         return reader.hashes, reader.problems
 
     def _keys(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the keys that a row of a source must have, and those that it may have."""
-        if name in SPLITS:
-            return self.keys, self.optional
-        return ("prompt", "response") if name == "neutral" else ("prompt",), ("history",)
+        return _TEXT_KEYS.get(name, (self.keys, self.optional))
 
     def subject(self, row: Row) -> str:
         """Return what must differ between any two rows."""
@@ -125,11 +127,8 @@ class _TwoTemplates(DataSection):
     @property
     def same_prompt(self) -> bool:
         """True if both sides have the same prompt."""
-        positive, negative = (
-            (self.positive_template, self.positive_system),
-            (self.negative_template, self.negative_system),
-        )
-        return positive == negative
+        pair = self.pair({"prompt": "{prompt}"})
+        return pair.positive == pair.negative
 
     def pair(self, row: Row) -> Pair:
         prompt = row["prompt"]
@@ -233,10 +232,11 @@ class ChoicesData(DataSection):
             answers = [(row, _answer(row)) for row in rows[name]]
             invalid = [row for row, answer in answers if answer is None]
             if invalid:
+                answer, choices, question = (invalid[0][key] for key in ("answer", "choices", "question"))
                 yield (
                     f"data.{name}: the answer of {len(invalid)} of {len(answers)} rows is none of its choices, for example "
-                    f"{invalid[0]['answer']!r} of {invalid[0]['choices']} (question '{invalid[0]['question']}'). Needed: a "
-                    f"number from 0 to {len(invalid[0]['choices']) - 1}, or the text of a choice."
+                    f"{answer!r} of {choices} (question '{question}'). Needed: a number from 0 to {len(choices) - 1}, or the "
+                    "text of a choice."
                 )
             letters = Counter(ascii_uppercase[answer] for _row, answer in answers if answer is not None)
             if len(letters) == 1:
