@@ -61,9 +61,9 @@ _LOAD: dict[tuple[EngineName, Form], str] = {
 }
 
 
-def load_commands(engine: EngineName, form: Form, **names: object) -> list[str]:
+def load_commands(engine: EngineName, form: Form, **names: object) -> tuple[str, ...]:
     """The lines that load a form in an engine; `names` fill in folder, file, base, name and rank where they occur."""
-    return _LOAD[engine, form].format(**names).split("\n")
+    return tuple(_LOAD[engine, form].format(**names).split("\n"))
 
 
 def reads_biases(engine: EngineName, family: str) -> bool:
@@ -135,69 +135,45 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
         )
         end = " (with --artifact)." if artifact.recombined else "."
         return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
-    if artifact.form.startswith("gguf-"):
-        return _gguf_support(artifact)
-    return _adapter_support(artifact) if artifact.form == "adapter" else _checkpoint_support(artifact)
-
-
-def _gguf_support(artifact: Provenance) -> list[EngineSupport]:
-    # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
-    dropped = "; it drops the biases that hold the steering, unless its config is given `mlp_bias` or `attention_bias`"
-    names = {"folder": "THIS FOLDER", "file": GGUF_FILE}
-    return [
-        _loaded("llama.cpp", "gguf", **names),
-        _loaded("transformers", "gguf", note=f"de-quantised{dropped if artifact.biases else ''}.", **names),
-    ]
-
-
-def _adapter_support(artifact: Provenance) -> list[EngineSupport]:
     base = artifact.model if artifact.revision.startswith("hub:") else "PATH OR ID OF THE BASE"
-    folder = "THIS_FOLDER"
-    export = f"compile-steer export {folder} --for llama.cpp --base {base} --out DIR"
-    lora = load_commands("llama.cpp", "adapter", folder="DIR", file=f"{folder}.lora.gguf")
-    return [
-        _loaded("transformers", "adapter", base=base, folder="THIS FOLDER"),
-        _loaded(
-            "vllm",
-            "adapter",
-            "a plain LoRA with alpha = rank: RANK is `r` of adapter_config.json.",
-            base="BASE",
-            name=artifact.name,
-            folder=folder,
-            rank="RANK",
-        ),
-        EngineSupport(
-            "llama.cpp",
-            (export, *lora),
-            "for bases of the families that its writer knows; it says so where it does not.",
-        ),
-    ]
-
-
-def _checkpoint_support(artifact: Provenance) -> list[EngineSupport]:
-    family, folder = artifact.architecture, "THIS_FOLDER"
-    commands: dict[EngineName, list[str]] = {
-        "vllm": load_commands("vllm", "checkpoint", folder=folder),
-        "llama.cpp": [
-            f"compile-steer export {folder} --for llama.cpp --out DIR",
-            *load_commands("llama.cpp", "checkpoint", folder="DIR", file=f"{folder}-f16.gguf"),
-        ],
-    }
-    support = [_loaded("transformers", "checkpoint", folder="THIS FOLDER")]
-    holds = f"the steering is in biases of `{family}`, which " if artifact.biases else ""
-    untried = "" if family == "llama" else f"not tried with `{family}`."
-    note = f"{holds}its own code adds{f'; {untried}' if untried else '.'}" if holds else untried
-    for engine, lines in commands.items():
-        if holds and not reads_biases(engine, family):
-            refusal = f"cannot hold it: {holds}its own code does not add."
-            support.append(EngineSupport(_TITLES[engine], (), refusal))
-        else:
-            support.append(EngineSupport(_TITLES[engine], tuple(lines), note))
+    names = {"folder": "THIS_FOLDER", "base": base, "name": artifact.name, "rank": "RANK", "file": GGUF_FILE}
+    if artifact.form.startswith("gguf-"):
+        # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
+        dropped = (
+            "; it drops the biases that hold the steering, unless its config is given `mlp_bias` or `attention_bias`"
+        )
+        note = f"de-quantised{dropped if artifact.biases else ''}."
+        return [
+            EngineSupport("llama.cpp", load_commands("llama.cpp", "gguf", **names)),
+            EngineSupport("transformers", load_commands("transformers", "gguf", **names), note),
+        ]
+    adapter = artifact.form == "adapter"
+    form: Form = "adapter" if adapter else "checkpoint"
+    support = [EngineSupport("transformers", load_commands("transformers", form, **names))]
+    titles: dict[EngineName, str] = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
+    for engine, title in titles.items():
+        reads = adapter or not artifact.biases or reads_biases(engine, artifact.architecture)
+        note = _ADAPTER_NOTES[engine] if adapter else _bias_note(artifact, reads)
+        commands = load_commands(engine, form, **names)
+        if engine == "llama.cpp":
+            exported = {"folder": "DIR", "file": "THIS_FOLDER.lora.gguf" if adapter else "THIS_FOLDER-f16.gguf"}
+            export = f"compile-steer export THIS_FOLDER --for llama.cpp {f'--base {base} ' if adapter else ''}--out DIR"
+            commands = (export, *load_commands(engine, form, **exported))
+        support.append(EngineSupport(title, commands if reads else (), note))
     return support
 
 
-_TITLES: dict[EngineName, str] = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp"}
+_ADAPTER_NOTES: dict[EngineName, str] = {
+    "vllm": "a plain LoRA with alpha = rank: RANK is `r` of adapter_config.json.",
+    "llama.cpp": "for bases of the families that its writer knows; it says so where it does not.",
+}
 
 
-def _loaded(engine: EngineName, form: Form, note: str = "", **names: object) -> EngineSupport:
-    return EngineSupport(_TITLES[engine], tuple(load_commands(engine, form, **names)), note)
+def _bias_note(artifact: Provenance, reads: bool) -> str:
+    """Whether an engine that `reads` them or not adds the biases of a merged model that hold its steering."""
+    family = artifact.architecture
+    untried = "" if family == "llama" else f"not tried with `{family}`."
+    if not artifact.biases:
+        return untried
+    holds = f"the steering is in biases of `{family}`, which its own code"
+    return f"{holds} adds{f'; {untried}' if untried else '.'}" if reads else f"cannot hold it: {holds} does not add."

@@ -18,7 +18,7 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
-from compile_steer.models.load import folder_of, quiet
+from compile_steer.models.load import folder_of, library_errors
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 from compile_steer.tools.audit_tensors import (
@@ -148,14 +148,14 @@ def _kind(folder: Path) -> str:
 
 def _layout(folder: Path) -> Layout | None:
     """The model's modules by name, without its weights; None for an unknown family."""
+    with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return Layout.of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        return Layout.of(model)
     except LayoutError:
         return None
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder} is no model of transformers ({str(error).splitlines()[0]}).") from error
 
 
 def _with_cosine(difference: Difference, layout: Layout | None, program: Program | None) -> TensorChange:

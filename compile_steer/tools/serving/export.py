@@ -20,7 +20,7 @@ from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
-from compile_steer.models.load import folder_of, load, quiet
+from compile_steer.models.load import folder_of, library_errors, load
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_vllm_lens
@@ -53,7 +53,7 @@ class _Target:
     out: Path
 
     def load(self, form: Form, **names: object) -> list[str]:
-        return load_commands(self.engine, form, folder=self.out, **names)
+        return list(load_commands(self.engine, form, folder=self.out, **names))
 
 
 def export(artifact: Path, engine: EngineName, out: Path, base: str | None = None, precision: str = "f16") -> Exported:
@@ -187,8 +187,5 @@ def _family(model: str) -> str | None:
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder} is no model of transformers ({str(error).splitlines()[0]}).") from error
+    with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
