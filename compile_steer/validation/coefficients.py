@@ -108,10 +108,11 @@ def sweep_coefficients(
             if math.log(ratio) > 2.0 * math.log(limit):
                 break
     effects = evaluator.effects([scaled for _multiple, scaled, _ratio in measured]).mean(axis=1)
-    return [
+    points = [
         (scaled, SweepPoint(multiple * coefficient, float(effect), ratio, math.nan, math.nan))
         for (multiple, scaled, ratio), effect in zip(measured, effects, strict=True)
     ]
+    return sorted(points, key=lambda point: point[1].coefficient)
 
 
 def coefficient_sweep(points: Sequence[SweepPoint], limit: float) -> CoefficientSweep:

@@ -22,12 +22,7 @@ from compile_steer.validation.coefficients import coefficient_sweep, sweep_coeff
 from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
-from compile_steer.validation.report import (
-    Coherence,
-    Scores,
-    SweepPoint,
-    ValidationReport,
-)
+from compile_steer.validation.report import Coherence, Scores, SweepPoint, ValidationReport
 from compile_steer.validation.sweep import candidates, sweep
 from compile_steer.validation.verdict import decide, remarks
 
