@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from compile_steer.common.progress import Progress
     from compile_steer.pipeline.run import Run
     from compile_steer.tools.compose import CompositionRun
-    from compile_steer.tools.interference_report import Composition
+    from compile_steer.tools.interference import Composition
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
 RecipePaths = Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")]
@@ -143,7 +144,7 @@ class SeveralSession:
         """Print what was measured, and leave with exit code 1 where an adapter is not the model under all hooks."""
         from compile_steer.cli.tables import print_composition
 
-        finish(self.as_json, composition.summary(), lambda: print_composition(self.console, composition))
+        finish(self.as_json, asdict(composition), lambda: print_composition(self.console, composition))
         raise typer.Exit(0 if composition.passed else 1)
 
     def open(self) -> CompositionRun:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.steering.program import Program
     from compile_steer.tools.audit import Audit, BakedDirection
     from compile_steer.tools.decompile import Decompiled
-    from compile_steer.tools.interference_report import Composition
+    from compile_steer.tools.interference import Composition
     from compile_steer.tools.lineage import Link
     from compile_steer.tools.push import Upload
     from compile_steer.tools.reproduce import Reproduction
@@ -192,8 +192,8 @@ def print_decompiled(console: Console, found: Decompiled, known: Program | None)
 
 
 def print_composition(console: Console, found: Composition) -> None:
-    """The interference matrix, what is shipped, each dial, and how much of the error is the compile's."""
-    from compile_steer.tools.interference import LOADED
+    """The interference matrix, every artifact, each scale, and how much of the error is the compile's."""
+    from compile_steer.tools.interference import CO_LOADED
 
     pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in found.matrix)
     table = Table(
@@ -205,28 +205,35 @@ def print_composition(console: Console, found: Composition) -> None:
     for label in found.matrix[0].effects:
         table.add_row(label, *(f"{row.effects[label]}" for row in found.matrix))
     for kind in found.matrix[0].cross:
-        table.add_row(f"{kind}: all less the sum", *(f"{row.cross[kind]}" for row in found.matrix), style="dim")
-    for way in found.matrix[0].missed:
-        table.add_row(f"{way} less hooks", *(f"{row.missed[way]}" for row in found.matrix), style="dim")
+        table.add_row(f"{kind}: all minus the sum", *(f"{row.cross[kind]}" for row in found.matrix), style="dim")
+    for name in found.matrix[0].errors:
+        table.add_row(f"{name} minus hooks", *(f"{row.errors[name]}" for row in found.matrix), style="dim")
     console.print(table)
     title = f"Adapters against hooks, {found.n_tokens} held-out response tokens written under all hooks"
-    dials = Table(title=title, title_justify="left")
-    for heading in ("adapters", f"dials of {', '.join(found.names)}", "KL", "KL(hooks||base)", "share", "top-1"):
-        dials.add_column(heading, justify="left" if heading == "adapters" else "right")
-    composed = [(way, fit) for way, fit in found.artifacts.items() if way != LOADED]
-    for name, fit in [*composed, *(("loaded at once", fit) for fit in found.settings)]:
-        share = "-" if fit.share is None else f"{fit.share:.2%}"
-        setting = ", ".join(f"{dial:g}" for dial in fit.dials)
-        dials.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", share, f"{fit.top1:.2%}")
-    console.print(dials)
-    i = found.interplay
+    scales = Table(title=title, title_justify="left")
+    for heading in (
+        "adapters",
+        f"scales of {', '.join(found.names)}",
+        "KL",
+        "KL(hooks||base)",
+        "remaining KL",
+        "top-1",
+    ):
+        scales.add_column(heading, justify="left" if heading == "adapters" else "right")
+    composed = [(way, fit) for way, fit in found.artifacts.items() if way != CO_LOADED]
+    for name, fit in [*composed, *((CO_LOADED, fit) for fit in found.settings)]:
+        remaining = "-" if fit.kl_remaining is None else f"{fit.kl_remaining:.2%}"
+        setting = ", ".join(f"{scale:g}" for scale in fit.scales)
+        scales.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", remaining, f"{fit.top1:.2%}")
+    console.print(scales)
+    i = found.states
     errors = "; ".join(f"{way} {error:.3f}" for way, error in i.errors.items())
     console.print(
         f"  final states, relative to what the programs change one by one: the programs' own interference {i.programs:.3f}; "
-        f"errors: adapters alone, summed {i.alone:.3f}; {errors}; of the loaded ones' only when together {i.cross:.3f}"
+        f"errors: adapters alone, summed {i.alone:.3f}; {errors}; of the co-loaded ones only when together {i.cross:.3f}"
     )
     if found.stacked_from_loaded is not None:
-        console.print(f"  KL(adapters loaded at once||stacked) = {found.stacked_from_loaded:.1e} nats/token")
+        console.print(f"  KL(co-loaded||stacked) = {found.stacked_from_loaded:.1e} nats/token")
     for reason in found.reasons:
         console.print(f"  [red]FAILED[/red] {escape(reason)}")
 

@@ -24,8 +24,7 @@ from compile_steer.report.card import model_card
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
-from compile_steer.tools.interference import JOINT, STACKED, Member, measure, summed
-from compile_steer.tools.interference_report import Composition
+from compile_steer.tools.interference import JOINT, STACKED, Composition, Member, measure_interference, sum_programs
 from compile_steer.verification.stage import require_same_origin
 
 
@@ -76,8 +75,8 @@ class CompositionRun:
         members = []
         for own, (member, _provenance) in zip(recipes, read, strict=True):
             model.layout.require_program(member.program, model.id, model.revision)
-            data = with_generated_pairs(own, model, member.behaviour, paths[own.name], progress)
-            members.append(replace(member, behaviour=data))
+            data = with_generated_pairs(own, model, member.data, paths[own.name], progress)
+            members.append(replace(member, data=data))
         provenances = tuple(provenance for _member, provenance in read)
         composed = RunPaths(out, composed_name(recipes))
         return CompositionRun(tuple(recipes), tuple(members), provenances, backend, composed, model, progress)
@@ -131,7 +130,8 @@ def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) ->
             "compose with --backend closed_form."
         )
     read_patch(folder)  # a damaged one is refused before the model is loaded
-    return Member(recipe, recipe.data.read(recipe.folder), program, folder, scale), provenance
+    data = recipe.data.read(recipe.folder)
+    return Member(recipe.name, data, recipe.verify, recipe.seed, program, folder, scale), provenance
 
 
 def compose(run: CompositionRun) -> Composition:
@@ -141,7 +141,7 @@ def compose(run: CompositionRun) -> Composition:
         CannotLower: the backend cannot express the sum as an adapter.
     """
     distributed.require_alone("composition")
-    program = summed(run.members, [member.dial for member in run.members])
+    program = sum_programs(run.members, [member.scale for member in run.members])
     backend, layout = BACKENDS[run.backend], run.model.layout
     refusal = backend.refusal(canonical(program), layout) or backend.adapter_refusal(canonical(program), layout)
     if refusal is not None:
@@ -155,7 +155,7 @@ def compose(run: CompositionRun) -> Composition:
             patch = _stacked(run.members) if way == STACKED else _compiled(run, program)
             provenance = replace(provenance, seconds=time.perf_counter() - started)
             write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
-    composition = measure(run.model, run.members, run.backend, folders, run.progress)
+    composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
     composition.save(run.paths.composition(run.backend))
     return composition
 
@@ -163,7 +163,7 @@ def compose(run: CompositionRun) -> Composition:
 def co_load(run: CompositionRun) -> Composition:
     """Load the members' adapters at once, as they are, and compare them with all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
-    composition = measure(run.model, run.members, run.backend, {}, run.progress)
+    composition = measure_interference(run.model, run.members, run.backend, {}, run.progress)
     composition.save(run.paths.co_loaded(run.backend))
     return composition
 
@@ -172,14 +172,14 @@ def _stacked(members: Sequence[Member]) -> WeightPatch:
     """All adapters as one: the exact sum, each times its scale; ranks add up."""
     patch = WeightPatch()
     for member in members:
-        patch += member.dial * read_patch(member.adapter)
+        patch += member.scale * read_patch(member.adapter)
     return patch
 
 
 def _compiled(run: CompositionRun, program: Program) -> WeightPatch:
     """The sum of the programs lowered as one, on texts that the model generates under all of them."""
     # The prompts take turns, each once: a compile that takes the first n is then fair to all members.
-    rows = zip_longest(*(member.behaviour.calibration for member in run.members))
+    rows = zip_longest(*(member.data.calibration for member in run.members))
     prompts = tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
     recipe = run.recipes[0]
     return lower(
@@ -190,8 +190,8 @@ def _compiled(run: CompositionRun, program: Program) -> WeightPatch:
 def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
     """Where the composed adapter comes from: the hashes of its members, which have their own lineages."""
     recipe, program_sha256 = run.recipes[0], sha256(run.paths.program)
-    members = {f"{member.name} x {member.dial:g}": artifact_sha256(member.adapter) for member in run.members}
-    settings = [recipe.part("compile", "dtype", "seed"), [member.behaviour.hashes for member in run.members]]
+    members = {f"{member.name} x {member.scale:g}": artifact_sha256(member.adapter) for member in run.members}
+    settings = [recipe.part("compile", "dtype", "seed"), [member.data.hashes for member in run.members]]
     return Provenance(
         name=f"{run.paths.name}-{way}",
         backend=run.backend,
@@ -205,7 +205,7 @@ def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
         forced=any(provenance.forced for provenance in run.provenances),
         recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
         data_sha256={
-            f"{member.name}.{name}": value for member in run.members for name, value in member.behaviour.hashes.items()
+            f"{member.name}.{name}": value for member in run.members for name, value in member.data.hashes.items()
         },
         seed=recipe.seed,
         seconds=0.0,

@@ -1,254 +1,304 @@
-"""Run base, hooks and adapters on the same texts and pairs, in every combination that tells them apart.
+"""Interference of several programs: base, hooks and adapters on the same texts and pairs, in every combination.
 
-Programs interfere by themselves, because the blocks above the first are not linear in the stream. What the compiled
-weights add to that is told apart: each adapter's own error, and the cross term that appears only when they are on together.
+Programs interfere by themselves, because the blocks above the first are not linear in the residual stream. What compiled
+weights add to that is measured apart: each adapter's own error, and the cross term that appears only when all are on.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from compile_steer.artifacts.files import digest, sha256
+from compile_steer.artifacts.files import digest, save_json, sha256
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import TokenDivergence, divergence, encode_pairs, final_states, logprob_margins
+from compile_steer.models.logprobs import divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload_adapters, set_adapter_scales
 from compile_steer.models.tokens import Encoded
-from compile_steer.recipe import Recipe
 from compile_steer.stats import Interval, bootstrap_mean
 from compile_steer.steering.program import Program
-from compile_steer.tools.interference_report import Composition, Fit, Interplay, Row
+from compile_steer.verification.options import VerifyOptions
 
-STACKED, JOINT = "stacked", "joint"  # composed adapters
-LOADED = "loaded"  # the members' own, all on at once
+STACKED, JOINT = "stacked", "joint"  # adapters that were composed of the members'
+CO_LOADED = "co-loaded"  # the members' own adapters, all on at once
+# nats per token: a steered model that is closer to its base than this is the base, and no fraction of its KL is meaningful.
+_NO_KL = 1e-9
 
 
 @dataclass(frozen=True)
 class Member:
-    """One behaviour of a composition: its recipe and data, its program, the adapter compiled from it, and its dial."""
+    """One behaviour of a composition: its data and program, the adapter compiled from it, and the scale of both."""
 
-    recipe: Recipe
-    behaviour: Behaviour
+    name: str
+    data: Behaviour
+    options: VerifyOptions
+    seed: int
     program: Program
     adapter: Path
-    dial: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """Mean change of one behaviour's log-likelihood margin from the base, nats per token, with 95 % bootstrap intervals.
+
+    `effects`: under the hooks of each program and of all, each adapter, all co-loaded, and each composed adapter. `cross`: all
+    at once minus the sum of each alone, for hooks and for adapters. `errors`: each artifact minus the hooks of all.
+    """
+
+    behaviour: str
+    n_pairs: int
+    effects: dict[str, Interval]
+    cross: dict[str, Interval]
+    errors: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hooks and adapters at `scales`: mean KL(hooks||adapters) and KL(hooks||base), nats per token, and top-1 agreement."""
+
+    scales: tuple[float, ...]
+    kl: float
+    kl_base: float
+    top1: float
 
     @property
-    def name(self) -> str:
-        return self.recipe.name
+    def kl_remaining(self) -> float | None:
+        """KL(hooks||adapters) as a fraction of KL(hooks||base); None where the hooks cancel."""
+        return self.kl / self.kl_base if self.kl_base > _NO_KL else None
 
 
-def summed(members: Sequence[Member], dials: Sequence[float]) -> Program:
-    """Every member's program at its dial, one after the other."""
-    return reduce(operator.add, (dial * one.program for one, dial in zip(members, dials, strict=True)))
+@dataclass(frozen=True)
+class StateInterference:
+    """Norms of changes of the final hidden states, relative to the root of the summed squares of each program's change alone.
+
+    `programs`: all hooks at once minus the sum of each alone. `alone`: the summed errors of the adapters, each alone against
+    its own hooks. `errors`: of each artifact against the hooks of all. `cross`: the co-loaded adapters' minus `alone`.
+    """
+
+    programs: float
+    alone: float
+    errors: dict[str, float]
+    cross: float
 
 
-# How to run the model: under a program's hooks, with adapters on at their dials, or as it is.
-Way = Program | Mapping[str, float] | None
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """The interference matrix; each artifact (co-loaded, stacked, joint) against the hooks of all programs; and the co-loaded
+    adapters at other `settings`: each alone, and each at half its scale.
+
+    `stacked_from_loaded` is mean KL(co-loaded||stacked), nats per token; they are equal but for rounding.
+    """
+
+    kind: Literal["composition"] = "composition"
+    names: list[str]
+    scales: list[float]
+    backend: str
+    matrix: list[MatrixRow]
+    artifacts: dict[str, Fit]
+    settings: list[Fit]
+    stacked_from_loaded: float | None
+    states: StateInterference
+    n_tokens: int
+    sha256: dict[str, str]
+    passed: bool
+    reasons: list[str]
+
+    def save(self, path: Path) -> None:
+        save_json(path, asdict(self))
 
 
-class _Scene:
+def sum_programs(members: Sequence[Member], scales: Sequence[float]) -> Program:
+    """Every member's program at its scale, one after the other."""
+    return reduce(operator.add, (scale * one.program for one, scale in zip(members, scales, strict=True)))
+
+
+# How the model runs: under a program's hooks, with the adapters of these names on at their scales, or as it is.
+Condition = Program | Mapping[str, float] | None
+
+
+class _Conditions:
     """The base, and one copy of it that holds every adapter."""
 
-    def __init__(self, base: LoadedModel, members: Sequence[Member], folders: Mapping[str, Path]) -> None:
-        self.base = base
-        own = {_adapter(n): one.adapter for n, one in enumerate(members)}
-        self._adapters = reload_adapters({**own, **folders}, base)
+    def __init__(self, base: LoadedModel, adapters: Mapping[str, Path]) -> None:
+        self._base, self._adapters = base, reload_adapters(adapters, base)
 
-    def under(self, way: Way) -> tuple[LoadedModel, Program | None]:
-        """The model, and the hooks, that make it run that way; holds until the next call."""
-        if way is None or isinstance(way, Program):
-            return self.base, way
-        set_adapter_scales(self._adapters, way)
+    def under(self, condition: Condition) -> tuple[LoadedModel, Program | None]:
+        """The model, and the hooks, that run under the condition; until the next call."""
+        if condition is None or isinstance(condition, Program):
+            return self._base, condition
+        set_adapter_scales(self._adapters, condition)
         return self._adapters, None
 
-    def states(self, texts: Sequence[Encoded], way: Way) -> Tensor:
-        """Final hidden states [n_tokens, d_model] at the positions that predict the response."""
-        loaded, program = self.under(way)
-        return final_states(loaded, texts, program).response
+    def states(self, texts: Sequence[Encoded], condition: Condition) -> Tensor:
+        """Final hidden states [n_tokens, d_model] at the positions that predict the responses."""
+        model, program = self.under(condition)
+        return final_states(model, texts, program).response
 
-    def contrast(self, pairs: Sequence[Encoded], way: Way) -> np.ndarray:
-        loaded, program = self.under(way)
-        return logprob_margins(loaded, pairs, program)
-
-    def divergence(self, p: Tensor, q: Tensor) -> TokenDivergence:
-        """No adapter touches the head, so the base's reads out every state."""
-        return divergence(self.base.model, p, self.base.model, q)
+    def fit(self, scales: tuple[float, ...], hooks: Tensor, compiled: Tensor, base: Tensor) -> Fit:
+        """Compare final states; no adapter touches the head, so the base's reads all of them."""
+        model = self._base.model
+        kl = divergence(model, hooks, model, compiled)
+        return Fit(scales, kl.mean, divergence(model, hooks, model, base).mean, kl.top1_agreement)
 
 
-def measure(
+def measure_interference(
     base: LoadedModel, members: Sequence[Member], backend: str, folders: Mapping[str, Path], progress: Progress
 ) -> Composition:
-    """Hold the members' adapters, loaded at once, and the composed ones in `folders` (stacked, joint), against all
-    programs' hooks.
+    """Compare the members' adapters, co-loaded, and the composed ones in `folders` (stacked, joint), with all hooks at once.
 
-    Each adapter was fitted with the others off, so at once they are off by more than alone: an adapter reads its constant
-    (the A of a rank-1 edit) off activations that another one below it has moved. How much more is `Interplay.cross`.
-    That the programs' own effects do not add up (`Interplay.programs`) is none of the compile's doing: hooks show it too.
+    Each adapter was fitted with the others off, so together their error is larger than alone: an adapter reads its constant
+    (the A of a rank-1 edit) from activations that another one below it has moved. How much larger is `states.cross`. That
+    the programs' own effects do not add up (`states.programs`) is not caused by the compile: hooks show it too.
 
     Raises:
         ArtifactError: an adapter cannot be loaded. RecipeError: no prompt, or no test pair, is left that no compile saw.
     """
-    pairs = [_test_pairs(base, members, one) for one in members]
-    scene = _Scene(base, members, folders)
-    dials = tuple(one.dial for one in members)
-    texts = _texts(base, members, summed(members, dials), progress)
-    plain = scene.states(texts, None)
-    alone = [tuple(dial if n == m else 0.0 for m, dial in enumerate(dials)) for n in range(len(dials))]
-    halved = [tuple(dial / 2 if n == m else dial for m, dial in enumerate(dials)) for n in range(len(dials))]
+    pairs, scales = unseen_pairs(base, members), tuple(one.scale for one in members)
+    names = [f"member{n}" for n in range(len(members))]  # not the recipes' names: PEFT takes no dot in one
+    conditions = _Conditions(base, {**{name: one.adapter for name, one in zip(names, members, strict=True)}, **folders})
+    texts = unseen_texts(base, members, progress)
+    plain = conditions.states(texts, None)
+
+    def adapters(setting: Sequence[float]) -> dict[str, float]:
+        return {name: scale for name, scale in zip(names, setting, strict=True) if scale}
+
+    # Hooks and adapters: all at once, each alone, and each at half its scale beside the others.
+    alone = [tuple(scale if n == m else 0.0 for m, scale in enumerate(scales)) for n in range(len(scales))]
+    halved = [tuple(scale / 2 if n == m else scale for m, scale in enumerate(scales)) for n in range(len(scales))]
     settings, hooked, loaded = [], [], []
-    with progress.phase("each dial: hooks against adapters", 1 + 2 * len(dials)) as advance:
-        for setting in (dials, *alone, *halved):
-            hooked.append(scene.states(texts, summed(members, setting)))
-            loaded.append(scene.states(texts, _on(setting)))
-            settings.append(_fit(scene, setting, hooked[-1], loaded[-1], plain))
+    with progress.phase("each scale: hooks and adapters", 1 + 2 * len(scales)) as advance:
+        for setting in (scales, *alone, *halved):
+            hooked.append(conditions.states(texts, sum_programs(members, setting)))
+            loaded.append(conditions.states(texts, adapters(setting)))
+            settings.append(conditions.fit(setting, hooked[-1], loaded[-1], plain))
             advance(1)
-    shipped = {LOADED: loaded[0]} | {way: scene.states(texts, {way: 1.0}) for way in folders}
-    artifacts = {way: _fit(scene, dials, hooked[0], states, plain) for way, states in shipped.items()}
-    count = 1 + len(dials)
+    states = {CO_LOADED: loaded[0]} | {name: conditions.states(texts, {name: 1.0}) for name in folders}
+    artifacts = {name: conditions.fit(scales, hooked[0], one, plain) for name, one in states.items()}
+
+    # Every member's own pairs under every condition.
+    columns: dict[str, Condition] = {"base": None}
+    columns |= {f"hooks {one.name}": sum_programs(members, on) for one, on in zip(members, alone, strict=True)}
+    columns |= {"hooks all": sum_programs(members, scales)}
+    columns |= {f"adapter {one.name}": adapters(on) for one, on in zip(members, alone, strict=True)}
+    columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
+    matrix = []
+    with progress.phase("the interference matrix", len(members) * len(columns)) as advance:
+        for member, own in zip(members, pairs, strict=True):
+            margins = {}
+            for label, condition in columns.items():
+                model, program = conditions.under(condition)
+                margins[label] = logprob_margins(model, own, program)
+                advance(1)
+            changes = {label: values - margins["base"] for label, values in margins.items() if label != "base"}
+            matrix.append(_matrix_row(member, [one.name for one in members], list(artifacts), changes))
+
+    reasons = list(_reasons(members, artifacts))
+    count, head = 1 + len(scales), base.model
     return Composition(
         names=[one.name for one in members],
-        dials=list(dials),
+        scales=list(scales),
         backend=backend,
-        matrix=_matrix(scene, members, pairs, alone, tuple(folders), progress),
+        matrix=matrix,
         artifacts=artifacts,
         settings=settings,
-        stacked_from_loaded=scene.divergence(loaded[0], shipped[STACKED]).mean if STACKED in shipped else None,
-        interplay=_interplay(plain, hooked[:count], loaded[1:count], shipped),
+        stacked_from_loaded=divergence(head, loaded[0], head, states[STACKED]).mean if STACKED in states else None,
+        states=_state_interference(plain, hooked[:count], loaded[1:count], states),
         n_tokens=plain.shape[0],
-        sha256={way: sha256(folder) for way, folder in folders.items()}
+        sha256={name: sha256(folder) for name, folder in folders.items()}
         | {"texts": digest([list(one.ids) for one in texts]), "base": base.revision},
-        reasons=list(_reasons(members, artifacts)),
-    )
-
-
-def _adapter(number: int) -> str:
-    return f"member{number}"  # not the recipe's name: PEFT takes no dot in it
-
-
-def _on(dials: Sequence[float]) -> dict[str, float]:
-    return {_adapter(n): dial for n, dial in enumerate(dials) if dial}
-
-
-def _texts(base: LoadedModel, members: Sequence[Member], program: Program, progress: Progress) -> list[Encoded]:
-    """Every member's held-out prompts, continued by the model under all hooks; none that any compile has seen."""
-    met = _calibrated(members)
-    found: list[Encoded] = []
-    with progress.phase("reference: the model under all hooks", len(members)) as advance:
-        for one in members:
-            options = one.recipe.verify
-            prompts = [text for text in one.behaviour.heldout if text.prompt not in met][: options.heldout]
-            met |= {text.prompt for text in prompts}  # files may be shared
-            if prompts:
-                limit, seed = options.max_new_tokens, one.recipe.seed + 1
-                found += continue_prompts(base, prompts, program, max_new_tokens=limit, temperature=1.0, seed=seed)
-            advance(1)
-    if not found:
-        raise RecipeError(
-            "data.heldout: every prompt is among a recipe's calibration prompts; give prompts of their own."
-        )
-    return found
-
-
-def _calibrated(members: Sequence[Member]) -> set[str]:
-    return {text.prompt for one in members for text in one.behaviour.calibration}
-
-
-def _fit(scene: _Scene, dials: tuple[float, ...], hooked: Tensor, compiled: Tensor, plain: Tensor) -> Fit:
-    found = scene.divergence(hooked, compiled)
-    return Fit(dials, found.mean, scene.divergence(hooked, plain).mean, found.top1_agreement)
-
-
-def _test_pairs(base: LoadedModel, members: Sequence[Member], one: Member) -> list[Encoded]:
-    """Both sides of a member's own test pairs, but those whose prompt a compile has seen; raises `RecipeError`."""
-    met = _calibrated(members)
-    fresh = [pair for pair in one.behaviour.test if pair.prompt not in met][: one.recipe.verify.pairs]
-    if not fresh:
-        raise RecipeError(f"data.test: every prompt of {one.name} is among a recipe's calibration prompts.")
-    return encode_pairs(base, fresh)
-
-
-def _matrix(
-    scene: _Scene,
-    members: Sequence[Member],
-    pairs: Sequence[Sequence[Encoded]],
-    alone: Sequence[tuple[float, ...]],
-    composed: Sequence[str],
-    progress: Progress,
-) -> list[Row]:
-    """A row a behaviour, a column a way to run."""
-    everything = summed(members, [one.dial for one in members])
-    ways: dict[str, Way] = {f"hooks {m.name}": summed(members, on) for m, on in zip(members, alone, strict=True)}
-    ways |= {"hooks all": everything}
-    ways |= {f"adapter {m.name}": _on(on) for m, on in zip(members, alone, strict=True)}
-    ways |= {LOADED: _on([one.dial for one in members])} | {way: {way: 1.0} for way in composed}
-    rows = []
-    with progress.phase("the interference matrix", len(members) * (1 + len(ways))) as advance:
-        for one, own in zip(members, pairs, strict=True):
-            found = {}
-            for label, way in {"base": None, **ways}.items():
-                found[label] = scene.contrast(own, way)
-                advance(1)
-            plain = found.pop("base")
-            changes = {label: values - plain for label, values in found.items()}
-            rows.append(_row(one, [m.name for m in members], (LOADED, *composed), changes))
-    return rows
-
-
-def _row(member: Member, names: Sequence[str], shipped: Sequence[str], changes: Mapping[str, np.ndarray]) -> Row:
-    """Intervals over pairs, of the changes [n_pairs] and of their differences pair by pair."""
-
-    def interval(values: np.ndarray) -> Interval:
-        return bootstrap_mean(values, seed=member.recipe.seed)
-
-    def summed_alone(kind: str) -> np.ndarray:
-        return np.asarray(np.sum([changes[f"{kind} {name}"] for name in names], axis=0))
-
-    together = changes["hooks all"]
-    return Row(
-        behaviour=member.name,
-        n_pairs=len(together),
-        effects={label: interval(values) for label, values in changes.items()},
-        cross={
-            "hooks": interval(together - summed_alone("hooks")),
-            "adapters": interval(changes[LOADED] - summed_alone("adapter")),
-        },
-        missed={way: interval(changes[way] - together) for way in shipped},
-    )
-
-
-def _interplay(
-    plain: Tensor, hooked: Sequence[Tensor], alone: Sequence[Tensor], shipped: Mapping[str, Tensor]
-) -> Interplay:
-    """`hooked`: all programs, then each; `alone`: each adapter; all [n_tokens, d_model]."""
-    together, *each = (states.double() - plain.double() for states in hooked)
-    errors = sum(
-        (got.double() - plain.double() - wanted for got, wanted in zip(alone, each, strict=True)), 0 * together
-    )
-    missed = {way: states.double() - plain.double() - together for way, states in shipped.items()}
-    size = float(sum(one.square().sum() for one in each)) ** 0.5
-    return Interplay(
-        programs=float((together - sum(each)).norm()) / size,
-        alone=float(errors.norm()) / size,
-        errors={way: float(one.norm()) / size for way, one in missed.items()},
-        cross=float((missed[LOADED] - errors).norm()) / size,
+        passed=not reasons,
+        reasons=reasons,
     )
 
 
 def _reasons(members: Sequence[Member], artifacts: Mapping[str, Fit]) -> Iterator[str]:
-    """Why an artifact is not the steered model, by the strictest of the recipes' gates."""
-    gates = [one.recipe.verify.gates for one in members]
-    for way, fit in artifacts.items():
-        allowed = min(gate.kl_remaining for gate in gates) * fit.kl_base + min(gate.exact_kl for gate in gates)
-        if not fit.kl <= allowed:
-            yield f"{way}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {allowed:.2e}"
+    """Why an artifact is not the steered model, by the strictest of the members' gates."""
+    gates = [one.options.gates for one in members]
+    for name, fit in artifacts.items():
+        most = min(gate.kl_remaining for gate in gates) * fit.kl_base + min(gate.exact_kl for gate in gates)
+        if not fit.kl <= most:
+            yield f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {most:.2e}"
+
+
+def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progress) -> list[Encoded]:
+    """Every member's held-out prompts that no compile has seen, continued by the model under the hooks of all."""
+    program = sum_programs(members, [one.scale for one in members])
+    seen = {text.prompt for one in members for text in one.data.calibration}
+    texts: list[Encoded] = []
+    with progress.phase("reference: the model under all hooks", len(members)) as advance:
+        for one in members:
+            prompts = [text for text in one.data.heldout if text.prompt not in seen][: one.options.heldout]
+            seen |= {text.prompt for text in prompts}  # members may share their files
+            if prompts:
+                limit, seed = one.options.max_new_tokens, one.seed + 1
+                texts += continue_prompts(base, prompts, program, max_new_tokens=limit, temperature=1.0, seed=seed)
+            advance(1)
+    if not texts:
+        raise RecipeError(
+            "data.heldout: every prompt is among a recipe's calibration prompts; give prompts of their own."
+        )
+    return texts
+
+
+def unseen_pairs(base: LoadedModel, members: Sequence[Member]) -> list[list[Encoded]]:
+    """Both sides of every member's own test pairs whose prompt no compile has seen; raises `RecipeError` if one has none."""
+    seen, encoded = {text.prompt for one in members for text in one.data.calibration}, []
+    for one in members:
+        pairs = [pair for pair in one.data.test if pair.prompt not in seen][: one.options.pairs]
+        if not pairs:
+            raise RecipeError(f"data.test: every prompt of {one.name} is among a recipe's calibration prompts.")
+        encoded.append(encode_pairs(base, pairs))
+    return encoded
+
+
+def _matrix_row(
+    member: Member, names: Sequence[str], artifacts: Sequence[str], changes: Mapping[str, np.ndarray]
+) -> MatrixRow:
+    """Intervals over pairs, of the changes [n_pairs] from the base and of their differences pair by pair."""
+
+    def interval(values: np.ndarray) -> Interval:
+        return bootstrap_mean(values, seed=member.seed)
+
+    def summed_alone(kind: str) -> np.ndarray:
+        return np.asarray(np.sum([changes[f"{kind} {name}"] for name in names], axis=0))
+
+    hooks = changes["hooks all"]
+    return MatrixRow(
+        behaviour=member.name,
+        n_pairs=len(hooks),
+        effects={label: interval(values) for label, values in changes.items()},
+        cross={
+            "hooks": interval(hooks - summed_alone("hooks")),
+            "adapters": interval(changes[CO_LOADED] - summed_alone("adapter")),
+        },
+        errors={name: interval(changes[name] - hooks) for name in artifacts},
+    )
+
+
+def _state_interference(
+    plain: Tensor, hooked: Sequence[Tensor], alone: Sequence[Tensor], artifacts: Mapping[str, Tensor]
+) -> StateInterference:
+    """`hooked`: all programs, then each; `alone`: each adapter; all [n_tokens, d_model]."""
+    together, *each = (states.double() - plain.double() for states in hooked)
+    adapter_errors = sum(
+        (states.double() - plain.double() - change for states, change in zip(alone, each, strict=True)), 0 * together
+    )
+    errors = {name: states.double() - plain.double() - together for name, states in artifacts.items()}
+    size = float(sum(change.square().sum() for change in each)) ** 0.5
+    return StateInterference(
+        programs=float((together - sum(each)).norm()) / size,
+        alone=float(adapter_errors.norm()) / size,
+        errors={name: float(error.norm()) / size for name, error in errors.items()},
+        cross=float((errors[CO_LOADED] - adapter_errors).norm()) / size,
+    )
