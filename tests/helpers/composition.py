@@ -110,7 +110,7 @@ def co_loaded(one: LoadedModel, folders: list[Path], scales: tuple[float, ...]) 
     model.base_model.set_adapter([f"a{n}" for n in range(len(folders))])
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for n, dial in enumerate(dials):
-                module.set_scale(f"a{n}", dial)
+            for n, scale in enumerate(scales):
+                module.set_scale(f"a{n}", scale)
     found: torch.nn.Module = model.eval()
     return found
