@@ -22,6 +22,7 @@ POWER = 0.8
 EQUIVALENCE_POWER = 0.95
 
 Measure = Literal["log-likelihood margin", "score", "score by prompt set", "repetition", "capability"]
+Test = Literal["difference", "equivalence"]
 # (unit, what a sample is, whether a sample counts 0 or 1, mostly)
 _MEASURES: dict[Measure, tuple[str, str, bool]] = {
     "log-likelihood margin": (" nats/token", "pairs", False),
@@ -102,14 +103,9 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndar
     for method in methods:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            rng = np.random.default_rng(seed)
             result = bootstrap(
-                samples,
-                statistic,
-                paired=paired,
-                vectorized=True,
-                n_resamples=2000,
-                method=method,
-                rng=np.random.default_rng(seed),
+                samples, statistic, paired=paired, n_resamples=2000, method=method, vectorized=True, rng=rng
             )
         low, high = (float(bound) for bound in result.confidence_interval)
         if math.isfinite(low) and math.isfinite(high):
@@ -131,10 +127,10 @@ def sign_flip(effects: np.ndarray, seed: int) -> float:
     result = permutation_test(
         (effects,),
         lambda x, axis: np.mean(x, axis=axis),
-        vectorized=True,
         permutation_type="samples",
         alternative="greater",
         n_resamples=9999,
+        vectorized=True,
         rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)
@@ -203,7 +199,7 @@ class Equivalence:
 
 
 def equivalence(measure: Measure, differences: np.ndarray, margin: float) -> Equivalence:
-    """Test paired differences [n] against +-`margin`, both in nats a token or points.
+    """Test paired differences [n] against +-`margin`, both in nats per token or points.
 
     Raises:
         ValueError: fewer than two differences, one that is not finite, or a margin that is not above 0.
@@ -262,7 +258,7 @@ class PowerAnalysis:
     """How many samples a paired test needs, computed before anything is measured."""
 
     measure: Measure
-    test: Literal["difference", "equivalence"]
+    test: Test
     effect: float  # the minimum detectable effect that is asked for, or the margin of an equivalence test
     spread: float  # assumed standard deviation of a paired difference
     assumption: str  # where the spread is from
@@ -284,12 +280,7 @@ class PowerAnalysis:
 
 
 def power_analysis(
-    test: Literal["difference", "equivalence"],
-    measure: Measure,
-    effect: float,
-    spread: float,
-    available: int,
-    assumption: str,
+    test: Test, measure: Measure, effect: float, spread: float, available: int, assumption: str
 ) -> PowerAnalysis:
     """Plan a two-sided paired test of means, n = ((z_.975 + z_.8) spread / effect)^2, or a test of equivalence."""
     from scipy.stats import norm
