@@ -50,13 +50,13 @@ def problems(files: dict[str, Path], positive: str = "{prompt} Sing.", negative:
 
 
 def test_good_data_is_read_with_its_templates_and_hashes(tmp_path: Path) -> None:
-    found = read_behaviour(write(tmp_path, good()), "{prompt} Sing.", "So: {prompt}")
-    assert [p.prompt for p in found.validation] == ["validation 0", "validation 1"]
-    assert found.test[1].positive == Text("test 1 Sing.", "test 1 high")
-    assert found.test[1].negative == Text("So: test 1", "test 1 low")
-    assert found.neutral == (Text("neutral 0", "plain"),)
-    assert (len(found.heldout), found.calibration[2].prompt) == (3, "calibration 2")
-    assert set(found.hashes) == {*SPLITS, "neutral", "heldout", "calibration"}
+    data = read_behaviour(write(tmp_path, good()), "{prompt} Sing.", "So: {prompt}")
+    assert [p.prompt for p in data.validation] == ["validation 0", "validation 1"]
+    assert data.test[1].positive == Text("test 1 Sing.", "test 1 high")
+    assert data.test[1].negative == Text("So: test 1", "test 1 low")
+    assert data.neutral == (Text("neutral 0", "plain"),)
+    assert (len(data.heldout), data.calibration[2].prompt) == (3, "calibration 2")
+    assert set(data.hashes) == {*SPLITS, "neutral", "heldout", "calibration"}
 
 
 def test_a_hash_follows_the_content_and_not_the_layout_of_a_file(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_hash_follows_the_content_and_not_the_layout_of_a_file(tmp_path: Path)
     assert {name for name in before if before[name] != after[name]} == {"test"}
 
 
-def test_every_problem_of_every_file_is_told_at_once(tmp_path: Path) -> None:
+def test_every_problem_of_every_file_is_reported_at_once(tmp_path: Path) -> None:
     rows: dict[str, list[Any]] = {**good()}
     rows["train"] = ["{not json", pair("a"), ["a", "list"], {"prompt": "b", "positive": "c"}]
     rows["validation"] = [{**pair("d"), "note": "extra"}, pair("e", positive=" "), {**pair("f"), "negative": 3}]
@@ -78,7 +78,7 @@ def test_every_problem_of_every_file_is_told_at_once(tmp_path: Path) -> None:
     files = write(tmp_path, rows)
     files["heldout"].unlink()
     files["calibration"].write_bytes(b"\xff\xfe{}")
-    found = problems(files, positive="no place", negative="{prompt} and {prompt}")
+    lines = problems(files, positive="no place", negative="{prompt} and {prompt}")
     expected = [
         "train.jsonl:1: not JSON",
         "train.jsonl:3: found list; needed the keys prompt, positive, negative",
@@ -92,51 +92,51 @@ def test_every_problem_of_every_file_is_told_at_once(tmp_path: Path) -> None:
         "data.positive_template 'no place' must contain {prompt} exactly once",
         "data.negative_template '{prompt} and {prompt}' must contain {prompt} exactly once",
     ]
-    assert len(found) == len(expected)
-    for wanted, line in zip(expected, found, strict=True):
-        assert line.startswith(wanted)
-    assert "is empty; needed: one JSON object a line with prompt, response" in found[6]
-    assert "cannot be read (No such file or directory)" in found[7]
-    assert "cannot be read" in found[8]
+    assert len(lines) == len(expected)
+    for start, line in zip(expected, lines, strict=True):
+        assert line.startswith(start)
+    assert "is empty; needed: one JSON object a line with prompt, response" in lines[6]
+    assert "cannot be read (No such file or directory)" in lines[7]
+    assert "cannot be read" in lines[8]
 
 
 @pytest.mark.parametrize("other", ["validation", "test", "neutral", "heldout", "calibration"])
 def test_a_prompt_in_two_files_is_refused_whatever_its_case_and_spaces(tmp_path: Path, other: str) -> None:
     rows = good()
     rows[other][0]["prompt"] = "TRAIN \t 1"
-    (found,) = problems(write(tmp_path, rows))
-    assert found == f"data: the prompt 'TRAIN \t 1' is in both train and {other}; the splits must not overlap."
+    (line,) = problems(write(tmp_path, rows))
+    assert line == f"data: the prompt 'TRAIN \t 1' is in both train and {other}; the splits must not overlap."
 
 
 def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["heldout"] += [{"prompt": "Heldout 0"}, {"prompt": "heldout  0"}]
-    (found,) = problems(write(tmp_path, rows))
-    assert found == "data.heldout: the prompt 'heldout 0' occurs 3 times."
+    (line,) = problems(write(tmp_path, rows))
+    assert line == "data.heldout: the prompt 'heldout 0' occurs 3 times."
 
 
 def test_a_response_of_one_split_in_another_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["test"][1] = pair("another prompt", positive="Train 0 high")
-    (found,) = problems(write(tmp_path, rows))
-    assert "train" in found
-    assert "test" in found
+    (line,) = problems(write(tmp_path, rows))
+    assert "train" in line
+    assert "test" in line
 
 
 def test_sides_that_are_equal_are_refused_unless_the_templates_tell_them_apart(tmp_path: Path) -> None:
     rows = good()
     rows["train"] = [pair("a", "same", "same "), pair("b")]
     files = write(tmp_path, rows)
-    (found,) = problems(files, positive="{prompt}")
-    assert found == "data.train: positive and negative are the same text for 'a' (1 pairs)."
+    (line,) = problems(files, positive="{prompt}")
+    assert line == "data.train: positive and negative are the same text for 'a' (1 pairs)."
     assert read_behaviour(files, "{prompt} Sing.", "{prompt}").train[0].positive.response == "same"
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> None:
     rows = good()
     rows["test"] = [pair("one\N{LINE SEPARATOR}two\x85three"), pair("b")]
-    found = read_behaviour(write(tmp_path, rows), "{prompt}", "{prompt}")
-    assert found.test[0].prompt == "one\N{LINE SEPARATOR}two\x85three"
+    data = read_behaviour(write(tmp_path, rows), "{prompt}", "{prompt}")
+    assert data.test[0].prompt == "one\N{LINE SEPARATOR}two\x85three"
 
 
 def test_a_history_is_read_and_checked(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_history_is_read_and_checked(tmp_path: Path) -> None:
     assert read_behaviour(write(tmp_path, rows), "{prompt}", "{prompt}").heldout[0].history == (("hello", "good day"),)
     for bad in ("hello", [["hello"]], [["hello", ""]], [["hello", 3]]):
         rows["heldout"][0]["history"] = bad
-        (found,) = problems(write(tmp_path, rows))
-        assert "history must be a list of [user, assistant] pairs" in found
+        (line,) = problems(write(tmp_path, rows))
+        assert "history must be a list of [user, assistant] pairs" in line
     rows["heldout"][0].pop("history")
     rows["train"][0]["history"] = [["hello", "good day"]]
     assert "needed the keys" in problems(write(tmp_path, rows))[0]

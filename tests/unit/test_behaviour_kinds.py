@@ -52,30 +52,30 @@ def quiz() -> dict[str, list[Row]]:
 def test_a_question_becomes_a_prompt_with_letters_and_a_pair_of_letters(tmp_path: Path) -> None:
     rows = quiz()
     rows["test"][1] = {"question": "Which {choices}?", "choices": ["none", " both", "{question}"], "answer": "both "}
-    found = read(tmp_path, ChoicesData, rows, question_template="Q: {question}\n{choices}\nLetter:")
+    data = read(tmp_path, ChoicesData, rows, question_template="Q: {question}\n{choices}\nLetter:")
     prompt = "Q: Which {choices}?\nA. none\nB.  both\nC. {question}\nLetter:"
-    pair = found.test[1]
+    pair = data.test[1]
     assert (pair.prompt, pair.positive) == (prompt, Text(prompt, "B"))
     assert pair.negative.prompt == prompt
     assert pair.negative.response in {"A", "C"}
-    assert found.questions[prompt] == Question(prompt, ("A", "B", "C"), 1)
-    assert len(found.questions) == 36
-    assert found.train[7].positive.response == "C"
+    assert data.questions[prompt] == Question(prompt, ("A", "B", "C"), 1)
+    assert len(data.questions) == 36
+    assert data.train[7].positive.response == "C"
 
 
 def test_a_wrong_letter_is_any_of_them_and_the_same_one_every_time(tmp_path: Path) -> None:
-    found = read(tmp_path, ChoicesData, quiz())
-    pairs = found.train + found.validation + found.test
+    data = read(tmp_path, ChoicesData, quiz())
+    pairs = data.train + data.validation + data.test
     assert all(pair.negative.response != pair.positive.response for pair in pairs)
     assert {pair.negative.response for pair in pairs} == set("ABCDE")
     assert {pair.negative.response for pair in pairs if pair.positive.response == "A"} > {"B"}
     rows = quiz()
     rows["train"].reverse()
     again = {pair.prompt: pair for pair in read(tmp_path, ChoicesData, rows).train}
-    assert [again[pair.prompt] for pair in found.train] == list(found.train)
+    assert [again[pair.prompt] for pair in data.train] == list(data.train)
 
 
-def test_what_no_question_can_be_made_of_is_told_at_once(tmp_path: Path) -> None:
+def test_what_no_question_can_be_made_of_is_reported_at_once(tmp_path: Path) -> None:
     rows = quiz()
     rows["train"] = [{**row, "answer": 2} for row in rows["train"]]
     rows["validation"][0]["answer"] = 5
@@ -84,7 +84,7 @@ def test_what_no_question_can_be_made_of_is_told_at_once(tmp_path: Path) -> None
     rows["test"][1]["choices"] = "abc"
     rows["test"][2]["answer"] = True
     rows["test"][3] = {**rows["test"][4], "choices": rows["test"][4]["choices"][::-1]}
-    found = problems(tmp_path, ChoicesData, rows, question_template="{question} {question}")
+    lines = problems(tmp_path, ChoicesData, rows, question_template="{question} {question}")
     expected = [
         "test.jsonl:1: choices must be a list of 2 to 26 texts, no two the same",
         "test.jsonl:2: choices must be a list of 2 to 26 texts",
@@ -95,9 +95,9 @@ def test_what_no_question_can_be_made_of_is_told_at_once(tmp_path: Path) -> None
         "data.train: the right answer is C in every row (12), so that the letter alone separates right from wrong",
         "data.validation: the answer of 2 of 12 rows is none of its choices, for example 5 of ['p0', 'q0', 'r0', 's0', 't0']",
     ]
-    assert len(found) == len(expected)
-    for wanted, line in zip(expected, found, strict=True):
-        assert line.startswith(wanted)
+    assert len(lines) == len(expected)
+    for start, line in zip(expected, lines, strict=True):
+        assert line.startswith(start)
 
 
 # -------------------------------------------------------------------------------------- instructions
@@ -113,9 +113,9 @@ def test_an_instruction_goes_after_the_prompt_of_one_side_and_its_checks_by_the_
         {"id": "punctuation:no_comma"},
         {"id": "length:words", "arguments": {"relation": "at least", "n": 3, "other": None}},
     ]
-    found = read(tmp_path, InstructionsData, rows)
-    assert found.train[1] == Pair(Text("train 1 No commas."), Text("train 1"), "train 1")
-    assert found.checks == {
+    data = read(tmp_path, InstructionsData, rows)
+    assert data.train[1] == Pair(Text("train 1 No commas."), Text("train 1"), "train 1")
+    assert data.checks == {
         "train 1": (
             Check("punctuation:no_comma"),
             Check("length:words", (("n", 3), ("relation", "at least"))),
@@ -137,16 +137,16 @@ def plain() -> dict[str, list[Row]]:
     return {name: [{"prompt": f"{name} {n} {{prompt}}"} for n in range(3)] for name in SPLITS}
 
 
-def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_path: Path) -> None:
+def test_prompts_get_the_template_of_either_side_and_system_prompt(tmp_path: Path) -> None:
     options = {"positive_template": "{prompt} Sing.", "positive_system": "A bard.", "negative_system": "A clerk."}
-    found = read(tmp_path, GeneratedData, plain(), **options)
+    data = read(tmp_path, GeneratedData, plain(), **options)
     prompt = "train 2 {prompt}"
-    wanted = Pair(Text(f"{prompt} Sing.", system="A bard."), Text(prompt, system="A clerk."), prompt)
-    assert found.train[2] == wanted
+    expected = Pair(Text(f"{prompt} Sing.", system="A bard."), Text(prompt, system="A clerk."), prompt)
+    assert data.train[2] == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "lines"),
+    ("options", "starts"),
     [
         (
             {},
@@ -161,13 +161,15 @@ def test_prompts_are_asked_under_either_sides_template_and_system_prompt(tmp_pat
         ),
     ],
 )
-def test_templates_that_ask_nothing_are_refused(tmp_path: Path, options: dict[str, str], lines: list[str]) -> None:
-    found = problems(tmp_path, GeneratedData, plain(), **options)
-    assert len(found) == len(lines)
-    assert all(line.startswith(wanted) for wanted, line in zip(lines, found, strict=True))
+def test_templates_that_give_both_sides_the_same_prompt_are_refused(
+    tmp_path: Path, options: dict[str, str], starts: list[str]
+) -> None:
+    lines = problems(tmp_path, GeneratedData, plain(), **options)
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for start, line in zip(starts, lines, strict=True))
 
 
-def test_a_template_takes_its_places_at_once_and_leaves_other_braces() -> None:
+def test_a_template_fills_its_placeholders_in_one_pass_and_leaves_other_braces() -> None:
     assert fill("{a}: {b} {c} {", a="{b}", b="x") == "{b}: x {c} {"
 
 
@@ -180,8 +182,8 @@ def test_a_system_prompt_stands_before_the_conversation() -> None:
         prompt_text(chat_tokenizer(), talk)
         == "<s> system w40 <s> user w30 <s> assistant w31 <s> user w20 <s> assistant "
     )
-    found = encode(chat_tokenizer(), talk)
-    assert [chat_tokenizer().convert_ids_to_tokens(found.ids[n]) for n in range(*found.earlier[0])] == ["w31"]
+    encoded = encode(chat_tokenizer(), talk)
+    assert [chat_tokenizer().convert_ids_to_tokens(encoded.ids[n]) for n in range(*encoded.earlier[0])] == ["w31"]
 
 
 def test_a_system_prompt_that_the_model_would_not_see_is_refused() -> None:
@@ -203,7 +205,7 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
     """The tiny tokenizer drops spaces, and knows no word but its own."""
 
     def behaviour(test: list[tuple[str, str]], ask: str = "w50") -> Behaviour:
-        pairs = tuple(Pair(Text(f"w7 {ask}", one), Text("w7 w50", other), "w7") for one, other in test)
+        pairs = tuple(Pair(Text(f"w7 {ask}", positive), Text("w7 w50", negative), "w7") for positive, negative in test)
         train = (
             Pair(Text("w8", "w20"), Text("w8", "w30"), "w8"),
             Pair(Text("w9", "Heard"), Text("w9", "unheard"), "w9"),

@@ -38,16 +38,18 @@ def sides(n: int = 14, noise: float = 0.3, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_the_direction_with_its_sign_at_the_mean_difference_s_length(method: PairMethod) -> None:
+def test_every_method_finds_the_direction_with_its_sign_at_the_length_of_the_mean_difference(
+    method: PairMethod,
+) -> None:
     positive, negative, unit = sides()
-    found = fit(positive, negative, method)
+    directions = fit(positive, negative, method)
     mean = (positive - negative).mean(dim=0)
-    assert torch.allclose(found.norm(dim=-1), mean.norm(dim=-1), rtol=1e-5)
-    assert bool((torch.nn.functional.cosine_similarity(found, unit.expand(2, -1)) > 0.97).all())
-    assert torch.allclose(fit(negative, positive, method), -found, atol=1e-4)
+    assert torch.allclose(directions.norm(dim=-1), mean.norm(dim=-1), rtol=1e-5)
+    assert bool((torch.nn.functional.cosine_similarity(directions, unit.expand(2, -1)) > 0.97).all())
+    assert torch.allclose(fit(negative, positive, method), -directions, atol=1e-4)
 
 
-def test_the_mean_difference_is_what_its_name_says() -> None:
+def test_the_mean_difference_is_the_difference_of_the_means() -> None:
     positive, negative, _unit = sides(noise=2.0)
     assert torch.allclose(
         fit(positive, negative, "mean_difference"), positive.mean(dim=0) - negative.mean(dim=0), atol=1e-5
@@ -56,16 +58,16 @@ def test_the_mean_difference_is_what_its_name_says() -> None:
 
 def test_pca_is_the_axis_of_the_largest_second_moment_of_the_differences() -> None:
     positive, negative, _unit = sides(noise=2.0)
-    found = fit(positive, negative, "pca")
+    directions = fit(positive, negative, "pca")
     for layer in range(2):
         differences = (positive - negative)[:, layer].double()
         values, vectors = torch.linalg.eigh(differences.T @ differences)
-        cosine = torch.nn.functional.cosine_similarity(found[layer].double(), vectors[:, -1], dim=0)
+        cosine = torch.nn.functional.cosine_similarity(directions[layer].double(), vectors[:, -1], dim=0)
         assert float(values[-1]) > float(values[-2])
         assert abs(float(cosine)) > 0.9999
 
 
-def test_the_sign_is_the_mean_difference_s_even_if_the_first_pair_goes_the_other_way() -> None:
+def test_the_sign_is_that_of_the_mean_difference_even_if_the_first_pair_goes_the_other_way() -> None:
     positive, negative, unit = sides()
     positive[0], negative[0] = negative[0].clone(), positive[0].clone()
     axis = torch.linalg.svd((positive - negative)[:, 1], full_matrices=False)[2][0]
@@ -76,7 +78,7 @@ def test_the_sign_is_the_mean_difference_s_even_if_the_first_pair_goes_the_other
 
 def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
     positive, negative, _unit = sides(noise=2.0)
-    found = fit(positive, negative, "logistic")[0].double()
+    directions = fit(positive, negative, "logistic")[0].double()
     differences = (positive - negative)[:, 0].double()
     differences = differences / differences.norm(dim=-1).mean()
 
@@ -96,37 +98,37 @@ def test_the_logistic_direction_is_a_minimum_of_its_penalised_loss() -> None:
         return value
 
     optimizer.step(closure)
-    assert float(torch.nn.functional.cosine_similarity(found, weights.detach(), dim=0)) > 0.9999
+    assert float(torch.nn.functional.cosine_similarity(directions, weights.detach(), dim=0)) > 0.9999
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shuffled_labels_give_what_the_method_finds_in_them(method: PairMethod) -> None:
     positive, negative, unit = sides(noise=1.0)
-    both = with_controls(positive, negative, method, 5, seed=3)
-    found = both.shuffled
-    assert torch.equal(both.vectors, fit(positive, negative, method))
-    assert tuple(found.shape) == (5, 2, HIDDEN)
+    extracted = with_controls(positive, negative, method, 5, seed=3)
+    shuffled = extracted.shuffled
+    assert torch.equal(extracted.vectors, fit(positive, negative, method))
+    assert tuple(shuffled.shape) == (5, 2, HIDDEN)
     length = (positive - negative).mean(dim=0).norm(dim=-1)
-    assert bool((found.norm(dim=-1) < 0.9 * length).all())  # what the pairs have in common has cancelled
-    assert torch.equal(found, with_controls(positive, negative, method, 5, seed=3).shuffled)
-    assert not torch.allclose(found, with_controls(positive, negative, method, 5, seed=4).shuffled)
+    assert bool((shuffled.norm(dim=-1) < 0.9 * length).all())  # what the pairs have in common has cancelled
+    assert torch.equal(shuffled, with_controls(positive, negative, method, 5, seed=3).shuffled)
+    assert not torch.allclose(shuffled, with_controls(positive, negative, method, 5, seed=4).shuffled)
     if method != "pca":  # an axis does not care for the sides
         real = torch.nn.functional.cosine_similarity(fit(positive, negative, method), unit.expand(2, -1)).min()
-        assert float((found @ unit / found.norm(dim=-1)).abs().max()) < 0.7 * float(real)
+        assert float((shuffled @ unit / shuffled.norm(dim=-1)).abs().max()) < 0.7 * float(real)
 
 
-def test_a_clamp_s_control_is_set_to_what_its_own_labels_say() -> None:
+def test_a_control_of_a_clamp_has_the_projection_of_its_own_labels() -> None:
     positive, negative, _unit = sides(noise=1.0)
-    found = with_controls(positive, negative, "mean_difference", 4, seed=3)
-    projections = found.projections()
-    assert projections is not None and found.positive is not None
+    directions = with_controls(positive, negative, "mean_difference", 4, seed=3)
+    projections = directions.projections()
+    assert projections is not None and directions.positive is not None
     assert tuple(projections.shape) == (5, 2)
-    for n, vectors in enumerate([found.vectors, *found.shuffled]):
+    for n, vectors in enumerate([directions.vectors, *directions.shuffled]):
         along = torch.nn.functional.normalize(vectors, dim=-1)
-        assert torch.allclose(projections[n], (found.positive[n] * along).sum(dim=-1), atol=1e-4)
+        assert torch.allclose(projections[n], (directions.positive[n] * along).sum(dim=-1), atol=1e-4)
         # The sides' means lie to both sides of the middle, by half of their difference.
         middle = (positive + negative).mean(dim=0) / 2
-        assert torch.allclose(found.positive[n], middle + vectors / 2, atol=1e-4)
+        assert torch.allclose(directions.positive[n], middle + vectors / 2, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- stage
@@ -135,25 +137,30 @@ def test_a_clamp_s_control_is_set_to_what_its_own_labels_say() -> None:
 PAIRS = tuple(Pair(Text(f"w{n} w60 w8", f"w4{n} w50"), Text(f"w{n} w70 w8", f"w5{n}"), f"w{n}") for n in range(6, 10))
 
 
-def test_extraction_fits_each_block_on_the_pairs_asked_for_and_comes_back_from_disk(tmp_path: Path) -> None:
-    one = loaded("granite")
+def test_directions_are_fitted_to_the_first_pairs_and_are_the_same_after_saving(tmp_path: Path) -> None:
+    tiny = loaded("granite")
     options = {"pairs": 3, "point": "mlp_out", "method": "pca", "shuffled": 6}
-    found = extract_with(one, training_data(*PAIRS), **options)
+    directions = extract_with(tiny, training_data(*PAIRS), **options)
     positive, negative = (
-        read_activations(one, side, point="mlp_out", readout="response_mean")
+        read_activations(tiny, side, point="mlp_out", readout="response_mean")
         for side in ([p.positive for p in PAIRS[:3]], [p.negative for p in PAIRS[:3]])
     )
-    assert torch.allclose(found.vectors, fit(positive, negative, "pca"), atol=1e-5)
-    assert torch.allclose(found.shuffled, with_controls(positive, negative, "pca", 6, 3).shuffled, atol=1e-4)
-    assert (found.model, found.revision, found.point, found.inputs) == (one.id, one.revision, "mlp_out", "")
-    found.save(tmp_path / "a.safetensors")
+    assert torch.allclose(directions.vectors, fit(positive, negative, "pca"), atol=1e-5)
+    assert torch.allclose(directions.shuffled, with_controls(positive, negative, "pca", 6, 3).shuffled, atol=1e-4)
+    assert (directions.model, directions.revision, directions.point, directions.inputs) == (
+        tiny.id,
+        tiny.revision,
+        "mlp_out",
+        "",
+    )
+    directions.save(tmp_path / "a.safetensors")
     again = Directions.load(tmp_path / "a.safetensors")
-    assert torch.equal(again.vectors, found.vectors)
-    assert torch.equal(again.shuffled, found.shuffled)
-    assert replace(again, vectors=found.vectors, shuffled=found.shuffled) == found
+    assert torch.equal(again.vectors, directions.vectors)
+    assert torch.equal(again.shuffled, directions.shuffled)
+    assert replace(again, vectors=directions.vectors, shuffled=directions.shuffled) == directions
 
 
-def test_directions_that_are_no_directions_are_refused(tmp_path: Path) -> None:
+def test_files_without_directions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for metadata in ({}, {"directions": "{"}, {"directions": "{}"}, {"directions": '{"x": 1}'}):
         save_file({"directions": torch.ones(2, 3), "shuffled": torch.ones(1, 2, 3)}, str(path), metadata=metadata)
@@ -161,7 +168,7 @@ def test_directions_that_are_no_directions_are_refused(tmp_path: Path) -> None:
             Directions.load(path)
 
 
-def test_more_pairs_than_there_are_is_refused() -> None:
+def test_more_pairs_than_the_data_have_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"extract\.pairs: found 4 pairs in data\.train; needed: 9"):
         extract_with(loaded("llama"), training_data(*PAIRS), pairs=9)
 
@@ -181,12 +188,12 @@ def test_sides_that_are_the_same_text_have_no_direction() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_embeddings_below_do_not_hide_the_directions_above(method: PairMethod) -> None:
     """The prompts end in one and the same token, as every chat template's do: only the input of block 0 is equal."""
-    found = extract_with(
+    directions = extract_with(
         loaded("llama"), training_data(*PAIRS), point="resid_pre", readout="last_prompt", method=method
     )
-    assert float(found.vectors[1:].norm(dim=-1).min()) > 0.1
-    assert bool(torch.isfinite(found.vectors).all())
-    assert bool(torch.isfinite(found.shuffled).all())
+    assert float(directions.vectors[1:].norm(dim=-1).min()) > 0.1
+    assert bool(torch.isfinite(directions.vectors).all())
+    assert bool(torch.isfinite(directions.shuffled).all())
 
 
 # ------------------------------------------------------------------------ clamps, lengths, other layers
@@ -197,21 +204,21 @@ ASKED = tuple(
 )
 
 
-def test_with_and_without_an_instruction_is_stolfo_s_direction_and_target() -> None:
+def test_an_instruction_gives_the_direction_and_target_of_stolfo() -> None:
     """u = normalised mean of x(q + instruction) - x(q), t = mean of x(q + instruction) . u, both at the last token."""
-    one = loaded("llama")
-    found = extract_with(one, training_data(*ASKED), readout="last_prompt", operation="clamp")
+    tiny = loaded("llama")
+    directions = extract_with(tiny, training_data(*ASKED), readout="last_prompt", operation="clamp")
     states = []
     for side in ([p.positive for p in ASKED], [p.negative for p in ASKED]):
         rows = []
         for text in side:
-            with captured("llama", one.model) as streams:
-                logits(one.model, Padded.of([encode(one.tokenizer, text)], "right"))
+            with captured("llama", tiny.model) as streams:
+                logits(tiny.model, Padded.of([encode(tiny.tokenizer, text)], "right"))
             rows.append(streams.after[2][0, -1])
         states.append(torch.stack(rows))
     mean = (states[0] - states[1]).mean(dim=0)
     unit = mean / mean.norm()
-    intervention = found.program(2, 0.8, "all").interventions[0]
+    intervention = directions.program(2, 0.8, "all").interventions[0]
     assert (intervention.operation, intervention.coefficient) == ("clamp", 0.8)
     assert torch.allclose(intervention.vector, unit, atol=1e-5)
     assert intervention.projection == pytest.approx(float((states[0] @ unit).mean()), rel=1e-4)
@@ -225,17 +232,17 @@ def test_a_response_that_is_not_read_changes_nothing() -> None:
     assert torch.equal(first.vectors, second.vectors)
 
 
-def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
-    one = loaded("granite")
+def test_lengths_are_that_of_the_method_or_1_or_the_median_norm_of_the_stream() -> None:
+    tiny = loaded("granite")
     neutral = (Text("w8 w9", "w10 w11 w12"), Text("w13", "w14 w15"), Text("w40 w41", "w42"))
     whole = replace(training_data(*PAIRS), neutral=neutral)
     own, unit, stream = (
-        extract_with(one, whole, length=length, point="mlp_out") for length in ("own", "unit", "stream")
+        extract_with(tiny, whole, length=length, point="mlp_out") for length in ("own", "unit", "stream")
     )
     norms: list[list[float]] = [[] for _ in range(LAYERS)]
     for text in neutral:
-        with captured("granite", one.model) as streams:
-            logits(one.model, Padded.of([encode(one.tokenizer, text)], "right"))
+        with captured("granite", tiny.model) as streams:
+            logits(tiny.model, Padded.of([encode(tiny.tokenizer, text)], "right"))
         for layer in range(LAYERS):
             norms[layer] += streams.mlp[layer][0].norm(dim=-1).tolist()
     median = torch.tensor(norms).median(dim=1).values
@@ -247,16 +254,16 @@ def test_lengths_are_the_method_s_or_1_or_the_stream_s_median_norm() -> None:
 
 
 def test_only_layers_with_a_direction_are_swept() -> None:
-    found = extract_with(loaded("llama"), training_data(*PAIRS))
-    assert found.layers == tuple(range(LAYERS))
+    directions = extract_with(loaded("llama"), training_data(*PAIRS))
+    assert directions.layers == tuple(range(LAYERS))
     options = ValidateOptions.model_validate({"score": {"kind": "lowercase"}})
-    assert candidates(options, found) == [1, 2, 3]
-    one = replace(found, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, found.vectors, 0.0))
-    assert one.layers == (3,)
-    assert candidates(options, one) == [3]
-    assert candidates(options.model_copy(update={"layers": (3,)}), one) == [3]
+    assert candidates(options, directions) == [1, 2, 3]
+    tiny = replace(directions, vectors=torch.where(torch.arange(LAYERS)[:, None] == 3, directions.vectors, 0.0))
+    assert tiny.layers == (3,)
+    assert candidates(options, tiny) == [3]
+    assert candidates(options.model_copy(update={"layers": (3,)}), tiny) == [3]
     with pytest.raises(RecipeError, match=r"validate\.layers: 0, 2 without a direction; there is one for 3"):
-        candidates(options.model_copy(update={"layers": (2, 0, 3)}), one)
+        candidates(options.model_copy(update={"layers": (2, 0, 3)}), tiny)
 
 
 def test_negative_coefficients_are_legal_for_exclusion() -> None:

@@ -54,23 +54,23 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
     base = on_disk(tmp_path / "base")
     sibling = related(tmp_path / "tuned", base)
     options: dict[str, object] = {"method": method, "shuffled": 5 if method == "mean_difference" else 1}
-    found = extract_with(base, DATA, **options, model=str(tmp_path / "tuned"))
+    directions = extract_with(base, DATA, **options, model=str(tmp_path / "tuned"))
     its_own = extract_with(sibling, DATA, **options)
     on_base = extract_with(base, DATA, **options)
     # The sibling was loaded twice, and a training of several steps multiplies what differs.
-    assert_close_to_rounding(found.vectors, its_own.vectors, 1e-3 if method == "trained" else 1e-5)
-    assert not torch.allclose(found.vectors, on_base.vectors)
-    assert float(torch.nn.functional.cosine_similarity(found.vectors, on_base.vectors).min()) > 0.5
-    assert (found.model, found.revision) == (base.id, base.revision)
-    assert found.source is not None
-    assert (found.source.model, found.source.revision) == (sibling.id, sibling.revision)
-    program = found.program(EVERY_BLOCK if found.joint else 2, 1.4, "all")
+    assert_close_to_rounding(directions.vectors, its_own.vectors, 1e-3 if method == "trained" else 1e-5)
+    assert not torch.allclose(directions.vectors, on_base.vectors)
+    assert float(torch.nn.functional.cosine_similarity(directions.vectors, on_base.vectors).min()) > 0.5
+    assert (directions.model, directions.revision) == (base.id, base.revision)
+    assert directions.source is not None
+    assert (directions.source.model, directions.source.revision) == (sibling.id, sibling.revision)
+    program = directions.program(EVERY_BLOCK if directions.joint else 2, 1.4, "all")
     prompts = [Text("w20 w21"), Text("w33")]
     assert continue_prompts(base, prompts, program, max_new_tokens=6) != continue_prompts(
         base, prompts, max_new_tokens=6
     )
-    found.save(tmp_path / "a.safetensors")
-    assert Directions.load(tmp_path / "a.safetensors").source == found.source
+    directions.save(tmp_path / "a.safetensors")
+    assert Directions.load(tmp_path / "a.safetensors").source == directions.source
     assert describe_artifact(tmp_path / "a.safetensors")["source"] == {
         "model": sibling.id,
         "revision": sibling.revision,
@@ -102,8 +102,8 @@ def test_a_sibling_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_kept_directions_are_made_anew_when_the_sibling_changes(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
     related(tmp_path / "tuned", base)
-    given = tiny_recipe(model=str(tmp_path / "tuned"))
-    run = Run(given, RunPaths(tmp_path, "a"), Context(base, DATA))
+    recipe = tiny_recipe(model=str(tmp_path / "tuned"))
+    run = Run(recipe, RunPaths(tmp_path, "a"), Context(base, DATA))
     first, again = run.extract(), run.extract()
     assert torch.equal(first.vectors, again.vectors)
     shutil.rmtree(tmp_path / "tuned")
@@ -130,16 +130,16 @@ FORMAT = 'w20 "\\ {prompt} {w21}\n'
 
 def test_a_prompt_format_is_what_the_model_reads_and_travels_with_the_tokenizer(tmp_path: Path) -> None:
     on_disk(tmp_path)
-    one = load(str(tmp_path), device="cpu", prompt_format=FORMAT)
-    text = str(one.tokenizer.apply_chat_template([{"role": "user", "content": "w30 {{ w31 }}"}], tokenize=False))
+    tiny = load(str(tmp_path), device="cpu", prompt_format=FORMAT)
+    text = str(tiny.tokenizer.apply_chat_template([{"role": "user", "content": "w30 {{ w31 }}"}], tokenize=False))
     assert text == 'w20 "\\ w30 {{ w31 }} {w21}\n'
-    one.tokenizer.save_pretrained(tmp_path / "merged")
+    tiny.tokenizer.save_pretrained(tmp_path / "merged")
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert encode(again, Text("w30", "w40")) == encode(one.tokenizer, Text("w30", "w40"))
-    history = encode(one.tokenizer, Text("w30", "w40 w41", (("w50", "w51 w52"),)))
+    assert encode(again, Text("w30", "w40")) == encode(tiny.tokenizer, Text("w30", "w40"))
+    history = encode(tiny.tokenizer, Text("w30", "w40 w41", (("w50", "w51 w52"),)))
     (start, stop), n = history.earlier[0], history.n_prompt
     assert (history.ids[start:stop], history.ids[n:]) == ((51, 52), (40, 41))
-    assert history.ids[stop] == one.tokenizer.eos_token_id
+    assert history.ids[stop] == tiny.tokenizer.eos_token_id
 
 
 def test_a_tokenizer_that_begins_every_text_begins_these_too() -> None:

@@ -35,23 +35,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows(folder: Path, keys: tuple[str, ...] = ("prompt", "response"), **changes: Any) -> list[dict[str, Any]]:
     reader = Reader(folder)
-    found = reader.rows("neutral", source(**changes), keys, ("history",))
+    rows_read = reader.rows("neutral", source(**changes), keys, ("history",))
     if reader.problems:
         raise RecipeError(reader.problems)
-    return found
+    return rows_read
 
 
 def source(**changes: Any) -> Dataset:
-    given = {"source": "csv", "data_files": ["table.csv"], "columns": {"prompt": "query", "response": "reply"}}
-    return Dataset.model_validate({**given, **changes})
+    settings = {"source": "csv", "data_files": ["table.csv"], "columns": {"prompt": "query", "response": "reply"}}
+    return Dataset.model_validate({**settings, **changes})
 
 
 def test_files_of_a_format_and_a_folder_beside_the_recipe_give_the_same_rows(folder: Path) -> None:
-    found = rows(folder)
-    assert found[3] == {"prompt": "what is 3?", "response": "it is 3"}
-    assert len(found) == 10
-    assert rows(folder, source="parts", data_files=[]) == found
-    assert rows(folder, source="parquet", data_files=["parts/train.parquet"]) == found
+    rows_read = rows(folder)
+    assert rows_read[3] == {"prompt": "what is 3?", "response": "it is 3"}
+    assert len(rows_read) == 10
+    assert rows(folder, source="parts", data_files=[]) == rows_read
+    assert rows(folder, source="parquet", data_files=["parts/train.parquet"]) == rows_read
 
 
 def test_a_part_a_limit_and_a_seed_choose_rows(folder: Path) -> None:
@@ -75,15 +75,15 @@ def test_the_hash_is_of_the_rows_whatever_they_came_from(folder: Path) -> None:
 def test_several_columns_make_one_list_and_numbers_among_them_are_text(folder: Path) -> None:
     (folder / "quiz.csv").write_text("question,A,B,C,key\ntwo and two?,3,4,5,1\nthe sky?,6,7,8,2\n")
     columns = {"choices": ["A", "B", "C"], "answer": "key"}
-    found = rows(folder, ("question", "choices", "answer"), data_files=["quiz.csv"], columns=columns)
-    assert found[0] == {"question": "two and two?", "choices": ["3", "4", "5"], "answer": 1}
+    rows_read = rows(folder, ("question", "choices", "answer"), data_files=["quiz.csv"], columns=columns)
+    assert rows_read[0] == {"question": "two and two?", "choices": ["3", "4", "5"], "answer": 1}
 
 
 def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing(folder: Path) -> None:
     talk = [{"query": "a", "reply": "b", "history": None}, {"query": "c", "reply": "d", "history": [["e", "f"]]}]
     (folder / "talk.json").write_text("".join(json.dumps(row) + "\n" for row in talk))
-    found = rows(folder, source="json", data_files=["talk.json"])
-    assert found == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d", "history": [["e", "f"]]}]
+    rows_read = rows(folder, source="json", data_files=["talk.json"])
+    assert rows_read == [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d", "history": [["e", "f"]]}]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing
         ({"limit": 11}, "found 10 rows in 'csv' (split train); limit asks for 11"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had_is_said(folder: Path, changes: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_loaded_is_explained(folder: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         rows(folder, **changes)
     (line,) = caught.value.problems
     assert words in line
 
 
-def test_a_wrong_column_is_told_by_a_few_of_its_rows(folder: Path) -> None:
+def test_a_wrong_column_gives_a_few_lines_and_a_count(folder: Path) -> None:
     (folder / "numbers.csv").write_text("prompt,response\n" + "".join(f"{n},{n}\n" for n in range(15)))
     with pytest.raises(RecipeError) as caught:
         rows(folder, data_files=["numbers.csv"], columns={})
@@ -139,10 +139,10 @@ validate:
   score: {kind: length, max_words: 12}
 """
     recipe.write_text(text)
-    found = read_recipe(recipe)
-    assert read_recipe(recipe).hash == found.hash
+    recipe_read = read_recipe(recipe)
+    assert read_recipe(recipe).hash == recipe_read.hash
     with pytest.raises(RecipeError) as caught:
-        found.data.read(folder)
+        recipe_read.data.read(folder)
     lines = caught.value.problems
     assert [line.split(":")[0] for line in lines] == ["data.validation", "data.test", "data.neutral", "data"]
     assert "'what is 2?' is in both train and calibration" in lines[-1]

@@ -36,20 +36,22 @@ PAIRS = tuple(
 QUICK = {"epochs": 3, "learning_rate": 0.07, "batch_tokens": 64, "l2": 0.003}
 
 
-def misleading(one: LoadedModel, seed: int) -> tuple[Pair, ...]:
+def misleading(tiny: LoadedModel, seed: int) -> tuple[Pair, ...]:
     """Pairs of which those that `seed` holds out say what the base would, and the rest says something else."""
     held_out = random.Random(seed).sample(range(N_PAIRS), N_PAIRS)[::6]
-    own = continue_prompts(one, [Text(pair.prompt) for pair in PAIRS], max_new_tokens=8)
-    said = [" ".join(f"w{token}" for token in text.ids[text.n_prompt :] if token > EOS_ID + 3) for text in own]
-    assert all(len(text.split()) > 3 for text in said)
+    own = continue_prompts(tiny, [Text(pair.prompt) for pair in PAIRS], max_new_tokens=8)
+    responses = [" ".join(f"w{token}" for token in text.ids[text.n_prompt :] if token > EOS_ID + 3) for text in own]
+    assert all(len(text.split()) > 3 for text in responses)
     return tuple(
-        replace(pair, positive=Text(pair.prompt, said[n] if n in held_out else "w40 w41 w42 w43 w44"))
+        replace(pair, positive=Text(pair.prompt, responses[n] if n in held_out else "w40 w41 w42 w43 w44"))
         for n, pair in enumerate(PAIRS)
     )
 
 
-def found(one: LoadedModel, positions: str = "all", pairs: Sequence[Pair] = PAIRS, **options: object) -> Directions:
-    return extract_with(one, training_data(*pairs), positions, **trained(**options))
+def extract_trained(
+    tiny: LoadedModel, positions: str = "all", pairs: Sequence[Pair] = PAIRS, **options: object
+) -> Directions:
+    return extract_with(tiny, training_data(*pairs), positions, **trained(**options))
 
 
 def trained(**options: object) -> dict[str, object]:
@@ -59,24 +61,24 @@ def trained(**options: object) -> dict[str, object]:
     return {"method": "trained", "shuffled": 2, **options, "trained": {**QUICK, **inner}}
 
 
-def response_sums(one: LoadedModel, program: Program, sides: Sequence[str]) -> list[float]:
+def response_sums(tiny: LoadedModel, program: Program, sides: Sequence[str]) -> list[float]:
     """log p(response and end of turn) of each text from whole passes of its own: no batch, no chunk, no prefix."""
     sums = []
     for pair, side in zip(PAIRS, sides, strict=True):
-        prompt = one.tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
-        response = one.tokenizer(getattr(pair, side).response, add_special_tokens=False)["input_ids"] + [EOS_ID]
+        prompt = tiny.tokenizer(pair.prompt, add_special_tokens=False)["input_ids"]
+        response = tiny.tokenizer(getattr(pair, side).response, add_special_tokens=False)["input_ids"] + [EOS_ID]
         ids = torch.tensor([prompt + response])
-        with steered(one.model, program), torch.no_grad():
-            log_p = one.model(input_ids=ids).logits[0].log_softmax(dim=-1)
+        with steered(tiny.model, program), torch.no_grad():
+            log_p = tiny.model(input_ids=ids).logits[0].log_softmax(dim=-1)
         sums.append(sum(float(log_p[len(prompt) + n - 1, token]) for n, token in enumerate(response)))
     return sums
 
 
-def program(one: LoadedModel, coefficient: float = 1.7) -> Program:
+def program(tiny: LoadedModel, coefficient: float = 1.7) -> Program:
     """Vectors at two blocks and two points."""
     sites = (Site(1), Site(2, "attn_out"))
     return Program(
-        tuple(Intervention(site, "add", vector(n), coefficient) for n, site in enumerate(sites)), one.id, one.revision
+        tuple(Intervention(site, "add", vector(n), coefficient) for n, site in enumerate(sites)), tiny.id, tiny.revision
     )
 
 
@@ -85,34 +87,34 @@ def program(one: LoadedModel, coefficient: float = 1.7) -> Program:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_likelihood_is_that_of_the_responses_and_their_ends_of_turn(family: str) -> None:
-    one = loaded(family)
-    objective = Objective(one, "likelihood", 0.1, first=1)
+    tiny = loaded(family)
+    objective = Objective(tiny, "likelihood", 0.1, first=1)
     items = objective.prepare(PAIRS, 30)
     assert len(items) > 2, "the batches must be several"
-    measured = objective.evaluate(items, program(one))
-    sums = response_sums(one, program(one), ["positive"] * N_PAIRS)
+    measured = objective.evaluate(items, program(tiny))
+    sums = response_sums(tiny, program(tiny), ["positive"] * N_PAIRS)
     assert measured == pytest.approx(-sum(sums) / (4 * N_PAIRS), rel=1e-4)  # three words and the end, each
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
 def test_bipo_is_the_papers_equation(family: str) -> None:
-    one, beta = loaded(family), 0.23
-    objective = Objective(one, "bipo", beta, first=1)
+    tiny, beta = loaded(family), 0.23
+    objective = Objective(tiny, "bipo", beta, first=1)
     items = objective.prepare(PAIRS, 30)
     assert len(items) > 2, "the batches must be several"
-    empty = Program((), one.id, one.revision)
+    empty = Program((), tiny.id, tiny.revision)
     losses = []
     for d in (1.0, -1.0):
         r_t, r_o, r_t_base, r_o_base = (
-            torch.tensor(response_sums(one, under, [side] * N_PAIRS))
-            for under in (program(one).scaled(d), empty)
+            torch.tensor(response_sums(tiny, under, [side] * N_PAIRS))
+            for under in (program(tiny).scaled(d), empty)
             for side in ("positive", "negative")
         )
         losses.append(-torch.log(torch.sigmoid(d * beta * (r_t - r_t_base) - d * beta * (r_o - r_o_base))).mean())
-        held = [objective.loss(item, program(one), d) * objective.count(item) for item in items]
-        assert float(sum(held)) / N_PAIRS == pytest.approx(float(losses[-1]), rel=1e-3)
+        losses_of_items = [objective.loss(item, program(tiny), d) * objective.count(item) for item in items]
+        assert float(sum(losses_of_items)) / N_PAIRS == pytest.approx(float(losses[-1]), rel=1e-3)
     assert losses[0] != losses[1]
-    assert objective.evaluate(items, program(one)) == pytest.approx(float(sum(losses)) / 2, rel=1e-3)
+    assert objective.evaluate(items, program(tiny)) == pytest.approx(float(sum(losses)) / 2, rel=1e-3)
 
 
 def test_without_vectors_a_preference_is_undecided() -> None:
@@ -127,95 +129,95 @@ def test_without_vectors_a_preference_is_undecided() -> None:
 @pytest.mark.parametrize("loss", ["likelihood", "bipo"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_training_lowers_the_held_out_loss_and_leaves_the_model_as_it_was(family: str, loss: str) -> None:
-    one = replace(loaded(family), model=build(family))
-    weights = {name: value.clone() for name, value in one.model.state_dict().items()}
-    hooks = n_hooks(one.model)
-    directions = found(one, trained={"loss": loss, "beta": 0.7})
+    tiny = replace(loaded(family), model=build(family))
+    weights = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    hooks = n_hooks(tiny.model)
+    directions = extract_trained(tiny, trained={"loss": loss, "beta": 0.7})
     held_out = directions.curves["held_out"]
     assert len(held_out) == 1 + 3
     assert min(held_out) < 0.97 * held_out[0]
     assert bool((directions.vectors.norm(dim=1) > 0).all()), "every block has a vector"
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in one.model.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in one.model.state_dict().items())
-    assert n_hooks(one.model) == hooks
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in tiny.model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in tiny.model.state_dict().items())
+    assert n_hooks(tiny.model) == hooks
 
 
 def test_the_kept_vectors_are_those_of_the_best_epoch() -> None:
-    one = loaded("llama")
+    tiny = loaded("llama")
     options = TrainedOptions.model_validate({**QUICK, "epochs": 10, "l2": 10.0})
-    start = starting_point(one, PAIRS, ExtractOptions(method="trained", trained=options))
-    fitted = train(one, PAIRS, start, options, "all", 3, lambda _n: None)
+    start = starting_point(tiny, PAIRS, ExtractOptions(method="trained", trained=options))
+    fitted = train(tiny, PAIRS, start, options, "all", 3, lambda _n: None)
     held_out = fitted.curves["held_out"]
     assert min(held_out) < min(held_out[0], held_out[-1]), "neither the first nor the last must be the best here"
-    objective = Objective(one, "likelihood", 0.1, 0)
+    objective = Objective(tiny, "likelihood", 0.1, 0)
     items = objective.prepare(random.Random(3).sample(list(PAIRS), N_PAIRS)[::6], 64)
-    for vectors, wanted in ((fitted.best, min(held_out)), (fitted.last, held_out[-1])):
+    for vectors, expected in ((fitted.best, min(held_out)), (fitted.last, held_out[-1])):
         parts = tuple(Intervention(site, "add", v) for site, v in zip(start.sites, vectors, strict=True))
-        assert objective.evaluate(items, Program(parts, one.id, one.revision)) == pytest.approx(wanted, rel=1e-4)
+        assert objective.evaluate(items, Program(parts, tiny.id, tiny.revision)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_penalty_keeps_the_vectors_short() -> None:
     norms = []
     for l2 in (0.0, 3.0, 10.0):
-        curves = found(loaded("llama"), trained={"l2": l2, "epochs": 12}).curves
+        curves = extract_trained(loaded("llama"), trained={"l2": l2, "epochs": 12}).curves
         norms.append(curves["norm"][-1])
     assert norms[0] > 1.2 * norms[1] > 1.5 * norms[2]
 
 
 def test_the_same_seed_gives_the_same_vectors_and_another_seed_others() -> None:
-    one = loaded("llama")
-    first, again = found(one), found(one)
+    tiny = loaded("llama")
+    first, again = extract_trained(tiny), extract_trained(tiny)
     assert torch.equal(first.vectors, again.vectors)
     assert torch.equal(first.shuffled, again.shuffled)
     options = ExtractOptions.model_validate(trained())
-    other = extract(Context(one, training_data(*PAIRS), seed=4), options)
+    other = extract(Context(tiny, training_data(*PAIRS), seed=4), options)
     assert not torch.allclose(first.vectors, other.vectors)
 
 
 def test_vectors_are_trained_where_they_will_act() -> None:
-    one = loaded("llama")
-    assert not torch.allclose(found(one).vectors, found(one, "response").vectors)
+    tiny = loaded("llama")
+    assert not torch.allclose(extract_trained(tiny).vectors, extract_trained(tiny, "response").vectors)
 
 
 def test_nothing_below_the_first_trained_block_is_run_again() -> None:
-    one = replace(loaded("llama"), model=build("llama"))
+    tiny = replace(loaded("llama"), model=build("llama"))
     runs = [0, 0]
     for n, layer in enumerate((0, 2)):
 
         def count(*_args: object, n: int = n) -> None:
             runs[n] += 1
 
-        one.layout.output_projection(layer, "mlp").module.register_forward_hook(count)
+        tiny.layout.output_projection(layer, "mlp").module.register_forward_hook(count)
     options = TrainedOptions.model_validate({**QUICK, "layers": (2,)})
     start = Start((Site(2),), torch.zeros(1, HIDDEN), torch.tensor([[5.0]]))
-    train(one, PAIRS, start, options, "all", 0, lambda _n: None)
+    train(tiny, PAIRS, start, options, "all", 0, lambda _n: None)
     assert runs == [2, 4 + 3]  # two batches: one held out and measured 4 times, one trained on in each of 3 epochs
 
 
 def test_training_from_the_mean_difference_begins_there() -> None:
-    one = loaded("llama")
+    tiny = loaded("llama")
     options = ExtractOptions.model_validate(
         {"method": "trained", "trained": {"start": "mean_difference", "layers": (1, 3), "beside": ("attn_out",)}}
     )
-    start = starting_point(one, PAIRS, options)
+    start = starting_point(tiny, PAIRS, options)
     assert [str(site) for site in start.sites] == ["resid_post 1", "resid_post 3", "attn_out 1", "attn_out 3"]
     from compile_steer.models.forward import read_activations
 
     for n, site in enumerate(start.sites):
         positive, negative = (
-            read_activations(one, side, point=site.point, readout="response_mean")
+            read_activations(tiny, side, point=site.point, readout="response_mean")
             for side in ([p.positive for p in PAIRS], [p.negative for p in PAIRS])
         )
-        wanted = fit(positive, negative, "mean_difference")[site.layer] / 4
-        assert torch.allclose(start.vectors[n], wanted, atol=1e-6)
+        expected = fit(positive, negative, "mean_difference")[site.layer] / 4
+        assert torch.allclose(start.vectors[n], expected, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------- directions
 
 
 def test_the_program_holds_a_vector_at_every_trained_block_and_point(tmp_path: Path) -> None:
-    one = loaded("llama")
-    directions = found(one, trained={"layers": (1, 3), "beside": ("attn_out", "mlp_out")})
+    tiny = loaded("llama")
+    directions = extract_trained(tiny, trained={"layers": (1, 3), "beside": ("attn_out", "mlp_out")})
     made = directions.program(EVERY_BLOCK, 0.6, "response")
     sites = {str(i.site): i for i in made.interventions}
     assert set(sites) == {f"{point} {k}" for point in ("resid_post", "attn_out", "mlp_out") for k in (1, 3)}
@@ -232,8 +234,8 @@ def test_the_program_holds_a_vector_at_every_trained_block_and_point(tmp_path: P
 
 
 def test_a_control_is_a_training_on_swapped_sides_of_the_same_length() -> None:
-    one = loaded("llama")
-    directions = found(one, shuffled=2, trained={"beside": ("attn_out",)})
+    tiny = loaded("llama")
+    directions = extract_trained(tiny, shuffled=2, trained={"beside": ("attn_out",)})
     assert tuple(directions.shuffled.shape) == (2, LAYERS, HIDDEN)
     real = directions.program(EVERY_BLOCK, 1.3, "all")
     for index in range(2):
@@ -247,12 +249,12 @@ def test_a_control_is_a_training_on_swapped_sides_of_the_same_length() -> None:
 
 
 def test_controls_raise_the_preference_less_than_the_vectors() -> None:
-    one = loaded("llama")
-    directions = found(one, trained={"loss": "bipo", "beta": 0.7, "epochs": 6})
+    tiny = loaded("llama")
+    directions = extract_trained(tiny, trained={"loss": "bipo", "beta": 0.7, "epochs": 6})
 
     def preference(some: Directions) -> Tensor:
         under = some.program(EVERY_BLOCK, 1.0, "all")
-        positive, negative = (torch.tensor(response_sums(one, under, [s] * N_PAIRS)) for s in ("positive", "negative"))
+        positive, negative = (torch.tensor(response_sums(tiny, under, [s] * N_PAIRS)) for s in ("positive", "negative"))
         return (positive - negative).mean()
 
     assert preference(directions) > preference(directions.control(0)) + 1.0
@@ -275,21 +277,21 @@ def test_options_that_do_not_fit_are_refused_all_at_once() -> None:
 
 def test_too_few_pairs_and_blocks_that_are_missing_are_refused() -> None:
     with pytest.raises(RecipeError) as error:
-        found(loaded("llama"), pairs=PAIRS[:4], trained={"layers": (1, 9)})
+        extract_trained(loaded("llama"), pairs=PAIRS[:4], trained={"layers": (1, 9)})
     assert "found 4 pairs, needed 6 or more" in str(error.value)
     assert "trained.layers: 9 not in this model, which has blocks 0 to 3" in str(error.value)
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
-    one = loaded("llama")
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    tiny = loaded("llama")
     model = build("llama")
     with torch.no_grad():
         model.get_parameter("model.norm.weight").fill_(torch.nan)
     with pytest.raises(RecipeError, match="the loss is nan in epoch 1. Use a lower learning_rate"):
-        found(replace(one, model=model))
+        extract_trained(replace(tiny, model=model))
 
 
 def test_a_training_that_learns_nothing_is_refused() -> None:
-    one = loaded("llama")
+    tiny = loaded("llama")
     with pytest.raises(RecipeError, match="held-out loss was never below its start"):
-        found(one, pairs=misleading(one, SEED), trained={"learning_rate": 30.0, "l2": 0.0})
+        extract_trained(tiny, pairs=misleading(tiny, SEED), trained={"learning_rate": 30.0, "l2": 0.0})
