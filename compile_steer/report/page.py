@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-
-import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 from compile_steer.artifacts.files import save_text
-from compile_steer.lowering.plan import Choice
-from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import details
 from compile_steer.validation.report import ValidationReport, block_name
 from compile_steer.verification.parity import Parity
 
-matplotlib.use("svg")
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from compile_steer.lowering.plan import Choice
+    from compile_steer.recipe import Recipe
 
 
 def write_page(
@@ -30,6 +29,8 @@ def write_page(
     curves: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
     """Write the page atomically; `curves` holds the losses of each thing that was trained."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("compile_steer.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
@@ -48,7 +49,7 @@ def write_page(
 
 def _sweep_chart(report: ValidationReport) -> str:
     """Log-likelihood margin and perplexity over the coefficient, one line per layer."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    figure = _figure(2.8)
     left, right = figure.subplots(1, 2)
     for layer in sorted({point.layer for point in report.grid}):
         points = sorted((p for p in report.grid if p.layer == layer and not p.skipped), key=lambda p: p.coefficient)
@@ -64,7 +65,7 @@ def _sweep_chart(report: ValidationReport) -> str:
 def _control_chart(report: ValidationReport) -> str:
     """The effect among the effects of other directions of the same length."""
     c = report.controls
-    figure = Figure(figsize=(8, 1.9), layout="constrained")
+    figure = _figure(1.9)
     axes = figure.subplots()
     groups = {
         "random": c.random,
@@ -84,7 +85,7 @@ def _control_chart(report: ValidationReport) -> str:
 def _coefficient_chart(report: ValidationReport) -> str:
     """Margin, perplexity and score of the chosen layer over the coefficient; red where perplexity crosses its limit."""
     sweep = report.coefficient_sweep
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    figure = _figure(2.4)
     panels = figure.subplots(1, 3)
     coefficients = [point.coefficient for point in sweep.points]
     for axes, (name, label) in zip(
@@ -108,11 +109,17 @@ def _coefficient_chart(report: ValidationReport) -> str:
 
 def _loss_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """The loss of every step, a panel each."""
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    figure = _figure(2.4)
     for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         axes.plot(curve["loss"], linewidth=0.8)
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
     return _svg(figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot, whose figures stay in memory until they are closed
+
+    return Figure(figsize=(8, height), layout="constrained")
 
 
 def _svg(figure: Figure) -> str:

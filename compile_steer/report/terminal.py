@@ -1,24 +1,27 @@
-"""The run's findings as a person reads them in a terminal."""
+"""The results of a run as tables and lines in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compile_steer.extraction.generate_pairs import GenerationReport
-from compile_steer.lowering.plan import Choice
 from compile_steer.validation.report import ValidationReport, block_name
 from compile_steer.verification.parity import Parity
+
+if TYPE_CHECKING:
+    from compile_steer.extraction.generate_pairs import GenerationReport
+    from compile_steer.lowering.plan import Choice
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
-    """The sweep and the verdict with its reasons."""
+    """Print the sweep, and the verdict with its reasons."""
     table = Table(title="Sweep on validation data", title_justify="left")
     for heading in ("layer", "coefficient", "margin, nats/token", "perplexity", "score", "repetition"):
         table.add_column(heading, justify="right")
@@ -42,7 +45,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         console.print(f"  {escape(note)}")
     s = report.separability
     console.print(
-        f"  held-out pairs told apart with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
+        f"  held-out pairs separated with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
         f"{report.steerability:+.3f} nats/token per unit of coefficient, {report.wrong_way:.0%} of pairs the wrong way; "
         f"strength {report.coherence.strength:.2f} of the stream's norm"
     )
@@ -56,20 +59,20 @@ def print_generation(console: Console, report: GenerationReport, folder: Path) -
 
 
 def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> None:
-    """Every backend with why it runs or does not, and the forms it cannot ship."""
+    """Print for every backend whether it runs, or why not, and which form it cannot export."""
     console.print(f"[bold]Plan[/bold] for {escape(program)}")
     for choice in choices:
         if choice.refusal is not None:
             console.print(f"  {choice.backend:<14} [red]refused[/red]: {escape(choice.refusal)}")
             continue
-        state = "[green]chosen[/green]" if choice.chosen else "legal, not asked for"
+        state = "[green]chosen[/green]" if choice.chosen else "possible, not chosen"
         console.print(f"  {choice.backend:<14} {state}")
         if choice.adapter_refusal is not None:
             console.print(f"  {'':<14} as adapter [red]refused[/red]: {escape(choice.adapter_refusal)}")
 
 
 def print_parities(console: Console, parities: Sequence[Parity]) -> None:
-    """The table of every compiled artifact, the prompt sets, and for each artifact its details and why it failed."""
+    """Print a table of all artifacts, the prompt sets, and for each artifact its details and why it failed."""
     if not parities:
         return
     first = parities[0].divergence
@@ -112,7 +115,7 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
 
 
 def _print_prompt_sets(console: Console, parities: Sequence[Parity]) -> None:
-    """How much of the steered model's answers each model writes by itself, on every prompt set."""
+    """Print how much of the steered model's answers each model writes by itself, on every prompt set."""
     scored = parities[0].behaviour.prompt_sets is not None
     title = (
         "Free answers, greedy, sampled: fraction of tokens before the first that differs from steered (remaining KL)"
@@ -138,7 +141,7 @@ def _print_prompt_sets(console: Console, parities: Sequence[Parity]) -> None:
 
 
 def details(p: Parity) -> list[tuple[str, str]]:
-    """What the table has no column for, as (label, text): in the terminal, on the page and on the card."""
+    """Return what the table has no column for, as (label, text): for the terminal, the page and the card."""
     d, b = p.divergence, p.behaviour
     lines = [
         (
@@ -172,7 +175,7 @@ def details(p: Parity) -> list[tuple[str, str]]:
 def print_samples(
     console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity], factor: float
 ) -> None:
-    """One prompt answered by base, steered and compiled, and by a coefficient that is too high."""
+    """Print one prompt's answers by base, steered and compiled model, and with a coefficient that is too high."""
     console.print(f"[bold]{escape(ask)}[/bold]")
     answers = [("base", report.samples["base"]), (f"steered, {report.coefficient:g}", report.samples["steered"])]
     answers += [(f"compiled, {p.backend}", p.behaviour.sample) for p in parities if p.form == "merged-fp32"]
