@@ -4,67 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from compile_steer.cli.app import app
-from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
+from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.export.adapter import write_lora, write_patch
-from compile_steer.export.merged import merged_model
+from compile_steer.export.adapter import write_patch
 from compile_steer.lowering import exact
-from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
-from compile_steer.tools.audit import Audit, audit
+from compile_steer.tools.audit import audit
 from tests.contract.test_adapters import origin
-from tests.helpers.tiny import HIDDEN, LAYERS, build, chat_tokenizer, intervention, random_patch, vector
-
-DOWN = "model.layers.1.mlp.down_proj"
-Make = Callable[..., Path]
+from tests.helpers.auditing import DOWN, look, merged, on_disk, rewritten
+from tests.helpers.tiny import HIDDEN, LAYERS, intervention, random_patch, vector
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> LoadedModel:
     return on_disk("llama", tmp_path / "base")
-
-
-def on_disk(family: str, folder: Path, **changes: Any) -> LoadedModel:
-    build(family, **changes).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return load(str(folder), device="cpu")
-
-
-def merged(base: LoadedModel, patch: WeightPatch, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    merged_model(base.source, patch).to(dtype).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def look(base: LoadedModel, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
-    found = audit(base.source, str(other), program, threshold, Progress())
-    json.dumps(found.summary(), allow_nan=False)
-    return found
-
-
-def rewritten(base: LoadedModel, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of the base with some tensors changed."""
-    shutil.copytree(base.source, folder)
-    tensors = load_file(str(folder / "model.safetensors"))
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "model.safetensors"))
-    return folder
 
 
 def test_a_copy_has_no_change_and_a_cast_is_only_that(base: LoadedModel, tmp_path: Path) -> None:
@@ -209,92 +176,6 @@ def test_names_without_the_models_prefix_are_the_same_tensors(tmp_path: Path) ->
     assert [(change.name, change.rank) for change in found.changes] == [(f"{name}.weight", patch.low_rank[name].rank)]
 
 
-def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: LoadedModel, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(base.source, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5, "transformers_version": "0"}))
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["w96x"] = tokenizer["model"]["vocab"].pop("w96")
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    found = {(one.file, one.key): one for one in look(base, other).settings}
-    assert found.keys() == {("config.json", "rms_norm_eps"), ("tokenizer.json", "model"), ("chat template", "")}
-    assert found["config.json", "rms_norm_eps"].other == "0.5"
-    assert "1 are new" in str(found["tokenizer.json", "model"].other)
-    assert "1 are gone" in str(found["tokenizer.json", "model"].other)
-    assert found["chat template", ""].other == "{{ messages[0]['content'] }}"
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_anybodys_plain_lora_is_read_with_its_scale(base: LoadedModel, tmp_path: Path, rslora: bool) -> None:
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=["down_proj"], use_rslora=rslora, init_lora_weights=False)
-    wrapped: Any = get_peft_model(base.model, config)
-    wrapped.save_pretrained(tmp_path / "a")
-    layer = wrapped.get_submodule(f"base_model.model.{DOWN}")
-    wanted = layer.get_delta_weight("default").detach()
-    found = {change.name: change for change in look(base, tmp_path / "a").changes}
-    assert len(found) == LAYERS
-    assert found[f"{DOWN}.weight"].norm == pytest.approx(float(wanted.norm()), rel=1e-4)
-    assert found[f"{DOWN}.weight"].rank == 3
-
-
-@pytest.mark.parametrize("key", ["use_dora", "lora_bias", "modules_to_save", "peft_type"])
-def test_a_richer_adapter_is_refused_with_what_to_do(base: LoadedModel, tmp_path: Path, key: str) -> None:
-    write_patch(tmp_path / "a", random_patch(base), base, origin(base), "")
-    path = tmp_path / "a" / "adapter_config.json"
-    value = {"modules_to_save": ["lm_head"], "peft_type": "IA3"}.get(key, True)
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(ArtifactError, match=rf"{key} is .*merge_and_unload"):
-        look(base, tmp_path / "a")
-
-
-@pytest.mark.parametrize("spoil", ["truncated", "config", "foreign", "missing", "empty", "threshold", "tokenizer"])
-def test_bad_input_is_refused_in_words(base: LoadedModel, tmp_path: Path, spoil: str) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(base.source, other)
-    weights, threshold = other / "model.safetensors", 0.01
-    if spoil == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif spoil == "config":
-        (other / "config.json").write_text("{")
-    elif spoil == "tokenizer":
-        (other / "tokenizer.json").write_text("{")
-    elif spoil == "foreign":
-        (other / "config.json").unlink()
-    elif spoil == "missing":
-        other = tmp_path / "nowhere" / "at" / "all"
-    elif spoil == "empty":
-        weights.unlink()
-    else:
-        threshold = 1.0
-    words = {
-        "truncated": "damaged", "config": "no model of transformers", "foreign": "no model", "missing": "no such folder",
-        "empty": "holds no .safetensors", "threshold": "between 0 and 1", "tokenizer": "tokenizer.json is damaged",
-    }  # fmt: skip
-    with pytest.raises(CompileSteerError, match=words[spoil]):
-        look(base, other, threshold=threshold)
-
-
-def test_a_family_that_is_not_known_is_still_compared(base: LoadedModel, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "opt", vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    )  # fmt: skip
-    for name in ("one", "two"):
-        torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
-    path = tmp_path / "two" / "model.safetensors"
-    tensors = load_file(str(path))
-    key = next(name for name in tensors if name.endswith("fc2.weight"))
-    tensors[key] = tensors[key] + torch.outer(torch.randn(32), torch.randn(48))
-    save_file(tensors, str(path))
-    found = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Progress())
-    assert [change.rank for change in found.changes] == [1]
-    assert "family is not known" in found.not_baked
-
-
 def test_the_command_prints_and_writes_json(base: LoadedModel, tmp_path: Path) -> None:
     program = Program((intervention(layer=1),), base.id, base.revision)
     program.save(tmp_path / "v.safetensors")
@@ -309,14 +190,3 @@ def test_the_command_prints_and_writes_json(base: LoadedModel, tmp_path: Path) -
     nothing = CliRunner().invoke(app, ["audit", base.source, base.source])
     assert "No baked direction" in nothing.output
     assert isinstance(CliRunner().invoke(app, ["audit", str(tmp_path / "x" / "y" / "z"), "b"]).exception, RecipeError)
-
-
-def test_an_adapter_of_another_base_is_refused(base: LoadedModel, tmp_path: Path) -> None:
-    other = on_disk("gpt2", tmp_path / "gpt2")
-    write_patch(tmp_path / "a", random_patch(other), other, origin(other), "")
-    with pytest.raises(ArtifactError, match=r"the base has none; 7 more like this\. Name the base"):
-        look(base, tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    write_lora(tmp_path / "b", {DOWN: LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 40))}, base.id, False)
-    with pytest.raises(ArtifactError, match=r"the adapter's change is \[32, 40\], the base \[32, 48\]"):
-        look(base, tmp_path / "b")
