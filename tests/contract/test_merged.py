@@ -15,11 +15,11 @@ from compile_steer.export.merged import merged_model, write_merged
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
+from tests.contract.test_adapters import origin, plain, product
 from tests.helpers.rounding import assert_same_weights
 from tests.helpers.tiny import HIDDEN, Padded, loaded, logits, random_patch, relative_error, texts
 
 Save = Callable[[str], LoadedModel]
-from tests.contract.test_adapters import origin, plain, product
 
 
 @pytest.mark.parametrize(
