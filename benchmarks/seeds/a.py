@@ -1,42 +1,36 @@
-"""Seed A, instruct vectors: one trained vector a block makes an assistant of a model that only continues text.
-
-python -m benchmarks.seeds.a
-"""
+"""Seed A, instruct vectors: one trained vector a block makes an assistant of a model that only continues text."""
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
+from peft import LoraConfig, get_peft_model
 
-from benchmarks.record import ROOT
-from compile_steer.common.progress import Advance, Progress, ProgressBars
+from benchmarks.ocean import HeldOut, opened
+from benchmarks.record import table, timed
+from compile_steer.common.progress import Advance, Progress
 from compile_steer.extraction.options import ExtractOptions, TrainedOptions
 from compile_steer.extraction.trained import Objective, Start, TrainedVectors, starting_point, train
-from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel, load, quiet
-from compile_steer.models.logprobs import TokenDivergence, divergence, final_states, mean_logprobs
+from compile_steer.models.logprobs import TokenDivergence, mean_logprobs
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.pipeline.artifacts import compile_program, merge
 from compile_steer.pipeline.run import Run
-from compile_steer.recipe import read_recipe
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.program import Intervention, Program
 
+HEADING = "A. Instruct vectors"
 NEW_TOKENS = 32
-DIALS = (0.5, 1.0, 1.5)
+COEFFICIENTS = (0.5, 1.0, 1.5)
 THREE_SITES = ("attn_out", "mlp_out")
 WEAK, FAST = 1.0, 0.05
 LORA_RATES = (0.005, 0.03)
@@ -54,15 +48,12 @@ class Outcome:
     nll: np.ndarray
     sample: str
 
-    def cells(self, seed: int) -> str:
-        """The four columns of the table, with 95 % intervals."""
+    def cells(self, seed: int) -> list[str]:
+        """The last four columns of the table, with 95 % intervals."""
         columns = (self.ended, self.identity, self.unasked, self.nll)
-        return " | ".join(_interval(column, seed) for column in columns)
-
-
-def _interval(values: np.ndarray, seed: int) -> str:
-    found = bootstrap_mean(values, seed=seed)
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        return [
+            f"{(mean := bootstrap_mean(c, seed=seed)).value:.2f} [{mean.low:.2f}, {mean.high:.2f}]" for c in columns
+        ]
 
 
 class Test:
@@ -98,7 +89,7 @@ class Test:
         return -mean_logprobs(loaded, closed, program)
 
 
-# ------------------------------------------------------------------------------------------- arms
+# ----------------------------------------------------------------------------------------- trained
 
 
 def vectors(run: Run, advance: Advance, **changes: object) -> tuple[Start, TrainedVectors, Program]:
@@ -151,11 +142,6 @@ def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[flo
     return one, curve
 
 
-def _size(wrapped: object) -> int:
-    assert isinstance(wrapped, PeftModel)
-    return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-
-
 # ------------------------------------------------------------------------------------------ compiled
 
 
@@ -172,31 +158,19 @@ class Compiled:
 
 def compiled(run: Run, test: Test, program: Program) -> Compiled:
     """Compile with `bias`, merge in fp32 and read it again, as a user's stack would."""
-    loaded = run.model
+    model = run.model
     program.save(run.paths.program)
-    started = time.perf_counter()
-    compile_program(run, force=True)
-    seconds = time.perf_counter() - started
-    (folder,) = merge(run)
-    merged = reload(folder, loaded)
-    texts = continue_prompts(loaded, run.data.heldout[:16], program, max_new_tokens=NEW_TOKENS, temperature=1.0, seed=1)
-    wanted = final_states(loaded, texts, program).response
+    _, seconds = timed(lambda: compile_program(run, force=True))
+    merged = reload(merge(run)[0], model)
+    heldout = HeldOut.of(run, program, 16, NEW_TOKENS)
     (outcome,) = test.outcomes(merged, [None])
-    same = all(
-        encode(merged.tokenizer, Text(prompt)) == encode(loaded.tokenizer, Text(prompt)) for prompt in test.prompts
-    )
-    return Compiled(
-        divergence(loaded.model, wanted, merged.model, final_states(merged, texts).response),
-        divergence(loaded.model, wanted, loaded.model, final_states(loaded, texts).response),
-        outcome,
-        same,
-        seconds,
-    )
+    same = all(encode(merged.tokenizer, Text(p)) == encode(model.tokenizer, Text(p)) for p in test.prompts)
+    return Compiled(heldout.divergence_of(merged), heldout.base, outcome, same, seconds)
 
 
 # -------------------------------------------------------------------------------------------- section
 
-ARMS: Mapping[str, Mapping[str, object]] = {
+TRAININGS: Mapping[str, Mapping[str, object]] = {
     "a vector a block": {},
     "a vector a block, l2 0": {"l2": 0.0},
     f"a vector a block, l2 {WEAK:g}": {"l2": WEAK},
@@ -212,95 +186,77 @@ def section(progress: Progress) -> list[str]:
     """The Markdown of seed A, measured now."""
     with tempfile.TemporaryDirectory() as folder:
         changes = ["compile.backends=[bias]", "verify.forms=[merged-fp32]"]
-        run = Run.open(read_recipe(ROOT / "recipes" / "instruct.yaml", changes), Path(folder), progress)
-        test, seed = Test(run), run.recipe.seed
-        arms = {}
-        epochs = run.recipe.extract.trained.epochs
-        with progress.phase("seed A: training", epochs * (len(ARMS) + len(LORA_RATES))) as advance:
-            for name, changed in ARMS.items():
-                arms[name] = vectors(run, advance, **changed)
+        run = opened("instruct", changes, Path(folder), progress)
+        test, epochs = Test(run), run.recipe.extract.trained.epochs
+        with progress.phase("seed A: training", epochs * (len(TRAININGS) + len(LORA_RATES))) as advance:
+            trained = {name: vectors(run, advance, **changed) for name, changed in TRAININGS.items()}
             loras = {rate: lora(run, rate, advance) for rate in LORA_RATES}
-        with progress.phase("seed A: test prompts", 3) as advance:
-            (base,) = test.outcomes(run.model, [None])
-            (asked,) = test.outcomes(run.model, [None], f"{run.recipe.validate_.instruction} ")
-            (chatting,) = test.outcomes(load(run.recipe.model, dtype=run.recipe.dtype), [None])
-            advance(1)
-            found = {name: test.outcomes(run.model, [program])[0] for name, (_s, _f, program) in arms.items()}
-            program = arms["a vector a block"][2]
-            dial = dict(zip(DIALS, test.outcomes(run.model, [program.scaled(c) for c in DIALS]), strict=True))
-            advance(1)
-            rate = min(loras, key=lambda one: min(loras[one][1]))
-            (adapted,) = test.outcomes(loras[rate][0], [None])
-            advance(1)
+        (base,) = test.outcomes(run.model, [None])
+        (asked,) = test.outcomes(run.model, [None], f"{run.recipe.validate_.instruction} ")
+        (own_template,) = test.outcomes(load(run.recipe.model, dtype=run.recipe.dtype), [None])
+        found = {name: test.outcomes(run.model, [program])[0] for name, (_s, _f, program) in trained.items()}
+        program = trained["a vector a block"][2]
+        scaled = dict(
+            zip(COEFFICIENTS, test.outcomes(run.model, [program.scaled(c) for c in COEFFICIENTS]), strict=True)
+        )
+        rate = min(loras, key=lambda one: min(loras[one][1]))
+        adapted, curve = loras[rate]
+        (lora_outcome,) = test.outcomes(adapted, [None])
         merged = compiled(run, test, program)
+    seed = run.recipe.seed
     rows = [
-        f"| base, as it is | 0 | | | {base.cells(seed)} |",
-        f"| base, told so in the prompt | 0 | | | {asked.cells(seed)} |",
+        ("base, as it is", "0", "", "", *base.cells(seed)),
+        ("base, told so in the prompt", "0", "", "", *asked.cells(seed)),
     ]
-    rows += [_row(name, *arms[name][:2], found[name], seed) for name in ARMS]
-    curve = loras[rate][1]
-    rows.append(
-        f"| LoRA, rank 1 at every second o_proj, rate {rate:g} (best of {len(LORA_RATES)}) | {_size(loras[rate][0].model):,} | "
-        f"{curve[0]:.2f} to {min(curve):.2f}, last {curve[-1]:.2f} | | {adapted.cells(seed)} |"
-    )
-    rows.append(f"| the merged checkpoint of the first (`bias`) | | | | {merged.outcome.cells(seed)} |")
-    rows.append(f"| the model under its own chat template | | | | {chatting.cells(seed)} |")
-    return _page(run, rows, dial, merged, {"base": base, **found, "LoRA": adapted})
+    for name, (start, fitted, _program) in trained.items():
+        norms = f"{fitted.curves['norm'][0]:.3f}, {fitted.curves['norm'][-1]:.3f}"
+        losses = _losses(fitted.curves["held_out"])
+        rows.append((name, f"{start.vectors.numel():,}", losses, norms, *found[name].cells(seed)))
+    name = f"LoRA, rank 1 at every second o_proj, rate {rate:g} (best of {len(LORA_RATES)})"
+    size = sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
+    rows += [
+        (name, f"{size:,}", _losses(curve), "", *lora_outcome.cells(seed)),
+        ("the merged checkpoint of the first (`bias`)", "", "", "", *merged.outcome.cells(seed)),
+        ("the model under its own chat template", "", "", "", *own_template.cells(seed)),
+    ]
+    return report(run, rows, scaled, merged, {"base": base, **found, "LoRA": lora_outcome})
 
 
-def _row(name: str, start: Start, fitted: TrainedVectors, outcome: Outcome, seed: int) -> str:
-    curve, norms = fitted.curves["held_out"], fitted.curves["norm"]
-    return (
-        f"| {name} | {start.vectors.numel():,} | {curve[0]:.2f} to {min(curve):.2f}, last {curve[-1]:.2f} | "
-        f"{norms[0]:.3f}, {norms[-1]:.3f} | {outcome.cells(seed)} |"
-    )
+def _losses(curve: Sequence[float]) -> str:
+    return f"{curve[0]:.2f} to {min(curve):.2f}, last {curve[-1]:.2f}"
 
 
-def _page(
-    run: Run, rows: list[str], dial: Mapping[float, Outcome], merged: Compiled, samples: Mapping[str, Outcome]
+def report(
+    run: Run,
+    rows: Sequence[Sequence[str]],
+    scaled: Mapping[float, Outcome],
+    merged: Compiled,
+    samples: Mapping[str, Outcome],
 ) -> list[str]:
-    behaviour, options = run.data, run.recipe.extract.trained
-    asks = int(sum("AI assistant" in pair.positive.response for pair in behaviour.test))
-    turned = ", ".join(
-        f"{c:g}: ended {one.ended.mean():.2f}, identity {one.identity.mean():.2f}" for c, one in dial.items()
+    """The section, from what was measured."""
+    data, options = run.data, run.recipe.extract.trained
+    asks = [pair.prompt for pair in data.test if "AI assistant" in pair.positive.response]
+    strengths = ", ".join(
+        f"{c:g}: ended {one.ended.mean():.2f}, identity {one.identity.mean():.2f}" for c, one in scaled.items()
     )
     same = "the merged tokenizer puts prompts as the recipe does" if merged.same_prompts else "the prompts DIFFER"
-    prompt = next(pair.prompt for pair in behaviour.test if "AI assistant" in pair.positive.response)
     share = merged.against.mean / merged.base.mean
+    answers = "; ".join(f'{name}: "{" ".join(one.sample.split())}"' for name, one in samples.items())
     return [
-        "## A. Instruct vectors",
-        "",
         f"`recipes/instruct.yaml`, {options.epochs} epochs. No base checkpoint is installed, so the embedded model is asked outside "
         f"its chat template, as `{run.recipe.prompt_format!r}`: there it goes on like a base model. "
-        f"{len(behaviour.train)} conversations, a sixth of them to choose the epoch; "
-        f"{len(behaviour.test)} test prompts in other words, {asks} of which ask who is speaking; greedy, up "
+        f"{len(data.train)} conversations, a sixth of them to choose the epoch; "
+        f"{len(data.test)} test prompts in other words, {len(asks)} of which ask who is speaking; greedy, up "
         f"to {NEW_TOKENS} tokens. l2 is {options.l2:g} and the rate {options.learning_rate:g} (norms of the stream a step) where nothing "
         "else is said. Held-out loss: nats a token (BiPO: its loss) before training, at its lowest, at the end; norm: the vectors' mean "
         "over the stream's, after the first and the last epoch. Ended: closed its turn itself, with the tokenizer's end of turn; "
         "identity: says that it is an assistant when asked, unasked: where it was not; NLL: of right test answers, nats a token. Bootstrap "
         "95 % intervals over prompts.",
         "",
-        "| arm | parameters | held-out loss | norm | ended | identity | unasked | NLL |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
+        *table("trained | parameters | held-out loss | norm | ended | identity | unasked | NLL", rows),
         "",
-        f"- The dial of the first: {turned}.",
+        f"- The first by its coefficient: {strengths}.",
         f"- Compiled by `bias` in {merged.seconds:.1f} s and read from disk: KL(steered‖compiled) {merged.against.mean:.1e} nats a token "
         f"(share {share:.1e} of KL(steered‖base) {merged.base.mean:.2f}), top-1 {merged.against.top1_agreement:.2%}; {same}.",
-        f'- "{prompt}" '
-        + "; ".join(f'{name}: "{" ".join(one.sample.split())}"' for name, one in samples.items())
-        + ".",
+        f'- "{asks[0]}" {answers}.',
     ]
-
-
-def main() -> None:
-    """Measure and print."""
-    console = Console(width=160)
-    started = time.perf_counter()
-    lines = section(ProgressBars(console))
-    console.print("\n".join(lines), markup=False)
-    console.print(f"{math.ceil(time.perf_counter() - started)} s")
-
-
-if __name__ == "__main__":
-    main()

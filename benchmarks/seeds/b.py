@@ -1,8 +1,8 @@
 """Seed B, instructions as steering vectors (Stolfo et al. 2410.12877), with real IFEval prompts.
 
-    COMPILE_STEER_IFEVAL=FOLDER python -m benchmarks.seeds.b
+    COMPILE_STEER_IFEVAL=FOLDER python -m benchmarks.seeds b
 
-Small on purpose: ITEMS and TOKENS say how small. Answers are kept, so a run that was stopped goes on.
+Small on purpose: ITEMS and TOKENS say how small.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.record import ROOT
+from benchmarks.record import ROOT, table
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
-from compile_steer.common.progress import Progress, ProgressBars
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extraction.pair_methods import ExtractedDirections
 from compile_steer.lowering import closed_form
@@ -34,6 +33,7 @@ from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
+HEADING = "B. Instructions as steering vectors (Stolfo et al., 2410.12877)"
 KINDS = (
     "detectable_format:title",
     "detectable_format:number_bullet_lists",
@@ -105,15 +105,15 @@ def choose_layers(say: Answers, kinds: Sequence[Instruction], progress: Progress
     """For every kind the layer with the best accuracy; one with more degenerate answers than unsteered scores 0."""
     prompts = [row.plain for one in kinds for row in one.search]
     base = _parts(say(prompts), [one.search for one in kinds])
-    allowed = [degenerate(say.loaded, replies) for replies in base]
+    allowed = [degenerate(say.model, replies) for replies in base]
     scores: list[dict[int, float]] = [{} for _ in kinds]
     with progress.phase("seed B: layers", len(LAYERS)) as advance:
         for layer in LAYERS:
-            programs = [one.program(say.loaded, layer) for one in kinds for _row in one.search]
+            programs = [one.program(say.model, layer) for one in kinds for _row in one.search]
             under = _parts(say(prompts, programs), [one.search for one in kinds])
             for n, (one, replies) in enumerate(zip(kinds, under, strict=True)):
-                broken = degenerate(say.loaded, replies) > allowed[n]
-                scores[n][layer] = 0.0 if broken else float(follows(say.loaded, one.search, replies).mean())
+                broken = degenerate(say.model, replies) > allowed[n]
+                scores[n][layer] = 0.0 if broken else float(follows(say.model, one.search, replies).mean())
             advance(1)
     return [replace(one, layer=max(found, key=found.__getitem__)) for one, found in zip(kinds, scores, strict=True)]
 
@@ -123,38 +123,39 @@ def _parts(replies: Sequence[Reply], like: Sequence[Sequence[Row]]) -> list[list
     return [list(islice(rest, len(rows))) for rows in like]
 
 
-def formats(say: Answers, kinds: Sequence[Instruction], progress: Progress) -> list[str]:
-    """A line a kind: with and without the instruction, unsteered and steered, and under another kind's vector."""
+def formats(say: Answers, kinds: Sequence[Instruction], progress: Progress) -> list[list[object]]:
+    """A row for each kind: with and without the instruction, unsteered and steered, and under another kind's vector."""
     rows = [row for one in kinds for row in one.test]
     plain, asked = [row.plain for row in rows], [row.asked for row in rows]
-    own = [one.program(say.loaded) for one in kinds for _row in one.test]
-    others = [kinds[(n + 1) % len(kinds)].program(say.loaded) for n, one in enumerate(kinds) for _row in one.test]
-    arms = ((plain, None), (plain, own), (plain, others), (asked, None), (asked, own))
-    with progress.phase("seed B: formats", len(arms)) as advance:
+    own = [one.program(say.model) for one in kinds for _row in one.test]
+    others = [kinds[(n + 1) % len(kinds)].program(say.model) for n, one in enumerate(kinds) for _row in one.test]
+    conditions = ((plain, None), (plain, own), (plain, others), (asked, None), (asked, own))
+    with progress.phase("seed B: formats", len(conditions)) as advance:
         scores = []
-        for prompts, programs in arms:
-            scores.append(follows(say.loaded, rows, say(prompts, programs)))
+        for prompts, programs in conditions:
+            scores.append(follows(say.model, rows, say(prompts, programs)))
             advance(1)
-    whole, lines, start = np.array(scores), [], 0
+    whole, found, start = np.array(scores), [], 0
     for one in kinds:
         stop = start + len(one.test)
-        lines.append(f"| {one.kind} | {len(one.test)} | {one.layer} | {_cells(whole[:, start:stop])} |")
+        found.append([one.kind, len(one.test), one.layer, *_means(whole[:, start:stop])])
         start = stop
-    return [*lines, f"| all | {len(rows)} | | {_cells(whole)} |"]
+    return [*found, ["all", len(rows), "", *_means(whole)]]
 
 
-def _cells(scores: np.ndarray) -> str:
-    return " | ".join(f"{value:.2f}" for value in scores.mean(axis=1))
+def _means(scores: np.ndarray) -> list[str]:
+    return [f"{value:.2f}" for value in scores.mean(axis=1)]
 
 
-def words(say: Answers, behaviour: Behaviour, progress: Progress) -> list[str]:
+def words(say: Answers, behaviour: Behaviour, progress: Progress) -> list[list[object]]:
     """Inclusion by adding, exclusion by subtracting the inclusion vector: 'include this word' over other prompts."""
-    loaded, lines = say.loaded, []
+    loaded, found = say.model, []
     weight = WORD_SHARE * float(median_norms(loaded, behaviour.neutral, "resid_post")[WORD_LAYER])
     general = [pair.prompt for pair in behaviour.train[:6]]
     without = last_token(loaded, general)
     for label, name, sign in (("inclusion", INCLUDE, 1.0), ("exclusion (negated inclusion)", EXCLUDE, -1.0)):
-        rows = _different_words(read(name))[:WORDS]
+        # One row for each word, the first in the file.
+        rows = list({row.word: row for row in reversed(read(name))}.values())[::-1][:WORDS]
         programs = []
         with progress.phase(f"seed B: word {label}", len(rows)) as advance:
             for row in rows:
@@ -164,20 +165,15 @@ def words(say: Answers, behaviour: Behaviour, progress: Progress) -> list[str]:
                 programs.append(Program((one,), loaded.id, loaded.revision))
                 advance(1)
         plain, asked = [row.plain for row in rows], [row.asked for row in rows]
-        arms = (say(plain), say(plain, programs), say(asked))
-        scores = np.array([follows(loaded, rows, replies) for replies in arms])
-        lines.append(f"| word {label} | {len(rows)} | {WORD_LAYER} | {_cells(scores)} |")
-    return lines
-
-
-def _different_words(rows: Sequence[Row]) -> list[Row]:
-    """One row a word."""
-    return list({row.word: row for row in reversed(rows)}.values())[::-1]
+        conditions = (say(plain), say(plain, programs), say(asked))
+        scores = np.array([follows(loaded, rows, replies) for replies in conditions])
+        found.append([f"word {label}", len(rows), WORD_LAYER, *_means(scores)])
+    return found
 
 
 def length(say: Answers, behaviour: Behaviour) -> str:
     """Words in an answer under 'be brief', added with a growing coefficient."""
-    loaded = say.loaded
+    loaded = say.model
     train, test = ([pair.prompt for pair in split[:12]] for split in (behaviour.train, behaviour.test))
     vector = contrast(loaded, [f"{prompt} Answer in at most five words." for prompt in train], train).vectors[
         LENGTH_LAYER
@@ -200,12 +196,12 @@ def composed(say: Answers, kinds: Sequence[Instruction]) -> str:
     first, second = kinds[0], kinds[3]
     layer = second.layer if second.layer != first.layer else LAYERS[(LAYERS.index(first.layer) + 1) % len(LAYERS)]
     prompts = [row.plain for row in (*first.test, *second.test)]
-    both = first.program(say.loaded) + second.program(say.loaded, layer)
+    both = first.program(say.model) + second.program(say.model, layer)
     parts = []
-    for one, alone in ((first, first.program(say.loaded)), (second, second.program(say.loaded, layer))):
+    for one, alone in ((first, first.program(say.model)), (second, second.program(say.model, layer))):
         rows = [Row(f"{n} {prompt}", prompt, one.test[0].check) for n, prompt in enumerate(prompts)]
-        arms = [None, [alone] * len(rows), [both] * len(rows)]
-        scores = [float(follows(say.loaded, rows, say(prompts, programs)).mean()) for programs in arms]
+        conditions = [None, [alone] * len(rows), [both] * len(rows)]
+        scores = [float(follows(say.model, rows, say(prompts, programs)).mean()) for programs in conditions]
         parts.append(f"{one.kind} {scores[0]:.2f} unsteered, {scores[1]:.2f} alone, {scores[2]:.2f} under both")
     return f"Two at once (layers {first.layer} and {layer}), {len(prompts)} prompts: {'; '.join(parts)}."
 
@@ -213,14 +209,14 @@ def composed(say: Answers, kinds: Sequence[Instruction]) -> str:
 def compiled(say: Answers, kinds: Sequence[Instruction], behaviour: Behaviour, progress: Progress) -> str:
     """The first kind's clamp lowered by the closed form, and answers of what came out, with no hook."""
     one = kinds[0]
-    program, plain = one.program(say.loaded), [row.plain for row in one.test]
+    program, plain = one.program(say.model), [row.plain for row in one.test]
     options = CompileOptions(calibration=CalibrationOptions(prompts=COMPILED_PROMPTS, max_new_tokens=TOKENS))
-    patch = closed_form.lower(Lowering(program, say.loaded, behaviour.calibration, options, 0, progress))
-    with with_patch(say.loaded.model, patch):
-        weights = say(plain, patched=f"closed_form of {one.kind} at {one.layer}, {COMPILED_PROMPTS} prompts")
-    arms = [say(plain), say(plain, [program] * len(plain)), weights]
-    scores = [float(follows(say.loaded, one.test, replies).mean()) for replies in arms]
-    same = np.mean([a.text[:20] == b.text[:20] for a, b in zip(arms[1], arms[2], strict=True)])
+    patch = closed_form.lower(Lowering(program, say.model, behaviour.calibration, options, 0, progress))
+    with with_patch(say.model.model, patch):
+        weights = say(plain)
+    conditions = [say(plain), say(plain, [program] * len(plain)), weights]
+    scores = [float(follows(say.model, one.test, replies).mean()) for replies in conditions]
+    same = np.mean([a.text[:20] == b.text[:20] for a, b in zip(conditions[1], conditions[2], strict=True)])
     return (
         f"Compiled: {one.kind}, clamp at layer {one.layer}, by `closed_form` on {COMPILED_PROMPTS} prompts: unsteered "
         f"{scores[0]:.2f}, steered {scores[1]:.2f}, compiled {scores[2]:.2f}; {same:.0%} of the compiled answers begin as the "
@@ -237,8 +233,6 @@ def section(progress: Progress) -> list[str]:
     say = Answers(loaded, TOKENS)
     kinds = choose_layers(say, instructions(loaded), progress)
     return [
-        "## B. Instructions as steering vectors (Stolfo et al., 2410.12877)",
-        "",
         f"IFEval prompts, {TOKENS} new tokens, greedy, loose accuracy by IFEval's checkers. Formats are clamped to their mean "
         f"projection with the instruction, at every position; the layer is one of {', '.join(map(str, LAYERS))}, chosen on "
         f"{SEARCHED} training prompts a kind; a layer with more degenerate answers (perplexity below {DEGENERATE} under the base "
@@ -248,13 +242,11 @@ def section(progress: Progress) -> list[str]:
         "",
         "The authors (Phi-3, Gemma 2): formats without the instruction about 0.10 to 0.30; a replication 0.114 to 0.308, asking 0.857.",
         "",
-        "| | n | layer | without | steered | another's | asked | asked and steered |",
-        "|---|---|---|---|---|---|---|---|",
-        *formats(say, kinds, progress),
+        *table(
+            " | n | layer | without | steered | another's | asked | asked and steered", formats(say, kinds, progress)
+        ),
         "",
-        "| | n | layer | without | steered | asked |",
-        "|---|---|---|---|---|---|",
-        *words(say, behaviour, progress),
+        *table(" | n | layer | without | steered | asked", words(say, behaviour, progress)),
         "",
         length(say, behaviour),
         "",
@@ -263,13 +255,3 @@ def section(progress: Progress) -> list[str]:
         compiled(say, kinds, behaviour, progress),
         "",
     ]
-
-
-def main() -> None:
-    """Print the section."""
-    console = Console(width=200)
-    console.print("\n".join(section(ProgressBars(Console(stderr=True)))), markup=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,14 @@
-"""Seed C, 'the steering vector is the prototype, training is production': listening against suggesting.
-
-python -m benchmarks.seeds.c
-"""
+"""Seed C, 'the steering vector is the prototype, training is production': listening against suggesting."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.ocean import ocean, opened
-from benchmarks.seeds.dial import HEADER, RULE, Dial, signed
-from compile_steer.common.progress import Progress, ProgressBars
+from benchmarks.record import table
+from benchmarks.seeds.readings import HEADER, Reader, signed
+from compile_steer.common.progress import Progress
 from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
 from compile_steer.pipeline.run import Run
@@ -20,73 +16,60 @@ from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.controls import separability
-from compile_steer.validation.report import ValidationReport
 from compile_steer.verification.parity import Parity
 
-DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+HEADING = "C. The vector is the prototype, the weights are the product (listening)"
+COEFFICIENTS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS, EVERY = 16, 8, 32, 32, 3
 SETTINGS = ["compile.backends=[bias, closed_form]", "verify.forms=[merged-fp32]"]
-OCEAN_BLOCK, OCEAN_DOSE = 10, 2.0
+OCEAN_BLOCK, OCEAN_COEFFICIENT = 10, 2.0
 
 
 def section(progress: Progress) -> list[str]:
     """The Markdown of seed C, measured now."""
     with tempfile.TemporaryDirectory() as folder:
         run = opened("listening", SETTINGS, Path(folder), progress)
-        directions = run.extract()
-        report = run.validate()
-        program = run.program
+        directions, report = run.extract(), run.validate()
         compile_program(run, force=True)
         merge(run)
         parities = verify(run, artifacts(run))
         other = ocean([], Path(folder), progress)
-        sea = other.extract().program(OCEAN_BLOCK, OCEAN_DOSE, "all")
+        sea = other.extract().program(OCEAN_BLOCK, OCEAN_COEFFICIENT, "all")
+        programs = [directions.program(report.layer, c, "all") for c in COEFFICIENTS]
+        readings = Reader(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS).read(programs)
+        rows = [(f"{c:g}", *one.cells(run.recipe.seed)) for c, one in zip(COEFFICIENTS, readings, strict=True)]
         return [
-            "## C. The vector is the prototype, the weights are the product (listening)",
-            "",
             f"`recipes/listening.yaml`: {run.recipe.extract.pairs} matched pairs make the direction, "
             f"{len(run.data.test)} novel scenarios test it.",
             "",
-            *_by_block(run, directions),
-            *_verdict(report),
-            *_dose(run, directions, report),
-            *_toggled(run, other, program, sea),
-            *_compiled(parities),
+            *by_block(run, directions),
+            "",
+            f"Validation: **{report.verdict}** (block {report.layer}, coefficient {report.coefficient:g}).",
+            "",
+            *(f"- {reason}" for reason in report.reasons),
+            "",
+            *table(f"coefficient | {HEADER} | {run.recipe.ask}", rows),
+            "",
+            *toggled(run, other, run.program, sea),
+            "",
+            "The hook removed, the weights reloaded from disk:",
+            "",
+            *compiled(parities),
         ]
 
 
-def _by_block(run: Run, directions: Directions) -> list[str]:
+def by_block(run: Run, directions: Directions) -> list[str]:
     """The difference at each block: its length, and how it tells the test pairs apart."""
     blocks = range(0, run.model.layout.n_layers, EVERY)
     found = [separability(run.context, run.data.test, directions, k, run.recipe.extract.readout) for k in blocks]
-    return [
-        "| block | " + " | ".join(map(str, blocks)) + " |",
-        "|---" * (len(blocks) + 1) + "|",
-        "| length of the mean difference | "
-        + " | ".join(f"{float(directions.vectors[k].norm()):.1f}" for k in blocks)
-        + " |",
-        "| AUROC on test pairs | " + " | ".join(f"{one.auroc:.2f}" for one in found) + " |",
-        "",
-    ]
-
-
-def _verdict(report: ValidationReport) -> list[str]:
-    where = f"block {report.layer}, coefficient {report.coefficient:g}"
-    return [f"Validation: **{report.verdict}** ({where}).", "", *(f"- {reason}" for reason in report.reasons), ""]
-
-
-def _dose(run: Run, directions: Directions, report: ValidationReport) -> list[str]:
-    """The strength, up to over-correction."""
-    dial = Dial(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
-    readings = dial.read([directions.program(report.layer, dose, "all") for dose in DOSES])
     rows = [
-        f"| {dose:g} | {one.row(run.recipe.seed)} | {one.sample[:70]} |"
-        for dose, one in zip(DOSES, readings, strict=True)
+        ("length of the mean difference", *(f"{float(directions.vectors[k].norm()):.1f}" for k in blocks)),
+        ("AUROC on test pairs", *(f"{one.auroc:.2f}" for one in found)),
     ]
-    return [f"| coefficient | {HEADER} | {run.recipe.ask} |", f"|---|{RULE}|---|", *rows, ""]
+    return table(" | ".join(["block", *map(str, blocks)]), rows)
 
 
-def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str]:
+def toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str]:
     """Two vectors at once, each switched and scaled by itself: the effect on the pairs of both behaviours."""
     both = listening + sea
     settings = {
@@ -96,36 +79,32 @@ def _toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str
         "both, ocean at half": both.scaled(0.5, 1),
         "both, listening negated": both.scaled(-1.0, 0),
     }
-    lines = ["| switched on | on listening, nats/token | on ocean, nats/token |", "|---|---|---|"]
     pairs = [encode_pairs(one.model, one.data.test[:PAIRS]) for one in (run, other)]
     base = [logprob_margins(run.model, some) for some in pairs]
+    rows = []
     for name, program in settings.items():
-        cells = [
-            signed(bootstrap_mean(logprob_margins(run.model, some, program) - before, seed=run.recipe.seed))
-            for some, before in zip(pairs, base, strict=True)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        margins = (logprob_margins(run.model, some, program) for some in pairs)
+        changes = (after - before for after, before in zip(margins, base, strict=True))
+        rows.append((name, *(signed(bootstrap_mean(change, seed=run.recipe.seed)) for change in changes)))
+    return table("switched on | on listening, nats/token | on ocean, nats/token", rows)
 
 
-def _compiled(parities: list[Parity]) -> list[str]:
+def compiled(parities: list[Parity]) -> list[str]:
     """The hook removed: what stays."""
-    rows = [
-        f"| {p.backend} {p.form} | {p.divergence.kl.value:.1e} | {p.divergence.kl_remaining.value:.2%} | "
-        f"{p.divergence.top1:.1%} | {p.behaviour.effect_retained or '-'} | {p.behaviour.score_base:.2f} / "
-        f"{p.behaviour.score_steered:.2f} / {p.behaviour.score_compiled:.2f} | {p.divergence.hidden_error:.1e} |"
-        for p in parities
-    ]
-    return [
-        "The hook removed, the weights reloaded from disk:",
-        "",
-        "| artifact | KL | remaining KL | top-1 | effect retained | score: base / steered / compiled | error of hidden states |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
-
-
-if __name__ == "__main__":
-    console = Console(width=160)
-    console.print("\n".join(section(ProgressBars(console))), markup=False)
+    rows = []
+    for parity in parities:
+        kl, behaviour = parity.divergence, parity.behaviour
+        scores = behaviour.score_base, behaviour.score_steered, behaviour.score_compiled
+        rows.append(
+            (
+                f"{parity.backend} {parity.form}",
+                f"{kl.kl.value:.1e}",
+                f"{kl.kl_remaining.value:.2%}",
+                f"{kl.top1:.1%}",
+                behaviour.effect_retained or "-",
+                " / ".join(f"{score:.2f}" for score in scores),
+                f"{kl.hidden_error:.1e}",
+            )
+        )
+    header = "artifact | KL | remaining KL | top-1 | effect retained | score: base / steered / compiled | error of hidden states"
+    return table(header, rows)

@@ -1,31 +1,28 @@
-"""Seed D, 'just steer it': one direction, a dial from nothing to collapse.
-
-python -m benchmarks.seeds.d
-"""
+"""Seed D, 'just steer it': one direction, from nothing to collapse."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from benchmarks.ocean import ocean, stream
-from benchmarks.record import ROOT
-from benchmarks.seeds.dial import HEADER, RULE, Dial, Reading
-from compile_steer.common.progress import Progress, ProgressBars
-from compile_steer.pipeline.run import Run
+from benchmarks.record import DOCS, table
+from benchmarks.seeds.readings import HEADER, Reader, Reading
+from compile_steer.common.progress import Progress
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
+HEADING = "D. 'Just steer it' (ocean)"
 BLOCK, CHOSEN = 10, 2.5
-DOSES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 9.0)
-RANDOM_DOSES = (1.0, 2.5, 4.0, 6.0)
+COEFFICIENTS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 9.0)
+RANDOM_COEFFICIENTS = (1.0, 2.5, 4.0, 6.0)
 BLOCKS = (8, 10, 12, 14)
 PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS = 12, 8, 24, 32
 FIGURE = "seed_d.svg"
@@ -35,110 +32,89 @@ def section(progress: Progress) -> list[str]:
     """The Markdown of seed D, measured now; leaves its figure in docs/."""
     with tempfile.TemporaryDirectory() as folder:
         run = ocean([], Path(folder), progress)
-        directions = run.extract()
-        dial = Dial(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
-        with progress.phase("seed D: the dial", 4) as advance:
-            real = dial.read([directions.program(BLOCK, dose, "all") for dose in DOSES])
-            advance(1)
-            random = dial.read([_random(run, directions).scaled(dose) for dose in RANDOM_DOSES])
-            advance(1)
-            spread = dial.read([_several(directions)])
-            advance(1)
-            clamped = dial.read([_clamp(run, directions)])
-            advance(1)
-    return _report(run, directions, real, random, spread[0], clamped[0])
+        directions, seed = run.extract(), run.recipe.seed
+        vector, states = directions.vectors[BLOCK], stream(run, BLOCK, NEUTRAL)
+        reader = Reader(run, PAIRS, NEUTRAL, PROMPTS, NEW_TOKENS)
+        real = reader.read([directions.program(BLOCK, c, "all") for c in COEFFICIENTS])
+        noise = random_program(directions, seed)
+        random = reader.read([noise.scaled(c) for c in RANDOM_COEFFICIENTS])
+        spread = Program(
+            tuple(Intervention(Site(k), "add", directions.vectors[k], CHOSEN / len(BLOCKS)) for k in BLOCKS),
+            directions.model,
+            directions.revision,
+        )
+        # Each token's projection is set to what the chosen coefficient gives the mean token.
+        unit = vector / vector.norm()
+        clamp = Intervention(
+            Site(BLOCK), "clamp", unit, projection=float((states @ unit).mean()) + CHOSEN * float(vector.norm())
+        )
+        (several,) = reader.read([spread])
+        (clamped,) = reader.read([Program((clamp,), directions.model, directions.revision)])
+    per_unit = float(vector.norm()) / float(states.norm(dim=-1).median())
+    draw({"ocean": (COEFFICIENTS, real), "random": (RANDOM_COEFFICIENTS, random)}, per_unit, DOCS / FIGURE)
+    return report(run.recipe.ask, real, random, several, clamped, per_unit, seed)
 
 
-def _random(run: Run, directions: Directions) -> Program:
+def random_program(directions: Directions, seed: int) -> Program:
     """A random direction with the norm of the real one, at coefficient 1."""
     vector = directions.vectors[BLOCK]
-    noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(run.recipe.seed))
+    noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     part = Intervention(Site(BLOCK), "add", noise / noise.norm() * vector.norm())
     return Program((part,), directions.model, directions.revision)
 
 
-def _several(directions: Directions) -> Program:
-    """The chosen dose, shared equally by several blocks."""
-    parts = [Intervention(Site(k), "add", directions.vectors[k], CHOSEN / len(BLOCKS)) for k in BLOCKS]
-    return Program(tuple(parts), directions.model, directions.revision)
-
-
-def _clamp(run: Run, directions: Directions) -> Program:
-    """The adaptive arm: each token's projection is set to what the chosen dose gives the mean token."""
-    vector = directions.vectors[BLOCK]
-    unit = vector / vector.norm()
-    mean = float((stream(run, BLOCK, NEUTRAL) @ unit).mean())
-    projection = mean + CHOSEN * float(vector.norm())
-    return Program(
-        (Intervention(Site(BLOCK), "clamp", unit, projection=projection),), directions.model, directions.revision
-    )
-
-
-def _report(
-    run: Run,
-    directions: Directions,
+def report(
+    ask: str,
     real: list[Reading],
     random: list[Reading],
-    spread: Reading,
+    several: Reading,
     clamped: Reading,
+    per_unit: float,
+    seed: int,
 ) -> list[str]:
-    seed = run.recipe.seed
-    per_unit = float(directions.vectors[BLOCK].norm()) / float(stream(run, BLOCK, NEUTRAL).norm(dim=-1).median())
-    slopes = _slopes(real)
-    _draw(real, random, per_unit)
-    lines = [
-        "## D. 'Just steer it' (ocean)",
-        "",
-        f"`recipes/ocean.yaml`, block {BLOCK}, all positions; {PAIRS} test pairs, {PROMPTS} test prompts of {NEW_TOKENS} tokens, "
-        f"{NEUTRAL} neutral texts; 95 % bootstrap intervals. Relative dose: ||c v|| over the median norm of the stream.",
-        "",
-        f"| coefficient | relative dose | {HEADER} | {run.recipe.ask} |",
-        f"|---|---|{RULE}|---|",
+    """The section; `per_unit` is the relative strength of coefficient 1."""
+    slopes = steerability(real)
+    rows = [
+        (f"{name}{c:g}", f"{c * per_unit:.2f}", *reading.cells(seed))
+        for name, coefficients, readings in (("", COEFFICIENTS, real), ("random, ", RANDOM_COEFFICIENTS, random))
+        for c, reading in zip(coefficients, readings, strict=True)
     ]
-    for dose, reading in zip(DOSES, real, strict=True):
-        lines.append(f"| {dose:g} | {dose * per_unit:.2f} | {reading.row(seed)} | {reading.sample[:70]} |")
-    for dose, reading in zip(RANDOM_DOSES, random, strict=True):
-        lines.append(f"| random, {dose:g} | {dose * per_unit:.2f} | {reading.row(seed)} | {reading.sample[:70]} |")
-    blocks = ", ".join(map(str, BLOCKS))
-    lines += [
-        f"| blocks {blocks}, {CHOSEN / len(BLOCKS):g} each | | {spread.row(seed)} | {spread.sample[:70]} |",
-        f"| clamp to the mean of {CHOSEN:g} | | {clamped.row(seed)} | {clamped.sample[:70]} |",
+    rows.append((f"blocks {', '.join(map(str, BLOCKS))}, {CHOSEN / len(BLOCKS):g} each", "", *several.cells(seed)))
+    rows.append((f"clamp to the mean of {CHOSEN:g}", "", *clamped.cells(seed)))
+    return [
+        f"`recipes/ocean.yaml`, block {BLOCK}, all positions; {PAIRS} test pairs, {PROMPTS} test prompts of {NEW_TOKENS} tokens, "
+        f"{NEUTRAL} control texts; 95 % bootstrap intervals. Relative strength: ||c v|| over the median norm of the stream.",
         "",
-        f"![The dial]({FIGURE})",
+        *table(f"coefficient | relative strength | {HEADER} | {ask}", rows),
         "",
-        "The same dose over prompts: the slope of a pair's effect over the coefficient "
+        f"![Effect, score and perplexity by relative strength]({FIGURE})",
+        "",
+        "The same coefficient over prompts: the slope of a pair's effect over the coefficient "
         f"(up to {CHOSEN:g}) is {bootstrap_mean(slopes, seed=seed)} nats a token per unit on average, from {slopes.min():.3f} to "
         f"{slopes.max():.3f}, standard deviation {slopes.std(ddof=1):.3f}; {(slopes < 0).mean():.0%} of the pairs move the wrong way.",
-        "",
     ]
-    return lines
 
 
-def _slopes(real: list[Reading]) -> np.ndarray:
-    """Steerability of each pair (Tan et al. 2407.12404) up to the chosen coefficient."""
-    used = [(dose, reading.effects) for dose, reading in zip(DOSES, real, strict=True) if dose <= CHOSEN]
-    doses, effects = np.array([dose for dose, _ in used]), np.stack([effect for _, effect in used])
-    slopes: np.ndarray = doses @ effects / (doses @ doses)
+def steerability(real: list[Reading]) -> np.ndarray:
+    """The slope of each pair (Tan et al. 2407.12404) up to the chosen coefficient."""
+    used = [(c, reading.effects) for c, reading in zip(COEFFICIENTS, real, strict=True) if c <= CHOSEN]
+    coefficients, effects = np.array([c for c, _ in used]), np.stack([effect for _, effect in used])
+    slopes: np.ndarray = coefficients @ effects / (coefficients @ coefficients)
     return slopes
 
 
-def _draw(real: list[Reading], random: list[Reading], per_unit: float) -> None:
+def draw(curves: Mapping[str, tuple[tuple[float, ...], list[Reading]]], per_unit: float, path: Path) -> None:
+    """Effect, score with repetition, and perplexity over the relative strength."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     effect, score, cost = figure.subplots(1, 3)
-    for name, doses, readings in (("ocean", DOSES, real), ("random", RANDOM_DOSES, random)):
-        x = [dose * per_unit for dose in doses]
+    for name, (coefficients, readings) in curves.items():
+        x = [c * per_unit for c in coefficients]
         effect.plot(x, [float(one.effects.mean()) for one in readings], marker="o", label=name)
         score.plot(x, [float(one.scores.mean()) for one in readings], marker="o")
         score.plot(x, [one.repetition for one in readings], marker=".", linestyle=":")
         cost.semilogy(x, [one.perplexity_ratio for one in readings], marker="o")
-    effect.set(xlabel="relative dose", ylabel="effect, nats/token")
-    score.set(xlabel="relative dose", ylabel="score (dotted: repetition)")
-    cost.set(xlabel="relative dose", ylabel="neutral perplexity, x base")
+    effect.set(xlabel="relative strength", ylabel="effect, nats/token")
+    score.set(xlabel="relative strength", ylabel="score (dotted: repetition)")
+    cost.set(xlabel="relative strength", ylabel="perplexity of control text, x base")
     effect.legend(fontsize=7)
-    path = ROOT / "docs" / FIGURE
     figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    console = Console(width=160)
-    console.print("\n".join(section(ProgressBars(console))), markup=False)

@@ -1,8 +1,6 @@
 """Seed E, painless activation steering (Cui & Chen 2509.22739): labelled questions, answered by a letter.
 
-    python -m benchmarks.seeds.e
-
-Steering at the last prompt position changes nothing before it, so a cell of the sweep is one token a question on top
+Steering at the last prompt position changes nothing before it, so a grid point is one token a question on top
 of a kept cache. Many splits of the same questions, as in the paper.
 """
 
@@ -15,13 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from scipy.stats import t as student
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.record import ROOT
-from compile_steer.common.progress import Progress, ProgressBars
+from benchmarks.record import ROOT, table
+from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Question
 from compile_steer.extraction import choices
 from compile_steer.extraction.choices import Item
@@ -35,13 +32,14 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
+HEADING = "E. Painless activation steering (PAS, 2509.22739)"
 RECIPE = ROOT / "recipes" / "pas.yaml"
 SEEDS = 5  # splits; the paper has 15
 # The paper's 8, 11, 13 to 17, 19, 22, 25 of 32 blocks are 8 to 23 of 30; of these, and of its 14 strengths from .25 to 32:
 LAYERS = (8, 12, 15, 18, 22)
 STRENGTHS = (0.5, 1.0, 4.0, 10.0, 22.0)
 SHOTS = 2
-ARMS = ("PASf", "iPASa", "iPASwo", "PASf, off by one", "shuffled labels", "random direction")
+CONDITIONS = ("PASf", "iPASa", "iPASwo", "PASf, off by one", "shuffled labels", "random direction")
 AUTHORS = "+10.1 points on bias, +5.2 on morality, +34.8 on alignment (iPAS, 8B models)"
 
 
@@ -101,7 +99,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm on one split: accuracies on test, and the cell that was best on validation."""
+    """One condition on one split: accuracies on test, and the grid point that was best on validation."""
 
     steered: float
     shot: float
@@ -109,29 +107,38 @@ class Outcome:
     strength: float
 
 
+@dataclass(frozen=True)
+class Base:
+    """The unsteered model on one split: its accuracy, that with examples, and the fraction of its answers that are A."""
+
+    plain: float
+    shot: float
+    said_a: float
+
+
 def read_questions() -> list[Question]:
-    """All questions of the recipe, as it asks them."""
+    """All questions of the recipe."""
     recipe = read_recipe(RECIPE)
     return list(recipe.data.read(recipe.folder).questions.values())
 
 
-def vectors(items: Sequence[Item], seed: int) -> dict[str, Tensor]:
-    """[L, d] of every arm, from the training items."""
+def fitted(items: Sequence[Item], seed: int) -> dict[str, Tensor]:
+    """[L, d] of every condition, from the training items."""
     found = {
         "PASf": choices.with_controls(items, "pasf", 1, seed),
         "iPASa": choices.with_controls(items, "ipasa", 1, seed),
         "iPASwo": choices.with_controls(items, "ipaswo", 1, seed),
     }
-    arms = {name: one.vectors for name, one in found.items()}
-    arms["PASf, off by one"] = arms["PASf"].roll(1, dims=0)  # a block's input is the output of the one before
-    arms["shuffled labels"] = as_long_as(found["PASf"].shuffled[0], arms["PASf"])
-    noise = torch.randn(arms["PASf"].shape, generator=torch.Generator().manual_seed(seed))
-    arms["random direction"] = as_long_as(noise, arms["PASf"])
-    return arms
+    vectors = {name: one.vectors for name, one in found.items()}
+    vectors["PASf, off by one"] = vectors["PASf"].roll(1, dims=0)  # a block's input is the output of the one before
+    vectors["shuffled labels"] = as_long_as(found["PASf"].shuffled[0], vectors["PASf"])
+    noise = torch.randn(vectors["PASf"].shape, generator=torch.Generator().manual_seed(seed))
+    vectors["random direction"] = as_long_as(noise, vectors["PASf"])
+    return vectors
 
 
 def search(prompts: Prompts, vector: Tensor) -> Program:
-    """The best cell on validation questions; of equals the mildest, at the first layer."""
+    """The best grid point on validation questions; of equals the mildest, at the first layer."""
     best, most = Program((), prompts.loaded.id, prompts.loaded.revision), -1.0
     for strength in STRENGTHS:
         for layer in LAYERS:
@@ -150,109 +157,79 @@ def split(n: int, seed: int) -> tuple[list[int], list[int], list[int]]:
     return order[:first], order[first:second], order[second:]
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean with a 95 % t-interval over splits, as in the paper."""
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with a 95 % t-interval over splits, as in the paper: (mean, low, high)."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = float(student.ppf(0.975, len(values) - 1)) * error
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return mean, mean - half, mean + half
 
 
 def measure(
-    loaded: LoadedModel, progress: Progress
-) -> tuple[dict[str, list[Outcome]], list[float], list[float], list[float]]:
-    """Outcomes by arm; accuracy of the base, of the base with examples, and share of its answers that are A, by split."""
-    questions = read_questions()
+    model: LoadedModel, questions: Sequence[Question], progress: Progress
+) -> tuple[dict[str, list[Outcome]], list[Base]]:
+    """Outcomes by condition, and the base's, of every split."""
     with progress.phase("seed E: activations of all answers", 2 * len(questions)) as advance:
-        items = choices.read_items(loaded, questions, "resid_post", advance)
-        everything = Prompts.of(loaded, questions)
-    outcomes: dict[str, list[Outcome]] = {arm: [] for arm in ARMS}
-    plain, shown, said_a = [], [], []
-    with progress.phase("seed E: splits", SEEDS * len(ARMS)) as advance:
+        items = choices.read_items(model, questions, "resid_post", advance)
+        everything = Prompts.of(model, questions)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in CONDITIONS}
+    bases = []
+    with progress.phase("seed E: splits", SEEDS * len(CONDITIONS)) as advance:
         for seed in range(SEEDS):
             train, validation, test = split(len(questions), seed)
             candidates, held_out = everything.only(validation), everything.only(test)
             wrong = [n for n in train if items[n].own != items[n].right][:SHOTS]
             examples = tuple((questions[n].prompt, questions[n].letters[questions[n].answer]) for n in wrong)
-            taught = Prompts.of(loaded, [questions[n] for n in test], examples)
-            plain.append(float(held_out.right().mean()))
-            shown.append(float(taught.right().mean()))
-            said_a.append(float(np.mean([items[n].own == 0 for n in test])))
-            for arm, vector in vectors([items[n] for n in train], seed).items():
+            taught = Prompts.of(model, [questions[n] for n in test], examples)
+            said_a = float(np.mean([items[n].own == 0 for n in test]))
+            bases.append(Base(float(held_out.right().mean()), float(taught.right().mean()), said_a))
+            for name, vector in fitted([items[n] for n in train], seed).items():
                 program = search(candidates, vector)
                 (one,) = program.interventions
-                outcomes[arm].append(
-                    Outcome(
-                        float(held_out.right(program).mean()),
-                        float(taught.right(program).mean()),
-                        one.site.layer,
-                        one.coefficient,
-                    )
-                )
+                steered_, shot = (float(prompts.right(program).mean()) for prompts in (held_out, taught))
+                outcomes[name].append(Outcome(steered_, shot, one.site.layer, one.coefficient))
                 advance(1)
-    return outcomes, plain, shown, said_a
+    return outcomes, bases
 
 
 def section(progress: Progress) -> list[str]:
     """The lines of docs/SEEDS.md."""
-    loaded = load(EMBEDDED)
-    outcomes, plain, shown, said_a = measure(loaded, progress)
-    n = len(read_questions())
-    rows = [_row(arm, found, plain, shown) for arm, found in outcomes.items()]
+    questions = read_questions()
+    return report(*measure(load(EMBEDDED), questions, progress), len(questions))
+
+
+def report(outcomes: Mapping[str, Sequence[Outcome]], bases: Sequence[Base], n: int) -> list[str]:
+    """The section, from what was measured on `n` questions."""
+    rows, low_over_base, low_over_controls = [], {}, {}
+    # The better of the two controls of the same split.
+    controls = [
+        max(pair) for pair in zip(*([one.steered for one in outcomes[name]] for name in CONDITIONS[-2:]), strict=True)
+    ]
+    for name, found in outcomes.items():
+        gain = t_interval([one.steered - base.plain for one, base in zip(found, bases, strict=True)])
+        added = t_interval([one.shot - base.shot for one, base in zip(found, bases, strict=True)])
+        low_over_base[name] = gain[1]
+        low_over_controls[name] = t_interval([one.steered - c for one, c in zip(found, controls, strict=True)])[1]
+        intervals = (f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in (gain, added))
+        layers, strengths = (
+            ", ".join(f"{x:g}" for x in column) for column in zip(*((o.layer, o.strength) for o in found), strict=True)
+        )
+        rows.append((name, f"{np.mean([one.steered for one in found]):.3f}", *intervals, layers, strengths))
+    better = [name for name in CONDITIONS[:-2] if low_over_base[name] > 0]
+    certain = [name for name in better if low_over_controls[name] > 0]
+    plain, shot, said_a = (
+        np.mean(column) for column in zip(*((b.plain, b.shot, b.said_a) for b in bases), strict=True)
+    )
     return [
-        "## E. Painless activation steering (PAS, 2509.22739)",
-        "",
         f"{n} questions of `recipes/pas.yaml` (which reply is kinder, A or B), {SEEDS} random splits of 60/20/20. Vectors from "
         f"the training part, layer ({', '.join(map(str, LAYERS))}) and strength ({', '.join(f'{s:g}' for s in STRENGTHS)}) "
         "from validation, everything below from test; intervals are 95 % t-intervals over splits. Steered at the last "
         "prompt position alone.",
         "",
-        f"Base accuracy {np.mean(plain):.3f} (chance 0.5), of its answers {np.mean(said_a):.0%} are A; with {SHOTS} worked "
-        f"examples that it got wrong before the question {np.mean(shown):.3f}. The authors: {AUTHORS}.",
+        f"Base accuracy {plain:.3f} (chance 0.5), of its answers {said_a:.0%} are A; with {SHOTS} worked "
+        f"examples that it got wrong before the question {shot:.3f}. The authors: {AUTHORS}.",
         "",
-        "| arm | accuracy | over the base | on top of examples | chosen layers | chosen strengths |",
-        "|---|---|---|---|---|---|",
-        *rows,
+        *table("vectors | accuracy | over the base | on top of examples | chosen layers | chosen strengths", rows),
         "",
-        _reading(outcomes, plain),
-        "",
-    ]
-
-
-def _row(arm: str, found: Sequence[Outcome], plain: Sequence[float], shown: Sequence[float]) -> str:
-    gain = interval([one.steered - base for one, base in zip(found, plain, strict=True)])
-    added = interval([one.shot - base for one, base in zip(found, shown, strict=True)])
-    layers = ", ".join(str(one.layer) for one in found)
-    strengths = ", ".join(f"{one.strength:g}" for one in found)
-    return f"| {arm} | {np.mean([one.steered for one in found]):.3f} | {gain} | {added} | {layers} | {strengths} |"
-
-
-def _reading(outcomes: Mapping[str, Sequence[Outcome]], plain: Sequence[float]) -> str:
-    """What may be said of it: which arms beat the base and which of these the controls."""
-    control = [max(pair) for pair in zip(*([one.steered for one in outcomes[arm]] for arm in ARMS[-2:]), strict=True)]
-    above = {
-        arm: _low([one.steered - base for one, base in zip(outcomes[arm], plain, strict=True)]) for arm in ARMS[:-2]
-    }
-    beyond = {arm: _low([one.steered - c for one, c in zip(outcomes[arm], control, strict=True)]) for arm in ARMS[:-2]}
-    better = [arm for arm, low in above.items() if low > 0]
-    certain = [arm for arm in better if beyond[arm] > 0]
-    return (
         f"Above the base with an interval that leaves out 0: {', '.join(better) or 'none'}. Of these also above the better "
-        f"of the two controls of the same split: {', '.join(certain) or 'none'}."
-    )
-
-
-def _low(values: Sequence[float]) -> float:
-    """The lower bound of the t-interval."""
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = float(student.ppf(0.975, len(values) - 1)) * error
-    return float(np.mean(values)) - half
-
-
-def main() -> None:
-    """Print the section."""
-    console = Console(width=200)
-    console.print("\n".join(section(ProgressBars(Console(stderr=True)))), markup=False)
-
-
-if __name__ == "__main__":
-    main()
+        f"of the two controls of the same split: {', '.join(certain) or 'none'}.",
+    ]

@@ -7,6 +7,7 @@ import pkgutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import benchmarks
@@ -15,6 +16,9 @@ from benchmarks import __main__ as ocean_targets
 from benchmarks import calibration, engines, faults, interop, programs, sweep, teacher
 from benchmarks.faults import FAULTS, Verdict
 from benchmarks.record import Record, table
+from benchmarks.seeds import __main__ as seeds
+from benchmarks.seeds import c, d, e
+from benchmarks.seeds.readings import Reading
 from benchmarks.trials import Compiled, Trial
 from compile_steer.artifacts.provenance import EngineRecord
 from tests.helpers.verification import VerifierCase
@@ -138,3 +142,43 @@ def test_page_of_the_teachers_has_the_ratio_of_the_first_two() -> None:
         teacher.Cost(seconds, 1000, 500.0, peak) for seconds, peak in ((10.0, 1000.0), (20.0, 2000.0), (30.0, 1500.0))
     ]
     assert teacher.report(costs)[-1].endswith("| 2.00 | 0.50 |  |")
+
+
+def reading(effect: float) -> Reading:
+    return Reading(np.full(4, effect), np.array([0.0, 1.0]), 1.2, 0.1, 0.9, "By the sea.")
+
+
+def test_section_of_seed_d_has_a_row_for_each_coefficient() -> None:
+    real = [reading(0.1 * c) for c in d.COEFFICIENTS]
+    random = [reading(0.0) for _c in d.RANDOM_COEFFICIENTS]
+    lines = d.report("What are you?", real, random, reading(0.2), reading(0.3), 0.5, 3)
+    assert sum("By the sea." in line for line in lines) == len(d.COEFFICIENTS) + len(d.RANDOM_COEFFICIENTS) + 2
+    assert lines[-1].startswith("The same coefficient over prompts") and "is 0.100" in lines[-1]
+
+
+def test_figure_of_seed_d_is_drawn(tmp_path: Path) -> None:
+    d.draw({"ocean": (d.COEFFICIENTS, [reading(0.1 * c) for c in d.COEFFICIENTS])}, 0.5, tmp_path / "d.svg")
+    assert "<svg" in (tmp_path / "d.svg").read_text(encoding="utf-8")
+
+
+def test_section_of_seed_e_names_what_beats_base_and_controls() -> None:
+    bases = [e.Base(0.5, 0.5, 0.7), e.Base(0.51, 0.5, 0.6)]
+    outcomes = {name: [e.Outcome(0.5, 0.5, 8, 1.0), e.Outcome(0.51, 0.5, 12, 1.0)] for name in e.CONDITIONS}
+    outcomes["PASf"] = [e.Outcome(0.9, 0.9, 8, 1.0), e.Outcome(0.92, 0.9, 8, 4.0)]
+    lines = e.report(outcomes, bases, 50)
+    assert lines[-1] == (
+        "Above the base with an interval that leaves out 0: PASf. Of these also above the better of the two controls of "
+        "the same split: PASf."
+    )
+    assert any(line.startswith("| PASf | 0.910 | +0.405 [") for line in lines)
+
+
+def test_compiled_artifacts_of_seed_c_have_a_row_each(tmp_path: Path) -> None:
+    case = VerifierCase.of(tmp_path)
+    assert c.compiled([case.parity_of(case.merged())])[-1].startswith("| bias merged-fp32 | ")
+
+
+@pytest.mark.parametrize("name", seeds.NAMES)
+def test_every_seed_has_a_checklist(name: str) -> None:
+    (_title, _blank, items) = seeds.checklist(name)
+    assert all(line.startswith(("- [x] ", "- [ ] ")) for line in items.splitlines()) and "- [x] " in items
