@@ -49,6 +49,18 @@ def test_commands_and_keys_exist(page: Path) -> None:
     assert [key for key in sorted(keys - NO_KEYS) if not _is_key(key)] == []
 
 
+def test_files_and_modules_that_pages_name_exist() -> None:
+    """Only what pages write by hand: results of benchmarks say what was there when they were measured."""
+    missing = []
+    for page in [*PAGES, ROOT / "docs/ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text("utf-8")
+        named = [f"{module.replace('.', '/')}" for module in re.findall(r"python -m (benchmarks[.\w]*)", text)]
+        named += re.findall(r"`((?:compile_steer|tests|benchmarks|docs|recipes)/[\w./-]+)`", text)
+        paths = [ROOT / name for name in named]
+        missing += [f"{page.name}: {p}" for p in paths if not (p.exists() or p.with_suffix(".py").exists())]
+    assert missing == []
+
+
 def test_every_command_is_in_the_guide() -> None:
     text = (ROOT / "docs/guide/concepts.md").read_text("utf-8")
     assert [command.name for command in app.registered_commands if f"| `{command.name}` |" not in text] == []
