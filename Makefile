@@ -12,10 +12,10 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
 
-# Two processes with one thread each. The tests on the real model come first: by the time that the other process comes to
-# take over some of them, the one has walked the walk that they look at.
-WALK := tests/end_to_end/test_walk.py
-REAL := $(WALK) $(filter-out $(WALK),$(sort $(wildcard tests/end_to_end/test_*.py)))
+# Two processes with one thread each. The tests on the real model come first, those that share its one run at the head: when
+# the other process has done the rest and takes some of them over, the run is there.
+RUN := $(addprefix tests/end_to_end/test_,run.py verifier.py committed.py)
+REAL := $(RUN) $(filter-out $(RUN),$(sort $(wildcard tests/end_to_end/test_*.py)))
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --durations=12 --numprocesses=2 --dist=worksteal $(REAL) tests/unit tests/contract tests/property
