@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.closed_form import plan_stages, solve_stages
-from compile_steer.lowering.lowering import Curve, Lowering
+from compile_steer.lowering.lowering import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
 from compile_steer.lowering.training import (
@@ -34,7 +34,6 @@ from compile_steer.lowering.training import (
     gradient_steps,
     held_out_split,
     patch_from_factors,
-    require_rank,
     split_batches,
     squared_error,
     train,
@@ -80,7 +79,7 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
     """LoRA's own start for every Linear of blocks `first` to `stop` - 1: A random, B zero, so nothing changes yet."""
     edits = {}
     for block in range(first, layout.n_layers if stop is None else stop):
-        generator = torch.Generator().manual_seed(seed + block)
+        generator = torch.Generator().manual_seed(seed + block)  # the same edits whichever block is the first
         for name, module in layout.linears(block).items():
             d_out, d_in = linear_shape(module)
             A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
@@ -135,6 +134,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
         if name in models.solved:
             start[name] = _filled(models.solved[name].to(loaded.device), fresh)
     factors = trainable(start, loaded.device)
+    # Edits of other blocks stay on while this one is trained.
     before = models.patch
     after = WeightPatch({**before.low_rank, **patch_from_factors(factors).low_rank})
     shuffled = list(models.batches)
@@ -142,6 +142,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     held_out, seen = held_out_split(shuffled)
 
     def errors(activations: ActivationBatch) -> torch.Tensor:
+        # Only this block is run: a step costs 1/n_layers of one end to end.
         student = models.run_block(activations.batch, activations.student, block)
         return squared_error(student[activations.real], activations.target[activations.real])
 

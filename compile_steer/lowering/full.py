@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.lowering import Lowering, require_rank
 from compile_steer.lowering.options import FullOptions
-from compile_steer.lowering.training import BETAS, require_rank, train
+from compile_steer.lowering.training import BETAS, train
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 
@@ -37,12 +37,13 @@ def lower(lowering: Lowering) -> WeightPatch:
     options = lowering.options.full
     weights = chosen_weights(lowering.loaded.layout, lowering.program.first_layer, options.modules)
     texts = [*lowering.regression_texts, *lowering.training_texts]
+    # float32 whatever the base's type: in bfloat16 a small step would vanish.
     deltas = {name: nn.Parameter(torch.zeros_like(weight, dtype=torch.float32)) for name, weight in weights.items()}
     optimizer = optimizer_of(deltas, weights, options, lowering.seed)
     with lowering.progress.phase(f"full: {options.optimizer}", options.epochs * len(texts)) as advance:
         patch = WeightPatch(dense=deltas)
         before, after = train(lowering, texts, patch, optimizer, options, "full", advance)
-    if not after < before:
+    if not after < before:  # written so that NaN is refused too
         raise CannotLower(
             f"full: training left KL {after:.3g} nats a token on held-out texts, where the base itself has {before:.3g}; "
             f"nothing was learned. Lower compile.full.learning_rate ({options.learning_rate:g}), raise "

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Advance, Progress
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 
@@ -111,6 +113,7 @@ class Lowering:
                 f"compile: calibration.prompts and distill.prompts need {stop} prompts, data.calibration has "
                 f"{len(self.prompts)}. Lower one of them or add prompts."
             )
+        # Sampling is slow, and a resumed run must have the same texts.
         saved = self.resume.load(label)
         if saved is not None:
             return [Encoded.from_json(text) for text in saved[1]]
@@ -118,7 +121,8 @@ class Lowering:
         by_length = sorted(self.prompts[start:stop], key=lambda t: len(t.prompt) + sum(map(len, sum(t.history, ()))))
         share = distributed.share([encode(self.loaded.tokenizer, text) for text in by_length])
         with self.progress.phase(f"steered model writes {label}", len(share)) as advance:
-            seed = self.seed + start + 104729 * distributed.rank()  # another sample in every process
+            # Another sample in every process: a large prime keeps their seeds apart, which count up by texts.
+            seed = self.seed + start + 104729 * distributed.rank()
             texts = self.sample(share, self.program, seed, advance)
         self.resume.save(label, {}, [asdict(text) for text in texts])
         return texts
@@ -141,3 +145,11 @@ class Lowering:
             )
             advance(len(batch))
         return texts
+
+
+def require_rank(layout: Layout, block: int, rank: int, key: str) -> None:
+    """Raise `CannotLower` where a Linear of the block cannot have the rank of the recipe's `key`."""
+    for name, module in layout.linears(block).items():
+        d_out, d_in = linear_shape(module)
+        if rank > min(d_out, d_in):
+            raise CannotLower(f"{key} {rank} is above what {name} ({d_out} x {d_in}) can have.")

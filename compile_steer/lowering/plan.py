@@ -47,23 +47,20 @@ def _exact(refusal: Refusal, adapter_refusal: Refusal, patch: Callable[[Program,
     return Backend(refusal, adapter_refusal, lower, fitted=False, distributed=True)
 
 
-def _fits(_program: Program, _layout: Layout) -> None:
-    """Low-rank edits of Linears are what a LoRA is."""
+def _fitted(lower: Callable[[Lowering], WeightPatch], adapter_refusal: str | None = None, **kind: bool) -> Backend:
+    # Any program can be imitated; and low-rank edits of Linears are what a LoRA is.
+    return Backend(exact.first_refusal, lambda *_: adapter_refusal, lower, **kind)
 
 
-def _full_rank(_program: Program, _layout: Layout) -> str:
-    return "its changes have full rank: merged checkpoint only, or full_cut"
-
-
-# Exact first: `auto` takes the first that does not refuse. What is fitted can imitate any program.
+# Exact first: `auto` takes the first that does not refuse.
 BACKENDS: dict[str, Backend] = {
     "bias": _exact(exact.bias_refusal, exact.bias_adapter_refusal, exact.bias_patch),
     "orthogonalise": _exact(exact.orthogonalise_refusal, exact.orthogonalise_adapter_refusal, exact.orthogonalise),
     "retarget": _exact(exact.convert_refusal, exact.bias_adapter_refusal, exact.convert_architecture),
-    "closed_form": Backend(exact.first_refusal, _fits, closed_form.lower, distributed=True),
-    "distill": Backend(exact.first_refusal, _fits, distill.lower),
-    "full": Backend(exact.first_refusal, _full_rank, full.lower),
-    "full_cut": Backend(exact.first_refusal, _fits, full.lower_cut),
+    "closed_form": _fitted(closed_form.lower, distributed=True),
+    "distill": _fitted(distill.lower),
+    "full": _fitted(full.lower, "its changes have full rank: merged checkpoint only, or full_cut"),
+    "full_cut": _fitted(full.lower_cut),
 }
 
 
@@ -103,6 +100,7 @@ def plan(program: Program, layout: Layout, backends: Sequence[str] | Literal["au
         CannotLower: a backend that is named refuses, or all do; every reason is given.
     """
     program = canonical(program)
+    # All are asked, also those that are not wanted: the plan shows why each is or is not possible.
     refusals = {name: backend.refusal(program, layout) for name, backend in BACKENDS.items()}
     legal = [name for name, refusal in refusals.items() if refusal is None]
     chosen = legal[:1] if backends == "auto" else list(backends)
@@ -146,8 +144,8 @@ def lower(
         CannotLower: the backend, or every one, refuses.
         RecipeError: the options need more prompts.
     """
-    made = plan(program, loaded.layout, "auto" if backend == "auto" else (backend,))
+    planned = plan(program, loaded.layout, "auto" if backend == "auto" else (backend,))
     lowering = Lowering(
-        made.program, loaded, prompts, options or CompileOptions(), seed, progress or Progress(), resume
+        planned.program, loaded, prompts, options or CompileOptions(), seed, progress or Progress(), resume
     )
-    return BACKENDS[made.chosen[0]].lower(lowering)
+    return BACKENDS[planned.chosen[0]].lower(lowering)

@@ -37,6 +37,7 @@ class Statistics:
 
     def update(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add tokens x [n, d_in], y [n, d_out] with weights [n]; products in float32, sums in float64."""
+        # Sums in float64: in float32 a long sum would lose what its last tokens add.
         weighted = x * weight.unsqueeze(1)
         self.G += weighted.T @ x
         self.C += weighted.T @ y
@@ -54,6 +55,7 @@ class Statistics:
 
 def solve(statistics: Statistics, rank: int, ridge: float) -> LowRank:
     """min over rank(dW) <= rank of sum w ||y - dW x||^2 + ridge * mean(diag G) ||dW||^2, as B A in float64."""
+    # Relative to the mean of the diagonal, so that a ridge means the same at every width and scale.
     G = statistics.G
     damped = G + ridge * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     full = torch.cholesky_solve(statistics.C, torch.linalg.cholesky(damped)).T

@@ -89,7 +89,7 @@ class TeacherStudent:
         program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
     ) -> TeacherStudent:
         """Both models at the first block that the program changes."""
-        at_start = []
+        at_start = []  # both models share the hidden state there, so that it is held once
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
             at_start.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
             advance(len(batch.rows))

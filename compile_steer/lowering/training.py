@@ -21,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.lowering import Lowering
 from compile_steer.lowering.options import TrainingOptions
@@ -30,8 +29,7 @@ from compile_steer.models.forward import lm_head
 from compile_steer.models.load import DTYPES
 from compile_steer.models.logprobs import chunks, divergence, log_softmax
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.layout import Layout
-from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
@@ -40,7 +38,7 @@ Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 # A shorter memory of squared gradients than AdamW's usual 0.999: a training has a few hundred steps.
 BETAS = (0.9, 0.99)
-_HELD_OUT_EVERY = 6
+_HELD_OUT_EVERY = 6  # one batch in six decides whether the training helped
 
 
 # ------------------------------------------------------------------------------------------- objectives
@@ -48,14 +46,13 @@ _HELD_OUT_EVERY = 6
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss that accumulates its own gradient.
+    """A loss over tokens, with its gradient.
 
     Attributes:
-        backward: `backward(model, teacher, student, weight)` adds `weight` times the mean's gradient to what the
-            student's states [n_tokens, d_model] were computed from, and returns the mean.
+        backward: (model, teacher, student, weight) -> the mean loss of states [n_tokens, d_model]; adds `weight` times
+            its gradient to what the student's states were computed from.
         on_policy: the texts are the student's own.
-        at_end: the states are the final ones; otherwise those after the last intervened block, and nothing above it
-            is run.
+        at_end: the states are the final ones; otherwise those after the last intervened block.
     """
 
     backward: Callable[[nn.Module, Tensor, Tensor, float], float]
@@ -115,14 +112,6 @@ OBJECTIVES = {
 
 
 # ------------------------------------------------------------------------------------- factors and steps
-
-
-def require_rank(layout: Layout, block: int, rank: int, key: str) -> None:
-    """Raise `CannotLower` where a Linear of the block cannot have the rank of the recipe's `key`."""
-    for name, module in layout.linears(block).items():
-        d_out, d_in = linear_shape(module)
-        if rank > min(d_out, d_in):
-            raise CannotLower(f"{key} {rank} is above what {name} ({d_out} x {d_in}) can have.")
 
 
 def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -199,6 +188,7 @@ def split_batches(
     """(the blocks from the first one that the program or `patch` changes, held-out batches, batches to train on)."""
     first = min(lowering.program.first_layer, patch.first_layer(lowering.loaded.layout))
     suffix = SuffixModel(lowering.loaded, lowering.program, first)
+    # Batches come sorted by length: shuffled, so that the steps do not go from short texts to long ones.
     shuffled = suffix.batches(texts, max_tokens)
     random.Random(lowering.seed).shuffle(shuffled)
     return suffix, *held_out_split(shuffled)
@@ -236,7 +226,7 @@ def train(
     epoch_steps = math.ceil(len(seen) / options.accumulate)
     steps = max(1, math.ceil(options.epochs * epoch_steps))
     control = _base_texts(lowering, suffix, seen_texts, options) if options.base_kl_weight > 0 else []
-    before = suffix.mean_kl(held_out, patch)
+    before = suffix.mean_kl(held_out, patch)  # of the start, so before a saved state is loaded
     first, losses = _load_state(lowering, name, optimizer)
     batches: list[TeacherBatch] = []
 
@@ -281,6 +271,7 @@ def _base_texts(
     model = lowering.loaded.model
     base = replace(suffix, program=Program((), lowering.program.model, lowering.program.revision))
     control = []
+    # 7907: a seed apart from those of the epochs, multiples of 7919.
     for batch in base.batches(lowering.sample(texts, None, seed=lowering.seed + 7907), options.batch_tokens):
         hooked = suffix.run_teacher(batch.batch, batch.prefix)
         control.append((batch, divergence(model, batch.teacher, model, hooked.teacher).mean))

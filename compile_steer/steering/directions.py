@@ -25,7 +25,7 @@ _OTHER_POINTS = "other_points."  # and the point: names in the file
 def unit(vectors: Tensor) -> Tensor:
     """`vectors` [..., d] scaled to length 1; zero vectors stay zero."""
     length: Tensor = vectors.norm(dim=-1, keepdim=True)
-    return vectors / length.clamp(min=1e-12)
+    return vectors / length.clamp(min=1e-12)  # a zero vector means that the block has no direction
 
 
 def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class Directions:
         An ablation acts at all positions, whatever `positions` is.
         """
         if self.operation == "ablate":
+            # One direction for the whole model: the stream is to hold it nowhere.
             everywhere = ablate_everywhere(unit(self.vectors[layer]), self.vectors.shape[0], coefficient)
             return Program(everywhere, self.model, self.revision)
         layers = self.layers if layer == EVERY_BLOCK else (layer,)
@@ -143,7 +144,7 @@ class Directions:
             header = json.loads(metadata["directions"])
             vectors, shuffled = tensors["directions"], tensors["shuffled"]
             source = header.pop("source")
-            header.pop("origin", None)  # see provenance.Origin
+            header.pop("origin", None)  # written by the run; see provenance.Origin
             return Directions(
                 vectors,
                 shuffled,

@@ -88,8 +88,9 @@ class _Roles:
         known = explicit.shape[1]
         if self._past > 0 and known == self._past + time:
             return explicit[:, self._past :]
-        if self._past >= known:
+        if self._past >= known:  # the roles are the prompt's, and this pass comes after it
             return response
+        # generate(use_cache=False) runs the prompt again with what was generated after it.
         if self._past == 0 and self._prompt is not None and time > known == self._prompt.shape[1]:
             return torch.cat([explicit, response[:, known:]], dim=1)
         if explicit.shape != (batch, time):
@@ -126,9 +127,11 @@ class _Edit:
             basis = self.basis.to(hidden)
             change = change - (hidden @ basis) @ basis.mT
         if isinstance(self.strength, Tensor):
+            # float32 times bfloat16 is float32: the stream must keep the model's type
             change = (self.strength.to(hidden.device) * change).to(hidden.dtype)
         else:
             change = self.strength * change
+        # Roles are worked out only where they matter: a program at all positions costs one addition.
         if "all" not in self.scopes:
             change = change * in_scope(roles.current(hidden), self.scopes).unsqueeze(-1)
         return hidden + change
@@ -205,7 +208,7 @@ def _input_hook(edit: _Edit, roles: _Roles) -> Any:
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
+        if args:  # most families pass the hidden states by position, some by name
             return (edit(args[0], roles), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"], roles)}
 
@@ -215,7 +218,10 @@ def _input_hook(edit: _Edit, roles: _Roles) -> Any:
 def _output_hook(edit: _Edit, roles: _Roles) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            return (edit(output[0], roles), *output[1:])
+            return (
+                edit(output[0], roles),
+                *output[1:],
+            )  # blocks of some families return a tuple
         return edit(output, roles)
 
     return hook

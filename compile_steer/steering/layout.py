@@ -1,9 +1,8 @@
-"""What a model family is: where its blocks, points, writers and biases are.
+"""What a model family is: where its blocks, points, output projections and biases are.
 
-A *writer* is a Linear (or GPT-2's Conv1D) whose output goes into the residual stream: the attention's
-output projection and the MLP's down projection. In a post-norm family (Gemma 2 and 3, OLMo 2) a norm
-stands between the writer and the stream, so the point `mlp_out` is the norm's output and a bias of
-the writer is not a shift of the stream.
+An *output projection* is a Linear (or GPT-2's Conv1D) whose output goes into the residual stream: the attention's
+o_proj and the MLP's down_proj. In a post-norm family (Gemma 2 and 3, OLMo 2) a norm stands between it and the stream,
+so the point `mlp_out` is the norm's output, and a bias of the projection is not a shift of the stream.
 """
 
 from __future__ import annotations
@@ -25,13 +24,18 @@ EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream
 
 @dataclass(frozen=True)
 class Family:
-    """Names, relative to a block, and how stock code of the family comes to hold a writer's bias.
+    """Where stock code of a family has what. Names are relative to a block unless it says otherwise.
 
-    `attn_bias` and `mlp_bias`: 'native' (the module has one already), the name of a config flag
-    that adds it, or None (stock code has no place for it). `embeddings` are what writes the input of
-    block 0, by their full names. With `experts` the MLP is a mixture: `mlp` names it whole, and no one matrix
-    of it writes the stream. `expert_bias` is then the parameter [n_experts, d_model] that each expert adds, where the
-    router's weights sum to 1, so that the same row for all is a shift of the stream.
+    Attributes:
+        blocks: the list of blocks, by its full name.
+        attn, mlp: the output projections; of a mixture of experts `mlp` is the whole mixture.
+        attn_bias, mlp_bias: how the projection comes to have a bias: 'native' (the module has one already), the name
+            of a config flag that adds it, or None (stock code has no place for it).
+        attn_norm, mlp_norm: the norm between projection and stream, in a post-norm family.
+        embeddings: the modules that make the input of block 0, by their full names.
+        experts: the MLP is a mixture of experts, of which no one matrix writes the stream.
+        expert_bias: the parameter [n_experts, d_model] that each expert adds, where the router's weights sum to 1, so
+            that the same row for every expert is a shift of the stream.
     """
 
     blocks: str
@@ -64,6 +68,7 @@ FAMILIES: dict[str, Family] = {
         experts=True,
         expert_bias="mlp.experts.down_proj_bias",
     ),
+    # Qwen2's biases are on query, key and value alone; Mistral and Phi-3 have none.
     "qwen2": Family(**_LLAMA_NAMES),
     "mistral": Family(**_LLAMA_NAMES),
     "phi3": Family(**_LLAMA_NAMES),
@@ -87,7 +92,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """One writer: its block, kind, full module name in the causal language model, and module."""
+    """One output projection; `name` is the module's full name in the causal language model."""
 
     layer: int
     kind: ProjectionKind
@@ -105,13 +110,14 @@ class Layout:
     @staticmethod
     def of(model: nn.Module) -> Layout:
         """Return the layout of a causal language model, also when PEFT has wrapped it; raises `LayoutError`."""
+        # PEFT's own names ("base_model.model. ...") are never used: a patch names modules as stock code does.
         unwrap = getattr(model, "get_base_model", None)
         inner: PreTrainedModel = model if unwrap is None else unwrap()
         family = FAMILIES.get(inner.config.model_type)
         if family is None:
             raise LayoutError(
                 f"model family '{inner.config.model_type}' ({type(inner).__name__}) is not known. "
-                f"Known: {', '.join(sorted(FAMILIES))}. Add a Family to compile_steer/layout.py and to the contract tests."
+                f"Known: {', '.join(sorted(FAMILIES))}. Add a Family to compile_steer/steering/layout.py and to the contract tests."
             )
         return Layout(inner, family)
 
@@ -135,18 +141,19 @@ class Layout:
 
     @property
     def post_norm(self) -> bool:
-        """True where a norm stands between the writers and the residual stream."""
+        """True where a norm stands between the output projections and the residual stream."""
         return self.family.mlp_norm is not None
 
     @property
     def tied(self) -> bool:
         """True where the language-model head is the token embedding itself."""
+        # The tensors themselves are compared, which is right whatever the config says.
         head = self.model.get_output_embeddings()
         return head is not None and head.weight is self.model.get_input_embeddings().weight
 
     @property
     def residual_multiplier(self) -> float:
-        """What the family multiplies a sublayer's output by before adding it (Granite); 1 elsewhere."""
+        """What the family multiplies a sublayer's output by before adding it (Granite); 1 for the others."""
         return float(getattr(self.model.config, "residual_multiplier", 1.0))
 
     @property
@@ -155,7 +162,7 @@ class Layout:
         return ("attn",) if self.family.experts else ("attn", "mlp")
 
     def output_projection(self, layer: int, kind: ProjectionKind) -> OutputProjection:
-        """The attention's or the MLP's writer of a block; raises `LayoutError` where there is no one writer."""
+        """The attention's or the MLP's projection of a block; raises `LayoutError` for a mixture of experts."""
         if kind not in self.projection_kinds:
             raise LayoutError(f"the MLP of {self.model.config.model_type} is {EXPERTS}.")
         relative = self.family.attn if kind == "attn" else self.family.mlp
@@ -164,11 +171,10 @@ class Layout:
 
     @property
     def output_projections(self) -> dict[str, OutputProjection]:
-        """Every writer of the model by its module's name, in the order of the blocks."""
-        found = [
-            self.output_projection(layer, kind) for layer in range(self.n_layers) for kind in self.projection_kinds
-        ]
-        return {writer.name: writer for writer in found}
+        """Every output projection of the model by its module's name, in the order of the blocks."""
+        kinds = self.projection_kinds
+        projections = [self.output_projection(layer, kind) for layer in range(self.n_layers) for kind in kinds]
+        return {projection.name: projection for projection in projections}
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Every Linear (or Conv1D) of a block, by its full name in the causal language model."""
@@ -177,14 +183,10 @@ class Layout:
         return {f"{prefix}.{name}": module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
 
     def hook_module(self, site: Site) -> nn.Module:
-        """The module whose output is the activation at `site`.
-
-        The output of block k-1 is the input of block k, so `resid_pre` k > 0 is hooked on block k-1:
-        the edit is then part of what block k-1 hands on. `resid_pre` 0 has no block before it: the
-        block itself is returned and its input is to be hooked.
-        """
+        """The module whose output is the activation at `site`; for `resid_pre` 0 the block whose input it is."""
         self.require(site)
         if site.point in ("resid_pre", "resid_post"):
+            # `resid_pre` k > 0 is hooked as the output of block k-1: what reads that output must see the edit too.
             return self.blocks[site.changes_from]
         norm = self.family.attn_norm if site.point == "attn_out" else self.family.mlp_norm
         if norm is not None:
@@ -208,13 +210,13 @@ class Layout:
         return None if relative is None else f"{self.family.blocks}.{layer}.{relative}"
 
     def bias_flag(self, kind: ProjectionKind) -> str | None:
-        """'native', the config flag that gives that writer a bias, or None."""
+        """'native', the config flag that gives that projection a bias, or None."""
         return self.family.attn_bias if kind == "attn" else self.family.mlp_bias
 
-    def has_bias(self, writer: OutputProjection) -> bool:
-        """True if the loaded module already carries a bias."""
-        return cast("Tensor | None", writer.module.bias) is not None
+    def has_bias(self, projection: OutputProjection) -> bool:
+        """True if the loaded module has a bias already."""
+        return cast("Tensor | None", projection.module.bias) is not None
 
     def stream_scale(self, intervention: Intervention) -> float:
-        """What an edit at that point is multiplied by on its way into the residual stream."""
+        """What the family multiplies an edit at that point by on its way into the residual stream."""
         return self.residual_multiplier if intervention.site.point in ("attn_out", "mlp_out") else 1.0

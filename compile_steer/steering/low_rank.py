@@ -26,6 +26,7 @@ class LowRank:
 
     def padded(self, rank: int) -> LowRank:
         """The same edit with zero rows and columns up to `rank`."""
+        # Serving engines take one rank for all modules of an adapter, and only certain ranks.
         extra = rank - self.rank
         if extra == 0:
             return self
@@ -33,6 +34,7 @@ class LowRank:
 
     def __add__(self, other: LowRank) -> LowRank:
         """B A + B' A' as one edit of rank r + r'."""
+        # Exact, unlike the sum of the factors, which would add the cross terms B A' and B' A.
         return LowRank(torch.cat([self.B, other.B], dim=1), torch.cat([self.A, other.A], dim=0))
 
 

@@ -47,11 +47,13 @@ class WeightPatch:
 
     def first_layer(self, layout: Layout) -> int:
         """The first block that is edited; the number of blocks where none is."""
+        # Edits of the embeddings do not count: they are in no block.
         edited = {*self.low_rank, *self.bias, *self.dense}
         return next((k for k in range(layout.n_layers) if edited & layout.linears(k).keys()), layout.n_layers)
 
     def __mul__(self, factor: float) -> WeightPatch:
         """The same change of the weights, `factor` times as large; -1 takes away what the patch gives."""
+        # One factor of each pair: scaling both would square the factor.
         low_rank = {name: LowRank(factor * edit.B, edit.A) for name, edit in self.low_rank.items()}
         bias = {name: factor * change for name, change in self.bias.items()}
         dense = {name: factor * change for name, change in self.dense.items()}
@@ -105,6 +107,7 @@ class WeightPatch:
         for name in self.matrices:
             if name in self.dense or low_rank[name].rank > rank:
                 U, S, V = self.decompose(name, layout)
+                # contiguous: slices would keep the whole U and V in memory
                 low_rank[name] = LowRank((U * S)[:, :rank].contiguous(), V[:rank].contiguous())
         return replace(self, low_rank=low_rank, dense={})
 
@@ -143,6 +146,7 @@ def _low_rank_hook(edit: LowRank) -> Any:
         x = args[0]
         if isinstance(module, nn.Embedding):  # its weight is [tokens, d_model], and x holds token ids
             return output + edit.B.to(output)[x] @ edit.A.to(output)
+        # A x first: r numbers a token; B A would be a whole matrix.
         return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 
     return hook

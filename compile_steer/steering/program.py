@@ -26,7 +26,7 @@ from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site,
 if TYPE_CHECKING:
     from torch import Tensor
 
-_UNIT_TOLERANCE = 1e-3
+_UNIT_TOLERANCE = 1e-3  # a unit vector that was rounded to bfloat16 is still one
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Intervention:
     scopes: frozenset[Scope] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Frozen, yet parsed once: hooks ask for the scopes in every forward pass.
         object.__setattr__(self, "scopes", parse_positions(self.positions))
         problems = list(self._problems())
         if problems:
@@ -156,6 +157,7 @@ class Program:
         """Raise `ArtifactError` with every reason why this program does not belong to that model."""
         problems = []
         if self.model != model:
+            # Of another model the revision says nothing: one line, not two.
             problems.append(f"the program was made for model '{self.model}', not '{model}'.")
         elif self.revision != revision:
             problems.append(f"the program was made for revision {self.revision} of '{model}'; found {revision}.")
@@ -190,6 +192,7 @@ class Program:
     def _serialized(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors and the metadata of the file."""
         # One metadata key only: several are written in no fixed order, and equal programs must be equal files.
+        # clone: ablation everywhere holds one tensor many times, and safetensors refuses shared memory.
         tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
         header = {
             **extra,
