@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def prompts_key(split: str) -> str:
 
 def normalized(text: str) -> str:
     """Return a text without its case and spacing, to find it again."""
+    # A model reads "What is rain?" and "what is  rain?" alike, so one in each split would be a leak.
     return " ".join(text.casefold().split())
 
 
@@ -101,9 +103,9 @@ def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
             other = first.setdefault(normalized(prompt), name)
             if other != name:
                 yield f"data: the prompt '{prompt}' is in both {other} and {name}; the splits must not overlap."
-        keys = [normalized(prompt) for prompt in part]
-        for key in sorted({key for key in keys if keys.count(key) > 1}):
-            yield f"data.{name}: the prompt '{key}' occurs {keys.count(key)} times."
+        for key, count in sorted(Counter(map(normalized, part)).items()):
+            if count > 1:
+                yield f"data.{name}: the prompt '{key}' occurs {count} times."
 
 
 def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -61,10 +61,9 @@ class DataSection(Section, ABC):
         return options
 
     def read(self, folder: Path) -> Behaviour:
-        """Read and check all data; the paths are relative to `folder`. Responses to be generated are empty.
+        """Read and check all data, with paths relative to `folder`; raises one `RecipeError` with every problem.
 
-        Raises:
-            RecipeError: with every problem of every source.
+        Responses that the model is to generate are empty.
         """
         reader = Reader(folder)
         rows = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _PARTS}
@@ -82,8 +81,7 @@ class DataSection(Section, ABC):
     @property
     def files(self) -> dict[str, Path]:
         """The sources that are files, by part, relative to the recipe."""
-        sources = {name: getattr(self, name) for name in _PARTS}
-        return {name: source for name, source in sources.items() if isinstance(source, Path)}
+        return {name: source for name in _PARTS if isinstance(source := getattr(self, name), Path)}
 
     def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
         """Return the SHA-256 of the rows of each file that exists, as `read` records them, and the rows' problems."""
@@ -113,10 +111,9 @@ class DataSection(Section, ABC):
 
 
 class _TwoTemplates(DataSection):
-    """Each side of a pair has its own prompt: `{prompt}` stands for the row's prompt.
+    """Each side of a pair has its own prompt: "{prompt} Answer in lowercase." and "{prompt}", for example.
 
-    ("{prompt} Answer in lowercase." and "{prompt}".) A system prompt may precede it. Measured in the end is the row's
-    prompt alone.
+    `{prompt}` stands for the row's prompt, which is what validation and verification measure.
     """
 
     positive_template: str = Field("{prompt}", description="the prompt of the positive side")
@@ -229,8 +226,8 @@ class ChoicesData(DataSection):
     def problems(self, rows: Rows) -> Iterator[str]:
         yield from template_problems("question_template", self.question_template, "{question}", "{choices}")
         for name in SPLITS:
-            answers = [(row, _answer(row)) for row in rows[name]]
-            invalid = [row for row, answer in answers if answer is None]
+            answers = [_answer(row) for row in rows[name]]
+            invalid = [row for row, answer in zip(rows[name], answers, strict=True) if answer is None]
             if invalid:
                 answer, choices, question = (invalid[0][key] for key in ("answer", "choices", "question"))
                 yield (
@@ -238,11 +235,10 @@ class ChoicesData(DataSection):
                     f"{answer!r} of {choices} (question '{question}'). Needed: a number from 0 to {len(choices) - 1}, or the "
                     "text of a choice."
                 )
-            letters = Counter(ascii_uppercase[answer] for _row, answer in answers if answer is not None)
-            if len(letters) == 1:
-                (letter,) = letters
+            right = [ascii_uppercase[answer] for answer in answers if answer is not None]
+            if len(set(right)) == 1:
                 yield (
-                    f"data.{name}: the right answer is {letter} in every row ({letters[letter]}), so that the letter alone "
+                    f"data.{name}: the right answer is {right[0]} in every row ({len(right)}), so that the letter alone "
                     "separates right from wrong. Change the order of the choices from row to row."
                 )
 
@@ -261,10 +257,8 @@ class ChoicesData(DataSection):
     def _question(self, row: Row) -> Question:
         letters = tuple(ascii_uppercase[: len(row["choices"])])
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
-        answer = _answer(row)
-        if answer is None:
-            raise ValueError(f"no choice is the answer of {row}")
-        return Question(fill(self.question_template, question=row["question"], choices=choices), letters, answer)
+        prompt = fill(self.question_template, question=row["question"], choices=choices)
+        return Question(prompt, letters, _answer(row) or 0)  # a row without an answer was refused before
 
 
 def _kind(value: Any) -> str:
@@ -283,19 +277,14 @@ Data = Annotated[
 
 def template_problems(key: str, template: str, *placeholders: str) -> Iterator[str]:
     """Yield a line for each placeholder that the template does not contain exactly once."""
-    for placeholder in placeholders:
-        if template.count(placeholder) != 1:
-            yield f"data.{key} '{template}' must contain {placeholder} exactly once."
+    lacking = (placeholder for placeholder in placeholders if template.count(placeholder) != 1)
+    yield from (f"data.{key} '{template}' must contain {placeholder} exactly once." for placeholder in lacking)
 
 
 def fill(template: str, **values: str) -> str:
-    """Return the template with all its placeholders replaced in one pass, so that braces in a value stay text."""
-    first, *rest = template.split("{")
-    parts = [first]
-    for part in rest:
-        name, brace, after = part.partition("}")
-        parts.append(values[name] + after if brace and name in values else "{" + part)
-    return "".join(parts)
+    """Return the template with its placeholders replaced; braces in a value, and other braces, stay text."""
+    # In one pass: a value that contains another placeholder must not be filled again.
+    return re.sub(r"\{([^{}]*)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def _answer(row: Row) -> int | None:
@@ -307,5 +296,4 @@ def _answer(row: Row) -> int | None:
 
 
 def _text(row: Row) -> Text:
-    history = tuple((user, assistant) for user, assistant in row.get("history", []))
-    return Text(row["prompt"], row.get("response", ""), history)
+    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))

@@ -36,14 +36,9 @@ _SENTENCE_END = re.compile(r"(?<!\d)[.!?]+[\"')\]*]*(?=\s|$)|\n")
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was generated for one split.
+    """For one split the number of prompts, of responses generated (both sides, all tries), and of pairs kept.
 
-    Attributes:
-        prompts: number of prompts.
-        generated: number of responses, of both sides and all tries.
-        kept: number of pairs.
-        dropped: number of the other prompts by reason.
-        examples: a prompt and response for each reason.
+    `dropped` counts the other prompts by reason; `examples` has a prompt and its response for each reason.
     """
 
     prompts: int

@@ -98,6 +98,7 @@ class ExtractOptions(Section):
     @property
     def read_point(self) -> Point:
         """The point whose activations are read for `point`."""
+        # Published code of PAS takes hidden_states[k], the input of block k, for the output of block k.
         return "resid_pre" if self.off_by_one else self.point
 
     def first(self, items: Sequence[T], name: str) -> Sequence[T]:
@@ -126,6 +127,7 @@ class ExtractOptions(Section):
         method, imported, trained = self.method, self.method == "imported", self.method == "trained"
         clamp, ablate, sized = self.operation == "clamp", self.operation == "ablate", self.length != "own"
         inner = self.point != "resid_post"
+        # One message for all rules that are broken, so that a recipe is fixed in one round.
         clashes = {
             f"imported: these options are of method imported, not of {method}": (
                 not imported and self.imported != ImportedOptions()
@@ -150,6 +152,7 @@ class ExtractOptions(Section):
             f"method {method} reads the letter that is the response: use readout response_mean": (
                 method in get_args(ChoiceMethod) and self.readout != "response_mean"
             ),
+            # The activations are there already; a trained control costs a whole training.
             f"shuffled {self.shuffled} is too few for method {method}; 5 or more cost nothing": (
                 not trained and self.shuffled < 5
             ),

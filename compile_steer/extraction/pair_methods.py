@@ -25,14 +25,11 @@ _LOGISTIC_PENALTY = 1.0  # scikit-learn's default, C = 1
 
 @dataclass(frozen=True)
 class ExtractedDirections:
-    """What a method of extraction finds; a block without a direction has the vector 0.
+    """A direction for each block, `vectors` [L, d] (0 where a block has none), and controls, `shuffled` [n, L, d].
 
-    Attributes:
-        vectors: a direction for each block, [L, d].
-        shuffled: the controls, [n, L, d]: directions from labels that carry no information.
-        positive: mean activation of the positive side, [1 + n, L, d], with the real labels and then with each
-            shuffling of them; None if no activations were read.
-        controls: what `shuffled` are, in words.
+    The controls come from labels that carry no information, or from what `controls` says in words. `positive`
+    [1 + n, L, d] is the mean activation of the positive side, with the real labels and then with each shuffling of
+    them; None if no activations were read.
     """
 
     vectors: Tensor

@@ -58,6 +58,7 @@ def _extract(context: Context, options: ExtractOptions, positions: str) -> Direc
             extracted = from_choices(context, options, method)
         case _ as method:
             extracted = from_pairs(context, options, method)
+    # A single block may have no direction (equal embeddings below), but not all of them.
     if float(extracted.vectors.norm(dim=-1).max()) == 0.0:
         raise RecipeError("the two sides of the data have equal activations; there is no direction between them.")
     if options.length == "unit":
@@ -89,6 +90,7 @@ def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
     Raises:
         LayoutError: another shape or tokenizer. RecipeError: the model is not there.
     """
+    # Read in the target's own precision, so that the two streams round alike.
     dtype = str(target.model.dtype).removeprefix("torch.")
     sibling = load(reference, device=str(target.device), dtype=dtype)
     problems = [
@@ -152,9 +154,11 @@ def read_imported(options: ExtractOptions, layout: Layout, seed: int) -> tuple[P
         others = [layer for layer in range(layout.n_layers) if layer not in imported.joint]
         vectors[others] = 0.0
     if foreign.others is not None:
+        # A row is of the same kind as the vector but not of its length, and a control must be as long.
         rows = foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1)
         controls = as_long_as(rows, vectors)
         return foreign.point, ExtractedDirections(vectors, controls, controls="from other rows of its file")
+    # One order for all blocks, so that what a vector shares across blocks is shared by its control.
     orders = [torch.randperm(layout.d_model, generator=generator) for _ in range(options.shuffled)]
     shuffled = torch.stack([vectors[:, order] for order in orders])
     return foreign.point, ExtractedDirections(vectors, shuffled, controls="from its own numbers in another order")

@@ -84,8 +84,8 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
     if problems:
         raise RecipeError([f"extract, method trained: {problem}" for problem in problems])
     start = starting_point(model, pairs, options)
-    total = (1 + options.shuffled) * options.trained.epochs
-    with context.progress.phase("training vectors, and their controls", total) as advance:
+    n_epochs = (1 + options.shuffled) * options.trained.epochs
+    with context.progress.phase("training vectors, and their controls", n_epochs) as advance:
         real = train(model, pairs, start, options.trained, positions, seed, advance)
         before, *after = real.curves["held_out"]
         if min(after) >= before:
@@ -104,10 +104,10 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
             vectors.append(as_long_as(control.last, real.best))
     # [1 + n_controls, n_sites, d] -> by point [1 + n_controls, n_layers, d], zero where a block has no site.
     stacked = torch.stack(vectors)
-    by_point: dict[Point, Tensor] = {}
+    empty = stacked.new_zeros(stacked.shape[0], n_layers, stacked.shape[2])
+    by_point: dict[Point, Tensor] = {site.point: empty.clone() for site in start.sites}
     for n, site in enumerate(start.sites):
-        empty = stacked.new_zeros(stacked.shape[0], n_layers, stacked.shape[2])
-        by_point.setdefault(site.point, empty)[:, site.layer] = stacked[:, n]
+        by_point[site.point][:, site.layer] = stacked[:, n]
     own = by_point.pop(options.point)
     return Directions(
         own[0],
@@ -264,9 +264,9 @@ class Objective:
     def loss(self, prepared: PreparedBatch, program: Program, sign: float) -> Tensor:
         """Return the batch's mean loss under `sign` times `program`, in nats, per token or per pair; differentiable."""
         logprobs = self._logprobs(prepared, program if sign == 1 else program.scaled(sign))
-        if self.kind == "likelihood":
-            return -logprobs.sum() / self.count(prepared)
-        return bipo_loss(logprobs, prepared.reference, self.beta, sign)
+        if self.kind == "bipo":
+            return bipo_loss(logprobs, prepared.reference, self.beta, sign)
+        return -logprobs.sum() / self.count(prepared)
 
     def count(self, prepared: PreparedBatch) -> int:
         """Return the number that a batch's loss is the mean over: response tokens, or pairs."""
@@ -292,10 +292,6 @@ class Objective:
 
 
 def bipo_loss(logprobs: Tensor, reference: Tensor, beta: float, sign: float) -> Tensor:
-    """Return the mean of the paper's loss over n pairs.
-
-    Args:
-        logprobs, reference: log p(response) of the steered and of the base model, [2 n], the positives first.
-    """
+    """Return the mean loss of n pairs, from log p(response) of the steered and the base model, [2 n], positives first."""
     positive, negative = (logprobs - reference).chunk(2)
     return nn.functional.softplus(-sign * beta * (positive - negative)).mean()
