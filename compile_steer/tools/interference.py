@@ -74,7 +74,7 @@ class Fit:
 
     @property
     def kl_remaining(self) -> float | None:
-        """KL(hooks||adapters) as a fraction of KL(hooks||base); None where the hooks cancel."""
+        """Their ratio; None where the hooks cancel."""
         return self.kl / self.kl_base if self.kl_base > _NO_KL else None
 
 
@@ -187,7 +187,7 @@ def measure_interference(
     artifacts = {name: conditions.fit(scales, hooked[0], one, plain) for name, one in states.items()}
 
     # Every member's own pairs under every condition.
-    columns: dict[str, Condition] = {"base": None}
+    columns: dict[str, Condition] = {"base": None}  # first, because the others are differences from it
     columns |= {f"hooks {one.name}": sum_programs(members, on) for one, on in zip(members, alone, strict=True)}
     columns |= {"hooks all": sum_programs(members, scales)}
     columns |= {f"adapter {one.name}": adapters(on) for one, on in zip(members, alone, strict=True)}
@@ -290,6 +290,7 @@ def _state_interference(
     plain: Tensor, hooked: Sequence[Tensor], alone: Sequence[Tensor], artifacts: Mapping[str, Tensor]
 ) -> StateInterference:
     """`hooked`: all programs, then each; `alone`: each adapter; all [n_tokens, d_model]."""
+    # In float64: the cross term is a small difference of large sums.
     together, *each = (states.double() - plain.double() for states in hooked)
     adapter_errors = sum(
         (states.double() - plain.double() - change for states, change in zip(alone, each, strict=True)), 0 * together

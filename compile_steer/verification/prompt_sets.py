@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 from typing import Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ def build_prompts(
     base: LoadedModel, data: Behaviour, options: VerifyOptions
 ) -> tuple[dict[PromptSetName, list[Prompt]], list[str]]:
     """The prompts of each set, the long ones last, and why a set is missing."""
-    count, remarks = options.prompts_per_set, []
+    count, remarks = options.prompts_per_set, []  # a set that a model cannot have is a remark, not an error
 
     def prompts(texts: Sequence[Text]) -> list[Prompt]:
         return [Prompt(text.prompt, encode(base.tokenizer, replace(text, response=""))) for text in texts[:count]]
@@ -126,6 +126,8 @@ class PromptSets:
         sets, self.remarks = build_prompts(base, data, options)
         self.prompts = {name: [prompt.encoded for prompt in prompts] for name, prompts in sets.items()}
         self._plain = [prompt.plain for prompts in sets.values() for prompt in prompts]
+        ends = list(accumulate(map(len, sets.values())))
+        self._parts = {name: slice(end - len(sets[name]), end) for name, end in zip(sets, ends, strict=True)}
         self._steered = self._run(base, program)
         self._base = self._run(base, None, self._steered.answers["sampled"])
         self.base_scores, self.steered_scores = self._base.mean_scores, self._steered.mean_scores
@@ -135,7 +137,7 @@ class PromptSets:
         """The artifact on every set, and the scores of its answers, [n_prompts]; None where they cannot be scored."""
         compiled = self._run(artifact, None, self._steered.answers["sampled"])
         results = []
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             kl, kl_base = self._kl(name, artifact, compiled), self._kl_base[name]
             results.append(
                 PromptSet(
@@ -151,13 +153,6 @@ class PromptSets:
                 )
             )
         return results, compiled.mean_scores
-
-    def _parts(self) -> dict[PromptSetName, slice]:
-        """Where each set's prompts are among all of them."""
-        parts, start = {}, 0
-        for name, prompts in self.prompts.items():
-            parts[name] = slice(start, start := start + len(prompts))
-        return parts
 
     def _run(self, model: LoadedModel, program: Program | None, read: Sequence[Encoded] | None = None) -> _Run:
         """Answer every prompt, and read the answers `read`, by default the model's own sampled ones."""
@@ -181,9 +176,10 @@ class PromptSets:
         for prompt, cache in long:
             for decoding, own in answers.items():
                 own += answer([prompt], decoding, cache)
+        # Sampled answers are read, because greedy ones are where a model is most certain.
         texts = answers["sampled"] if read is None else read
         states: dict[PromptSetName, Tensor] = {}
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             if name == "long":
                 after = zip(texts[part], long, strict=True)
                 states[name] = torch.cat([states_after(model, text, cache, program) for text, (_p, cache) in after])

@@ -132,8 +132,6 @@ class Reference:
             self._quantized = key, Reference(context, self.program, self.options, self._scorer, self.ask, self)
         return self._quantized[1]
 
-    # --------------------------------------------------------------------------- distributions
-
     def _both(self, measure: Callable[[Program | None], T]) -> Both[T]:
         return Both(measure(None), measure(self.program))
 
@@ -179,8 +177,6 @@ class Reference:
     def scale_texts(self) -> list[Encoded]:
         """The first held-out texts: written at scale 1, and read at every scale."""
         return self.heldout[:SCALE_TEXTS]
-
-    # ------------------------------------------------------------------------------- behaviour
 
     def margins_of(self, model: LoadedModel, program: Program | None = None) -> np.ndarray:
         """log p(positive) - log p(negative) of each test pair, [n_pairs] nats per token."""
@@ -231,8 +227,6 @@ class Reference:
         """Base and steered model on the prompt sets, scored where the scorer takes prompts that are not in the data."""
         score = self._score if self._scorer.needs_no_labels else None
         return PromptSets(self.model, self.program, self._data, self.options, self.context.seed + 2, score)
-
-    # ---------------------------------------------------------------------- equivalence margins
 
     @cached_property
     def equivalence_margins(self) -> dict[Measure, float]:
