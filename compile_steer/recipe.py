@@ -159,6 +159,7 @@ RENAMED_KEYS = {
     "compile.full.neutral_weight": "compile.full.base_kl_weight",
     "data.write": "data.generate",
     "data.kind=written": "generated",
+    "extract.trained.beside": "extract.trained.other_points",
     "validate.claim": "validate.minimum_effect",
     "validate.coefficients.ceiling": "validate.coefficients.perplexity_limit",
     "validate.mismatched": "validate.other_behaviour",

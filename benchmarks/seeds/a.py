@@ -177,7 +177,7 @@ TRAININGS: Mapping[str, Mapping[str, object]] = {
     f"a vector a block, l2 0, rate {FAST:g}": {"l2": 0.0, "learning_rate": FAST},
     f"a vector a block, rate {FAST:g}": {"learning_rate": FAST},
     # Two of the three are the same place for a shift, so a step at the same rate would go three times as far.
-    "three sites a block": {"beside": THREE_SITES, "learning_rate": 0.02 / 3},
+    "three sites a block": {"other_points": THREE_SITES, "learning_rate": 0.02 / 3},
     f"BiPO, one vector at block {BIPO_BLOCK}": {"loss": "bipo", "layers": (BIPO_BLOCK,)},
 }
 

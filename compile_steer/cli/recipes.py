@@ -13,9 +13,9 @@ from compile_steer.common import distributed
 
 @command(Session)
 def generate_pairs(session: Session) -> None:
-    """Have the model write its own contrast pairs, and keep those in which the scorer finds the behaviour.
+    """Let the model generate its own contrast pairs, and keep those in which the scorer finds the behaviour.
 
-    For data of kind written or instructions; every later command does this first. Leaves data/NAME.SPLIT.jsonl, which
+    For data of kind generated or instructions; every later command does this first. Leaves data/NAME.SPLIT.jsonl, which
     may be edited: the files are kept until the prompts, the templates, the scorer or the model change.
     """
     from compile_steer.report.terminal import print_generation

@@ -39,7 +39,7 @@ class TrainedOptions(Section):
         "likelihood", description="of the positive responses; or of the preference for them, in both directions (BiPO)"
     )
     layers: tuple[int, ...] | Literal["all"] = Field("all", description="the blocks that get a vector each")
-    beside: tuple[Point, ...] = Field((), description="other points of these blocks that get a vector too")
+    other_points: tuple[Point, ...] = Field((), description="other points of these blocks that get a vector too")
     start: Literal["zero", "mean_difference"] = Field("zero", description="the vectors before the first step")
     epochs: int = Field(8, ge=1, description="passes over the pairs; the best on a held-out sixth is kept")
     learning_rate: float = Field(0.02, gt=0, description="how far a step moves a vector, in norms of the stream")
@@ -160,8 +160,8 @@ class ExtractOptions(Section):
                 not trained and self.trained != TrainedOptions()
             ),
             "method trained makes vectors of its own length; leave out extract.length": trained and sized,
-            f"trained.beside names a point twice (extract.point is {self.point})": (
-                len({self.point, *self.trained.beside}) <= len(self.trained.beside)
+            f"trained.other_points names a point twice (extract.point is {self.point})": (
+                len({self.point, *self.trained.other_points}) <= len(self.trained.other_points)
             ),
         }
         problems = [message for message, clash in clashes.items() if clash]

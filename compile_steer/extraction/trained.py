@@ -125,7 +125,7 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
 def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: ExtractOptions) -> Start:
     """Return the sites, the vectors to start from, and by block the median norm of the responses' mean stream."""
     layers = range(loaded.layout.n_layers) if options.trained.layers == "all" else options.trained.layers
-    points: tuple[Point, ...] = (options.point, *options.trained.beside)
+    points: tuple[Point, ...] = (options.point, *options.trained.other_points)
     sites = tuple(Site(k, point) for point in points for k in layers)
     positive, negative = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
     stream = read_activations(loaded, positive, point="resid_post", readout="response_mean")

@@ -197,7 +197,7 @@ def test_nothing_below_the_first_trained_block_is_run_again() -> None:
 def test_training_from_the_mean_difference_begins_there() -> None:
     tiny = loaded("llama")
     options = ExtractOptions.model_validate(
-        {"method": "trained", "trained": {"start": "mean_difference", "layers": (1, 3), "beside": ("attn_out",)}}
+        {"method": "trained", "trained": {"start": "mean_difference", "layers": (1, 3), "other_points": ("attn_out",)}}
     )
     start = starting_point(tiny, PAIRS, options)
     assert [str(site) for site in start.sites] == ["resid_post 1", "resid_post 3", "attn_out 1", "attn_out 3"]
@@ -217,7 +217,7 @@ def test_training_from_the_mean_difference_begins_there() -> None:
 
 def test_the_program_holds_a_vector_at_every_trained_block_and_point(tmp_path: Path) -> None:
     tiny = loaded("llama")
-    directions = extract_trained(tiny, trained={"layers": (1, 3), "beside": ("attn_out", "mlp_out")})
+    directions = extract_trained(tiny, trained={"layers": (1, 3), "other_points": ("attn_out", "mlp_out")})
     made = directions.program(EVERY_BLOCK, 0.6, "response")
     sites = {str(i.site): i for i in made.interventions}
     assert set(sites) == {f"{point} {k}" for point in ("resid_post", "attn_out", "mlp_out") for k in (1, 3)}
@@ -235,7 +235,7 @@ def test_the_program_holds_a_vector_at_every_trained_block_and_point(tmp_path: P
 
 def test_a_control_is_a_training_on_swapped_sides_of_the_same_length() -> None:
     tiny = loaded("llama")
-    directions = extract_trained(tiny, shuffled=2, trained={"beside": ("attn_out",)})
+    directions = extract_trained(tiny, shuffled=2, trained={"other_points": ("attn_out",)})
     assert tuple(directions.shuffled.shape) == (2, LAYERS, HIDDEN)
     real = directions.program(EVERY_BLOCK, 1.3, "all")
     for index in range(2):
@@ -267,7 +267,7 @@ def test_options_that_do_not_fit_are_refused_all_at_once() -> None:
     with pytest.raises(ValueError, match=r"shuffled 2 is too few for method pca.*these options are of method trained"):
         ExtractOptions.model_validate({"method": "pca", "shuffled": 2, "trained": {"epochs": 3}})
     with pytest.raises(ValueError, match="names a point twice"):
-        ExtractOptions.model_validate({"method": "trained", "trained": {"beside": ["resid_post"]}})
+        ExtractOptions.model_validate({"method": "trained", "trained": {"other_points": ["resid_post"]}})
     with pytest.raises(ValueError, match="greater than 0"):
         TrainedOptions.model_validate({"learning_rate": 0})
     for layers in ([], [-1], [2, 2]):
