@@ -51,12 +51,9 @@ def validate(
 ) -> Validation:
     """Choose the program on validation data, measure it once on test data and decide.
 
-    Args:
-        readout: of the held-out activations that the direction is to separate.
-        ask: a prompt that base and steered model answer for the report, also at `too_high` times the coefficient.
-
-    Raises:
-        RecipeError: no point of the sweep is coherent. LayoutError: a layer is not in the model.
+    `readout` is that of the held-out activations that the direction is to separate. Base and steered model answer `ask`
+    for the report, also at `too_high` times the coefficient. Raises `RecipeError` if no point of the sweep is coherent,
+    `LayoutError` if a layer is not in the model.
     """
     model, data, seed, progress = context.model, context.data, context.seed, context.progress
     test, limit = data.test[: options.pairs], options.max_perplexity_ratio
@@ -71,8 +68,7 @@ def validate(
     other = other_directions(context, options, directions)
 
     # Choose the program on validation data.
-    pairs = data.validation[: options.sweep_pairs]
-    evaluator = ContrastEvaluator(model, pairs, data.neutral[: options.sweep_neutral])
+    evaluator = ContrastEvaluator(model, data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral])
     power = _power(context, options, evaluator.base_margins, score)
     chosen = sweep(context, options, layers, program_at, evaluator, score)
     layer, coefficient = chosen.best.layer, chosen.best.coefficient
@@ -95,10 +91,9 @@ def validate(
     controls = measure_controls(few, program, random, shuffled, directions.controls, unrelated, progress)
 
     # The same program at other coefficients, and the answers under every condition.
-    with progress.phase("test: coefficient sweep", 1):
+    with progress.phase("test: other coefficients, all answers", 1):
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
         points = sweep_coefficients(few, program, coefficient, limit)
-    with progress.phase("test: answers under every condition", 1):
         answers = _answer(context, options, score, program, random, points, ask, too_high)
 
     report = ValidationReport(
