@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, overload
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, repeated_prompts
+from compile_steer.data.section import TEXTS, text_of
 from compile_steer.data.sources import MAX_LINES, Reader, Row, checked_row
 from compile_steer.models.text import Pair, Text
 
@@ -120,8 +121,8 @@ class Pairs(Sequence[Pair]):
     ) -> Behaviour:
         """Return all the data that the stages need, from these pairs and from texts on other topics.
 
-        Each part that is not given gets a tenth of the pairs, which then are in no split; a warning says so. That is
-        enough to try things out, but only texts on other topics show what steering does there.
+        A part that is not given is taken from the general texts that the package brings, without those whose prompt a
+        pair has.
 
         Args:
             neutral: control texts, which measure the KL from the base and the perplexity. A plain string is divided
@@ -136,30 +137,29 @@ class Pairs(Sequence[Pair]):
         sources = {"neutral": neutral, "heldout": heldout, "calibration": calibration}
         problems: list[str] = []
         parts = {name: _texts(name, texts, problems) for name, texts in sources.items() if texts is not None}
-        missing = [name for name in sources if name not in parts]
-        size, order = max(1, len(self) // 10), random.Random(seed).sample(self.pairs, len(self))
-        for n, name in enumerate(missing):
-            # The negative response is what the model says without the behaviour, so it can serve as control text.
-            parts[name] = tuple(
-                Text(pair.prompt, pair.negative.response if name == "neutral" else "")
-                for pair in order[n * size : (n + 1) * size]
-            )
-        rest = Pairs(tuple(order[len(missing) * size :]))
-        prompts = {name: [text.prompt for text in texts] for name, texts in parts.items()}
-        problems += repeated_prompts({"pairs": [pair.prompt for pair in rest], **prompts})
+        taken = {normalized(prompt) for prompt in [pair.prompt for pair in self] + _prompts(parts)}
+        for name in sources.keys() - parts.keys():
+            parts[name] = tuple(text for text in _shipped(name) if normalized(text.prompt) not in taken)
+        problems += repeated_prompts(
+            {"pairs": [pair.prompt for pair in self], **{name: _prompts({name: parts[name]}) for name in sources}}
+        )
         if problems:
             raise RecipeError(problems)
-        train, validation, test = rest.split(*fractions, seed)
-        if missing:
-            warnings.warn(
-                f"no {', no '.join(missing)} texts were given: each part gets {size} of the {len(self)} pairs, which "
-                f"leaves {len(rest)} for training, validation and test",
-                stacklevel=2,
-            )
+        train, validation, test = self.split(*fractions, seed)
         values: dict[str, Sequence[Pair | Text]] = {"train": train, "validation": validation, "test": test, **parts}
         hashes = {name: digest([asdict(value) for value in part]) for name, part in values.items()}
         texts = (parts["neutral"], parts["heldout"], parts["calibration"])
         return Behaviour(train.pairs, validation.pairs, test.pairs, *texts, hashes)
+
+
+def _prompts(parts: Mapping[str, Sequence[Text]]) -> list[str]:
+    return [text.prompt for texts in parts.values() for text in texts]
+
+
+def _shipped(name: str) -> list[Text]:
+    """Read the package's own texts of a part."""
+    lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [text_of(json.loads(line)) for line in lines]
 
 
 def read_pairs(key: str, path: Path) -> list[Pair]:
@@ -221,7 +221,7 @@ def _texts(name: str, texts: Sequence[str | Text], problems: list[str]) -> tuple
         else:
             parsed.append(text)
     if not texts:
-        problems.append(f"{name}: found 0 texts; needed: 1 or more, or leave it out to take them from the pairs.")
+        problems.append(f"{name}: found 0 texts; needed: 1 or more, or leave it out to take the package's own.")
     return tuple(parsed)
 
 

@@ -26,6 +26,7 @@ _TEXT_KEYS = {
     "calibration": (("prompt",), ("history",)),
 }
 _PARTS = (*SPLITS, *_TEXT_KEYS)
+TEXTS = Path(__file__).parent / "texts"  # general texts and prompts, for a behaviour that brings none of its own
 
 
 class GenerateOptions(Section):
@@ -50,9 +51,14 @@ class DataSection(Section, ABC):
     train: Source = Field(description="rows that the direction is found from")
     validation: Source = Field(description="rows that layer and coefficient are chosen on")
     test: Source = Field(description="rows that the chosen program is measured on, once")
-    neutral: Source = Field(description="control texts, with prompt and response")
-    heldout: Source = Field(description="prompts for verification alone")
-    calibration: Source = Field(description="prompts whose steered continuations the compiler is fitted to")
+    neutral: Source | None = Field(
+        None, description="control texts, with prompt and response; by default those of the package"
+    )
+    heldout: Source | None = Field(None, description="prompts for verification alone; by default those of the package")
+    calibration: Source | None = Field(
+        None,
+        description="prompts whose steered continuations the compiler is fitted to; by default those of the package",
+    )
 
     @property
     def generation(self) -> GenerateOptions | None:
@@ -66,7 +72,7 @@ class DataSection(Section, ABC):
         Responses that the model is to generate are empty.
         """
         reader = Reader(folder)
-        rows = {name: reader.rows(name, getattr(self, name), *self._keys(name)) for name in _PARTS}
+        rows = {name: reader.rows(name, self._source(name), *self._keys(name)) for name in _PARTS}
         splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
@@ -74,7 +80,7 @@ class DataSection(Section, ABC):
         if problems:
             raise RecipeError(problems)
         train, validation, test = (tuple(map(self.pair, part)) for part in splits.values())
-        neutral, heldout, calibration = (tuple(map(_text, part)) for part in texts.values())
+        neutral, heldout, calibration = (tuple(map(text_of, part)) for part in texts.values())
         labels = self.labels(splits)
         return Behaviour(train, validation, test, neutral, heldout, calibration, reader.hashes, **labels)
 
@@ -86,10 +92,15 @@ class DataSection(Section, ABC):
     def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
         """Return the SHA-256 of the rows of each file that exists, as `read` records them, and the rows' problems."""
         reader = Reader(folder)
-        for name, source in self.files.items():
-            if (folder / source).is_file():
+        for name in _PARTS:
+            source = self._source(name)
+            if isinstance(source, Path) and (folder / source).is_file():
                 reader.rows(name, source, *self._keys(name))
         return reader.hashes, reader.problems
+
+    def _source(self, name: str) -> Source:
+        source: Source | None = getattr(self, name)
+        return TEXTS / f"{name}.jsonl" if source is None else source
 
     def _keys(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return _TEXT_KEYS.get(name, (self.keys, self.optional))
@@ -295,5 +306,7 @@ def _answer(row: Row) -> int | None:
     return choices.index(answer.strip()) if answer.strip() in choices else None
 
 
-def _text(row: Row) -> Text:
-    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))
+def text_of(row: Row) -> Text:
+    """Return the text of a row with a prompt, and with a response and earlier turns if it has them."""
+    history = tuple((user, assistant) for user, assistant in row.get("history", []))
+    return Text(row["prompt"], row.get("response", ""), history)

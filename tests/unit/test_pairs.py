@@ -146,21 +146,22 @@ def test_a_behaviour_has_the_texts_that_are_given_and_all_pairs() -> None:
     assert {name for name in data.hashes if data.hashes[name] != other.hashes[name]} == {"heldout"}
 
 
-def test_missing_texts_are_taken_from_the_pairs_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="no heldout, no calibration texts were given: each part gets 4 of the 40"):
-        data = Pairs.from_list(ROWS).to_behaviour(neutral=NEUTRAL)
-    assert (len(data.heldout), len(data.calibration)) == (4, 4)
-    pairs = [pair.prompt for pair in (*data.train, *data.validation, *data.test)]
-    prompts = pairs + [text.prompt for text in (*data.heldout, *data.calibration)]
-    assert sorted(prompts) == sorted(prompt for prompt, _high, _low in ROWS), "each prompt is in one part"
-    with pytest.warns(UserWarning, match="no neutral, no heldout, no calibration texts were given"):
-        data = Pairs.from_list(ROWS).to_behaviour()
-    assert all(text.response == text.prompt.replace("prompt", "low") for text in data.neutral)
+def test_missing_texts_are_those_of_the_package_but_for_prompts_that_a_pair_has() -> None:
+    general = Pairs.from_list(ROWS).to_behaviour()
+    assert min(len(general.neutral), len(general.heldout), len(general.calibration)) >= 30
+    assert all(text.response for text in general.neutral)
+    prompts = [text.prompt for text in (*general.neutral, *general.heldout, *general.calibration)]
+    assert len(set(prompts)) == len(prompts), "each prompt is in one part"
+    prompt = general.heldout[3].prompt
+    rows = [*ROWS, (prompt.upper(), "high", "low"), (general.calibration[0].prompt, "higher", "lower")]
+    data = Pairs.from_list(rows).to_behaviour(neutral=NEUTRAL)
+    assert data.neutral == tuple(NEUTRAL)
+    assert data.heldout == tuple(text for text in general.heldout if text.prompt != prompt)
+    assert data.calibration == general.calibration[1:]
 
 
 def test_a_plain_control_text_is_divided_into_a_prompt_and_its_continuation() -> None:
-    with pytest.warns(UserWarning, match="heldout"):
-        data = Pairs.from_list(ROWS).to_behaviour(neutral=["the way to the old town is long"])
+    data = Pairs.from_list(ROWS).to_behaviour(neutral=["the way to the old town is long"])
     assert data.neutral == (Text("the way to the", "old town is long"),)
 
 
@@ -170,6 +171,6 @@ def test_texts_that_cannot_be_used_are_reported_at_once() -> None:
     assert caught.value.problems == (
         "neutral, text 0: found 'one'; needed: a prompt and a response; of a plain string, two words.",
         "heldout, text 1: found ' '; needed: a prompt.",
-        "calibration: found 0 texts; needed: 1 or more, or leave it out to take them from the pairs.",
+        "calibration: found 0 texts; needed: 1 or more, or leave it out to take the package's own.",
         "data: the prompt 'Prompt  3' is in both pairs and heldout; the splits must not overlap.",
     )
