@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from compile_steer.common.errors import RecipeError
+from compile_steer.data.behaviour import require_distinct
 from compile_steer.data.pairs import Pairs
 from compile_steer.models.text import Pair, Text
+from tests.helpers.extraction import extract_with
+from tests.helpers.tiny import LAYERS, loaded
 
 ROWS = [(f"prompt {n}", f"high {n}", f"low {n}") for n in range(40)]
 NEUTRAL = [Text("control 0", "plain"), Text("control 1", "text")]
@@ -174,3 +177,13 @@ def test_texts_that_cannot_be_used_are_reported_at_once() -> None:
         "calibration: found 0 texts; needed: 1 or more, or leave it out to take the package's own.",
         "data: the prompt 'Prompt  3' is in both pairs and heldout; the splits must not overlap.",
     )
+
+
+def test_a_direction_can_be_extracted_from_pairs_alone() -> None:
+    tiny = loaded("llama")
+    pairs = Pairs.from_list([(f"w{n} w60", f"w4{n % 7} w50", f"w9{n % 3}") for n in range(10, 40)])
+    with pytest.warns(UserWarning):
+        data = pairs.to_behaviour()
+    require_distinct(tiny.tokenizer, data)
+    directions = extract_with(tiny, data, length="stream")
+    assert directions.layers == tuple(range(LAYERS))
