@@ -42,7 +42,7 @@ class Source:
     revision: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Directions:
     """One candidate direction a block, and the controls that a candidate has to beat.
 
@@ -74,6 +74,11 @@ class Directions:
     other_points: Mapping[Point, Tensor] = field(default_factory=dict)
     source: Source | None = None
     curves: Mapping[str, list[float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        n_layers, d_model = self.vectors.shape
+        blocks = f"{len(self.layers)} of {n_layers} blocks"
+        return f"Directions({self.operation} at {self.point}, {blocks}, d_model {d_model}, model {self.model!r})"
 
     @property
     def layers(self) -> tuple[int, ...]:

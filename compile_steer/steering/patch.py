@@ -14,7 +14,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, decompose, transpose_conv1d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightPatch:
     """Edits by the full name of the module in the causal language model. `with_patch` runs a model under them.
 
@@ -35,6 +35,12 @@ class WeightPatch:
     untie: bool = False
     architecture: str = ""
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        parts = {"low rank": self.low_rank, "dense": self.dense, "bias": self.bias}
+        edits = ", ".join(f"{len(edits)} {name}" for name, edits in parts.items() if edits)
+        rewritten = f", rewritten as {self.architecture}" if self.architecture else ""
+        return f"WeightPatch({edits or 'no edit'}{f', rank {self.max_rank}' if self.low_rank else ''}{rewritten})"
 
     @property
     def max_rank(self) -> int:

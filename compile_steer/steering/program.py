@@ -98,13 +98,16 @@ def ablate_everywhere(direction: Tensor, n_layers: int, coefficient: float = 1.0
     return tuple(Intervention(site, "ablate", direction, coefficient) for site in sites)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """A tuple of interventions for one model. `model` and `revision` name what it was made for."""
 
     interventions: tuple[Intervention, ...]
     model: str
     revision: str
+
+    def __repr__(self) -> str:
+        return f"Program for {self.model!r}: {self.describe()}"
 
     def __post_init__(self) -> None:
         widths = {int(i.vector.shape[0]) for i in self.interventions}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from compile_steer.artifacts.files import load_json, save_record, sha256, was_edited
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.summary import Summary
 from compile_steer.stats import Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 
@@ -117,8 +118,8 @@ class CoefficientSweep:
     negative_crossing: float | None
 
 
-@dataclass(frozen=True)
-class ValidationReport:
+@dataclass(frozen=True, repr=False)
+class ValidationReport(Summary):
     """What was measured, the verdict and its reasons."""
 
     # A keyword, so that it may come first in the JSON although it has a default.
@@ -151,6 +152,17 @@ class ValidationReport:
     def where(self) -> str:
         """The chosen layer in words."""
         return block_name(self.layer)
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        s = self.scores
+        return [
+            ("verdict", self.verdict),
+            *(("", reason) for reason in self.reasons),
+            ("block, coefficient", f"{self.where}, {self.coefficient:g}"),
+            ("log-likelihood margin", f"{self.margin} nats/token on {self.n_pairs} test pairs"),
+            ("score", f"base {s.base:.2f}, steered {s.steered:.2f} on {self.n_prompts} test prompts"),
+            ("perplexity of control text", f"x{self.coherence.perplexity_ratio:.2f}"),
+        ]
 
     def save(self, path: Path) -> None:
         save_record(path, asdict(self))

@@ -11,6 +11,7 @@ from typing import Literal
 
 from compile_steer.artifacts.files import load_json, save_record, was_edited
 from compile_steer.artifacts.provenance import PARITY, weights_sha256
+from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
 
 PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]
@@ -221,8 +222,8 @@ class Rounding:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parity:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Parity(Summary):
     """Comparison of one artifact with the steered model.
 
     Attributes:
@@ -254,6 +255,19 @@ class Parity:
     reasons: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     sha256: dict[str, str]
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        d, b = self.divergence, self.behaviour
+        return [
+            ("verdict", "passed" if self.passed else "FAILED"),
+            *(("", reason) for reason in self.reasons),
+            ("artifact", f"{self.backend} {self.form}"),
+            ("KL(steered‖compiled)", f"{d.kl.value:.1e} nats/token on {d.n_tokens} held-out tokens"),
+            ("remaining KL", f"{d.kl_remaining.value:.3%} [{d.kl_remaining.low:.3%}, {d.kl_remaining.high:.3%}]"),
+            ("same first token", f"{d.top1:.2%}; base {d.top1_base:.2%}"),
+            ("effect retained", str(b.effect_retained)),
+            ("score", f"base {b.score_base:.2f}, steered {b.score_steered:.2f}, compiled {b.score_compiled:.2f}"),
+        ]
 
     @property
     def noise_kl(self) -> float:
