@@ -154,7 +154,7 @@ class Provenance:
     architecture: str = ""
     biases: int = 0
     fingerprint: list[float] = field(default_factory=list)
-    files_sha256: dict[str, str] = field(default_factory=dict, compare=False)
+    files_sha256: dict[str, str] = field(default_factory=dict, compare=False)  # not known before it is written
 
     @property
     def is_merged(self) -> bool:
@@ -276,6 +276,7 @@ def save_engine_records(folder: Path, records: Sequence[EngineRecord]) -> bool:
 
     Returns False, and writes nothing, for a folder that is not ours or where no engine ran.
     """
+    # Without a finite gain steering changed nothing in transformers: there was nothing to measure.
     measured = [record for record in records if not record.problem and math.isfinite(record.gain)]
     if not measured or not (folder / PROVENANCE).is_file():
         return False

@@ -70,7 +70,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
-        if name not in self.files:
+        if name not in self.files:  # a tied head is not saved
             return None
         with safe_open(self.files[name], framework="pt") as content:
             tensor: Tensor = content.get_tensor(name)

@@ -79,7 +79,7 @@ def audit(
 
     known = None if program is None else Program.load(program)
     changes = audit(base, other, known, threshold, progress_bars())
-    finish(as_json, changes.summary(), lambda: print_audit(console(), changes))
+    finish(as_json, asdict(changes), lambda: print_audit(console(), changes))
 
 
 def push(

@@ -83,7 +83,7 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
     """
     from peft import LoraConfig
 
-    needed = max(edit.rank for edit in edits.values())
+    needed = max(edit.rank for edit in edits.values())  # engines read one rank for all modules
     rank = next((r for r in _RANKS if r >= needed), needed)
     config = LoraConfig(
         r=rank,

@@ -192,13 +192,13 @@ def _kind(tensor: Tensor, precision: str, gives_logits: bool) -> gguf.GGMLQuanti
     if tensor.ndim < 2:
         return _Kind.F32
     kind = _Kind.Q8_0 if gives_logits and precision == "q4_0" else GGUF_KINDS[precision][0]
-    block, _bytes = gguf.GGML_QUANT_SIZES[kind]
+    block, _bytes = gguf.GGML_QUANT_SIZES[kind]  # values that share one scale
     return _Kind.F16 if tensor.shape[-1] % block else kind
 
 
 def _require_range(parameter: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
     largest, limit = float(tensor.abs().max()), _LARGEST.get(kind)
-    if limit is not None and largest > limit:
+    if limit is not None and largest > limit:  # the cast would give infinity
         raise ArtifactError(
             f"{parameter} holds {largest:.4g}, beyond {limit:.4g}, the largest value of {kind.name}; nothing was written. "
             "Use a form of wider precision, as merged-fp32 or merged-bf16."

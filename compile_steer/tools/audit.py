@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ _MAX_LENGTH = 200  # characters of a setting that are shown
 
 @dataclass(frozen=True)
 class SettingsChange:
-    """One key of one file; None where a side lacks it. Long values are cut."""
+    """One key of one file; None where a side lacks it."""
 
     file: str
     key: str
@@ -91,10 +91,6 @@ class Audit:
     baked: list[BakedDirection]
     not_baked: str
 
-    def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 def audit(base: str, other: str, program: Program | None, threshold: float, progress: Progress) -> Audit:
     """Compare `other` (a model folder, hub id, adapter or patch folder) with `base`, without loading a model.
@@ -108,6 +104,7 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
     """
     if not 0 < threshold < 1:
         raise RecipeError(f"--threshold {threshold:g}: needed: a fraction between 0 and 1.")
+    # An adapter's folder is no model, so `folder_of` would not find it.
     base_folder, folder = folder_of(base), Path(other) if Path(other).is_dir() else folder_of(other)
     before, unchanged = Checkpoint(base_folder), Unchanged()
     kind = _kind(folder)
@@ -117,10 +114,10 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
     total = len(Checkpoint(folder).files) if patch is None else len(patch.low_rank) + len(patch.dense)
     with progress.phase("comparing tensors", total) as advance:
         if patch is None:
-            found = compare_checkpoints(before, Checkpoint(folder), names, threshold, unchanged, advance)
+            compared = compare_checkpoints(before, Checkpoint(folder), names, threshold, unchanged, advance)
         else:
-            found = compare_patch(before, patch, names, threshold, advance)
-        differences = list(found)
+            compared = compare_patch(before, patch, names, threshold, advance)
+        differences = list(compared)
     baked, reason = find_baked(differences, layout, program)
     return Audit(
         base=base,
@@ -138,6 +135,7 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
 
 
 def _kind(folder: Path) -> str:
+    # In this order: an adapter's folder may also hold the config of its base.
     for file, kind in ((PATCH_FILE, "patch"), (ADAPTER_CONFIG, "adapter"), ("config.json", "checkpoint")):
         if (folder / file).is_file():
             return kind
@@ -183,9 +181,9 @@ def find_baked(
     largest = max((difference.change.norm for difference in differences), default=0.0)
     real = [difference for difference in differences if difference.change.norm > _ZERO * largest]
     projections, embeddings = layout.output_projections, layout.family.embeddings
-    outside = [one.change.name for one in real if one.module not in projections and one.module not in embeddings]
-    added = [(one, one.vector) for one in real if one.vector is not None]
-    wide = [one.change for one in real if one.change.rank != 1]
+    outside = [d.change.name for d in real if d.module not in projections and d.module not in embeddings]
+    added = [(d, d.vector) for d in real if d.vector is not None]
+    wide = [d.change for d in real if d.change.rank != 1]
     reason = ""
     if not real:
         reason = "no weight was changed"
@@ -195,23 +193,22 @@ def find_baked(
         reason = f"{len(wide)} of {len(real)} changes have another rank than 1, as {wide[0].name} ({wide[0].rank})"
     if reason:
         return [], reason
-    blocks = {one.module: projections[one.module].layer if one.module in projections else None for one in real}
 
-    def baked(kind: Literal["added", "written"], one: Difference, direction: Tensor) -> BakedDirection:
-        block = blocks[one.module]
+    def baked(kind: Literal["added", "written"], difference: Difference, direction: Tensor) -> BakedDirection:
+        block = projections[difference.module].layer if difference.module in projections else None
         cosine = _nearest_cosine(direction, program, block, signed=kind == "added")
-        return BakedDirection(kind, [one.change.name], block, one.change.norm, cosine=cosine)
+        return BakedDirection(kind, [difference.change.name], block, difference.change.norm, cosine=cosine)
 
     if len(added) == len(real):
-        return [baked("added", one, vector) for one, vector in added], ""
+        return [baked("added", difference, vector) for difference, vector in added], ""
     # The side of the matrix that the stream sees: an embedding's rows, what any other matrix writes.
-    directions = [one.top.v if one.module in embeddings else one.top.u for one in real if one.top is not None]
+    directions = [d.top.v if d.module in embeddings else d.top.u for d in real if d.top is not None]
     coefficient = _ablation(real, directions, embeddings)
     if coefficient is None:
-        return [baked("written", one, direction) for one, direction in zip(real, directions, strict=True)], ""
-    norm = sum(one.change.norm**2 for one in real) ** 0.5
-    cosine = _nearest_cosine(directions[0], program, None, signed=False)
-    return [BakedDirection("ablated", [one.change.name for one in real], None, norm, coefficient, cosine)], ""
+        return [baked("written", *pair) for pair in zip(real, directions, strict=True)], ""
+    norm = sum(d.change.norm**2 for d in real) ** 0.5
+    cosine = _nearest_cosine(directions[0], program, None, signed=False)  # a singular vector has no sign
+    return [BakedDirection("ablated", [d.change.name for d in real], None, norm, coefficient, cosine)], ""
 
 
 def _ablation(real: Sequence[Difference], directions: Sequence[Tensor], embeddings: Sequence[str]) -> float | None:

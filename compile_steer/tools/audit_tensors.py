@@ -129,7 +129,7 @@ def compare_checkpoints(
                 yield _only_on_one_side(name, "removed", old)
             yield _only_on_one_side(name, "added", new)
         elif not torch.equal(old.to(new.dtype), new):
-            delta = new.float() - old.float()
+            delta = new.float() - old.float()  # in fp32: a difference of two bf16 tensors is rounded again in bf16
             difference = _difference(name, old, delta, None, names, threshold, _rounding(old, new.dtype))
             yield replace(difference, change=replace(difference.change, dtype=_dtype(new)))
         elif old.dtype == new.dtype:
@@ -154,7 +154,7 @@ def compare_patch(
     edited = {module: [len(edit.B), edit.A.shape[1]] for module, edit in patch.low_rank.items()}
     edited |= {module: list(names.transpose_conv1d(module, delta).shape) for module, delta in patch.dense.items()}
     problems = []
-    for module, shape in sorted(edited.items()):
+    for module, shape in sorted(edited.items()):  # all of them first: half an audit is of no use
         old = base.tensor(before.get(f"{module}.weight", ""))
         held = "has none" if old is None else str(list(names.transpose_conv1d(module, old).shape))
         if held != str(shape):
@@ -169,7 +169,7 @@ def compare_patch(
         old = base.tensor(before.get(name, name))
         yield _difference(name, old, patch.dense.get(module), patch.low_rank.get(module), names, threshold)
     for module, bias in sorted(patch.bias.items()):
-        name = module if module in before else f"{module}.bias"
+        name = module if module in before else f"{module}.bias"  # a mixture of experts names the parameter itself
         old = base.tensor(before.get(name, name))
         if old is None:
             yield _only_on_one_side(name, "added", bias)
@@ -211,7 +211,7 @@ def _difference(
         change = TensorChange(name, "changed", shape, dtype, norm, norm / size if size else None)
         return Difference(change, module, vector=delta.float() if delta.ndim == 1 else None)
     U, S, V = decompose(None if delta is None else names.transpose_conv1d(module, delta), edit)
-    norm, largest = float(S.double().norm()), float(S[0])
+    norm, largest = float(S.double().norm()), float(S[0])  # the Frobenius norm is that of the singular values
     W = None if old is None else names.transpose_conv1d(module, old.float())
     u, v = U[:, 0].clone(), V[0].clone()  # clones, or they would keep all of U and V in memory
     change = TensorChange(

@@ -50,6 +50,7 @@ def relative_difference(old: Tensor | None, new: Tensor | None, base: Tensor | N
     if old is None or new is None or old.shape != new.shape:
         return math.inf
     start = torch.zeros_like(old) if base is None or base.shape != old.shape else base
+    # In fp64, so that summing adds no difference of its own.
     size = float((old.double() - start.double()).norm())
     difference = float((new.double() - old.double()).norm())
     return 0.0 if difference == 0.0 else difference / size if size > 0 else math.inf
@@ -87,7 +88,7 @@ def report_difference(old: Path, new: Path) -> float:
     if (before.layer, before.verdict) != (after.layer, after.verdict):
         return math.inf
     size = max(abs(before.margin.value), before.margin.high - before.margin.low)
-    difference = abs(before.margin.value - after.margin.value)
+    difference = abs(before.margin.value - after.margin.value)  # of an effect near 0 the interval is the scale
     return 0.0 if difference == 0.0 else difference / size
 
 
@@ -152,7 +153,7 @@ def compare_folder(
     old: Path, new: Path, provenance: Provenance, difference: Difference, tolerance: float
 ) -> Comparison:
     """A folder with its original, of `provenance`: file by file as they were recorded, or by its numbers."""
-    edited = list(provenance.changed_files(old))
+    edited = list(provenance.changed_files(old))  # an edited original proves nothing about the replay
     others = sorted(change.name for change in provenance.changed_files(new))
     if edited:
         result = "what was written came out again" if not others else "nor did that come out again"

@@ -70,7 +70,7 @@ class CompositionRun:
                 problems.append(f"{first.name} and {member.name}: {error.problems[0]}")
         if problems:
             raise ArtifactError(problems)
-        recipe = recipes[0]
+        recipe = recipes[0]  # all name the same model, dtype and device
         model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
         members = []
         for own, (member, _provenance) in zip(recipes, read, strict=True):
@@ -146,7 +146,7 @@ def compose(run: CompositionRun) -> Composition:
     refusal = backend.refusal(canonical(program), layout) or backend.adapter_refusal(canonical(program), layout)
     if refusal is not None:
         raise CannotLower(f"{run.backend}: all programs at once: {refusal}.")
-    program.save(run.paths.program)
+    program.save(run.paths.program)  # its hash goes into the provenance of both adapters
     folders = {way: run.paths.composed(run.backend, way) for way in (STACKED, JOINT)}
     for way, folder in folders.items():
         provenance = _provenance(run, way, program)

@@ -121,6 +121,7 @@ def _block_change(
     base: LoadedModel, other: LoadedModel, inputs: Sequence[Batch], streams: Sequence[Tensor | None], layer: int
 ) -> tuple[list[Tensor | None], Tensor, BlockChange]:
     """Run one block of both models on the other's stream: the other's outputs, the mean difference [d_model], its size."""
+    # In fp64: many thousand tokens are summed, and what is sought may be far smaller than the stream.
     total = torch.zeros(base.layout.d_model, dtype=torch.float64, device=base.device)
     weights = squares = 0.0
     n_tokens = 0

@@ -132,7 +132,7 @@ def _compared(name: str, path: Path | str, expected: str, actual: str) -> Link:
 def _report_links(folder: Path) -> Iterator[Link]:
     """What was measured of the folder, by verification and in serving engines: is it of these weights?"""
     reports = [folder / name for name in (PARITY, ENGINES) if (folder / name).is_file()]
-    weights = weights_sha256(folder) if reports else ""
+    weights = weights_sha256(folder) if reports else ""  # hashes every file: seconds for a large model
     for path in reports:
         yield _edit_check("parity's record" if path.name == PARITY else "engines' record", path)
         content = read_json(path, "Make it again.")
@@ -168,6 +168,7 @@ def _vector_links(path: Path, recipes: Path | None, checked: Origin | None = Non
     """The links of a vector or directions; recipe and data are left out where they are those of `checked`."""
     origin = Origin.read(path)
     report = path.with_name(f"{path.stem}.validation.json")
+    # A folder names its own report; only a vector by itself is checked against the one beside it.
     if checked is None and report.is_file():
         try:
             yield _recorded("validation is of this vector", path, ValidationReport.load(report).program_hash)

@@ -101,11 +101,13 @@ def send(upload: Upload, hub: Hub) -> str:
     Raises:
         ArtifactError: a file changed since it was listed, or the hub refused or could not be reached.
     """
+    # Between listing and sending a person reads and decides.
     changed = [file.name for file in upload.files if sha256(upload.folder / file.name) != file.sha256]
     if changed:
         raise ArtifactError(f"{upload.folder}: {', '.join(changed)} changed since it was listed; nothing was sent.")
     operations = [CommitOperationAdd(file.name, upload.folder / file.name) for file in upload.files]
     try:
+        # exist_ok: an artifact is sent again after its card was filled in.
         hub.create_repo(upload.target, private=upload.private, repo_type="model", exist_ok=True)
         commit = hub.create_commit(upload.target, operations, commit_message=f"compile_steer: {upload.folder.name}")
     except _HUB_ERRORS as error:

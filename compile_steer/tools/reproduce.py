@@ -55,6 +55,7 @@ class Reproduction:
         """As JSON; a link that was compared by its bytes alone has difference None."""
         links = [asdict(link) for link in self.links]
         for link in links:
+            # JSON has no infinity.
             link["difference"] = "infinite" if link["difference"] == math.inf else link["difference"]
         return {
             "artifact": str(self.artifact),
@@ -224,7 +225,7 @@ def _compare_inputs(original: _Original, origin: Origin) -> Iterator[Comparison]
     generated = [f"data {name}" for name in SPLITS] if recipe.data.generation is not None else []
     for link in input_links(original.path, origin, recipe.folder):
         # Generated pairs are generated again; the rows' problems are raised when the data are read.
-        if link.state != "missing" and link.name not in (*generated, "data"):
+        if link.state != "missing" and link.name not in (*generated, "data"):  # a data set is no file: later
             yield compare_hashes(link.name, link.expected, link.actual)
     yield compare_hashes("base", origin.revision, revision_of(recipe.model))
 

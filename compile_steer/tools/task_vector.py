@@ -127,6 +127,7 @@ def _problems(recombination: Recombination, folder: Path) -> list[str]:
         problems.append(f"the rank to cut to is {recombination.rank}; needed: 1 or more.")
     if Path(name).name != name or name in BACKENDS:
         problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
+    # Written to a temporary folder and exchanged, but the parents' hashes would be of folders that are gone.
     if folder.resolve() in [source.resolve() for source in recombination.folders]:
         problems.append(f"{folder} is read from and would be replaced; give another name.")
     return problems
@@ -163,7 +164,7 @@ def matrix_reports(patch: WeightPatch, layout: Layout, program: Program | None) 
         U, S, V = patch.decompose(name, layout)
         squares = S.double().square()
         total = float(squares.sum())
-        if total == 0.0:
+        if total == 0.0:  # a direction of nothing is not defined
             reports.append(MatrixReport(name, 0.0, 0.0, 0, None))
             continue
         vector = vector_at(program, blocks[name]) if program is not None and name in blocks else None

@@ -59,7 +59,7 @@ def import_vector(run: Run, path: Path, text: str) -> Directions:
         ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model; no recipe is left then.
         RecipeError: the recipe's validate.layers are not those of the file.
     """
-    directions = run.extract()
+    directions = run.extract()  # reads the file: the recipe's method is `imported`
     candidates(run.recipe.validate_, directions)  # the base recipe's layers may be others than the file's
     save_text(path, text)
     return directions
@@ -107,6 +107,7 @@ def block_vectors(program: Program) -> dict[int, Tensor]:
             if applies
         ]
         vector = intervention.coefficient * intervention.vector.float()
+        # Other tools take one vector a block.
         vectors[site.layer] = vectors[site.layer] + vector if site.layer in vectors else vector
     if problems:
         raise CannotLower(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def merged(base: LoadedModel, patch: WeightPatch, folder: Path, dtype: torch.dty
 
 def look(base: LoadedModel, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
     found = audit(base.source, str(other), program, threshold, Progress())
-    json.dumps(found.summary(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     return found
 
 

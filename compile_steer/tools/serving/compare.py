@@ -52,7 +52,7 @@ def compare_engines(
         ArtifactError: the artifact cannot be read, or does not name its base.
     """
     loaded = load(base or recorded_base(artifact), device="cpu")
-    sequences, records = reference_tokens(loaded), []
+    sequences, records = reference_tokens(loaded), []  # token ids: engines need not split text alike
     with progress.phase("running the engines", len(engines)) as advance:
         for engine in engines:
             form = artifact.name + (f" ({precision})" if engine.name == "llama.cpp" else "")
@@ -60,7 +60,7 @@ def compare_engines(
                 with tempfile.TemporaryDirectory(prefix="compile-steer-engines-") as folder:
                     forms = {form: artifact}
                     records += measure_forms(engine, forms, loaded, precision, sequences, Path(folder), limit_s)
-            except CompileSteerError as error:
+            except CompileSteerError as error:  # the other engines still run
                 records.append(EngineRecord(engine.name, form, problem=" ".join(error.problems)))
             advance(1)
     if save_engine_records(artifact, records):
@@ -113,6 +113,7 @@ def measure_forms(
     models = [engine_model(engine, "base", base_path)]
     models += [engine_model(engine, name, base_path, form) for name, form in exported.items()]
     arrays = run_engine(engine, models, sequences, limit_s).arrays
+    # A rounded file is compared with transformers on its own numbers: the rounding is no error of the engine.
     rounded = engine.name == "llama.cpp" and precision != "f32"
     for name, form in exported.items():
         files = (base_path.parent, form.folder) if rounded else None
@@ -135,7 +136,7 @@ def expected_logprobs(
     plain = reference_logprobs(rounded.model, sequences)
     if artifact.is_file():
         program = Program.load(artifact)
-        base.layout.require_program(program, base.id, base.revision)
+        base.layout.require_program(program, base.id, base.revision)  # a de-quantised copy has another revision
         with steered(rounded.model, program):
             return plain, reference_logprobs(rounded.model, sequences)
     if files is not None and (artifact / ADAPTER_CONFIG).is_file():
@@ -160,7 +161,7 @@ def engine_record(
         rms=float(np.sqrt(np.square(actual - expected).mean())),
         base_error=float(np.abs(base - expected_base).max()),
         base_rms=float(np.sqrt(np.square(base - expected_base).mean())),
-        effect=float(np.abs(effect).max()),
+        effect=float(np.abs(effect).max()),  # without one the comparison shows nothing
         gain=float(effect @ engine_effect) / size if size else float("nan"),
     )
 

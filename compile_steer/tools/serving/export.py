@@ -37,23 +37,11 @@ class Exported:
     folder: Path
     files: list[str]
     notes: list[str]
-    load: list[str]
+    load: tuple[str, ...]
 
     def summary(self) -> dict[str, object]:
         """As JSON."""
         return {**self.__dict__, "folder": str(self.folder)}
-
-
-@dataclass(frozen=True)
-class _Target:
-    """The engine, the folder that is written to, and its final path for the commands."""
-
-    engine: EngineName
-    new: Path
-    out: Path
-
-    def load(self, form: Form, **names: object) -> list[str]:
-        return list(load_commands(self.engine, form, folder=self.out, **names))
 
 
 def export(artifact: Path, engine: EngineName, out: Path, base: str | None = None, precision: str = "f16") -> Exported:
@@ -67,19 +55,18 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
         ArtifactError: the artifact is damaged, was changed after it was written, or is none of the three.
         CannotLower: the engine would load it wrongly or not at all; every reason is named.
     """
-    if precision not in GGUF_KINDS:
+    if precision not in GGUF_KINDS:  # also where it is not used: a typing error should not pass
         raise ArtifactError(f"--precision {precision}: needed: {', '.join(GGUF_KINDS)}.")
     kind = _kind(artifact)
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out} is there already and is no earlier export. Choose another --out.")
-    with new_folder(out) as new:
-        target = _Target(engine, new, out)
+    with new_folder(out) as new:  # a refusal leaves what was at `out`
         if kind == "program":
-            notes, commands = _export_program(artifact, target)
+            notes, names = _export_program(artifact, engine, new)
         elif kind == "adapter":
-            notes, commands = _export_adapter(artifact, target, base)
+            notes, names = _export_adapter(artifact, engine, new, base)
         else:
-            notes, commands = _export_checkpoint(artifact, target, precision)
+            notes, names = _export_checkpoint(artifact, engine, new, precision)
         save_record(
             new / RECORD,
             {
@@ -92,7 +79,10 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
                 "files_sha256": {name: sha256(new / name) for name in own_files(new)},
             },
         )
-    return Exported(engine, kind, out, own_files(out), notes, commands)
+    return Exported(engine, kind, out, own_files(out), notes, load_commands(engine, kind, folder=out, **names))
+
+
+_Names = dict[str, object]  # what the commands that load the files name
 
 
 def _kind(artifact: Path) -> Form:
@@ -104,7 +94,7 @@ def _kind(artifact: Path) -> Form:
             f"{artifact} is no adapter's or checkpoint's folder and no program's .safetensors file"
             + ("." if artifact.exists() else ": it does not exist.")
         )
-    if (artifact / PROVENANCE).is_file():
+    if (artifact / PROVENANCE).is_file():  # of other artifacts there is nothing to compare with
         Provenance.read_unedited(artifact)
     if (artifact / PATCH_FILE).is_file():
         raise CannotLower(
@@ -118,16 +108,16 @@ def _kind(artifact: Path) -> Form:
     raise ArtifactError(f"{artifact} holds no {ADAPTER_CONFIG} and no config.json: no adapter, and no checkpoint.")
 
 
-def _export_program(path: Path, target: _Target) -> tuple[list[str], list[str]]:
+def _export_program(path: Path, engine: EngineName, new: Path) -> tuple[list[str], _Names]:
     program = Program.load(path)
-    if target.engine == "transformers":
+    if engine == "transformers":
         raise CannotLower(
             f"{path} is a program, not weights: transformers runs it under compile_steer's hooks, and no file of it. Run "
             "'compile-steer compile', and export the adapter or the merged folder."
         )
-    if target.engine == "vllm":
+    if engine == "vllm":
         name = f"{path.stem}.{PLUGIN}.json"
-        notes = write_vllm_lens(target.new / name, program)
+        notes = write_vllm_lens(new / name, program)
     elif 0 in block_vectors(program):
         raise CannotLower(
             f"{path} adds to the output of block 0, which llama.cpp's control vectors cannot: it refuses direction.0. "
@@ -136,46 +126,46 @@ def _export_program(path: Path, target: _Target) -> tuple[list[str], list[str]]:
     else:
         name = f"{path.stem}.control.gguf"
         # llama.cpp does not read the family, so a guess does no harm where the base is not at hand.
-        notes = write_gguf(target.new / name, program, _family(program.model) or "llama")
-    return notes, target.load("program", file=name, base=program.model)
+        notes = write_gguf(new / name, program, _family(program.model) or "llama")
+    return notes, {"file": name, "base": program.model}
 
 
-def _export_adapter(folder: Path, target: _Target, base: str | None) -> tuple[list[str], list[str]]:
+def _export_adapter(folder: Path, engine: EngineName, new: Path, base: str | None) -> tuple[list[str], _Names]:
     lora = read_lora(folder)
     base = base or lora.base
     family = _family(base) if base else None
-    problems = adapter_refusals(target.engine, family, lora.max_rank)
-    if target.engine == "llama.cpp" and family is None:
+    problems = adapter_refusals(engine, family, lora.max_rank)
+    if engine == "llama.cpp" and family is None:
         problems.append(
             f"its base '{base}' is not at hand, and llama.cpp's file needs its family and heads. Name it with --base."
         )
     if problems:
         raise CannotLower([f"{folder}: {problem}" for problem in problems])
     notes = [f"{', '.join(lora.folded)} folded into B: alpha is the rank now"] if lora.folded else []
-    if target.engine == "llama.cpp":
+    if engine == "llama.cpp":
         name = f"{folder.name}.lora.gguf"
-        write_lora_gguf(target.new / name, WeightPatch(lora.edits), _config(folder_of(base)))
-        return notes, target.load("adapter", file=name)
-    write_lora(target.new, lora.edits, base, lora.transposed)
-    rank = read_lora(target.new).max_rank
+        write_lora_gguf(new / name, WeightPatch(lora.edits), _config(folder_of(base)))
+        return notes, {"file": name}
+    write_lora(new, lora.edits, base, lora.transposed)
+    rank = read_lora(new).max_rank
     if {edit.rank for edit in lora.edits.values()} != {rank}:
         notes.append(f"all ranks are {rank} now, padded with zeros")
-    return notes, target.load("adapter", base=base or "BASE", name="NAME", rank=rank)
+    return notes, {"base": base or "BASE", "name": "NAME", "rank": rank}
 
 
-def _export_checkpoint(folder: Path, target: _Target, precision: str) -> tuple[list[str], list[str]]:
-    problems = checkpoint_refusals(target.engine, _config(folder), Checkpoint(folder))
+def _export_checkpoint(folder: Path, engine: EngineName, new: Path, precision: str) -> tuple[list[str], _Names]:
+    problems = checkpoint_refusals(engine, _config(folder), Checkpoint(folder))
     if problems:
         raise CannotLower([f"{folder}: {problem}" for problem in problems])
-    if target.engine == "llama.cpp":
+    if engine == "llama.cpp":
         name = f"{folder.name}-{precision}.gguf"
-        write_gguf_file(target.new / name, WeightPatch(), load(str(folder), device="cpu"), precision, folder.name)
-        return [], target.load("checkpoint", file=name)
+        write_gguf_file(new / name, WeightPatch(), load(str(folder), device="cpu"), precision, folder.name)
+        return [], {"file": name}
     for name in own_files(folder):
         if name not in (*REPORTS, PROVENANCE):  # about the artifact's own folder, which the record names by its hash
-            (target.new / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, target.new / name)
-    return [], target.load("checkpoint")
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, new / name)
+    return [], {}
 
 
 def _family(model: str) -> str | None:
