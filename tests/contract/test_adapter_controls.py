@@ -58,21 +58,23 @@ def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(
     base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     compiled = logprob_margins(one, encode_pairs(one, PAIRS))
-    found = adapter_controls(reference(base), one, compiled)
-    assert found.n_pairs == 4 and len(found.random) == 3
-    assert [one.scale for one in found.scales] == [0.0, 2.0] and found.scales[0].kl_remaining is None
+    controls = adapter_controls(reference(base), one, compiled)
+    assert controls.n_pairs == 4 and len(controls.random) == 3
+    assert [one.scale for one in controls.scales] == [0.0, 2.0] and controls.scales[0].kl_remaining is None
     changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))
-    assert found.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
-    assert found.other_behaviour == pytest.approx(float(changes[:2].mean()), abs=1e-5)
-    for scale, measured in ((-1.0, found.negated), (0.5, found.halved)):
+    assert controls.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
+    assert controls.other_behaviour == pytest.approx(float(changes[:2].mean()), abs=1e-5)
+    for scale, measured in ((-1.0, controls.negated), (0.5, controls.halved)):
         other = adapter(tmp_path)
         for _A, B in _factors(other):
             B.mul_(scale)
-        wanted = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(
+        expected = logprob_margins(other, encode_pairs(other, PAIRS[:4])) - logprob_margins(
             base, encode_pairs(base, PAIRS[:4])
         )
-        assert measured == pytest.approx(float(wanted.mean()), abs=1e-4)
-    assert len({round(value, 6) for value in [found.effect, found.negated, found.halved, *found.random]}) == 6
+        assert measured == pytest.approx(float(expected.mean()), abs=1e-4)
+    assert (
+        len({round(value, 6) for value in [controls.effect, controls.negated, controls.halved, *controls.random]}) == 6
+    )
     after = one.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     np.testing.assert_allclose(logprob_margins(one, encode_pairs(one, PAIRS)), compiled, atol=1e-6)

@@ -40,30 +40,30 @@ Save = Callable[[str], LoadedModel]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_stacked_adapter_equals_all_adapters_co_loaded(family: str, saved: Save, tmp_path: Path) -> None:
-    one, dials = saved(family), (0.7, -1.3, 0.4)
+    one, scales = saved(family), (0.7, -1.3, 0.4)
     patches = [random_patch(one, ranks=ranks, seed=seed) for seed, ranks in enumerate(((2, 3), (1, 1), (5, 2)))]
     folders = []
     for n, patch in enumerate(patches):
         folders.append(tmp_path / f"{n}")
         write_patch(folders[-1], patch, one, origin(one), "")
     stacked = WeightPatch()
-    for folder, dial in zip(folders, dials, strict=True):
-        stacked += dial * read_patch(folder)
+    for folder, scale in zip(folders, scales, strict=True):
+        stacked += scale * read_patch(folder)
     write_patch(tmp_path / "stacked", stacked, one, origin(one), "")
     with quiet():
         plain = AutoModelForCausalLM.from_pretrained(one.source, dtype=torch.float32)
         ours = PeftModel.from_pretrained(plain, str(tmp_path / "stacked")).eval()
-    theirs = co_loaded(one, folders, dials)
+    theirs = co_loaded(one, folders, scales)
     named = {f"member{n}": folder for n, folder in enumerate(folders)}
     switched = reload_adapters(named, one)
-    set_adapter_scales(switched, {name: dial for name, dial in zip(named, dials, strict=True)})
+    set_adapter_scales(switched, {name: scale for name, scale in zip(named, scales, strict=True)})
     for side in ("left", "right"):
         inputs = Padded.of(texts(), side)
-        with with_patch(one.model, sum((d * p for d, p in zip(dials, patches, strict=True)), WeightPatch())):
-            wanted = logits(one.model, inputs)
-        assert relative_error(wanted, logits(one.model, inputs)) > 1e-2
-        for found in (ours, theirs, switched.model):
-            assert relative_error(logits(found, inputs), wanted) < 1e-5
+        with with_patch(one.model, sum((d * p for d, p in zip(scales, patches, strict=True)), WeightPatch())):
+            expected = logits(one.model, inputs)
+        assert relative_error(expected, logits(one.model, inputs)) > 1e-2
+        for model in (ours, theirs, switched.model):
+            assert relative_error(logits(model, inputs), expected) < 1e-5
     set_adapter_scales(switched, {"member1": 1.0})
     with with_patch(one.model, patches[1]):
         assert relative_error(logits(switched.model, inputs), logits(one.model, inputs)) < 1e-5
@@ -75,15 +75,15 @@ def test_biases_of_several_programs_add_up_to_the_hooks_of_all(saved: Save) -> N
         program("llama", intervention(layer=1), intervention("add", "attn_out", 3, seed=2)),
         program("llama", intervention(layer=1, seed=1, coefficient=-0.9)),
     ]
-    dials = (0.6, 1.4)
+    scales = (0.6, 1.4)
     patch, both = WeightPatch(), program("llama")
-    for dial, steering in zip(dials, programs, strict=True):
-        patch += dial * exact.bias_patch(canonical(steering), one.layout)
-        both += dial * steering
+    for scale, steering in zip(scales, programs, strict=True):
+        patch += scale * exact.bias_patch(canonical(steering), one.layout)
+        both += scale * steering
     inputs = Padded.of(texts(), "right")
     with steered(one.model, both, roles=inputs.roles):
-        wanted = logits(one.model, inputs)
-    assert relative_error(logits(merged_model(one.source, patch).eval(), inputs), wanted) < 1e-5
+        expected = logits(one.model, inputs)
+    assert relative_error(logits(merged_model(one.source, patch).eval(), inputs), expected) < 1e-5
 
 
 def test_compose_leaves_two_adapters_with_lineage_and_the_measured_interference(
@@ -91,19 +91,19 @@ def test_compose_leaves_two_adapters_with_lineage_and_the_measured_interference(
 ) -> None:
     scales = ["--scale", "1", "--scale", "0.5", "--device", "cpu"]
     command = ["compose", *map(str, two), "--runs", str(case.runs), *scales]
-    done = CliRunner().invoke(app, [*command, "--json"])
-    assert done.exit_code in (0, 1), done.output
-    found = json.loads(done.stdout)
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code in (0, 1), result.output
+    composition = json.loads(result.stdout)
     paths = RunPaths(case.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(paths.composition("closed_form").read_text(encoding="utf-8")) == found
-    assert (done.exit_code == 0) == found["passed"]
-    assert [row["behaviour"] for row in found["matrix"]] == list(NAMES)
+    assert json.loads(paths.composition("closed_form").read_text(encoding="utf-8")) == composition
+    assert (result.exit_code == 0) == composition["passed"]
+    assert [row["behaviour"] for row in composition["matrix"]] == list(NAMES)
     columns = [f"{kind} {name}" for kind in ("hooks", "adapter") for name in NAMES]
-    assert set(found["matrix"][0]["effects"]) == {*columns, "hooks all", CO_LOADED, STACKED, JOINT}
-    assert [fit["scales"] for fit in found["settings"]] == [[1, 0.5], [1, 0], [0, 0.5], [0.5, 0.5], [1, 0.25]]
-    for fit in found["settings"]:
-        assert fit["kl"] < 0.2 * fit["kl_base"], "each adapter follows its own dial"
-    assert found["stacked_from_loaded"] < 1e-9
+    assert set(composition["matrix"][0]["effects"]) == {*columns, "hooks all", CO_LOADED, STACKED, JOINT}
+    assert [fit["scales"] for fit in composition["settings"]] == [[1, 0.5], [1, 0], [0, 0.5], [0.5, 0.5], [1, 0.25]]
+    for fit in composition["settings"]:
+        assert fit["kl"] < 0.2 * fit["kl_base"], "each adapter follows its own scale"
+    assert composition["stacked_from_loaded"] < 1e-9
     for way in (STACKED, JOINT):
         came = Provenance.read(paths.composed("closed_form", way))
         assert came.program_sha256 == sha256(paths.program)
@@ -113,20 +113,20 @@ def test_compose_leaves_two_adapters_with_lineage_and_the_measured_interference(
         assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "intact"
     assert [i.coefficient for i in Program.load(paths.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
-    assert shown.exit_code == done.exit_code
-    for wanted in ("hooks high.tide", "adapters: all minus the sum", "joint minus hooks", "1, 0.25", "interference"):
-        assert wanted in shown.output
+    assert shown.exit_code == result.exit_code
+    for expected in ("hooks high.tide", "adapters: all minus the sum", "joint minus hooks", "1, 0.25", "interference"):
+        assert expected in shown.output
     assert describe_artifact(paths.composition("closed_form"))["kind"] == "composition"
     card = (paths.composed("closed_form", JOINT) / "README.md").read_text(encoding="utf-8")
     assert f"| made of | {NAMES[1]} x 0.5, SHA-256" in card
 
 
 def test_a_joint_compile_is_kept_while_nothing_changes(case: CompositionCase, two: tuple[Path, Path]) -> None:
-    several = case.open(*two)
-    compose(several)
-    paths = several.paths
+    run = case.open(*two)
+    compose(run)
+    paths = run.paths
     first = {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)}
-    compose(several)
+    compose(run)
     assert {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)} == first
     compose(case.open(*two, scales=(1, 0.9)))
     assert all(paths.composed("closed_form", way).stat().st_ino != first[way] for way in (STACKED, JOINT))
@@ -148,8 +148,8 @@ def test_every_problem_is_reported_at_once(case: CompositionCase) -> None:
     (2.0 * steering).save(stale.program)
     with pytest.raises(ArtifactError) as raised:
         case.open(*recipes, scales=(1.0, 0.0))
-    said = "\n".join(raised.value.problems)
-    for wanted in (
+    message = "\n".join(raised.value.problems)
+    for expected in (
         "2 scales for 6 recipes",
         "a scale of 0 is no program",
         r"no-adapter-closed_form does not exist. Make it with 'compile-steer compile",
@@ -159,7 +159,7 @@ def test_every_problem_is_reported_at_once(case: CompositionCase) -> None:
         "is no PEFT adapter (closed_form makes a merged checkpoint)",
         "no-run.safetensors does not exist. Make it with 'compile-steer validate'",
     ):
-        assert wanted in said
+        assert expected in message
 
 
 def test_one_recipe_equal_names_other_models_and_unknown_backends_are_refused(

@@ -43,26 +43,28 @@ def test_co_loaded_adapters_are_measured_as_a_user_of_peft_would_run_them(
     loose = ["--set", "verify.gates.kl_remaining=0.2"]  # what two rank-4 edits on a random tiny model can be asked
     scales = ["--scale", "1", "--scale", "0.5", "--device", "cpu"]
     command = ["co-load", *map(str, two), "--runs", str(case.runs), *scales]
-    done = CliRunner().invoke(app, [*command, *loose, "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    result = CliRunner().invoke(app, [*command, *loose, "--json"])
+    assert result.exit_code == 0, result.output
+    composition = json.loads(result.stdout)
     paths = RunPaths(case.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(paths.co_loaded("closed_form").read_text(encoding="utf-8")) == found
-    assert list(found["artifacts"]) == list(found["states"]["errors"]) == [CO_LOADED]
-    assert found["artifacts"][CO_LOADED] == found["settings"][0] and found["stacked_from_loaded"] is None
-    assert set(found["matrix"][0]["errors"]) == {CO_LOADED}
+    assert json.loads(paths.co_loaded("closed_form").read_text(encoding="utf-8")) == composition
+    assert list(composition["artifacts"]) == list(composition["states"]["errors"]) == [CO_LOADED]
+    assert (
+        composition["artifacts"][CO_LOADED] == composition["settings"][0] and composition["stacked_from_loaded"] is None
+    )
+    assert set(composition["matrix"][0]["errors"]) == {CO_LOADED}
     # What a user of PEFT does by hand, against both hooks at once, on the very texts.
-    several = case.open(*two, scales=(1, 0.5))
-    both = sum_programs(several.members, [1, 0.5])
-    model = co_loaded(case.base, [one.adapter for one in several.members], (1, 0.5))
-    heldout = unseen_texts(case.base, several.members, Progress())
-    assert digest([list(one.ids) for one in heldout]) == found["sha256"]["texts"]
-    wanted = final_states(case.base, heldout, both).response
-    got = final_states(replace(case.base, model=model), heldout).response
-    by_hand = divergence(case.base.model, wanted, case.base.model, got).mean
-    assert found["artifacts"][CO_LOADED]["kl"] == pytest.approx(by_hand, rel=1e-4) and by_hand > 0
+    run = case.open(*two, scales=(1, 0.5))
+    both = sum_programs(run.members, [1, 0.5])
+    model = co_loaded(case.base, [one.adapter for one in run.members], (1, 0.5))
+    heldout = unseen_texts(case.base, run.members, Progress())
+    assert digest([list(one.ids) for one in heldout]) == composition["sha256"]["texts"]
+    hooks = final_states(case.base, heldout, both).response
+    adapters = final_states(replace(case.base, model=model), heldout).response
+    by_hand = divergence(case.base.model, hooks, case.base.model, adapters).mean
+    assert composition["artifacts"][CO_LOADED]["kl"] == pytest.approx(by_hand, rel=1e-4) and by_hand > 0
     # One of the two emptied: alone it is nothing, and together they are not both programs.
-    adapter = several.members[1].adapter
+    adapter = run.members[1].adapter
     write_patch(adapter, 0.0 * read_patch(adapter), case.base, Provenance.read(adapter), "")
     failed = CliRunner().invoke(app, [*command, *loose])
     assert failed.exit_code == 1 and "FAILED co-loaded: KL" in failed.output
@@ -85,47 +87,49 @@ def test_interference_of_the_programs_falls_with_the_square_of_the_scale(
 
 def test_a_program_and_its_negation_cancel_and_have_no_remaining_kl(case: CompositionCase) -> None:
     steering = case.program(intervention(layer=1, coefficient=0.4))
-    found = composed(case, (case.compiled("one", steering), case.compiled("two", steering)), 1, -1)
-    assert found.settings[0].kl_remaining is None
-    assert all(fit.kl_remaining is not None for fit in found.settings[1:])
-    for row in found.matrix:
+    composition = composed(case, (case.compiled("one", steering), case.compiled("two", steering)), 1, -1)
+    assert composition.settings[0].kl_remaining is None
+    assert all(fit.kl_remaining is not None for fit in composition.settings[1:])
+    for row in composition.matrix:
         assert abs(row.effects["hooks all"].value) < 1e-6
         assert abs(row.effects[STACKED].value) < 1e-5, "the sum of an adapter and its negation is nothing"
-    assert found.states.errors[STACKED] < 1e-5
+    assert composition.states.errors[STACKED] < 1e-5
     # Each alone is off by its own error, and those do not cancel; together they do: all of it is the cross term.
-    assert found.states.cross == pytest.approx(found.states.alone, rel=1e-3)
+    assert composition.states.cross == pytest.approx(composition.states.alone, rel=1e-3)
 
 
 @pytest.mark.parametrize("planted", ["one left out", "a scale ignored", "emptied"])
 def test_an_adapter_that_is_not_the_sum_fails(case: CompositionCase, two: tuple[Path, Path], planted: str) -> None:
-    several = case.open(*two, scales=(1, 2))
-    compose(several)
-    folder = several.paths.composed("closed_form", STACKED)
-    own = [read_patch(one.adapter) for one in several.members]
+    run = case.open(*two, scales=(1, 2))
+    compose(run)
+    folder = run.paths.composed("closed_form", STACKED)
+    own = [read_patch(one.adapter) for one in run.members]
     wrong = {"one left out": own[0], "a scale ignored": own[0] + own[1], "emptied": 0.0 * (own[0] + own[1])}[planted]
     write_patch(folder, wrong, case.base, Provenance.read(folder), "")
-    folders = {way: several.paths.composed("closed_form", way) for way in (STACKED, JOINT)}
-    found = measure_interference(case.base, several.members, "closed_form", folders, Progress())
-    assert not found.passed
-    assert any(reason.startswith("stacked: KL") for reason in found.reasons)
-    assert found.stacked_from_loaded is not None and found.stacked_from_loaded > 1e-4
+    folders = {way: run.paths.composed("closed_form", way) for way in (STACKED, JOINT)}
+    composition = measure_interference(case.base, run.members, "closed_form", folders, Progress())
+    assert not composition.passed
+    assert any(reason.startswith("stacked: KL") for reason in composition.reasons)
+    assert composition.stacked_from_loaded is not None and composition.stacked_from_loaded > 1e-4
 
 
 def test_prompts_that_another_compile_has_seen_are_left_out(case: CompositionCase, two: tuple[Path, Path]) -> None:
-    several = case.open(*two)
-    first, second = several.members
+    run = case.open(*two)
+    first, second = run.members
     data = second.data
     seen = replace(first.data, heldout=data.calibration[:9])
     folders = {way: first.adapter for way in (STACKED, JOINT)}
-    found = measure_interference(case.base, [replace(first, data=seen), second], "closed_form", folders, Progress())
+    composition = measure_interference(
+        case.base, [replace(first, data=seen), second], "closed_form", folders, Progress()
+    )
     only = measure_interference(
         case.base, [replace(first, data=replace(seen, heldout=())), second], "", folders, Progress()
     )
-    assert found.sha256["texts"] == only.sha256["texts"]
-    nothing: list[Member] = [replace(one, data=replace(one.data, heldout=data.calibration)) for one in several.members]
+    assert composition.sha256["texts"] == only.sha256["texts"]
+    nothing: list[Member] = [replace(one, data=replace(one.data, heldout=data.calibration)) for one in run.members]
     with pytest.raises(CompileSteerError, match=r"data\.heldout: every prompt is among"):
         measure_interference(case.base, nothing, "", folders, Progress())
     prompts = tuple(Text(pair.prompt) for pair in first.data.test)
-    met = replace(second, data=replace(data, calibration=prompts))
+    other = replace(second, data=replace(data, calibration=prompts))
     with pytest.raises(CompileSteerError, match=r"data\.test: every prompt of high\.tide is among"):
-        measure_interference(case.base, [first, met], "", folders, Progress())
+        measure_interference(case.base, [first, other], "", folders, Progress())

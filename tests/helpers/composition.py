@@ -86,8 +86,8 @@ class CompositionCase:
         paths = RunPaths(self.runs / name, name)
         steering.save(paths.program)
         if patch is not None:
-            found = replace(origin(self.base), name=name, program_sha256=sha256(paths.program), **changes)
-            write_patch(paths.adapter("closed_form"), patch, self.base, found, steering.describe())
+            provenance = replace(origin(self.base), name=name, program_sha256=sha256(paths.program), **changes)
+            write_patch(paths.adapter("closed_form"), patch, self.base, provenance, steering.describe())
         return write_recipe(self.root, name, self.base.source, start)
 
     def compiled(self, name: str, steering: Program, start: int = 0) -> Path:
@@ -112,5 +112,5 @@ def co_loaded(one: LoadedModel, folders: list[Path], scales: tuple[float, ...]) 
         if isinstance(module, LoraLayer):
             for n, scale in enumerate(scales):
                 module.set_scale(f"a{n}", scale)
-    found: torch.nn.Module = model.eval()
-    return found
+    result: torch.nn.Module = model.eval()
+    return result

@@ -64,10 +64,10 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
     steered = np.array([1.0] * 9 + [0.0] * 3)
     compiled = steered.copy()
     compiled[:6], compiled[10] = 0.0, 1.0
-    found = capability_retention(np.ones(12), steered, compiled, 0.05)
-    assert (found.n, found.lost, found.gained, found.base) == (12, 6, 1, 1.0)
-    assert found.steered == pytest.approx(0.75) and found.compiled == pytest.approx(4 / 12)
-    assert found.p == pytest.approx(float(binom.sf(5, 7, 0.5))) and found.p > 0.05 and not found.worse
+    result = capability_retention(np.ones(12), steered, compiled, 0.05)
+    assert (result.n, result.lost, result.gained, result.base) == (12, 6, 1, 1.0)
+    assert result.steered == pytest.approx(0.75) and result.compiled == pytest.approx(4 / 12)
+    assert result.p == pytest.approx(float(binom.sf(5, 7, 0.5))) and result.p > 0.05 and not result.worse
     compiled[6] = 0.0
     compiled[10] = 0.0
     assert capability_retention(np.ones(12), steered, compiled, 0.05).worse, "seven lost and none gained"
@@ -80,25 +80,27 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("scene"), capability=3)
+def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("case"), capability=3)
 
 
-def test_it_is_asked_greedily_and_as_a_user_asks(scene: VerifierCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_answered_greedily_as_a_user_asks_them(
+    case: VerifierCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tiny model knows none of it: what it says is made the answer of two questions, steered and not."""
-    for at, program in ((0, None), (2, scene.program)):
-        said = continue_prompts(scene.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=_ANSWER_TOKENS)
-        word = response_text(scene.base, said[0]).split()[-1]
+    for at, program in ((0, None), (2, case.program)):
+        answers = continue_prompts(case.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=_ANSWER_TOKENS)
+        word = response_text(case.base, answers[0]).split()[-1]
         items = tuple(replace(one, answers=(word,), choices=()) if n == at else one for n, one in enumerate(QUESTIONS))
         monkeypatch.setattr("compile_steer.verification.controls.QUESTIONS", items)
-        found = correct_answers(scene.base, 3, program)
-        assert found.shape == (3,) and found[at] == 1.0 and set(found) <= {0.0, 1.0}
+        result = correct_answers(case.base, 3, program)
+        assert result.shape == (3,) and result[at] == 1.0 and set(result) <= {0.0, 1.0}
 
 
-def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: VerifierCase) -> None:
-    parity, gates = scene.parity_of(scene.merged()), scene.reference.options.gates
+def test_a_loss_of_capability_fails_the_artifact(case: VerifierCase) -> None:
+    parity, gates = case.parity_of(case.merged()), case.reference.options.gates
     assert parity.passed and parity.capability is not None and parity.capability.n == 3
-    assert parity.capability.steered == float(scene.reference.correct.steered.mean())
+    assert parity.capability.steered == float(case.reference.correct.steered.mean())
     assert (parity.capability.lost, parity.capability.gained) == (0, 0)
     broken = capability_retention(np.ones(9), np.ones(9), np.array([0.0] * 6 + [1.0] * 3), 0.05)
     (reason,) = check(replace(parity, capability=broken), gates)
@@ -108,7 +110,7 @@ def test_the_judge_asks_all_three_and_fails_what_can_do_less(scene: VerifierCase
     assert "6 lost, 0 gained (McNemar p = 0.016)" in stream.getvalue()
 
 
-def test_none_are_asked_where_none_are_wanted_and_one_is_refused() -> None:
+def test_0_asks_no_questions_and_1_is_refused() -> None:
     assert VerifyOptions(capability=0).capability == 0 and VerifyOptions().capability == len(QUESTIONS)
     for count in (1, 25, -1):
         with pytest.raises(ValueError, match="capability"):

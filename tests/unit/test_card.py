@@ -1,4 +1,4 @@
-"""The model card: every number is of this very artifact, and what is not known is said."""
+"""The model card: every number is of this very artifact, and what is not known is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def card(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_before_verify_it_says_so_and_after_it_shows_the_parity(run: SmallRun) -> None:
+def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> None:
     folder = run.paths.merged("closed_form", "fp32")
     before = card(folder)
     assert "| verification | not verified |" in before
@@ -55,7 +55,7 @@ def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
 
 
 @pytest.mark.parametrize("case", ["another's parity", "edited parity", "other weights"])
-def test_a_number_of_something_else_is_never_shown(run: SmallRun, case: str) -> None:
+def test_numbers_of_another_artifact_are_never_shown(run: SmallRun, case: str) -> None:
     folder, other = run.paths.adapter("closed_form"), run.paths.merged("bias", "fp32")
     if case == "another's parity":
         shutil.copy(other / "parity.json", folder / "parity.json")
@@ -69,7 +69,7 @@ def test_a_number_of_something_else_is_never_shown(run: SmallRun, case: str) -> 
     assert "there is no `parity.json` that is of these weights" in card(folder)
 
 
-def test_another_validation_is_not_this_ones(run: SmallRun) -> None:
+def test_the_numbers_of_another_validation_are_not_shown(run: SmallRun) -> None:
     path, folder = run.paths.validation, run.paths.adapter("closed_form")
     content = json.loads(path.read_text())
     save_record(path, {**{k: v for k, v in content.items() if k != "record_sha256"}, "n_pairs": 999})
@@ -83,7 +83,7 @@ def test_another_validation_is_not_this_ones(run: SmallRun) -> None:
     assert "top-1" in card(folder), "its own parity is still there"
 
 
-def test_what_a_person_filled_in_stays(run: SmallRun) -> None:
+def test_fields_that_a_person_filled_in_are_kept(run: SmallRun) -> None:
     folder = run.paths.adapter("closed_form")
     header = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     assert header["library_name"] == "peft"

@@ -1,4 +1,4 @@
-"""What a form's rounding costs, told apart from the compile; and what half precision cannot hold."""
+"""What a form's rounding costs, apart from the compile; and what half precision cannot hold."""
 
 from __future__ import annotations
 
@@ -40,39 +40,39 @@ from tests.helpers.verification import VerifierCase, behaviour, recipe
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("scene"))
+def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
+    return VerifierCase.of(tmp_path_factory.mktemp("case"))
 
 
-def halves(scene: VerifierCase, name: str, patch: WeightPatch) -> Path:
-    folder = scene.folder / name
-    write_merged(folder, patch, scene.base, "fp16", scene.origin("merged-fp16", "bias"), "")
+def halves(case: VerifierCase, name: str, patch: WeightPatch) -> Path:
+    folder = case.folder / name
+    write_merged(folder, patch, case.base, "fp16", case.origin("merged-fp16", "bias"), "")
     return folder
 
 
-def test_half_precision_is_measured_as_bf16_is(scene: VerifierCase) -> None:
-    (one,) = scene.program.interventions
-    patch = WeightPatch(bias={scene.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
-    folder = halves(scene, "fp16", patch)
-    parity = scene.parity_of(folder)
+def test_half_precision_is_measured_as_bf16_is(case: VerifierCase) -> None:
+    (one,) = case.program.interventions
+    patch = WeightPatch(bias={case.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
+    folder = halves(case, "fp16", patch)
+    parity = case.parity_of(folder)
     assert parity.passed and parity.form == "merged-fp16"
-    coarse = scene.reference.quantized("merged-bf16", folder)
+    coarse = case.reference.quantized("merged-bf16", folder)
     assert coarse is not None
-    assert 0 < 10 * parity.noise_kl < scene.reference.kl_from_steered(coarse.model, coarse.states.steered).mean
+    assert 0 < 10 * parity.noise_kl < case.reference.kl_from_steered(coarse.model, coarse.states.steered).mean
     assert 0 < parity.divergence.kl.value < 10 * parity.noise_kl + 1e-6
 
 
-def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(scene: VerifierCase) -> None:
+def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(case: VerifierCase) -> None:
     """Every weight fits, and fp32 computes it: only who computes in fp16 would find infinity."""
     up = "model.layers.1.mlp.up_proj"
-    weight = scene.base.model.get_submodule(up).weight
+    weight = case.base.model.get_submodule(up).weight
     large = LowRank(torch.eye(len(weight)), (60_000.0 - 1) * weight)  # the up projection 60,000 times as large
-    folder = halves(scene, "large", WeightPatch({up: large}))
-    artifact, texts = reload(folder, scene.base), scene.reference.heldout
+    folder = halves(case, "large", WeightPatch({up: large}))
+    artifact, texts = reload(folder, case.base), case.reference.heldout
     assert bool(torch.isfinite(final_states(artifact, texts).response).all())
-    assert first_beyond(artifact, texts, 1e9) is None and first_beyond(scene.base, texts, HALF) is None
+    assert first_beyond(artifact, texts, 1e9) is None and first_beyond(case.base, texts, HALF) is None
     with pytest.raises(ArtifactError, match=rf"the output of {up} reaches .* beyond 65504, the largest of fp16"):
-        scene.parity_of(folder)
+        case.parity_of(folder)
 
 
 # ---------------------------------------------------------------------------------------------- GGUF
@@ -86,22 +86,22 @@ def bytewise(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
     )
 
 
-def quantised(scene: VerifierCase, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
-    folder = scene.folder / f"{name}-{precision}"
-    write_gguf(folder, patch, scene.base, precision, scene.origin(f"gguf-{precision}", backend), "")
+def quantised(case: VerifierCase, precision: str, patch: WeightPatch, name: str, backend: str = "closed_form") -> Path:
+    folder = case.folder / f"{name}-{precision}"
+    write_gguf(folder, patch, case.base, precision, case.origin(f"gguf-{precision}", backend), "")
     return folder
 
 
-def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase) -> None:
+def test_the_compile_is_measured_apart_from_the_quantisation(bytewise: VerifierCase) -> None:
     """An exact bias, in as few bits as there are: all that is lost is what the base loses too."""
     (one,) = bytewise.program.interventions
     shift = one.coefficient * one.vector
     patch = WeightPatch(bias={bytewise.module: shift}, config_flags=("mlp_bias",))
-    found = {
+    parities = {
         precision: bytewise.parity_of(quantised(bytewise, precision, patch, "exact", "bias"))
         for precision in ("f16", "q4_0")
     }
-    for parity in found.values():
+    for parity in parities.values():
         assert parity.passed, parity.reasons
         assert parity.rounding is not None and parity.rounding.edited == 0 == parity.rounding.kl_edited
         assert parity.rounding.kl < 1e-9 and parity.divergence.kl.value == pytest.approx(parity.noise_kl, rel=1e-4)
@@ -110,10 +110,10 @@ def test_the_compile_is_told_apart_from_the_quantisation(bytewise: VerifierCase)
         retained = parity.behaviour.effect_retained
         assert parity.divergence.gain == pytest.approx(1.0, abs=1e-4)
         assert retained is not None and retained.value == pytest.approx(1.0, abs=1e-4)
-    fine, coarse = (found[precision].rounding for precision in ("f16", "q4_0"))
+    fine, coarse = (parities[precision].rounding for precision in ("f16", "q4_0"))
     assert fine is not None and coarse is not None and coarse.kl_base > 100 * fine.kl_base > 0
-    assert found["q4_0"].divergence.kl.value > 100 * found["f16"].divergence.kl.value > 0
-    assert json.loads(json.dumps(asdict(found["q4_0"])))["rounding"]["kl_remaining"] < 1e-6
+    assert parities["q4_0"].divergence.kl.value > 100 * parities["f16"].divergence.kl.value > 0
+    assert json.loads(json.dumps(asdict(parities["q4_0"])))["rounding"]["kl_remaining"] < 1e-6
 
 
 def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise: VerifierCase) -> None:
@@ -189,8 +189,8 @@ def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: VerifierCase)
 # --------------------------------------------------------------------------------- the walk's own forms
 
 
-def walk_of(scene: VerifierCase, forms: list[Form], out: Path) -> Run:
-    return Run(recipe(forms=forms), RunPaths(out, "tiny"), Context(scene.base, behaviour()))
+def walk_of(case: VerifierCase, forms: list[Form], out: Path) -> Run:
+    return Run(recipe(forms=forms), RunPaths(out, "tiny"), Context(case.base, behaviour()))
 
 
 def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierCase, tmp_path: Path) -> None:
@@ -208,9 +208,9 @@ def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierC
     assert gguf_difference(folders[0], folders[0]) == 0 < gguf_difference(folders[0], other) < 1
 
 
-def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(scene: VerifierCase, tmp_path: Path) -> None:
-    run = walk_of(scene, ["merged-fp32", "gguf-q4_0"], tmp_path)
-    scene.program.save(run.paths.program)
+def test_a_gguf_form_that_cannot_be_is_refused_before_any_work(case: VerifierCase, tmp_path: Path) -> None:
+    run = walk_of(case, ["merged-fp32", "gguf-q4_0"], tmp_path)
+    case.program.save(run.paths.program)
     with pytest.raises(CannotLower, match=r"WordLevel[\s\S]*Leave the gguf forms out of verify\.forms"):
         _ = run.plan
-    assert any(choice.chosen for choice in walk_of(scene, ["merged-fp32"], tmp_path).plan.choices)
+    assert any(choice.chosen for choice in walk_of(case, ["merged-fp32"], tmp_path).plan.choices)
