@@ -26,7 +26,7 @@ from tests.helpers.fitting import (
 )
 from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks
 
-OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128)
+OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128, block_steps=200)
 
 KINDS: tuple[ProjectionKind, ...] = ("attn", "mlp")
 ONE_STAGE = ClosedFormOptions(stages=(ClosedFormStage(offset=0, projection="mlp", rank=4),))
@@ -72,7 +72,9 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
 
 def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
     tiny, steering = loaded("llama"), canonical_program("llama", intervention())
-    options = CompileOptions(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4}))
+    options = CompileOptions(
+        closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"block_learning_rate": 1e4, "block_steps": 20})
+    )
     task = job(tiny, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
     fitted, solved = distill.fit_blocks(task), closed_form.lower(task)

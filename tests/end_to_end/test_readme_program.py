@@ -1,0 +1,45 @@
+"""The first Python program of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compile_steer
+from compile_steer.verification.parity import Parity
+from tests.end_to_end.conftest import ROOT, SMALL
+
+BLOCK = re.compile(r"<!-- program:start -->\n```python\n(.*?)```\n<!-- program:end -->", re.DOTALL)
+
+
+def readme_program() -> str:
+    match = BLOCK.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert match is not None, "README.md has no program between its markers"
+    return match[1]
+
+
+def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The function with `options` in place of what the program gives."""
+    return lambda *values, **named: function(*values, **{**named, **options})
+
+
+def test_readme_program_ends_in_a_passed_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = readme_program()
+    if "placeholder" in program:
+        pytest.skip("the program of the README is not written yet")
+    # The same stages on fewer texts; the program itself is not changed.
+    options = {"validate": SMALL["validate"], "verify": {**SMALL["verify"], "long": 0, "capability": 0}}
+    options["verify"].pop("forms")
+    for name, changes in options.items():
+        monkeypatch.setattr(compile_steer, name, with_options(getattr(compile_steer, name), changes), raising=False)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(compile(program, "README.md", "exec"), variables)
+    parities = [value for value in variables.values() if isinstance(value, Parity)]
+    assert parities, "the program keeps no result of verify"
+    assert all(parity.passed for parity in parities), [parity.reasons for parity in parities]
