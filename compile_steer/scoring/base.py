@@ -69,6 +69,7 @@ def require_discrimination(scorer: ScorerBase, score: Score, loaded: LoadedModel
     usable, pairs = scorer.for_data_texts(), behaviour.validation
     if isinstance(usable, str):
         return usable
+    # Such pairs differ in their prompts (an instruction, a system prompt), which no score of replies can see.
     if all(pair.positive.response == pair.negative.response for pair in pairs):
         return "the two sides of the pairs have the same responses, or none"
     # All of them ended, so that this cannot be what tells the sides apart.

@@ -118,6 +118,7 @@ class _Client:
         Raises:
             RecipeError: the judge does not answer, its answers cannot be read, or a limit is reached. All answers are kept.
         """
+        # By content, so that the same reply in another run or under another program is the same entry.
         keys = [digest([reply.prompt, reply.text]) for reply in replies]
         written = {key: reply for key, reply in zip(keys, replies, strict=True) if reply.text.strip()}
         known, expected = self._ledger.scores, self._judge.expected_answer
@@ -153,6 +154,7 @@ class _Client:
         texts = {"prompt": reply.prompt, "reply": reply.text}
         # One pass over the template: text of a prompt that looks like {reply} must stay as it is.
         question = re.sub(r"\{(prompt|reply)\}", lambda place: texts[place.group(1)], judge.prompt) + reminder
+        # Before the request, so that the limits are never exceeded.
         if len(ledger.rows) >= judge.max_requests:
             raise _NoAnswer(f"{len(ledger.rows)} requests were answered, which is max_requests; raise it to continue")
         if judge.max_tokens is not None and ledger.tokens >= judge.max_tokens:

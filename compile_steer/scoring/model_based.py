@@ -37,6 +37,7 @@ class Choice(ScorerBase):
                 f"validate.score choice: {len(missing)} of the {len(prompts)} prompts of data.validation and data.test are "
                 f"not multiple-choice questions, the first '{missing[0]}'. Use labelled questions, or another scorer."
             )
+        # A steering vector towards one letter would be a perfect one.
         letters = {right[prompt] for prompt in prompts}
         if len(letters) == 1:
             raise RecipeError(
@@ -104,6 +105,7 @@ class Perplexity(ScorerBase):
         return self
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002
+        # Always under the base that is bound here, whichever model wrote the replies.
         def score(replies: Sequence[Reply]) -> np.ndarray:
             passed = np.array([bool(reply.text.strip()) for reply in replies])
             if self.max is not None:

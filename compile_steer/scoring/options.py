@@ -38,7 +38,7 @@ class All(ScorerBase):
         def score(replies: Sequence[Reply]) -> np.ndarray:
             least = np.ones(len(replies))
             for part in parts:
-                left = np.flatnonzero(least > 0)
+                left = np.flatnonzero(least > 0)  # a 0 cannot get lower, and a part may cost a request
                 if len(left):
                     least[left] = np.minimum(least[left], part([replies[int(index)] for index in left]))
             return least

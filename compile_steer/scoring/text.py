@@ -115,6 +115,7 @@ _LONGEST_WORD = 20
 
 def repetition(text: str) -> float:
     """Return the fraction of a text's 3-grams of words that occurred in it before; 0 for short texts, above 0.2 is broken."""
+    # Case and line breaks do not make a loop something else.
     words = [piece for word in text.lower().split() for piece in ([word] if len(word) <= _LONGEST_WORD else word)]
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
@@ -176,6 +177,7 @@ def _require_usable(checks: Iterable[Check]) -> None:
     """Try every constraint; raise one `RecipeError` with each that is unknown, incomplete, or lacks its data."""
     # The detector draws n-grams at random; with a seed the same text has the same language every time.
     importlib.import_module("langdetect").DetectorFactory.seed = 0
+    # Data with thousands of prompts have a few dozen different constraints.
     unique = {json.dumps([check.id, check.arguments], default=str): check for check in checks}
     problems = [problem for check in unique.values() if (problem := _problem(check))]
     if problems:
