@@ -64,7 +64,7 @@ all of it is there, 0 where a file was loaded without effect. `same`: within 1e-
 within 2 %. Every file is what `compile-steer export --for` writes. llama.cpp keeps keys and values in fp32 here, not in its default
 fp16; its control vector is read by us and handed to the library as its command line does it, which is not part of the library."""
 FAMILIES = """\
-Biases of every writer in tiny random models of 128 dimensions, put to vLLM raw (once, by hand): the change that they make is all
+Biases of every output projection in tiny random models of 128 dimensions, put to vLLM raw (once, by hand): the change that they make is all
 there in llama, granite, smollm3, gpt2, gpt_neox and phi (gain 1.0000, errors up to 2e-6) and is not there in qwen3 (gain 0.0000): vLLM
 builds its o_proj without one and skips the tensor without a word. `export --for vllm` refuses it. llama.cpp's graphs were read, not run.
 

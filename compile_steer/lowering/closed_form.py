@@ -128,16 +128,16 @@ def solve_stages(
 def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
     problems = []
     for s in stages:
-        if s.layer >= layout.n_layers:
-            problems.append(
-                f"stage {s.projection} of block {s.layer}: the model has blocks 0 to {layout.n_layers - 1}."
-            )
-        elif s.projection not in layout.projection_kinds:
-            problems.append(f"stage {s.projection} of block {s.layer}: the MLP is {EXPERTS}.")
-        elif s.rank > min(linear_shape(layout.output_projection(s.layer, s.projection).module)):
-            problems.append(
-                f"stage {s.projection} of block {s.layer}: rank {s.rank} is above what its matrix can have."
-            )
+        name = f"stage {s.projection} of block {s.layer}"
+        has_block, has_matrix = s.layer < layout.n_layers, s.projection in layout.projection_kinds
+        if not has_block:
+            problems.append(f"{name}: the model has blocks 0 to {layout.n_layers - 1}.")
+        if not has_matrix:
+            problems.append(f"{name}: the MLP is {EXPERTS}.")
+        if has_block and has_matrix:
+            shape = linear_shape(layout.output_projection(s.layer, s.projection).module)
+            if s.rank > min(shape):
+                problems.append(f"{name}: rank {s.rank} is above what its matrix ({shape[0]} x {shape[1]}) can have.")
     if problems:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 

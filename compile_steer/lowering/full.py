@@ -147,9 +147,9 @@ class Apollo(Optimizer):
         if not state:
             zeros = G.new_zeros(rank, G.shape[1])
             state |= {"step": 0, "first": zeros, "second": zeros.clone(), "norm": math.inf}
-        # 1. The gradient in the random subspace. (A restored state holds step and norm as tensors.)
-        R = projection(G, rank, (self._seed, number, int(state["step"]) // self._refresh)) @ G
-        step = state["step"] = int(state["step"]) + 1
+        # 1. The gradient in the random subspace.
+        R = projection(G, rank, (self._seed, number, state["step"] // self._refresh)) @ G
+        step = state["step"] = state["step"] + 1
         # 2. AdamW's direction there: the bias-corrected first moment over the root of the second.
         beta1, beta2 = self._betas
         state["first"].lerp_(R, 1 - beta1)
@@ -163,7 +163,7 @@ class Apollo(Optimizer):
         update = G * scale * (_MINI_SCALE if rank == 1 else math.sqrt(G.shape[0] / rank))
         # 4. Limit the growth of the update.
         norm = float(update.norm())
-        limit = _GROWTH * float(state["norm"])
+        limit = _GROWTH * state["norm"]
         if norm > limit > 0:
             update, norm = update * (limit / norm), limit
         state["norm"] = norm

@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -285,8 +285,7 @@ def _save_state(
     tensors: dict[str, Tensor] = {f"parameter.{n}": value for n, value in enumerate(_parameters(optimizer))}
     for n, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
-            # float64, so that the numbers of APOLLO come back as they were
-            exact = torch.float64 if isinstance(value, float) else None
+            exact = torch.float64 if isinstance(value, float) else None  # APOLLO's numbers, as they were
             tensors[f"state.{n}.{key}"] = torch.as_tensor(value, dtype=exact)
     lowering.resume.save(name, tensors, {"step": step, "losses": losses})
 
@@ -300,9 +299,11 @@ def _load_state(lowering: Lowering, name: str, optimizer: torch.optim.Optimizer)
     with torch.no_grad():
         for n, parameter in enumerate(_parameters(optimizer)):
             parameter.copy_(tensors.pop(f"parameter.{n}"))
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for path, value in tensors.items():
         _state, n_parameter, key = path.split(".")
-        state.setdefault(int(n_parameter), {})[key] = value
+        # As numbers again: torch would cast a float64 tensor to the parameter's type.
+        number = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
+        state.setdefault(int(n_parameter), {})[key] = value.item() if number else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(header["step"]), list(header["losses"])

@@ -1,6 +1,6 @@
 """The approximate backends on tiny models: how much of KL(steered || base) they take away on held-out texts.
 
-Random models are harder than trained ones: the inputs of a gated MLP's writer have hardly any mean there.
+Random models are harder than trained ones: the inputs of a gated MLP's down projection have hardly any mean there.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_one_text_is_enough_or_refused_in_words() -> None:
         assert kl(tiny, steering, patch, TRAINING[:1]) < kl(tiny, steering, WeightPatch(), TRAINING[:1])
 
 
-def test_a_writer_that_is_named_again_is_solved_anew() -> None:
+def test_a_projection_that_is_named_again_is_solved_again() -> None:
     tiny, steering = loaded("gpt2"), canonical_program("gpt2", intervention())
     twice = solve(tiny, steering, [Stage(1, "mlp", 1), Stage(1, "attn", 1), Stage(1, "mlp", 3)])
     assert sorted(edit.rank for edit in twice.low_rank.values()) == [1, 3]

@@ -41,7 +41,7 @@ from tests.helpers.tiny import (
 )
 
 Save = Callable[[str], LoadedModel]
-# Every writer of these families is a matrix whose output is added to the stream as it is.
+# Every output projection of these families is a matrix whose output is added to the stream as it is.
 PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in loaded(f).layout.projection_kinds]
 
 
@@ -137,7 +137,7 @@ def test_a_neox_whose_sublayers_run_in_sequence_is_the_same_to_the_bias(tmp_path
     must_equal_hooks(tiny, steering, tmp_path / "merged")
 
 
-def test_a_switch_names_only_the_biases_that_are_needed(saved: Save) -> None:
+def test_a_config_flag_names_only_the_biases_that_are_needed(saved: Save) -> None:
     cases: list[tuple[tuple[Point, ...], tuple[str, ...]]] = [
         (("mlp_out",), ("mlp_bias",)),
         (("attn_out", "resid_post"), ("attention_bias", "mlp_bias")),
@@ -175,8 +175,8 @@ def test_nothing_lies_below_the_first_block() -> None:
 
 
 @pytest.mark.parametrize("family", PLAIN)
-def test_ablating_writers_in_the_weights_equals_the_hooks(family: str, saved: Save, tmp_path: Path) -> None:
-    """Several ablations on one writer, in order; with the adds and clamps that the family's biases allow."""
+def test_ablating_output_projections_in_the_weights_equals_the_hooks(family: str, saved: Save, tmp_path: Path) -> None:
+    """Several ablations on one projection, in order; with the adds and clamps that the family's biases allow."""
     several = [
         intervention("add", "resid_post", 2, seed=6),  # after the ablations of its MLP, though it stands before them
         intervention("ablate", "attn_out", 1, seed=1),
