@@ -51,19 +51,19 @@ def llama_cpp_writers(module: str, job: dict[str, Any]) -> dict[str, Callable[[]
 
         return write
 
-    return {model["name"]: writer(worker.opened(model, job["context"])) for model in job["models"]}
+    return {model["name"]: writer(worker.load_model(model, job["context"])) for model in job["models"]}
 
 
 def vllm_writers(module: str, job: dict[str, Any]) -> dict[str, Callable[[], None]]:
     """By model, the work of a round in vLLM."""
     worker = importlib.import_module(module)
-    engines = worker.opened({model["name"]: model for model in job["models"]}, job["context"])
+    engines = worker.load_engines({model["name"]: model for model in job["models"]}, job["context"])
     settings = {"max_tokens": job["new_tokens"], "temperature": 0.0, "ignore_eos": True, "detokenize": False}
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
 
     def writer(model: dict[str, Any]) -> Callable[[], None]:
         def write() -> None:
-            sampling, lora = worker.SamplingParams(**settings), worker.adapter(model)
+            sampling, lora = worker.SamplingParams(**settings), worker.lora_request(model)
             engines[worker.key(model)].generate(prompts, sampling, lora_request=lora, use_tqdm=False)
 
         return write

@@ -129,13 +129,13 @@ def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
     with quiet():
         config = AutoConfig.from_pretrained(source)
     if patch.architecture:
-        config = rewritten_config(config, patch.architecture)
+        config = _rewritten_config(config, patch.architecture)
     for flag in patch.config_flags:
         setattr(config, flag, True)
     return config
 
 
-def rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedConfig:
+def _rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedConfig:
     """The config of `architecture` that computes what `config`'s own family does, without a bias but those it has.
 
     Every field that both families have is carried over; what is the family's own name stays behind.

@@ -31,8 +31,6 @@ from compile_steer.tools.audit_tensors import (
 )
 from compile_steer.tools.task_vector import vector_at
 
-THRESHOLD = 0.01
-"""Default: singular values above this fraction of the largest count as rank."""
 # Two directions are the same from this cosine on; rounding to bf16 leaves 0.999 and more.
 _SAME_DIRECTION = 0.99
 # The fraction of a matrix's change that an ablation may leave unexplained, by the same measure.
@@ -278,10 +276,9 @@ def _vocabularies(base: Any, other: Any) -> Iterator[str]:
 
 
 def _tokens(vocab: Any) -> dict[str, Any]:
-    """Token -> number; some tokenizers keep a list of (token, score), of which the place counts too."""
-    if isinstance(vocab, dict):
-        return vocab
-    return {str(entry[0]): (place, entry[1]) for place, entry in enumerate(vocab or ())}
+    """Token -> number; where a tokenizer keeps a list of (token, score), token -> (place, score)."""
+    listed = enumerate(vocab or ())
+    return vocab if isinstance(vocab, dict) else {str(entry[0]): (place, entry[1]) for place, entry in listed}
 
 
 def _template(folder: Path) -> str | None:

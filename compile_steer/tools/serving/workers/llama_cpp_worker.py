@@ -22,28 +22,28 @@ _F32 = 0  # ggml's number of the type; keys and values are F16 by default, whose
 
 
 def main(folder: Path) -> None:
-    """Do the job in `folder`, and leave the answer there."""
+    """Read the job in `folder`, and leave the answer there."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     arrays = np.load(folder / "in.npz")
     sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
-    found = {}
+    logprobs = {}
     for model in job["models"]:
-        engine = opened(model, job["context"])
-        found[model["name"]] = np.concatenate([read(engine, ids) for ids in sequences])
-        engine.close()
-    np.savez(folder / "out.npz", allow_pickle=False, **found)
+        engine = load_model(model, job["context"])
+        logprobs[model["name"]] = np.concatenate([token_logprobs(engine, ids) for ids in sequences])
+        engine.close()  # one model in memory at a time
+    np.savez(folder / "out.npz", allow_pickle=False, **logprobs)
     (folder / "out.json").write_text(json.dumps({"version": llama_cpp.__version__}), encoding="utf-8")
 
 
-def opened(model: dict[str, Any], context: int) -> Any:
-    """The model with what is beside it, keys and values in fp32."""
+def load_model(model: dict[str, Any], context: int) -> Any:
+    """The model with its adapter or control vector, keys and values in fp32."""
     engine = llama_cpp.Llama(
         model["file"],
         lora_path=model.get("adapter"),
         n_ctx=context,
         n_batch=context,
         n_threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
-        logits_all=True,
+        logits_all=True,  # by default only the last token's are kept
         type_k=_F32,
         type_v=_F32,
         verbose=False,
@@ -56,7 +56,7 @@ def opened(model: dict[str, Any], context: int) -> Any:
 def steer(engine: Any, path: Path) -> None:
     """Add a control vector's file, as llama.cpp's own programs do by --control-vector.
 
-    That code is not part of the library. It refuses direction.0, sums what is said twice, and hands over one
+    That code is not part of the library. It refuses direction.0, sums tensors of the same block, and passes one
     buffer [n_layers - 1, d_model], whose first row is for block 1.
     """
     width, blocks = engine.n_embd(), llama_cpp.llama_model_n_layer(engine.model)
@@ -71,15 +71,15 @@ def steer(engine: Any, path: Path) -> None:
         raise SystemExit(f"llama.cpp does not take {path}")
 
 
-def read(engine: Any, ids: list[int]) -> np.ndarray:
+def token_logprobs(engine: Any, ids: list[int]) -> np.ndarray:
     """log p of every token but the first, [n], in nats."""
     engine.reset()
     engine.eval(ids)
     logits = engine.scores[: len(ids) - 1].astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
+    logits -= logits.max(axis=1, keepdims=True)  # or exp overflows
     chosen = logits[np.arange(len(ids) - 1), ids[1:]]
-    found: np.ndarray = chosen - np.log(np.exp(logits).sum(axis=1))
-    return found
+    logprobs: np.ndarray = chosen - np.log(np.exp(logits).sum(axis=1))
+    return logprobs
 
 
 if __name__ == "__main__":

@@ -25,16 +25,16 @@ from vllm.lora.request import LoRARequest
 
 
 def main(folder: Path) -> None:
-    """Do the job in `folder`, and leave the answer there."""
+    """Read the job in `folder`, and leave the answer there."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    # A plugin gets its hands on every model: it is left out where nothing asks for it.
+    # A plugin changes every model, so it is loaded only where a program needs it.
     os.environ["VLLM_PLUGINS"] = "activations" if any("steering" in model for model in job["models"]) else ""
     arrays = np.load(folder / "in.npz")
     sequences = [part.tolist() for part in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
     models = {model["name"]: model for model in job["models"]}
-    engines = opened(models, job["context"])
-    found = {name: read(engines[key(model)], model, sequences) for name, model in models.items()}
-    np.savez(folder / "out.npz", allow_pickle=False, **found)
+    engines = load_engines(models, job["context"])
+    logprobs = {name: token_logprobs(engines[key(model)], model, sequences) for name, model in models.items()}
+    np.savez(folder / "out.npz", allow_pickle=False, **logprobs)
     (folder / "out.json").write_text(json.dumps({"version": vllm.__version__}), encoding="utf-8")
 
 
@@ -43,7 +43,7 @@ def key(model: dict[str, Any]) -> tuple[str, bool]:
     return model["folder"], "adapter" in model
 
 
-def opened(models: dict[str, dict[str, Any]], context: int) -> dict[tuple[str, bool], LLM]:
+def load_engines(models: dict[str, dict[str, Any]], context: int) -> dict[tuple[str, bool], LLM]:
     """An engine for every folder, in fp32."""
     ranks: dict[tuple[str, bool], int] = {}
     for model in models.values():
@@ -64,8 +64,8 @@ def opened(models: dict[str, dict[str, Any]], context: int) -> dict[tuple[str, b
     }
 
 
-def adapter(model: dict[str, Any]) -> LoRARequest | None:
-    """What is asked for beside the prompt."""
+def lora_request(model: dict[str, Any]) -> LoRARequest | None:
+    """The adapter of a request; its number must be its own within the engine."""
     return (
         LoRARequest(model["name"], 1 + zlib.crc32(model["adapter"].encode()) % 10_000, model["adapter"])
         if "adapter" in model
@@ -73,14 +73,16 @@ def adapter(model: dict[str, Any]) -> LoRARequest | None:
     )
 
 
-def read(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.ndarray:
+def token_logprobs(engine: LLM, model: dict[str, Any], sequences: list[list[int]]) -> np.ndarray:
     """log p of every token but the first of each sequence, [n], in nats."""
     steering = Path(model["steering"]).read_text(encoding="utf-8") if "steering" in model else None
     values: list[float] = []
-    for ids in sequences:  # one at a time: with several, its adapter's share of the logits is taken for the wrong rows
+    for ids in sequences:  # one at a time: in a batch vLLM applies the adapter's part of the logits to the wrong rows
         extra = {"extra_args": {"apply_steering_vectors": steering}} if steering else {}  # anew: the plugin empties it
-        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, **extra)
-        (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter(model), use_tqdm=False)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, **extra)
+        (answer,) = engine.generate(
+            [{"prompt_token_ids": ids}], sampling, lora_request=lora_request(model), use_tqdm=False
+        )
         values += [place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)]
     return np.array(values, dtype=np.float64)
 
