@@ -74,7 +74,9 @@ def bootstrap_ratio(above: Tensor, below: Tensor, texts: Tensor, *, seed: int) -
     return interval
 
 
-def bootstrap_recovery(base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, *, seed: int) -> Interval | None:
+def bootstrap_effect_retained(
+    base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, *, seed: int
+) -> Interval | None:
     """Return (compiled - base) / (steered - base) of mean scores [n], resampled over prompts.
 
     None where the steered score does not differ from the base's, on the whole or in some resamples: no effect can be

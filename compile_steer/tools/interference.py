@@ -7,7 +7,7 @@ weights add to that is measured apart: each adapter's own error, and the cross t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -203,7 +203,14 @@ def measure_interference(
             changes = {label: values - margins["base"] for label, values in margins.items() if label != "base"}
             matrix.append(_matrix_row(member, [one.name for one in members], list(artifacts), changes))
 
-    reasons = list(_reasons(members, artifacts))
+    # The strictest of the members' gates hold for all.
+    gates = [one.options.gates for one in members]
+    remaining, exact = min(gate.kl_remaining for gate in gates), min(gate.exact_kl for gate in gates)
+    reasons = [
+        f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {remaining * fit.kl_base + exact:.2e}"
+        for name, fit in artifacts.items()
+        if not fit.kl <= remaining * fit.kl_base + exact
+    ]
     count, head = 1 + len(scales), base.model
     return Composition(
         names=[one.name for one in members],
@@ -220,15 +227,6 @@ def measure_interference(
         passed=not reasons,
         reasons=reasons,
     )
-
-
-def _reasons(members: Sequence[Member], artifacts: Mapping[str, Fit]) -> Iterator[str]:
-    """Why an artifact is not the steered model, by the strictest of the members' gates."""
-    gates = [one.options.gates for one in members]
-    for name, fit in artifacts.items():
-        most = min(gate.kl_remaining for gate in gates) * fit.kl_base + min(gate.exact_kl for gate in gates)
-        if not fit.kl <= most:
-            yield f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {most:.2e}"
 
 
 def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progress) -> list[Encoded]:
@@ -270,17 +268,15 @@ def _matrix_row(
     def interval(values: np.ndarray) -> Interval:
         return bootstrap_mean(values, seed=member.seed)
 
-    def summed_alone(kind: str) -> np.ndarray:
-        return np.asarray(np.sum([changes[f"{kind} {name}"] for name in names], axis=0))
-
     hooks = changes["hooks all"]
+    alone = {kind: np.sum([changes[f"{kind} {name}"] for name in names], axis=0) for kind in ("hooks", "adapter")}
     return MatrixRow(
         behaviour=member.name,
         n_pairs=len(hooks),
         effects={label: interval(values) for label, values in changes.items()},
         cross={
-            "hooks": interval(hooks - summed_alone("hooks")),
-            "adapters": interval(changes[CO_LOADED] - summed_alone("adapter")),
+            "hooks": interval(hooks - alone["hooks"]),
+            "adapters": interval(changes[CO_LOADED] - alone["adapter"]),
         },
         errors={name: interval(changes[name] - hooks) for name in artifacts},
     )

@@ -252,26 +252,20 @@ class Reference:
 
     def planned_tests(self) -> list[PowerAnalysis]:
         """What the equivalence tests can be expected to show, from the reference alone."""
-        allowed = self.options.gates.kl_remaining
-        left = math.sqrt(allowed)  # KL grows with the square of the error
-        effect = self.margins.steered - self.margins.base
-        spreads: dict[Measure, tuple[float, int, str]] = {
-            "log-likelihood margin": (
-                left * float(np.sqrt(np.square(effect).mean())),
-                len(effect),
-                f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows",
-            )
-        }
-        scores: dict[Measure, np.ndarray | None] = {
-            "score": self.answers.steered.scores,
-            "score by prompt set": self.prompt_sets.steered_scores,
-        }
-        for measure, values in scores.items():
-            if values is not None:
-                spread = math.sqrt(2) * float(values.std(ddof=1))
-                assumption = "assuming that answers of compiled and steered model are independent"
-                spreads[measure] = spread, len(values), assumption
-        return [
-            power_analysis("equivalence", measure, margin, *spreads[measure])
-            for measure, margin in self.equivalence_margins.items()
-        ]
+        steered = {"score": self.answers.steered.scores, "score by prompt set": self.prompt_sets.steered_scores}
+        plans = []
+        for measure, margin in self.equivalence_margins.items():
+            values = steered.get(measure)
+            if values is None:
+                values = self.margins.steered - self.margins.base
+                allowed = self.options.gates.kl_remaining
+                left = math.sqrt(allowed)  # KL grows with the square of the error
+                spread = left * float(np.sqrt(np.square(values).mean()))
+                assumed = (
+                    f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows"
+                )
+            else:
+                spread = math.sqrt(2) * float(values.std(ddof=1))  # of a difference: two variances add up
+                assumed = "assuming that answers of compiled and steered model are independent"
+            plans.append(power_analysis("equivalence", measure, margin, spread, len(values), assumed))
+        return plans

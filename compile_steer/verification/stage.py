@@ -16,7 +16,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
-from compile_steer.stats import Interval, bootstrap_ratio, bootstrap_recovery, equivalence
+from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
@@ -149,7 +149,7 @@ def measure_behaviour(
     if set_scores is not None and steered_set_scores is not None:
         sets = equivalence("score by prompt set", set_scores - steered_set_scores, limits["score by prompt set"])
     return BehaviourMatch(
-        effect_retained=bootstrap_recovery(*against.margins, margins, seed=reference.context.seed),
+        effect_retained=bootstrap_effect_retained(*against.margins, margins, seed=reference.context.seed),
         margin=margin,
         score=equivalence("score", compiled.scores - steered.scores, limits["score"]),
         score_base=float(base.scores.mean()),
@@ -219,7 +219,7 @@ def check_divergence(parity: Parity, gates: Gates) -> Iterator[str]:
     if not d.kl.value <= most:
         yield f"KL {d.kl.value:.2e} nats a token (remaining {d.kl_remaining.value:.2%}); at most {most:.2e}"
     if rounding is not None and parity.form.startswith("gguf-"):
-        # Quantising may cost more than a wrong compile does, so the compile is judged on the base quantised the same way.
+        # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
         # What is left of the quantisation there is that edited matrices are rounded anew.
         most = gates.exact_kl if parity.exact else gates.kl_remaining * rounding.kl_changed
         most += 2 * rounding.kl_edited

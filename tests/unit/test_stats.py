@@ -13,9 +13,9 @@ from compile_steer.stats import (
     LEVEL,
     Interval,
     auroc,
+    bootstrap_effect_retained,
     bootstrap_mean,
     bootstrap_ratio,
-    bootstrap_recovery,
     equivalence,
     equivalence_sample_size,
     false_discovery_rates,
@@ -175,7 +175,7 @@ def test_one_success_in_many_has_an_interval_from_zero() -> None:
 
 def test_an_exact_compile_has_a_recovery_of_one() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
-    recovery = bootstrap_recovery(base, base + effect, base + effect, seed=0)
+    recovery = bootstrap_effect_retained(base, base + effect, base + effect, seed=0)
     assert recovery is not None
     assert (recovery.value, recovery.low, recovery.high) == pytest.approx((1.0, 1.0, 1.0))
 
@@ -183,7 +183,7 @@ def test_an_exact_compile_has_a_recovery_of_one() -> None:
 def test_recovery_is_linear_in_the_effect() -> None:
     base, effect = sample(0, 25), sample(1, 25, mean=1.0)
     for share in (0.0, 0.5, -0.5):
-        recovery = bootstrap_recovery(base, base + effect, base + share * effect, seed=0)
+        recovery = bootstrap_effect_retained(base, base + effect, base + share * effect, seed=0)
         assert recovery is not None
         assert (recovery.value, recovery.low, recovery.high) == pytest.approx((share, share, share))
 
@@ -191,7 +191,7 @@ def test_recovery_is_linear_in_the_effect() -> None:
 def test_recovery_is_the_ratio_of_mean_effects_and_its_interval_holds_it() -> None:
     base, effect = sample(0, 40), sample(1, 40, mean=1.0)
     compiled = base + 0.8 * effect + 0.2 * sample(2, 40)
-    recovery = bootstrap_recovery(base, base + effect, compiled, seed=0)
+    recovery = bootstrap_effect_retained(base, base + effect, compiled, seed=0)
     assert recovery is not None
     assert recovery.value == pytest.approx((compiled - base).mean() / effect.mean())
     assert recovery.low < recovery.value < recovery.high
@@ -201,8 +201,8 @@ def test_recovery_is_the_ratio_of_mean_effects_and_its_interval_holds_it() -> No
 def test_recovery_pairs_the_prompts_so_that_their_spread_does_not_count() -> None:
     spread, effect = 100.0 * sample(0, 40), sample(1, 40, mean=1.0)
     compiled = 0.8 * effect + 0.2 * sample(2, 40)
-    narrow = bootstrap_recovery(np.zeros(40), effect, compiled, seed=0)
-    wide = bootstrap_recovery(spread, spread + effect, spread + compiled, seed=0)
+    narrow = bootstrap_effect_retained(np.zeros(40), effect, compiled, seed=0)
+    wide = bootstrap_effect_retained(spread, spread + effect, spread + compiled, seed=0)
     assert narrow is not None
     assert wide is not None
     assert (wide.low, wide.high) == pytest.approx((narrow.low, narrow.high))
@@ -210,18 +210,18 @@ def test_recovery_pairs_the_prompts_so_that_their_spread_does_not_count() -> Non
 
 def test_where_steering_does_nothing_there_is_no_recovery() -> None:
     base = sample(0, 12)
-    assert bootstrap_recovery(base, base, base + 1.0, seed=0) is None
-    assert bootstrap_recovery(base, base[::-1], base + 1.0, seed=0) is None
+    assert bootstrap_effect_retained(base, base, base + 1.0, seed=0) is None
+    assert bootstrap_effect_retained(base, base[::-1], base + 1.0, seed=0) is None
 
 
 def test_a_recovery_of_constant_effects_has_no_width() -> None:
-    recovery = bootstrap_recovery(np.zeros(5), np.full(5, 2.0), np.full(5, 1.5), seed=0)
+    recovery = bootstrap_effect_retained(np.zeros(5), np.full(5, 2.0), np.full(5, 1.5), seed=0)
     assert recovery == Interval(0.75, 0.75, 0.75)
 
 
 def test_recovery_of_contradictory_effects_is_uncertain() -> None:
     base = np.zeros(4)
-    recovery = bootstrap_recovery(base, np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, 0.5, 0.2, 1.0]), seed=0)
+    recovery = bootstrap_effect_retained(base, np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, 0.5, 0.2, 1.0]), seed=0)
     assert recovery is None or recovery.low < recovery.value, "four prompts that disagree prove nothing"
 
 
