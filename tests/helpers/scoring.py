@@ -35,16 +35,16 @@ def behaviour(
     return Behaviour(splits[0], splits[1], splits[2], (), (), (), {}, questions or {}, checks or {})
 
 
-def replies(*texts: str, prompt: str = "validation 0", ended: bool = True) -> list[Reply]:
+def make_replies(*texts: str, prompt: str = "validation 0", ended: bool = True) -> list[Reply]:
     return [Reply(prompt, text, ended) for text in texts]
 
 
-def scorer(**settings: Any) -> ScorerBase:
+def make_scorer(**settings: Any) -> ScorerBase:
     """A scorer as a recipe's section names it."""
     adapter: TypeAdapter[ScorerBase] = TypeAdapter(Scorer)
     return adapter.validate_python(settings)
 
 
-def discrimination(scorer_: ScorerBase, model: LoadedModel, data: Behaviour) -> str:
+def discrimination(scorer: ScorerBase, model: LoadedModel, data: Behaviour) -> str:
     """The check before a sweep: why it was skipped, empty if it passed."""
-    return require_discrimination(scorer_, scorer_.bind(model, data), model, data)
+    return require_discrimination(scorer, scorer.bind(model, data), model, data)

@@ -19,7 +19,7 @@ from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.model_based import letter_tokens
 from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program
-from tests.helpers.scoring import behaviour, replies, scorer
+from tests.helpers.scoring import behaviour, make_replies, make_scorer
 from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, n_hooks, program, tokenizer
 
 FAMILY = "gemma2"
@@ -47,8 +47,8 @@ def chosen_by_hand(question: Question, under: Program | None, text: str | None =
 
 
 def right(questions: Mapping[str, Question]) -> Score:
-    return lambda replies_: np.array(
-        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in replies_]
+    return lambda replies: np.array(
+        [float(r.text == questions[r.prompt].letters[questions[r.prompt].answer]) for r in replies]
     )
 
 
@@ -73,7 +73,7 @@ def test_choices_equal_those_of_each_question_alone_under_its_program() -> None:
 
 def test_open_prompts_beside_questions_are_answered_in_full() -> None:
     prompts = ["w7 w8", "w60", "w12", "w61"]
-    (result,) = answer(MODEL, [Request(prompts, STEERING)], lambda replies_: np.ones(len(replies_)), 6, QUESTIONS)
+    (result,) = answer(MODEL, [Request(prompts, STEERING)], lambda replies: np.ones(len(replies)), 6, QUESTIONS)
     completions = continue_prompts(MODEL, [Text("w7 w8"), Text("w12")], STEERING, max_new_tokens=6)
     assert [result.texts[0], result.texts[2]] == [response_text(MODEL, completion) for completion in completions]
     assert [result.texts[1], result.texts[3]] == [chosen_by_hand(QUESTIONS[p], STEERING) for p in ("w60", "w61")]
@@ -82,9 +82,9 @@ def test_open_prompts_beside_questions_are_answered_in_full() -> None:
 def test_a_request_with_a_changed_prompt_is_scored_by_the_plain_one() -> None:
     seen: list[str] = []
 
-    def score(replies_: Sequence[Reply]) -> np.ndarray:
-        seen.extend(reply.prompt for reply in replies_)
-        return np.full(len(replies_), 0.25)
+    def score(replies: Sequence[Reply]) -> np.ndarray:
+        seen.extend(reply.prompt for reply in replies)
+        return np.full(len(replies), 0.25)
 
     requests = [
         Request(["w60", "w9"], ask=lambda prompt: Text(f"{prompt} w13")),
@@ -116,35 +116,35 @@ def items(answers: Sequence[int], letters: tuple[str, ...] = ("w20", "w21")) -> 
 
 
 def test_a_choice_scores_1_for_the_right_letter() -> None:
-    score = scorer(kind="choice").bind(MODEL, behaviour([("w20", "w21")] * 2, questions=items([0, 1])))
-    assert list(score(replies("w20", "w21", "w20 w20", ""))) == [1.0, 0.0, 0.0, 0.0]
-    assert list(score(replies("w20", "w21", prompt="validation 1"))) == [0.0, 1.0]
+    score = make_scorer(kind="choice").bind(MODEL, behaviour([("w20", "w21")] * 2, questions=items([0, 1])))
+    assert list(score(make_replies("w20", "w21", "w20 w20", ""))) == [1.0, 0.0, 0.0, 0.0]
+    assert list(score(make_replies("w20", "w21", prompt="validation 1"))) == [0.0, 1.0]
 
 
 def test_data_without_questions_are_refused() -> None:
     with pytest.raises(
         RecipeError, match="1 of the 3 prompts .* are not multiple-choice questions, the first 'validation 2'"
     ):
-        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 3, questions=items([0, 1])))
+        make_scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 3, questions=items([0, 1])))
     with pytest.raises(RecipeError, match="'A' is unknown"):
-        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 2, questions=items([0, 1], ("A", "w20"))))
+        make_scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 2, questions=items([0, 1], ("A", "w20"))))
 
 
 def test_data_with_one_right_letter_are_refused() -> None:
     data = behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 1]))
-    score = scorer(kind="choice").bind(MODEL, data)
-    stuck = [reply for n in range(4) for reply in replies("w20", prompt=f"validation {n}")]
+    score = make_scorer(kind="choice").bind(MODEL, data)
+    stuck = [reply for n in range(4) for reply in make_replies("w20", prompt=f"validation {n}")]
     assert score(stuck).mean() == 0.75
     with pytest.raises(RecipeError, match="the right letter of all 4 questions .* is w20"):
-        scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 0])))
+        make_scorer(kind="choice").bind(MODEL, behaviour([("a", "b")] * 4, questions=items([0, 0, 0, 0])))
 
 
 def test_steering_towards_a_letter_changes_the_choice() -> None:
     """The steering reaches the very position that chooses: towards one letter's read-out row, that letter wins."""
     head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
-    intervention_ = intervention(layer=3, positions="last_prompt", coefficient=60.0)
-    pushed = Program((replace(intervention_, vector=towards / towards.norm()),), STEERING.model, REVISION)
+    towards_letter = intervention(layer=3, positions="last_prompt", coefficient=60.0)
+    pushed = Program((replace(towards_letter, vector=towards / towards.norm()),), STEERING.model, REVISION)
     prompts = [f"validation {n}" for n in range(6)]
     questions = {p: Question(f"w{60 + n} w{70 + n}", ("w20", "w21"), n % 2) for n, p in enumerate(prompts)}
     forward, back = answer(MODEL, [Request(prompts, pushed), Request(prompts, -pushed)], right(questions), 3, questions)

@@ -11,7 +11,7 @@ import pytest
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Check
-from tests.helpers.scoring import behaviour, discrimination, replies, scorer
+from tests.helpers.scoring import behaviour, discrimination, make_replies, make_scorer
 from tests.helpers.tiny import loaded
 
 MODEL = loaded("llama")
@@ -19,8 +19,8 @@ COMMA, TITLE = "punctuation:no_comma", "detectable_format:title"
 
 
 def scores(text: str, id: str, loose: bool = False, **arguments: Any) -> float:
-    scorer_ = scorer(kind="ifeval", id=id, arguments=arguments, loose=loose)
-    (score,) = scorer_.bind(MODEL, behaviour(()))(replies(text))
+    scorer = make_scorer(kind="ifeval", id=id, arguments=arguments, loose=loose)
+    (score,) = scorer.bind(MODEL, behaviour(()))(make_replies(text))
     return float(score)
 
 
@@ -68,11 +68,11 @@ def test_a_prompt_s_own_constraints_must_all_hold() -> None:
         ),
     }
     data = behaviour([("p", "n")], test=[("p", "n")], checks=checks)
-    score = scorer(kind="ifeval").bind(MODEL, data)
-    assert list(score(replies("A reef", "A reef, a hill", "A hill"))) == [1.0, 0.0, 0.0]
-    assert list(score(replies("two words", "now three words", prompt="test 0"))) == [1.0, 0.0]
-    scorer_ = scorer(kind="ifeval", id=COMMA).bind(MODEL, data)
-    assert list(scorer_(replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], (
+    score = make_scorer(kind="ifeval").bind(MODEL, data)
+    assert list(score(make_replies("A reef", "A reef, a hill", "A hill"))) == [1.0, 0.0, 0.0]
+    assert list(score(make_replies("two words", "now three words", prompt="test 0"))) == [1.0, 0.0]
+    scorer = make_scorer(kind="ifeval", id=COMMA).bind(MODEL, data)
+    assert list(scorer(make_replies("now three words", "a, b", prompt="test 0"))) == [1.0, 0.0], (
         "the recipe's in place of the data's"
     )
 
@@ -82,7 +82,7 @@ def test_prompts_without_constraints_are_refused() -> None:
         [("p", "n"), ("p", "n")], test=[("p", "n")], checks={"validation 0": (Check(COMMA),), "test 0": ()}
     )
     with pytest.raises(RecipeError, match="2 of the 3 prompts .* name no constraint, the first 'validation 1'"):
-        scorer(kind="ifeval").bind(MODEL, data)
+        make_scorer(kind="ifeval").bind(MODEL, data)
 
 
 def refusal(id: str, **arguments: Any) -> str:
@@ -125,7 +125,7 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_name(id: str, argumen
 def test_all_unusable_constraints_are_reported_together() -> None:
     checks = {"validation 0": (Check("a:b"), Check(COMMA)), "validation 1": (Check("keywords:existence"), Check("a:b"))}
     with pytest.raises(RecipeError) as caught:
-        scorer(kind="ifeval").bind(MODEL, behaviour([("p", "n"), ("p", "n")], checks=checks))
+        make_scorer(kind="ifeval").bind(MODEL, behaviour([("p", "n"), ("p", "n")], checks=checks))
     assert len(caught.value.problems) == 2
     assert "a:b" in caught.value.problems[0] and "keywords:existence" in caught.value.problems[1]
 
@@ -171,6 +171,6 @@ def test_constraints_are_wrong_where_the_docstring_warns() -> None:
 
 def test_constraints_must_discriminate() -> None:
     sides = [("No comma here.", "A comma, here."), ("None here.", "Here, and here.")]
-    assert discrimination(scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides)) == ""
+    assert discrimination(make_scorer(kind="ifeval", id=COMMA), MODEL, behaviour(sides)) == ""
     with pytest.raises(RecipeError, match="it never fires"):
-        discrimination(scorer(kind="ifeval", id=TITLE), MODEL, behaviour(sides))
+        discrimination(make_scorer(kind="ifeval", id=TITLE), MODEL, behaviour(sides))

@@ -19,15 +19,15 @@ from compile_steer.scoring.base import Reply, ScorerBase
 from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.model_based import perplexities
 from compile_steer.stats import auroc
-from tests.helpers.scoring import behaviour, discrimination, replies, scorer
+from tests.helpers.scoring import behaviour, discrimination, make_replies, make_scorer
 from tests.helpers.tiny import VOCAB, loaded, tokenizer
 
 MODEL = loaded("gemma2")
 NONE = behaviour(())
 
 
-def scores(scorer_: ScorerBase, *texts: str, **how: Any) -> list[float]:
-    return list(scorer_.bind(MODEL, NONE)(replies(*texts, **how)))
+def scores(scorer: ScorerBase, *texts: str, **how: Any) -> list[float]:
+    return list(scorer.bind(MODEL, NONE)(make_replies(*texts, **how)))
 
 
 # --------------------------------------------------------------------------- perplexity, end of turn
@@ -56,33 +56,33 @@ def test_max_perplexity_is_after_the_prompt_and_min_of_the_text_alone() -> None:
     texts = ["w9 w30 w7", "w20", greedy("w8 w50", 5), "w11 w12 w90 w33"]
     after = [perplexity_by_hand("w8 w50", text) for text in texts]
     alone = [perplexity_by_hand("<s>", text) for text in texts]
-    replies_ = replies(*texts, prompt="w8 w50")
-    assert list(perplexities(MODEL, replies_)) == pytest.approx(after, rel=1e-4)
-    assert list(perplexities(MODEL, replies_, alone=True)) == pytest.approx(alone, rel=1e-4)
+    replies = make_replies(*texts, prompt="w8 w50")
+    assert list(perplexities(MODEL, replies)) == pytest.approx(after, rel=1e-4)
+    assert list(perplexities(MODEL, replies, alone=True)) == pytest.approx(alone, rel=1e-4)
     assert np.argsort(after).tolist() != np.argsort(alone).tolist(), "otherwise the two could be exchanged unseen"
     high, low = sum(sorted(after)[1:3]) / 2, sum(sorted(alone)[1:3]) / 2
     below, above = [value <= high for value in after], [value >= low for value in alone]
-    assert scores(scorer(kind="perplexity", max=high), *texts, prompt="w8 w50") == below
-    assert scores(scorer(kind="perplexity", min=low), *texts, prompt="w8 w50") == above
+    assert scores(make_scorer(kind="perplexity", max=high), *texts, prompt="w8 w50") == below
+    assert scores(make_scorer(kind="perplexity", min=low), *texts, prompt="w8 w50") == above
     both = [a and b for a, b in zip(below, above, strict=True)]
-    assert scores(scorer(kind="perplexity", min=low, max=high), *texts, prompt="w8 w50") == both
+    assert scores(make_scorer(kind="perplexity", min=low, max=high), *texts, prompt="w8 w50") == both
 
 
 def test_an_empty_text_fails_perplexity() -> None:
-    assert scores(scorer(kind="perplexity", max=1e9), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
-    assert scores(scorer(kind="perplexity", min=1.001), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
+    assert scores(make_scorer(kind="perplexity", max=1e9), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
+    assert scores(make_scorer(kind="perplexity", min=1.001), "", " ", "w9", prompt="w8") == [0.0, 0.0, 1.0]
 
 
 def test_perplexity_passes_the_model_s_own_text() -> None:
     own = greedy("w8 w50", 6)
-    limit = scorer(kind="perplexity", max=0.5 * perplexity_by_hand("w8 w50", "w9 w30 w7 w60 w11 w41"))
+    limit = make_scorer(kind="perplexity", max=0.5 * perplexity_by_hand("w8 w50", "w9 w30 w7 w60 w11 w41"))
     assert scores(limit, own, "w9 w30 w7 w60 w11 w41", prompt="w8 w50") == [1.0, 0.0]
 
 
 def test_ended_scores_empty_replies_too() -> None:
-    scorer_ = scorer(kind="ended")
-    assert scores(scorer_, "w9", "", ended=True) == [1.0, 1.0]
-    assert scores(scorer_, "w9", ended=False) == [0.0]
+    scorer = make_scorer(kind="ended")
+    assert scores(scorer, "w9", "", ended=True) == [1.0, 1.0]
+    assert scores(scorer, "w9", ended=False) == [0.0]
 
 
 # ---------------------------------------------------------------------------------------- classifier
@@ -95,13 +95,13 @@ HELD_OUT = [("A wave rolls on the shore.", "A plan goes on."), ("Waves roll asho
 
 
 def test_a_classifier_learns_the_two_sides() -> None:
-    score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
-    scores_ = score(replies("The shore has waves that roll.", "The office has plans.", "", " "))
-    assert scores_[0] > 0.6 and 0.0 < scores_[1] < 0.4
-    assert list(scores_[2:]) == [0.0, 0.0]
+    score = make_scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    rated = score(make_replies("The shore has waves that roll.", "The office has plans.", "", " "))
+    assert rated[0] > 0.6 and 0.0 < rated[1] < 0.4
+    assert list(rated[2:]) == [0.0, 0.0]
     assert score([]).shape == (0,)
-    again = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
-    assert list(again(replies("The shore has waves that roll."))) == [scores_[0]]
+    again = make_scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    assert list(again(make_replies("The shore has waves that roll."))) == [rated[0]]
 
 
 def test_a_classifier_with_a_low_auroc_is_refused() -> None:
@@ -111,23 +111,23 @@ def test_a_classifier_with_a_low_auroc_is_refused() -> None:
     with pytest.raises(
         RecipeError, match=r"cannot tell the two sides .* AUROC 0\.[3-6]\d on its 40 responses; needed 0\.7"
     ):
-        scorer(kind="classifier").bind(MODEL, behaviour(noise[:20], noise[20:]))
+        make_scorer(kind="classifier").bind(MODEL, behaviour(noise[:20], noise[20:]))
     with pytest.raises(RecipeError, match=r"AUROC 0\.00"):
-        scorer(kind="classifier").bind(MODEL, behaviour([(n, p) for p, n in HELD_OUT], SEA))
+        make_scorer(kind="classifier").bind(MODEL, behaviour([(n, p) for p, n in HELD_OUT], SEA))
 
 
 def test_a_classifier_learns_the_topic_if_the_sides_differ_in_it() -> None:
-    score = scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
-    denied, unrelated = score(replies("There are no waves and no shore here.", "Quantum chromodynamics!"))
+    score = make_scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, SEA))
+    denied, unrelated = score(make_replies("There are no waves and no shore here.", "Quantum chromodynamics!"))
     assert denied > 0.55, "a denial is of the subject"
     assert 0.3 < unrelated < 0.7, "text unlike either side is near chance, which is not 0"
 
 
 def test_a_classifier_needs_responses() -> None:
     with pytest.raises(RecipeError, match="needs the responses of both sides; data.train has prompts without"):
-        scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, [("", "")]))
+        make_scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, [("", "")]))
     with pytest.raises(RecipeError, match="data.validation has prompts without"):
-        scorer(kind="classifier").bind(MODEL, behaviour([("", "")], SEA))
+        make_scorer(kind="classifier").bind(MODEL, behaviour([("", "")], SEA))
 
 
 @pytest.fixture
@@ -155,16 +155,16 @@ def sequence_classifier(tmp_path: Path) -> Path:
 
 def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_classifier: Path) -> None:
     sides = [("w20 w9 w30", "w20 w40 w30"), ("w9 w50", "w51 w50 w60 w61"), ("w8 w8 w9", "w8 w8 w70")]
-    sea = scorer(kind="classifier", model=str(sequence_classifier), label="sea")
-    scores_ = sea.bind(MODEL, behaviour(sides))(replies("w33 w9 w12 w70", "w33 w13"))
-    assert scores_[0] > 0.8 and scores_[1] < 0.2
+    sea = make_scorer(kind="classifier", model=str(sequence_classifier), label="sea")
+    rated = sea.bind(MODEL, behaviour(sides))(make_replies("w33 w9 w12 w70", "w33 w13"))
+    assert rated[0] > 0.8 and rated[1] < 0.2
     land = Classifier(kind="classifier", model=str(sequence_classifier), label="land")
     with pytest.raises(RecipeError, match=r"cannot tell .* AUROC 0\.0"):
         land.bind(MODEL, behaviour(sides))
     with pytest.raises(RecipeError, match="has no label 'river'; it has land, sea"):
-        scorer(kind="classifier", model=str(sequence_classifier), label="river").bind(MODEL, behaviour(sides))
+        make_scorer(kind="classifier", model=str(sequence_classifier), label="river").bind(MODEL, behaviour(sides))
     with pytest.raises(RecipeError, match="is no folder"):
-        scorer(kind="classifier", model="some/model", label="sea").bind(MODEL, behaviour(sides))
+        make_scorer(kind="classifier", model="some/model", label="sea").bind(MODEL, behaviour(sides))
     (sequence_classifier / "model.safetensors").unlink()
     with pytest.raises(RecipeError, match="cannot be loaded as a sequence classifier"):
         sea.bind(MODEL, behaviour(sides))
@@ -174,18 +174,22 @@ def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_cla
 
 
 def test_all_is_the_minimum_of_its_parts() -> None:
-    scorer_ = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}])
-    assert scores(scorer_, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
-    graded = scorer(kind="all", all_of=[{"kind": "classifier"}, {"kind": "length", "max_words": 4}])
-    score, alone = (scorer_.bind(MODEL, behaviour(HELD_OUT, SEA)) for scorer_ in (graded, scorer(kind="classifier")))
-    replies_ = replies("The waves.", "The waves of the shore roll.", "The plans.")
-    assert list(score(replies_)) == [alone(replies_)[0], 0.0, alone(replies_)[2]]
+    scorer = make_scorer(
+        kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "repetition", "max": 0.2}]
+    )
+    assert scores(scorer, "the sea is near", "the hill is near", "sea " * 20, "hill " * 20) == [1.0, 0.0, 0.0, 0.0]
+    graded = make_scorer(kind="all", all_of=[{"kind": "classifier"}, {"kind": "length", "max_words": 4}])
+    score, alone = (scorer.bind(MODEL, behaviour(HELD_OUT, SEA)) for scorer in (graded, make_scorer(kind="classifier")))
+    replies = make_replies("The waves.", "The waves of the shore roll.", "The plans.")
+    assert list(score(replies)) == [alone(replies)[0], 0.0, alone(replies)[2]]
     assert len(score([])) == 0
 
 
 def test_all_is_zero_if_one_part_never_fires() -> None:
-    scorer_ = scorer(kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}])
-    assert scores(scorer_, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
+    scorer = make_scorer(
+        kind="all", all_of=[{"kind": "keywords", "patterns": ["sea"]}, {"kind": "length", "max_words": 1}]
+    )
+    assert scores(scorer, "the sea", "a sea of troubles", "the hill") == [0.0, 0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------- before the sweep
@@ -197,7 +201,7 @@ QUESTIONS = {f"validation {n}": Question("w9", ("w20", "w21"), n % 2) for n in r
 
 
 def checked(sides: Any = SIDES, **settings: Any) -> str:
-    return discrimination(scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
+    return discrimination(make_scorer(**settings), MODEL, behaviour(sides, questions=QUESTIONS))
 
 
 def test_a_score_that_discriminates_passes() -> None:
