@@ -14,7 +14,7 @@ import copy
 import math
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,21 +29,20 @@ from compile_steer.lowering.lowering import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
 from compile_steer.lowering.training import (
-    Factors,
-    adamw,
+    BETAS,
     gradient_steps,
     held_out_split,
-    patch_from_factors,
     split_batches,
     squared_error,
     train,
-    trainable,
 )
 from compile_steer.models.load import quiet
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
+
+Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 def lower(lowering: Lowering) -> WeightPatch:
@@ -85,6 +84,31 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
             A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
             edits[name] = LowRank(torch.zeros(d_out, rank), A)
     return WeightPatch(edits)
+
+
+def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Copies of the edits' factors (B, A) that an optimizer can train."""
+    return {
+        name: (nn.Parameter(edit.B.float().to(device).clone()), nn.Parameter(edit.A.float().to(device).clone()))
+        for name, edit in edits.items()
+    }
+
+
+def patch_from_factors(factors: Factors) -> WeightPatch:
+    """The patch made of live factors."""
+    return WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
+
+
+def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
+    """AdamW without decay. Its step has the size of the rate whatever the gradient's, so the rate is taken
+    relative to each factor's own root mean square (its partner's, for a factor that starts at zero).
+    """
+    groups: list[dict[str, object]] = []
+    for pair in factors.values():
+        sizes = [float(factor.detach().square().mean().sqrt()) for factor in pair]
+        for factor, size, other in zip(pair, sizes, reversed(sizes), strict=True):
+            groups.append({"params": [factor], "lr": rate * (size or other)})
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
 
 
 # -------------------------------------------------------------------------------------- block by block

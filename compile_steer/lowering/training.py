@@ -1,4 +1,4 @@
-"""Training: the objectives, AdamW and its rate, the one loop of gradient steps, and the training end to end.
+"""Training: the objectives, the loop of gradient steps that every training uses, and the training end to end.
 
 p is the steered model's next-token distribution, q the student's:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,12 +29,10 @@ from compile_steer.models.forward import lm_head
 from compile_steer.models.load import DTYPES
 from compile_steer.models.logprobs import chunks, divergence, log_softmax
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 T = TypeVar("T")
-Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 # A shorter memory of squared gradients than AdamW's usual 0.999: a training has a few hundred steps.
 BETAS = (0.9, 0.99)
@@ -111,32 +109,7 @@ OBJECTIVES = {
 }
 
 
-# ------------------------------------------------------------------------------------- factors and steps
-
-
-def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Copies of the edits' factors (B, A) that an optimizer can train."""
-    return {
-        name: (nn.Parameter(edit.B.float().to(device).clone()), nn.Parameter(edit.A.float().to(device).clone()))
-        for name, edit in edits.items()
-    }
-
-
-def patch_from_factors(factors: Factors) -> WeightPatch:
-    """The patch made of live factors."""
-    return WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
-
-
-def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
-    """AdamW without decay. Its step has the size of the rate whatever the gradient's, so the rate is taken
-    relative to each factor's own root mean square (its partner's, for a factor that starts at zero).
-    """
-    groups: list[dict[str, object]] = []
-    for pair in factors.values():
-        sizes = [float(factor.detach().square().mean().sqrt()) for factor in pair]
-        for factor, size, other in zip(pair, sizes, reversed(sizes), strict=True):
-            groups.append({"params": [factor], "lr": rate * (size or other)})
-    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+# ------------------------------------------------------------------------------------- steps
 
 
 def gradient_steps(
@@ -214,11 +187,11 @@ def train(
         name: under which the state is saved and the curve is recorded.
         advance: called with the number of texts just seen.
     """
-    model, loss_of = lowering.loaded.model, OBJECTIVES[options.objective]
+    model, objective = lowering.loaded.model, OBJECTIVES[options.objective]
     suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
     seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
     # The student stops where the objective looks; the held-out measure and the control always reach the end.
-    stop = None if loss_of.at_end else 1 + max(i.site.changes_from for i in lowering.program.interventions)
+    stop = None if objective.at_end else 1 + max(i.site.changes_from for i in lowering.program.interventions)
     to_end = replace(suffix, recompute_every=options.recompute_every, dtype=DTYPES[options.precision])
     student = replace(to_end, stop=stop)
     if stop is not None:
@@ -234,11 +207,11 @@ def train(
         nonlocal batches
         new_epoch = step % epoch_steps == 0
         # On-policy a resumed run must write the same texts again, so it resumes where they are written.
-        if new_epoch if loss_of.on_policy else step % options.save_every == 0:
+        if new_epoch if objective.on_policy else step % options.save_every == 0:
             _save_state(lowering, name, optimizer, step, losses)
         if new_epoch or not batches:
             batches = seen
-            if loss_of.on_policy:
+            if objective.on_policy:
                 with with_patch(model, patch):
                     written = lowering.sample(seen_texts, None, seed=lowering.seed + 7919 * (step // epoch_steps + 1))
                 batches = student.batches(written, options.batch_tokens)
@@ -246,7 +219,7 @@ def train(
         with with_patch(model, patch), torch.enable_grad():
             for n in range(options.accumulate):
                 batch = batches[(step % epoch_steps * options.accumulate + n) % len(batches)]
-                mean = loss_of.backward(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
+                mean = objective.backward(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
                 loss += mean / options.accumulate
             if control:
                 # The gradient of what KL(base || student) exceeds KL(base || steered) by.

@@ -13,7 +13,7 @@ from compile_steer.lowering import distill
 from compile_steer.lowering.lowering import Lowering, ResumeFiles
 from compile_steer.lowering.options import CalibrationOptions, CompileOptions, DistillOptions
 from compile_steer.lowering.teacher_student import SuffixModel
-from compile_steer.lowering.training import OBJECTIVES, adamw, patch_from_factors, train, trainable
+from compile_steer.lowering.training import OBJECTIVES, train
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
@@ -175,19 +175,19 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
     drift = []
     for weight in (0.0, 20.0):
         lowering = task(tiny, steering, base_kl_weight=weight, objective="hidden", epochs=2)
-        factors = trainable(random_patch(tiny, ranks=(3,)).low_rank, tiny.device)
+        factors = distill.trainable(random_patch(tiny, ranks=(3,)).low_rank, tiny.device)
         train(
             lowering,
             CALIBRATION,
-            patch_from_factors(factors),
-            adamw(factors, 0.03),
+            distill.patch_from_factors(factors),
+            distill.adamw(factors, 0.03),
             lowering.options.distill,
             "distill",
             lambda _done: None,
         )
         batch = Padded.of(lowering.sample(prompts, None, seed=3), "right")
         base = logits(tiny.model, batch).double().log_softmax(-1)
-        with with_patch(tiny.model, patch_from_factors(factors)), torch.no_grad():
+        with with_patch(tiny.model, distill.patch_from_factors(factors)), torch.no_grad():
             student = logits(tiny.model, batch).double().log_softmax(-1)
         drift.append(float((base.exp() * (base - student)).sum(-1).mean()))
     assert drift[1] < 0.8 * drift[0]
