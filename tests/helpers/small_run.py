@@ -1,4 +1,4 @@
-"""A whole run of the walk on a tiny llama: its recipe, model and data in one folder, as a user has them."""
+"""A whole run on a tiny llama: its recipe, model and data in one folder, as a user has them."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def prepare(root: Path) -> SmallRun:
     return run
 
 
-def walked(root: Path) -> SmallRun:
-    """The whole walk; a tiny random model's verdict is what it is, so the compile is forced."""
+def complete_run(root: Path) -> SmallRun:
+    """Every stage; a tiny random model may fail its validation, so the compile is forced."""
     run = prepare(root)
     opened = run.open()
     opened.validate()

@@ -1,4 +1,4 @@
-"""One walk on a tiny model for every test that looks at, or spoils, what a whole run leaves."""
+"""One run on a tiny model for every test that looks at, or spoils, what a whole run leaves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.small_run import SmallRun, walked
+from tests.helpers.small_run import SmallRun, complete_run
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return walked(tmp_path_factory.mktemp("original"))
+    return complete_run(tmp_path_factory.mktemp("original"))
 
 
 @pytest.fixture
