@@ -83,14 +83,14 @@ def test_plain_peft_merged_weights_and_hooks_agree(family: str, saved: Save, tmp
         inputs = Padded.of(texts(), side)
         base = logits(one.model, inputs)
         with with_patch(one.model, patch):
-            wanted = logits(one.model, inputs)
-        assert relative_error(wanted, base) > 1e-2
-        assert relative_error(logits(adapted, inputs), wanted) < 1e-5
-        assert relative_error(logits(merged, inputs), wanted) < 1e-5
+            expected = logits(one.model, inputs)
+        assert relative_error(expected, base) > 1e-2
+        assert relative_error(logits(adapted, inputs), expected) < 1e-5
+        assert relative_error(logits(merged, inputs), expected) < 1e-5
         with adapted.disable_adapter():
             assert_close_to_rounding(logits(adapted, inputs), base)
     by_peft = adapted.merge_and_unload(safe_merge=True)
-    assert relative_error(logits(by_peft, inputs), wanted) < 1e-5
+    assert relative_error(logits(by_peft, inputs), expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,11 +101,11 @@ def test_a_patch_comes_back_from_its_folder(family: str, saved: Save, tmp_path: 
     assert set(found.low_rank) == set(patch.low_rank)
     assert not found.bias
     for name, edit in found.low_rank.items():
-        wanted = patch.low_rank[name]
+        expected = patch.low_rank[name]
         assert edit.rank == 8, "ranks 2 and 3 share the next rank that engines take"
-        assert torch.equal(edit.B[:, : wanted.rank], wanted.B)
-        assert torch.equal(edit.A[: wanted.rank], wanted.A)
-        assert torch.allclose(product(edit), product(wanted))
+        assert torch.equal(edit.B[:, : expected.rank], expected.B)
+        assert torch.equal(edit.A[: expected.rank], expected.A)
+        assert torch.allclose(product(edit), product(expected))
 
 
 # ------------------------------------------------------------------------------------------- formats

@@ -49,24 +49,24 @@ def test_compile_then_decompile_gives_the_directions_back(family: str, saved: Sa
         program(family, intervention(layer=1, seed=1), intervention("add", "mlp_out", 3, coefficient=-0.8, seed=2))
     )
     assert exact.bias_refusal(steering, one.layout) is None
-    found = read_off(one, compiled(one, exact.bias_patch(steering, one.layout)))
-    assert [i.site.layer for i in found.program.interventions] == [1, 3]
-    for got, wanted in zip(found.program.interventions, steering.interventions, strict=True):
+    decompiled = read_off(one, compiled(one, exact.bias_patch(steering, one.layout)))
+    assert [i.site.layer for i in decompiled.program.interventions] == [1, 3]
+    for got, expected in zip(decompiled.program.interventions, steering.interventions, strict=True):
         # What a sublayer writes reaches the stream times the family's residual multiplier, points are of the stream.
-        assert float(cosine_similarity(got.vector, wanted.coefficient * wanted.vector, dim=0)) > 0.9999
+        assert float(cosine_similarity(got.vector, expected.coefficient * expected.vector, dim=0)) > 0.9999
         assert float(got.vector.norm()) == pytest.approx(
-            abs(wanted.coefficient) * float(wanted.vector.norm()), rel=1e-3
+            abs(expected.coefficient) * float(expected.vector.norm()), rel=1e-3
         )
-    assert all(block.explained > 0.9999 for block in found.blocks)
-    assert found.explained > 0.9999
+    assert all(block.explained > 0.9999 for block in decompiled.blocks)
+    assert decompiled.explained > 0.9999
 
 
 def test_a_change_that_is_no_constant_is_not_called_one(saved: Save) -> None:
     one = saved("llama")
-    found = read_off(one, compiled(one, random_patch(one)))
-    assert [i.site.layer for i in found.program.interventions] == [1, 2]
-    assert all(block.explained < 0.6 for block in found.blocks)
-    assert found.explained < 0.6
+    decompiled = read_off(one, compiled(one, random_patch(one)))
+    assert [i.site.layer for i in decompiled.program.interventions] == [1, 2]
+    assert all(block.explained < 0.6 for block in decompiled.blocks)
+    assert decompiled.explained < 0.6
 
 
 def test_the_base_itself_and_another_shape_are_refused(saved: Save) -> None:
@@ -80,7 +80,7 @@ def test_the_base_itself_and_another_shape_are_refused(saved: Save) -> None:
 
 def test_the_program_it_leaves_is_one_that_loads(saved: Save, tmp_path: Path) -> None:
     one = saved("llama")
-    found = read_off(one, compiled(one, exact.bias_patch(program("llama", intervention()), one.layout)))
-    found.save(tmp_path / "found.safetensors", tmp_path / "found.json")
+    decompiled = read_off(one, compiled(one, exact.bias_patch(program("llama", intervention()), one.layout)))
+    decompiled.save(tmp_path / "found.safetensors", tmp_path / "found.json")
     again = Program.load(tmp_path / "found.safetensors")
-    assert torch.equal(again.interventions[0].vector, found.program.interventions[0].vector)
+    assert torch.equal(again.interventions[0].vector, decompiled.program.interventions[0].vector)

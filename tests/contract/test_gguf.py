@@ -61,20 +61,22 @@ def step(values: Tensor, levels: int) -> Tensor:
 def test_stock_transformers_reads_back_the_sum_rounded_once(base: Save, tmp_path: Path, family: str) -> None:
     one = base(family)
     patch = random_patch(one)
-    wanted = dict(merged_model(one.source, patch).requires_grad_(False).named_parameters())
-    found = reload(written(tmp_path / "f16", patch, one, "f16"), one)
-    for name, value in found.model.named_parameters():
-        exact = wanted[name] if wanted[name].ndim == 1 else wanted[name].half().float()
+    expected = dict(merged_model(one.source, patch).requires_grad_(False).named_parameters())
+    stored = reload(written(tmp_path / "f16", patch, one, "f16"), one)
+    for name, value in stored.model.named_parameters():
+        exact = expected[name] if expected[name].ndim == 1 else expected[name].half().float()
         assert torch.equal(value, exact), name
     quantised = reload(written(tmp_path / "q8_0", patch, one, "q8_0"), one)
     for name, value in quantised.model.named_parameters():
-        whole = wanted[name].shape[-1] % 32 == 0 and wanted[name].ndim > 1
-        error = (value - wanted[name]).abs()
-        assert bool((error <= (step(wanted[name], 127) if whole else 2**-11 * wanted[name].abs() + 1e-7)).all()), name
+        whole = expected[name].shape[-1] % 32 == 0 and expected[name].ndim > 1
+        error = (value - expected[name]).abs()
+        assert bool((error <= (step(expected[name], 127) if whole else 2**-11 * expected[name].abs() + 1e-7)).all()), (
+            name
+        )
         assert not whole or float(error.max()) > 0, name
     for text in ("he wrote w1 12 times", "<s> user he w </s> w1"):
-        assert found.tokenizer(text)["input_ids"] == one.tokenizer(text)["input_ids"]
-    assert found.tokenizer.chat_template == one.tokenizer.chat_template
+        assert stored.tokenizer(text)["input_ids"] == one.tokenizer(text)["input_ids"]
+    assert stored.tokenizer.chat_template == one.tokenizer.chat_template
     assert (tmp_path / "f16" / "README.md").read_text("utf-8") == "a card"
 
 
@@ -89,8 +91,8 @@ def test_four_bits_are_four_bits_but_for_the_matrix_that_gives_the_logits(base: 
         assert family != "llama" or kinds["token_embd.weight"] == "Q4_0"
         query, name = gguf_tensors(path)["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
         model = merged_model(one.source, random_patch(one))
-        wanted = TensorNames.of(model.config).rows(name, model.get_parameter(name))
-        assert bool(((query - wanted).abs() <= 2 * step(wanted, 8)).all())
+        expected = TensorNames.of(model.config).rows(name, model.get_parameter(name))
+        assert bool(((query - expected).abs() <= 2 * step(expected, 8)).all())
 
 
 @pytest.mark.parametrize(("family", "architecture"), [("llama", ""), ("qwen2", "llama"), ("mistral", "llama")])
@@ -102,14 +104,14 @@ def test_an_exact_bias_stays_exact_in_every_precision(
     shift = torch.linspace(-3, 3, HIDDEN)
     bias = {"model.layers.2.mlp.down_proj": shift}
     patch = WeightPatch(bias=bias, config_flags=("mlp_bias",), architecture=architecture)
-    found = reload(written(tmp_path / "q4_0", patch, one, "q4_0"), one).model
-    assert torch.equal(found.get_parameter("model.layers.2.mlp.down_proj.bias"), shift)
-    assert float(found.get_parameter("model.layers.1.mlp.down_proj.bias").abs().max()) == 0
-    assert found.config.model_type == "llama" and found.config.mlp_bias
-    assert found.config.attention_bias == (family == "qwen2")
+    stored = reload(written(tmp_path / "q4_0", patch, one, "q4_0"), one).model
+    assert torch.equal(stored.get_parameter("model.layers.2.mlp.down_proj.bias"), shift)
+    assert float(stored.get_parameter("model.layers.1.mlp.down_proj.bias").abs().max()) == 0
+    assert stored.config.model_type == "llama" and stored.config.mlp_bias
+    assert stored.config.attention_bias == (family == "qwen2")
     if family == "qwen2":
         name = "model.layers.1.self_attn.k_proj.bias"
-        assert torch.equal(found.get_parameter(name), one.model.get_parameter(name))
+        assert torch.equal(stored.get_parameter(name), one.model.get_parameter(name))
 
 
 def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
@@ -121,12 +123,12 @@ def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
     folder = written(tmp_path / "f16", 1e-9 * random_patch(one), one, "f16")
     factors = gguf_tensors(folder / GGUF_FILE)["rope_freqs.weight"]
     assert float(factors[0]) == pytest.approx(1.0) and float(factors[-1]) == pytest.approx(8.0) and len(factors) == 6
-    found, ids = reload(folder, one).model, torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(found.model.rotary_emb.inv_freq, one.model.model.rotary_emb.inv_freq)
-    error, size = (one.model(ids).logits - found(ids).logits).norm(), one.model(ids).logits.norm()
+    stored, ids = reload(folder, one).model, torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(stored.model.rotary_emb.inv_freq, one.model.model.rotary_emb.inv_freq)
+    error, size = (one.model(ids).logits - stored(ids).logits).norm(), one.model(ids).logits.norm()
     assert float(error / size) < 5e-3
-    found.model.rotary_emb.inv_freq = found.model.rotary_emb.inv_freq * factors
-    assert float((one.model(ids).logits - found(ids).logits).norm() / size) > 0.05
+    stored.model.rotary_emb.inv_freq = stored.model.rotary_emb.inv_freq * factors
+    assert float((one.model(ids).logits - stored(ids).logits).norm() / size) > 0.05
 
 
 def rotated(x: Tensor, angles: Tensor, *, neighbours: bool) -> Tensor:
@@ -143,8 +145,8 @@ def test_neighbouring_rows_rotate_as_halves_do(module: str, heads: int) -> None:
     angles = torch.rand(d_head // 2, generator=generator)
     ours = TensorNames.of(build("llama").config).rows(f"model.layers.0.self_attn.{module}.weight", weight)
     for here, there in zip((weight @ x).chunk(heads), (ours @ x).chunk(heads), strict=True):
-        wanted = rotated(here, angles, neighbours=False)
-        torch.testing.assert_close(rotated(there, angles, neighbours=True), wanted)
+        expected = rotated(here, angles, neighbours=False)
+        torch.testing.assert_close(rotated(there, angles, neighbours=True), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -194,7 +196,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path:
         (reason,) = config_refusals(loaded(family).model.config)
         assert reason.endswith(f"this model is of family {family}.") and "llama, mistral, qwen2, qwen3" in reason
     assert [config_refusals(loaded(family).model.config) for family in FAMILIES] == [[]] * 4
-    for family, changes, wanted in (
+    for family, changes, expected in (
         ("mistral", {"sliding_window": 8}, "sliding window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
         ("qwen3", {"attention_bias": True}, "biases, which llama.cpp's graph of qwen3 does not read"),
@@ -206,7 +208,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path:
         ),
     ):
         (reason,) = config_refusals(build(family, **changes).config)
-        assert wanted in reason, (family, reason)
+        assert expected in reason, (family, reason)
     one = byte_level.saved("llama", tmp_path / "base", hidden_act="gelu")
     words = loaded("llama").tokenizer
     odd = LoadedModel(one.model, words, one.id, one.revision, one.source)

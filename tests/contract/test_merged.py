@@ -36,9 +36,9 @@ def test_a_merged_folder_is_summed_in_single_precision_and_cast_once(
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = one.model.state_dict()
     for name, edit in patch.low_rank.items():
-        wanted = (base[f"{name}.weight"] + product(edit).T).to(dtype)
+        expected = (base[f"{name}.weight"] + product(edit).T).to(dtype)
         assert found.get_parameter(f"{name}.weight").dtype == dtype
-        assert torch.equal(found.get_parameter(f"{name}.weight"), wanted)
+        assert torch.equal(found.get_parameter(f"{name}.weight"), expected)
     assert Provenance.read(tmp_path / "merged") == provenance
     assert (tmp_path / "merged" / "README.md").read_text(encoding="utf-8") == "a card"
     assert (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -86,8 +86,8 @@ def call(
         monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--out", paths.out, *arguments])])
         with pytest.raises(SystemExit) as stopped:
             main()
-        said = capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(stopped.value.code or 0), output.out, output.err
 
     return run
 
@@ -98,9 +98,9 @@ def test_scaled_and_added_and_cut_on_disk(
     one, two = write(paths, "one", dense(1), base), write(paths, "two", dense(2), base)
     three = write(paths, "three", random_patch(base), base)
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
-    code, said, _ = call("--artifact", one, "--scale", "-1", "--add", two, "--add", three, "--to", "mix", "--json")
+    code, output, _ = call("--artifact", one, "--scale", "-1", "--add", two, "--add", three, "--to", "mix", "--json")
     assert code == 0
-    found = json.loads(said)
+    found = json.loads(output)
     assert (found["folder"], found["form"]) == (str(paths.adapter("mix")), "patch")
     reports = {matrix["name"]: matrix for matrix in found["matrices"]}
     assert len(reports) == 14
@@ -123,16 +123,16 @@ def test_scaled_and_added_and_cut_on_disk(
         assert "behaves as" not in card
     batch = Padded.of(texts(), "left")
     with with_patch(base.model, patch):
-        wanted = logits(base.model, batch)
-    assert relative_error(logits(reload(merged, base).model, batch), wanted) < 1e-5
+        expected = logits(base.model, batch)
+    assert relative_error(logits(reload(merged, base).model, batch), expected) < 1e-5
 
-    code, said, _ = call("--artifact", paths.adapter("mix"), "--cut", "5")
+    code, output, _ = call("--artifact", paths.adapter("mix"), "--cut", "5")
     assert code == 0
-    assert "Written as adapter" in said
+    assert "Written as adapter" in output
     small = read_patch(paths.adapter("task_vector")).low_rank[DOWN]
     everything = whole + weight_delta(base.model.get_submodule(DOWN), patch.low_rank[DOWN])
-    wanted = torch.linalg.svdvals(everything)[5:].norm()
-    assert float((everything - small.B @ small.A).norm()) == pytest.approx(float(wanted), rel=1e-3)
+    expected = torch.linalg.svdvals(everything)[5:].norm()
+    assert float((everything - small.B @ small.A).norm()) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_every_problem_is_named_at_once(
@@ -141,25 +141,25 @@ def test_every_problem_is_named_at_once(
     one = write(paths, "one", dense(1), base)
     other = paths.adapter("other")
     write_patch(other, dense(2), base, replace(origin(base), model="some/model", revision="r7"), "add")
-    code, _, said = call(
+    code, _, output = call(
         "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
     )
     assert code == 2
-    assert f"other changes some/model, revision r7; the recipe's base is {base.id}, revision {base.revision}" in said
+    assert f"other changes some/model, revision r7; the recipe's base is {base.id}, revision {base.revision}" in output
     for words in (
         "nowhere does not exist",
         "the scale is nan",
         "to cut to is 0",
         "one is read from and would be replaced",
     ):
-        assert words in said
+        assert words in output
     assert read_patch(one).dense
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
     with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
         merge(Run.open(recipe(base), paths.out, Progress()), [other])
-    code, _, said = call("--artifact", one, "--to", "full")
+    code, _, output = call("--artifact", one, "--to", "full")
     assert code == 2
-    assert "'full' cannot be the new name" in said
+    assert "'full' cannot be the new name" in output
 
 
 def test_two_rewritten_families_cannot_be_added(
@@ -167,9 +167,9 @@ def test_two_rewritten_families_cannot_be_added(
 ) -> None:
     patches = [WeightPatch(bias={DOWN: torch.ones(32)}, architecture=name) for name in ("llama", "granite")]
     one, two = (write(paths, patch.architecture, patch, base) for patch in patches)
-    code, _, said = call("--artifact", one, "--add", two)
+    code, _, output = call("--artifact", one, "--add", two)
     assert code == 2
-    assert "one patch is for the base rewritten as granite, the other as llama" in said
+    assert "one patch is for the base rewritten as granite, the other as llama" in output
 
 
 def test_the_walk_trains_once_for_both_backends_and_again_never(

@@ -37,9 +37,9 @@ def merged(base: LoadedModel, patch: WeightPatch, folder: Path, dtype: torch.dty
 
 
 def look(base: LoadedModel, other: Path, program: Program | None = None, threshold: float = 0.01) -> Audit:
-    found = audit(base.source, str(other), program, threshold, Progress())
-    json.dumps(asdict(found), allow_nan=False)
-    return found
+    report = audit(base.source, str(other), program, threshold, Progress())
+    json.dumps(asdict(report), allow_nan=False)
+    return report
 
 
 def rewritten(base: LoadedModel, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:

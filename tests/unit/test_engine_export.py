@@ -66,13 +66,13 @@ def test_a_checkpoint_becomes_one_file_for_llama_cpp(tmp_path: Path) -> None:
     assert exported.files == ["export.json", "theirs-f32.gguf"]
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours" / "theirs-f32.gguf").tensors}
     for name in ("mlp.down_proj.weight", "mlp.down_proj.bias"):
-        wanted = one.model.get_parameter(f"model.layers.2.{name}").numpy()
+        expected = one.model.get_parameter(f"model.layers.2.{name}").numpy()
         stored = found[f"blk.2.ffn_down.{name.rpartition('.')[2]}"]
         assert stored.tensor_type == gguf.GGMLQuantizationType.F32
-        assert np.array_equal(np.asarray(stored.data).reshape(wanted.shape), wanted)
+        assert np.array_equal(np.asarray(stored.data).reshape(expected.shape), expected)
     record = tmp_path / "ours" / "export.json"
-    said = json.loads(record.read_text(encoding="utf-8"))
-    assert said["files_sha256"] == {"theirs-f32.gguf": sha256(tmp_path / "ours" / "theirs-f32.gguf")}
+    record_content = json.loads(record.read_text(encoding="utf-8"))
+    assert record_content["files_sha256"] == {"theirs-f32.gguf": sha256(tmp_path / "ours" / "theirs-f32.gguf")}
     assert not was_edited(record)
     gpt2 = byte_level.saved("gpt2", tmp_path / "gpt2")
     with pytest.raises(CannotLower, match="this model is of family gpt2"):
@@ -155,11 +155,11 @@ def test_the_command_says_what_it_wrote_and_refuses_with_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved_program(tmp_path / "tide.safetensors", intervention())
-    asked = ["export", str(path), "--for", "llama.cpp", "--out", str(tmp_path / "out")]
-    found = CliRunner().invoke(app, asked)
+    arguments = ["export", str(path), "--for", "llama.cpp", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert "tide.control.gguf" in found.stderr + found.stdout
-    again = CliRunner().invoke(app, [*asked, "--json"])
+    again = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(again.stdout)["files"] == ["export.json", "tide.control.gguf"]
     assert CliRunner().invoke(app, ["export", str(path), "--for", "ollama", "--out", "x"]).exit_code == 2
 

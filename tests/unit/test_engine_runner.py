@@ -45,18 +45,20 @@ def test_json_and_arrays_go_in_and_out(engine: Environment, tmp_path: Path, monk
     (tmp_path / "json.py").write_text("raise RuntimeError('the wrong library')", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    found = run_worker(engine, script(tmp_path / "engines", ANSWER), JOB, {"rows": rows}, 60)
-    assert found.content["twice"] == [6, 14]
-    assert found.arrays["rows"].dtype == np.float32
-    assert found.arrays["rows"].tolist() == [6.0, 9.0]
+    answer = run_worker(engine, script(tmp_path / "engines", ANSWER), JOB, {"rows": rows}, 60)
+    assert answer.content["twice"] == [6, 14]
+    assert answer.arrays["rows"].dtype == np.float32
+    assert answer.arrays["rows"].tolist() == [6.0, 9.0]
     assert not (engine.folder / LOG).exists(), "a run that ended well leaves nothing behind"
 
 
 def test_a_crash_is_told_with_its_last_lines(engine: Environment, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"vllm: worker failed with exit code 1.*ValueError: no such model 3") as told:
+    with pytest.raises(
+        EngineError, match=r"vllm: worker failed with exit code 1.*ValueError: no such model 3"
+    ) as raised:
         run_worker(engine, script(tmp_path, "raise ValueError(f\"no such model {job['numbers'][0]}\")"), JOB, {}, 60)
     assert "Traceback" in (engine.folder / LOG).read_text(encoding="utf-8")
-    assert str(engine.folder / LOG) in str(told.value)
+    assert str(engine.folder / LOG) in str(raised.value)
 
 
 def test_a_killed_worker_is_told_as_such(engine: Environment, tmp_path: Path) -> None:

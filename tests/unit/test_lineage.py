@@ -55,9 +55,9 @@ def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> No
     links = links_of(artifacts(run.paths)[name])
     assert {link.state for link in links} == {"intact"}
     assert {link.name for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
-    shown = CliRunner().invoke(app, ["show", str(artifacts(run.paths)[name]), "--json"])
-    assert shown.exit_code == 0
-    assert len(json.loads(shown.stdout)["lineage"]) == len(links)
+    result = CliRunner().invoke(app, ["show", str(artifacts(run.paths)[name]), "--json"])
+    assert result.exit_code == 0
+    assert len(json.loads(result.stdout)["lineage"]) == len(links)
 
 
 def test_recipes_versions_and_seeds_are_in_every_artifact(run: SmallRun) -> None:
@@ -159,13 +159,13 @@ def test_what_was_tampered_with_is_named(run: SmallRun, asked: str, file: str, s
     found = links_of(path)
     assert changed(found) == links
     assert all(link.expected != link.actual for link in found if link.state == "changed")
-    shown = CliRunner().invoke(app, ["show", str(path), "--json"])
-    assert shown.exit_code == 1
-    assert {one["name"] for one in json.loads(shown.stdout)["lineage"] if one["state"] == "changed"} == changed(found)
-    told = CliRunner().invoke(app, ["show", str(path)])
-    assert told.exit_code == 1
-    assert "expected" in told.stdout
-    assert "Changed:" in told.stdout
+    result = CliRunner().invoke(app, ["show", str(path), "--json"])
+    assert result.exit_code == 1
+    assert {one["name"] for one in json.loads(result.stdout)["lineage"] if one["state"] == "changed"} == changed(found)
+    printed = CliRunner().invoke(app, ["show", str(path)])
+    assert printed.exit_code == 1
+    assert "expected" in printed.stdout
+    assert "Changed:" in printed.stdout
 
 
 def test_a_swapped_adapter_is_found_by_its_name_and_by_its_child(run: SmallRun) -> None:
@@ -209,8 +209,8 @@ def test_what_cannot_be_read_at_all_is_an_error(run: SmallRun, name: str) -> Non
     cut_short(path / "compile_steer.json" if path.is_dir() else path)
     with pytest.raises(ArtifactError):
         links_of(path)
-    shown = CliRunner().invoke(app, ["show", str(path)])
-    assert isinstance(shown.exception, ArtifactError)
+    result = CliRunner().invoke(app, ["show", str(path)])
+    assert isinstance(result.exception, ArtifactError)
 
 
 def test_foreign_and_missing_folders_are_errors(tmp_path: Path) -> None:

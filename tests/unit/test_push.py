@@ -60,14 +60,14 @@ def test_without_yes_it_lists_and_does_nothing(run: SmallRun, hub: Hub) -> None:
     folder = run.paths.merged("bias", "fp32")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "left").touch()
-    told = push(folder)
-    assert told.exit_code == 0
+    result = push(folder)
+    assert result.exit_code == 0
     for name in ("model.safetensors", "README.md", "parity.json", "compile_steer.json"):
-        assert name in told.output
-        assert sha256(folder / name) in told.output
+        assert name in result.output
+        assert sha256(folder / name) in result.output
     for words in (TARGET, "private", "Nothing was sent. Add --yes", "compiled with --force", "licence", "local model"):
-        assert words in told.output
-    assert ".cache" not in told.output
+        assert words in result.output
+    assert ".cache" not in result.output
     assert not hub.repositories
 
 
@@ -112,11 +112,11 @@ def test_what_is_not_known_to_be_the_steered_model_is_refused(run: SmallRun, hub
         (folder / "config.json").write_text("{}")
     else:
         (run.root / "recipes" / "data" / "train.jsonl").write_text("{}")
-    told = push(folder, "--yes")
-    assert told.exit_code == 1
-    assert "refused" in told.output
-    assert words in " ".join(told.output.split())
-    assert "with --force" in told.output
+    result = push(folder, "--yes")
+    assert result.exit_code == 1
+    assert "refused" in result.output
+    assert words in " ".join(result.output.split())
+    assert "with --force" in result.output
     assert not hub.repositories
     forced = push(folder, "--yes", "--force")
     assert forced.exit_code == 0
@@ -148,7 +148,7 @@ def test_what_changes_after_the_listing_is_not_sent(run: SmallRun) -> None:
 
 def test_a_hub_that_refuses_is_a_message(run: SmallRun, hub: Hub) -> None:
     hub.error = ConnectionError("no route to host")
-    told = push(run.paths.merged("bias", "fp32"), "--yes")
-    assert isinstance(told.exception, CompileSteerError)
-    assert "no route to host" in str(told.exception)
-    assert "hf auth login" in str(told.exception)
+    result = push(run.paths.merged("bias", "fp32"), "--yes")
+    assert isinstance(result.exception, CompileSteerError)
+    assert "no route to host" in str(result.exception)
+    assert "hf auth login" in str(result.exception)

@@ -42,8 +42,8 @@ def again(path: Path, tmp_path: Path, recipes: Path | None = None) -> Reproducti
     return reproduce(path, tmp_path / "again", recipes, TOLERANCE, Progress())
 
 
-def states(found: Reproduction) -> dict[str, str]:
-    return {link.name: link.state for link in found.links}
+def states(reproduction: Reproduction) -> dict[str, str]:
+    return {link.name: link.state for link in reproduction.links}
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def states(found: Reproduction) -> dict[str, str]:
     ],
 )
 def test_the_same_recipe_gives_the_same_bytes(run: SmallRun, tmp_path: Path, name: str, links: list[str]) -> None:
-    found = again(run.paths.out / name, tmp_path)
-    assert [link.name for link in found.links if link.name.split()[0] not in ("recipe", "data", "base")] == links
-    assert set(states(found).values()) == {"bytes"}
-    assert found.agrees
-    assert not found.versions
+    reproduction = again(run.paths.out / name, tmp_path)
+    assert [link.name for link in reproduction.links if link.name.split()[0] not in ("recipe", "data", "base")] == links
+    assert set(states(reproduction).values()) == {"bytes"}
+    assert reproduction.agrees
+    assert not reproduction.versions
     made = sorted(path.name for path in (tmp_path / "again").glob("adapters/*"))
     assert "tide-closed_form" not in made or "closed_form" in name, "a backend after the wanted one is not run"
 
@@ -86,9 +86,9 @@ def test_other_bytes_are_told_by_their_numbers(run: SmallRun, tmp_path: Path) ->
     assert states(far)["adapter"] == "differs"
     assert far.links[-1].difference == pytest.approx(0.1 / 1.1, rel=0.01)
     assert not far.agrees
-    shown = CliRunner().invoke(app, ["reproduce", str(run.paths.adapter("closed_form")), "--json"])
-    assert shown.exit_code == 1
-    assert json.loads(shown.stdout)["links"][-1]["state"] == "differs"
+    result = CliRunner().invoke(app, ["reproduce", str(run.paths.adapter("closed_form")), "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["links"][-1]["state"] == "differs"
     allowed = CliRunner().invoke(app, ["reproduce", str(run.paths.adapter("closed_form")), "--tolerance", "0.2"])
     assert allowed.exit_code == 0
     assert "numbers agree" in allowed.output
@@ -98,10 +98,10 @@ def test_tampered_weights_are_not_what_the_recipe_gives(run: SmallRun, tmp_path:
     folder = run.paths.adapter("closed_form")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    found = again(folder, tmp_path)
-    assert states(found)["adapter"] == "differs"
-    assert "not what was written" in found.links[-1].note
-    assert "what was written came out again" in found.links[-1].note
+    reproduction = again(folder, tmp_path)
+    assert states(reproduction)["adapter"] == "differs"
+    assert "not what was written" in reproduction.links[-1].note
+    assert "what was written came out again" in reproduction.links[-1].note
 
 
 @pytest.mark.parametrize("what", ["data train", "recipe", "base"])
@@ -121,10 +121,10 @@ def test_nothing_runs_on_other_inputs(
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**content, "recipe": {**origin.recipe, "seed": 77}}), encoding="utf-8")
     monkeypatch.setattr("compile_steer.tools.reproduce.Run", None)
-    found = again(folder, tmp_path)
-    assert {link.name for link in found.links if link.state == "differs"} == {what}
-    assert "recorded" in next(link.note for link in found.links if link.name == what)
-    assert not found.agrees
+    reproduction = again(folder, tmp_path)
+    assert {link.name for link in reproduction.links if link.state == "differs"} == {what}
+    assert "recorded" in next(link.note for link in reproduction.links if link.name == what)
+    assert not reproduction.agrees
     assert not (tmp_path / "again").exists()
 
 
@@ -132,10 +132,10 @@ def test_other_versions_are_named(run: SmallRun, tmp_path: Path, monkeypatch: py
     path = run.paths.directions
     torch_now = torch.__version__
     monkeypatch.setattr("compile_steer.tools.reproduce.versions", lambda: {"torch": "9.9", "transformers": "8.8"})
-    found = again(path, tmp_path)
-    assert found.versions["torch"] == (torch_now, "9.9")
-    assert found.versions["peft"][1] == ""
-    assert found.summary()["versions"]["transformers"][1] == "8.8"
+    reproduction = again(path, tmp_path)
+    assert reproduction.versions["torch"] == (torch_now, "9.9")
+    assert reproduction.versions["peft"][1] == ""
+    assert reproduction.summary()["versions"]["transformers"][1] == "8.8"
 
 
 def test_an_adapter_by_itself_is_made_again_from_its_own_recipe(run: SmallRun, tmp_path: Path) -> None:
@@ -143,10 +143,12 @@ def test_an_adapter_by_itself_is_made_again_from_its_own_recipe(run: SmallRun, t
     shutil.copytree(run.paths.adapter("bias"), alone)
     with pytest.raises(ArtifactError, match="--recipes"):
         again(alone, tmp_path)
-    found = again(alone, tmp_path, run.root / "recipes")
-    assert states(found)["patch"] == states(found)["vector"] == states(found)["validation"] == "bytes"
-    assert states(found)["directions"] == "not compared", "nobody kept their hash there"
-    assert found.agrees
+    reproduction = again(alone, tmp_path, run.root / "recipes")
+    assert (
+        states(reproduction)["patch"] == states(reproduction)["vector"] == states(reproduction)["validation"] == "bytes"
+    )
+    assert states(reproduction)["directions"] == "not compared", "nobody kept their hash there"
+    assert reproduction.agrees
 
 
 def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Path) -> None:
@@ -154,11 +156,11 @@ def test_a_vector_written_by_hand_is_taken_as_it_is(run: SmallRun, tmp_path: Pat
     paths.validation.unlink()
     (2.0 * Program.load(paths.program)).save(paths.program)
     compile_program(run.open(), force=True)
-    found = again(paths.adapter("bias"), tmp_path)
-    (vector,) = [link for link in found.links if link.name == "vector"]
+    reproduction = again(paths.adapter("bias"), tmp_path)
+    (vector,) = [link for link in reproduction.links if link.name == "vector"]
     assert (vector.state, vector.note) == ("bytes", "no recipe made it: taken as it is")
-    assert states(found)["patch"] == "bytes"
-    assert found.agrees
+    assert states(reproduction)["patch"] == "bytes"
+    assert reproduction.agrees
 
 
 def test_what_cannot_be_replayed_is_refused_in_words(run: SmallRun, tmp_path: Path) -> None:
@@ -205,9 +207,9 @@ def test_generated_pairs_are_generated_again(tmp_path: Path) -> None:
     opened.extract()
     path = opened.paths.directions
     assert {link.state for link in lineage(path)} == {"intact"}
-    found = again(path, tmp_path)
-    assert set(states(found).values()) == {"bytes"}
-    assert states(found).keys() >= {"data train", "data train, prompts", "data neutral"}
+    reproduction = again(path, tmp_path)
+    assert set(states(reproduction).values()) == {"bytes"}
+    assert states(reproduction).keys() >= {"data train", "data train, prompts", "data neutral"}
     pairs = opened.paths.pairs("test")
     pairs.write_text(pairs.read_text(encoding="utf-8").replace("w", "w1", 1), encoding="utf-8")
     assert [link.name for link in lineage(path) if link.state == "changed"] == ["data test"]

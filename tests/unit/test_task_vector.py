@@ -33,12 +33,12 @@ def mixed(family: str, seed: int = 0) -> WeightPatch:
 
 def deltas(family: str, patch: WeightPatch) -> dict[str, Tensor]:
     """Everything that the patch adds, by parameter."""
-    model, found = loaded(family).model, {}
+    model, reports = loaded(family).model, {}
     for name, edit in patch.low_rank.items():
-        found[f"{name}.weight"] = weight_delta(model.get_submodule(name), edit)
+        reports[f"{name}.weight"] = weight_delta(model.get_submodule(name), edit)
     for name, delta in patch.dense.items():
-        found[f"{name}.weight"] = found.get(f"{name}.weight", torch.zeros(())) + delta
-    return found | {f"{name}.bias": bias for name, bias in patch.bias.items()}
+        reports[f"{name}.weight"] = reports.get(f"{name}.weight", torch.zeros(())) + delta
+    return reports | {f"{name}.bias": bias for name, bias in patch.bias.items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 1e-5) -> bool:
@@ -58,17 +58,21 @@ def test_factors_and_sums_are_those_of_the_weights(family: str) -> None:
     one, other = mixed(family, 0), mixed(family, 1)
     other = replace(other, dense={name: other.dense[name] for name in sorted(other.dense)[1:]})
     mine, yours = deltas(family, one), deltas(family, other)
-    found = deltas(family, -1.3 * one + other)
+    reports = deltas(family, -1.3 * one + other)
     zero = torch.zeros(())
-    assert same(found, {n: -1.3 * mine.get(n, zero) + yours.get(n, zero) for n in mine.keys() | yours.keys()})
+    assert same(reports, {n: -1.3 * mine.get(n, zero) + yours.get(n, zero) for n in mine.keys() | yours.keys()})
     assert (one + other).config_flags == ("mlp_bias",)
 
 
 def test_what_makes_room_for_a_patch_is_kept_by_a_sum_and_two_families_are_refused() -> None:
     one = WeightPatch(bias={DOWN: vector(0)}, config_flags=("mlp_bias",), architecture="llama")
     other = WeightPatch(config_flags=("attention_bias",), untie=True)
-    found = other + one
-    assert (found.config_flags, found.untie, found.architecture) == (("attention_bias", "mlp_bias"), True, "llama")
+    reports = other + one
+    assert (reports.config_flags, reports.untie, reports.architecture) == (
+        ("attention_bias", "mlp_bias"),
+        True,
+        "llama",
+    )
     wide = replace(other, architecture="granite", bias={DOWN: vector(0, width=7)})
     with pytest.raises(ArtifactError) as caught:
         _ = one + wide
@@ -96,10 +100,10 @@ def test_a_cut_is_the_best_of_its_rank_and_at_full_rank_everything(family: str) 
 
 def test_edits_that_are_small_enough_are_left_as_they_are() -> None:
     patch = random_patch(loaded("llama"), ranks=(2, 3))
-    found = patch.truncated(2, loaded("llama").layout)
+    reports = patch.truncated(2, loaded("llama").layout)
     for name, edit in patch.low_rank.items():
-        assert (found.low_rank[name] is edit) == (edit.rank == 2)
-        assert found.low_rank[name].rank == 2
+        assert (reports.low_rank[name] is edit) == (edit.rank == 2)
+        assert reports.low_rank[name].rank == 2
 
 
 def test_the_report_finds_the_direction_that_a_writer_writes_and_a_reader_reads() -> None:
@@ -111,15 +115,15 @@ def test_the_report_finds_the_direction_that_a_writer_writes_and_a_reader_reads(
     patch = WeightPatch({DOWN: LowRank(B, A), QUERY: reader, EMBEDDINGS: LowRank(torch.ones(97, 1), v.view(1, -1))})
     patch = replace(patch, dense={early: B @ A, "model.layers.3.mlp.up_proj": torch.zeros(48, 32)})
     layout, steering = loaded("llama").layout, program("llama", intervention(layer=1, seed=0))
-    found = {one.name: one for one in matrix_reports(patch, layout, steering)}
-    assert list(found) == [EMBEDDINGS, early, DOWN, QUERY, "model.layers.3.mlp.up_proj"]
-    assert found[DOWN].cosine == pytest.approx(1.0)
-    assert found[QUERY].cosine == pytest.approx(1.0)
-    assert found[early].cosine is None, "no vector lies at or below block 0"
-    assert found[EMBEDDINGS].cosine is None
-    assert found[DOWN].norm == pytest.approx(float((B @ A).norm()))
-    assert found[DOWN].stable_rank == pytest.approx(1 + float(across @ across / (9 * v @ v)), rel=1e-4)
-    assert (found[DOWN].rank_99, found[QUERY].rank_99, found[EMBEDDINGS].rank_99) == (2, 2, 1)
-    assert found[early].stable_rank == pytest.approx(found[DOWN].stable_rank)
-    assert (found["model.layers.3.mlp.up_proj"].norm, found["model.layers.3.mlp.up_proj"].rank_99) == (0.0, 0)
+    reports = {one.name: one for one in matrix_reports(patch, layout, steering)}
+    assert list(reports) == [EMBEDDINGS, early, DOWN, QUERY, "model.layers.3.mlp.up_proj"]
+    assert reports[DOWN].cosine == pytest.approx(1.0)
+    assert reports[QUERY].cosine == pytest.approx(1.0)
+    assert reports[early].cosine is None, "no vector lies at or below block 0"
+    assert reports[EMBEDDINGS].cosine is None
+    assert reports[DOWN].norm == pytest.approx(float((B @ A).norm()))
+    assert reports[DOWN].stable_rank == pytest.approx(1 + float(across @ across / (9 * v @ v)), rel=1e-4)
+    assert (reports[DOWN].rank_99, reports[QUERY].rank_99, reports[EMBEDDINGS].rank_99) == (2, 2, 1)
+    assert reports[early].stable_rank == pytest.approx(reports[DOWN].stable_rank)
+    assert (reports["model.layers.3.mlp.up_proj"].norm, reports["model.layers.3.mlp.up_proj"].rank_99) == (0.0, 0)
     assert all(one.cosine is None for one in matrix_reports(patch, layout, None))
