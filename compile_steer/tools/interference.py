@@ -31,8 +31,9 @@ from compile_steer.verification.options import VerifyOptions
 
 STACKED, JOINT = "stacked", "joint"  # adapters that were composed of the members'
 CO_LOADED = "co-loaded"  # the members' own adapters, all on at once
-# nats per token: a steered model that is closer to its base than this is the base, and no fraction of its KL is meaningful.
-_NO_KL = 1e-9
+_NO_KL = (
+    1e-9  # nats per token: what is closer to its base than this is the base, and a fraction of its KL means nothing
+)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,8 @@ class StateInterference:
 @dataclass(frozen=True, kw_only=True)
 class Composition:
     """The interference matrix; each artifact (co-loaded, stacked, joint) against the hooks of all programs; and the co-loaded
-    adapters at other `settings`: each alone, and each at half its scale.
-
-    `stacked_from_loaded` is mean KL(co-loaded||stacked), nats per token; they are equal but for rounding.
-    """
+    adapters at other `settings`: each alone, and each at half its scale. `stacked_from_loaded` is mean KL(co-loaded||stacked),
+    nats per token, which is rounding."""
 
     kind: Literal["composition"] = "composition"
     names: list[str]
@@ -123,22 +122,22 @@ def sum_programs(members: Sequence[Member], scales: Sequence[float]) -> Program:
     return reduce(operator.add, (scale * one.program for one, scale in zip(members, scales, strict=True)))
 
 
-# How the model runs: under a program's hooks, with the adapters of these names on at their scales, or as it is.
-Condition = Program | Mapping[str, float] | None
+Condition = Program | Mapping[str, float] | None  # a program's hooks, adapters by name with their scales, or the base
 
 
+@dataclass(frozen=True)
 class _Conditions:
     """The base, and one copy of it that holds every adapter."""
 
-    def __init__(self, base: LoadedModel, adapters: Mapping[str, Path]) -> None:
-        self._base, self._adapters = base, reload_adapters(adapters, base)
+    base: LoadedModel
+    adapters: LoadedModel
 
     def under(self, condition: Condition) -> tuple[LoadedModel, Program | None]:
         """The model, and the hooks, that run under the condition; until the next call."""
         if condition is None or isinstance(condition, Program):
-            return self._base, condition
-        set_adapter_scales(self._adapters, condition)
-        return self._adapters, None
+            return self.base, condition
+        set_adapter_scales(self.adapters, condition)
+        return self.adapters, None
 
     def states(self, texts: Sequence[Encoded], condition: Condition) -> Tensor:
         """Final hidden states [n_tokens, d_model] at the positions that predict the responses."""
@@ -147,7 +146,7 @@ class _Conditions:
 
     def fit(self, scales: tuple[float, ...], hooks: Tensor, compiled: Tensor, base: Tensor) -> Fit:
         """Compare final states; no adapter touches the head, so the base's reads all of them."""
-        model = self._base.model
+        model = self.base.model
         kl = divergence(model, hooks, model, compiled)
         return Fit(scales, kl.mean, divergence(model, hooks, model, base).mean, kl.top1_agreement)
 
@@ -162,11 +161,12 @@ def measure_interference(
     the programs' own effects do not add up (`states.programs`) is not caused by the compile: hooks show it too.
 
     Raises:
-        ArtifactError: an adapter cannot be loaded. RecipeError: no prompt, or no test pair, is left that no compile saw.
+        RecipeError: no prompt, or no test pair, is left that no compile saw.
     """
     pairs, scales = unseen_pairs(base, members), tuple(one.scale for one in members)
     names = [f"member{n}" for n in range(len(members))]  # not the recipes' names: PEFT takes no dot in one
-    conditions = _Conditions(base, {**{name: one.adapter for name, one in zip(names, members, strict=True)}, **folders})
+    own = {name: one.adapter for name, one in zip(names, members, strict=True)}
+    conditions = _Conditions(base, reload_adapters({**own, **folders}, base))
     texts = unseen_texts(base, members, progress)
     plain = conditions.states(texts, None)
 
@@ -194,11 +194,11 @@ def measure_interference(
     columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
     matrix = []
     with progress.phase("the interference matrix", len(members) * len(columns)) as advance:
-        for member, own in zip(members, pairs, strict=True):
+        for member, encoded in zip(members, pairs, strict=True):
             margins = {}
             for label, condition in columns.items():
                 model, program = conditions.under(condition)
-                margins[label] = logprob_margins(model, own, program)
+                margins[label] = logprob_margins(model, encoded, program)
                 advance(1)
             changes = {label: values - margins["base"] for label, values in margins.items() if label != "base"}
             matrix.append(_matrix_row(member, [one.name for one in members], list(artifacts), changes))
