@@ -7,15 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    StrictInt,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, Discriminator, Field, StrictInt, Tag, TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, require_library
@@ -215,10 +207,7 @@ def load_table(source: Dataset, folder: Path) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
-            str(local) if local.is_dir() else source.source,
-            source.subset,
-            data_files=files or None,
-            split=source.split,
+            str(local) if local.is_dir() else source.source, source.subset, data_files=files or None, split=source.split
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())

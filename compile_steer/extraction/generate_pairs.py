@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compile_steer.artifacts.files import digest, load_json, save_json, save_text
 from compile_steer.artifacts.paths import RunPaths
@@ -49,7 +49,7 @@ class SplitReport:
 
     def describe(self) -> str:
         """Return one line, the most frequent reason first."""
-        reasons = "; ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items(), key=lambda item: -item[1]))
+        reasons = "; ".join(f"{n} {reason}" for reason, n in Counter(self.dropped).most_common())
         return f"{self.kept} of {self.prompts} prompts gave a pair" + (f" ({reasons})" if reasons else "")
 
 
@@ -61,80 +61,10 @@ class GenerationReport:
     splits: dict[str, SplitReport]
     inputs: str = ""
 
-    def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
-
     @staticmethod
     def load(path: Path) -> GenerationReport:
         """Raises `ArtifactError` for a missing or damaged report."""
         return load_json(path, GenerationReport, "report on generated pairs", "generate-pairs")
-
-
-@dataclass(frozen=True)
-class GeneratedPairs:
-    """The kept rows {"prompt", "positive", "negative"} of each split, and the report on how they were generated.
-
-    `problems` are the lines about invalid rows in the files, which `complete` raises together with its own.
-    """
-
-    rows: Mapping[str, Sequence[Row]]
-    report: GenerationReport
-    problems: tuple[str, ...] = ()
-
-    def save(self, paths: RunPaths) -> None:
-        """Write a JSONL file for each split, and the report."""
-        # The report marks that all files belong together, so it is removed first and written last.
-        paths.generation_report.unlink(missing_ok=True)
-        for name, rows in self.rows.items():
-            save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.report.save(paths.generation_report)
-
-    @staticmethod
-    def load(paths: RunPaths) -> GeneratedPairs:
-        """Read the files as they are, edits included; raises `ArtifactError` for a missing or damaged report."""
-        reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
-        files = {name: paths.pairs(name).resolve() for name in SPLITS}
-        # Where no pair was kept the file is empty, which `complete` explains better than the reader.
-        rows = {name: reader.rows(name, path, KEYS) if path.stat().st_size else [] for name, path in files.items()}
-        return GeneratedPairs(rows, report, tuple(reader.problems))
-
-    def complete(self, data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviour:
-        """Return `data` with these pairs in the place of its prompts, each under its side's template.
-
-        Raises:
-            RecipeError: an invalid row, one whose prompt is not in `data`, or fewer than `min_pairs` pairs in a split.
-        """
-        problems = list(self.problems)
-        splits: dict[str, tuple[Pair, ...]] = {}
-        for name, rows in self.rows.items():
-            prompts = {pair.prompt: pair for pair in data.split(name)}
-            unknown = [row["prompt"] for row in rows if row["prompt"] not in prompts]
-            if unknown:
-                problems.append(
-                    f"{paths.pairs(name)}: {len(unknown)} of its prompts are not among those of data.{name}, for example "
-                    f"'{unknown[0]}'. Add them there, or give the files to a recipe of kind: pairs."
-                )
-            known = [(prompts[row["prompt"]], row) for row in rows if row["prompt"] in prompts]
-            splits[name] = tuple(
-                Pair(
-                    replace(pair.positive, response=row["positive"]),
-                    replace(pair.negative, response=row["negative"]),
-                    pair.prompt,
-                )
-                for pair, row in known
-            )
-            if len(known) < min_pairs:
-                problems.append(
-                    f"data.{name}: found {len(known)} generated pairs; needed: {min_pairs}. When they were generated "
-                    f"{self.report.splits[name].describe()}; an example of each reason is in {paths.generation_report}. "
-                    "Change the prompts' wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
-                )
-        if problems:
-            raise RecipeError(problems)
-        hashes = {name: digest(rows) for name, rows in self.rows.items()}
-        hashes = {**data.hashes, **hashes, **{prompts_key(name): data.hashes[name] for name in SPLITS}}
-        train, validation, test = (splits[name] for name in SPLITS)
-        return replace(data, train=train, validation=validation, test=test, hashes=hashes)
 
 
 def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, paths: RunPaths) -> Behaviour:
@@ -160,17 +90,67 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
         from compile_steer.common import distributed
 
         distributed.require_alone("generating pairs")
-        generated = generate_pairs(context, options, scorer)
-        replace(generated, report=replace(generated.report, inputs=inputs)).save(paths)
-    return GeneratedPairs.load(paths).complete(data, options.min_pairs, paths)
+        rows, splits = generate_pairs(context, options, scorer)
+        # The report marks that all files belong together, so it is removed first and written last.
+        paths.generation_report.unlink(missing_ok=True)
+        for name, part in rows.items():
+            save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+        save_json(paths.generation_report, asdict(GenerationReport(splits, inputs)))
+    return with_responses(data, options.min_pairs, paths)
 
 
-def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase) -> GeneratedPairs:
+def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviour:
+    """Return `data` with the pairs of the files, edits included, in the place of its prompts, under each side's template.
+
+    Raises:
+        RecipeError: an invalid row, one whose prompt is not in `data`, or fewer than `min_pairs` pairs in a split.
+    """
+    reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
+    splits: dict[str, Any] = {}
+    hashes, problems = dict(data.hashes), list[str]()
+    for name in SPLITS:
+        path = paths.pairs(name).resolve()
+        # Where no pair was kept the file is empty, which the number of pairs explains better than the reader.
+        rows = reader.rows(name, path, KEYS) if path.stat().st_size else []
+        prompts = {pair.prompt: pair for pair in data.split(name)}
+        unknown = [row["prompt"] for row in rows if row["prompt"] not in prompts]
+        if unknown:
+            problems.append(
+                f"{paths.pairs(name)}: {len(unknown)} of its prompts are not among those of data.{name}, for example "
+                f"'{unknown[0]}'. Add them there, or give the files to a recipe of kind: pairs."
+            )
+        known = [(prompts[row["prompt"]], row) for row in rows if row["prompt"] in prompts]
+        splits[name] = tuple(
+            replace(
+                pair,
+                positive=replace(pair.positive, response=row["positive"]),
+                negative=replace(pair.negative, response=row["negative"]),
+            )
+            for pair, row in known
+        )
+        if len(known) < min_pairs:
+            problems.append(
+                f"data.{name}: found {len(known)} generated pairs; needed: {min_pairs}. When they were generated "
+                f"{report.splits[name].describe()}; an example of each reason is in {paths.generation_report}. "
+                "Change the prompts' wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
+            )
+        hashes |= {name: digest(rows), prompts_key(name): data.hashes[name]}
+    if reader.problems or problems:
+        raise RecipeError([*reader.problems, *problems])
+    return replace(data, **splits, hashes=hashes)
+
+
+def generate_pairs(
+    context: Context, options: GenerateOptions, scorer: ScorerBase
+) -> tuple[dict[str, list[Row]], dict[str, SplitReport]]:
     """Let the model respond to both sides' prompts, and keep the pairs that show the behaviour on one side alone.
 
     Args:
         context: its data have the prompts of both sides, with empty responses.
         scorer: finds the behaviour in a response.
+
+    Returns:
+        By split the kept rows {"prompt", "positive", "negative"}, and a report.
     """
     model, data = context.model, context.data
     score = scorer.bind(model, data)
@@ -187,7 +167,7 @@ def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBas
             dropped: Counter[str] = Counter()
             examples: dict[str, str] = {}
             for pair, positive, negative in zip(pairs, positives, negatives, strict=True):
-                problem, text = _pair_problem(positive, negative, earlier)
+                problem, text = next(_pair_problems(positive, negative, earlier), ("", ""))
                 if problem:
                     dropped[problem] += 1
                     examples.setdefault(problem, f"{pair.prompt} -> {text}")
@@ -197,7 +177,7 @@ def generate_pairs(context: Context, options: GenerateOptions, scorer: ScorerBas
             earlier |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
             kept[name] = rows
             reports[name] = SplitReport(len(pairs), n_positive + n_negative, len(rows), dict(dropped), examples)
-    return GeneratedPairs(kept, GenerationReport(reports))
+    return kept, reports
 
 
 class Completion(NamedTuple):
@@ -262,14 +242,11 @@ def _completion_problem(side: str, text: str, score: float, options: GenerateOpt
     return f"{side} repeats itself" if repetition(text) > options.max_repetition else ""
 
 
-def _pair_problem(positive: Completion, negative: Completion, earlier: set[str]) -> tuple[str, str]:
-    """Return why two responses are no pair, with the text at fault; or nothing."""
-    for text, problem in (positive, negative):
-        if problem:
-            return problem, text
+def _pair_problems(positive: Completion, negative: Completion, earlier: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield every reason why two responses are no pair, with the text at fault."""
+    yield from ((side.problem, side.text) for side in (positive, negative) if side.problem)
     if normalized(positive.text) == normalized(negative.text):
-        return "both sides are the same", positive.text
+        yield "both sides are the same", positive.text
     for text, _problem in (positive, negative):
         if normalized(text) in earlier:
-            return "an earlier split has the same response", text
-    return "", ""
+            yield "an earlier split has the same response", text

@@ -5,13 +5,13 @@ Importing this module does not import torch; reading a file does.
 
 from __future__ import annotations
 
-import json
 import pickle
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.sites import Point
@@ -20,18 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Format = Literal[
-    "gguf",
-    "svec",
-    "safetensors",
-    "caa",
-    "persona",
-    "hidden_directions",
-    "axbench",
-    "saelens",
-    "neuronpedia",
-    "repsteer",
-]
+FileFormat = Literal["gguf", "svec", "safetensors", "caa", "persona", "hidden_directions", "axbench", "neuronpedia"]
+FolderFormat = Literal["saelens", "repsteer"]
+Format = Literal[FileFormat, FolderFormat]
 # What a number k in a file means. block: the output of block k. hidden_state: transformers' hidden_states[k], which
 # is the input of block k, so the output of block k - 1; 0 is the embeddings.
 LayerConvention = Literal["block", "hidden_state"]
@@ -47,11 +38,8 @@ DAMAGED = (
 )  # fmt: skip
 BLOCK_NUMBER = r"(0|[1-9]\d{0,4})"  # as file formats write it: no sign, no leading zero
 
-_BY_SUFFIX: dict[str, Format] = {
-    ".gguf": "gguf",
-    ".svec": "svec",
-    ".safetensors": "safetensors",
-    ".json": "neuronpedia",
+_BY_SUFFIX: dict[str, Format] = {f".{kind}": kind for kind in ("gguf", "svec", "safetensors")} | {
+    ".json": "neuronpedia"
 }
 _BY_CONTENT: dict[str, Format] = {SAELENS_CONFIG: "saelens", REPSTEER_MANIFEST: "repsteer"}
 
@@ -102,7 +90,7 @@ def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> F
         ArtifactError: the file is missing, damaged, a pickle of code, of another width or depth, or holds NaN; its
             format or its blocks are ambiguous; or an option was given that its format does not use.
     """
-    from compile_steer.formats import features, tensors, vectors
+    from compile_steer.formats import tensors, vectors
 
     # For each format its reader, and the keys of `extract.imported` that it uses.
     readers: dict[Format, tuple[Callable[[Path, ImportOptions], ForeignVectors], tuple[str, ...]]] = {
@@ -112,33 +100,30 @@ def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> F
         "caa": (tensors.read_single, ("layer",)),
         "persona": (tensors.read_hidden_states, ()),
         "hidden_directions": (tensors.read_blocks, ()),
-        "axbench": (features.read_axbench, ("layer", "index")),
-        "saelens": (features.read_saelens, ("index",)),
-        "neuronpedia": (features.read_neuronpedia, ()),
+        "axbench": (tensors.read_axbench, ("layer", "index")),
+        "saelens": (tensors.read_saelens, ("index",)),
+        "neuronpedia": (tensors.read_neuronpedia, ()),
         "repsteer": (vectors.read_repsteer, ()),
     }
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; extract.imported.file (--from) names a vector's file or folder.")
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix in (*PICKLE_SUFFIXES, *HDF_SUFFIXES):
-        raise tensors.pickle_refusal(path) if suffix in PICKLE_SUFFIXES else tensors.hdf_refusal(path)
+    if path.is_file() and path.suffix.lower() in (*PICKLE_SUFFIXES, *HDF_SUFFIXES):
+        raise tensors.pickle_refusal(path)
     kind = format or _infer_format(path, options)
     read, keys = readers[kind]
     values = {"layer_convention": options.layer_convention, "layer": options.layer, "index": options.index}
     unused = [key for key, value in values.items() if value is not None and key not in keys]
     if unused:
         raise ArtifactError(f"{path} is read as {kind}, which does not take extract.imported.{' and '.join(unused)}.")
-    if path.is_dir() != (kind in _BY_CONTENT.values()):
-        actual, needed = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
-        raise ArtifactError(f"{path} is {actual}; a vector of format {kind} is {needed}.")
+    if path.is_dir() != (kind in get_args(FolderFormat)):
+        actual, needed = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise ArtifactError(f"{path} is a {actual}; a vector of format {kind} is a {needed}.")
     result = read(path, options)
     _require_fit(path, result, options)
     return result
 
 
 def _infer_format(path: Path, options: ImportOptions) -> Format:
-    from compile_steer.formats.tensors import layer_in_name
-
     if path.is_dir():
         kinds = [kind for name, kind in _BY_CONTENT.items() if (path / name).is_file()]
         if len(kinds) == 1:
@@ -158,6 +143,12 @@ def _infer_format(path: Path, options: ImportOptions) -> Format:
         f"{path}: its name does not tell the format. Set extract.imported.format (--format) to one of "
         f"{', '.join(get_args(Format))}."
     )
+
+
+def layer_in_name(path: Path) -> int | None:
+    """The block in `vec_layer_14_MODEL.pt` (CAA) or `layer_14.pt` (EasyEdit2)."""
+    match = re.search(r"(?:^|_)layer_(\d+)(?:_|$)", path.stem)
+    return None if match is None else int(match[1])
 
 
 def _require_fit(path: Path, foreign: ForeignVectors, options: ImportOptions) -> None:
@@ -188,15 +179,9 @@ def place_at_blocks(
     conventions: str,
     made_for: str,
 ) -> ForeignVectors:
-    """Assign numbered vectors to blocks.
+    """Assign numbered vectors to blocks; raises `ArtifactError` without a convention.
 
-    Args:
-        label: how the file writes number k, with {} for k.
-        conventions: a sentence on which tools use which convention, for the error.
-        made_for: the model's type, if the file says.
-
-    Raises:
-        ArtifactError: no convention was given.
+    `label` is how the file writes number k, with {} for k; `conventions` says which tools use which, for the error.
     """
     if convention is None:
         first, last = label.format(min(by_number)), label.format(max(by_number))
@@ -210,42 +195,3 @@ def place_at_blocks(
         return ForeignVectors(by_number, made_for=made_for)
     vectors = {k - 1: vector for k, vector in by_number.items() if k > 0}
     return ForeignVectors(vectors, embeddings=0 in by_number and bool(by_number[0].any()), made_for=made_for)
-
-
-def choose_other_rows(path: Path, n_rows: int, options: ImportOptions) -> list[int]:
-    """Draw `options.controls` row numbers below `n_rows`, other than `options.index`; raises `ArtifactError`."""
-    import torch
-
-    if options.index is None or options.index >= n_rows or options.controls >= n_rows:
-        raise ArtifactError(
-            f"{path} has {n_rows} rows, counted from 0; needed are extract.imported.index (--index; found {options.index}) "
-            f"and {options.controls} others as controls (extract.shuffled)."
-        )
-    drawn = torch.randperm(n_rows - 1, generator=options.generator)[: options.controls].tolist()
-    return [row + (row >= options.index) for row in drawn]  # leaves out `index` itself
-
-
-def read_json(path: Path, needed: str) -> dict[str, Any]:
-    """Read one JSON object; raises `ArtifactError` for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ArtifactError(f"{path} cannot be read as JSON ({reason}); needed: {needed}.") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is {type(content).__name__}; needed: {needed}.")
-    return content
-
-
-def parse_numbers(path: Path, name: str, values: object) -> Tensor:
-    """Convert a JSON list of numbers to [n] fp32; raises `ArtifactError`."""
-    import torch
-
-    problem = ArtifactError(f"{path}: {name} must be a list of numbers.")
-    # type(), not isinstance(): True is an int to Python.
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise problem
-    try:
-        return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
-    except OverflowError as error:  # JSON has integers of any size
-        raise problem from error

@@ -9,15 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.formats.foreign import read_json
 from compile_steer.steering.low_rank import LowRank
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,22 +34,20 @@ _IGNORED = {
 # fmt: on
 # Settings that `read_lora` reads. ('bias' says which of the base's biases were trained; they would be tensors.)
 _READ = {"use_rslora", "alpha_pattern", "rank_pattern", "lora_alpha", "init_lora_weights", "bias"}
-_MORE_THAN_LORA = MappingProxyType(
-    {
-        "use_dora": "DoRA scales every row of the sum of weight and adapter",
-        "lora_bias": "the adapter has biases",
-        "modules_to_save": "whole modules are replaced",
-        "trainable_token_indices": "rows of the embeddings are replaced",
-        "layer_replication": "the base's blocks are repeated",
-        "target_parameters": "parameters that are no module's weight are edited",
-        "alora_invocation_tokens": "the adapter is on only behind certain tokens",
-        "arrow_config": "a router chooses between adapters",
-        "use_qalora": "inputs are pooled before A",
-        "use_bdlora": "the factors are block-diagonal",
-        "kasa_config": "a diagonal stands between A and B, and the base is cut",
-        "monteclora_config": "the factors are drawn at random",
-    }
-)
+_MORE_THAN_LORA = {
+    "use_dora": "DoRA scales every row of the sum of weight and adapter",
+    "lora_bias": "the adapter has biases",
+    "modules_to_save": "whole modules are replaced",
+    "trainable_token_indices": "rows of the embeddings are replaced",
+    "layer_replication": "the base's blocks are repeated",
+    "target_parameters": "parameters that are no module's weight are edited",
+    "alora_invocation_tokens": "the adapter is on only behind certain tokens",
+    "arrow_config": "a router chooses between adapters",
+    "use_qalora": "inputs are pooled before A",
+    "use_bdlora": "the factors are block-diagonal",
+    "kasa_config": "a diagonal stands between A and B, and the base is cut",
+    "monteclora_config": "the factors are drawn at random",
+}
 # Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _LISTED = 8  # tensors in an error message: a wrong adapter has hundreds
@@ -84,7 +81,7 @@ def read_lora(folder: Path) -> PlainLora:
     Raises:
         ArtifactError: it does not exist, is damaged, or does more than plain LoRA; every reason is named.
     """
-    config = read_json(folder / ADAPTER_CONFIG, "a PEFT adapter's folder")
+    config = read_json(folder / ADAPTER_CONFIG, "Needed: a PEFT adapter's folder.")
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ArtifactError(f"{folder / ADAPTER_CONFIG} is no LoRA's: it has no rank r.")
     if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():

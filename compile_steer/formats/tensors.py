@@ -1,7 +1,9 @@
-"""Tensors of `torch.save` and of safetensors; and pickles, which run code when they are read, and are refused.
+"""Tensors of `torch.save` and of safetensors, and features of dictionaries; pickles that run code are refused.
 
-CAA and EasyEdit2 save one vector, persona vectors a row per hidden state, hidden-directions and hotwire a row per block.
-Nothing here opens a pickle but `torch.load(..., weights_only=True)`, which rebuilds tensors and runs nothing else.
+CAA and EasyEdit2 save one vector, persona vectors a row per hidden state, hidden-directions and hotwire a row per block,
+AxBench a row per concept. A SAELens folder holds `cfg.json` and `sae_weights.safetensors` with `W_dec` [d_sae, d_model].
+A feature of Neuronpedia's API is one JSON object with `vector` and `hookName`. Nothing here opens a pickle but
+`torch.load(..., weights_only=True)`, which rebuilds tensors and runs nothing else.
 """
 
 from __future__ import annotations
@@ -9,15 +11,29 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
-from compile_steer.formats.foreign import BLOCK_NUMBER, DAMAGED, ForeignVectors, ImportOptions
-from compile_steer.steering.sites import POINTS, Point
+from compile_steer.formats.foreign import (
+    BLOCK_NUMBER,
+    DAMAGED,
+    HDF_SUFFIXES,
+    PICKLE_SUFFIXES,
+    SAELENS_CONFIG,
+    TORCH_SUFFIXES,
+    ForeignVectors,
+    ImportOptions,
+    layer_in_name,
+)
+from compile_steer.steering.sites import POINTS, Site
+
+_SAELENS_WEIGHTS = "sae_weights.safetensors"
 
 
 def read_single(path: Path, options: ImportOptions) -> ForeignVectors:
@@ -36,12 +52,6 @@ def read_single(path: Path, options: ImportOptions) -> ForeignVectors:
     if vector.ndim != 1:
         raise wrong_shape(path, vector, options, "[d_model]")
     return ForeignVectors({layer: vector.float()})
-
-
-def layer_in_name(path: Path) -> int | None:
-    """The block in `vec_layer_14_MODEL.pt` (CAA) or `layer_14.pt` (EasyEdit2)."""
-    match = re.search(r"(?:^|_)layer_(\d+)(?:_|$)", path.stem)
-    return None if match is None else int(match[1])
 
 
 def read_hidden_states(path: Path, options: ImportOptions) -> ForeignVectors:
@@ -72,15 +82,106 @@ def read_table(path: Path, _options: ImportOptions) -> ForeignVectors:
     Raises:
         ArtifactError: the file is damaged, or has other names or vectors of several points.
     """
-    tensors, _metadata = read_tensors(path)
-    names = {name: re.fullmatch(rf"(\w+)\.{BLOCK_NUMBER}", name) for name in tensors}
-    points: list[Point] = [point for point in get_args(Point) if any(name.startswith(f"{point}.") for name in names)]
-    if len(points) != 1 or any(match is None or match[1] not in POINTS for match in names.values()):
+    tensors = read_tensors(path)[0]
+    names = {name: re.fullmatch(rf"({'|'.join(POINTS)})\.{BLOCK_NUMBER}", name) for name in tensors}
+    points: set[Any] = {match and match[1] for match in names.values()}
+    if len(points) != 1 or None in points:
         raise ArtifactError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}; needed: tensors named POINT.K, for example "
             f"resid_post.14 for the output of block 14, of one point ({', '.join(POINTS)})."
         )
-    return ForeignVectors({int(match[2]): tensors[name].float() for name, match in names.items() if match}, points[0])
+    return ForeignVectors({int(match[2]): tensors[name].float() for name, match in names.items() if match}, *points)
+
+
+def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
+    """Read row `options.index` of the decoder, and other rows as controls; raises `ArtifactError`."""
+    config = read_json(path / SAELENS_CONFIG, "Needed: a SAELens configuration.")
+    weights = path / _SAELENS_WEIGHTS
+    if not weights.is_file():
+        pickles = sorted(f for f in path.iterdir() if f.suffix.lower() in (*TORCH_SUFFIXES, *PICKLE_SUFFIXES))
+        if not pickles:
+            raise ArtifactError(f"{path} has no {_SAELENS_WEIGHTS} (SAELens).")
+        raise ArtifactError(
+            f"{pickles[0]} is a pickle, which can run code when it is read. If you trust it, convert it: "
+            "torch.load(..., weights_only=True), then safetensors.torch.save_file with W_dec [features, width] as "
+            f"{_SAELENS_WEIGHTS}, beside a {SAELENS_CONFIG} with hook_name."
+        )
+    metadata = config.get("metadata", config)  # from SAELens 6 on, the hook is under 'metadata'
+    site = _site_of_hook(path / SAELENS_CONFIG, metadata.get("hook_name") if isinstance(metadata, dict) else None)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            decoder = file.get_slice("W_dec")  # a row at a time: a decoder can have gigabytes
+            controls = choose_other_rows(path, decoder.get_shape()[0], options)
+            others = torch.stack([decoder[row].float() for row in controls])
+            return ForeignVectors({site.layer: decoder[options.index].float()}, site.point, others)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{weights} is damaged, or has no 'W_dec' ({error}).") from error
+
+
+def read_neuronpedia(path: Path, _options: ImportOptions) -> ForeignVectors:
+    """Read the feature's vector; raises `ArtifactError` if the file has none."""
+    content = read_json(path, "Needed: a feature's JSON as Neuronpedia gives it.")
+    if not content.get("vector"):
+        raise ArtifactError(
+            f"{path} holds no vector (Neuronpedia leaves it out of many features); save the feature's row from its "
+            "autoencoder: a SAELens folder and extract.imported.index."
+        )
+    site = _site_of_hook(path, content.get("hookName"))
+    vector = parse_numbers(path, "'vector'", content["vector"])
+    return ForeignVectors({site.layer: vector}, site.point, made_for=str(content.get("modelId", "")))
+
+
+def read_axbench(path: Path, options: ImportOptions) -> ForeignVectors:
+    """Read row `options.index`, for the output of block `options.layer`, and other rows as controls.
+
+    Raises:
+        ArtifactError: the block or the row is not specified, or the tensor is something else.
+    """
+    rows = read_floats(path)
+    if rows.ndim != 2:
+        raise wrong_shape(path, rows, options, "[n_concepts, d_model]")
+    others = rows[choose_other_rows(path, len(rows), options)].float()
+    if options.layer is None:
+        raise ArtifactError(f"{path} does not say its block. Set extract.imported.layer (--layer).")
+    return ForeignVectors({options.layer: rows[options.index].float()}, others=others)
+
+
+def choose_other_rows(path: Path, n_rows: int, options: ImportOptions) -> list[int]:
+    """Draw `options.controls` row numbers below `n_rows`, other than `options.index`; raises `ArtifactError`."""
+    if options.index is None or options.index >= n_rows or options.controls >= n_rows:
+        raise ArtifactError(
+            f"{path} has {n_rows} rows, counted from 0; needed are extract.imported.index (--index; found {options.index}) "
+            f"and {options.controls} others as controls (extract.shuffled)."
+        )
+    drawn = torch.randperm(n_rows - 1, generator=options.generator)[: options.controls].tolist()
+    return [row + (row >= options.index) for row in drawn]  # leaves out `index` itself
+
+
+def _site_of_hook(path: Path, hook: object) -> Site:
+    """The site of a TransformerLens hook point."""
+    match = re.fullmatch(rf"blocks\.{BLOCK_NUMBER}\.hook_({'|'.join(POINTS)})", str(hook))
+    if match is None:
+        raise ArtifactError(
+            f"{path}: the feature is of '{hook}'; needed: blocks.K.hook_NAME, where NAME is one of {', '.join(POINTS)}."
+        )
+    point: Any = match[2]
+    return as_output(Site(int(match[1]), point))
+
+
+def as_output(site: Site) -> Site:
+    """The same site, as the output of a block where it is the input of the block above."""
+    return Site(site.layer - 1) if site.point == "resid_pre" and site.layer > 0 else site
+
+
+def parse_numbers(path: Path, name: str, values: object) -> Tensor:
+    """Convert a JSON list of numbers to [n] fp32; raises `ArtifactError`."""
+    try:
+        # type(), not isinstance(): True is an int to Python.
+        if isinstance(values, list) and all(type(value) in (int, float) for value in values):
+            return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
+    except OverflowError:  # JSON has integers of any size
+        pass
+    raise ArtifactError(f"{path}: {name} must be a list of numbers.")
 
 
 def read_floats(path: Path) -> Tensor:
@@ -113,32 +214,28 @@ def wrong_shape(path: Path, tensor: Tensor, options: ImportOptions, needed: str)
 
 
 def pickle_refusal(path: Path) -> ArtifactError:
-    """The error for a pickle, with the lines of Python that convert it."""
-    with path.open("rb") as file:
-        archive = file.read(2) == b"PK"  # torch.save writes a zip file
-    load = f"torch.load({str(path)!r}, weights_only=False)" if archive else f"pickle.load(open({str(path)!r}, 'rb'))"
-    return ArtifactError(
-        f"{path} is damaged, or a pickle of more than plain tensors, which runs code when it is read. Nothing of it was "
-        "run. If you trust it, convert it in the environment that made it, and import the result:\n"
-        "    import pickle, torch\n"
-        "    from safetensors.torch import save_file\n"
-        f"    made = {load}\n"
-        "    vectors = made.layer_activations  # of steering-vectors; of repeng it is made.directions\n"
-        "    # block -> vector, for the output of the block; mlp_out or attn_out where layer_type is mlp or self_attn\n"
-        "    table = {f'resid_post.{k}': torch.as_tensor(v).float().contiguous() for k, v in vectors.items()}\n"
-        f"    save_file(table, {f'{path.stem}.safetensors'!r})"
-    )
-
-
-def hdf_refusal(path: Path) -> ArtifactError:
-    """The error for pandas' HDF5, in which a column of arrays is a pickle (Stolfo et al. 2410.12877)."""
-    return ArtifactError(
-        f"{path} is HDF5, in which pandas keeps arrays as pickles, which run code when they are read. Nothing of it was "
-        "run. If you trust it, convert one row in the environment that made it, and import the result:\n"
-        "    import pandas, torch\n"
-        "    from safetensors.torch import save_file\n"
-        f"    row = pandas.read_hdf({str(path)!r}, 'df').iloc[0]\n"
-        "    layer = row.get('selected_layer', row.get('max_diff_layer_idx'))\n"
-        "    vector = torch.as_tensor(row.instr_dir).float().contiguous()\n"
-        f"    save_file({{f'resid_post.{{layer}}': vector}}, {f'{path.stem}.safetensors'!r})"
-    )
+    """The error for a pickle, or for pandas' HDF5 (Stolfo et al. 2410.12877), with the lines of Python that convert it."""
+    if path.suffix.lower() in HDF_SUFFIXES:
+        problem, part = "is HDF5, in which pandas keeps arrays as pickles, which run code when they are read", "one row"
+        modules = "pandas, torch"
+        lines = [
+            f"row = pandas.read_hdf({str(path)!r}, 'df').iloc[0]",
+            "layer = row.get('selected_layer', row.get('max_diff_layer_idx'))",
+            "table = {f'resid_post.{layer}': torch.as_tensor(row.instr_dir).float().contiguous()}",
+        ]
+    else:
+        problem, part = "is damaged, or a pickle of more than plain tensors, which runs code when it is read", "it"
+        modules = "pickle, torch"
+        with path.open("rb") as file:
+            archive = file.read(2) == b"PK"  # torch.save writes a zip file
+        load = "torch.load({!r}, weights_only=False)" if archive else "pickle.load(open({!r}, 'rb'))"
+        lines = [
+            f"made = {load.format(str(path))}",
+            "vectors = made.layer_activations  # of steering-vectors; of repeng it is made.directions",
+            "# block -> vector, for the output of the block; mlp_out or attn_out where layer_type is mlp or self_attn",
+            "table = {f'resid_post.{k}': torch.as_tensor(v).float().contiguous() for k, v in vectors.items()}",
+        ]
+    steps = [f"import {modules}", "from safetensors.torch import save_file", *lines]
+    text = f"{path} {problem}. Nothing of it was run. If you trust it, convert {part} in the environment that made it"
+    saved = f"save_file(table, {f'{path.stem}.safetensors'!r})"
+    return ArtifactError("\n    ".join([f"{text}, and import the result:", *steps, saved]))

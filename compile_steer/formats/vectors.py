@@ -20,12 +20,13 @@ import base64
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.artifacts.files import new_file, save_json, sha256
+from compile_steer.artifacts.files import new_file, read_json, save_json, sha256
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.foreign import (
@@ -35,10 +36,10 @@ from compile_steer.formats.foreign import (
     ForeignVectors,
     ImportOptions,
     LayerConvention,
-    parse_numbers,
     place_at_blocks,
-    read_json,
 )
+from compile_steer.formats.tensors import as_output, parse_numbers
+from compile_steer.steering.sites import Site
 
 _ARCHITECTURE = "controlvector"
 _GGUF_CONVENTIONS = (
@@ -100,7 +101,7 @@ def write_gguf(path: Path, vectors: Mapping[int, Tensor], model_type: str) -> No
 
 def read_svec(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read a .svec; raises `ArtifactError` if it is damaged, another file, or has no layer convention."""
-    content = read_json(path, "the .svec of activation-steering")
+    content = read_json(path, "Needed: the .svec of activation-steering.")
     directions = content.get("directions")
     if not isinstance(directions, dict) or not directions:
         raise ArtifactError(f"{path} has no 'directions'; needed: the .svec of activation-steering.")
@@ -121,7 +122,7 @@ def write_svec(path: Path, vectors: Mapping[int, Tensor], model_type: str, conve
 
 def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     """Read the direction of a repsteer folder; raises `ArtifactError`, also if a checksum does not match."""
-    recorded = read_json(path / _REPSTEER_CHECKSUMS, "repsteer's checksums")
+    recorded = read_json(path / _REPSTEER_CHECKSUMS, "Needed: repsteer's checksums.")
     hashes = recorded.get("files")
     if recorded.get("algorithm") != "sha256" or not isinstance(hashes, dict):
         raise ArtifactError(f"{path / _REPSTEER_CHECKSUMS} holds no SHA-256 checksums; save the artifact again.")
@@ -135,28 +136,26 @@ def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     if problems:
         raise ArtifactError([*problems, "Fetch the artifact again, or save it again where it was made."])
 
-    manifest = read_json(path / REPSTEER_MANIFEST, "repsteer's manifest")
+    manifest = read_json(path / REPSTEER_MANIFEST, "Needed: repsteer's manifest.")
     kind, site, model = (manifest.get(key) for key in ("artifact_type", "site", "model"))
+    site = site if isinstance(site, dict) else {}
+    block: Any = site.get("layer")
+    point: Any = site.get("component")
     if kind not in _REPSTEER_VECTORS:
         problems.append(f"{path} is of type '{kind}'; a vector is one of {', '.join(_REPSTEER_VECTORS)}.")
-    site = site if isinstance(site, dict) else {}
-    block, component = site.get("layer"), site.get("component")
-    if component not in ("resid_pre", "resid_post") or type(block) is not int or site.get("stream") != "language":
+    if point not in ("resid_pre", "resid_post") or type(block) is not int or site.get("stream") != "language":
         problems.append(
             f"{path} is of site {site}; needed: stream language, component resid_pre or resid_post, and a layer."
         )
     if problems:
         raise ArtifactError(problems)
-    assert type(block) is int, "checked above"
 
-    tensors, _metadata = read_tensors(path / _REPSTEER_TENSORS)
-    name = _REPSTEER_VECTORS[str(kind)]
-    if name not in tensors:
+    tensors = read_tensors(path / _REPSTEER_TENSORS)[0]
+    if (name := _REPSTEER_VECTORS[str(kind)]) not in tensors:
         raise ArtifactError(f"{path / _REPSTEER_TENSORS} has no tensor '{name}'.")
-    vector, made_for = tensors[name].float(), str(model.get("id", "")) if isinstance(model, dict) else ""
-    if component == "resid_pre" and block > 0:
-        return ForeignVectors({block - 1: vector}, made_for=made_for)  # the input of a block is the output before it
-    return ForeignVectors({block: vector}, "resid_pre" if component == "resid_pre" else "resid_post", made_for=made_for)
+    site = as_output(Site(block, point))
+    made_for = str(model.get("id", "")) if isinstance(model, dict) else ""
+    return ForeignVectors({site.layer: tensors[name].float()}, site.point, made_for=made_for)
 
 
 def write_vllm_lens(path: Path, vectors: Mapping[int, Tensor]) -> None:

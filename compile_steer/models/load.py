@@ -221,9 +221,7 @@ def _dequantised(gguf: Path) -> Path:
         model, tokenizer, _problems = read_gguf(gguf, torch.float32)
     # transformers reads no generation settings from a GGUF; without an end token, generation would not stop.
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     with new_folder(folder) as temporary, quiet():
         model.save_pretrained(temporary)

@@ -137,7 +137,7 @@ def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist"):
         imported(path, None)
     path.write_text("{")
-    with pytest.raises(ArtifactError, match="cannot be read as JSON"):
+    with pytest.raises(ArtifactError, match="is damaged.*Needed"):
         imported(path, None)
     with pytest.raises(ArtifactError, match="read as neuronpedia, which does not take extract.imported.index"):
         imported(neuronpedia(path))
@@ -150,7 +150,7 @@ def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=message):
             imported(neuronpedia(path, **changes), None)
     path.write_text("[1]")
-    with pytest.raises(ArtifactError, match="is list; needed: a feature's JSON"):
+    with pytest.raises(ArtifactError, match="found list, needed: a JSON object.*a feature's JSON"):
         imported(path, None)
 
 

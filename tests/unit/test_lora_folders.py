@@ -154,7 +154,7 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
         "shape": rf"{DOWN}: lora_A is \[2, 48\], lora_B \[32, 3\]",
         "empty": "it holds no pair",
         "pickle": "a pickle, which can run code",
-        "config": "cannot be read",
+        "config": "is damaged",
         "another kind": "peft_type is LOHA",
     }
     with pytest.raises(ArtifactError, match=messages[spoil]):

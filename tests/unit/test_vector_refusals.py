@@ -102,7 +102,7 @@ def test_a_truncated_file_is_never_half_read(tmp_path: Path, kind: str) -> None:
     read_tiny(path, **options)
     for size in sorted({0, 1, 7, 20, *range(24, len(content) - 1, max(len(content) // 60, 1)), len(content) - 1}):
         path.write_bytes(content[:size])
-        with pytest.raises(ArtifactError, match=r"damaged|cannot be read as JSON"):
+        with pytest.raises(ArtifactError, match="damaged"):
             read_tiny(path, **options)
 
 
@@ -140,7 +140,7 @@ def test_svec_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=message):
             read_tiny(svec(path, by_block(1), **changes), layer_convention="block")
     path.write_text("[1]")
-    with pytest.raises(ArtifactError, match=r"is list; needed: the \.svec"):
+    with pytest.raises(ArtifactError, match=r"found list, needed: a JSON object.. Needed: the \.svec"):
         read_tiny(path, layer_convention="block")
 
 
