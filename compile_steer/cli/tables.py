@@ -22,101 +22,107 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.tools.serving.export import Exported
     from compile_steer.tools.task_vector import TaskVector
 
-_STATES = {
-    "intact": "[green]intact[/green]",
-    "changed": "[red]CHANGED[/red]",
-    "missing": "[yellow]missing[/yellow]",
-    "unrecorded": "[yellow]unrecorded[/yellow]",
-}
+_LINKS = {"intact": "green", "changed": "red", "missing": "yellow", "unrecorded": "yellow"}
+_REPRODUCED = {"bytes": "green", "numbers": "green", "differs": "red", "not compared": "yellow"}
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """Return an empty table with its text columns, then its columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _or_blank(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def print_lineage(console: Console, links: Sequence[Link]) -> None:
-    """Every link back to the data; of a changed one what was expected and what is there."""
+    """Print every link back to the data; of a changed one what was expected and what is there."""
     if links:
         console.print("[bold]Lineage[/bold]")
     for link in links:
-        console.print(f"  {link.name:<28} {_STATES[link.state]}  {escape(link.path)}", soft_wrap=True)
+        state = f"[{_LINKS[link.state]}]{link.state}[/]"
+        console.print(f"  {link.name:<28} {state}  {escape(link.path)}", soft_wrap=True)
         if link.state == "changed":
             console.print(f"  {'':<28} expected {escape(link.expected) or 'no such file'}", soft_wrap=True)
             console.print(f"  {'':<28} actual   {escape(link.actual) or 'nothing'}", soft_wrap=True)
-    changed = [link.name for link in links if link.state == "changed"]
+    changed = dict.fromkeys(link.name for link in links if link.state == "changed")
     if changed:
-        console.print(
-            f"[red]Changed:[/red] {', '.join(dict.fromkeys(changed))}. Make it again, or put back what was there."
-        )
+        console.print(f"[red]Changed:[/red] {', '.join(changed)}. Make it again, or put back what was there.")
 
 
-def print_reproduction(console: Console, found: Reproduction) -> None:
-    """Every link that was made again, and the versions that are others than then."""
-    said = {
-        "bytes": "[green]bytes agree[/green]",
-        "numbers": "[green]numbers agree[/green]",
-        "differs": "[red]DIFFERS[/red]",
-        "not compared": "[yellow]not compared[/yellow]",
-    }
-    console.print(f"[bold]Made again[/bold], numbers agreeing up to a relative difference of {found.tolerance:g}")
-    for link in found.links:
+def print_reproduction(console: Console, reproduction: Reproduction) -> None:
+    """Print every link that was made again, and the versions that have changed since."""
+    tolerance = reproduction.tolerance
+    console.print(f"[bold]Made again[/bold], numbers agree up to a relative difference of {tolerance:g}")
+    for link in reproduction.links:
+        agree = " agree" if link.state in ("bytes", "numbers") else ""
         size = "" if link.difference is None else f"  largest relative difference {link.difference:.2g}"
         note = f"  ({escape(link.note)})" if link.note else ""
-        console.print(f"  {link.name:<28} {said[link.state]}{size}{note}", soft_wrap=True)
-    for name, (then, now) in found.versions.items():
+        state = f"[{_REPRODUCED[link.state]}]{link.state}{agree}[/]"
+        console.print(f"  {link.name:<28} {state}{size}{note}", soft_wrap=True)
+    for name, (then, now) in reproduction.versions.items():
         console.print(f"  [yellow]{name} {then} made it; this is {now or 'none'}[/yellow]")
 
 
-def print_audit(console: Console, found: Audit) -> None:
-    """The tensors that changed, the settings that changed, and the direction that explains it, if one does."""
-    recast = "".join(f", {count} only cast from {kind}" for kind, count in found.recast.items())
+def print_audit(console: Console, audit: Audit) -> None:
+    """Print the tensors that changed, the settings that changed, and the direction that explains it, if one does."""
+    recast = "".join(f", {count} only cast from {kind}" for kind, count in audit.recast.items())
     console.print(
-        f"[bold]{found.kind} {escape(found.other)}[/bold] against {escape(found.base)}: {found.n_tensors} tensors, "
-        f"{found.n_same} the same{recast}, {len(found.changes)} changed",
+        f"[bold]{audit.kind} {escape(audit.other)}[/bold] against {escape(audit.base)}: {audit.n_tensors} tensors, "
+        f"{audit.n_same} the same{recast}, {len(audit.changes)} changed",
         soft_wrap=True,
     )
-    zero = [one for one in found.changes if one.norm == 0.0]
+    zero = [change for change in audit.changes if change.norm == 0.0]
     if zero:
         console.print(f"  {len(zero)} of these are new and all zero, as {escape(zero[0].name)}")
-    if len(zero) < len(found.changes):
-        title = f"rank: singular values above {found.threshold:g} of the largest, and above rounding"
-        table = Table(title=title, title_justify="left")
-        for heading in ("tensor", "", "type"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("norm", "over the base's", "rank", "top holds", "cosine"):
-            table.add_column(heading, justify="right")
-        for one in found.changes:
-            shares = ("" if share is None else f"{share:.2%}" for share in (one.relative, one.top))
-            relative, top = shares
-            rank, cosine = "" if one.rank is None else str(one.rank), "" if one.cosine is None else f"{one.cosine:.3f}"
-            if one.norm > 0.0:
-                table.add_row(escape(one.name), one.kind, one.dtype, f"{one.norm:.3g}", relative, rank, top, cosine)
+    if len(zero) < len(audit.changes):
+        title = f"rank: singular values above {audit.threshold:g} of the largest, and above rounding"
+        numbers = ("norm", "over the base's", "rank", "top holds", "cosine")
+        table = _table(title, ("tensor", "", "type"), numbers)
+        for change in audit.changes:
+            if change.norm > 0.0:
+                table.add_row(
+                    escape(change.name),
+                    change.kind,
+                    change.dtype,
+                    f"{change.norm:.3g}",
+                    _or_blank(change.relative, ".2%"),
+                    _or_blank(change.rank, "d"),
+                    _or_blank(change.top, ".2%"),
+                    _or_blank(change.cosine, ".3f"),
+                )
         console.print(table)
-    for setting in found.settings:
+    for setting in audit.settings:
         name = f"{setting.file} {setting.key}".rstrip()
-        console.print(
-            f"  {escape(name)}: {escape(repr(setting.base))} -> {escape(repr(setting.other))}", soft_wrap=True
-        )
-    for baked in found.baked:
-        console.print(f"  [bold]A baked direction[/bold]: {_baked(baked)}", soft_wrap=True)
-    if not found.baked:
-        console.print(f"  No baked direction: {escape(found.not_baked)}", soft_wrap=True)
+        values = f"{escape(repr(setting.base))} -> {escape(repr(setting.other))}"
+        console.print(f"  {escape(name)}: {values}", soft_wrap=True)
+    for baked in audit.baked:
+        console.print(f"  [bold]A baked direction[/bold]: {escape(_describe(baked))}", soft_wrap=True)
+    if not audit.baked:
+        console.print(f"  No baked direction: {escape(audit.not_baked)}", soft_wrap=True)
 
 
-def _baked(one: BakedDirection) -> str:
-    where = "" if one.block is None else f" of block {one.block}"
-    known = "" if one.cosine is None else f"; cosine with the known vector {one.cosine:+.4f}"
-    what = {
-        "added": f"a constant of norm {one.norm:.4g} added by {one.tensors[0]}{where}",
-        "ablated": f"one direction taken out of what {len(one.tensors)} matrices write"
-        + ("" if one.coefficient is None else f", {one.coefficient:.0%} of it"),
-        "written": f"{one.tensors[0]}{where} writes along one, a rank-1 change of norm {one.norm:.4g}",
-    }[one.kind]
-    return f"{escape(what)}{known}"
+def _describe(baked: BakedDirection) -> str:
+    where = "" if baked.block is None else f" of block {baked.block}"
+    part = "" if baked.coefficient is None else f", {baked.coefficient:.0%} of it"
+    description = {
+        "added": f"a constant of norm {baked.norm:.4g} added by {baked.tensors[0]}{where}",
+        "ablated": f"one direction removed from what {len(baked.tensors)} matrices write{part}",
+        "written": f"{baked.tensors[0]}{where} writes along one, a rank-1 change of norm {baked.norm:.4g}",
+    }[baked.kind]
+    return description + ("" if baked.cosine is None else f"; cosine with the known vector {baked.cosine:+.4f}")
 
 
 def print_upload(console: Console, upload: Upload, sent: str | None, force: bool) -> None:
-    """Every file that is or would be sent, why it should not be, and what became of it."""
+    """Print every file that is or would be sent, why it should not be, and what became of it."""
     kind = "private" if upload.private else "PUBLIC"
-    console.print(
-        f"[bold]{escape(str(upload.folder))}[/bold] to {escape(upload.target)} ({kind} if it is new)", soft_wrap=True
-    )
+    folder = escape(str(upload.folder))
+    console.print(f"[bold]{folder}[/bold] to {escape(upload.target)} ({kind} if it is new)", soft_wrap=True)
     for file in upload.files:
         console.print(f"  {escape(file.name):<40} {file.size:>13,} bytes  {file.sha256}", soft_wrap=True)
     for note in upload.notes:
@@ -131,121 +137,97 @@ def print_upload(console: Console, upload: Upload, sent: str | None, force: bool
         console.print("Nothing was sent. Add --yes to send exactly these files.")
 
 
-def print_export(console: Console, found: Exported) -> None:
-    """What was written, what was changed on the way, and how to load it."""
-    console.print(f"{found.kind} for {found.engine}: {', '.join(found.files)} in {found.folder}", markup=False)
-    for note in found.notes:
-        console.print(f"  {note}", markup=False)
-    console.print("Load it:")
-    for line in found.load:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+def print_export(console: Console, exported: Exported) -> None:
+    """Print what was written, what was changed on the way, and how to load it."""
+    files = ", ".join(exported.files)
+    lines = [f"{exported.kind} for {exported.engine}: {files} in {exported.folder}"]
+    lines += [*(f"  {note}" for note in exported.notes), "Load it:", *(f"  {line}" for line in exported.load)]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
-def print_engine_records(console: Console, found: Sequence[EngineRecord]) -> None:
-    """A row for every engine; below it why there is none."""
-    table = Table(title="log p(token) in each engine less transformers', nats", title_justify="left")
-    for name in ("engine", "form", "largest", "rms", "base: largest", "rms", "steering's effect", "gain", ""):
-        table.add_column(name, justify="left" if name in ("engine", "form", "") else "right")
-    for one in found:
-        numbers = (
-            f"{one.error:.1e}",
-            f"{one.rms:.1e}",
-            f"{one.base_error:.1e}",
-            f"{one.base_rms:.1e}",
-            f"{one.effect:.2f}",
-            f"{one.gain:.4f}",
+def print_engine_records(console: Console, records: Sequence[EngineRecord]) -> None:
+    """Print a row for every engine, and below it why there is none."""
+    title = "log p(token) in each engine minus transformers', nats"
+    numbers = ("largest", "rms", "base: largest", "rms", "steering's effect", "gain", "")
+    table = _table(title, ("engine", "form"), numbers)
+    for record in records:
+        sizes = (record.error, record.rms, record.base_error, record.base_rms)
+        cells = [*(f"{size:.1e}" for size in sizes), f"{record.effect:.2f}", f"{record.gain:.4f}"]
+        verdict = (
+            "[red]none[/red]" if record.problem else "[green]same[/green]" if record.passed else "[red]OTHER[/red]"
         )
-        verdict = "[green]same[/green]" if one.passed else "[red]OTHER[/red]"
-        table.add_row(
-            one.engine,
-            one.form,
-            *(("",) * 6 if one.problem else numbers),
-            "[red]none[/red]" if one.problem else verdict,
-        )
+        table.add_row(record.engine, record.form, *([""] * len(cells) if record.problem else cells), verdict)
     console.print(table)
-    for one in found:
-        if one.problem:
-            console.print(f"  {one.engine}: {one.problem}", markup=False, soft_wrap=True)
-        elif not one.passed and abs(one.gain) < 0.1:
-            console.print(f"  {one.engine} serves the base: the file was loaded without effect.", markup=False)
+    for record in records:
+        if record.problem:
+            console.print(f"  {record.engine}: {record.problem}", markup=False, soft_wrap=True)
+        elif not record.passed and abs(record.gain) < 0.1:
+            console.print(f"  {record.engine} serves the base: the file was loaded without effect.", markup=False)
 
 
-def print_decompiled(console: Console, found: Decompiled, known: Program | None) -> None:
-    """The blocks that were changed, beside the program that is known, if any."""
+def print_decompiled(console: Console, decompiled: Decompiled, known: Program | None) -> None:
+    """Print the blocks that were changed, beside the program that is known, if any."""
     from torch.nn.functional import cosine_similarity
 
-    table = Table(title="What the artifact's blocks were changed to do", title_justify="left")
-    for heading in ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector"):
-        table.add_column(heading, justify="right")
-    wanted = {i.site.layer: i.vector for i in known.active if i.site.point == "resid_post"} if known else {}
-    for block, one in zip(found.blocks, found.program.interventions, strict=True):
-        beside = wanted.get(block.layer)
-        same = "" if beside is None else f"{float(cosine_similarity(one.vector, beside, dim=0)):.4f}"
-        table.add_row(
-            str(block.layer), f"{block.norm:.3g}", f"{block.relative_size:.2%}", f"{block.explained:.1%}", same
-        )
+    numbers = ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector")
+    table = _table("What the artifact's blocks were changed to do", (), numbers)
+    vectors = {i.site.layer: i.vector for i in known.active if i.site.point == "resid_post"} if known else {}
+    for block, intervention in zip(decompiled.blocks, decompiled.program.interventions, strict=True):
+        vector = vectors.get(block.layer)
+        cosine = None if vector is None else float(cosine_similarity(intervention.vector, vector, dim=0))
+        size, explained = f"{block.relative_size:.2%}", f"{block.explained:.1%}"
+        table.add_row(str(block.layer), f"{block.norm:.3g}", size, explained, _or_blank(cosine, ".4f"))
     console.print(table)
     console.print(
-        f"Adding these constants explains {found.explained:.1%} of KL(artifact||base) on neutral text "
-        f"({found.kl_base:.3g} nats a token, {found.kl_left:.3g} left)."
+        f"Adding these constants explains {decompiled.explained:.1%} of KL(artifact||base) on control text "
+        f"({decompiled.kl_base:.3g} nats per token, {decompiled.kl_left:.3g} left)."
     )
 
 
-def print_composition(console: Console, found: Composition) -> None:
-    """The interference matrix, every artifact, each scale, and how much of the error is the compile's."""
+def print_composition(console: Console, composition: Composition) -> None:
+    """Print the interference matrix, every artifact, each scale, and how much of the error is the compile's."""
     from compile_steer.tools.interference import CO_LOADED
 
-    pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in found.matrix)
-    table = Table(
-        title=f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})", title_justify="left"
-    )
-    table.add_column("switched on")
-    for row in found.matrix:
-        table.add_column(f"on {row.behaviour} [95 %]", justify="right")
-    for label in found.matrix[0].effects:
-        table.add_row(label, *(f"{row.effects[label]}" for row in found.matrix))
-    for kind in found.matrix[0].cross:
-        table.add_row(f"{kind}: all minus the sum", *(f"{row.cross[kind]}" for row in found.matrix), style="dim")
-    for name in found.matrix[0].errors:
-        table.add_row(f"{name} minus hooks", *(f"{row.errors[name]}" for row in found.matrix), style="dim")
+    rows = composition.matrix
+    pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in rows)
+    title = f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})"
+    table = _table(title, ("switched on",), [f"on {row.behaviour} [95 %]" for row in rows])
+    for label in rows[0].effects:
+        table.add_row(label, *(str(row.effects[label]) for row in rows))
+    for kind in rows[0].cross:
+        table.add_row(f"{kind}: all minus the sum", *(str(row.cross[kind]) for row in rows), style="dim")
+    for name in rows[0].errors:
+        table.add_row(f"{name} minus hooks", *(str(row.errors[name]) for row in rows), style="dim")
     console.print(table)
-    title = f"Adapters against hooks, {found.n_tokens} held-out response tokens written under all hooks"
-    scales = Table(title=title, title_justify="left")
-    for heading in (
-        "adapters",
-        f"scales of {', '.join(found.names)}",
-        "KL",
-        "KL(hooks||base)",
-        "remaining KL",
-        "top-1",
-    ):
-        scales.add_column(heading, justify="left" if heading == "adapters" else "right")
-    composed = [(way, fit) for way, fit in found.artifacts.items() if way != CO_LOADED]
-    for name, fit in [*composed, *((CO_LOADED, fit) for fit in found.settings)]:
-        remaining = "-" if fit.kl_remaining is None else f"{fit.kl_remaining:.2%}"
-        setting = ", ".join(f"{scale:g}" for scale in fit.scales)
-        scales.add_row(name, setting, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", remaining, f"{fit.top1:.2%}")
-    console.print(scales)
-    i = found.states
-    errors = "; ".join(f"{way} {error:.3f}" for way, error in i.errors.items())
+    title = f"Adapters against hooks, {composition.n_tokens} held-out response tokens written under all hooks"
+    numbers = (f"scales of {', '.join(composition.names)}", "KL", "KL(hooks||base)", "remaining KL", "top-1")
+    table = _table(title, ("adapters",), numbers)
+    composed = [(name, fit) for name, fit in composition.artifacts.items() if name != CO_LOADED]
+    for name, fit in [*composed, *((CO_LOADED, fit) for fit in composition.settings)]:
+        scales = ", ".join(f"{scale:g}" for scale in fit.scales)
+        remaining = _or_blank(fit.kl_remaining, ".2%") or "-"
+        table.add_row(name, scales, f"{fit.kl:.1e}", f"{fit.kl_base:.3f}", remaining, f"{fit.top1:.2%}")
+    console.print(table)
+    states = composition.states
+    errors = "; ".join(f"{name} {error:.3f}" for name, error in states.errors.items())
     console.print(
-        f"  final states, relative to what the programs change one by one: the programs' own interference {i.programs:.3f}; "
-        f"errors: adapters alone, summed {i.alone:.3f}; {errors}; of the co-loaded ones only when together {i.cross:.3f}"
+        f"  final states, relative to what the programs change one by one: the programs' own interference "
+        f"{states.programs:.3f}; errors: adapters alone, summed {states.alone:.3f}; {errors}; of the co-loaded ones only "
+        f"when together {states.cross:.3f}"
     )
-    if found.stacked_from_loaded is not None:
-        console.print(f"  KL(co-loaded||stacked) = {found.stacked_from_loaded:.1e} nats/token")
-    for reason in found.reasons:
+    if composition.stacked_from_loaded is not None:
+        console.print(f"  KL(co-loaded||stacked) = {composition.stacked_from_loaded:.1e} nats/token")
+    for reason in composition.reasons:
         console.print(f"  [red]FAILED[/red] {escape(reason)}")
 
 
-def print_task_vector(console: Console, found: TaskVector) -> None:
-    """The matrices of a task vector, and where it lies."""
-    table = Table(title="What the task vector changes", title_justify="left")
-    for heading in ("matrix", "norm", "stable rank", "rank of 99 %", "cosine with the vector"):
-        table.add_column(heading, justify="left" if heading == "matrix" else "right")
-    for one in found.matrices:
-        cosine = "" if one.cosine is None else f"{one.cosine:.3f}"
-        table.add_row(one.name, f"{one.norm:.3g}", f"{one.stable_rank:.2f}", str(one.rank_99), cosine)
-    if found.matrices:
+def print_task_vector(console: Console, task_vector: TaskVector) -> None:
+    """Print the matrices of a task vector, and where it lies."""
+    numbers = ("norm", "stable rank", "rank of 99 %", "cosine with the vector")
+    table = _table("What the task vector changes", ("matrix",), numbers)
+    for matrix in task_vector.matrices:
+        sizes = (f"{matrix.norm:.3g}", f"{matrix.stable_rank:.2f}", str(matrix.rank_99))
+        table.add_row(matrix.name, *sizes, _or_blank(matrix.cosine, ".3f"))
+    if task_vector.matrices:
         console.print(table)
-    console.print(f"Written as {found.form}: {found.folder}", soft_wrap=True)
+    console.print(f"Written as {task_vector.form}: {task_vector.folder}", soft_wrap=True)
