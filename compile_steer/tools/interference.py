@@ -31,9 +31,8 @@ from compile_steer.verification.options import VerifyOptions
 
 STACKED, JOINT = "stacked", "joint"  # adapters that were composed of the members'
 CO_LOADED = "co-loaded"  # the members' own adapters, all on at once
-_NO_KL = (
-    1e-9  # nats per token: what is closer to its base than this is the base, and a fraction of its KL means nothing
-)
+# nats per token: hooks that are closer to the base than this cancel, and a fraction of their KL means nothing
+_NO_KL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -243,9 +242,7 @@ def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progres
                 texts += continue_prompts(base, prompts, program, max_new_tokens=limit, temperature=1.0, seed=seed)
             advance(1)
     if not texts:
-        raise RecipeError(
-            "data.heldout: every prompt is among a recipe's calibration prompts; give prompts of their own."
-        )
+        raise RecipeError("data.heldout: every prompt is among a recipe's calibration prompts; give others.")
     return texts
 
 

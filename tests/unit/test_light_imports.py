@@ -14,6 +14,11 @@ MODULES = (
     "scoring.options",
     "validation.options",
     "validation.report",
+    "verification.options",
+    "verification.parity",
+    "report.card",
+    "report.page",
+    "report.terminal",
 )
 
 
