@@ -215,6 +215,14 @@ class Provenance:
             raise ArtifactError([*problems, "Compile (or merge) again, or put back what was written."])
         return provenance
 
+    @staticmethod
+    def is_current(folder: Path, inputs: str) -> bool:
+        """True if `folder` is as it was written, and was made from the same `inputs`: it need not be made again."""
+        try:
+            return Provenance.read_unedited(folder).inputs == inputs
+        except ArtifactError:
+            return False
+
 
 def _file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the folder's files by relative name, without its record and reports."""

@@ -144,11 +144,3 @@ def read_patch(folder: Path) -> WeightPatch:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
-
-
-def kept_patch(folder: Path, inputs: str) -> WeightPatch | None:
-    """The patch on disk, if it is as it was written, and was made from the same inputs."""
-    try:
-        return read_patch(folder) if Provenance.read_unedited(folder).inputs == inputs else None
-    except ArtifactError:
-        return None

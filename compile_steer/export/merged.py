@@ -52,14 +52,6 @@ def _require_room(model: nn.Module, dtype: torch.dtype) -> None:
         raise ArtifactError([*beyond, "Merge at a wider precision: merged-bf16 or merged-fp32."])
 
 
-def is_merged(folder: Path, wanted: Provenance) -> bool:
-    """True if `folder` is as it was written, and was made from what `wanted` says."""
-    try:
-        return Provenance.read_unedited(folder) == wanted
-    except ArtifactError:
-        return False
-
-
 def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base at `source` in fp32 with `patch` in its weights; raises `ArtifactError`."""
     model = _base_with_room(source, patch)

@@ -20,9 +20,9 @@ from compile_steer.artifacts.files import digest, sha256, was_edited
 from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
-from compile_steer.export.adapter import CURVES, is_adapter, kept_patch, read_patch, write_patch
+from compile_steer.export.adapter import CURVES, is_adapter, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
-from compile_steer.export.merged import is_merged, write_merged
+from compile_steer.export.merged import write_merged
 from compile_steer.lowering.lowering import Lowering, ResumeFiles
 from compile_steer.lowering.plan import BACKENDS, Choice
 from compile_steer.pipeline.run import Run
@@ -61,9 +61,8 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         folders.append(folder)
         depends = digest([run.program_sha256, report_sha256, verdict, force, name])
         inputs = run.inputs("data", "compile", after=depends)
-        kept = kept_patch(folder, inputs)
-        if kept is not None:
-            lowering.patches[name] = kept
+        if Provenance.is_current(folder, inputs):
+            lowering.patches[name] = read_patch(folder)
             continue
         if BACKENDS[name].fitted:
             _ = lowering.regression_texts  # written before the clock starts: every backend is given them
@@ -163,7 +162,7 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
                 target = run.paths.merged(provenance.backend, precision)
                 inputs = digest([provenance.inputs, parent, precision])
                 record = replace(provenance, form=form, parent=parent, inputs=inputs)
-                if not is_merged(target, record):
+                if not Provenance.is_current(target, inputs):  # the parent's hash is of its whole provenance
                     write = write_gguf if form.startswith("gguf-") else write_merged
                     card = model_card(record, run.paths.validation)
                     write(target, patch, model, precision.removeprefix("gguf-"), record, card)

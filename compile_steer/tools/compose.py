@@ -15,7 +15,7 @@ from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.common.progress import Progress
-from compile_steer.export.adapter import kept_patch, read_patch, write_patch
+from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.pipeline.run import with_generated_pairs
@@ -150,7 +150,7 @@ def compose(run: CompositionRun) -> Composition:
     folders = {way: run.paths.composed(run.backend, way) for way in (STACKED, JOINT)}
     for way, folder in folders.items():
         provenance = _provenance(run, way, program)
-        if kept_patch(folder, provenance.inputs) is None:
+        if not Provenance.is_current(folder, provenance.inputs):
             started = time.perf_counter()
             patch = _stacked(run.members) if way == STACKED else _compiled(run, program)
             provenance = replace(provenance, seconds=time.perf_counter() - started)
