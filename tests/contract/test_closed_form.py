@@ -102,7 +102,7 @@ def test_the_patch_is_the_program_s_and_not_another_s(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_is_asked(family: str) -> None:
+def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_rank_is_given(family: str) -> None:
     tiny = loaded(family)
     steering = canonical_program(family, intervention())
     patch = solve(tiny, steering, [Stage(1, "mlp", 8)])
@@ -124,7 +124,7 @@ def test_solving_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(tiny.model, batch), base)
 
 
-def test_one_text_is_enough_or_refused_in_words() -> None:
+def test_one_text_is_enough_or_refused_with_a_reason() -> None:
     tiny = loaded("llama")
     steering = canonical_program("llama", intervention())
     try:
@@ -223,3 +223,15 @@ def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
     assert remaining_kl(tiny, steering, solve(tiny, steering, stages)) < 0.8
     with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
         solve(tiny, steering, [Stage(1, "mlp", 2)])
+
+
+def test_every_problem_of_the_stages_is_reported_at_once() -> None:
+    tiny, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
+    with pytest.raises(CompileSteerError) as caught:
+        solve(tiny, steering, [Stage(9, "mlp", 2), Stage(1, "attn", 99)])
+    assert caught.value.problems == (
+        "compile.closed_form.stages:",
+        "stage mlp of block 9: the model has blocks 0 to 3.",
+        "stage mlp of block 9: the MLP is a mixture of experts: no one matrix writes what it adds to the stream.",
+        "stage attn of block 1: rank 99 is above what its matrix (32 x 48) can have.",
+    )

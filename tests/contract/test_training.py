@@ -1,4 +1,4 @@
-"""Training end to end on tiny models: every objective, its memory-saving forms, and going on after a stop."""
+"""Training end to end on tiny models: every objective, its memory-saving forms, and resuming after a stop."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
-def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, tmp_path: Path) -> None:
+def test_a_stopped_training_resumes_and_ends_in_the_same_result(objective: str, tmp_path: Path) -> None:
     tiny, steering = loaded("granite"), canonical_program("granite", intervention("ablate", "attn_out", 1))
     settings = {"objective": objective, "save_every": 3, "epochs": 3}
     whole = task(tiny, steering, **settings)
@@ -141,12 +141,12 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_result(objective: str, 
     resumed = distill.train_end_to_end(again, TRAINING, random_start(tiny), steps.append)
     assert same(resumed, expected), "bit by bit"
     assert again.curves == whole.curves
-    assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin anew"
+    assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin again"
     other = replace(task(tiny, steering, **settings), resume=ResumeFiles(tmp_path, "other inputs"))
     assert other.resume.load("distill") is None
 
 
-def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None:
+def test_a_stopped_pass_over_the_blocks_resumes_after_the_last_solved_one(tmp_path: Path) -> None:
     tiny, steering = loaded("llama"), canonical_program("llama", intervention(layer=0))
     settings = {"start": "closed_form", "block_steps": 20}
 
@@ -168,7 +168,7 @@ def test_a_stopped_walk_keeps_the_blocks_that_are_solved(tmp_path: Path) -> None
     assert again.curves == whole.curves
 
 
-def test_neutral_text_holds_the_student_near_the_base() -> None:
+def test_the_weight_of_the_base_keeps_the_student_near_it() -> None:
     """A student that starts far from the base on its own texts comes nearer with the penalty than without."""
     tiny, steering = loaded("llama"), canonical_program("llama", intervention(positions="response", coefficient=0.4))
     prompts = [replace(text, ids=text.ids[: text.n_prompt]) for text in HELD_OUT]
@@ -193,7 +193,7 @@ def test_neutral_text_holds_the_student_near_the_base() -> None:
     assert drift[1] < 0.8 * drift[0]
 
 
-def test_what_is_kept_is_found_for_the_same_inputs_alone(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded_for_the_same_inputs_only(tmp_path: Path) -> None:
     lowering = ResumeFiles(tmp_path, "a")
     lowering.save("texts", {"x": torch.ones(2)}, [1, 2])
     tensors, state = lowering.load("texts") or ({}, None)

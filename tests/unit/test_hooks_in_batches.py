@@ -121,7 +121,7 @@ def test_cached_generation_is_one_pass_over_all_with_explicit_roles(family: str)
 
 
 def by_row(family: str) -> list[Program]:
-    """Programs of one shape: other vectors and doses, one of them the base."""
+    """Programs of one shape: other vectors and coefficients, one of them the base."""
     parts: tuple[tuple[OperationName, Point], ...] = (("add", "attn_out"), ("clamp", "mlp_out"), ("add", "resid_post"))
     programs = [
         program(

@@ -91,7 +91,7 @@ def test_a_clamp_to_no_number_is_refused(projection: float) -> None:
         Intervention(Site(1), "clamp", vector(0, 1.0), 0.7, projection=projection)
 
 
-def test_every_problem_of_an_intervention_is_told_at_once() -> None:
+def test_every_problem_of_an_intervention_is_reported_at_once() -> None:
     with pytest.raises(ArtifactError) as caught:
         Intervention(Site(2, "mlp_out"), "ablate", vector(0), math.nan, projection=3.0)
     assert len(caught.value.problems) == 3
@@ -120,7 +120,7 @@ def test_the_normal_form_of_each_operation_is_the_one_in_the_design() -> None:
     assert torch.equal(shift, -1.9 * clamp.vector)
 
 
-def test_a_description_names_dose_place_and_state() -> None:
+def test_a_description_names_coefficient_site_and_state() -> None:
     text = three().toggled(1, False).describe().splitlines()
     assert text[0] == "add +1.7 at resid_pre 2, positions last_prompt+response, ||c v|| = 4.25"
     assert text[1] == "clamp (projection -1.9) +1.02 at attn_out 1, positions prompt [off]"
@@ -152,7 +152,7 @@ def test_an_index_that_does_not_exist_is_an_error_and_not_ignored() -> None:
         three().toggled(3, False)
 
 
-def test_a_toggled_intervention_keeps_its_dose() -> None:
+def test_a_toggled_intervention_keeps_its_coefficient() -> None:
     off = three().toggled(0, False)
     assert [i.operation for i in off.active] == ["clamp", "ablate"]
     assert off.interventions[0].coefficient == 1.7

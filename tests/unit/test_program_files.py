@@ -51,7 +51,7 @@ def test_vectors_that_share_memory_are_saved_too(tmp_path: Path) -> None:
     assert same(Program.load(tmp_path / "doubled.safetensors"), doubled)
 
 
-def test_a_missing_file_is_told_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"none\.safetensors does not exist"):
         Program.load(tmp_path / "none.safetensors")
 
