@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.files import digest, save_record, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, Provenance, artifact_sha256
 from compile_steer.artifacts.tensors import read_tensors
@@ -201,6 +201,18 @@ def test_an_artifact_by_itself_says_what_is_not_here(run: SmallRun, tmp_path: Pa
     (run.root / "recipes" / "data" / "neutral.jsonl").unlink()
     links = links_of(alone, run.root / "recipes")
     assert {link.name for link in links if link.state == "missing"} == {"validation", "vector", "data neutral"}
+
+
+def test_a_recipe_with_keys_of_another_version_is_no_error(run: SmallRun) -> None:
+    folder = run.paths.adapter("closed_form")
+    provenance = Provenance.read(folder)
+    recipe = {**provenance.recipe, "an_older_key": 1}
+    record = {**vars(provenance), "recipe": recipe, "recipe_sha256": digest(recipe)}
+    save_record(folder / "compile_steer.json", record)
+    links = [link for link in links_of(folder) if link.path.endswith("another version of compile_steer")]
+    assert [(link.name, link.state) for link in links] == [
+        (f"data {name}", "missing") for name in record["data_sha256"]
+    ]
 
 
 @pytest.mark.parametrize("name", ["adapter", "vector", "validation"])
