@@ -70,8 +70,7 @@ class Behaviour:
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """Return the pairs of a split by its name."""
-        pairs: tuple[Pair, ...] = getattr(self, name)
-        return pairs
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
 @dataclass(frozen=True)

@@ -137,29 +137,20 @@ class Pairs(Sequence[Pair]):
         sources = {"neutral": neutral, "heldout": heldout, "calibration": calibration}
         problems: list[str] = []
         parts = {name: _texts(name, texts, problems) for name, texts in sources.items() if texts is not None}
-        taken = {normalized(prompt) for prompt in [pair.prompt for pair in self] + _prompts(parts)}
+        prompts = {"pairs": [pair.prompt for pair in self]}
+        prompts |= {name: [text.prompt for text in parts.get(name, ())] for name in sources}
+        taken = {normalized(prompt) for part in prompts.values() for prompt in part}
         for name in sources.keys() - parts.keys():
-            parts[name] = tuple(text for text in _shipped(name) if normalized(text.prompt) not in taken)
-        problems += repeated_prompts(
-            {"pairs": [pair.prompt for pair in self], **{name: _prompts({name: parts[name]}) for name in sources}}
-        )
+            lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            texts = [text_of(json.loads(line)) for line in lines]
+            parts[name] = tuple(text for text in texts if normalized(text.prompt) not in taken)
+            prompts[name] = [text.prompt for text in parts[name]]
+        problems += repeated_prompts(prompts)
         if problems:
             raise RecipeError(problems)
-        train, validation, test = self.split(*fractions, seed)
-        values: dict[str, Sequence[Pair | Text]] = {"train": train, "validation": validation, "test": test, **parts}
-        hashes = {name: digest([asdict(value) for value in part]) for name, part in values.items()}
-        texts = (parts["neutral"], parts["heldout"], parts["calibration"])
-        return Behaviour(train.pairs, validation.pairs, test.pairs, *texts, hashes)
-
-
-def _prompts(parts: Mapping[str, Sequence[Text]]) -> list[str]:
-    return [text.prompt for texts in parts.values() for text in texts]
-
-
-def _shipped(name: str) -> list[Text]:
-    """Read the package's own texts of a part."""
-    lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [text_of(json.loads(line)) for line in lines]
+        splits = dict(zip(SPLITS, self.split(*fractions, seed), strict=True))
+        values: dict[str, Any] = {**{name: split.pairs for name, split in splits.items()}, **parts}
+        return Behaviour(**values, hashes={name: digest([asdict(v) for v in part]) for name, part in values.items()})
 
 
 def read_pairs(key: str, path: Path) -> list[Pair]:

@@ -63,8 +63,7 @@ class DataSection(Section, ABC):
     @property
     def generation(self) -> GenerateOptions | None:
         """How the model generates the responses; None where the rows have them."""
-        options: GenerateOptions | None = getattr(self, "generate", None)
-        return options
+        return getattr(self, "generate", None)
 
     def read(self, folder: Path) -> Behaviour:
         """Read and check all data, with paths relative to `folder`; raises one `RecipeError` with every problem.
@@ -72,17 +71,16 @@ class DataSection(Section, ABC):
         Responses that the model is to generate are empty.
         """
         reader = Reader(folder)
-        rows = {name: reader.rows(name, self._source(name), *self._keys(name)) for name in _PARTS}
+        rows = {name: reader.rows(*self._row_args(name)) for name in _PARTS}
         splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
         problems = [*reader.problems, *repeated_prompts(prompts), *self.problems(splits)]
         if problems:
             raise RecipeError(problems)
-        train, validation, test = (tuple(map(self.pair, part)) for part in splits.values())
-        neutral, heldout, calibration = (tuple(map(text_of, part)) for part in texts.values())
-        labels = self.labels(splits)
-        return Behaviour(train, validation, test, neutral, heldout, calibration, reader.hashes, **labels)
+        parts: dict[str, Any] = {name: tuple(map(self.pair, part)) for name, part in splits.items()}
+        parts |= {name: tuple(map(text_of, part)) for name, part in texts.items()}
+        return Behaviour(**parts, hashes=reader.hashes, **self.labels(splits))
 
     @property
     def files(self) -> dict[str, Path]:
@@ -92,18 +90,15 @@ class DataSection(Section, ABC):
     def hashes(self, folder: Path) -> tuple[dict[str, str], list[str]]:
         """Return the SHA-256 of the rows of each file that exists, as `read` records them, and the rows' problems."""
         reader = Reader(folder)
-        for name in _PARTS:
-            source = self._source(name)
+        for name, source, *keys in map(self._row_args, _PARTS):
             if isinstance(source, Path) and (folder / source).is_file():
-                reader.rows(name, source, *self._keys(name))
+                reader.rows(name, source, *keys)
         return reader.hashes, reader.problems
 
-    def _source(self, name: str) -> Source:
+    def _row_args(self, name: str) -> tuple[str, Source, tuple[str, ...], tuple[str, ...]]:
+        """The arguments of `Reader.rows` for a part."""
         source: Source | None = getattr(self, name)
-        return TEXTS / f"{name}.jsonl" if source is None else source
-
-    def _keys(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _TEXT_KEYS.get(name, (self.keys, self.optional))
+        return name, source or TEXTS / f"{name}.jsonl", *_TEXT_KEYS.get(name, (self.keys, self.optional))
 
     def subject(self, row: Row) -> str:
         """Return what must differ between any two rows."""
@@ -139,13 +134,11 @@ class _TwoTemplates(DataSection):
         return pair.positive == pair.negative
 
     def pair(self, row: Row) -> Pair:
-        prompt = row["prompt"]
-        positive, negative = fill(self.positive_template, prompt=prompt), fill(self.negative_template, prompt=prompt)
-        return Pair(
-            Text(positive, row.get("positive", ""), system=self.positive_system),
-            Text(negative, row.get("negative", ""), system=self.negative_system),
-            prompt,
-        )
+        def side(name: str, template: str, system: str) -> Text:
+            return Text(fill(template, prompt=row["prompt"]), row.get(name, ""), system=system)
+
+        positive = side("positive", self.positive_template, self.positive_system)
+        return Pair(positive, side("negative", self.negative_template, self.negative_system), row["prompt"])
 
     def problems(self, rows: Rows) -> Iterator[str]:  # noqa: ARG002  (of the templates alone)
         yield from template_problems("positive_template", self.positive_template, "{prompt}")
@@ -208,11 +201,9 @@ class InstructionsData(DataSection):
 
     def labels(self, rows: Rows) -> dict[str, Any]:
         def check(value: Row) -> Check:
+            arguments = sorted((value.get("arguments") or {}).items())
             # In a table every row has every column: a null argument is none.
-            arguments = {
-                name: argument for name, argument in (value.get("arguments") or {}).items() if argument is not None
-            }
-            return Check(value["id"], tuple(sorted(arguments.items())))
+            return Check(value["id"], tuple((name, argument) for name, argument in arguments if argument is not None))
 
         checked = [row for name in SPLITS for row in rows[name] if row.get("checks")]
         return {"checks": {row["prompt"]: tuple(map(check, row["checks"])) for row in checked}}
@@ -238,13 +229,12 @@ class ChoicesData(DataSection):
         yield from template_problems("question_template", self.question_template, "{question}", "{choices}")
         for name in SPLITS:
             answers = [_answer(row) for row in rows[name]]
-            invalid = [row for row, answer in zip(rows[name], answers, strict=True) if answer is None]
-            if invalid:
-                answer, choices, question = (invalid[0][key] for key in ("answer", "choices", "question"))
+            if None in answers:
+                row = rows[name][answers.index(None)]
                 yield (
-                    f"data.{name}: the answer of {len(invalid)} of {len(answers)} rows is none of its choices, for example "
-                    f"{answer!r} of {choices} (question '{question}'). Needed: a number from 0 to {len(choices) - 1}, or the "
-                    "text of a choice."
+                    f"data.{name}: the answer of {answers.count(None)} of {len(answers)} rows is none of its choices, for "
+                    f"example {row['answer']!r} of {row['choices']} (question '{row['question']}'). Needed: a number from 0 "
+                    f"to {len(row['choices']) - 1}, or the text of a choice."
                 )
             right = [ascii_uppercase[answer] for answer in answers if answer is not None]
             if len(set(right)) == 1:
@@ -288,8 +278,9 @@ Data = Annotated[
 
 def template_problems(key: str, template: str, *placeholders: str) -> Iterator[str]:
     """Yield a line for each placeholder that the template does not contain exactly once."""
-    lacking = (placeholder for placeholder in placeholders if template.count(placeholder) != 1)
-    yield from (f"data.{key} '{template}' must contain {placeholder} exactly once." for placeholder in lacking)
+    for placeholder in placeholders:
+        if template.count(placeholder) != 1:
+            yield f"data.{key} '{template}' must contain {placeholder} exactly once."
 
 
 def fill(template: str, **values: str) -> str:

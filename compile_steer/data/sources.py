@@ -34,14 +34,11 @@ class Dataset(Section):
         return f"'{self.source}' (split {self.split})"
 
 
-def _kind(value: Any) -> str:
-    return "dataset" if isinstance(value, dict | Dataset) else "file"
-
-
-Source = Annotated[Annotated[Path, Tag("file")] | Annotated[Dataset, Tag("dataset")], Discriminator(_kind)]
+Source = Annotated[
+    Annotated[Path, Tag("file")] | Annotated[Dataset, Tag("dataset")],
+    Discriminator(lambda value: "dataset" if isinstance(value, dict | Dataset) else "file"),
+]
 Row = dict[str, Any]
-
-
 _Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 
 
@@ -113,8 +110,7 @@ class Reader:
             located = self.lines(name, self._folder / source, keys, bad)
         else:
             located = self._table(name, source, keys, optional)
-        checked = [checked_row(where, value, keys, optional, bad) for where, value in located]
-        rows = [row for row in checked if row is not None]
+        rows = [row for where, value in located if (row := checked_row(where, value, keys, optional, bad)) is not None]
         self.problems += bad[:MAX_LINES]
         if len(bad) > MAX_LINES:
             self.problems.append(f"{self._section}{name}: {len(bad) - MAX_LINES} more rows like these.")
@@ -135,19 +131,17 @@ class Reader:
             )
         located: list[tuple[str, Any]] = []
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path.name}:{number}"
-                try:
-                    located.append((where, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    bad.append(f"{where}: not JSON ({error.msg}).")
+            try:
+                if line.strip():
+                    located.append((f"{path.name}:{number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                bad.append(f"{path.name}:{number}: not JSON ({error.msg}).")
         return located
 
     def _table(self, name: str, source: Dataset, keys: Sequence[str], optional: Sequence[str]) -> list[tuple[str, Any]]:
         """Return ("data.NAME, row N", value) of each row of a data set, under the recipe's keys."""
         label = f"{self._section}{name}"
-        unknown = sorted(set(source.columns) - {*keys, *optional})
-        if unknown:
+        if unknown := sorted(set(source.columns) - {*keys, *optional}):
             known = ", ".join((*keys, *optional))
             self.problems.append(f"{label}.columns: {', '.join(unknown)} unknown; known here: {known}.")
         try:
@@ -175,25 +169,25 @@ class Reader:
             table = table.shuffle(seed=source.seed)
         table = table.select(range(min(len(table), source.limit or len(table))))
         usable = {key: column for key, column in columns.items() if key not in lacking}
-        return [(f"{label}, row {n}", _cells(row, usable, optional)) for n, row in enumerate(table)]
+
+        def text(cell: Any) -> Any:
+            # A column that holds only numbers is one of numbers, even if the columns beside it in a list hold texts.
+            return str(cell) if isinstance(cell, int | float) else cell
+
+        located: list[tuple[str, Any]] = []
+        for n, row in enumerate(table):
+            cells = {
+                key: row[column] if isinstance(column, str) else [text(row[name]) for name in column]
+                for key, column in usable.items()
+            }
+            # An empty cell of an optional key is left out.
+            cells = {key: cell for key, cell in cells.items() if key not in optional or cell is not None}
+            located.append((f"{label}, row {n}", cells))
+        return located
 
 
 def _names(column: str | tuple[str, ...]) -> set[str]:
     return {column} if isinstance(column, str) else set(column)
-
-
-def _cells(row: Row, columns: Mapping[str, str | tuple[str, ...]], optional: Sequence[str]) -> Row:
-    """Return a table's row under the recipe's keys. An empty cell of an optional key is left out."""
-
-    def text(cell: Any) -> Any:
-        # A column that holds only numbers is one of numbers, even if the columns beside it in a list hold texts.
-        return str(cell) if isinstance(cell, int | float) else cell
-
-    cells = {
-        key: row[column] if isinstance(column, str) else [text(row[name]) for name in column]
-        for key, column in columns.items()
-    }
-    return {key: cell for key, cell in cells.items() if key not in optional or cell is not None}
 
 
 def load_table(source: Dataset, folder: Path) -> Any:

@@ -126,43 +126,34 @@ class ExtractOptions(Section):
     def _fits(self) -> Self:
         method, imported, trained = self.method, self.method == "imported", self.method == "trained"
         clamp, ablate, sized = self.operation == "clamp", self.operation == "ablate", self.length != "own"
-        inner = self.point != "resid_post"
+        inner, letters = self.point != "resid_post", method in get_args(ChoiceMethod)
+        imports, trains = self.imported != ImportedOptions(), self.trained != TrainedOptions()
+        no_file, joint = self.imported.file is None, self.imported.joint is not None
+        points = (self.point, *self.trained.other_points)
         # One message for all rules that are broken, so that a recipe is fixed in one round.
         clashes = {
-            f"imported: these options are of method imported, not of {method}": (
-                not imported and self.imported != ImportedOptions()
-            ),
-            "method imported needs extract.imported.file: the file or folder of the vectors": (
-                imported and self.imported.file is None
-            ),
+            f"imported: these options are of method imported, not of {method}": imports and not imported,
+            "method imported needs extract.imported.file: the file or folder of the vectors": imported and no_file,
             f"the file of method imported says the point; leave out extract.point ({self.point})": imported and inner,
-            "an ablation is of one direction at a time; leave out extract.imported.joint": (
-                ablate and self.imported.joint is not None
-            ),
+            "an ablation is of one direction at a time; leave out extract.imported.joint": ablate and joint,
             f"a clamp needs the activations of a positive side; method {method} has none: use operation add": (
                 clamp and (imported or trained)
             ),
             "a clamp has no length: it sets the projection; leave out extract.length": clamp and sized,
             "an ablation has no length: it removes what is there; leave out extract.length": ablate and sized,
             "vectors of method trained are made to be added, all at once: use operation add": ablate and trained,
-            f"an ablation is of the stream itself: read the direction at point resid_post, not {self.point}": (
-                ablate and inner
-            ),
+            f"an ablation is of the stream itself: read it at point resid_post, not {self.point}": ablate and inner,
             "off_by_one is about activations at resid_post": self.off_by_one and (imported or trained or inner),
             f"method {method} reads the letter that is the response: use readout response_mean": (
-                method in get_args(ChoiceMethod) and self.readout != "response_mean"
+                letters and self.readout != "response_mean"
             ),
             # The activations are there already; a trained control costs a whole training.
             f"shuffled {self.shuffled} is too few for method {method}; 5 or more cost nothing": (
                 not trained and self.shuffled < 5
             ),
-            f"trained: these options are of method trained, not of {method}": (
-                not trained and self.trained != TrainedOptions()
-            ),
+            f"trained: these options are of method trained, not of {method}": trains and not trained,
             "method trained makes vectors of its own length; leave out extract.length": trained and sized,
-            f"trained.other_points names a point twice (extract.point is {self.point})": (
-                len({self.point, *self.trained.other_points}) <= len(self.trained.other_points)
-            ),
+            f"trained.other_points names a point twice (extract.point is {self.point})": len({*points}) < len(points),
         }
         problems = [message for message, clash in clashes.items() if clash]
         if problems:

@@ -6,7 +6,6 @@ for all methods: 1 moves an activation by as much as the behaviour does on avera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,6 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
 from compile_steer.extraction.options import ExtractOptions, PairMethod
 from compile_steer.models.forward import read_activations
-from compile_steer.models.text import Pair
 from compile_steer.steering.directions import FROM_LABELS, unit
 
 _LOGISTIC_PENALTY = 1.0  # scikit-learn's default, C = 1
@@ -39,8 +37,8 @@ class ExtractedDirections:
 
     def resized(self, length: Tensor) -> ExtractedDirections:
         """Return the same directions, each with the `length` [L] of its block."""
-        lengths = length.unsqueeze(-1)
-        return replace(self, vectors=unit(self.vectors) * lengths, shuffled=unit(self.shuffled) * lengths)
+        vectors, shuffled = (unit(rows) * length.unsqueeze(-1) for rows in (self.vectors, self.shuffled))
+        return replace(self, vectors=vectors, shuffled=shuffled)
 
     def projections(self) -> Tensor | None:
         """Mean projection [1 + n, L] of each positive side on its unit direction: Stolfo's target (2410.12877)."""
@@ -58,7 +56,13 @@ def from_pairs(context: Context, options: ExtractOptions, method: PairMethod) ->
     pairs = options.first(context.data.train, "pairs")
     sides = [[pair.positive for pair in pairs], [pair.negative for pair in pairs]]
     if options.readout == "last_prompt":
-        _require_other_prompts(pairs)
+        same = sum(pair.positive.prompt == pair.negative.prompt for pair in pairs)
+        if same:
+            raise RecipeError(
+                f"extract.readout last_prompt: {same} of {len(pairs)} pairs have the same prompt on both sides, so the "
+                "activations at the prompt's last token are equal. Set data.positive_template (for example "
+                "'{prompt} Answer in lowercase.'), or use readout response_mean."
+            )
         # Nothing of the responses is read, so they are not run either.
         sides = [[replace(text, response="") for text in side] for side in sides]
     with context.progress.phase("reading activations of all blocks", 2 * len(pairs)) as advance:
@@ -69,16 +73,6 @@ def from_pairs(context: Context, options: ExtractOptions, method: PairMethod) ->
     return with_controls(positive, negative, method, options.shuffled, context.seed)
 
 
-def _require_other_prompts(pairs: Sequence[Pair]) -> None:
-    same = sum(pair.positive.prompt == pair.negative.prompt for pair in pairs)
-    if same:
-        raise RecipeError(
-            f"extract.readout last_prompt: {same} of {len(pairs)} pairs have the same prompt on both sides, so the "
-            "activations at the prompt's last token are equal. Set data.positive_template (for example "
-            "'{prompt} Answer in lowercase.'), or use readout response_mean."
-        )
-
-
 def with_controls(
     positive: Tensor, negative: Tensor, method: PairMethod, n_controls: int, seed: int
 ) -> ExtractedDirections:
@@ -87,8 +81,7 @@ def with_controls(
     Args:
         positive, negative: activations of both sides, [n, L, d].
     """
-    generator = torch.Generator().manual_seed(seed)
-    n = positive.shape[0]
+    generator, n = torch.Generator().manual_seed(seed), len(positive)
     vectors, means = [fit(positive, negative, method)], [positive.mean(dim=0)]
     for _ in range(n_controls):
         # Exactly half: what the pairs have in common cancels, and only their noise is left.
@@ -102,11 +95,7 @@ def with_controls(
 
 
 def fit(positive: Tensor, negative: Tensor, method: PairMethod) -> Tensor:
-    """Return the direction of every block, [L, d], each as long as the mean difference there.
-
-    Args:
-        positive, negative: activations of both sides, [n, L, d].
-    """
+    """Return the direction of every block, [L, d], each as long as the mean difference, from activations [n, L, d]."""
     mean: Tensor = (positive - negative).mean(dim=0)
     if method == "mean_difference":
         return mean

@@ -38,20 +38,14 @@ def extract(context: Context, options: ExtractOptions, *, positions: str = "all"
         ArtifactError: an imported file is missing, damaged, unsafe, or of another width or depth.
         LayoutError: NaN activations, or another model (`options.model`) of another shape.
     """
-    if options.model is None:
-        return _extract(context, options, positions)
-    target = context.model
-    sibling = load_sibling(options.model, target)
-    directions = _extract(replace(context, model=sibling), options, positions)
-    source = Source(sibling.id, sibling.revision)
-    return replace(directions, model=target.id, revision=target.revision, source=source)
-
-
-def _extract(context: Context, options: ExtractOptions, positions: str) -> Directions:
-    model, point = context.model, options.point
+    model, target, point, source = context.model, context.model, options.point, None
+    if options.model is not None:
+        model = load_sibling(options.model, target)
+        context, source = replace(context, model=model), Source(model.id, model.revision)
     match options.method:
         case "trained":
-            return trained_directions(context, options, positions)
+            trained = trained_directions(context, options, positions)
+            return replace(trained, model=target.id, revision=target.revision, source=source)
         case "imported":
             point, extracted = read_imported(options, model.layout, context.seed)
         case "pasf" | "ipasa" | "ipaswo" as method:
@@ -68,8 +62,8 @@ def _extract(context: Context, options: ExtractOptions, positions: str) -> Direc
     return Directions(
         extracted.vectors,
         extracted.shuffled,
-        model.id,
-        model.revision,
+        target.id,
+        target.revision,
         point,
         inputs="",
         operation=options.operation,
@@ -77,6 +71,7 @@ def _extract(context: Context, options: ExtractOptions, positions: str) -> Direc
         projections=extracted.projections() if options.operation == "clamp" else None,
         joint=options.imported.joint is not None,
         controls=extracted.controls,
+        source=source,
     )
 
 
@@ -93,13 +88,11 @@ def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
     # Read in the target's own precision, so that the two streams round alike.
     dtype = str(target.model.dtype).removeprefix("torch.")
     sibling = load(reference, device=str(target.device), dtype=dtype)
+    sizes = {"blocks": "n_layers", "dimensions of the stream": "d_model"}
     problems = [
-        f"extract.model '{reference}' has {found} {name}; '{target.id}' has {needed}."
-        for name, found, needed in (
-            ("blocks", sibling.layout.n_layers, target.layout.n_layers),
-            ("dimensions of the stream", sibling.layout.d_model, target.layout.d_model),
-        )
-        if found != needed
+        f"extract.model '{reference}' has {actual} {name}; '{target.id}' has {needed}."
+        for name, size in sizes.items()
+        if (actual := getattr(sibling.layout, size)) != (needed := getattr(target.layout, size))
     ]
     different = set(target.tokenizer.get_vocab().items()) ^ set(sibling.tokenizer.get_vocab().items())
     if different:
@@ -121,21 +114,13 @@ def read_imported(options: ExtractOptions, layout: Layout, seed: int) -> tuple[P
     Raises:
         ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model.
     """
-    imported = options.imported
-    if imported.file is None:
-        raise RecipeError("method imported needs extract.imported.file: the file or folder of the vectors.")
-    generator = torch.Generator().manual_seed(seed)
+    imported, size, generator = options.imported, (layout.n_layers, layout.d_model), torch.Generator().manual_seed(seed)
+    assert imported.file is not None, "ExtractOptions refuses method imported without a file"
     needed = ImportOptions(
-        layout.n_layers,
-        layout.d_model,
-        options.shuffled,
-        generator,
-        imported.layer_convention,
-        imported.layer,
-        imported.index,
+        *size, options.shuffled, generator, imported.layer_convention, imported.layer, imported.index
     )
     foreign = read_vectors(imported.file, imported.format, needed)
-    vectors = torch.zeros(layout.n_layers, layout.d_model)
+    vectors = torch.zeros(size)
     for layer, vector in foreign.vectors.items():
         vectors[layer] = vector
     if imported.joint == "all" and foreign.embeddings:
@@ -151,12 +136,10 @@ def read_imported(options: ExtractOptions, layout: Layout, seed: int) -> tuple[P
                 f"{imported.file} has no vector for {', '.join(map(str, missing))} of extract.imported.joint (--joint); "
                 f"it has one for blocks {', '.join(map(str, present))}."
             )
-        others = [layer for layer in range(layout.n_layers) if layer not in imported.joint]
-        vectors[others] = 0.0
+        vectors[[layer for layer in range(layout.n_layers) if layer not in imported.joint]] = 0.0
     if foreign.others is not None:
         # A row is of the same kind as the vector but not of its length, and a control must be as long.
-        rows = foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1)
-        controls = as_long_as(rows, vectors)
+        controls = as_long_as(foreign.others.unsqueeze(1).expand(-1, layout.n_layers, -1), vectors)
         return foreign.point, ExtractedDirections(vectors, controls, controls="from other rows of its file")
     # One order for all blocks, so that what a vector shares across blocks is shared by its control.
     orders = [torch.randperm(layout.d_model, generator=generator) for _ in range(options.shuffled)]

@@ -109,17 +109,8 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
     for n, site in enumerate(start.sites):
         by_point[site.point][:, site.layer] = stacked[:, n]
     own = by_point.pop(options.point)
-    return Directions(
-        own[0],
-        own[1:],
-        model.id,
-        model.revision,
-        options.point,
-        inputs="",
-        joint=True,
-        other_points=by_point,
-        curves=real.curves,
-    )
+    directions = Directions(own[0], own[1:], model.id, model.revision, options.point, inputs="")
+    return replace(directions, joint=True, other_points=by_point, curves=real.curves)
 
 
 def starting_point(loaded: LoadedModel, pairs: Sequence[Pair], options: ExtractOptions) -> Start:
@@ -212,13 +203,14 @@ def train(
 class PreparedBatch:
     """A batch of responses (for bipo the positives of some pairs, then their negatives) with what is computed once.
 
-    `prefix` [batch, time, d_model] is the input of the first trained block, None if that is block 0. `reference` [batch]
-    is the base's log p(response); zeros for the likelihood, which needs none.
+    `prefix` [batch, time, d_model] is the input of the first trained block, None if that is block 0. `count` is what the
+    loss is the mean over: response tokens, or pairs. `reference` [batch] is the base's log p(response), for bipo alone.
     """
 
     batch: Batch
     prefix: Tensor | None
-    reference: Tensor
+    count: int
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -256,32 +248,26 @@ class Objective:
         model = self.loaded.model
         with torch.no_grad():
             prefix = run_blocks(model, batch.input_ids, batch.attention_mask, stop=self.first) if self.first else None
-            prepared = PreparedBatch(batch, prefix, torch.zeros(len(batch.rows), device=self.loaded.device))
             if self.kind == "likelihood":
-                return prepared
+                return PreparedBatch(batch, prefix, int(batch.predicts_response.sum()))
+            prepared = PreparedBatch(batch, prefix, len(batch.rows) // 2)
             return replace(prepared, reference=self._logprobs(prepared, None))
 
     def loss(self, prepared: PreparedBatch, program: Program, sign: float) -> Tensor:
         """Return the batch's mean loss under `sign` times `program`, in nats, per token or per pair; differentiable."""
         logprobs = self._logprobs(prepared, program if sign == 1 else program.scaled(sign))
-        if self.kind == "bipo":
+        if prepared.reference is not None:
             return bipo_loss(logprobs, prepared.reference, self.beta, sign)
-        return -logprobs.sum() / self.count(prepared)
-
-    def count(self, prepared: PreparedBatch) -> int:
-        """Return the number that a batch's loss is the mean over: response tokens, or pairs."""
-        batch = prepared.batch
-        return int(batch.predicts_response.sum()) if self.kind == "likelihood" else len(batch.rows) // 2
+        return -logprobs.sum() / prepared.count
 
     def evaluate(self, data: Sequence[PreparedBatch], program: Program) -> float:
         """Return the mean loss over all batches and signs."""
-        total = count = 0.0
+        total = 0.0
         with torch.no_grad():
             for prepared in data:
-                n = self.count(prepared)
-                total += n * sum(float(self.loss(prepared, program, sign)) for sign in self.signs) / len(self.signs)
-                count += n
-        return total / count
+                losses = sum(float(self.loss(prepared, program, sign)) for sign in self.signs)
+                total += prepared.count * losses / len(self.signs)
+        return total / sum(prepared.count for prepared in data)
 
     def _logprobs(self, prepared: PreparedBatch, program: Program | None) -> Tensor:
         """Return log p(response) [batch] in nats, steered by `program` if given; differentiable."""

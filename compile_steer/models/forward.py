@@ -52,30 +52,22 @@ def run_blocks(
     end = len(blocks) if stop is None else stop
     caught: list[Tensor] = []
 
-    def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return hidden_states
-
     def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         caught.append(hidden_states)
         return hidden_states
 
-    def inject(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+    def inject(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             if not start <= index < end:
-                stack.enter_context(_forward_replaced(block, catch if index == end else hand_on))
+                forward = catch if index == end else lambda hidden_states, *_args, **_kwargs: hidden_states
+                stack.enter_context(_forward_replaced(block, forward))
         if stop == len(blocks):  # there is no further block to catch the output of the last one
             stack.callback(blocks[-1].register_forward_hook(lambda _m, _a, output: caught.append(output)).remove)
-        if start > 0:
-            # Prepended, so that a program's own hook on the input of this block still acts on `hidden`.
-            handle = blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
+        if start > 0:  # prepended, so that a program's own hook on the input of this block still acts on `hidden`
+            stack.callback(blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True).remove)
         output = layout.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
@@ -112,31 +104,21 @@ def capture(layout: Layout, batch: Batch, point: Point, through: int | None = No
         through: the last block to read; the blocks above it are not run. None reads all.
     """
     count = layout.n_layers if through is None else through + 1
-    caught: dict[int, Tensor] = {}
+    caught: list[Tensor] = []  # modules run in the blocks' order
 
-    def catch_input(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught[layer] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def catch_output(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            caught[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if point == "resid_pre":
+            output = args or kwargs["hidden_states"]
+        caught.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack, torch.no_grad():
         for layer, block in enumerate(layout.blocks[:count]):
-            if point == "resid_pre":
-                handle = block.register_forward_pre_hook(catch_input(layer), with_kwargs=True)
-            else:
-                handle = layout.hook_module(Site(layer, point)).register_forward_hook(catch_output(layer))
-            stack.callback(handle.remove)
+            module = block if point == "resid_pre" else layout.hook_module(Site(layer, point))
+            stack.callback(module.register_forward_hook(catch, with_kwargs=True).remove)
         run_blocks(layout.model, batch.input_ids, batch.attention_mask, stop=count)
     # Granite multiplies what attention and MLP write before it is added to the stream.
     scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
-    return [caught[layer] * scale for layer in range(count)]
+    return [activation * scale for activation in caught]
 
 
 def read_activations(
@@ -159,10 +141,9 @@ def read_activations(
     Raises:
         LayoutError: an activation is NaN or infinite (the message names the first such block).
     """
-    encoded = [encode(loaded.tokenizer, text) for text in texts]
     layout = loaded.layout
     result = torch.empty(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
-    for batch in batches(loaded, encoded):
+    for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in texts]):
         chosen = (batch.roles == (RESPONSE if readout == "response_mean" else LAST_PROMPT)).float()
         weights = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)  # [batch, time], each row sums to 1
         rows = torch.tensor(batch.rows)

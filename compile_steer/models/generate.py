@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,11 +41,7 @@ def continue_prompts(
     # Padded on the left, so that every prompt ends where generation begins.
     batch = pad(encoded, range(len(encoded)), loaded.pad_id, left=True).to(loaded.device)
     # top_k and top_p are set because a checkpoint's generation settings may cut the distribution.
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     torch.manual_seed(seed)
     with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
         output = loaded.model.generate(
@@ -52,7 +49,8 @@ def continue_prompts(
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=loaded.pad_id,
-            **({} if cache is None else {"past_key_values": copy.deepcopy(cache)}),
+            past_key_values=copy.deepcopy(cache),
+            do_sample=temperature > 0,
             **sampling,
         )
     ends = _end_tokens(loaded)
@@ -68,8 +66,7 @@ def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None
     """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read."""
     ids, roles = _row(loaded, prompt, prompt.n_prompt - 1)
     with steered(loaded.model, program, roles=roles), torch.no_grad():
-        cache: Cache = loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values
-    return cache
+        return cast(Cache, loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values)
 
 
 def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
@@ -78,8 +75,7 @@ def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Prog
     rest = ids[:, text.n_prompt - 1 :]
     with steered(loaded.model, program, roles=roles), torch.no_grad():
         output = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
-    states: Tensor = output.last_hidden_state[0, :-1]
-    return states
+    return cast(Tensor, output.last_hidden_state[0, :-1])
 
 
 def _row(loaded: LoadedModel, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:

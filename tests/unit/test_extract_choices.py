@@ -200,7 +200,7 @@ def test_data_that_are_no_questions_are_refused() -> None:
         ({"operation": "clamp", "length": "unit"}, "a clamp has no length"),
         ({"operation": "ablate", "length": "unit"}, "an ablation has no length"),
         ({"operation": "ablate", "method": "trained"}, "use operation add"),
-        ({"operation": "ablate", "point": "mlp_out"}, "read the direction at point resid_post, not mlp_out"),
+        ({"operation": "ablate", "point": "mlp_out"}, "read it at point resid_post, not mlp_out"),
         ({"off_by_one": True, "point": "mlp_out"}, "off_by_one is about activations at resid_post"),
         ({"method": "imported"}, "needs extract.imported.file"),
         ({"imported": {"file": "sae"}}, "these options are of method imported, not of mean_difference"),

@@ -182,8 +182,7 @@ def test_texts_that_cannot_be_used_are_reported_at_once() -> None:
 def test_a_direction_can_be_extracted_from_pairs_alone() -> None:
     tiny = loaded("llama")
     pairs = Pairs.from_list([(f"w{n} w60", f"w4{n % 7} w50", f"w9{n % 3}") for n in range(10, 40)])
-    with pytest.warns(UserWarning):
-        data = pairs.to_behaviour()
+    data = pairs.to_behaviour()
     require_distinct(tiny.tokenizer, data)
     directions = extract_with(tiny, data, length="stream")
     assert directions.layers == tuple(range(LAYERS))

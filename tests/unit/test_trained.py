@@ -111,7 +111,7 @@ def test_bipo_is_the_papers_equation(family: str) -> None:
             for side in ("positive", "negative")
         )
         losses.append(-torch.log(torch.sigmoid(d * beta * (r_t - r_t_base) - d * beta * (r_o - r_o_base))).mean())
-        losses_of_items = [objective.loss(item, program(tiny), d) * objective.count(item) for item in items]
+        losses_of_items = [objective.loss(item, program(tiny), d) * item.count for item in items]
         assert float(sum(losses_of_items)) / N_PAIRS == pytest.approx(float(losses[-1]), rel=1e-3)
     assert losses[0] != losses[1]
     assert objective.evaluate(items, program(tiny)) == pytest.approx(float(sum(losses)) / 2, rel=1e-3)
