@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,54 +33,47 @@ _CHECK = "record_sha256"
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
-    _prepare(path.parent)
-    handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """Yield the path of a temporary file; on success it replaces `path`, on any error it is removed."""
+    with _temporary_place(path) as temporary:
         yield temporary
-        # mkstemp makes private files; an artifact is as readable as the folder's other files.
-        temporary.chmod(0o666 & ~_umask())
-        _flush(temporary)
+        _publish(temporary)
         temporary.replace(path)
         _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path` as a whole, on any error it is removed."""
-    _prepare(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
-    try:
+    """Yield a temporary folder; on success it replaces `path` as a whole, on any error it is removed."""
+    with _temporary_place(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
-            _flush(file)
-        _replace_folder(temporary, path)
+            _publish(file)
+        exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        names = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path))
+        if not path.exists():
+            temporary.replace(path)
+        elif exchange is None or exchange(*names, _RENAME_EXCHANGE) != 0:
+            # No atomic exchange on this system: two renames, the old folder kept until the new one is in place.
+            path.replace(temporary.with_name("old"))
+            temporary.replace(path)
         _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _prefix() -> str:
-    return f"{_TEMPORARY}{os.getpid()}-"
-
-
-def _prepare(folder: Path) -> None:
-    """Make `folder`, and remove the temporaries in it whose process was killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+@contextmanager
+def _temporary_place(path: Path) -> Iterator[Path]:
+    """A path of the same name in a hidden folder beside `path` (a rename needs the same disk), which is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f"{_TEMPORARY}*"):
         process = leftover.name.removeprefix(_TEMPORARY).split("-")[0]
         if process.isdigit() and not _is_running(int(process)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = path.with_name(f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:
@@ -93,26 +86,11 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; what was at `path` is left at `new` for the caller to delete."""
-    if not path.exists():
-        new.replace(path)
-        return
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    both = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path))
-    if exchange is not None and exchange(*both, _RENAME_EXCHANGE) == 0:
-        return
-    # No atomic exchange on this system: two renames, the old folder kept until the new one is in place.
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(), dir=path.parent))
-    path.replace(aside / "old")
-    new.replace(path)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
+def _publish(path: Path) -> None:
+    """Make a new file as readable as its folder (some writers make private files), and flush it."""
+    if path.is_file():
+        path.chmod(0o666 & path.parent.stat().st_mode)
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

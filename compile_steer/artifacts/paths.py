@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class RunPaths:
-    """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/`.
+    """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/` below `out`.
 
     For several programs NAME is all their names, joined by '+'; their compositions lie in `composed/`.
+
+    Attributes:
+        generation_report: how many pairs the model generated, and why others were dropped.
+        directions: the candidate directions of every block, and their controls.
+        program: the chosen steering program: the vector.
+        validation: its report; `prompts` has the result of every test pair and prompt, one JSON object a line.
+        decompiled: the program that was read off an artifact; how much it explains is in the JSON of the same name.
+        report: the whole run as one self-contained page.
+        work: the backends' intermediate state, removed when all are done.
     """
 
-    out: Path
-    name: str
+    def __init__(self, out: Path, name: str) -> None:
+        self.out, self.name = out, name
+        self.generation_report = out / "data" / f"{name}.json"
+        self.directions = out / "vectors" / f"{name}.directions.safetensors"
+        self.program = out / "vectors" / f"{name}.safetensors"
+        self.validation = out / "vectors" / f"{name}.validation.json"
+        self.prompts = out / "vectors" / f"{name}.prompts.jsonl"
+        self.decompiled = out / "vectors" / f"{name}.decompiled.safetensors"
+        self.report = out / f"{name}.html"
+        self.work = out / "work" / name
 
     @staticmethod
     def of_artifact(path: Path, name: str) -> RunPaths:
@@ -25,59 +40,12 @@ class RunPaths:
         """The pairs of a split that the model generated, as JSONL."""
         return self.out / "data" / f"{self.name}.{split}.jsonl"
 
-    @property
-    def generation_report(self) -> Path:
-        """How many pairs the model generated, and why others were dropped."""
-        return self.out / "data" / f"{self.name}.json"
-
-    @property
-    def directions(self) -> Path:
-        """The candidate directions of every block, and their controls."""
-        return self.out / "vectors" / f"{self.name}.directions.safetensors"
-
-    @property
-    def program(self) -> Path:
-        """The chosen steering program: the vector."""
-        return self.out / "vectors" / f"{self.name}.safetensors"
-
-    @property
-    def validation(self) -> Path:
-        return self.out / "vectors" / f"{self.name}.validation.json"
-
-    @property
-    def prompts(self) -> Path:
-        """The result of every test pair and prompt, one JSON object a line."""
-        return self.out / "vectors" / f"{self.name}.prompts.jsonl"
-
-    @property
-    def decompiled(self) -> Path:
-        """The program that was read off an artifact; how much it explains is in the JSON of the same name."""
-        return self.out / "vectors" / f"{self.name}.decompiled.safetensors"
-
-    @property
-    def report(self) -> Path:
-        """The whole run as one self-contained page."""
-        return self.out / f"{self.name}.html"
-
-    @property
-    def work(self) -> Path:
-        """The backends' intermediate state, removed when all are done."""
-        return self.out / "work" / self.name
-
     def adapter(self, backend: str) -> Path:
         return self.out / "adapters" / f"{self.name}-{backend}"
 
-    def composed(self, backend: str, way: str) -> Path:
-        """An adapter made of several: `way` is stacked or joint."""
-        return self.out / "composed" / f"{self.name}-{backend}-{way}"
-
-    def composition(self, backend: str) -> Path:
-        """The report on how several programs and their adapters interfere."""
-        return self.out / "composed" / f"{self.name}-{backend}.json"
-
-    def co_loaded(self, backend: str) -> Path:
-        """The report on several adapters loaded at once, where nothing was composed."""
-        return self.out / "composed" / f"{self.name}-{backend}-loaded.json"
-
     def merged(self, backend: str, precision: str) -> Path:
         return self.out / "merged" / f"{self.name}-{backend}-{precision}"
+
+    def composed(self, suffix: str) -> Path:
+        """An adapter made of several (suffix BACKEND-stacked or BACKEND-joint), or a report on how they interfere."""
+        return self.out / "composed" / f"{self.name}-{suffix}"

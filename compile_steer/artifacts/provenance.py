@@ -262,14 +262,6 @@ class EngineRecord:
         near = self.error <= _ENGINE_TOLERANCE or self.rms <= _ENGINE_NOISE * self.base_rms
         return near and abs(self.gain - 1) <= _GAIN_TOLERANCE
 
-    def summary(self) -> dict[str, Any]:
-        """As JSON; a value that is not a number is None."""
-        values = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
-        return {**values, "passed": self.passed}
-
 
 @dataclass(frozen=True)
 class _EngineRecords:

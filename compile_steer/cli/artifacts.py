@@ -79,7 +79,7 @@ def audit(
 
     known = None if program is None else Program.load(program)
     changes = audit(base, other, known, threshold, progress_bars())
-    finish(as_json, asdict(changes), lambda: print_audit(console(), changes))
+    finish(as_json, changes, lambda: print_audit(console(), changes))
 
 
 def push(
@@ -103,7 +103,7 @@ def push(
     upload = prepare(artifact_root(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
-    finish(as_json, {**upload.summary(), "sent": sent}, lambda: print_upload(console(), upload, sent, force))
+    finish(as_json, {**asdict(upload), "sent": sent}, lambda: print_upload(console(), upload, sent, force))
     raise typer.Exit(1 if refused else 0)
 
 
@@ -124,7 +124,7 @@ def export(
     from compile_steer.tools.serving.export import export
 
     exported = export(artifact, engine, out, base, precision)
-    finish(as_json, exported.summary(), lambda: print_export(console(), exported))
+    finish(as_json, exported, lambda: print_export(console(), exported))
 
 
 def verify_engines(
@@ -148,5 +148,6 @@ def verify_engines(
 
     environments = [environment(name) for name in engine or ENGINES]
     records = compare_engines(artifact, base, environments, precision, limit, progress_bars())
-    finish(as_json, [record.summary() for record in records], lambda: print_engine_records(console(), records))
+    summary = [{**asdict(record), "passed": record.passed} for record in records]
+    finish(as_json, summary, lambda: print_engine_records(console(), records))
     raise typer.Exit(0 if all(record.passed for record in records) else 1)

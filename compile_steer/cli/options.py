@@ -10,7 +10,6 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -62,11 +61,13 @@ def progress_bars() -> Progress:
 
 
 def finish(as_json: bool, value: Any, show: Callable[[], None] = lambda: None) -> None:
-    """Print `value` as JSON, or have `show` print it for a person."""
+    """Print `value` (dataclasses and paths too) as JSON, or have `show` print it for a person."""
     if not as_json:
         show()
     elif distributed.rank() == 0:
-        print(json.dumps(value, indent=2))
+        from pydantic_core import to_jsonable_python
+
+        print(json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2))  # JSON has no NaN
 
 
 class Session:
@@ -109,11 +110,7 @@ class Session:
 
     def finish_paths(self, paths: Sequence[Path]) -> None:
         """Print paths, one a line."""
-        finish(
-            self.as_json,
-            [str(path) for path in paths],
-            lambda: self.console.print(*(f"  {p}" for p in paths), sep="\n"),
-        )
+        self.finish(paths, lambda: self.console.print(*(f"  {path}" for path in paths), sep="\n"))
 
 
 class SeveralSession:
@@ -144,7 +141,7 @@ class SeveralSession:
         """Print what was measured, and leave with exit code 1 where an adapter is not the model under all hooks."""
         from compile_steer.cli.tables import print_composition
 
-        finish(self.as_json, asdict(composition), lambda: print_composition(self.console, composition))
+        finish(self.as_json, composition, lambda: print_composition(self.console, composition))
         raise typer.Exit(0 if composition.passed else 1)
 
     def open(self) -> CompositionRun:

@@ -41,7 +41,7 @@ def import_(
     run = session.open()
     import_vector(run, recipe, text)
     message = f"Recipe: {recipe}; next: compile-steer validate {recipe}"
-    summary = {"recipe": str(recipe), **describe_artifact(run.paths.directions)}
+    summary = {"recipe": recipe, **describe_artifact(run.paths.directions)}
     session.finish(summary, lambda: session.console.print(message))
 
 
@@ -61,7 +61,7 @@ def export_vector(
 
     path, notes = vector_files.export_vector(session.open(), kind, to, layer_convention)
     lines = "\n".join([f"Vector: {path}", *notes])
-    session.finish({"file": str(path), "notes": notes}, lambda: session.console.print(lines))
+    session.finish({"file": path, "notes": notes}, lambda: session.console.print(lines))
 
 
 @command(Session)
@@ -104,7 +104,7 @@ def task_vector(
     known = run.program if run.paths.program.is_file() else None
     recombination = Recombination(artifact, scale, tuple(add or ()), cut, to)
     vector = recombine(recombination, run.model, run.paths, known)
-    session.finish(vector.summary(), lambda: print_task_vector(session.console, vector))
+    session.finish(vector, lambda: print_task_vector(session.console, vector))
 
 
 @command(SeveralSession)

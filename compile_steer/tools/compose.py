@@ -147,7 +147,7 @@ def compose(run: CompositionRun) -> Composition:
     if refusal is not None:
         raise CannotLower(f"{run.backend}: all programs at once: {refusal}.")
     program.save(run.paths.program)  # its hash goes into the provenance of both adapters
-    folders = {way: run.paths.composed(run.backend, way) for way in (STACKED, JOINT)}
+    folders = {way: run.paths.composed(f"{run.backend}-{way}") for way in (STACKED, JOINT)}
     for way, folder in folders.items():
         provenance = _provenance(run, way, program)
         if not Provenance.is_current(folder, provenance.inputs):
@@ -156,7 +156,7 @@ def compose(run: CompositionRun) -> Composition:
             provenance = replace(provenance, seconds=time.perf_counter() - started)
             write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
     composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
-    composition.save(run.paths.composition(run.backend))
+    composition.save(run.paths.composed(f"{run.backend}.json"))
     return composition
 
 
@@ -164,7 +164,7 @@ def co_load(run: CompositionRun) -> Composition:
     """Load the members' adapters at once, as they are, and compare them with all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
     composition = measure_interference(run.model, run.members, run.backend, {}, run.progress)
-    composition.save(run.paths.co_loaded(run.backend))
+    composition.save(run.paths.composed(f"{run.backend}-loaded.json"))
     return composition
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError
@@ -51,10 +51,6 @@ class Upload:
     files: tuple[File, ...]
     refusals: tuple[str, ...]
     notes: tuple[str, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**asdict(self), "folder": str(self.folder)}
 
 
 def prepare(folder: Path, target: str, private: bool) -> Upload:

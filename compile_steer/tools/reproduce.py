@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -42,8 +42,8 @@ class Reproduction:
 
     artifact: Path
     tolerance: float
-    links: list[Comparison] = field(default_factory=list)
-    versions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    versions: dict[str, tuple[str, str]]
+    links: list[Comparison]
 
     @property
     def agrees(self) -> bool:
@@ -53,17 +53,11 @@ class Reproduction:
 
     def summary(self) -> dict[str, Any]:
         """As JSON; a link that was compared by its bytes alone has difference None."""
-        links = [asdict(link) for link in self.links]
-        for link in links:
-            # JSON has no infinity.
-            link["difference"] = "infinite" if link["difference"] == math.inf else link["difference"]
-        return {
-            "artifact": str(self.artifact),
-            "agrees": self.agrees,
-            "tolerance": self.tolerance,
-            "versions": self.versions,
-            "links": links,
-        }
+        content = {"artifact": self.artifact, "agrees": self.agrees, **asdict(self)}
+        for link in content["links"]:
+            if link["difference"] == math.inf:  # JSON has no infinity, and null would say that nothing was compared
+                link["difference"] = "infinite"
+        return content
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     now = versions()
     then = original.origin.versions
     changed = {name: (version, now.get(name, "")) for name, version in then.items() if now.get(name) != version}
-    return Reproduction(path, tolerance, list(_replay(original, to, tolerance, progress)), changed)
+    return Reproduction(path, tolerance, changed, list(_replay(original, to, tolerance, progress)))
 
 
 def _read(path: Path, recipes: Path | None) -> _Original:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,10 +76,6 @@ class TaskVector:
     folder: Path
     form: str
     matrices: list[MatrixReport]
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**asdict(self), "folder": str(self.folder)}
 
 
 def recombine(

@@ -95,7 +95,7 @@ def test_compose_leaves_two_adapters_with_lineage_and_the_measured_interference(
     assert result.exit_code in (0, 1), result.output
     composition = json.loads(result.stdout)
     paths = RunPaths(case.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(paths.composition("closed_form").read_text(encoding="utf-8")) == composition
+    assert json.loads(paths.composed("closed_form.json").read_text(encoding="utf-8")) == composition
     assert (result.exit_code == 0) == composition["passed"]
     assert [row["behaviour"] for row in composition["matrix"]] == list(NAMES)
     columns = [f"{kind} {name}" for kind in ("hooks", "adapter") for name in NAMES]
@@ -105,19 +105,19 @@ def test_compose_leaves_two_adapters_with_lineage_and_the_measured_interference(
         assert fit["kl"] < 0.2 * fit["kl_base"], "each adapter follows its own scale"
     assert composition["stacked_from_loaded"] < 1e-9
     for way in (STACKED, JOINT):
-        came = Provenance.read(paths.composed("closed_form", way))
+        came = Provenance.read(paths.composed(f"closed_form-{way}"))
         assert came.program_sha256 == sha256(paths.program)
         adapter = RunPaths(case.runs / NAMES[1], NAMES[1]).adapter("closed_form")
         assert came.members[f"{NAMES[1]} x 0.5"] == artifact_sha256(adapter)
-        links = {link.name: link for link in lineage(paths.composed("closed_form", way))}
+        links = {link.name: link for link in lineage(paths.composed(f"closed_form-{way}"))}
         assert links[f"member {NAMES[1]} x 0.5"].state == links[f"{NAMES[1]}: files"].state == "intact"
     assert [i.coefficient for i in Program.load(paths.program).interventions] == [0.4, -0.25]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == result.exit_code
     for expected in ("hooks high.tide", "adapters: all minus the sum", "joint minus hooks", "1, 0.25", "interference"):
         assert expected in shown.output
-    assert describe_artifact(paths.composition("closed_form"))["kind"] == "composition"
-    card = (paths.composed("closed_form", JOINT) / "README.md").read_text(encoding="utf-8")
+    assert describe_artifact(paths.composed("closed_form.json"))["kind"] == "composition"
+    card = (paths.composed("closed_form-joint") / "README.md").read_text(encoding="utf-8")
     assert f"| made of | {NAMES[1]} x 0.5, SHA-256" in card
 
 
@@ -125,11 +125,11 @@ def test_a_joint_compile_is_kept_while_nothing_changes(case: CompositionCase, tw
     run = case.open(*two)
     compose(run)
     paths = run.paths
-    first = {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)}
+    first = {way: paths.composed(f"closed_form-{way}").stat().st_ino for way in (STACKED, JOINT)}
     compose(run)
-    assert {way: paths.composed("closed_form", way).stat().st_ino for way in (STACKED, JOINT)} == first
+    assert {way: paths.composed(f"closed_form-{way}").stat().st_ino for way in (STACKED, JOINT)} == first
     compose(case.open(*two, scales=(1, 0.9)))
-    assert all(paths.composed("closed_form", way).stat().st_ino != first[way] for way in (STACKED, JOINT))
+    assert all(paths.composed(f"closed_form-{way}").stat().st_ino != first[way] for way in (STACKED, JOINT))
 
 
 def test_every_problem_is_reported_at_once(case: CompositionCase) -> None:

@@ -47,7 +47,7 @@ def test_co_loaded_adapters_are_measured_as_a_user_of_peft_would_run_them(
     assert result.exit_code == 0, result.output
     composition = json.loads(result.stdout)
     paths = RunPaths(case.runs / "+".join(NAMES), "+".join(NAMES))
-    assert json.loads(paths.co_loaded("closed_form").read_text(encoding="utf-8")) == composition
+    assert json.loads(paths.composed("closed_form-loaded.json").read_text(encoding="utf-8")) == composition
     assert list(composition["artifacts"]) == list(composition["states"]["errors"]) == [CO_LOADED]
     assert (
         composition["artifacts"][CO_LOADED] == composition["settings"][0] and composition["stacked_from_loaded"] is None
@@ -102,11 +102,11 @@ def test_a_program_and_its_negation_cancel_and_have_no_remaining_kl(case: Compos
 def test_an_adapter_that_is_not_the_sum_fails(case: CompositionCase, two: tuple[Path, Path], planted: str) -> None:
     run = case.open(*two, scales=(1, 2))
     compose(run)
-    folder = run.paths.composed("closed_form", STACKED)
+    folder = run.paths.composed("closed_form-stacked")
     own = [read_patch(one.adapter) for one in run.members]
     wrong = {"one left out": own[0], "a scale ignored": own[0] + own[1], "emptied": 0.0 * (own[0] + own[1])}[planted]
     write_patch(folder, wrong, case.base, Provenance.read(folder), "")
-    folders = {way: run.paths.composed("closed_form", way) for way in (STACKED, JOINT)}
+    folders = {way: run.paths.composed(f"closed_form-{way}") for way in (STACKED, JOINT)}
     composition = measure_interference(case.base, run.members, "closed_form", folders, Progress())
     assert not composition.passed
     assert any(reason.startswith("stacked: KL") for reason in composition.reasons)

@@ -164,9 +164,7 @@ def test_an_engine_that_fails_has_a_record_and_the_others_are_kept(tmp_path: Pat
     first, second = compare_engines(folder, one.source, [broken, good], "f32", 60, Progress())
     assert "No module named 'vllm'" in first.problem
     assert not first.passed
-    assert first.summary()["error"] is None
     assert second.passed
-    assert second.summary()["passed"] is True
 
 
 def test_a_record_fails_by_error_and_by_gain() -> None:

@@ -39,10 +39,6 @@ class Exported:
     notes: list[str]
     load: tuple[str, ...]
 
-    def summary(self) -> dict[str, object]:
-        """As JSON."""
-        return {**self.__dict__, "folder": str(self.folder)}
-
 
 def export(artifact: Path, engine: EngineName, out: Path, base: str | None = None, precision: str = "f16") -> Exported:
     """Write to the folder `out` what `engine` loads of an adapter, a checkpoint or a program; whole or not at all.
