@@ -58,11 +58,18 @@ def load(
 
 
 def extract(
-    model: LoadedModel, data: Behaviour, *, seed: int = 0, progress: Progress | None = None, **options: Any
+    model: LoadedModel,
+    data: Behaviour,
+    *,
+    positions: str = "all",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Directions:
     """Find a direction at every block from the training pairs of `data`.
 
     Args:
+        positions: where vectors that are trained act meanwhile; the other methods do not depend on it.
         options: the keys of the recipe's section `extract`, for example method="pca" or readout="last_prompt".
 
     Raises:
@@ -72,7 +79,7 @@ def extract(
     from compile_steer.extraction.stage import extract
 
     context = Context(model, data, seed, progress or Progress())
-    return extract(context, _parse(ExtractOptions, options))
+    return extract(context, _parse(ExtractOptions, options), positions=positions)
 
 
 def validate(

@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Turn a steering vector into ordinary weights, and prove that they match.\n\n"
     "Start with: compile-steer run recipes/ocean.yaml. It extracts a direction from contrast pairs, says on held-out "
     "prompts whether it is worth anything, compiles it (bias, LoRA adapter, merged checkpoint) and verifies in a fresh "

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.progress import Progress
+from compile_steer.data.section import TEXTS
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
 
@@ -73,7 +74,9 @@ def small_recipe(folder: Path) -> Path:
             place[key] = {**place[key], **value} if isinstance(value, dict) else value
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, count in ROWS.items():
-        lines = (RECIPE.parent / content["data"][name]).read_text(encoding="utf-8").splitlines()
+        # What the recipe does not name comes with the package.
+        source = RECIPE.parent / content["data"][name] if name in content["data"] else TEXTS / f"{name}.jsonl"
+        lines = source.read_text(encoding="utf-8").splitlines()
         chosen = sorted(lines, key=len)[:count] if name == "neutral" else lines[:count]
         content["data"][name] = f"data/{name}.jsonl"
         (folder / content["data"][name]).write_text("\n".join(chosen), encoding="utf-8")
