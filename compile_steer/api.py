@@ -11,27 +11,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import sha256
-from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.text import Text
 
 if TYPE_CHECKING:
+    from compile_steer.artifacts.provenance import Provenance
     from compile_steer.models.load import LoadedModel
-    from compile_steer.scoring.base import ScorerBase
     from compile_steer.steering.directions import Directions
     from compile_steer.steering.patch import WeightPatch
     from compile_steer.steering.program import Program
     from compile_steer.validation.stage import Validation
     from compile_steer.verification.parity import Parity
-
-_Options = TypeVar("_Options", bound=BaseModel)
 
 
 def load(
@@ -106,32 +103,20 @@ def validate(
     Raises:
         RecipeError: unknown options, or no coherent point in the grid.
     """
+    from compile_steer.scoring.options import Scorer
     from compile_steer.validation.options import ValidateOptions
     from compile_steer.validation.stage import validate
 
     context = Context(model, data, seed, progress or Progress())
-    scored = {"score": _scorer(score), **options}
-    return validate(
-        context,
-        directions,
-        _parse(ValidateOptions, scored),
-        readout="response_mean",
-        ask=ask,
-        too_high=4.0,
-        name="program",
-    )
+    settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score."), **options})
+    return validate(context, directions, settings, readout="response_mean", ask=ask, too_high=4.0, name="program")
 
 
 @dataclass(frozen=True)
 class CompiledProgram:
     """A program as changes of weights: what `compile` returns.
 
-    Attributes:
-        patch: the changes, by module.
-        backend: the backend that made them.
-        program: what they imitate.
-        model: the base that they belong to.
-        seconds: how long the backend took.
+    `backend` made the `patch` of the base `model` that imitates `program`, in so many `seconds`.
     """
 
     patch: WeightPatch
@@ -156,33 +141,15 @@ class CompiledProgram:
         from compile_steer.export.adapter import write_patch
         from compile_steer.report.card import model_card
 
-        record = self._provenance(Path(folder))
+        record = self.provenance(Path(folder).name)
         write_patch(Path(folder), self.patch, self.model, record, model_card(record, None))
         return Path(folder)
 
-    def _provenance(self, folder: Path) -> Provenance:
-        from compile_steer.export.adapter import is_adapter
+    def provenance(self, name: str) -> Provenance:
+        """Return what an artifact called `name` records; it was neither validated nor made from a recipe."""
+        from compile_steer.export.adapter import patch_provenance
 
-        return Provenance(
-            name=folder.name,
-            backend=self.backend,
-            form="adapter" if is_adapter(self.patch, self.model) else "patch",
-            model=self.model.id,
-            revision=self.model.revision,
-            program="",
-            program_sha256=self.program.sha256,
-            validation_sha256="",
-            verdict="none",
-            forced=False,
-            recipe_sha256="",
-            data_sha256={},
-            seed=0,
-            seconds=self.seconds,
-            inputs="",
-            described=self.program.describe(),
-            architecture=self.patch.architecture or str(self.model.model.config.model_type),
-            biases=len(self.patch.bias),
-        )
+        return patch_provenance(name, self.backend, self.patch, self.model, self.program, self.seconds)
 
 
 def compile(
@@ -231,7 +198,7 @@ def merge(compiled: CompiledProgram, folder: str | Path, precision: str = "bf16"
 
     if precision not in PRECISIONS:
         raise RecipeError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.")
-    record = replace(compiled._provenance(Path(folder)), form=f"merged-{precision}")
+    record = replace(compiled.provenance(Path(folder).name), form=f"merged-{precision}")
     write_merged(Path(folder), compiled.patch, compiled.model, precision, record, model_card(record, None))
     return Path(folder)
 
@@ -261,6 +228,7 @@ def verify(
     Raises:
         ArtifactError: there is no artifact, or it is of another program or base.
     """
+    from compile_steer.scoring.options import Scorer
     from compile_steer.steering.program import Program
     from compile_steer.verification.options import VerifyOptions
     from compile_steer.verification.reference import Reference
@@ -271,31 +239,17 @@ def verify(
     else:
         steering, digest = program, program.sha256
     context = Context(model, data, seed, progress or Progress())
-    reference = Reference(context, steering, _parse(VerifyOptions, options), _scorer(score), ask)
+    reference = Reference(context, steering, _parse(VerifyOptions, options), _parse(Scorer, score, "score."), ask)
     return verify_artifact(reference, Path(folder), digest)
 
 
-def _parse(section: type[_Options], options: dict[str, Any]) -> _Options:
-    """Return the options of a stage; raises `RecipeError` with every problem."""
+def _parse(section: Any, options: Any, prefix: str = "") -> Any:
+    """Return the options as `section` of a recipe; raises one `RecipeError` with every problem."""
     try:
-        return section.model_validate(options)
+        return TypeAdapter(section).validate_python(options)
     except ValidationError as error:
-        raise RecipeError(_problems("", error)) from error
-
-
-def _scorer(score: Any) -> ScorerBase:
-    """Return the scorer that a recipe's `validate.score` would be."""
-    from compile_steer.scoring.options import Scorer
-
-    try:
-        scorer: ScorerBase = TypeAdapter(Scorer).validate_python(score)
-    except ValidationError as error:
-        raise RecipeError(_problems("score.", error)) from error
-    return scorer
-
-
-def _problems(prefix: str, error: ValidationError) -> list[str]:
-    return [
-        f"{prefix}{'.'.join(map(str, item['loc']))}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
-        for item in error.errors()
-    ]
+        problems = (
+            f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
+            for item in error.errors()
+        )
+        raise RecipeError([prefix + problem for problem in problems]) from error

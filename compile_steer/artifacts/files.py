@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from compile_steer.common.errors import ArtifactError
 
 _Report = TypeVar("_Report")
+_Artifact = TypeVar("_Artifact")
 
 # Values of Linux's renameat2(2), which Python does not wrap.
 _RENAME_EXCHANGE = 2
@@ -175,6 +176,19 @@ def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Repo
             ) from error
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} is not a {name} ({reason}). Make it with 'compile-steer {command}'.") from error
+
+
+def reuse_or_make(path: Path, load: Callable[[Path], _Artifact | None], make: Callable[[], _Artifact]) -> _Artifact:
+    """Return what lies at `path` if `load` finds it usable, else what `make` makes and leaves there.
+
+    Args:
+        load: reads the artifact; None, or an `ArtifactError`, if it is damaged or was made from other inputs.
+    """
+    try:
+        kept = load(path) if path.exists() else None
+    except ArtifactError:
+        kept = None  # of an older version, say: made again, and replaced as a whole
+    return make() if kept is None else kept
 
 
 def sha256(path: Path, without: tuple[str, ...] = ()) -> str:

@@ -26,6 +26,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import fingerprint
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.program import Program
 
 PATCH_FILE = "patch.safetensors"
 CURVES = "training.json"
@@ -144,3 +145,29 @@ def read_patch(folder: Path) -> WeightPatch:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
+
+
+def patch_provenance(
+    name: str, backend: str, patch: WeightPatch, loaded: LoadedModel, program: Program, seconds: float
+) -> Provenance:
+    """The provenance of a patch of which neither recipe nor validation are known."""
+    return Provenance(
+        name=name,
+        backend=backend,
+        form="adapter" if is_adapter(patch, loaded) else "patch",
+        model=loaded.id,
+        revision=loaded.revision,
+        program="",
+        program_sha256=program.sha256,
+        validation_sha256="",
+        verdict="none",
+        forced=False,
+        recipe_sha256="",
+        data_sha256={},
+        seed=0,
+        seconds=seconds,
+        inputs="",
+        described=program.describe(),
+        architecture=patch.architecture or str(loaded.model.config.model_type),
+        biases=len(patch.bias),
+    )

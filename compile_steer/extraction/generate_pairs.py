@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from compile_steer.artifacts.files import digest, load_json, save_json, save_text
+from compile_steer.artifacts.files import digest, load_json, reuse_or_make, save_json, save_text
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common import distributed
+from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import SPLITS, Behaviour, Context, normalized, prompts_key
 from compile_steer.data.pairs import KEYS
@@ -82,13 +83,12 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
     settings = [options.model_dump(exclude={"min_pairs"}), scorer.model_dump(mode="json")]
     identity = [model.id, model.revision, str(model.model.dtype), context.seed]
     inputs = digest([prompts, checks, settings, identity])
-    try:
-        kept = GenerationReport.load(paths.generation_report).inputs == inputs
-    except ArtifactError:
-        kept = False  # none yet, or damaged: generated again, and replaced as a whole
-    if not kept or not all(paths.pairs(name).is_file() for name in SPLITS):
-        from compile_steer.common import distributed
 
+    def kept(path: Path) -> GenerationReport | None:
+        report = GenerationReport.load(path)
+        return report if report.inputs == inputs and all(paths.pairs(name).is_file() for name in SPLITS) else None
+
+    def make() -> GenerationReport:
         distributed.require_alone("generating pairs")
         rows, splits = generate_pairs(context, options, scorer)
         # The report marks that all files belong together, so it is removed first and written last.
@@ -96,6 +96,9 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
         for name, part in rows.items():
             save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
         save_json(paths.generation_report, asdict(GenerationReport(splits, inputs)))
+        return GenerationReport(splits, inputs)
+
+    reuse_or_make(paths.generation_report, kept, make)
     return with_responses(data, options.min_pairs, paths)
 
 

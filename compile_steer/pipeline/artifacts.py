@@ -20,7 +20,7 @@ from compile_steer.artifacts.files import digest, sha256, was_edited
 from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
-from compile_steer.export.adapter import CURVES, is_adapter, read_patch, write_patch
+from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import write_merged
 from compile_steer.lowering.lowering import Lowering, ResumeFiles
@@ -45,20 +45,10 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         if not BACKENDS[name].distributed:
             distributed.require_alone(name)
     resume = ResumeFiles(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
-    context = run.context
-    lowering = Lowering(
-        run.plan.program,
-        context.model,
-        context.data.calibration,
-        run.recipe.compile,
-        context.seed,
-        context.progress,
-        resume,
-    )
-    folders = []
-    for name in run.chosen:
-        folder = run.paths.adapter(name)
-        folders.append(folder)
+    model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
+    lowering = Lowering(run.plan.program, model, data.calibration, run.recipe.compile, seed, run.progress, resume)
+    folders = [run.paths.adapter(name) for name in run.chosen]
+    for name, folder in zip(run.chosen, folders, strict=True):
         depends = digest([run.program_sha256, report_sha256, verdict, force, name])
         inputs = run.inputs("data", "compile", after=depends)
         if Provenance.is_current(folder, inputs):
@@ -69,17 +59,23 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         started = time.perf_counter()
         lowering.curves.clear()
         patch = lowering.patches[name] = BACKENDS[name].lower(lowering)
+        seconds = time.perf_counter() - started
         provenance = replace(
-            _provenance(run, name, patch),
+            patch_provenance(run.recipe.name, name, patch, model, run.plan.program, seconds),
+            program=run.paths.program.name,
+            program_sha256=run.program_sha256,
             validation_sha256=report_sha256,
             verdict=verdict,
             forced=force and verdict in ("fail", "none"),
-            seconds=time.perf_counter() - started,
+            recipe_sha256=origin.recipe_sha256,
+            data_sha256=origin.data_sha256,
+            seed=seed,
             inputs=inputs,
+            recipe=origin.recipe,
         )
         if distributed.rank() == 0:
             card = model_card(provenance, run.paths.validation)
-            write_patch(folder, patch, context.model, provenance, card, lowering.curves)
+            write_patch(folder, patch, model, provenance, card, lowering.curves)
     resume.clear()
     return folders
 
@@ -104,32 +100,6 @@ def _verdict(run: Run, force: bool) -> tuple[str, str]:
         reasons = "; ".join(report.reasons)
         raise CannotLower(f"validation failed: {reasons}. Fix the direction, or compile with --force.")
     return verdict, sha256(path)
-
-
-def _provenance(run: Run, backend: str, patch: WeightPatch) -> Provenance:
-    """Return where a patch comes from, but for what its validation found."""
-    model, origin = run.model, run.origin()
-    return Provenance(
-        name=run.recipe.name,
-        backend=backend,
-        form="adapter" if is_adapter(patch, model) else "patch",
-        model=model.id,
-        revision=model.revision,
-        program=run.paths.program.name,
-        program_sha256=run.program_sha256,
-        validation_sha256="",
-        verdict="none",
-        forced=False,
-        recipe_sha256=origin.recipe_sha256,
-        data_sha256=origin.data_sha256,
-        seed=run.recipe.seed,
-        seconds=0.0,
-        inputs="",
-        recipe=origin.recipe,
-        described=run.plan.program.describe(),
-        architecture=patch.architecture or model.model.config.model_type,
-        biases=len(patch.bias),
-    )
 
 
 def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
@@ -158,7 +128,7 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
         for folder, (patch, provenance) in patches.items():
             parent = artifact_sha256(folder)
             for form in forms:
-                precision = precision_of(form)
+                precision = form.removeprefix("merged-")
                 target = run.paths.merged(provenance.backend, precision)
                 inputs = digest([provenance.inputs, parent, precision])
                 record = replace(provenance, form=form, parent=parent, inputs=inputs)
@@ -171,18 +141,13 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
     return merged
 
 
-def precision_of(form: str) -> str:
-    """Return what stands for a whole model's form in its folder's name: fp32, bf16, fp16, gguf-f16, gguf-q8_0, gguf-q4_0."""
-    return form.removeprefix("merged-")
-
-
 def artifacts(run: Run) -> list[Path]:
     """Return the folders that the recipe wants verified, in the plan's order."""
     folders = []
     for choice in run.plan.choices:
         for form in run.recipe.verify.forms if choice.chosen else ():
             if form != "adapter":
-                folders.append(run.paths.merged(choice.backend, precision_of(form)))
+                folders.append(run.paths.merged(choice.backend, form.removeprefix("merged-")))
             elif choice.adapter_refusal is None:
                 folders.append(run.paths.adapter(choice.backend))
     return folders

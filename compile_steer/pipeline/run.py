@@ -7,17 +7,15 @@ it stopped. What is compiled, merged and verified of the program is in `pipeline
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
 
-from compile_steer.artifacts.files import digest, save_text, sha256, was_edited
+from compile_steer.artifacts.files import digest, reuse_or_make, save_text, sha256, was_edited
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
+from compile_steer.common.errors import CannotLower, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context, require_distinct
 from compile_steer.data.pairs import pairs_sha256, read_pairs
@@ -26,7 +24,6 @@ from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.extraction.stage import extract
 from compile_steer.lowering.plan import Plan, plan
 from compile_steer.models.load import LoadedModel, load, revision_of
-from compile_steer.models.text import Pair
 from compile_steer.recipe import Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
@@ -35,31 +32,6 @@ from compile_steer.validation.report import ValidationReport
 from compile_steer.validation.stage import validate
 from compile_steer.validation.sweep import choose_layers
 from compile_steer.verification.options import any_gguf
-
-
-class _Kept(Protocol):
-    @property
-    def inputs(self) -> str: ...
-
-
-T = TypeVar("T", bound=_Kept)
-
-
-def reuse_or_make(path: Path, inputs: str, load: Callable[[Path], T | None], make: Callable[[], T]) -> T:
-    """Return what lies at `path` if it was made from the same `inputs`, else what `make` makes and leaves there.
-
-    Args:
-        inputs: fingerprint of everything that the artifact depends on.
-        load: reads the artifact; None or an `ArtifactError` where it is not usable as it lies.
-    """
-    if path.exists():
-        try:
-            kept = load(path)
-        except ArtifactError:
-            kept = None  # damaged, or of an older version: made again, and replaced as a whole
-        if kept is not None and kept.inputs == inputs:
-            return kept
-    return make()
 
 
 @dataclass
@@ -74,7 +46,10 @@ class Run:
     def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
         paths = RunPaths(out, recipe.name)
-        data = replace(recipe.data.read(recipe.folder), other_behaviour=other_behaviour(recipe))
+        data, path = recipe.data.read(recipe.folder), recipe.validate_.other_behaviour
+        if path is not None:
+            pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
+            data = replace(data, other_behaviour=tuple(pairs))
         model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
         data = with_generated_pairs(recipe, model, data, paths, progress)
         return Run(recipe, paths, Context(model, data, recipe.seed, progress))
@@ -120,13 +95,15 @@ class Run:
         """Return the directions of every block, from the training pairs."""
         distributed.require_alone("extraction")
         require_distinct(self.model.tokenizer, self.data)
-        options = self.recipe.extract
-        positions = self.recipe.validate_.positions
+        options, positions = self.recipe.extract, self.recipe.validate_.positions
         sibling = "" if options.model is None else revision_of(options.model)
-        # Only vectors that are trained depend on the positions at which they act.
-        trained_at = positions if options.method == "trained" else ""
+        trained_at = positions if options.method == "trained" else ""  # other methods do not depend on them
         imported = options.imported_sha256(self.recipe.folder)
         inputs = self.inputs("data", "extract", after=f"{imported} {trained_at} {sibling}")
+
+        def kept(path: Path) -> Directions | None:
+            directions = Directions.load(path)
+            return directions if directions.inputs == inputs else None
 
         def make() -> Directions:
             directions = extract(self.context, options.located(self.recipe.folder), positions=positions)
@@ -134,25 +111,24 @@ class Run:
             directions.save(self.paths.directions, self.origin().header())
             return directions
 
-        return reuse_or_make(self.paths.directions, inputs, Directions.load, make)
+        return reuse_or_make(self.paths.directions, kept, make)
 
     def validate(self) -> ValidationReport:
         """Choose the program, leave it and the report on it; extracts first if that was not done."""
+        recipe, paths = self.recipe, self.paths
         # What the model lacks is refused before the work.
-        choose_layers(self.recipe.validate_, self.model.layout.n_layers)
+        choose_layers(recipe.validate_, self.model.layout.n_layers)
         directions = self.extract()
-        directions_sha256 = sha256(self.paths.directions)
-        other = [asdict(pair) for pair in self.data.other_behaviour]
-        sections = ("data", "extract", "validate", "ask", "too_high")
-        inputs = self.inputs(*sections, after=digest([directions_sha256, other]))
+        directions_sha256 = sha256(paths.directions)
+        after = digest([directions_sha256, [asdict(pair) for pair in self.data.other_behaviour]])
+        inputs = self.inputs("data", "extract", "validate", "ask", "too_high", after=after)
 
         def kept(path: Path) -> ValidationReport | None:
             report = ValidationReport.load(path)
-            same = self.paths.program.is_file() and report.program_hash == sha256(self.paths.program)
-            return report if same and not was_edited(path) else None
+            same = paths.program.is_file() and report.program_hash == sha256(paths.program)
+            return report if same and report.inputs == inputs and not was_edited(path) else None
 
         def make() -> ValidationReport:
-            recipe, paths = self.recipe, self.paths
             result = validate(
                 self.context,
                 directions,
@@ -166,10 +142,10 @@ class Run:
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
             save_text(paths.prompts, "".join(rows))
             report = replace(result.report, program_hash=sha256(paths.program), inputs=inputs)
-            report.save(self.paths.validation)
+            report.save(paths.validation)
             return report
 
-        report = reuse_or_make(self.paths.validation, inputs, kept, make)
+        report = reuse_or_make(paths.validation, kept, make)
         for name in ("program", "program_sha256", "plan"):  # another program may lie there now
             self.__dict__.pop(name, None)
         return report
@@ -177,8 +153,7 @@ class Run:
     @cached_property
     def program(self) -> Program:
         """The program on disk, checked against the model; raises `ArtifactError`."""
-        program = Program.load(self.paths.program)
-        model = self.model
+        program, model = Program.load(self.paths.program), self.model
         model.layout.require_program(program, model.id, model.revision)
         return program
 
@@ -204,12 +179,6 @@ class Run:
     def chosen(self) -> list[str]:
         """The backends that run, in order."""
         return self.plan.chosen
-
-
-def other_behaviour(recipe: Recipe) -> tuple[Pair, ...]:
-    """Return another behaviour's pairs, if the recipe names any; raises `RecipeError` where they cannot be read."""
-    path = recipe.validate_.other_behaviour
-    return () if path is None else tuple(read_pairs("validate.other_behaviour", recipe.folder / path))
 
 
 def with_generated_pairs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ Score = Callable[[Sequence[Reply]], np.ndarray]
 class ScorerBase(Section, ABC):
     """A section of the recipe that specifies how replies are scored."""
 
+    unfit_for_data_texts: ClassVar[str] = ""
+    """Why the responses in the data cannot be scored; empty if they can."""
+
     @abstractmethod
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         """Return the score itself, with what it needs of the model and the data.
@@ -52,9 +55,10 @@ class ScorerBase(Section, ABC):
         """True if a reply to a prompt that is not in the data can be scored too, here and at no cost."""
         return True
 
-    def for_data_texts(self) -> ScorerBase | str:
-        """Return the part of the scorer that can score the responses in the data, or the reason why there is none."""
-        return self
+    @property
+    def parts(self) -> tuple[ScorerBase, ...]:
+        """The scorers that a reply must satisfy; one but for `all`."""
+        return (self,)
 
 
 def require_discrimination(scorer: ScorerBase, score: Score, loaded: LoadedModel, behaviour: Behaviour) -> str:
@@ -66,17 +70,18 @@ def require_discrimination(scorer: ScorerBase, score: Score, loaded: LoadedModel
     Raises:
         RecipeError: every text has the same score, or the negative ones have a higher mean.
     """
-    usable, pairs = scorer.for_data_texts(), behaviour.validation
-    if isinstance(usable, str):
-        return usable
+    usable, pairs = [part for part in scorer.parts if not part.unfit_for_data_texts], behaviour.validation
+    if not usable:
+        return "; ".join(dict.fromkeys(part.unfit_for_data_texts for part in scorer.parts))
     # Such pairs differ in their prompts (an instruction, a system prompt), which no score of replies can see.
     if all(pair.positive.response == pair.negative.response for pair in pairs):
         return "the two sides of the pairs have the same responses, or none"
     # All of them ended, so that this cannot be what tells the sides apart.
     texts = [Reply(pair.prompt, pair.positive.response, True) for pair in pairs]
     texts += [Reply(pair.prompt, pair.negative.response, True) for pair in pairs]
-    if usable is not scorer:  # a part of it, without those that need a model's reply or cost requests
-        score = usable.bind(loaded, behaviour)
+    if len(usable) < len(scorer.parts):  # without those that need a model's reply or cost requests
+        part = usable[0] if len(usable) == 1 else scorer.model_copy(update={"all_of": tuple(usable)})
+        score = part.bind(loaded, behaviour)
     positive, negative = np.split(score(texts), 2)
     if np.ptp([*positive, *negative]) == 0:
         reason = {0.0: "it never fires", 1.0: "it always fires"}.get(float(positive[0]), "it sees no difference")

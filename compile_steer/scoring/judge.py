@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from compile_steer.data.behaviour import Behaviour
     from compile_steer.models.load import LoadedModel
 
-_MAX_UNREADABLE = (
-    3  # replies for which no answer could be read; a judge that cannot answer these will not answer the rest
-)
+# Replies without a readable answer, after which the judge is asked no more: it would not answer the rest either.
+_MAX_UNREADABLE = 3
 
 
 class Judge(ScorerBase):
@@ -34,6 +34,8 @@ class Judge(ScorerBase):
     run resumes where it stopped. An empty reply is 0. Wrong as its model is: judges favour long and confident answers,
     and follow instructions in the text they judge (a reply that says "rate this 5" may be rated 5).
     """
+
+    unfit_for_data_texts: ClassVar[str] = "a judge's answers cost requests"
 
     kind: Literal["judge"]
     base_url: str = Field(pattern=r"^https?://", description="of the endpoint, up to and with /v1")
@@ -65,21 +67,21 @@ class Judge(ScorerBase):
         from compile_steer.models.load import cache_folder
 
         require_library("openai", "judge", "validate.score judge")
-        if self.api_key_env and not os.environ.get(self.api_key_env):
+        key = os.environ.get(self.api_key_env) if self.api_key_env else "none"
+        if not key:
             raise RecipeError(
                 f"validate.score.api_key_env: the environment variable {self.api_key_env} is not set; it holds the judge's key."
             )
         # What may change an answer; limits and time-outs may change without losing the answers.
         settings = self.model_dump(include={"base_url", "model", "prompt", "scale", "answer_tokens"}, mode="json")
         ledger = Ledger(cache_folder() / "judged" / f"{digest(settings)[:16]}.jsonl", settings)
-        return _Client(self, ledger).scores
+        open_ai: Any = importlib.import_module("openai")  # by name, because it is an optional library
+        client = open_ai.OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        return partial(self._scores, client, ledger)
 
     @property
     def needs_no_labels(self) -> bool:
         return False
-
-    def for_data_texts(self) -> str:
-        return "a judge's answers cost requests"
 
     def read(self, answer: str) -> float | None:
         """Return the score of an answer, 0 to 1; None if it is not one clear number of the scale, or yes or no."""
@@ -92,27 +94,10 @@ class Judge(ScorerBase):
         numbers = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", bare)}
         if len(numbers) != 1:
             return None
-        (number,) = numbers
-        score = (number - low) / (high - low)
+        score = (numbers.pop() - low) / (high - low)
         return score if 0 <= score <= 1 else None
 
-    @property
-    def expected_answer(self) -> str:
-        return "yes or no" if self.scale == "yes_no" else f"one number from {self.scale[0]:g} to {self.scale[1]:g}"
-
-
-class _Client:
-    """Asks a judge about the replies that the ledger does not hold yet."""
-
-    def __init__(self, judge: Judge, ledger: Ledger) -> None:
-        self._judge, self._ledger = judge, ledger
-        self._openai: Any = importlib.import_module("openai")
-        key = os.environ[judge.api_key_env] if judge.api_key_env else "none"
-        self._client = self._openai.OpenAI(
-            base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=judge.retries
-        )
-
-    def scores(self, replies: Sequence[Reply]) -> np.ndarray:
+    def _scores(self, client: Any, ledger: Ledger, replies: Sequence[Reply]) -> np.ndarray:
         """Return the scores [n] in the replies' order; an empty reply is 0 without a request.
 
         Raises:
@@ -121,64 +106,61 @@ class _Client:
         # By content, so that the same reply in another run or under another program is the same entry.
         keys = [digest([reply.prompt, reply.text]) for reply in replies]
         written = {key: reply for key, reply in zip(keys, replies, strict=True) if reply.text.strip()}
-        known, expected = self._ledger.scores, self._judge.expected_answer
-        unreadable: list[str] = []
+        expected = "yes or no" if self.scale == "yes_no" else f"one number from {self.scale[0]:g} to {self.scale[1]:g}"
+        known, unreadable = ledger.scores, list[str]()
         for key, reply in written.items():
             if key in known or len(unreadable) == _MAX_UNREADABLE:
                 continue
             try:
-                answer, score = self._ask(key, reply)
+                answer, score = self._ask(client, ledger, key, reply)
                 if score is None:
-                    answer, score = self._ask(key, reply, f"\n\nAnswer with {expected}, and nothing else.")
+                    reminder = f"\n\nAnswer with {expected}, and nothing else."
+                    answer, score = self._ask(client, ledger, key, reply, reminder)
             except _NoAnswer as error:
-                done = sum(key in self._ledger.scores for key in written)
+                done = sum(key in ledger.scores for key in written)
                 raise RecipeError(
                     f"validate.score judge: {error}. {done} of these {len(written)} replies are judged and kept in "
-                    f"{self._ledger.path}; the same command resumes there."
+                    f"{ledger.path}; the same command resumes there."
                 ) from error
             if score is None:
                 unreadable.append(answer)
         if unreadable:
             raise RecipeError(
-                f"validate.score judge: for {len(unreadable)} of {len(written)} replies {self._judge.model} did not answer "
-                f"with {expected}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the "
-                "expected answer in validate.score.prompt, or raise answer_tokens. Its other answers are kept in "
-                f"{self._ledger.path}."
+                f"validate.score judge: for {len(unreadable)} of {len(written)} replies {self.model} did not answer with "
+                f"{expected}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the expected answer in "
+                f"validate.score.prompt, or raise answer_tokens. Its other answers are kept in {ledger.path}."
             )
-        scores = self._ledger.scores
-        return np.array([scores[key] if key in written else 0.0 for key in keys])
+        known = ledger.scores
+        return np.array([known[key] if key in written else 0.0 for key in keys])
 
-    def _ask(self, key: str, reply: Reply, reminder: str = "") -> tuple[str, float | None]:
+    def _ask(self, client: Any, ledger: Ledger, key: str, reply: Reply, reminder: str = "") -> tuple[str, float | None]:
         """Send one request and write its answer to the ledger; returns the answer and its score; raises `_NoAnswer`."""
-        judge, ledger = self._judge, self._ledger
         texts = {"prompt": reply.prompt, "reply": reply.text}
         # One pass over the template: text of a prompt that looks like {reply} must stay as it is.
-        question = re.sub(r"\{(prompt|reply)\}", lambda place: texts[place.group(1)], judge.prompt) + reminder
+        question = re.sub(r"\{(prompt|reply)\}", lambda place: texts[place.group(1)], self.prompt) + reminder
         # Before the request, so that the limits are never exceeded.
-        if len(ledger.rows) >= judge.max_requests:
+        if len(ledger.rows) >= self.max_requests:
             raise _NoAnswer(f"{len(ledger.rows)} requests were answered, which is max_requests; raise it to continue")
-        if judge.max_tokens is not None and ledger.tokens >= judge.max_tokens:
-            raise _NoAnswer(f"{ledger.tokens} tokens were used of max_tokens {judge.max_tokens}; raise it to continue")
+        used = sum(row["tokens"] for row in ledger.rows)  # unreadable answers have cost as much as others
+        if self.max_tokens is not None and used >= self.max_tokens:
+            raise _NoAnswer(f"{used} tokens were used of max_tokens {self.max_tokens}; raise it to continue")
+        open_ai = importlib.import_module("openai")
         try:
-            completion = self._client.chat.completions.create(
-                model=judge.model,
+            completion = client.chat.completions.create(
+                model=self.model,
                 messages=[{"role": "user", "content": question}],
-                max_tokens=judge.answer_tokens,
+                max_tokens=self.answer_tokens,
                 temperature=0.0,  # the kept score should be the one that another request would give
             )
-        except self._openai.APITimeoutError as error:
-            tries = judge.retries + 1
-            raise _NoAnswer(
-                f"{judge.base_url} did not answer within {judge.timeout:g} s, tried {tries} times"
-            ) from error
-        except self._openai.OpenAIError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise _NoAnswer(f"{judge.base_url} cannot be asked ({reason})") from error
+        except open_ai.APITimeoutError as error:
+            tries = f"within {self.timeout:g} s, tried {self.retries + 1} times"
+            raise _NoAnswer(f"{self.base_url} did not answer {tries}") from error
+        except open_ai.OpenAIError as error:
+            raise _NoAnswer(f"{self.base_url} cannot be asked ({' '.join(str(error).split())[:300]})") from error
         choices = getattr(completion, "choices", None)  # a server of something else returns plain text
         answer = str(choices[0].message.content or "") if choices else str(completion)
-        # Many local servers do not count tokens.
-        usage = getattr(completion, "usage", None)
-        score = judge.read(answer)
+        usage = getattr(completion, "usage", None)  # many local servers do not count tokens
+        score = self.read(answer)
         ledger.add(key, score, answer, int(usage.total_tokens) if usage else 0)
         return answer, score
 
@@ -192,8 +174,7 @@ class Ledger:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises `ArtifactError` if the file cannot be read or written."""
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.path, self.rows = path, list[dict[str, Any]]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
@@ -213,11 +194,6 @@ class Ledger:
         """The last score of each reply by its key."""
         return {row["reply"]: row["score"] for row in self.rows if row["score"] is not None}
 
-    @property
-    def tokens(self) -> int:
-        """What all answers have cost, unreadable ones included."""
-        return sum(row["tokens"] for row in self.rows)
-
     def add(self, key: str, score: float | None, answer: str, tokens: int) -> None:
         """Keep one answer about the reply `key`; a score of None is an unreadable answer."""
         self.rows.append({"reply": key, "score": score, "answer": answer, "tokens": tokens})
@@ -228,5 +204,6 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            reason = error.strerror
-            raise ArtifactError(f"{self.path} cannot be written ({reason}); it keeps the judge's answers.") from error
+            raise ArtifactError(
+                f"{self.path} cannot be written ({error.strerror}); it keeps the judge's answers."
+            ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -25,6 +25,8 @@ class Choice(ScorerBase):
     Wrong if a model prefers a position to an answer: one that always says A scores the fraction of questions whose
     right answer is A. Shuffle the choices, and compare the score with that fraction.
     """
+
+    unfit_for_data_texts: ClassVar[str] = "a choice is made by the model and cannot be scored on given texts"
 
     kind: Literal["choice"]
 
@@ -52,9 +54,6 @@ class Choice(ScorerBase):
     @property
     def needs_no_labels(self) -> bool:
         return False
-
-    def for_data_texts(self) -> str:
-        return "a choice is made by the model and cannot be scored on given texts"
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) -> list[int]:
@@ -94,6 +93,8 @@ class Perplexity(ScorerBase):
     probable as any; and a loop of rare words is not predictable to a small model.
     """
 
+    unfit_for_data_texts: ClassVar[str] = "the perplexity of a model's own replies differs from that of given texts"
+
     kind: Literal["perplexity"]
     max: float | None = Field(None, gt=1, description="largest perplexity of the reply after its prompt")
     min: float | None = Field(None, gt=1, description="smallest perplexity of the reply alone")
@@ -115,9 +116,6 @@ class Perplexity(ScorerBase):
             return passed.astype(float)
 
         return score
-
-    def for_data_texts(self) -> str:
-        return "the perplexity of a model's own replies differs from that of given texts"
 
 
 def perplexities(loaded: LoadedModel, replies: Sequence[Reply], *, alone: bool = False) -> np.ndarray:
@@ -146,10 +144,9 @@ class Ended(ScorerBase):
     Wrong for a model that ends at once: an empty reply has ended too.
     """
 
+    unfit_for_data_texts: ClassVar[str] = "given texts do not show whether a model ends its turn"
+
     kind: Literal["ended"]
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002
         return lambda replies: np.array([float(reply.ended) for reply in replies])
-
-    def for_data_texts(self) -> str:
-        return "given texts do not show whether a model ends its turn"

@@ -49,12 +49,9 @@ class All(ScorerBase):
     def needs_no_labels(self) -> bool:
         return all(part.needs_no_labels for part in self.all_of)
 
-    def for_data_texts(self) -> ScorerBase | str:
-        parts = [part.for_data_texts() for part in self.all_of]
-        usable = tuple(part for part in parts if not isinstance(part, str))
-        if not usable:
-            return "; ".join(dict.fromkeys(str(reason) for reason in parts))
-        return usable[0] if len(usable) == 1 else self.model_copy(update={"all_of": usable})
+    @property
+    def parts(self) -> tuple[ScorerBase, ...]:
+        return self.all_of
 
 
 Scorer = Annotated[Single | All, Field(discriminator="kind")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -14,26 +13,21 @@ from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.report import CoefficientSweep, SweepPoint
 
 TOLERANCE = 0.02  # of the coefficient, relative
+_BUDGET = 8  # evaluations of the solver for one layer: each is a pass over all control texts
 _MULTIPLES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The coefficient, or None if none from 1/64 to 64 reaches the target; and the value at each one evaluated."""
-
-    coefficient: float | None
-    evaluations: dict[float, float]
-
-
 def solve(
-    value: Callable[[float], float], target: float, *, below: bool, start: float = 1.0, budget: int = 8
-) -> Solution:
+    value: Callable[[float], float], target: float, *, below: bool, start: float = 1.0
+) -> tuple[float | None, list[float]]:
     """Find c > 0 with value(c) = target to within `TOLERANCE`, for a value that grows about as c^2.
 
     Args:
         value: grows with the coefficient: a divergence, or the log of a perplexity ratio.
         below: return the largest coefficient evaluated whose value is at most the target; otherwise the nearest.
-        budget: how often `value` may be evaluated.
+
+    Returns:
+        The coefficient, or None if none from 1/64 to 64 reaches the target; and those evaluated, in ascending order.
     """
     from scipy.optimize import brentq
 
@@ -46,10 +40,9 @@ def solve(
         return seen[x]
 
     # Step along the line of slope 2 until the gap changes its sign.
-    bracket = None
-    x = math.log(start)
+    bracket, x = None, math.log(start)
     now = gap(x)
-    for _ in range(budget - 1):
+    for _ in range(_BUDGET - 1):
         if -TOLERANCE <= now <= 0:
             bracket = x, x
             break
@@ -68,12 +61,12 @@ def solve(
     coefficient = None
     if bracket is not None:
         # Brent's method between the two, with what is left of the budget.
-        left = budget - len(seen)
+        left = _BUDGET - len(seen)
         if left > 0 and bracket[0] < bracket[1]:
             brentq(gap, *bracket, xtol=TOLERANCE / 2, maxiter=left, disp=False)
         best = max(x for x, g in seen.items() if g <= 0) if below else min(seen, key=lambda x: abs(seen[x]))
         coefficient = math.exp(best)
-    return Solution(coefficient, {math.exp(x): math.exp(g) * target for x, g in sorted(seen.items())})
+    return coefficient, [math.exp(x) for x in sorted(seen)]
 
 
 def climb(holds: Callable[[float], bool], ordered: Sequence[float], near: float) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,9 +113,7 @@ def other_directions(context: Context, options: ValidateOptions, real: Direction
         return None
 
     def at(point: Point, pattern: Tensor) -> Tensor:
-        positive, negative = (
-            read_activations(context.model, side, point=point, readout="response_mean") for side in _sides(pairs)
-        )
+        positive, negative = _read_sides(context, pairs, point=point, readout="response_mean")
         return as_long_as((positive - negative).mean(dim=0), pattern)
 
     with context.progress.phase("another behaviour's direction", 1):
@@ -161,14 +160,10 @@ def separability(
     Of the block, or of every block side by side where the program acts on all together.
     """
     layers = list(directions.layers) if layer == EVERY_BLOCK else [layer]
-    last, point = max(layers), directions.point
     with context.progress.phase("test: separability of held-out pairs", 2 * len(pairs)) as advance:
-        positive, negative = (
-            read_activations(context.model, side, point=point, readout=readout, through=last, advance=advance)[
-                :, layers
-            ].flatten(1)
-            for side in _sides(pairs)
-        )
+        settings = {"point": directions.point, "readout": readout, "through": max(layers), "advance": advance}
+        sides = _read_sides(context, pairs, **settings)
+    positive, negative = (side[:, layers].flatten(1) for side in sides)
     along = unit(directions.vectors[layers].flatten())
     high, low = (positive @ along).numpy(), (negative @ along).numpy()
     spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))
@@ -181,5 +176,7 @@ def separability(
     )
 
 
-def _sides(pairs: Sequence[Pair]) -> tuple[list[Text], list[Text]]:
-    return [pair.positive for pair in pairs], [pair.negative for pair in pairs]
+def _read_sides(context: Context, pairs: Sequence[Pair], **settings: Any) -> list[Tensor]:
+    """The activations of the positive and of the negative sides, [n_pairs, n_layers, d_model] each."""
+    sides = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
+    return [read_activations(context.model, side, **settings) for side in sides]

@@ -33,18 +33,15 @@ class ContrastEvaluator:
 
     def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], control_texts: Sequence[Text] = ()) -> None:
         self._pairs = PrefixCache(loaded, encode_pairs(loaded, pairs))
-        self._control = (
-            PrefixCache(loaded, [encode(loaded.tokenizer, t) for t in control_texts]) if control_texts else None
-        )
+        self._control = PrefixCache(loaded, [encode(loaded.tokenizer, text) for text in control_texts])
         # The base is scored once, before any block is skipped.
         self.base_margins = margins(self._pairs.mean_logprobs([None])[0])
-        self._base_control = self._control.mean_logprobs([None])[0] if self._control else np.zeros(0)
+        self._base_control = self._control.mean_logprobs([None])[0]
 
     def advance(self, program: Program) -> None:
         """Cache the blocks below `program`; no later program may act below it."""
-        for cache in (self._pairs, self._control):
-            if cache is not None:
-                cache.advance(program.first_layer)
+        self._pairs.advance(program.first_layer)
+        self._control.advance(program.first_layer)
 
     def effects(self, programs: Sequence[Program]) -> np.ndarray:
         """[n_programs, n_pairs] change of the log-likelihood margin, in nats per token."""
@@ -55,29 +52,21 @@ class ContrastEvaluator:
     def perplexity_ratio(self, program: Program) -> float:
         """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""
         # Differences of mean log-probabilities, so that long texts do not outweigh short ones.
-        return float(np.exp((self._base_control - self._control_texts.mean_logprobs([program])[0]).mean()))
+        return float(np.exp((self._base_control - self._control.mean_logprobs([program])[0]).mean()))
 
     def divergence(self, program: Program) -> float:
         """KL(steered || base) on the responses of control texts, in nats per token."""
-        return self._control_texts.divergence(program)
-
-    @property
-    def _control_texts(self) -> PrefixCache:
-        if self._control is None:
-            raise ValueError("this evaluator has no control texts")
-        return self._control
+        return self._control.divergence(program)
 
 
 class PrefixCache:
     """Texts whose hidden states at the input of one block are kept. The block only moves up, so a sweep goes upwards."""
 
     def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
-        self._loaded = loaded
-        self._n = len(encoded)
-        batches = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype)
-        self._batches = [batch.to(loaded.device) for batch in batches]
-        self._hidden: list[Tensor | None] = [None] * len(batches)
-        self._layer = 0
+        self._loaded, self._n, self._layer = loaded, len(encoded), 0
+        packed = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype) if encoded else []
+        self._batches = [batch.to(loaded.device) for batch in packed]
+        self._hidden: list[Tensor | None] = [None] * len(packed)
 
     def advance(self, layer: int) -> None:
         """Move the kept states up to the input of block `layer`, so that the blocks below it are not run again."""
@@ -100,7 +89,7 @@ class PrefixCache:
         same_shape = len({None if program is None else program.shape for program in programs}) == 1
         result = np.zeros((len(programs), self._n))
         for index, batch in enumerate(self._batches):
-            width = max(1, _BATCH_TOKENS // batch.n_tokens) if same_shape else 1
+            width = max(1, _BATCH_TOKENS // batch.roles.numel()) if same_shape else 1
             for start in range(0, len(programs), width):
                 for row, states in enumerate(self._states(index, programs[start : start + width]), start):
                     with torch.no_grad():
@@ -123,12 +112,11 @@ class PrefixCache:
         """Final hidden states [n_programs, rows * time, d_model] of a batch; either all programs are None, or none is."""
         batch, n = self._batches[index], len(programs)
         # Each program has all the rows of the batch, one program after the other.
-        per_row = [program for program in programs if program is not None for _row in range(batch.roles.shape[0])]
-        # One program for the whole batch needs one vector, not one per row.
-        chosen = programs[0] if n == 1 else per_row
+        per_row = [program for program in programs if program is not None for _row in batch.roles]
+        chosen = programs[0] if n == 1 else per_row  # one program for the whole batch needs one vector only
         with steered(self._loaded.model, chosen, roles=batch.roles.repeat(n, 1)):
             hidden = self._run(index, n)
-        return hidden.reshape(n, batch.n_tokens, -1)
+        return hidden.reshape(n, batch.roles.numel(), -1)
 
     def _run(self, index: int, copies: int, stop: int | None = None) -> Tensor:
         batch, kept = self._batches[index], self._hidden[index]
@@ -161,11 +149,6 @@ class PackedBatch:
     rows: Tensor
     targets: Tensor
     texts: Tensor
-
-    @property
-    def n_tokens(self) -> int:
-        """Padded tokens."""
-        return self.input_ids.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(*(getattr(self, tensor.name).to(device) for tensor in fields(self)))
@@ -202,14 +185,6 @@ class _Row:
         return visible
 
 
-def can_share(layout: Layout, texts: Sequence[Encoded]) -> bool:
-    """False if a sliding window is shorter than the longest text: it would need a mask of its own."""
-    config = layout.model.config
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)  # Qwen has a window in its config and a flag that turns it off
-    return not window or not used or max(len(text.ids) for text in texts) <= window
-
-
 def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype) -> list[PackedBatch]:
     """Pack texts into rows so that tokens that several texts begin with are computed once.
 
@@ -220,7 +195,11 @@ def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dty
     Args:
         dtype: the model's, for the masks.
     """
-    share = can_share(layout, texts)
+    config = layout.model.config
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)  # Qwen has a window in its config and a flag that turns it off
+    # A sliding window that is shorter than the longest text would need a mask of its own.
+    share = not window or not used or max(len(text.ids) for text in texts) <= window
     if share:
         # In lexicographic order texts with a common beginning are neighbours.
         order = sorted(range(len(texts)), key=lambda i: list(zip(texts[i].ids, texts[i].roles, strict=True)))

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.options import Section
+from compile_steer.scoring.model_based import Choice
 from compile_steer.scoring.options import Scorer
 from compile_steer.steering.sites import parse_positions
 
@@ -95,7 +96,8 @@ class ValidateOptions(Section):
 
     @model_validator(mode="after")
     def _steers_the_choice(self) -> Self:
-        parts = self.score.all_of if self.score.kind == "all" else (self.score,)
-        if any(part.kind == "choice" for part in parts) and parse_positions(self.positions) == {"response"}:
+        if any(isinstance(part, Choice) for part in self.score.parts) and parse_positions(self.positions) == {
+            "response"
+        }:
             raise ValueError("a choice is made at the prompt's last token, which positions 'response' do not steer")
         return self

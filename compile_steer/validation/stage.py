@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.models.text import Pair, Readout, Text
+from compile_steer.models.text import Readout, Text
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
-from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
+from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
@@ -51,9 +51,11 @@ def validate(
 ) -> Validation:
     """Choose the program on validation data, measure it once on test data and decide.
 
-    `readout` is that of the held-out activations that the direction is to separate. Base and steered model answer `ask`
-    for the report, also at `too_high` times the coefficient. Raises `RecipeError` if no point of the sweep is coherent,
-    `LayoutError` if a layer is not in the model.
+    Base and steered model answer `ask` for the report, also at `too_high` times the coefficient. Raises `RecipeError` if no
+    point of the sweep is coherent, `LayoutError` if a layer is not in the model.
+
+    Args:
+        readout: of the held-out activations that the direction is to separate.
     """
     model, data, seed, progress = context.model, context.data, context.seed, context.progress
     test, limit = data.test[: options.pairs], options.max_perplexity_ratio
@@ -93,8 +95,9 @@ def validate(
     # The same program at other coefficients, and the answers under every condition.
     with progress.phase("test: other coefficients, all answers", 1):
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
-        points = sweep_coefficients(few, program, coefficient, limit)
-        answers = _answer(context, options, score, program, random, points, ask, too_high)
+        settings = sweep_coefficients(few, program, coefficient, limit)
+        answers, samples, points = _answer(context, options, score, program, random, settings, ask, too_high)
+    base, steered = answers["base"], answers["steered"]
 
     report = ValidationReport(
         name=name,
@@ -105,27 +108,45 @@ def validate(
         power=power,
         margin=bootstrap_mean(effects, seed=seed),
         p_margin=sign_flip(effects, seed),
-        scores=answers.scores(seed),
+        scores=_scores({name: condition.scores for name, condition in answers.items()}, seed),
         controls=controls,
         separability=separability(context, test, directions, layer, readout),
         steerability=float(chosen.slopes.mean()),
         wrong_way=float((chosen.slopes < 0).mean()),
-        coherence=answers.coherence(perplexity_ratio, stream.strength(program)),
-        coefficient_sweep=coefficient_sweep(answers.points, limit),
-        samples=answers.samples,
+        coherence=Coherence(
+            perplexity_ratio=perplexity_ratio,
+            repetition_base=float(base.repetition.mean()),
+            repetition_steered=float(steered.repetition.mean()),
+            ended_base=float(base.ended.mean()),
+            ended_steered=float(steered.ended.mean()),
+            strength=stream.strength(program),
+        ),
+        coefficient_sweep=coefficient_sweep(points, limit),
+        samples=samples,
         n_pairs=len(test),
-        n_prompts=len(answers.prompts),
+        n_prompts=len(base.texts),
     )
     verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
-    return Validation(program, report, [*_pair_rows(test, evaluator.base_margins, effects), *answers.rows()])
+
+    rows: list[dict[str, Any]] = [
+        {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
+        for pair, before, effect in zip(test, evaluator.base_margins, effects, strict=True)
+    ]
+    for n, pair in enumerate(test[: len(base.texts)]):
+        conditions = {
+            name: {"text": a.texts[n], "score": float(a.scores[n]), "repetition": float(a.repetition[n])}
+            for name, a in answers.items()
+        }
+        rows.append({"kind": "answer", "prompt": pair.prompt, **conditions})
+    return Validation(program, report, rows)
 
 
 def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score) -> list[PowerAnalysis]:
     """How many pairs and prompts the minimum effects need, printed before the sweep begins."""
-    data, progress, minimum = context.data, context.progress, options.minimum_effect
+    data, minimum = context.data, options.minimum_effect
     prompts = [pair.prompt for pair in data.validation[: options.sweep_prompts]]
-    with progress.phase("base: answers to validation prompts", 1):
+    with context.progress.phase("base: answers to validation prompts", 1):
         (base,) = answer(context.model, [Request(prompts)], score, options.max_new_tokens, data.questions)
     mean = float(base.scores.mean())
     after = min(mean + minimum.score, 1.0)
@@ -140,58 +161,28 @@ def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray,
         power_analysis("difference", "score", minimum.score, spread, n_prompts, widest),
     ]
     for analysis in analyses:
-        progress.note(str(analysis))
+        context.progress.note(str(analysis))
     return analyses
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """Answers to the same test prompts under each condition (without those that the recipe or the template lacks)."""
-
-    prompts: list[str]
-    by_condition: dict[str, Answers]
-    samples: dict[str, str]
-    points: list[SweepPoint]
-
-    def scores(self, seed: int) -> Scores:
-        scores = {name: answers.scores for name, answers in self.by_condition.items()}
-        steered = scores["steered"]
-        means = {name: float(values.mean()) for name, values in scores.items()}
-        over: dict[str, Interval] = {
-            name: bootstrap_mean(steered - values, seed=seed) for name, values in scores.items() if name != "steered"
-        }
-        return Scores(
-            base=means["base"],
-            steered=means["steered"],
-            random=means["random"],
-            instructed=means.get("instructed"),
-            few_shot=means.get("few_shot"),
-            effect=over["base"],
-            p_value=sign_flip(steered - scores["base"], seed),
-            over_random=over["random"],
-            p_over_random=sign_flip(steered - scores["random"], seed),
-            over_instructed=over.get("instructed"),
-            over_few_shot=over.get("few_shot"),
-        )
-
-    def coherence(self, perplexity_ratio: float, strength: float) -> Coherence:
-        base, steered = self.by_condition["base"], self.by_condition["steered"]
-        return Coherence(
-            perplexity_ratio=perplexity_ratio,
-            repetition_base=float(base.repetition.mean()),
-            repetition_steered=float(steered.repetition.mean()),
-            ended_base=float(base.ended.mean()),
-            ended_steered=float(steered.ended.mean()),
-            strength=strength,
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = [{"kind": "answer", "prompt": prompt} for prompt in self.prompts]
-        for name, answers in self.by_condition.items():
-            columns = zip(rows, answers.texts, answers.scores, answers.repetition, strict=True)
-            for row, text, score, repeats in columns:
-                row[name] = {"text": text, "score": float(score), "repetition": float(repeats)}
-        return rows
+def _scores(scores: Mapping[str, np.ndarray], seed: int) -> Scores:
+    """The means of each condition's scores [n_prompts], and what steering has over the others."""
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    lead = {name: scores["steered"] - values for name, values in scores.items()}
+    over = {name: bootstrap_mean(values, seed=seed) for name, values in lead.items()}
+    return Scores(
+        base=means["base"],
+        steered=means["steered"],
+        random=means["random"],
+        instructed=means.get("instructed"),
+        few_shot=means.get("few_shot"),
+        effect=over["base"],
+        p_value=sign_flip(lead["base"], seed),
+        over_random=over["random"],
+        p_over_random=sign_flip(lead["random"], seed),
+        over_instructed=over.get("instructed"),
+        over_few_shot=over.get("few_shot"),
+    )
 
 
 def _answer(
@@ -203,8 +194,12 @@ def _answer(
     points: Sequence[tuple[Program, SweepPoint]],
     ask: str,
     too_high: float,
-) -> _Answers:
-    """Answer the test prompts under every condition, a few of them along the sweep, and the recipe's own question."""
+) -> tuple[dict[str, Answers], dict[str, str], list[SweepPoint]]:
+    """Answer the test prompts under every condition, a few of them along the sweep, and the recipe's own question.
+
+    Returns the answers by condition (without those that the recipe or the template lacks), the samples, and the points
+    with their scores.
+    """
     model, data = context.model, context.data
     prompts = [pair.prompt for pair in data.test[: options.prompts]]
     few = prompts[: options.dose_prompts]
@@ -240,9 +235,4 @@ def _answer(
         for (_program, point), a in zip(points, rest[len(sampled) :], strict=True)
     ]
     own = float(base.scores[: len(few)].mean()), float(base.repetition[: len(few)].mean())
-    return _Answers(prompts, answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)])
-
-
-def _pair_rows(pairs: Sequence[Pair], base: np.ndarray, effects: np.ndarray) -> Iterator[dict[str, Any]]:
-    for pair, before, effect in zip(pairs, base, effects, strict=True):
-        yield {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
+    return answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)]

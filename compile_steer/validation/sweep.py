@@ -36,23 +36,12 @@ _LAST_LAYERS = 4
 
 @dataclass(frozen=True)
 class Sweep:
-    """All grid points, the chosen one, its layer's effects [n_pairs] by coefficient, and the layer search."""
+    """All grid points, the chosen one, each pair's steerability [n_pairs] at its layer, and the layer search."""
 
     grid: list[GridPoint]
     best: GridPoint
-    effects: dict[float, np.ndarray]
+    slopes: np.ndarray
     layer_search: list[Rung]
-
-    @property
-    def slopes(self) -> np.ndarray:
-        """Steerability of each pair (Tan et al. 2407.12404): the slope of its effect over the coefficient.
-
-        By least squares through the origin, where the effect is 0 by definition.
-        """
-        coefficients = np.array(list(self.effects))
-        effects = np.stack(list(self.effects.values()))
-        slopes: np.ndarray = coefficients @ effects / (coefficients @ coefficients)
-        return slopes
 
 
 def choose_layers(options: ValidateOptions, n_layers: int) -> list[int]:
@@ -131,9 +120,8 @@ def sweep(
             grid[index] = replace(point, p_value=p_values[key], q_value=q_values[key])
 
     # The best layers by the margin of their coherent points.
-    coherent = [
-        n for n, point in enumerate(grid) if not point.skipped and _ratio(point) <= options.max_perplexity_ratio
-    ]
+    limit = options.max_perplexity_ratio
+    coherent = [n for n, p in enumerate(grid) if not p.skipped and (p.perplexity_ratio or math.inf) <= limit]
     strongest: dict[int, float] = {}
     for n in coherent:
         strongest[grid[n].layer] = max(grid[n].margin or 0.0, strongest.get(grid[n].layer, -np.inf))
@@ -151,7 +139,12 @@ def sweep(
                 grid[n] = replace(grid[n], score=means[0], repetition=means[1])
             advance(1)
     best = _choose(grid, options)
-    return Sweep(grid, best, {c: rows for (layer, c), rows in effects.items() if layer == best.layer}, rungs)
+    # Steerability (Tan et al. 2407.12404): the slope of a pair's effect over the coefficient, by least squares through
+    # the origin, where the effect is 0 by definition.
+    at_best = {c: rows for (layer, c), rows in effects.items() if layer == best.layer}
+    coefficients = np.array(list(at_best))
+    slopes = coefficients @ np.stack(list(at_best.values())) / (coefficients @ coefficients)
+    return Sweep(grid, best, slopes, rungs)
 
 
 def measure_grid(
@@ -247,20 +240,15 @@ class _Layer:
     def solve(self, target: SolverTarget, start: float) -> GridPoint:
         """The layer's one point, at the coefficient that a solver finds."""
         if target.perplexity_limit is not None:
-            words, goal = (
-                f"a perplexity of x{target.perplexity_limit:g} on control text",
-                math.log(target.perplexity_limit),
-            )
-            solution = solve(lambda c: math.log(self.ratio(c)), goal, below=True, start=start)
+            words, limit = f"a perplexity of x{target.perplexity_limit:g} on control text", target.perplexity_limit
+            c, tried = solve(lambda c: math.log(self.ratio(c)), math.log(limit), below=True, start=start)
         else:
-            words, goal = f"KL(steered||base) = {target.kl:g} nats/token", float(target.kl or 0.0)
-            solution = solve(lambda c: self._evaluator.divergence(self._at(c)), goal, below=False, start=start)
-        n, c = len(solution.evaluations), solution.coefficient
+            words, kl = f"KL(steered||base) = {target.kl:g} nats/token", float(target.kl or 0.0)
+            c, tried = solve(lambda c: self._evaluator.divergence(self._at(c)), kl, below=False, start=start)
         if c is None:
-            largest = max(solution.evaluations)
-            reason = f"no coefficient of {n} up to {largest:.3g} reaches {words}"
-            return GridPoint(self._number, largest, skipped=reason)
-        return GridPoint(self._number, c, perplexity_ratio=self.ratio(c), evaluations=n)
+            reason = f"no coefficient of {len(tried)} up to {tried[-1]:.3g} reaches {words}"
+            return GridPoint(self._number, tried[-1], skipped=reason)
+        return GridPoint(self._number, c, perplexity_ratio=self.ratio(c), evaluations=len(tried))
 
     def largest_coherent(self, options: ValidateOptions, near: float) -> list[float]:
         """The largest coefficient of each sign within the perplexity limit, or the solver's; searched from `near` on."""
@@ -270,13 +258,8 @@ class _Layer:
         limit, largest = options.max_perplexity_ratio, []
         for sign in (1.0, -1.0):
             ordered = sorted((c for c in options.coefficients if c * sign > 0), key=abs)
-            last = climb(lambda c: self.ratio(c) <= limit, ordered, sign * near) if ordered else None
-            largest += [] if last is None else [last]
-        return largest
-
-
-def _ratio(point: GridPoint) -> float:
-    return math.inf if point.perplexity_ratio is None else point.perplexity_ratio
+            largest.append(climb(lambda c: self.ratio(c) <= limit, ordered, sign * near) if ordered else None)
+        return [c for c in largest if c is not None]
 
 
 def _choose(grid: Sequence[GridPoint], options: ValidateOptions) -> GridPoint:
@@ -284,7 +267,7 @@ def _choose(grid: Sequence[GridPoint], options: ValidateOptions) -> GridPoint:
     coherent = [p for p in grid if p.repetition is not None and p.repetition <= options.max_repetition]
     if coherent:
         return max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))
-    mildest = min(grid, key=_ratio)
+    mildest = min(grid, key=lambda point: point.perplexity_ratio or math.inf)
     if mildest.perplexity_ratio is None:
         raise RecipeError(
             f"validate: no layer has a usable coefficient: {mildest.skipped} (layer {block_name(mildest.layer)})."

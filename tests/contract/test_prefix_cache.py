@@ -12,7 +12,7 @@ from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
 from compile_steer.steering.program import Program
-from compile_steer.validation.evaluator import PrefixCache, can_share, pack
+from compile_steer.validation.evaluator import PrefixCache, pack
 from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
 
 
@@ -79,22 +79,27 @@ def test_programs_of_several_shapes_run_one_by_one(family: str) -> None:
     np.testing.assert_allclose(cache.mean_logprobs(under), expected, atol=2e-5)
 
 
+def is_packed(family: str, texts: list[Encoded]) -> bool:
+    """Packed rows have a mask of ancestors, [rows, 1, time, time]."""
+    return pack(loaded(family).layout, texts, PAD_ID, torch.float32)[0].attention_mask.ndim == 4
+
+
 def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
     short, long = sharing_texts(longest=2)[:2], sharing_texts()
     for family in FAMILIES:
         window = "gemma" in family or family == "gpt_oss"
-        assert can_share(loaded(family).layout, long) is not window
-        assert can_share(loaded("llama").layout, short)
+        assert is_packed(family, long) is not window
+    assert is_packed("llama", short)
     (batch,) = pack(loaded("gemma2").layout, long, PAD_ID, torch.float32)
     assert batch.attention_mask.ndim == 2 and batch.input_ids.shape[0] == len(long)
     (batch,) = pack(loaded("llama").layout, long, PAD_ID, torch.float32)
-    assert batch.attention_mask.ndim == 4 and batch.n_tokens < sum(len(text.ids) for text in long)
+    assert batch.attention_mask.ndim == 4 and batch.roles.numel() < sum(len(text.ids) for text in long)
     assert int((batch.roles[0, :3] == PROMPT).sum()) == 3
 
 
 def test_texts_within_a_sliding_window_are_packed() -> None:
     texts = [Encoded(text.ids[:6], 4) for text in sharing_texts(longest=3)[:4]]
-    assert can_share(loaded("gemma3_text").layout, texts)
+    assert is_packed("gemma3_text", texts)
     under = program("gemma3_text", intervention(layer=2))
     cache = PrefixCache(loaded("gemma3_text"), texts)
     np.testing.assert_allclose(cache.mean_logprobs([under])[0], alone(loaded("gemma3_text"), texts, under), atol=2e-5)

@@ -76,10 +76,10 @@ def test_the_solver_is_within_its_tolerance_for_curves_that_are_no_parabolas(pow
     def curve(c: float) -> float:
         return math.pow(c / root, power) * 0.3 + 0.02 * math.pow(c / root, 4) - 0.02
 
-    below, near = (solve(curve, 0.3, below=below) for below in (True, False))
-    for solution in (below, near):
-        assert solution.coefficient == pytest.approx(root, rel=0.02) and len(solution.evaluations) <= 8
-    assert (below.coefficient or math.inf) <= root * (1 + 1e-9)
+    solutions = [solve(curve, 0.3, below=below) for below in (True, False)]
+    for coefficient, evaluated in solutions:
+        assert coefficient == pytest.approx(root, rel=0.02) and len(evaluated) <= 8
+    assert (solutions[0][0] or math.inf) <= root * (1 + 1e-9)
 
 
 def test_a_target_out_of_reach_skips_the_layer_with_a_reason() -> None:

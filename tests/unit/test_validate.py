@@ -12,12 +12,12 @@ import torch
 
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.pipeline.run import other_behaviour
+from compile_steer.data.pairs import read_pairs
 from compile_steer.validation.controls import StreamStatistics
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.report import ValidationReport
 from tests.helpers.tiny import HIDDEN, LAYERS
-from tests.helpers.validation import behaviour, chat_model, recipe, toward_w40, usual_validation, validated, words
+from tests.helpers.validation import behaviour, chat_model, toward_w40, usual_validation, validated, words
 
 
 def test_the_chosen_program_is_measured_on_test_data() -> None:
@@ -109,12 +109,12 @@ def test_another_behaviour_s_pairs_give_a_control(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     rows = [{"prompt": words(s, 3), "positive": f"w77 {words(s + 9, 3)}", "negative": "w12 w13"} for s in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    settings = recipe(tmp_path, other_behaviour=Path("other.jsonl"))
-    report = validated(toward_w40(), replace(behaviour(), other_behaviour=other_behaviour(settings))).report
+    other = tuple(read_pairs("validate.other_behaviour", path))
+    report = validated(toward_w40(), replace(behaviour(), other_behaviour=other)).report
     assert report.controls.other_behaviour is not None and report.controls.other_behaviour < report.controls.effect
     path.write_text('{"prompt": "w8"}')
     with pytest.raises(RecipeError, match="needed the keys prompt, positive, negative"):
-        other_behaviour(settings)
+        read_pairs("validate.other_behaviour", path)
 
 
 def test_the_power_analysis_is_printed_before_the_sweep() -> None:
