@@ -19,110 +19,81 @@ PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Next-token distributions on the steered model's own sampled continuations of held-out prompts, where they predict the
-    response. Intervals are 95 % bootstrap intervals over texts.
+    """Next-token distributions where they predict the steered model's own sampled continuations of held-out prompts.
 
-    Attributes:
-        kl: mean KL(steered||compiled); `kl_rms` is its root mean square over tokens, which a few broken tokens raise that
-            the mean hides, and `kl_p99` its 99th percentile.
-        kl_remaining: KL(steered||compiled) as a fraction of KL(steered||base), whose mean is `kl_base`.
-        kl_prompt: mean KL(steered||compiled) at the prompts' positions.
-        top1: fraction of tokens at which compiled and steered rank the same token first; `top1_base` for base and steered.
-        gain: least-squares factor of the compiled change of the final hidden states on the steered change.
-        hidden_error: norm of compiled minus steered final hidden states, relative to the steered change.
-        kl_control: mean KL(base||compiled) on the responses of the control text; `kl_control_steered` is KL(base||steered).
-
-    Of a GGUF file, the base in `gain`, `hidden_error` and `kl_control*` is quantised the same way.
+    Intervals are 95 % bootstrap intervals over texts. Of a GGUF file, the base in `gain`, `hidden_error` and `kl_control*`
+    is quantised the same way.
     """
 
-    kl: Interval
-    kl_rms: float
-    kl_p99: float
-    kl_remaining: Interval
-    kl_base: float
-    kl_prompt: float
-    top1: float
-    top1_base: float
-    gain: float
-    hidden_error: float
-    kl_control: float
-    kl_control_steered: float
+    kl: Interval  # mean KL(steered||compiled)
+    kl_rms: float  # its root mean square over tokens, which a few broken tokens raise that the mean hides
+    kl_p99: float  # its 99th percentile over tokens
+    kl_remaining: Interval  # KL(steered||compiled) as a fraction of KL(steered||base)
+    kl_base: float  # mean KL(steered||base)
+    kl_prompt: float  # mean KL(steered||compiled) at the prompts' positions
+    top1: float  # fraction of tokens at which compiled and steered rank the same token first
+    top1_base: float  # the same of base and steered
+    gain: float  # least-squares factor of the compiled change of the final hidden states on the steered change
+    hidden_error: float  # norm of compiled minus steered final hidden states, relative to the steered change
+    kl_control: float  # mean KL(base||compiled) on the responses of the control text
+    kl_control_steered: float  # mean KL(base||steered) there
     n_tokens: int
     n_texts: int
 
 
 @dataclass(frozen=True)
 class BehaviourMatch:
-    """Behaviour on `n_pairs` test pairs and in greedy answers to `n_prompts` test prompts; equivalence tests are of compiled
-    minus steered.
-
-    Attributes:
-        effect_retained: (compiled - base) / (steered - base) of the mean log-likelihood margin, with its 95 % bootstrap
-            interval; None where steering does not move the margin.
-        margin: test of the log-likelihood margins log p(positive) - log p(negative), nats per token; None as above.
-        score: test of the answers' scores, whose means are `score_base`, `score_steered` and `score_compiled`.
-        prompt_sets: test of the scores of the answers to all prompt sets, a prompt's greedy and sampled answer averaged;
-            None where these prompts cannot be scored.
-        repetition: test of the fraction of an answer's 3-grams that are repeats; only more repetition is a fault.
-        sample: the compiled model's answer to the recipe's `ask`.
+    """Behaviour on the test pairs and in greedy answers to the test prompts; tests are of compiled minus steered.
 
     Of a GGUF file, base and steered margins are of the base quantised the same way; scores are full precision's.
     """
 
+    # (compiled - base) / (steered - base) of the mean log-likelihood margin log p(positive) - log p(negative), with its 95 %
+    # bootstrap interval. This and `margin` (in nats per token) are None where steering does not move the margin.
     effect_retained: Interval | None
     margin: Equivalence | None
     score: Equivalence
-    score_base: float
+    score_base: float  # means of the answers' scores
     score_steered: float
     score_compiled: float
-    prompt_sets: Equivalence | None
-    repetition: Equivalence
+    prompt_sets: Equivalence | None  # scores on all prompt sets, greedy and sampled averaged; None where not scored
+    repetition: Equivalence  # fraction of an answer's 3-grams that are repeats; only more repetition is a fault
     repetition_steered: float
     repetition_compiled: float
     n_pairs: int
     n_prompts: int
-    sample: str
+    sample: str  # the compiled model's answer to the recipe's `ask`
 
     @property
     def tests(self) -> list[Equivalence]:
         """The equivalence tests that were made."""
-        tests = (self.margin, self.score, self.prompt_sets, self.repetition)
-        return [test for test in tests if test is not None]
+        return [t for t in (self.margin, self.score, self.prompt_sets, self.repetition) if t is not None]
 
 
 @dataclass(frozen=True)
 class FreeAnswers:
-    """Answers to the prompts of one set that each model writes by itself; sampled ones with the same random numbers.
+    """Answers to the prompts of one set that each model writes by itself; sampled ones with the same random numbers."""
 
-    Attributes:
-        same: mean fraction of the steered answer's tokens before the first that differs in the compiled model's answer;
-            `same_base` in the base's.
-        repetition: mean fraction of repeated 3-grams in the compiled model's answers, `repetition_steered` in the steered's.
-        score: the compiled model's mean score, likewise steered and base; None where the scorer knows only the data's prompts.
-    """
-
-    same: float
-    same_base: float
-    repetition: float
+    same: float  # mean fraction of the steered answer's tokens before the first that differs in the compiled model's
+    same_base: float  # and in the base's
+    repetition: float  # mean fraction of repeated 3-grams in the compiled model's answers
     repetition_steered: float
-    score: float | None = None
+    score: float | None = None  # mean of the compiled model's; None where the scorer knows only the data's prompts
     score_steered: float | None = None
     score_base: float | None = None
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """One set of prompts: mean KL(steered||compiled), its fraction of KL(steered||base) (None where that is 0) and top-1
-    agreement on `n_tokens` response tokens of the steered model's sampled answers, those of earlier turns included; and
-    freely written answers. `prompt_tokens` is the longest prompt's length."""
+    """One set of prompts: divergence on the steered model's sampled answers, and freely written answers."""
 
     name: PromptSetName
     n_texts: int
-    n_tokens: int
-    prompt_tokens: int
-    kl: float
-    kl_remaining: float | None
-    top1: float
+    n_tokens: int  # response tokens of these answers, those of earlier turns included
+    prompt_tokens: int  # of the longest prompt
+    kl: float  # mean KL(steered||compiled)
+    kl_remaining: float | None  # its fraction of KL(steered||base); None where that is 0
+    top1: float  # agreement of compiled and steered
     greedy: FreeAnswers
     sampled: FreeAnswers
 
@@ -133,20 +104,16 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Capability:
-    """Fractions of `n` short questions that base, steered and compiled model answer correctly.
-
-    `lost` are answered by steered and not by compiled, `gained` the other way round; `p` is the exact one-sided McNemar
-    test that no more are lost than gained, `test` the equivalence test question by question.
-    """
+    """Fractions of `n` short questions that base, steered and compiled model answer correctly."""
 
     n: int
     base: float
     steered: float
     compiled: float
-    lost: int
-    gained: int
-    p: float
-    test: Equivalence
+    lost: int  # answered by steered and not by compiled
+    gained: int  # the other way round
+    p: float  # the exact one-sided McNemar test that no more are lost than gained
+    test: Equivalence  # question by question
 
     @property
     def worse(self) -> bool:
@@ -162,12 +129,11 @@ class Capability:
 
 @dataclass(frozen=True)
 class AdapterScale:
-    """Mean KL(steered||compiled) with program and adapter both at `scale` times their strength, and its fraction of
-    KL(steered||base) at that scale; None at 0, where steered is the base."""
+    """Divergence with program and adapter both at `scale` times their strength."""
 
     scale: float
-    kl: float
-    kl_remaining: float | None
+    kl: float  # mean KL(steered||compiled)
+    kl_remaining: float | None  # its fraction of KL(steered||base) at that scale; None at 0, where steered is the base
 
     def __str__(self) -> str:
         if self.kl_remaining is not None:
@@ -177,43 +143,32 @@ class AdapterScale:
 
 @dataclass(frozen=True)
 class AdapterControls:
-    """Mean change of the log-likelihood margin from the base, nats per token, on the first `n_pairs` test pairs.
+    """Mean change of the log-likelihood margin from the base, nats per token, on the first `n_pairs` test pairs."""
 
-    `effect` is the adapter's, `negated` and `halved` at scale -1 and 0.5, `random` those of random adapters with the same
-    rank and norm in every module, `other_behaviour` the adapter's on another behaviour's pairs (None without any).
-    """
-
-    effect: float
-    random: list[float]
-    negated: float
-    halved: float
-    other_behaviour: float | None
+    effect: float  # the adapter's
+    random: list[float]  # those of random adapters with the same rank and norm in every module
+    negated: float  # at scale -1
+    halved: float  # at scale 0.5
+    other_behaviour: float | None  # the adapter's on another behaviour's pairs; None without any
     n_pairs: int
     scales: list[AdapterScale]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What storing weights in fewer bits costs by itself, and the compile without that cost: mean KL where the held-out
-    responses are predicted. "Rounded" is the base with its weights rounded as the artifact's are.
+    """What storing weights in fewer bits costs by itself, and the compile without that cost, on the held-out responses.
 
-    Attributes:
-        kl_base: KL(base||rounded).
-        kl_steered: KL(steered||steered, on rounded), and `top1_steered` their top-1 agreement.
-        kl: KL(steered, on rounded||compiled): the compile alone.
-        kl_remaining: its fraction of KL(steered, on rounded||rounded), which is `kl_changed`.
-        edited: number of matrices that are not rounded's own: the compile edited them, so they were rounded anew.
-        kl_edited: KL(steered||steered with only these matrices of the base rounded).
+    "Rounded" is the base with its weights rounded as the artifact's are; every KL is a mean.
     """
 
-    kl_base: float
-    kl_steered: float
-    top1_steered: float
-    kl: float
-    kl_remaining: float
-    kl_changed: float
-    edited: int
-    kl_edited: float
+    kl_base: float  # KL(base||rounded)
+    kl_steered: float  # KL(steered||steered, on rounded)
+    top1_steered: float  # their top-1 agreement
+    kl: float  # KL(steered, on rounded||compiled): the compile alone
+    kl_remaining: float  # its fraction of `kl_changed`
+    kl_changed: float  # KL(steered, on rounded||rounded)
+    edited: int  # matrices that are not rounded's own: the compile edited them, so they were rounded anew
+    kl_edited: float  # KL(steered||steered with only these matrices of the base rounded)
 
     def __str__(self) -> str:
         return (
@@ -224,37 +179,28 @@ class Rounding:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Parity(Summary):
-    """Comparison of one artifact with the steered model.
-
-    Attributes:
-        exact: True where the backend reproduces the hooks exactly but for rounding.
-        compute_dtype: what the verifier computed in.
-        same_tokens: True if the artifact's tokenizer splits the held-out prompts as the base's does.
-        file_error: largest difference, over the reference texts, of the mean log p between the file and the weights that the
-            compiler had in memory, nats per token; None for fewer bits, or where the compiler recorded nothing.
-        capability: None where no questions were asked. `adapter`: None for a whole model. `rounding`: None for all bits.
-        reasons: every gate that the artifact misses. `remarks`: what could not be measured, and why.
-        sha256: of the artifact, its program and the held-out texts; and the base's revision.
-    """
+    """Comparison of one artifact with the steered model."""
 
     kind: Literal["parity report"] = "parity report"
     backend: str
     form: str
-    exact: bool
-    compute_dtype: str
+    exact: bool  # the backend reproduces the hooks exactly but for rounding
+    compute_dtype: str  # what the verifier computed in
     compile_seconds: float
-    same_tokens: bool
+    same_tokens: bool  # the artifact's tokenizer splits the held-out prompts as the base's does
+    # Largest difference, over the reference texts, of the mean log p between the file and the weights that the compiler had
+    # in memory, nats per token; None for fewer bits, or where the compiler recorded nothing.
     file_error: float | None
     divergence: Divergence
     behaviour: BehaviourMatch
     prompt_sets: list[PromptSet]
-    capability: Capability | None
-    adapter: AdapterControls | None
-    rounding: Rounding | None
+    capability: Capability | None  # None where no questions were asked
+    adapter: AdapterControls | None  # None for a whole model
+    rounding: Rounding | None  # None for all bits
     passed: bool = False
-    reasons: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    sha256: dict[str, str]
+    reasons: list[str] = field(default_factory=list)  # every gate that the artifact misses
+    remarks: list[str] = field(default_factory=list)  # what could not be measured, and why
+    sha256: dict[str, str]  # of the artifact, its program and the held-out texts; and the base's revision
 
     def summary_rows(self) -> list[tuple[str, str]]:
         d, b = self.divergence, self.behaviour
@@ -268,11 +214,6 @@ class Parity(Summary):
             ("effect retained", str(b.effect_retained)),
             ("score", f"base {b.score_base:.2f}, steered {b.score_steered:.2f}, compiled {b.score_compiled:.2f}"),
         ]
-
-    @property
-    def noise_kl(self) -> float:
-        """What the artifact's precision costs the steered model itself, nats per token."""
-        return 0.0 if self.rounding is None else self.rounding.kl_steered
 
     def save(self, path: Path) -> None:
         save_record(path, asdict(self))

@@ -149,10 +149,6 @@ class Reference:
         """KL(steered||base) there."""
         return self.kl_from_steered(self.model, self.states.base)
 
-    def kl_prompt(self, other: LoadedModel, states: FinalStates) -> float:
-        """Mean KL(steered||other) at the other positions of the held-out texts, nats per token."""
-        return divergence(self.model.model, self.states.steered.prompt, other.model, states.prompt).mean
-
     def kl_from_base_on_control(self, other: LoadedModel, program: Program | None = None) -> float:
         """Mean KL(base||other, under the program if given) on the responses of the control text, nats per token."""
         states = final_states(other, self.control, program).response

@@ -13,10 +13,10 @@ from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, final_states, fingerprint
+from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
-from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
+from compile_steer.stats import Equivalence, Interval, Measure, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
@@ -59,6 +59,10 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
     if options.capability:
         correct = correct_answers(artifact, options.capability)
         capability = capability_retention(*against.correct, correct, options.gates.score_margin)
+    # The compiler's record is empty for a model in less than fp32, whose rounding would hide a difference.
+    in_memory = [] if quantized else origin.fingerprint
+    on_disk = fingerprint(artifact.model, base) if in_memory else []
+    comparable = 0 < len(on_disk) == len(in_memory)
     parity = Parity(
         backend=origin.backend,
         form=origin.form,
@@ -68,7 +72,7 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
         same_tokens=all(
             encode(artifact.tokenizer, text) == encode(base.tokenizer, text) for text in reference.context.data.heldout
         ),
-        file_error=None if quantized else _file_error(fingerprint(artifact.model, base), origin.fingerprint),
+        file_error=float(np.abs(np.subtract(on_disk, in_memory)).max()) if comparable else None,
         divergence=measure_divergence(reference, against, artifact, states),
         behaviour=measure_behaviour(reference, against, artifact, margins, set_scores),
         prompt_sets=sets,
@@ -83,8 +87,6 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
             "texts": digest([list(text.ids) for text in heldout]),
         },
     )
-
-    # Check.
     reasons = check(parity, options.gates)
     return replace(parity, passed=not reasons, reasons=reasons)
 
@@ -92,16 +94,13 @@ def verify_artifact(reference: Reference, folder: Path, program_sha256: str) -> 
 def measure_divergence(
     reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates
 ) -> Divergence:
-    """The next-token distributions.
+    """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts.
 
-    Args:
-        against: the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
-        states: the artifact's final hidden states on the held-out texts.
+    `against` is the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
     """
     kl, kl_base, seed = reference.kl_from_steered(artifact, states), reference.kl_base, reference.context.seed
     # The text is the unit of both intervals: tokens of one text share its topic, so they are not independent.
     mean = bootstrap_ratio(kl.kl, torch.ones_like(kl.kl), states.texts, seed=seed)
-    remaining = bootstrap_ratio(kl.kl, kl_base.kl, states.texts, seed=seed)
     # Least squares of the compiled change of the final hidden states [n, d_model] on the steered change.
     steered = (against.states.steered.response - against.states.base.response).double()
     compiled = (states.response - against.states.base.response).double()
@@ -110,9 +109,11 @@ def measure_divergence(
         kl=Interval(kl.mean, mean.low, mean.high),
         kl_rms=kl.rms,
         kl_p99=kl.p99,
-        kl_remaining=remaining,
+        kl_remaining=bootstrap_ratio(kl.kl, kl_base.kl, states.texts, seed=seed),
         kl_base=kl_base.mean,
-        kl_prompt=reference.kl_prompt(artifact, states),
+        kl_prompt=divergence(
+            reference.model.model, reference.states.steered.prompt, artifact.model, states.prompt
+        ).mean,
         top1=kl.top1_agreement,
         top1_base=kl_base.top1_agreement,
         gain=float((steered * compiled).sum() / size),
@@ -131,32 +132,30 @@ def measure_behaviour(
     margins: np.ndarray,
     set_scores: np.ndarray | None,
 ) -> BehaviourMatch:
-    """Behaviour on the test pairs, the test prompts and the prompt sets.
+    """Behaviour on the test pairs, the test prompts and the prompt sets; `against` as in `measure_divergence`, for the margins.
 
     Args:
-        against: as in `measure_divergence`; for the margins.
         margins: the artifact's log-likelihood margins, [n_pairs].
         set_scores: scores of its answers to the prompt sets, [n_prompts]; None where they cannot be scored.
     """
-    limits, gates = reference.equivalence_margins, reference.options.gates
     base, steered = reference.answers
     ((compiled, sample),) = reference.answers_of(artifact, None)
-    steered_set_scores = reference.prompt_sets.steered_scores
-    margin = sets = None
-    if "log-likelihood margin" in limits:
-        limit = limits["log-likelihood margin"]
-        margin = equivalence("log-likelihood margin", margins - against.margins.steered, limit)
-    if set_scores is not None and steered_set_scores is not None:
-        sets = equivalence("score by prompt set", set_scores - steered_set_scores, limits["score by prompt set"])
+    limits = {**reference.equivalence_margins, "repetition": reference.options.gates.repetition_margin}
+
+    def test(measure: Measure, measured: np.ndarray | None, steered: np.ndarray | None) -> Equivalence | None:
+        if measured is None or steered is None or measure not in limits:
+            return None
+        return equivalence(measure, measured - steered, limits[measure])
+
     return BehaviourMatch(
         effect_retained=bootstrap_effect_retained(*against.margins, margins, seed=reference.context.seed),
-        margin=margin,
+        margin=test("log-likelihood margin", margins, against.margins.steered),
         score=equivalence("score", compiled.scores - steered.scores, limits["score"]),
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(compiled.scores.mean()),
-        prompt_sets=sets,
-        repetition=equivalence("repetition", compiled.repetition - steered.repetition, gates.repetition_margin),
+        prompt_sets=test("score by prompt set", set_scores, reference.prompt_sets.steered_scores),
+        repetition=equivalence("repetition", compiled.repetition - steered.repetition, limits["repetition"]),
         repetition_steered=float(steered.repetition.mean()),
         repetition_compiled=float(compiled.repetition.mean()),
         n_pairs=len(margins),
@@ -168,7 +167,7 @@ def measure_behaviour(
 def require_same_origin(folder: Path, model: str, revision: str, program_sha256: str) -> Provenance:
     """The artifact's provenance; raises `ArtifactError` if it is of another program or base, or damaged."""
     origin = Provenance.read(folder)
-    problems = []
+    problems = list(origin.edits(folder))
     if origin.program_sha256 != program_sha256:
         problems.append(
             f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
@@ -177,112 +176,79 @@ def require_same_origin(folder: Path, model: str, revision: str, program_sha256:
         problems.append(
             f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}."
         )
-    problems += origin.edits(folder)
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
     return origin
 
 
-def _file_error(now: list[float], compiled: list[float]) -> float | None:
-    """The largest difference of the reference texts' mean log p from what the compiler recorded; None if it recorded none."""
-    if not compiled or len(now) != len(compiled):
-        return None
-    return max(abs(one - other) for one, other in zip(now, compiled, strict=True))
-
-
-# ------------------------------------------------------------------------------------------ gates
-
-
 def check(parity: Parity, gates: Gates) -> list[str]:
     """Every gate that the artifact misses, in words; empty where it passes."""
-    checks = (check_divergence, check_behaviour, check_prompt_sets, check_adapter)
-    return [*check_file(parity), *(reason for one in checks for reason in one(parity, gates))]
-
-
-def check_file(parity: Parity) -> Iterator[str]:
-    """The file is what was compiled, and its tokenizer is the base's."""
-    if parity.file_error is not None and not parity.file_error <= _FILE_MARGIN:
-        yield (
-            f"it is not what was compiled: mean log p of a fixed text is {parity.file_error:.1e} nats a token from what the "
-            f"compiler's weights gave before they were written; at most {_FILE_MARGIN:.0e}"
-        )
-    if not parity.same_tokens:
-        yield "the artifact's tokenizer splits held-out prompts differently from the base's"
-
-
-def check_divergence(parity: Parity, gates: Gates) -> Iterator[str]:
-    """The next-token distributions on held-out and control text are the steered model's."""
-    d, rounding, noise_kl = parity.divergence, parity.rounding, parity.noise_kl
+    d, b, rounding, adapter = parity.divergence, parity.behaviour, parity.rounding, parity.adapter
     # The artifact may cost as much as its precision costs the steered model; twice, because the two roundings are independent.
-    most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + 2 * noise_kl
-    least = (gates.exact_top1 if parity.exact else gates.top1) - 2 * (1 - (rounding.top1_steered if rounding else 1.0))
-    if not d.kl.value <= most:
-        yield f"KL {d.kl.value:.2e} nats a token (remaining {d.kl_remaining.value:.2%}); at most {most:.2e}"
-    if rounding is not None and parity.form.startswith("gguf-"):
+    noise, flips = (2 * rounding.kl_steered, 2 * (1 - rounding.top1_steered)) if rounding else (0.0, 0.0)
+    most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + noise
+    least = (gates.exact_top1 if parity.exact else gates.top1) - flips
+    written = (
+        "it is not what was compiled: mean log p of a fixed text is {:.1e} nats a token from what the compiler's weights "
+        "gave before they were written; at most {:.0e}"
+    )
+    control_limit = d.kl_control_steered + gates.control_kl_margin
+    # (message, value, limit)
+    at_most = [
+        (written, parity.file_error or 0.0, _FILE_MARGIN),
+        (f"KL {{:.2e}} nats a token (remaining {d.kl_remaining.value:.2%}); at most {{:.2e}}", d.kl.value, most),
+        ("control text: KL from the base {:.4f} nats a token; at most {:.4f}", d.kl_control, control_limit),
+    ]
+    at_least = [("top-1 agreement {:.2%}; at least {:.2%}", d.top1, least)]
+    if rounding and parity.form.startswith("gguf-"):
         # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
         # What is left of the quantisation there is that edited matrices are rounded anew.
-        most = gates.exact_kl if parity.exact else gates.kl_remaining * rounding.kl_changed
-        most += 2 * rounding.kl_edited
-        if not rounding.kl <= most:
-            yield (
-                f"KL {rounding.kl:.2e} nats a token (remaining {rounding.kl_remaining:.2%}) from the hooks on the base "
-                f"quantised the same way; at most {most:.2e}"
-            )
-    # Exact backends agree at the prompts' positions to about 1e-11, so this cannot fail one. For other backends there is no
-    # threshold that sound artifacts were measured against, and what rounding costs there is not measured.
-    if parity.exact and noise_kl == 0 and not d.kl_prompt <= gates.exact_kl:
-        yield f"KL {d.kl_prompt:.2e} nats a token at the prompts' positions; at most {gates.exact_kl:.2e}"
-    if not d.top1 >= least:
-        yield f"top-1 agreement {d.top1:.2%}; at least {least:.2%}"
-    if not abs(d.gain - 1) <= _GAIN_MARGIN:
-        yield f"the gain is {d.gain:.3f} of the steered model's change; needed 1 +- {_GAIN_MARGIN:g}"
-    most = d.kl_control_steered + gates.control_kl_margin
-    if not d.kl_control <= most:
-        yield f"control text: KL from the base {d.kl_control:.4f} nats a token; at most {most:.4f}"
+        most = (gates.exact_kl if parity.exact else gates.kl_remaining * rounding.kl_changed) + 2 * rounding.kl_edited
+        against = f"(remaining {rounding.kl_remaining:.2%}) from the hooks on the base quantised the same way"
+        at_most.append((f"KL {{:.2e}} nats a token {against}; at most {{:.2e}}", rounding.kl, most))
+    if parity.exact and noise == 0:
+        # Exact backends agree here to about 1e-11. For others there is no threshold that sound artifacts were measured
+        # against, what rounding costs here is not measured, and a remaining KL of few tokens is not certain.
+        places = {"at the prompts' positions": d.kl_prompt} | {f"on {s.name} prompts": s.kl for s in parity.prompt_sets}
+        message = "KL {{:.2e}} nats a token {}; at most {{:.2e}}"
+        at_most += [(message.format(place), kl, gates.exact_kl) for place, kl in places.items()]
+    if adapter:
+        # Other scales are only reported: a change that was trained at one strength need not scale with it.
+        message = "KL(base||adapter at scale 0) {:.2e} nats a token: something else has changed"
+        at_most += [(message, measured.kl, gates.exact_kl) for measured in adapter.scales if measured.scale == 0]
+    if b.effect_retained:
+        low = b.effect_retained.low
+        at_least.append(("effect retained {:.3f}; at least {:g}", b.effect_retained.value, gates.effect_retained))
+        at_least.append(("effect retained, lower bound {:.3f}; at least {:g}", low, gates.effect_retained_low))
+    # NaN compares false, so it misses every gate.
+    reasons = [message.format(value, limit) for message, value, limit in at_most if not value <= limit]
+    reasons += [message.format(value, limit) for message, value, limit in at_least if not value >= limit]
+    return reasons + [message for missed, message in _other_gates(parity) if missed]
 
 
-def check_behaviour(parity: Parity, gates: Gates) -> Iterator[str]:
-    """The behaviour is the steered model's, and no ability was lost."""
-    b = parity.behaviour
-    if b.effect_retained is None:
-        yield "the steered model's log-likelihood margin does not differ from the base's: there is no effect to retain"
-    else:
-        if not b.effect_retained.value >= gates.effect_retained:
-            yield f"effect retained {b.effect_retained.value:.3f}; at least {gates.effect_retained:g}"
-        if not b.effect_retained.low >= gates.effect_retained_low:
-            yield f"effect retained, lower bound {b.effect_retained.low:.3f}; at least {gates.effect_retained_low:g}"
-    # Scores of so few prompts that no artifact could show equivalence are no reason.
-    scores = [test for test in (b.score, b.prompt_sets) if test is not None and test.enough]
-    yield from (str(test) for test in (b.margin, *scores) if test is not None and not test.equivalent)
+def _other_gates(parity: Parity) -> Iterator[tuple[bool, str]]:
+    """The gates that are no comparison with one limit: whether the artifact misses it, and the message."""
+    b, adapter, gain = parity.behaviour, parity.adapter, parity.divergence.gain
+    yield not parity.same_tokens, "the artifact's tokenizer splits held-out prompts differently from the base's"
+    off = not abs(gain - 1) <= _GAIN_MARGIN
+    yield off, f"the gain is {gain:.3f} of the steered model's change; needed 1 +- {_GAIN_MARGIN:g}"
+    unmoved = "the steered model's log-likelihood margin does not differ from the base's: there is no effect to retain"
+    yield b.effect_retained is None, unmoved
+    if b.margin:
+        yield not b.margin.equivalent, str(b.margin)
+    for test in (b.score, b.prompt_sets):
+        # Scores of so few prompts that no artifact could show equivalence are no reason.
+        if test and test.enough:
+            yield not test.equivalent, str(test)
+    more = f"{b.repetition_compiled:.2f} of its 3-grams, steered {b.repetition_steered:.2f}; {b.repetition}"
     # The whole interval must lie above the margin: answers that differ repeat more or less by chance.
-    if b.repetition.low > b.repetition.margin:
+    yield b.repetition.low > b.repetition.margin, f"it repeats itself more than the steered model: {more}"
+    if lost := parity.capability:
+        yield lost.worse, f"it can do less than the steered model: {lost}; {lost.test}"
+    if adapter:
+        random = max(adapter.random)
         yield (
-            f"it repeats itself more than the steered model: {b.repetition_compiled:.2f} of its 3-grams, steered "
-            f"{b.repetition_steered:.2f}; {b.repetition}"
-        )
-    if parity.capability is not None and parity.capability.worse:
-        yield f"it can do less than the steered model: {parity.capability}; {parity.capability.test}"
-
-
-def check_prompt_sets(parity: Parity, gates: Gates) -> Iterator[str]:
-    """An exact artifact in full precision is exact on every prompt set."""
-    # What rounding costs is not measured there, and a remaining KL of few tokens is not certain: those are only reported.
-    if parity.exact and parity.noise_kl == 0:
-        for prompts in parity.prompt_sets:
-            if not prompts.kl <= gates.exact_kl:
-                yield f"KL {prompts.kl:.2e} nats a token on {prompts.name} prompts; at most {gates.exact_kl:.2e}"
-
-
-def check_adapter(parity: Parity, gates: Gates) -> Iterator[str]:
-    """The adapter at scale 0 is the base, and a random adapter does less."""
-    if parity.adapter is None:
-        return
-    # Other scales are only reported: a change that was trained at one strength need not scale with it.
-    for measured in parity.adapter.scales:
-        if measured.scale == 0 and not measured.kl <= gates.exact_kl:
-            yield f"KL(base||adapter at scale 0) {measured.kl:.2e} nats a token: something else has changed"
-    if not parity.adapter.effect > max(parity.adapter.random):
-        yield (
-            f"a random adapter of the same norms moves the test pairs as much ({max(parity.adapter.random):.3f} against "
-            f"{parity.adapter.effect:.3f} nats a token): what it does is not the behaviour"
+            not adapter.effect > random,
+            f"a random adapter of the same norms moves the test pairs as much ({random:.3f} against "
+            f"{adapter.effect:.3f} nats a token): what it does is not the behaviour",
         )

@@ -55,11 +55,13 @@ def test_half_precision_is_measured_as_bf16_is(case: VerifierCase) -> None:
     patch = WeightPatch(bias={case.module: one.coefficient * one.vector}, config_flags=("mlp_bias",))
     folder = halves(case, "fp16", patch)
     parity = case.parity_of(folder)
-    assert parity.passed and parity.form == "merged-fp16"
+    assert parity.passed and parity.form == "merged-fp16" and parity.rounding is not None
     coarse = case.reference.quantized("merged-bf16", folder)
     assert coarse is not None
-    assert 0 < 10 * parity.noise_kl < case.reference.kl_from_steered(coarse.model, coarse.states.steered).mean
-    assert 0 < parity.divergence.kl.value < 10 * parity.noise_kl + 1e-6
+    assert (
+        0 < 10 * parity.rounding.kl_steered < case.reference.kl_from_steered(coarse.model, coarse.states.steered).mean
+    )
+    assert 0 < parity.divergence.kl.value < 10 * parity.rounding.kl_steered + 1e-6
 
 
 def test_what_overflows_in_half_precision_alone_is_refused_by_its_module(case: VerifierCase) -> None:
@@ -104,7 +106,9 @@ def test_the_compile_is_measured_apart_from_the_quantisation(bytewise: VerifierC
     for parity in parities.values():
         assert parity.passed, parity.reasons
         assert parity.rounding is not None and parity.rounding.edited == 0 == parity.rounding.kl_edited
-        assert parity.rounding.kl < 1e-9 and parity.divergence.kl.value == pytest.approx(parity.noise_kl, rel=1e-4)
+        assert parity.rounding.kl < 1e-9 and parity.divergence.kl.value == pytest.approx(
+            parity.rounding.kl_steered, rel=1e-4
+        )
         assert parity.divergence.kl_control == pytest.approx(parity.divergence.kl_control_steered, rel=1e-5)
         assert parity.capability is not None and (parity.capability.lost, parity.capability.gained) == (0, 0)
         retained = parity.behaviour.effect_retained
@@ -121,7 +125,7 @@ def test_a_compile_that_is_wrong_does_not_hide_behind_its_quantisation(bytewise:
     (one,) = bytewise.program.interventions
     patch = WeightPatch(bias={bytewise.module: 1.15 * one.coefficient * one.vector}, config_flags=("mlp_bias",))
     parity = bytewise.parity_of(quantised(bytewise, "q4_0", patch, "wrong", "bias"))
-    assert parity.rounding is not None and parity.rounding.kl < parity.noise_kl
+    assert parity.rounding is not None and parity.rounding.kl < parity.rounding.kl_steered
     assert not parity.passed
     assert any("from the hooks on the base quantised the same way; at most" in reason for reason in parity.reasons)
     assert any("the gain is 1.0" in reason for reason in parity.reasons), parity.reasons
