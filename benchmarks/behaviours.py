@@ -67,7 +67,6 @@ KNOWN = (
 
 def recipe_for(one: Known, folder: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe of a behaviour, written to `folder`/NAME.yaml and read with `settings` in place of its own."""
-    shared = {name: str(_DATA / "shared" / f"{name}.jsonl") for name in ("neutral", "heldout", "calibration")}
     prompts = {name: str(_DATA / "prompts" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     content = {
         "name": one.name,
@@ -75,7 +74,6 @@ def recipe_for(one: Known, folder: Path, settings: Sequence[str] = ()) -> Recipe
         "data": {
             "kind": "generated",
             **prompts,
-            **shared,
             "positive_template": f"{{prompt}} {one.instruction}",
             "generate": {"max_new_tokens": 40, "tries": 2, "min_pairs": 12},
         },

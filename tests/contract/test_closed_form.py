@@ -14,6 +14,7 @@ from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, C
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention
+from tests.helpers.captures import n_hooks
 from tests.helpers.fitting import (
     FAMILIES,
     HELD_OUT,
@@ -24,7 +25,7 @@ from tests.helpers.fitting import (
     solve,
     stages_of,
 )
-from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits, n_hooks
+from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits
 
 # --------------------------------------------------------------------------------------- closed form
 

@@ -13,6 +13,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.steering.layout import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
+from tests.helpers.captures import n_hooks
 from tests.helpers.fitting import (
     CALIBRATION,
     FAMILIES,
@@ -24,7 +25,7 @@ from tests.helpers.fitting import (
     solve,
     stages_of,
 )
-from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks
+from tests.helpers.tiny import Padded, intervention, loaded, logits
 
 OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128, block_steps=200)
 

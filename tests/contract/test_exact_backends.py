@@ -22,6 +22,7 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program, ablate_everywhere
 from compile_steer.steering.sites import POINTS, Point
+from tests.helpers.captures import captured
 from tests.helpers.rounding import assert_close_to_rounding, assert_same_weights
 from tests.helpers.tiny import (
     ALL_SITES,
@@ -30,7 +31,6 @@ from tests.helpers.tiny import (
     LAYERS,
     Padded,
     build,
-    captured,
     intervention,
     loaded,
     logits,

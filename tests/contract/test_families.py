@@ -18,13 +18,12 @@ from compile_steer.steering.layout import FAMILIES as KNOWN
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Intervention
 from compile_steer.steering.sites import OPERATIONS, POINTS, Point
+from tests.helpers.captures import MIDSTREAM, captured
 from tests.helpers.tiny import (
     ALL_SITES,
     FAMILIES,
     LAYER,
-    MIDSTREAM,
     Padded,
-    captured,
     edit,
     intervention,
     loaded,

@@ -24,8 +24,9 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from tests.contract.test_adapters import plain, write
+from tests.helpers.captures import n_hooks
 from tests.helpers.fitting import CALIBRATION, FAMILIES, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
-from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, relative_error
+from tests.helpers.tiny import Padded, intervention, loaded, logits, relative_error
 
 Save = Callable[[str], LoadedModel]
 OPTIONS = FullOptions(optimizer="adamw", batch_tokens=256, epochs=6, learning_rate=0.02, cut_rank=4)

@@ -20,8 +20,9 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
+from tests.helpers.captures import n_hooks
 from tests.helpers.fitting import CALIBRATION, HELD_OUT, TRAINING, canonical_program, job, remaining_kl
-from tests.helpers.tiny import Padded, intervention, loaded, logits, n_hooks, random_patch
+from tests.helpers.tiny import Padded, intervention, loaded, logits, random_patch
 
 OPTIONS = DistillOptions(start="random", rank=3, epochs=4, learning_rate=0.1, batch_tokens=256)
 

@@ -15,19 +15,9 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import OPERATIONS, POINTS, OperationName, Point, Site
+from tests.helpers.captures import captured
 from tests.helpers.rounding import assert_close_to_rounding
-from tests.helpers.tiny import (
-    LAYERS,
-    Padded,
-    captured,
-    edit,
-    loaded,
-    logits,
-    program,
-    relative_error,
-    texts,
-    vector,
-)
+from tests.helpers.tiny import LAYERS, Padded, edit, loaded, logits, program, relative_error, texts, vector
 
 FAMILY = "granite"  # its residual multiplier is not 1
 MODEL = loaded(FAMILY).model

@@ -12,7 +12,8 @@ from compile_steer.models.forward import read_activations
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.steering.sites import POINTS, Point, Site
-from tests.helpers.tiny import FAMILIES, LAYERS, Padded, build, captured, loaded, logits, n_hooks
+from tests.helpers.captures import captured, n_hooks
+from tests.helpers.tiny import FAMILIES, LAYERS, Padded, build, loaded, logits
 
 TEXTS = [Text("w20 w21 w22", "w30"), Text("w23", "w31 w32 w33 w34 w35"), Text("w24 w25", "w36 w37")]
 

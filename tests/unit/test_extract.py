@@ -19,8 +19,9 @@ from compile_steer.models.tokens import encode
 from compile_steer.steering.directions import Directions
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.validation.sweep import candidates
+from tests.helpers.captures import captured
 from tests.helpers.extraction import extract_with, training_data
-from tests.helpers.tiny import HIDDEN, LAYERS, Padded, captured, loaded, logits
+from tests.helpers.tiny import HIDDEN, LAYERS, Padded, loaded, logits
 
 METHODS: tuple[PairMethod, ...] = ("mean_difference", "pca", "logistic")
 

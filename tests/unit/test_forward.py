@@ -14,18 +14,16 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
+from tests.helpers.captures import blocks_of, captured, n_hooks
 from tests.helpers.tiny import (
     FAMILIES,
     HIDDEN,
     LAYERS,
     Padded,
-    blocks_of,
     build,
-    captured,
     intervention,
     loaded,
     logits,
-    n_hooks,
     program,
     random_patch,
     relative_error,

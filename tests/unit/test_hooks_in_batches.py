@@ -14,6 +14,7 @@ from compile_steer.common.errors import ArtifactError, LayoutError
 from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import POINTS, OperationName, Point, Site
+from tests.helpers.captures import n_hooks
 from tests.helpers.tiny import (
     FAMILIES,
     HIDDEN,
@@ -25,7 +26,6 @@ from tests.helpers.tiny import (
     intervention,
     loaded,
     logits,
-    n_hooks,
     program,
     random_patch,
     relative_error,

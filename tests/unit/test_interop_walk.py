@@ -26,6 +26,7 @@ from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.tools.lineage import lineage
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_svec
+from tests.helpers.captures import blocks_of
 from tests.helpers.composition import write_recipe
 from tests.helpers.extraction import extract_with
 from tests.helpers.foreign_files import by_block, gguf, rows, svec, tensor
@@ -33,7 +34,6 @@ from tests.helpers.tiny import (
     HIDDEN,
     LAYERS,
     Padded,
-    blocks_of,
     chat_tokenizer,
     intervention,
     loaded,

@@ -12,18 +12,8 @@ from torch import nn
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch, with_patch
-from tests.helpers.tiny import (
-    FAMILIES,
-    Padded,
-    build,
-    loaded,
-    logits,
-    n_hooks,
-    random_patch,
-    relative_error,
-    texts,
-    vector,
-)
+from tests.helpers.captures import n_hooks
+from tests.helpers.tiny import FAMILIES, Padded, build, loaded, logits, random_patch, relative_error, texts, vector
 
 
 def low_rank(rank: int = 3, d_out: int = 5, d_in: int = 7) -> LowRank:

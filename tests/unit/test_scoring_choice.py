@@ -19,8 +19,9 @@ from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.model_based import letter_tokens
 from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program
+from tests.helpers.captures import n_hooks
 from tests.helpers.scoring import behaviour, make_replies, make_scorer
-from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, n_hooks, program, tokenizer
+from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, program, tokenizer
 
 FAMILY = "gemma2"
 MODEL = loaded(FAMILY)

@@ -25,8 +25,9 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.tools.lineage import describe_artifact
+from tests.helpers.captures import n_hooks
 from tests.helpers.extraction import SEED, extract_with, training_data
-from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, n_hooks, vector
+from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, vector
 
 N_PAIRS = 13
 PAIRS = tuple(
