@@ -25,7 +25,6 @@ from compile_steer.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
-TEXTS = ROOT / "compile_steer" / "data" / "texts"
 BLOCK_STEPS = 20
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
