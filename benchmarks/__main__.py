@@ -21,7 +21,7 @@ from benchmarks.ocean import HeldOut, lowering_of, ocean
 from benchmarks.record import ROOT, Record, machine, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lowering import closed_form, distill
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS

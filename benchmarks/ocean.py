@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.record import ROOT
 from compile_steer.common.progress import Progress
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel

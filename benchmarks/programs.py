@@ -22,7 +22,7 @@ from benchmarks.record import Record, machine, row, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.logprobs import TokenDivergence
 from compile_steer.models.tokens import Encoded

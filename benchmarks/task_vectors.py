@@ -20,7 +20,7 @@ from benchmarks.record import row, table, timed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import full
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import FullOptions
 from compile_steer.tools.task_vector import matrix_reports
 

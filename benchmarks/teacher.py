@@ -29,7 +29,7 @@ from benchmarks.ocean import committed_program, lowering_of, ocean
 from benchmarks.record import ROOT, Record, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import distill
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 

@@ -21,7 +21,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extraction.pair_methods import ExtractedDirections
 from compile_steer.lowering import closed_form
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CalibrationOptions, CompileOptions
 from compile_steer.models.forward import median_norms, read_activations
 from compile_steer.models.load import EMBEDDED, LoadedModel, load

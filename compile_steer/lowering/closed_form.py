@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.lowering import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lowering.job import NO_FILES, Lowering, ResumeFiles
 from compile_steer.lowering.options import ClosedFormOptions
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent

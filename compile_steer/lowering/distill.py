@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.closed_form import plan_stages, solve_stages
-from compile_steer.lowering.lowering import Curve, Lowering, require_rank
+from compile_steer.lowering.job import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
 from compile_steer.lowering.training import (

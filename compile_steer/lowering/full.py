@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compile_steer.common.errors import CannotLower
-from compile_steer.lowering.lowering import Lowering, require_rank
+from compile_steer.lowering.job import Lowering, require_rank
 from compile_steer.lowering.options import FullOptions
 from compile_steer.lowering.training import BETAS, train
 from compile_steer.steering.layout import Layout

@@ -9,7 +9,7 @@ from typing import Literal
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import closed_form, distill, exact, full
-from compile_steer.lowering.lowering import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lowering.job import NO_FILES, Lowering, ResumeFiles
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text

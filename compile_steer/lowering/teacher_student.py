@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.lowering import Curve, ResumeFiles
+from compile_steer.lowering.job import Curve, ResumeFiles
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import TrainingOptions
 from compile_steer.lowering.teacher_student import SuffixModel, TeacherBatch
 from compile_steer.models.forward import lm_head

@@ -23,7 +23,7 @@ from compile_steer.common.errors import ArtifactError, CannotLower, InternalErro
 from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import write_merged
-from compile_steer.lowering.lowering import Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering, ResumeFiles
 from compile_steer.lowering.plan import BACKENDS, Choice
 from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card

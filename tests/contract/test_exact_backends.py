@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import exact
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.load import LoadedModel, quiet
 from compile_steer.steering.hooks import steered

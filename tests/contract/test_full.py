@@ -16,7 +16,7 @@ from compile_steer.common.progress import Advance, Progress
 from compile_steer.export.adapter import is_adapter, read_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import full
-from compile_steer.lowering.lowering import Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering, ResumeFiles
 from compile_steer.lowering.options import CompileOptions, FullOptions
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.load import LoadedModel, quiet

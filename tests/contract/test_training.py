@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compile_steer.lowering import distill
-from compile_steer.lowering.lowering import Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering, ResumeFiles
 from compile_steer.lowering.options import CalibrationOptions, CompileOptions, DistillOptions
 from compile_steer.lowering.teacher_student import SuffixModel
 from compile_steer.lowering.training import OBJECTIVES, train

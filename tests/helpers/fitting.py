@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.nn import functional
 
 from compile_steer.lowering.closed_form import Stage, plan_stages, solve_stages
-from compile_steer.lowering.lowering import Lowering
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
