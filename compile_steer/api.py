@@ -11,47 +11,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
+from compile_steer.export.adapter import patch_provenance, write_patch
+from compile_steer.export.merged import PRECISIONS, write_merged
+from compile_steer.extraction import stage as extraction
+from compile_steer.extraction.options import ExtractOptions
+from compile_steer.lowering.options import CompileOptions
+from compile_steer.lowering.plan import BACKENDS, lower, plan
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-
-if TYPE_CHECKING:
-    from compile_steer.artifacts.provenance import Provenance
-    from compile_steer.models.load import LoadedModel
-    from compile_steer.steering.directions import Directions
-    from compile_steer.steering.patch import WeightPatch
-    from compile_steer.steering.program import Program
-    from compile_steer.validation.stage import Validation
-    from compile_steer.verification.parity import Parity
-
-
-def load(
-    model: str = "smollm2-135m-instruct",
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    prompt_format: str | None = None,
-) -> LoadedModel:
-    """Load a causal language model and its tokenizer, frozen, in evaluation mode.
-
-    Args:
-        model: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
-        device: 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1' ...
-        dtype: 'float32', 'bfloat16' or 'float16'. The rounding of bfloat16 alone costs about 1e-3 nats a token.
-        prompt_format: how a prompt is put to a base model without a chat template: "User: {prompt}\\nAssistant:\\n".
-
-    Raises:
-        RecipeError: the model, device or dtype cannot be had. LayoutError: the model family is not known.
-    """
-    from compile_steer.models.load import load
-
-    return load(model, device=device, dtype=dtype, prompt_format=prompt_format)
+from compile_steer.report.card import model_card
+from compile_steer.scoring.options import Scorer
+from compile_steer.steering.directions import Directions
+from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.program import Program
+from compile_steer.validation import stage as validation
+from compile_steer.validation.options import ValidateOptions
+from compile_steer.verification.options import VerifyOptions
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
 
 
 def extract(
@@ -72,11 +59,8 @@ def extract(
     Raises:
         RecipeError: unknown or contradictory options, or pairs from which no direction can be read.
     """
-    from compile_steer.extraction.options import ExtractOptions
-    from compile_steer.extraction.stage import extract
-
     context = Context(model, data, seed, progress or Progress())
-    return extract(context, _parse(ExtractOptions, options), positions=positions)
+    return extraction.extract(context, _parse(ExtractOptions, options), positions=positions)
 
 
 def validate(
@@ -89,7 +73,7 @@ def validate(
     ask: str = "What are you?",
     progress: Progress | None = None,
     **options: Any,
-) -> Validation:
+) -> validation.Validation:
     """Choose block and coefficient on validation data, and measure the chosen program once on test data.
 
     Args:
@@ -103,13 +87,11 @@ def validate(
     Raises:
         RecipeError: unknown options, or no coherent point in the grid.
     """
-    from compile_steer.scoring.options import Scorer
-    from compile_steer.validation.options import ValidateOptions
-    from compile_steer.validation.stage import validate
-
     context = Context(model, data, seed, progress or Progress())
     settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score."), **options})
-    return validate(context, directions, settings, readout="response_mean", ask=ask, too_high=4.0, name="program")
+    return validation.validate(
+        context, directions, settings, readout="response_mean", ask=ask, too_high=4.0, name="program"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,24 +113,17 @@ class CompiledProgram:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the model with the patch on its modules' outputs, the weights untouched, inside the block."""
-        from compile_steer.steering.patch import with_patch
-
         with with_patch(self.model.model, self.patch):
             yield
 
     def save(self, folder: str | Path) -> Path:
         """Write a stock PEFT adapter, or, where no adapter can hold the patch, the patch to be merged; returns the folder."""
-        from compile_steer.export.adapter import write_patch
-        from compile_steer.report.card import model_card
-
         record = self.provenance(Path(folder).name)
         write_patch(Path(folder), self.patch, self.model, record, model_card(record, None))
         return Path(folder)
 
     def provenance(self, name: str) -> Provenance:
         """Return what an artifact called `name` records; it was neither validated nor made from a recipe."""
-        from compile_steer.export.adapter import patch_provenance
-
         return patch_provenance(name, self.backend, self.patch, self.model, self.program, self.seconds)
 
 
@@ -172,9 +147,6 @@ def compile(
     Raises:
         CannotLower: the backend cannot express the program on this model.
     """
-    from compile_steer.lowering.options import CompileOptions
-    from compile_steer.lowering.plan import BACKENDS, lower, plan
-
     prompts = [Text(text) if isinstance(text, str) else text for text in texts]
     name = plan(program, model.layout, "auto" if backend == "auto" else (backend,)).chosen[0]
     if BACKENDS[name].fitted and "calibration" not in options:
@@ -193,9 +165,6 @@ def merge(compiled: CompiledProgram, folder: str | Path, precision: str = "bf16"
     Args:
         precision: 'fp32', 'bf16' or 'fp16'.
     """
-    from compile_steer.export.merged import PRECISIONS, write_merged
-    from compile_steer.report.card import model_card
-
     if precision not in PRECISIONS:
         raise RecipeError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.")
     record = replace(compiled.provenance(Path(folder).name), form=f"merged-{precision}")
@@ -228,12 +197,6 @@ def verify(
     Raises:
         ArtifactError: there is no artifact, or it is of another program or base.
     """
-    from compile_steer.scoring.options import Scorer
-    from compile_steer.steering.program import Program
-    from compile_steer.verification.options import VerifyOptions
-    from compile_steer.verification.reference import Reference
-    from compile_steer.verification.stage import verify_artifact
-
     if isinstance(program, str | Path):
         steering, digest = Program.load(Path(program)), sha256(Path(program))
     else:

@@ -35,8 +35,8 @@ def show(
     if not as_json:
         console().print(description)
     summary = {**description, "lineage": [asdict(link) for link in links]}
-    finish(as_json, summary, lambda: print_lineage(console(), links))
-    raise typer.Exit(1 if any(link.state == "changed" for link in links) else 0)
+    unchanged = all(link.state != "changed" for link in links)
+    finish(as_json, summary, lambda out, _summary: print_lineage(out, links), unchanged)
 
 
 def reproduce(
@@ -56,8 +56,8 @@ def reproduce(
 
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
         reproduction = reproduce(artifact_root(path), to or Path(temporary), recipes, tolerance, progress_bars())
-    finish(as_json, reproduction.summary(), lambda: print_reproduction(console(), reproduction))
-    raise typer.Exit(0 if reproduction.agrees else 1)
+    summary = reproduction.summary()
+    finish(as_json, summary, lambda out, _summary: print_reproduction(out, reproduction), reproduction.agrees)
 
 
 def audit(
@@ -79,7 +79,7 @@ def audit(
 
     known = None if program is None else Program.load(program)
     changes = audit(base, other, known, threshold, progress_bars())
-    finish(as_json, changes, lambda: print_audit(console(), changes))
+    finish(as_json, changes, print_audit)
 
 
 def push(
@@ -103,8 +103,8 @@ def push(
     upload = prepare(artifact_root(path), to, private=not public)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
-    finish(as_json, {**asdict(upload), "sent": sent}, lambda: print_upload(console(), upload, sent, force))
-    raise typer.Exit(1 if refused else 0)
+    summary = {**asdict(upload), "sent": sent}
+    finish(as_json, summary, lambda out, _summary: print_upload(out, upload, sent, force), not refused)
 
 
 def export(
@@ -124,7 +124,7 @@ def export(
     from compile_steer.tools.serving.export import export
 
     exported = export(artifact, engine, out, base, precision)
-    finish(as_json, exported, lambda: print_export(console(), exported))
+    finish(as_json, exported, print_export)
 
 
 def verify_engines(
@@ -149,5 +149,5 @@ def verify_engines(
     environments = [environment(name) for name in engine or ENGINES]
     records = compare_engines(artifact, base, environments, precision, limit, progress_bars())
     summary = [{**asdict(record), "passed": record.passed} for record in records]
-    finish(as_json, summary, lambda: print_engine_records(console(), records))
-    raise typer.Exit(0 if all(record.passed for record in records) else 1)
+    passed = all(record.passed for record in records)
+    finish(as_json, summary, lambda out, _summary: print_engine_records(out, records), passed)

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from compile_steer.common.progress import Progress
     from compile_steer.pipeline.run import Run
-    from compile_steer.tools.compose import CompositionRun
     from compile_steer.tools.interference import Composition
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
@@ -60,14 +59,19 @@ def progress_bars() -> Progress:
     return ProgressBars(console(as_json=True))
 
 
-def finish(as_json: bool, value: Any, show: Callable[[], None] = lambda: None) -> None:
-    """Print `value` (dataclasses and paths too) as JSON, or have `show` print it for a person."""
+Show = Callable[["Console", Any], None]
+
+
+def finish(as_json: bool, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
+    """Print `value` (dataclasses and paths too) as JSON, or have `show` print it for a person; exit with 1 if not `passed`."""
     if not as_json:
-        show()
+        show(console(), value)
     elif distributed.rank() == 0:
         from pydantic_core import to_jsonable_python
 
         print(json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2))  # JSON has no NaN
+    if not passed:
+        raise typer.Exit(1)
 
 
 class Session:
@@ -105,12 +109,8 @@ class Session:
 
         return Run.open(self.recipe, self.out, self.progress)
 
-    def finish(self, value: Any, show: Callable[[], None] = lambda: None) -> None:
-        finish(self.as_json, value, show)
-
-    def finish_paths(self, paths: Sequence[Path]) -> None:
-        """Print paths, one a line."""
-        self.finish(paths, lambda: self.console.print(*(f"  {path}" for path in paths), sep="\n"))
+    def finish(self, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
+        finish(self.as_json, value, show, passed)
 
 
 class SeveralSession:
@@ -132,25 +132,17 @@ class SeveralSession:
         seed: Seed = None,
         as_json: Json = False,
     ) -> None:
-        settings: dict[str, Any] = {"changes": changes, "device": device, "dtype": dtype, "seed": seed}
-        self._sessions = [Session(recipe=path, as_json=as_json, **settings) for path in recipes]
-        self._arguments = (scale or [], backend, runs, out)
-        self.as_json, self.console = as_json, console(as_json)
-
-    def finish(self, composition: Composition) -> NoReturn:
-        """Print what was measured, and leave with exit code 1 where an adapter is not the model under all hooks."""
-        from compile_steer.cli.tables import print_composition
-
-        finish(self.as_json, composition, lambda: print_composition(self.console, composition))
-        raise typer.Exit(0 if composition.passed else 1)
-
-    def open(self) -> CompositionRun:
         from compile_steer.tools.compose import CompositionRun, composed_name
 
-        scales, backend, runs, out = self._arguments
-        recipes = [session.recipe for session in self._sessions]
-        folder = out or runs / composed_name(recipes)
-        return CompositionRun.open(recipes, scales, backend, runs, folder, progress_bars())
+        settings: dict[str, Any] = {"changes": changes, "device": device, "dtype": dtype, "seed": seed}
+        read = [Session(recipe=path, **settings).recipe for path in recipes]
+        self.as_json, folder = as_json, out or runs / composed_name(read)
+        self.run = CompositionRun.open(read, scale or [], backend, runs, folder, progress_bars())
+
+    def finish(self, composition: Composition) -> None:
+        from compile_steer.cli.tables import print_composition
+
+        finish(self.as_json, composition, print_composition, composition.passed)
 
 
 def command(session_type: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

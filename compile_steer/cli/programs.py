@@ -40,9 +40,9 @@ def import_(
     recipe, text = new_recipe(session.path, to, session.changes)
     run = session.open()
     import_vector(run, recipe, text)
-    message = f"Recipe: {recipe}; next: compile-steer validate {recipe}"
     summary = {"recipe": recipe, **describe_artifact(run.paths.directions)}
-    session.finish(summary, lambda: session.console.print(message))
+    message = f"Recipe: {recipe}; next: compile-steer validate {recipe}"
+    session.finish(summary, lambda out, _summary: out.print(message))
 
 
 @command(Session)
@@ -60,8 +60,7 @@ def export_vector(
     from compile_steer.tools import vector_files
 
     path, notes = vector_files.export_vector(session.open(), kind, to, layer_convention)
-    lines = "\n".join([f"Vector: {path}", *notes])
-    session.finish({"file": path, "notes": notes}, lambda: session.console.print(lines))
+    session.finish({"file": path, "notes": notes}, lambda out, _: out.print(f"Vector: {path}", *notes, sep="\n"))
 
 
 @command(Session)
@@ -80,7 +79,7 @@ def decompile(
     run = session.open()
     decompiled = decompile_artifact(run, artifact)
     known = run.program if run.paths.program.is_file() else None
-    session.finish(decompiled.summary(), lambda: print_decompiled(session.console, decompiled, known))
+    session.finish(decompiled.summary(), lambda out, _summary: print_decompiled(out, decompiled, known))
 
 
 @command(Session)
@@ -104,7 +103,7 @@ def task_vector(
     known = run.program if run.paths.program.is_file() else None
     recombination = Recombination(artifact, scale, tuple(add or ()), cut, to)
     vector = recombine(recombination, run.model, run.paths, known)
-    session.finish(vector, lambda: print_task_vector(session.console, vector))
+    session.finish(vector, print_task_vector)
 
 
 @command(SeveralSession)
@@ -116,7 +115,7 @@ def compose(session: SeveralSession) -> None:
     """
     from compile_steer.tools.compose import compose
 
-    session.finish(compose(session.open()))
+    session.finish(compose(session.run))
 
 
 @command(SeveralSession)
@@ -127,4 +126,4 @@ def co_load(session: SeveralSession) -> None:
     """
     from compile_steer.tools.compose import co_load
 
-    session.finish(co_load(session.open()))
+    session.finish(co_load(session.run))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compile_steer.cli.options import Artifacts, Force, Session, command
 from compile_steer.common import distributed
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @command(Session)
@@ -21,10 +25,8 @@ def generate_pairs(session: Session) -> None:
     from compile_steer.report.terminal import print_generation
 
     run = session.open()
-    report = run.generated_pairs()
-    session.finish(
-        asdict(report), lambda: print_generation(session.console, report, run.paths.generation_report.parent)
-    )
+    folder = run.paths.generation_report.parent
+    session.finish(run.generated_pairs(), lambda out, report: print_generation(out, report, folder))
 
 
 @command(Session)
@@ -35,7 +37,7 @@ def extract(session: Session) -> None:
     run = session.open()
     run.extract()
     path = run.paths.directions
-    session.finish(describe_artifact(path), lambda: session.console.print(f"Directions: {path}"))
+    session.finish(describe_artifact(path), lambda out, _summary: out.print(f"Directions: {path}"))
 
 
 @command(Session)
@@ -47,8 +49,7 @@ def validate(session: Session) -> None:
     from compile_steer.report.terminal import print_validation
 
     report = session.open().validate()
-    session.finish(asdict(report), lambda: print_validation(session.console, report))
-    raise typer.Exit(0 if report.verdict == "pass" else 1)
+    session.finish(report, print_validation, report.verdict == "pass")
 
 
 @command(Session)
@@ -63,7 +64,7 @@ def compile_(session: Session, *, force: Force = False) -> None:
         print_plan(session.console, run.program.describe(), run.plan.choices)
     folders = compile_program(run, force)
     distributed.leave()
-    session.finish_paths(folders)
+    session.finish(folders, _print_paths)
 
 
 @command(Session)
@@ -71,7 +72,11 @@ def merge(session: Session, *, artifact: Artifacts = None) -> None:
     """Write stock checkpoints with the compiled weights summed in (float32 sum, one cast)."""
     from compile_steer.pipeline import artifacts
 
-    session.finish_paths(artifacts.merge(session.open(), artifact or ()))
+    session.finish(artifacts.merge(session.open(), artifact or ()), _print_paths)
+
+
+def _print_paths(out: Console, paths: Sequence[Path]) -> None:
+    out.print(*(f"  {path}" for path in paths), sep="\n")
 
 
 @command(Session)
@@ -85,8 +90,7 @@ def verify(session: Session, *, artifact: Artifacts = None) -> None:
 
     run = session.open()
     parities = artifacts.verify(run, artifact or artifacts.artifacts(run))
-    session.finish([asdict(parity) for parity in parities], lambda: print_parities(session.console, parities))
-    raise typer.Exit(0 if all(parity.passed for parity in parities) else 1)
+    session.finish(parities, print_parities, all(parity.passed for parity in parities))
 
 
 @command(Session)
@@ -119,6 +123,4 @@ def run(
             print_plan(out, opened.program.describe(), result.plan)
         else:
             print_validation(out, result.validation)
-    summary = {"validation": asdict(result.validation), "parities": [asdict(parity) for parity in result.parities]}
-    session.finish(summary)
-    raise typer.Exit(0 if result.passed else 1)
+    session.finish({"validation": result.validation, "parities": result.parities}, passed=result.passed)

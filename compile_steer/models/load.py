@@ -69,13 +69,17 @@ class LoadedModel:
 
 
 def load(
-    reference: str, *, device: str = "auto", dtype: str = "float32", prompt_format: str | None = None
+    reference: str = "smollm2-135m-instruct",
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    prompt_format: str | None = None,
 ) -> LoadedModel:
-    """Load model and tokenizer in evaluation mode.
+    """Load a causal language model and its tokenizer, frozen, in evaluation mode.
 
     Args:
         reference: the embedded model's name, a hub id, a local folder, or a `.gguf` file.
-        device: 'auto', 'cpu', 'cuda', 'cuda:1', ...
+        device: 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1' ...
         dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
         prompt_format: how a prompt is given to the model, instead of its chat template ("User: {prompt}\\nAssistant:\\n").
 
