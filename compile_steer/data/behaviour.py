@@ -21,17 +21,11 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question.
+    """A multiple-choice question."""
 
-    Attributes:
-        prompt: the whole user prompt, choices included.
-        letters: the letters to choose from.
-        answer: index of the right letter.
-    """
-
-    prompt: str
+    prompt: str  # the whole user prompt, choices included
     letters: tuple[str, ...]
-    answer: int
+    answer: int  # index of the right letter
 
 
 @dataclass(frozen=True)
@@ -108,10 +102,7 @@ def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:
-    """Raise `RecipeError` if both sides of a pair, prompt and response, are the same tokens.
-
-    Whether a tokenizer drops case, accents or spaces cannot be seen in the text.
-    """
+    """Raise `RecipeError` if both sides of a pair are the same tokens: some tokenizers drop case, accents or spaces."""
     from compile_steer.models.tokens import encode  # torch: a recipe is read without it
 
     problems = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -69,9 +69,6 @@ class Pairs(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __iter__(self) -> Iterator[Pair]:
-        return iter(self.pairs)
-
     @overload
     def __getitem__(self, index: int) -> Pair: ...
     @overload
@@ -89,13 +86,9 @@ class Pairs(Sequence[Pair]):
     def split(
         self, train: float = 0.6, validation: float = 0.2, test: float = 0.2, seed: int = 0
     ) -> tuple[Pairs, Pairs, Pairs]:
-        """Divide the pairs at random into training, validation and test pairs, which share no prompt.
+        """Divide the pairs at random into three parts by their fractions, which add up to 1; the parts share no prompt.
 
-        Args:
-            train, validation, test: the fractions, which add up to 1.
-
-        Raises:
-            RecipeError: other fractions, or a part without a pair.
+        Raises `RecipeError` for other fractions, or a part without a pair.
         """
         fractions = (train, validation, test)
         if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:

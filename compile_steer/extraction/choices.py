@@ -30,17 +30,11 @@ _MIN_ITEMS = 2  # one item of a kind cannot be shuffled
 
 @dataclass(frozen=True)
 class Item:
-    """A question that was read.
+    """A question that was read."""
 
-    Attributes:
-        activations: of its k answers, [k, L, d].
-        right: index of the right answer.
-        own: index of the answer that the model chooses.
-    """
-
-    activations: Tensor
-    right: int
-    own: int
+    activations: Tensor  # of its k answers, [k, L, d]
+    right: int  # index of the right answer
+    own: int  # index of the answer that the model chooses
 
 
 def from_choices(context: Context, options: ExtractOptions, method: ChoiceMethod) -> ExtractedDirections:
@@ -95,15 +89,13 @@ def mean_sides(items: Sequence[Item], method: ChoiceMethod) -> tuple[Tensor, Ten
     right and those that are wrong (unpaired). ipaswo: of the items answered wrong, the right answer and its own.
     """
     wrong = [item for item in items if item.own != item.right]
+    positive_items = {"pasf": items, "ipasa": [item for item in items if item.own == item.right], "ipaswo": wrong}[
+        method
+    ]
+    positive = [item.activations[item.right] for item in positive_items]
+    negative = [item.activations[item.own] for item in wrong]
     if method == "pasf":
-        positive = [item.activations[item.right] for item in items]
         negative = [item.activations[torch.arange(len(item.activations)) != item.right].mean(dim=0) for item in items]
-    elif method == "ipasa":
-        positive = [item.activations[item.own] for item in items if item.own == item.right]
-        negative = [item.activations[item.own] for item in wrong]
-    else:
-        positive = [item.activations[item.right] for item in wrong]
-        negative = [item.activations[item.own] for item in wrong]
     return torch.stack(positive).mean(dim=0), torch.stack(negative).mean(dim=0)
 
 
@@ -128,20 +120,16 @@ def relabelled(items: Sequence[Item], method: ChoiceMethod, generator: torch.Gen
 def with_controls(items: Sequence[Item], method: ChoiceMethod, n_controls: int, seed: int) -> ExtractedDirections:
     """Find the direction of every block, and what the method finds with labels that carry no information.
 
-    Raises:
-        RecipeError: the model answers too many or too few right for the method.
+    Raises `RecipeError` if the model answers too many or too few right for the method.
     """
     right = sum(item.own == item.right for item in items)
     wrong = len(items) - right
-    needed = ""
-    if method == "ipaswo" and wrong < _MIN_ITEMS:
-        needed = f"at least {_MIN_ITEMS} that it answers wrong"
-    elif method == "ipasa" and min(right, wrong) < _MIN_ITEMS:
-        needed = f"at least {_MIN_ITEMS} that it answers right and {_MIN_ITEMS} that it answers wrong"
-    if needed:
+    available = {"ipasa": {"right": right, "wrong": wrong}, "ipaswo": {"wrong": wrong}}.get(method, {})
+    if any(number < _MIN_ITEMS for number in available.values()):
+        needed = " and ".join(f"{_MIN_ITEMS} that it answers {answer}" for answer in available)
         raise RecipeError(
             f"extract.method {method}: the model answers {right} of {len(items)} training questions right and {wrong} "
-            f"wrong; needed: {needed}. Use method pasf, which needs no mistakes, or "
+            f"wrong; needed: at least {needed}. Use method pasf, which needs no mistakes, or "
             f"{'harder' if wrong < _MIN_ITEMS else 'easier'} questions."
         )
     generator = torch.Generator().manual_seed(seed)

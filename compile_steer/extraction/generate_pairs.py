@@ -71,10 +71,8 @@ class GenerationReport:
 def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, paths: RunPaths) -> Behaviour:
     """Return the data with generated responses, from the files of `paths`; generates these first if needed.
 
-    Files that were generated from the same inputs are taken as they are, so that edits in them count.
-
-    Raises:
-        RecipeError: too few pairs of a split show the behaviour, or an edited file is unusable.
+    Files that were generated from the same inputs are taken as they are, so that edits in them count. Raises
+    `RecipeError` if too few pairs of a split show the behaviour, or an edited file is unusable.
     """
     model, data = context.model, context.data
     prompts = {name: [asdict(pair) for pair in data.split(name)] for name in SPLITS}
@@ -105,8 +103,7 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
 def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviour:
     """Return `data` with the pairs of the files, edits included, in the place of its prompts, under each side's template.
 
-    Raises:
-        RecipeError: an invalid row, one whose prompt is not in `data`, or fewer than `min_pairs` pairs in a split.
+    Raises `RecipeError` for an invalid row, one whose prompt is not in `data`, or fewer than `min_pairs` in a split.
     """
     reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
     splits: dict[str, Any] = {}
@@ -148,12 +145,7 @@ def generate_pairs(
 ) -> tuple[dict[str, list[Row]], dict[str, SplitReport]]:
     """Let the model respond to both sides' prompts, and keep the pairs that show the behaviour on one side alone.
 
-    Args:
-        context: its data have the prompts of both sides, with empty responses.
-        scorer: finds the behaviour in a response.
-
-    Returns:
-        By split the kept rows {"prompt", "positive", "negative"}, and a report.
+    Returns by split the kept rows {"prompt", "positive", "negative"}, and a report.
     """
     model, data = context.model, context.data
     score = scorer.bind(model, data)

@@ -50,8 +50,7 @@ class ExtractedDirections:
 def from_pairs(context: Context, options: ExtractOptions, method: PairMethod) -> ExtractedDirections:
     """Read both sides of the training pairs, and find the direction of every block with its controls.
 
-    Raises:
-        RecipeError: too few pairs, or pairs whose sides are the same up to the token that is read.
+    Raises `RecipeError` for too few pairs, or pairs whose sides are the same up to the token that is read.
     """
     pairs = options.first(context.data.train, "pairs")
     sides = [[pair.positive for pair in pairs], [pair.negative for pair in pairs]]
@@ -76,11 +75,7 @@ def from_pairs(context: Context, options: ExtractOptions, method: PairMethod) ->
 def with_controls(
     positive: Tensor, negative: Tensor, method: PairMethod, n_controls: int, seed: int
 ) -> ExtractedDirections:
-    """Find the direction of every block, and what the method finds where a random half of the pairs is swapped.
-
-    Args:
-        positive, negative: activations of both sides, [n, L, d].
-    """
+    """From activations [n, L, d], the direction of every block, and those where a random half of the pairs is swapped."""
     generator, n = torch.Generator().manual_seed(seed), len(positive)
     vectors, means = [fit(positive, negative, method)], [positive.mean(dim=0)]
     for _ in range(n_controls):

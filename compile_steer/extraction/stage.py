@@ -79,11 +79,8 @@ def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
     """Load another model to take directions from, for example the instruction-tuned sibling of a base model.
 
     Vectors of Gemma-2's instruction-tuned models steer its base models (Stolfo et al. 2410.12877, section 6): the two
-    share the residual stream, so only a model of the same shape and tokenizer is accepted. It reads the data through
+    share the residual stream, so a model of another shape or tokenizer is a `LayoutError`. It reads the data through
     its own chat template.
-
-    Raises:
-        LayoutError: another shape or tokenizer. RecipeError: the model is not there.
     """
     # Read in the target's own precision, so that the two streams round alike.
     dtype = str(target.model.dtype).removeprefix("torch.")
@@ -107,12 +104,8 @@ def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
 def read_imported(options: ExtractOptions, layout: Layout, seed: int) -> tuple[Point, ExtractedDirections]:
     """Read the vectors of another tool's file: the point that the file names, and the vectors with their own length.
 
-    A coefficient of 1 adds a vector as it is. A block that the file has no vector for gets none. The controls are
-    other rows of the same file if it has any; otherwise the vectors' coordinates in another order, the same at all
-    blocks.
-
-    Raises:
-        ArtifactError: the file is missing, damaged, unsafe, ambiguous, or of another model.
+    A coefficient of 1 adds a vector as it is. The controls are other rows of the same file if it has any; otherwise the
+    vectors' coordinates in another order. Raises `ArtifactError` for a file that `read_vectors` refuses.
     """
     imported, size, generator = options.imported, (layout.n_layers, layout.d_model), torch.Generator().manual_seed(seed)
     assert imported.file is not None, "ExtractOptions refuses method imported without a file"

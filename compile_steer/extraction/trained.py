@@ -42,23 +42,20 @@ _HELD_OUT_EVERY = 6  # a sixth of the pairs chooses the epoch; too few would cho
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins: vectors [n_sites, d_model], and the stream's norm [n_sites, 1] at each site's block."""
+    """Where training begins."""
 
     sites: tuple[Site, ...]
-    vectors: Tensor
-    norms: Tensor
+    vectors: Tensor  # [n_sites, d_model]
+    norms: Tensor  # of the stream at each site's block, [n_sites, 1]
 
 
 @dataclass(frozen=True)
 class TrainedVectors:
-    """The vectors [n_sites, d_model] of the epoch with the lowest held-out loss, and those of the last epoch.
-
-    `curves` have a number for each epoch: the mean `loss`, the `held_out` loss (first before any step), and `norm`, the
-    mean of the vectors' norms relative to the stream's.
-    """
+    """The vectors [n_sites, d_model] of the epoch with the lowest held-out loss, and those of the last epoch."""
 
     best: Tensor
     last: Tensor
+    # By epoch: mean `loss`, `held_out` loss (first before any step), mean `norm` relative to the stream's.
     curves: dict[str, list[float]]
 
 
@@ -142,13 +139,10 @@ def train(
     seed: int,
     advance: Advance,
 ) -> TrainedVectors:
-    """Train the vectors from `start` by AdamW; `advance` is called once an epoch.
+    """Train the vectors from `start` by AdamW; raises `RecipeError` where the loss is not finite.
 
     The parameters are w in v = s w, where s is the stream's norm after the site's block, so that one learning rate and
     one penalty fit all blocks of all models. The loss is that of the recipe plus l2 * sum ||w||^2.
-
-    Raises:
-        RecipeError: the loss is not finite.
     """
     # Hold out every sixth pair, and run the blocks below the first site once for all steps.
     shuffled = random.Random(seed).sample(list(pairs), len(pairs))
@@ -201,16 +195,12 @@ def train(
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch of responses (for bipo the positives of some pairs, then their negatives) with what is computed once.
-
-    `prefix` [batch, time, d_model] is the input of the first trained block, None if that is block 0. `count` is what the
-    loss is the mean over: response tokens, or pairs. `reference` [batch] is the base's log p(response), for bipo alone.
-    """
+    """A batch of responses (for bipo the positives of some pairs, then their negatives) with what is computed once."""
 
     batch: Batch
-    prefix: Tensor | None
-    count: int
-    reference: Tensor | None = None
+    prefix: Tensor | None  # input of the first trained block, [batch, time, d_model]; None if that is block 0
+    count: int  # what the loss is the mean over: response tokens, or pairs
+    reference: Tensor | None = None  # the base's log p(response), [batch]; for bipo alone
 
 
 @dataclass(frozen=True)

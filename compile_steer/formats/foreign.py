@@ -46,17 +46,12 @@ _BY_CONTENT: dict[str, Format] = {SAELENS_CONFIG: "saelens", REPSTEER_MANIFEST: 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the recipe says about a file, and the size of the model that the vectors are for.
-
-    Attributes:
-        controls: how many other vectors to take as controls, if the file has any; `generator` chooses them.
-        layer_convention, layer, index: see `extract.imported`; None if not specified.
-    """
+    """The size of the model that vectors are for, and what `extract.imported` says about their file."""
 
     n_layers: int
     d_model: int
-    controls: int
-    generator: torch.Generator
+    controls: int  # how many other vectors to take as controls, if the file has any
+    generator: torch.Generator  # chooses these
     layer_convention: LayerConvention | None = None
     layer: int | None = None
     index: int | None = None
@@ -64,20 +59,13 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ForeignVectors:
-    """Vectors of a file, to be added as they are with coefficient 1.
+    """Vectors of a file, to be added as they are with coefficient 1."""
 
-    Attributes:
-        vectors: block -> [d_model] fp32 at `point`, in the activations' units; zeros are no vector.
-        others: [n, d_model] vectors of the same kind, for files of one block; None if the file has none.
-        embeddings: whether the file also has a vector for the embeddings, which are the output of no block.
-        made_for: the model or its type, if the file says.
-    """
-
-    vectors: Mapping[int, Tensor]
+    vectors: Mapping[int, Tensor]  # block -> [d_model] fp32 at `point`, in the activations' units; zeros are no vector
     point: Point = "resid_post"
-    others: Tensor | None = None
-    embeddings: bool = False
-    made_for: str = ""
+    others: Tensor | None = None  # [n, d_model] of the same kind, in files of one block
+    embeddings: bool = False  # whether the file also has a vector for the embeddings, which are the output of no block
+    made_for: str = ""  # the model or its type, if the file says
 
 
 def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> ForeignVectors:
@@ -111,8 +99,8 @@ def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> F
         raise tensors.pickle_refusal(path)
     kind = format or _infer_format(path, options)
     read, keys = readers[kind]
-    values = {"layer_convention": options.layer_convention, "layer": options.layer, "index": options.index}
-    unused = [key for key, value in values.items() if value is not None and key not in keys]
+    settings = ("layer_convention", "layer", "index")
+    unused = [key for key in settings if key not in keys and getattr(options, key) is not None]
     if unused:
         raise ArtifactError(f"{path} is read as {kind}, which does not take extract.imported.{' and '.join(unused)}.")
     if path.is_dir() != (kind in get_args(FolderFormat)):
@@ -154,7 +142,8 @@ def layer_in_name(path: Path) -> int | None:
 def _require_fit(path: Path, foreign: ForeignVectors, options: ImportOptions) -> None:
     """Raise `ArtifactError` with every reason why these vectors do not fit the model."""
     problems = []
-    shapes = {tuple(vector.shape) for vector in foreign.vectors.values()} - {(options.d_model,)}
+    vectors = foreign.vectors.values()
+    shapes = {tuple(vector.shape) for vector in vectors} - {(options.d_model,)}
     if shapes:
         listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
         hint = f" (it was made for '{foreign.made_for}')" if foreign.made_for else ""
@@ -163,9 +152,9 @@ def _require_fit(path: Path, foreign: ForeignVectors, options: ImportOptions) ->
     if outside:
         blocks = ", ".join(map(str, outside))
         problems.append(f"{path} is of blocks {blocks} too; the model has {options.n_layers}, counted from 0.")
-    if not all(bool(vector.isfinite().all()) for vector in foreign.vectors.values()):
+    if not all(bool(vector.isfinite().all()) for vector in vectors):
         problems.append(f"{path} holds NaN or infinity.")
-    elif not any(bool(vector.any()) for vector in foreign.vectors.values()):
+    elif not any(bool(vector.any()) for vector in vectors):
         problems.append(f"{path}: every vector is 0; it steers nothing.")
     if problems:
         raise ArtifactError([*problems, "Use a vector of this very model."])

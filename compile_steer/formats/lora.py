@@ -5,7 +5,6 @@ Serving engines read few of a LoRA's settings, and some of them ignore the other
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,19 +55,12 @@ _MERGE = "Merge it with PEFT (merge_and_unload), save that, and use the checkpoi
 
 @dataclass(frozen=True)
 class PlainLora:
-    """An adapter without settings.
+    """An adapter without settings."""
 
-    Attributes:
-        edits: the factors by the full name of their module, with the scale in B.
-        folded: the settings whose effect is now in B.
-        base: the base that the adapter names, '' if none.
-        transposed: whether its modules store their weights as [d_in, d_out].
-    """
-
-    edits: Mapping[str, LowRank]
-    folded: tuple[str, ...]
-    base: str
-    transposed: bool
+    edits: Mapping[str, LowRank]  # by the full name of their module, with the scale in B
+    folded: tuple[str, ...]  # the settings whose effect is now in B
+    base: str  # the base that the adapter names, '' if none
+    transposed: bool  # whether its modules store their weights as [d_in, d_out]
 
     @property
     def max_rank(self) -> int:
@@ -78,8 +70,7 @@ class PlainLora:
 def read_lora(folder: Path) -> PlainLora:
     """Read the adapter at `folder` as plain LoRA, in fp32.
 
-    Raises:
-        ArtifactError: it does not exist, is damaged, or does more than plain LoRA; every reason is named.
+    Raises `ArtifactError` with every reason if it does not exist, is damaged, or does more than plain LoRA.
     """
     config = read_json(folder / ADAPTER_CONFIG, "Needed: a PEFT adapter's folder.")
     if not isinstance(config.get("r"), int) or config["r"] < 1:
@@ -151,15 +142,12 @@ def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iter
 
 def _scale(name: str, config: Mapping[str, Any]) -> tuple[int, float, set[str]]:
     """A module's rank, its factor on B A, and the settings that make this more than alpha / r; as PEFT computes them."""
+    from peft.utils.other import get_pattern_key
 
-    def of_module(pattern: Mapping[str, float] | None, default: float) -> tuple[float, bool]:
-        for key, value in (pattern or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):  # PEFT's own expression: keys match the end of a name
-                return value, True
-        return default, False
-
-    rank, own_rank = of_module(config.get("rank_pattern"), config["r"])
-    alpha, own_alpha = of_module(config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    # PEFT's own rule of which pattern's key is the module's; the name itself where none is.
+    own_rank, own_alpha = get_pattern_key(ranks, name), get_pattern_key(alphas, name)
+    rank, alpha = ranks.get(own_rank, config["r"]), alphas.get(own_alpha, config.get("lora_alpha", 8))
     rslora = bool(config.get("use_rslora"))
-    used = {"use_rslora": rslora, "alpha_pattern": own_alpha, "rank_pattern": own_rank}
+    used = {"use_rslora": rslora, "alpha_pattern": own_alpha in alphas, "rank_pattern": own_rank in ranks}
     return int(rank), alpha / (rank**0.5 if rslora else rank), {key for key, is_used in used.items() if is_used}

@@ -77,11 +77,7 @@ def _read_rows(path: Path, options: ImportOptions, n_rows: int) -> Tensor:
 
 
 def read_table(path: Path, _options: ImportOptions) -> ForeignVectors:
-    """Read safetensors named POINT.K, such as `resid_post.14`: what the refusals below convert pickles to.
-
-    Raises:
-        ArtifactError: the file is damaged, or has other names or vectors of several points.
-    """
+    """Read safetensors named POINT.K, such as `resid_post.14`, of one point; raises `ArtifactError`."""
     tensors = read_tensors(path)[0]
     names = {name: re.fullmatch(rf"({'|'.join(POINTS)})\.{BLOCK_NUMBER}", name) for name in tensors}
     points: set[Any] = {match and match[1] for match in names.values()}
@@ -134,8 +130,7 @@ def read_neuronpedia(path: Path, _options: ImportOptions) -> ForeignVectors:
 def read_axbench(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read row `options.index`, for the output of block `options.layer`, and other rows as controls.
 
-    Raises:
-        ArtifactError: the block or the row is not specified, or the tensor is something else.
+    Raises `ArtifactError` if the block or the row is not specified, or the tensor is something else.
     """
     rows = read_floats(path)
     if rows.ndim != 2:

@@ -98,11 +98,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def capture(layout: Layout, batch: Batch, point: Point, through: int | None = None) -> list[Tensor]:
-    """Run the backbone once and return the activation at `point` of each block, [batch, time, d_model].
-
-    Args:
-        through: the last block to read; the blocks above it are not run. None reads all.
-    """
+    """Run blocks 0 to `through` (None: all) once; return each one's activation at `point`, [batch, time, d_model]."""
     count = layout.n_layers if through is None else through + 1
     caught: list[Tensor] = []  # modules run in the blocks' order
 
@@ -138,8 +134,7 @@ def read_activations(
         through: the last block to read, so that n_layers is one more; None reads all.
         advance: called with the number of texts just done.
 
-    Raises:
-        LayoutError: an activation is NaN or infinite (the message names the first such block).
+    Raises `LayoutError` where an activation is NaN or infinite.
     """
     layout = loaded.layout
     result = torch.empty(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
@@ -161,12 +156,10 @@ def read_activations(
 
 
 def median_norms(loaded: LoadedModel, texts: Sequence[Text], point: Point) -> Tensor:
-    """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`.
-
-    The median, because the first token's norm is a hundred times the others' in many models.
-    """
+    """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`."""
     norms: list[Tensor] = []
     for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in texts]):
         states = capture(loaded.layout, batch, point)
         norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
+    # The median, because the first token's norm is a hundred times the others' in many models.
     return torch.cat(norms, dim=1).median(dim=1).values

@@ -24,8 +24,7 @@ def gguf_in(folder: Path) -> Path | None:
 def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """Return the model with de-quantised weights, its tokenizer, and every tensor that only file or model has.
 
-    Raises:
-        OSError, ValueError, RuntimeError, KeyError: transformers or gguf cannot read the file or its family.
+    Raises what transformers and gguf raise for a file or family that they cannot read.
     """
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     reader = gguf.GGUFReader(file)

@@ -112,11 +112,11 @@ def frozen(model: Any, device: torch.device) -> Any:
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; 'auto' is CUDA where available, else the CPU. Raises `RecipeError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise RecipeError(f"device '{name}' cannot be used here ({reason}). Use cpu, or auto.") from error
     return device

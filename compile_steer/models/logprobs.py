@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,23 +61,19 @@ class TokenDivergence:
     def top1_agreement(self) -> float:
         return float(self.same_top1.double().mean())
 
-    @staticmethod
-    def join(parts: list[TokenDivergence]) -> TokenDivergence:
-        return TokenDivergence(torch.cat([p.kl for p in parts]), torch.cat([p.same_top1 for p in parts]))
-
 
 def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_q: Tensor) -> TokenDivergence:
     """Compare two models' next-token distributions at final hidden states [n, d_model], chunk by chunk."""
-    parts = []
+    kl, same_top1 = [], []
     with torch.no_grad():
-        for part in chunks(hidden_p.shape[0]):
+        for part in chunks(len(hidden_p)):
             # In float64: the rounding of float32 log-probabilities alone gives a KL of about 1e-7 nats a token, more
             # than that of an exact compile.
             log_p = torch.log_softmax(lm_head(model_p, hidden_p[part]).double(), dim=-1)
             log_q = torch.log_softmax(lm_head(model_q, hidden_q[part]).double(), dim=-1)
-            same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
-            parts.append(TokenDivergence(kl_divergence(log_p, log_q).cpu(), same.cpu()))
-    return TokenDivergence.join(parts)
+            kl.append(kl_divergence(log_p, log_q).cpu())
+            same_top1.append((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).cpu())
+    return TokenDivergence(torch.cat(kl), torch.cat(same_top1))
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -119,20 +115,13 @@ def token_logprobs(model: nn.Module, states: Tensor, targets: Tensor, rows: Tens
         here = ((rows >= part.start) & (rows < part.stop)).nonzero()[:, 0]
         inputs = (states[part], targets[here], rows[here] - part.start)
         # With gradients, a chunk's logits are computed again in the backward pass rather than kept.
-        result[here] = (
-            cast(Tensor, checkpoint(of_chunk, *inputs, use_reentrant=False))
-            if torch.is_grad_enabled()
-            else of_chunk(*inputs)
-        )
+        grad = torch.is_grad_enabled()
+        result[here] = checkpoint(of_chunk, *inputs, use_reentrant=False) if grad else of_chunk(*inputs)
     return result
 
 
 def response_logprobs(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
-    """Log-probability of each row's response, [batch] in nats, summed over its tokens; differentiable.
-
-    Args:
-        hidden: the final hidden states of the batch, [batch, time, d_model].
-    """
+    """Log p(response) of each row, [batch] in nats, from the final states [batch, time, d_model]; differentiable."""
     chosen = batch.predicts_response
     targets = torch.roll(batch.input_ids, -1, dims=1)[chosen]
     sums = torch.zeros(len(chosen), device=hidden.device)
@@ -174,15 +163,12 @@ def logprob_margins(loaded: LoadedModel, pairs: Sequence[Encoded], program: Prog
 
 @dataclass(frozen=True)
 class FinalStates:
-    """Final hidden states [n_tokens, d_model] where a response token is predicted, and at all other tokens.
+    """Final hidden states of some texts, [n_tokens, d_model]."""
 
-    They are kept apart because a chat template's tokens are the same in every prompt, and would flatter a mean.
-    `texts` [n_tokens] are the indices of the texts that the response's positions belong to.
-    """
-
-    response: Tensor
-    prompt: Tensor
-    texts: Tensor
+    # Apart, because a chat template's tokens are the same in every prompt, and would flatter a mean.
+    response: Tensor  # where a response token is predicted
+    prompt: Tensor  # at all other tokens
+    texts: Tensor  # index of the text of each of the response's positions, [n_tokens]
 
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:

@@ -22,8 +22,7 @@ ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     """Load the adapter at `folder` on a fresh copy of `base`, or the checkpoint or GGUF file with its own tokenizer.
 
-    Raises:
-        ArtifactError: it does not exist, is damaged, or is an adapter for other modules or widths.
+    Raises `ArtifactError` if it does not exist, is damaged, or is an adapter for other modules or widths.
     """
     if (folder / "adapter_config.json").is_file():
         return replace(reload_adapters({ADAPTER: folder}, base), id=str(folder), source=str(folder))
@@ -39,11 +38,7 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
 
 
 def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedModel:
-    """Load several adapters, by name, on one fresh copy of `base`; `set_adapter_scales` chooses the active ones.
-
-    Raises:
-        ArtifactError: as `reload` does.
-    """
+    """Load adapters, by name, on one fresh copy of `base`; raises as `reload`. `set_adapter_scales` activates some."""
     model: Any = None
     for name, folder in folders.items():
         with _loading(folder):

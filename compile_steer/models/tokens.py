@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import RecipeError
@@ -19,17 +20,11 @@ from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one conversation.
+    """Token ids of one conversation."""
 
-    Attributes:
-        ids: all tokens, template tokens included.
-        n_prompt: how many of them come before the last response.
-        earlier: spans (start, stop) of the assistant's responses within the prompt.
-    """
-
-    ids: tuple[int, ...]
-    n_prompt: int
-    earlier: tuple[tuple[int, int], ...] = ()
+    ids: tuple[int, ...]  # template tokens included
+    n_prompt: int  # how many of them come before the last response
+    earlier: tuple[tuple[int, int], ...] = ()  # spans (start, stop) of the assistant's responses within the prompt
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Encoded:
@@ -69,8 +64,7 @@ class Batch:
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
     """Return the conversation up to the last response, as the model sees it: through the chat template if it has one.
 
-    Raises:
-        RecipeError: there are earlier turns or a system prompt, and no template that could mark them.
+    Raises `RecipeError` for earlier turns or a system prompt that no template could mark.
     """
     if tokenizer.chat_template is None:
         if text.history:
@@ -94,8 +88,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
     """Tokenise prompts and responses separately, so that a prompt has the same tokens whatever the response.
 
-    Raises:
-        RecipeError: the template rewrites earlier turns, so that their positions are unknown.
+    Raises `RecipeError` if the template rewrites earlier turns, so that their positions are unknown.
     """
     # A chat template writes its special tokens itself; a plain prompt needs the tokenizer's own.
     special = tokenizer.chat_template is None
@@ -121,9 +114,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
 
 def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:
     """Right-padded batches on the model's device, of similar lengths, each of at most `max_tokens` padded tokens."""
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
     group: list[int] = []
-    for index in order:
+    for index in sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids)):
         # Texts come in order of length, so that this one is the longest of its batch.
         if group and (len(group) + 1) * len(encoded[index].ids) > max_tokens:
             yield pad(encoded, group, loaded.pad_id).to(loaded.device)
@@ -135,13 +127,9 @@ def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int 
 
 def pad(encoded: Sequence[Encoded], rows: Iterable[int], pad_id: int, *, left: bool = False) -> Batch:
     """One batch, on the CPU, of the texts with the indices `rows`, padded on the right (or left)."""
-    rows = tuple(rows)
-    time = max(len(encoded[row].ids) for row in rows)
-    input_ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
-    roles = torch.full((len(rows), time), PAD, dtype=torch.int8)
-    for index, row in enumerate(rows):
-        text = encoded[row]
-        real = slice(time - len(text.ids), time) if left else slice(len(text.ids))
-        input_ids[index, real] = torch.tensor(text.ids)
-        roles[index, real] = torch.tensor(text.roles, dtype=torch.int8)
+    rows, side = tuple(rows), "left" if left else "right"
+    ids = [torch.tensor(encoded[row].ids, dtype=torch.long) for row in rows]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
+    kinds = [torch.tensor(encoded[row].roles, dtype=torch.int8) for row in rows]
+    roles = pad_sequence(kinds, batch_first=True, padding_value=PAD, padding_side=side)
     return Batch(input_ids, (roles != PAD).long(), roles, rows)
