@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence, final_states, logprob_margins
+from compile_steer.models.logprobs import divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.models.text import Text
 from compile_steer.stats import equivalence
@@ -30,10 +30,11 @@ from compile_steer.verification.parity import AdapterControls, AdapterScale, Cap
 if TYPE_CHECKING:
     from compile_steer.verification.reference import Reference
 
-CONTROL_PAIRS = 8  # an adapter's controls have to show large differences only
-SCALES = (0.0, 0.5, 1.0, -1.0)
-SCALE_TEXTS = 4
+# An adapter's controls have to show large differences only, for which few pairs and texts suffice.
+_CONTROL_PAIRS = 8
 _RANDOM_ADAPTERS = 3
+_SCALES = (0.0, 0.5, 1.0, -1.0)
+_SCALE_TEXTS = 4
 _ANSWER_TOKENS = 12  # the longest right answer has five words
 _YES_NO = ("yes", "no")
 
@@ -50,12 +51,9 @@ class Question:
     choices: tuple[str, ...] = ()
 
     def is_right(self, reply: str) -> bool:
-        positions = {}
-        for word in self.choices or self.answers:
-            match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE)
-            if match is not None:
-                positions[word] = match.start()
-        return min(positions, key=lambda word: positions[word], default=None) in self.answers
+        words = "|".join(re.escape(word) for word in self.choices or self.answers)
+        first = re.search(rf"(?<!\w)({words})(?!\w)", reply, re.IGNORECASE)
+        return first is not None and first[1].lower() in {answer.lower() for answer in self.answers}
 
 
 # Four kinds in turn, so that the first few are of every kind: arithmetic, copying, capitals, facts.
@@ -89,13 +87,13 @@ QUESTIONS = (
 
 def correct_answers(model: LoadedModel, count: int, program: Program | None = None) -> np.ndarray:
     """Which of the first `count` questions are answered correctly, greedily, under `program` if given: [count], 1 or 0."""
-    questions = QUESTIONS[:count]
-    if not questions:
+    if not count:
         return np.zeros(0)
+    questions = QUESTIONS[:count]
     prompts = [Text(question.prompt) for question in questions]
     answers = continue_prompts(model, prompts, program, max_new_tokens=_ANSWER_TOKENS)
-    replies = [response_text(model, answer) for answer in answers]
-    return np.array([float(one.is_right(reply)) for one, reply in zip(questions, replies, strict=True)])
+    right = [q.is_right(response_text(model, answer)) for q, answer in zip(questions, answers, strict=True)]
+    return np.array(right, dtype=float)
 
 
 def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, margin: float) -> Capability:
@@ -104,19 +102,12 @@ def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.nda
     Raises:
         ValueError: fewer than two questions.
     """
-    lost, gained = int(((steered == 1) & (compiled == 0)).sum()), int(((steered == 0) & (compiled == 1)).sum())
+    lost, gained = int((steered > compiled).sum()), int((steered < compiled).sum())
     # McNemar's exact test: which way the questions went that only one of the two answers correctly.
     p = float(binomtest(lost, lost + gained, alternative="greater").pvalue) if lost + gained else 1.0
-    return Capability(
-        n=len(base),
-        base=float(base.mean()),
-        steered=float(steered.mean()),
-        compiled=float(compiled.mean()),
-        lost=lost,
-        gained=gained,
-        p=p,
-        test=equivalence("capability", compiled - steered, margin),
-    )
+    before, hooked, after = (float(correct.mean()) for correct in (base, steered, compiled))
+    test = equivalence("capability", compiled - steered, margin)
+    return Capability(len(base), before, hooked, after, lost, gained, p, test)
 
 
 def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.ndarray) -> AdapterControls:
@@ -126,27 +117,26 @@ def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.n
         artifact: the base with the reloaded adapter; left as it was.
         compiled: its log-likelihood margins on all test pairs, [n_pairs].
     """
-    pairs = reference.control_pairs(artifact)
+    data = reference.context.data
+    pairs = encode_pairs(artifact, data.test[:_CONTROL_PAIRS])
+    others = encode_pairs(artifact, data.other_behaviour[:_CONTROL_PAIRS])
     base = reference.margins.base[: len(pairs) // 2]
 
     def effect(scale: float = 1.0) -> float:
         with adapter_scaled(artifact, scale):
             return float((logprob_margins(artifact, pairs) - base).mean())
 
+    elsewhere = logprob_margins(artifact, others) - logprob_margins(reference.model, others)
     random = []
     for seed in range(_RANDOM_ADAPTERS):
         with _randomised(artifact, reference.context.seed + seed):
             random.append(effect())
-    other_behaviour = None
-    if reference.other_behaviour is not None:
-        others, before = reference.other_behaviour
-        other_behaviour = float((logprob_margins(artifact, others) - before).mean())
     return AdapterControls(
         effect=float((compiled[: len(base)] - base).mean()),
         random=random,
         negated=effect(-1.0),
         halved=effect(0.5),
-        other_behaviour=other_behaviour,
+        other_behaviour=float(elsewhere.mean()) if others else None,
         n_pairs=len(base),
         scales=adapter_scales(reference, artifact),
     )
@@ -154,12 +144,16 @@ def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.n
 
 def adapter_scales(reference: Reference, artifact: LoadedModel) -> list[AdapterScale]:
     """Compare the adapter at each scale with the hooks at that scale; `artifact` is left as it was."""
-    model, base, scales = reference.model.model, reference.at_scales[0.0], []
-    for scale, steered in reference.at_scales.items():
+    # Written at scale 1, and read at every scale.
+    base, texts, scales = reference.model, reference.heldout[:_SCALE_TEXTS], []
+    unsteered = final_states(base, texts).response
+    for scale in _SCALES:
+        # Without any hook at 0, so that it is the base itself that the adapter is compared with.
+        steered = final_states(base, texts, reference.program.scaled(scale)).response if scale else unsteered
         with adapter_scaled(artifact, scale):
-            compiled = final_states(artifact, reference.scale_texts).response
-        kl = divergence(model, steered, artifact.model, compiled).mean
-        kl_base = divergence(model, steered, model, base).mean
+            compiled = final_states(artifact, texts).response
+        kl = divergence(base.model, steered, artifact.model, compiled).mean
+        kl_base = divergence(base.model, steered, base.model, unsteered).mean
         scales.append(AdapterScale(scale, kl, kl / kl_base if kl_base else None))
     return scales
 
@@ -168,19 +162,18 @@ def adapter_scales(reference: Reference, artifact: LoadedModel) -> list[AdapterS
 def _randomised(artifact: LoadedModel, seed: int) -> Iterator[None]:
     """Every B A of the adapter replaced by a random product of the same rank and Frobenius norm."""
     generator = torch.Generator().manual_seed(seed)
-    factors = list(_factors(artifact))
-    kept = [(A.clone(), B.clone()) for A, B in factors]
+    kept = [(A, B, A.clone(), B.clone()) for A, B in _factors(artifact)]
     try:
-        for A, B in factors:
+        for A, B, *_kept in kept:
             norm = _norm(A, B)
             A.copy_(torch.randn(A.shape, generator=generator).to(A))
             B.copy_(torch.randn(B.shape, generator=generator).to(B))
             B.mul_(norm / _norm(A, B))
         yield
     finally:
-        for (A, B), (before_A, before_B) in zip(factors, kept, strict=True):
-            A.copy_(before_A)
-            B.copy_(before_B)
+        for A, B, own_A, own_B in kept:
+            A.copy_(own_A)
+            B.copy_(own_B)
 
 
 def _factors(artifact: LoadedModel) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,27 +53,21 @@ def measure_rounding(
     """What rounding the weights costs by itself, and what the compile costs without it.
 
     Two references answer two questions. Against the steered model in full precision an artifact shows all that its user
-    gets, the rounding's cost with the compile's. Against the hooks on the base rounded the same way it shows the compile
-    alone: every matrix that the compile did not edit is then the same on both sides, bit for bit.
-
-    Args:
-        quantized: the reference of the base rounded as the artifact is.
-        states: the artifact's, on the held-out texts.
+    gets, the rounding's cost with the compile's. Against the hooks on the base rounded the same way, `quantized`, it shows the
+    compile alone: every matrix that the compile did not edit is then the same on both sides, bit for bit. `states` are the
+    artifact's, on the held-out texts.
     """
-    rounded = quantized.model
-    base = divergence(
-        reference.model.model, reference.states.base.response, rounded.model, quantized.states.base.response
-    )
+    base, rounded = reference.model.model, quantized.model
     noise = reference.kl_from_steered(rounded, quantized.states.steered)
-    compiled = quantized.kl_from_steered(artifact, states)
+    compiled, changed = quantized.kl_from_steered(artifact, states).mean, quantized.kl_base.mean
     edited = edited_matrices(rounded, artifact)
     return Rounding(
-        kl_base=base.mean,
+        kl_base=divergence(base, reference.states.base.response, rounded.model, quantized.states.base.response).mean,
         kl_steered=noise.mean,
         top1_steered=noise.top1_agreement,
-        kl=compiled.mean,
-        kl_remaining=compiled.mean / quantized.kl_base.mean,
-        kl_changed=quantized.kl_base.mean,
+        kl=compiled,
+        kl_remaining=compiled / changed,
+        kl_changed=changed,
         edited=len(edited),
         kl_edited=cost_of_rounding(reference, rounded, edited),
     )
@@ -81,59 +76,47 @@ def measure_rounding(
 def edited_matrices(rounded: LoadedModel, artifact: LoadedModel) -> list[str]:
     """The matrices of `artifact` that are not the rounded base's own, by their names."""
     own = dict(rounded.model.named_parameters(remove_duplicate=False))
-    return [
-        name
-        for name, value in artifact.model.named_parameters()
-        if value.ndim > 1 and not (name in own and torch.equal(value, own[name]))
-    ]
+    matrices = [(name, value) for name, value in artifact.model.named_parameters() if value.ndim > 1]
+    return [name for name, value in matrices if not (name in own and torch.equal(value, own[name]))]
 
 
 def cost_of_rounding(reference: Reference, rounded: LoadedModel, matrices: Sequence[str]) -> float:
     """Mean KL(steered||steered with only these matrices of the base rounded) on the held-out texts, nats per token."""
     if not matrices:
         return 0.0
-    with _only_rounded(matrices, rounded, reference.model):
-        states = final_states(rounded, reference.heldout, reference.program)
-        return reference.kl_from_steered(rounded, states).mean
-
-
-@contextmanager
-def _only_rounded(matrices: Sequence[str], rounded: LoadedModel, base: LoadedModel) -> Iterator[None]:
-    """Give `rounded` the base's own weights, but for these matrices, inside the block."""
-    whole, own = (dict(one.model.named_parameters(remove_duplicate=False)) for one in (base, rounded))
+    base, own = (dict(loaded.model.named_parameters(remove_duplicate=False)) for loaded in (reference.model, rounded))
     kept = {id(own[name]) for name in matrices if name in own}  # a tied head is one parameter of two names
-    restored = {name: parameter for name, parameter in own.items() if id(parameter) not in kept}
-    before = {name: parameter.data for name, parameter in restored.items()}
+    before = {name: parameter.data for name, parameter in own.items() if id(parameter) not in kept}
     try:
-        for name, parameter in restored.items():
-            parameter.data = whole[name].data
-        yield
+        for name in before:  # all others are the base's own until the states are computed
+            own[name].data = base[name].data
+        return reference.kl_from_steered(rounded, final_states(rounded, reference.heldout, reference.program)).mean
     finally:
-        for name, parameter in restored.items():
-            parameter.data = before[name]
+        for name, values in before.items():
+            own[name].data = values
 
 
 def require_finite(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded], states: FinalStates) -> None:
-    """Raise `ArtifactError` where some of `states`, the artifact's on `texts`, is NaN or infinite; the first module that
-    computes it is named. Weights that overflowed are damage, with which no divergence can be computed."""
-    broken = sum(int((~torch.isfinite(one).all(dim=-1)).sum()) for one in (states.response, states.prompt))
+    """Raise `ArtifactError` where some of `states`, the artifact's on `texts`, is NaN or infinite: its weights overflowed."""
+    # Such weights are damage: no divergence can be computed with them.
+    computed = torch.cat([states.response, states.prompt])
+    broken = int((~torch.isfinite(computed).all(dim=-1)).sum())
     if broken:
         name, _size = first_beyond(artifact, texts, float("inf")) or ("the head", float("nan"))
         raise ArtifactError(
-            f"{folder} computes NaN or infinity at {broken} of {len(states.response) + len(states.prompt)} held-out tokens, "
+            f"{folder} computes NaN or infinity at {broken} of {len(computed)} held-out tokens, "
             f"first in {name}; its weights have overflowed. Compile again, or merge at a wider precision."
         )
 
 
 def require_half_range(folder: Path, artifact: LoadedModel, texts: Sequence[Encoded]) -> None:
-    """Raise `ArtifactError` where a module's output is beyond half precision: computed in fp16 it is infinite, which the
-    verifier, computing in the recipe's dtype, would not see."""
+    """Raise `ArtifactError` where a module's output is beyond half precision, in which it would be infinite."""
+    # The verifier computes in the recipe's dtype, so `require_finite` does not see it.
     overflow = first_beyond(artifact, texts[:_TEXTS], HALF)
     if overflow is not None:
-        name, size = overflow
         raise ArtifactError(
-            f"{folder}: the output of {name} reaches {size:.4g} on held-out texts, beyond {HALF:g}, the largest of fp16: "
-            "computed in fp16 it is infinite. Ship merged-bf16 or merged-fp32."
+            f"{folder}: the output of {overflow[0]} reaches {overflow[1]:.4g} on held-out texts, beyond {HALF:g}, the largest "
+            "of fp16: computed in fp16 it is infinite. Ship merged-bf16 or merged-fp32."
         )
 
 
@@ -142,24 +125,19 @@ def first_beyond(loaded: LoadedModel, texts: Sequence[Encoded], limit: float) ->
     largest absolute value there; None where all stay below."""
     beyond: list[tuple[str, float]] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if not beyond and isinstance(value, Tensor) and value.is_floating_point():
-                largest = float(value.abs().max())
-                if not largest < limit:  # true of NaN too
-                    beyond.append((name, largest))
+    def check(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if not beyond and isinstance(value, Tensor) and value.is_floating_point():
+            largest = float(value.abs().max())
+            if not largest < limit:  # true of NaN too
+                beyond.append((name, largest))
 
-        return hook
-
-    modules = [(name, module) for name, module in loaded.model.named_modules() if name]
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules]
-    try:
+    with ExitStack() as hooks:
+        for name, module in loaded.model.named_modules():
+            if name:  # the whole model's output is no module's own
+                hooks.callback(module.register_forward_hook(partial(check, name)).remove)
         for text in texts:  # one at a time: what a model computes of padding is no part of a text
             final_states(loaded, [text])
             if beyond:
-                return beyond[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
+                break
+    return beyond[0] if beyond else None

@@ -28,10 +28,10 @@ from compile_steer.models.logprobs import (
 from compile_steer.models.reload import fresh_copy
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers, Request, answer
-from compile_steer.scoring.base import Score, ScorerBase
+from compile_steer.scoring.base import ScorerBase
 from compile_steer.stats import Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
-from compile_steer.verification.controls import CONTROL_PAIRS, SCALE_TEXTS, SCALES, correct_answers
+from compile_steer.verification.controls import correct_answers
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
@@ -50,14 +50,10 @@ class Reference:
     """A base model without and with the program's hooks, on the verifier's texts. What is measured is kept.
 
     Made for the base as it is; `quantized` makes it for the base with rounded weights, of which only what is read is run.
-
-    Attributes:
-        heldout: held-out prompts with the steered model's own sampled continuations, as the base's tokens.
-        control: the control text, as the base's tokens.
     """
 
-    heldout: list[Encoded]
-    control: list[Encoded]
+    heldout: list[Encoded]  # held-out prompts with the steered model's own sampled continuations, as the base's tokens
+    control: list[Encoded]  # the control text
 
     def __init__(
         self,
@@ -85,10 +81,9 @@ class Reference:
             self.heldout, self.control = texts_of.heldout, texts_of.control
             return
         if len(self._data.test) < 2:
-            raise RecipeError(
-                f"data.test has {len(self._data.test)} pairs; needed: two or more, to test for equivalence."
-            )
-        _ = self._score  # a scorer that these data cannot have fails before the work
+            pairs = len(self._data.test)
+            raise RecipeError(f"data.test has {pairs} pairs; needed: two or more, to test for equivalence.")
+        self._score = scorer.bind(self.model, self._data)  # a scorer that these data cannot have fails before the work
         with context.progress.phase("reference: base and steered model", 4) as advance:
             self.heldout = continue_prompts(
                 self.model,
@@ -107,19 +102,18 @@ class Reference:
                 )
             advance(1)
             # Read here so that all of the reference is measured under this bar, before any artifact is reloaded.
-            _ = self.kl_control, self.correct, self.answers, self.other_behaviour
+            _ = self.control_states, self.correct, self.answers
             advance(1)
-            _ = self.prompt_sets
+            score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
+            self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
             advance(1)
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
             context.progress.note(str(plan))
 
     def quantized(self, form: str, folder: Path) -> Reference | None:
-        """The reference of the base with its weights rounded as the artifact at `folder` stores them; None where it keeps
-        all bits."""
-        stored = rounding_of(form, folder, self.model)
-        if stored is None:
+        """The reference of the base rounded as the artifact at `folder` is stored; None where that keeps all bits."""
+        if (stored := rounding_of(form, folder, self.model)) is None:
             return None
         key, rounding = stored
         if self._quantized is None or self._quantized[0] != key:  # made once for all artifacts of a form
@@ -149,30 +143,10 @@ class Reference:
         """KL(steered||base) there."""
         return self.kl_from_steered(self.model, self.states.base)
 
-    def kl_from_base_on_control(self, other: LoadedModel, program: Program | None = None) -> float:
-        """Mean KL(base||other, under the program if given) on the responses of the control text, nats per token."""
-        states = final_states(other, self.control, program).response
-        return divergence(self.model.model, self._base_control, other.model, states).mean
-
     @cached_property
-    def _base_control(self) -> Tensor:
-        return final_states(self.model, self.control).response
-
-    @cached_property
-    def kl_control(self) -> float:
-        """Mean KL(base||steered) on the responses of the control text, nats per token."""
-        return self.kl_from_base_on_control(self.model, self.program)
-
-    @cached_property
-    def at_scales(self) -> dict[float, Tensor]:
-        """Final states [n, d_model] on `scale_texts`, by the factor on the program; at 0 without any hook."""
-        programs = {scale: self.program.scaled(scale) if scale else None for scale in SCALES}
-        return {scale: final_states(self.model, self.scale_texts, one).response for scale, one in programs.items()}
-
-    @property
-    def scale_texts(self) -> list[Encoded]:
-        """The first held-out texts: written at scale 1, and read at every scale."""
-        return self.heldout[:SCALE_TEXTS]
+    def control_states(self) -> Both[Tensor]:
+        """Final hidden states [n, d_model] that predict the responses of the control text."""
+        return self._both(lambda program: final_states(self.model, self.control, program).response)
 
     def margins_of(self, model: LoadedModel, program: Program | None = None) -> np.ndarray:
         """log p(positive) - log p(negative) of each test pair, [n_pairs] nats per token."""
@@ -182,22 +156,6 @@ class Reference:
     def margins(self) -> Both[np.ndarray]:
         """`margins_of` base and steered model."""
         return self._both(lambda program: self.margins_of(self.model, program))
-
-    def control_pairs(self, model: LoadedModel) -> list[Encoded]:
-        """The first test pairs as tokens, for an adapter's controls."""
-        return encode_pairs(model, self._data.test[:CONTROL_PAIRS])
-
-    @cached_property
-    def other_behaviour(self) -> tuple[list[Encoded], np.ndarray] | None:
-        """Another behaviour's pairs, and the base's margins on them; None where the recipe names none."""
-        if not self._data.other_behaviour:
-            return None
-        pairs = encode_pairs(self.model, self._data.other_behaviour[:CONTROL_PAIRS])
-        return pairs, logprob_margins(self.model, pairs)
-
-    @cached_property
-    def _score(self) -> Score:
-        return self._scorer.bind(self.model, self._data)
 
     def answers_of(self, model: LoadedModel, *programs: Program | None) -> list[tuple[Answers, str]]:
         """Greedy scored answers to the test prompts, and the answer to `ask`, under each program; all in one batch."""
@@ -219,15 +177,9 @@ class Reference:
         return self._both(lambda program: correct_answers(self.model, self.options.capability, program))
 
     @cached_property
-    def prompt_sets(self) -> PromptSets:
-        """Base and steered model on the prompt sets, scored where the scorer takes prompts that are not in the data."""
-        score = self._score if self._scorer.needs_no_labels else None
-        return PromptSets(self.model, self.program, self._data, self.options, self.context.seed + 2, score)
-
-    @cached_property
     def equivalence_margins(self) -> dict[Measure, float]:
-        """Differences from the steered model that count as none: a fraction of the steered effect, in nats per token or, at
-        most `gates.score_margin`, in points of the score. A measure is missing that steering does not move or nothing scores."""
+        """Differences from the steered model that count as none, without the measures that steering does not move or nothing
+        scores: a fraction of the steered effect in nats per token or, at most `gates.score_margin`, in points of the score."""
         gates = self.options.gates
 
         def fraction(base: np.ndarray, steered: np.ndarray) -> float:
@@ -248,14 +200,13 @@ class Reference:
 
     def planned_tests(self) -> list[PowerAnalysis]:
         """What the equivalence tests can be expected to show, from the reference alone."""
-        steered = {"score": self.answers.steered.scores, "score by prompt set": self.prompt_sets.steered_scores}
+        scores = {"score": self.answers.steered.scores, "score by prompt set": self.prompt_sets.steered_scores}
+        effects, allowed = self.margins.steered - self.margins.base, self.options.gates.kl_remaining
         plans = []
         for measure, margin in self.equivalence_margins.items():
-            values = steered.get(measure)
+            values = scores.get(measure)
             if values is None:
-                values = self.margins.steered - self.margins.base
-                allowed = self.options.gates.kl_remaining
-                left = math.sqrt(allowed)  # KL grows with the square of the error
+                values, left = effects, math.sqrt(allowed)  # KL grows with the square of the error
                 spread = left * float(np.sqrt(np.square(values).mean()))
                 assumed = (
                     f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows"

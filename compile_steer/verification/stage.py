@@ -105,6 +105,8 @@ def measure_divergence(
     steered = (against.states.steered.response - against.states.base.response).double()
     compiled = (states.response - against.states.base.response).double()
     size = steered.square().sum()
+    model, control = against.model.model, against.control_states
+    compiled_control = final_states(artifact, against.control).response
     return Divergence(
         kl=Interval(kl.mean, mean.low, mean.high),
         kl_rms=kl.rms,
@@ -118,8 +120,8 @@ def measure_divergence(
         top1_base=kl_base.top1_agreement,
         gain=float((steered * compiled).sum() / size),
         hidden_error=float(((compiled - steered).square().sum() / size).sqrt()),
-        kl_control_steered=against.kl_control,
-        kl_control=against.kl_from_base_on_control(artifact),
+        kl_control_steered=divergence(model, control.base, model, control.steered).mean,
+        kl_control=divergence(model, control.base, artifact.model, compiled_control).mean,
         n_tokens=len(kl.kl),
         n_texts=len(reference.heldout),
     )

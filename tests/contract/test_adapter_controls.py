@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, final_states, logprob_margins
+from compile_steer.models.logprobs import encode_pairs, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
+from compile_steer.steering.program import Program
 from compile_steer.verification.controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verification.reference import Reference
-from tests.helpers.tiny import REVISION, build, saved, tokenizer
+from tests.helpers.tiny import REVISION, build, intervention, saved, tokenizer
 
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]
 
@@ -39,16 +40,12 @@ def adapter(folder: Path, rank: int = 3) -> LoadedModel:
 def reference(base: LoadedModel) -> Reference:
     """What the controls read of one: four control pairs, and two of them as another behaviour's."""
     pairs = encode_pairs(base, PAIRS)
-    margins = logprob_margins(base, pairs)
-    state = final_states(base, pairs[:2]).response
     stand_in = SimpleNamespace(
         model=base,
-        context=SimpleNamespace(seed=3),
-        control_pairs=lambda model: encode_pairs(model, PAIRS[:4]),
-        margins=SimpleNamespace(base=margins),
-        other_behaviour=(pairs[:2] + pairs[6:8], margins[:2]),
-        scale_texts=pairs[:2],
-        at_scales={0.0: state, 2.0: 1.1 * state},
+        program=Program((intervention(layer=1),), base.id, base.revision),
+        context=SimpleNamespace(seed=3, data=SimpleNamespace(test=PAIRS[:4], other_behaviour=PAIRS[:2])),
+        margins=SimpleNamespace(base=logprob_margins(base, pairs)),
+        heldout=pairs[:2],
     )
     return cast(Reference, stand_in)
 
@@ -60,7 +57,7 @@ def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(
     compiled = logprob_margins(one, encode_pairs(one, PAIRS))
     controls = adapter_controls(reference(base), one, compiled)
     assert controls.n_pairs == 4 and len(controls.random) == 3
-    assert [one.scale for one in controls.scales] == [0.0, 2.0] and controls.scales[0].kl_remaining is None
+    assert [one.scale for one in controls.scales] == [0.0, 0.5, 1.0, -1.0] and controls.scales[0].kl_remaining is None
     changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))
     assert controls.effect == pytest.approx(float(changes[:4].mean()), abs=1e-5)
     assert controls.other_behaviour == pytest.approx(float(changes[:2].mean()), abs=1e-5)

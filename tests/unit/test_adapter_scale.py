@@ -41,7 +41,7 @@ def with_scales(parity: Parity, *scales: AdapterScale) -> Parity:
 
 
 def test_each_scale_is_compared_with_the_hooks_at_that_scale(case: VerifierCase, adapter: LoadedModel) -> None:
-    texts, model = case.reference.scale_texts, case.base.model
+    texts, model = case.reference.heldout[:4], case.base.model
     measured = {one.scale: one for one in adapter_scales(case.reference, adapter)}
     assert list(measured) == [0.0, 0.5, 1.0, -1.0]
     base = final_states(case.base, texts).response
@@ -58,11 +58,11 @@ def test_each_scale_is_compared_with_the_hooks_at_that_scale(case: VerifierCase,
 
 
 def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(case: VerifierCase, adapter: LoadedModel) -> None:
-    before = final_states(adapter, case.reference.scale_texts).response
+    before = final_states(adapter, case.reference.heldout[:4]).response
     zero = adapter_scales(case.reference, adapter)[0]
     # Base and adapter lie at other places in memory, so that their states can differ by rounding.
     assert (zero.scale, zero.kl_remaining) == (0.0, None) and zero.kl < 1e-9
-    assert torch.equal(final_states(adapter, case.reference.scale_texts).response, before)
+    assert torch.equal(final_states(adapter, case.reference.heldout[:4]).response, before)
 
 
 def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(
