@@ -147,7 +147,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in `path`; raises `ArtifactError` with the `remedy` where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets in brackets
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets
         raise ArtifactError(f"{path} is damaged ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged (found {type(content).__name__}, needed: a JSON object). {remedy}")

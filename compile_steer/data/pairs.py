@@ -124,8 +124,7 @@ class Pairs(Sequence[Pair]):
             calibration: prompts that the compiler may see besides the training pairs.
             fractions: of training, validation and test pairs.
 
-        Raises:
-            RecipeError: a prompt that occurs twice, an unusable text, or too few pairs.
+        Raises `RecipeError` for a prompt that occurs twice, an unusable text, or too few pairs.
         """
         sources = {"neutral": neutral, "heldout": heldout, "calibration": calibration}
         problems: list[str] = []

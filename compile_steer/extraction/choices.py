@@ -40,9 +40,8 @@ class Item:
 def from_choices(context: Context, options: ExtractOptions, method: ChoiceMethod) -> ExtractedDirections:
     """Read all training questions, and find the direction of every block with its controls.
 
-    Raises:
-        RecipeError: no or too few questions, the same letter right in all, letters that are more than one token, or
-            a model that answers too many or too few right for the method.
+    Raises `RecipeError` for no or too few questions, the same letter right in all, letters that are more than one token,
+    or a model that answers too many or too few right for the method.
     """
     prompts = list(dict.fromkeys(pair.prompt for pair in context.data.train))
     questions = [context.data.questions[prompt] for prompt in prompts if prompt in context.data.questions]

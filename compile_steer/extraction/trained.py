@@ -65,8 +65,7 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
     The controls are those of the last epoch, with the length of the real ones at every site: they still contain what
     all responses have in common, but not what tells the two sides apart.
 
-    Raises:
-        RecipeError: too few pairs, a block that the model lacks, a loss that is not finite or was never lowered.
+    Raises `RecipeError` for too few pairs, a block that the model lacks, a loss that is not finite or never fell.
     """
     model, seed, n_layers = context.model, context.seed, context.model.layout.n_layers
     pairs = options.first(context.data.train, "pairs")

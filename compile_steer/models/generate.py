@@ -64,24 +64,19 @@ def continue_prompts(
 
 def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache:
     """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read."""
-    ids, roles = _row(loaded, prompt, prompt.n_prompt - 1)
-    with steered(loaded.model, program, roles=roles), torch.no_grad():
-        return cast(Cache, loaded.layout.backbone(input_ids=ids, use_cache=True).past_key_values)
+    batch, end = pad([prompt], [0], loaded.pad_id).to(loaded.device), prompt.n_prompt - 1
+    with steered(loaded.model, program, roles=batch.roles[:, :end]), torch.no_grad():
+        output = loaded.layout.backbone(input_ids=batch.input_ids[:, :end], use_cache=True)
+    return cast(Cache, output.past_key_values)
 
 
 def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
     """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
-    ids, roles = _row(loaded, text, len(text.ids))
-    rest = ids[:, text.n_prompt - 1 :]
-    with steered(loaded.model, program, roles=roles), torch.no_grad():
+    batch = pad([text], [0], loaded.pad_id).to(loaded.device)
+    rest = batch.input_ids[:, text.n_prompt - 1 :]
+    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
         output = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
     return cast(Tensor, output.last_hidden_state[0, :-1])
-
-
-def _row(loaded: LoadedModel, text: Encoded, stop: int) -> tuple[Tensor, Tensor]:
-    """The first `stop` token ids and their roles, both [1, stop]."""
-    ids = torch.tensor([text.ids[:stop]], device=loaded.device)
-    return ids, torch.tensor([text.roles[:stop]], dtype=torch.int8, device=loaded.device)
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:

@@ -185,7 +185,7 @@ def test_the_scale_of_an_adapter_is_read_into_its_factors(saved: Save, tmp_path:
     assert torch.equal(product(edit), 32 / 8 * torch.full((HIDDEN, 48), 2.0))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ('{"r": null}', "has no rank r")])
+@pytest.mark.parametrize(("content", "message"), [("{", "is damaged"), ('{"r": null}', "has no rank r")])
 def test_an_adapter_without_a_usable_config_is_refused(saved: Save, tmp_path: Path, content: str, message: str) -> None:
     path = adapter_of(tmp_path / "adapter", saved("llama")) / ADAPTER_CONFIG
     path.write_text(content, encoding="utf-8")
