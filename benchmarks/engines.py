@@ -133,7 +133,7 @@ def speeds(engine: Environment, one: LoadedModel, made: Mapping[str, Path], fold
         "context": 16 + NEW_TOKENS,
         "rounds": ROUNDS,
     }
-    times: dict[str, list[float]] = run_worker(engine, SPEED_WORKER, job, {}, LIMIT_S).content["times"]
+    times: dict[str, list[float]] = run_worker(engine, SPEED_WORKER, job, {}, LIMIT_S)[0]["times"]
     return times
 
 

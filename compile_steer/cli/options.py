@@ -132,12 +132,12 @@ class SeveralSession:
         seed: Seed = None,
         as_json: Json = False,
     ) -> None:
-        from compile_steer.tools.compose import CompositionRun, composed_name
+        from compile_steer.tools.compose import CompositionRun
 
         settings: dict[str, Any] = {"changes": changes, "device": device, "dtype": dtype, "seed": seed}
         read = [Session(recipe=path, **settings).recipe for path in recipes]
-        self.as_json, folder = as_json, out or runs / composed_name(read)
-        self.run = CompositionRun.open(read, scale or [], backend, runs, folder, progress_bars())
+        self.as_json = as_json
+        self.run = CompositionRun.open(read, scale or [], backend, runs, out, progress_bars())
 
     def finish(self, composition: Composition) -> None:
         from compile_steer.cli.tables import print_composition

@@ -68,37 +68,26 @@ def load_commands(engine: EngineName, form: Form, **names: object) -> tuple[str,
 
 def reads_biases(engine: EngineName, family: str) -> bool:
     """True if an engine's code of that family adds the biases that transformers can give its output projections."""
-    match engine:
-        case "llama.cpp":
-            return family in _LLAMA_CPP_BIASES
-        case "vllm":
-            return family not in _VLLM_NO_BIAS
-    return True
+    return family in _LLAMA_CPP_BIASES if engine == "llama.cpp" else engine != "vllm" or family not in _VLLM_NO_BIAS
 
 
 def checkpoint_refusals(engine: EngineName, config: PreTrainedConfig, weights: Checkpoint) -> list[str]:
     """Why an engine would not compute what a checkpoint says; empty where it would, or where nothing is known."""
-    family = str(config.model_type)
-    biases = [] if reads_biases(engine, family) else _nonzero_biases(family, weights)
-    if not biases:
-        return []
-    return [
-        f"{biases[0]} is not zero{f', nor are {len(biases) - 1} more' if len(biases) > 1 else ''}, and {engine}'s {family} has "
-        f"no place for it: the model would run without the steering. Compile to an adapter (closed_form or distill), or serve "
-        "with transformers."
-    ]
-
-
-def _nonzero_biases(family: str, weights: Checkpoint) -> list[str]:
-    """The names of the biases that the checkpoint's output projections add."""
     from compile_steer.steering.layout import FAMILIES
 
+    family = str(config.model_type)
     layout = FAMILIES.get(family)
-    if layout is None:
+    if layout is None or reads_biases(engine, family):
         return []
-    ends = (f".{layout.attn}.bias", f".{layout.mlp}.bias")
+    ends = (f".{layout.attn}.bias", f".{layout.mlp}.bias")  # of the output projections
     tensors = ((name, weights.tensor(name)) for name in sorted(weights.files) if name.endswith(ends))
-    return [name for name, bias in tensors if bias is not None and bool(bias.any())]
+    biases = [name for name, bias in tensors if bias is not None and bool(bias.any())]
+    more = f", nor are {len(biases) - 1} more" if len(biases) > 1 else ""
+    return [
+        f"{name} is not zero{more}, and {engine}'s {family} has no place for it: the model would run without the steering. "
+        "Compile to an adapter (closed_form or distill), or serve with transformers."
+        for name in biases[:1]
+    ]
 
 
 def adapter_refusals(engine: EngineName, family: str | None, rank: int) -> list[str]:

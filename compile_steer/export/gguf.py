@@ -7,15 +7,14 @@ logits is Q8_0: as llama.cpp's own quantiser does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from compile_steer.artifacts.files import new_file, new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
@@ -66,40 +65,29 @@ def config_refusals(config: PreTrainedConfig) -> list[str]:
     return problems
 
 
-@dataclass(frozen=True)
 class TensorNames:
     """How llama.cpp names and orders one model's tensors."""
 
-    architecture: str
-    n_heads: int
-    n_key_heads: int
-    names: gguf.TensorNameMap
-
-    @staticmethod
-    def of(config: PreTrainedConfig) -> TensorNames:
+    def __init__(self, config: PreTrainedConfig) -> None:
         """Raises `CannotLower` with every reason where llama.cpp would not compute the model of `config`."""
         problems = config_refusals(config)
         if problems:
             raise CannotLower(problems)
         kind = _ARCHITECTURES[config.model_type]
-        return TensorNames(
-            gguf.MODEL_ARCH_NAMES[kind],
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            gguf.get_tensor_name_map(kind, config.num_hidden_layers),
-        )
+        self.architecture = gguf.MODEL_ARCH_NAMES[kind]
+        self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        self._names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
     def name(self, parameter: str) -> str:
         """'model.layers.3.mlp.down_proj.weight' -> 'blk.3.ffn_down.weight'; raises `ArtifactError` for an unknown one."""
-        name = self.names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        name = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ArtifactError(f"llama.cpp's graph of {self.architecture} has no tensor for {parameter}.")
         return name
 
     def rows(self, parameter: str, tensor: Tensor) -> Tensor:
         """`tensor` [d_out, ...], a weight, bias or LoRA's B, with its rows in llama.cpp's order."""
-        module = parameter.rpartition(".")[0]
-        heads = {"q_proj": self.n_heads, "k_proj": self.n_key_heads}.get(module.rpartition(".")[2])
+        heads = self._heads.get(parameter.split(".")[-2])
         # Its llama graph rotates neighbouring rows of a head where transformers rotates halves; other graphs do not.
         if heads is None or self.architecture != "llama":
             return tensor
@@ -143,7 +131,7 @@ def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precisi
         raise CannotLower(problems)
     model = merged_model(loaded.source, patch).requires_grad_(False)
     fields = tokenizer_fields(loaded, model.config.vocab_size)
-    names = TensorNames.of(model.config)
+    names = TensorNames(model.config)
     writer = gguf.GGUFWriter(path, names.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -151,16 +139,25 @@ def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precisi
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_settings(writer, model.config)
     for field in fields:
-        field.add(writer)
+        writer.add_key_value(*field)
     for parameter, tensor in model.named_parameters():  # without a tied head
         stored_as = names.name(parameter)
         gives_logits = stored_as == ("token_embd.weight" if model.config.tie_word_embeddings else "output.weight")
         kind = _kind(tensor, precision, gives_logits)
-        _require_range(parameter, tensor, kind)
+        largest, limit = float(tensor.abs().max()), _LARGEST.get(kind, math.inf)
+        if largest > limit:  # the cast would give infinity
+            raise ArtifactError(
+                f"{parameter} holds {largest:.4g}, beyond {limit:.4g}, the largest value of {kind.name}; nothing was "
+                "written. Use a form of wider precision, as merged-fp32 or merged-bf16."
+            )
         values = names.rows(parameter, tensor).float().contiguous().numpy()
         writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
     if model.config.rope_parameters.get("rope_type") == "llama3":
-        writer.add_tensor(ROPE_FACTORS, _rope_factors(model))
+        # What llama.cpp divides the unscaled frequencies by to get the model's own, [d_head / 2].
+        own = model.base_model.rotary_emb.inv_freq.double()
+        exponents = torch.arange(len(own), dtype=torch.float64) / len(own)
+        factors: Tensor = model.config.rope_parameters["rope_theta"] ** -exponents / own
+        writer.add_tensor(ROPE_FACTORS, factors.float().numpy())
     write_and_close(writer)
 
 
@@ -180,29 +177,12 @@ def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _rope_factors(model: PreTrainedModel) -> np.ndarray:
-    """What llama.cpp divides the unscaled frequencies by to get the model's own, [d_head / 2]."""
-    own = model.base_model.rotary_emb.inv_freq.double()
-    exponents = torch.arange(len(own), dtype=torch.float64) / len(own)
-    factors: Tensor = model.config.rope_parameters["rope_theta"] ** -exponents / own
-    return factors.float().numpy()
-
-
 def _kind(tensor: Tensor, precision: str, gives_logits: bool) -> gguf.GGMLQuantizationType:
     if tensor.ndim < 2:
         return _Kind.F32
     kind = _Kind.Q8_0 if gives_logits and precision == "q4_0" else GGUF_KINDS[precision][0]
     block, _bytes = gguf.GGML_QUANT_SIZES[kind]  # values that share one scale
     return _Kind.F16 if tensor.shape[-1] % block else kind
-
-
-def _require_range(parameter: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
-    largest, limit = float(tensor.abs().max()), _LARGEST.get(kind)
-    if limit is not None and largest > limit:  # the cast would give infinity
-        raise ArtifactError(
-            f"{parameter} holds {largest:.4g}, beyond {limit:.4g}, the largest value of {kind.name}; nothing was written. "
-            "Use a form of wider precision, as merged-fp32 or merged-bf16."
-        )
 
 
 def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) -> None:
@@ -215,8 +195,15 @@ def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) ->
         CannotLower: llama.cpp would not compute what transformers does from `config`.
         ArtifactError: the patch is no plain LoRA, or edits what llama.cpp's graph has no such file for.
     """
-    names = TensorNames.of(config)
-    problems = list(_beyond_lora(patch, config))
+    names = TensorNames(config)
+    rest = {"biases": patch.bias, "whole weights": patch.dense, "another architecture": patch.architecture}
+    problems = [f"a LoRA file cannot hold {name}; merge the patch." for name, present in rest.items() if present]
+    # llama.cpp has no tensor of a tied head to add to, and reads an embedding's factors the other way round.
+    ends = ("embed_tokens", "lm_head") if config.tie_word_embeddings else ("embed_tokens",)
+    refused = [name for name in patch.low_rank if name.endswith(ends)]
+    problems += [f"a LoRA file for llama.cpp cannot edit {name}; merge the patch." for name in refused]
+    if not patch.low_rank:
+        problems.append("the patch edits nothing; a LoRA file needs pairs of factors.")
     if problems:
         raise ArtifactError(problems)
     rank = patch.max_rank
@@ -232,16 +219,3 @@ def write_lora_gguf(path: Path, patch: WeightPatch, config: PreTrainedConfig) ->
                 values = matrix.detach().float().cpu().contiguous().numpy()
                 writer.add_tensor(f"{names.name(parameter)}.{half}", values)
         write_and_close(writer)
-
-
-def _beyond_lora(patch: WeightPatch, config: PreTrainedConfig) -> Iterator[str]:
-    """Everything that a LoRA file cannot hold."""
-    rest = {"biases": patch.bias, "whole weights": patch.dense, "another architecture": patch.architecture}
-    yield from (f"a LoRA file cannot hold {name}; merge the patch." for name, present in rest.items() if present)
-    # llama.cpp has no tensor of a tied head to add to, and reads an embedding's factors the other way round.
-    ends = ("embed_tokens", "lm_head") if config.tie_word_embeddings else ("embed_tokens",)
-    for name in patch.low_rank:
-        if name.endswith(ends):
-            yield f"a LoRA file for llama.cpp cannot edit {name}; merge the patch."
-    if not patch.low_rank:
-        yield "the patch edits nothing; a LoRA file needs pairs of factors."

@@ -7,9 +7,7 @@ tokenizer's own splitting is known to be that regex; any other would be read as 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -31,17 +29,13 @@ _SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class Field:
-    """One key of a GGUF file; `element_kind` is the type of an array's elements."""
+class Field(NamedTuple):
+    """The arguments of `GGUFWriter.add_key_value`; `element_kind` is the type of an array's elements."""
 
     key: str
     value: Any
     kind: gguf.GGUFValueType
     element_kind: gguf.GGUFValueType | None = None
-
-    def add(self, writer: gguf.GGUFWriter) -> None:
-        writer.add_key_value(self.key, self.value, self.kind, self.element_kind)
 
 
 def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
@@ -85,13 +79,21 @@ def _bpe_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[Fie
     tokens, types = _tokens(backend, content, vocabulary)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     kinds, keys = gguf.GGUFValueType, gguf.Keys.Tokenizer
+    numbers = {
+        keys.BOS_ID: tokenizer.bos_token_id,
+        keys.EOS_ID: tokenizer.eos_token_id,
+        keys.UNK_ID: tokenizer.unk_token_id,
+        keys.PAD_ID: tokenizer.pad_token_id,
+    }
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]  # puts a special token before a text
     return [
         Field(keys.MODEL, "gpt2", kinds.STRING),
         Field(keys.PRE, _SPLITS[split], kinds.STRING),
         Field(keys.LIST, tokens, kinds.ARRAY, kinds.STRING),
         Field(keys.TOKEN_TYPE, types, kinds.ARRAY, kinds.INT32),
         *([Field(keys.MERGES, merges, kinds.ARRAY, kinds.STRING)] if merges else []),
-        *_special_fields(tokenizer),
+        *(Field(key, number, kinds.UINT32) for key, number in numbers.items() if number is not None),
+        Field(keys.ADD_BOS, begins, kinds.BOOL),
     ]
 
 
@@ -123,17 +125,3 @@ def _tokens(backend: Any, content: dict[str, Any], vocabulary: int) -> tuple[lis
     tokens = [known.get(number, f"[PAD{number}]") for number in range(vocabulary)]
     types = [int(kinds.get(n, _TYPES.NORMAL if n in known else _TYPES.UNUSED)) for n in range(vocabulary)]
     return tokens, types
-
-
-def _special_fields(tokenizer: PreTrainedTokenizerBase) -> Iterator[Field]:
-    """The numbers of the special tokens, and whether the tokenizer puts one before a text."""
-    keys, kinds = gguf.Keys.Tokenizer, gguf.GGUFValueType
-    numbers = {
-        keys.BOS_ID: tokenizer.bos_token_id,
-        keys.EOS_ID: tokenizer.eos_token_id,
-        keys.UNK_ID: tokenizer.unk_token_id,
-        keys.PAD_ID: tokenizer.pad_token_id,
-    }
-    yield from (Field(key, number, kinds.UINT32) for key, number in numbers.items() if number is not None)
-    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    yield Field(keys.ADD_BOS, begins, kinds.BOOL)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compile_steer.artifacts.files import new_folder
@@ -29,9 +29,17 @@ def write_merged(
         ArtifactError: the patch names a module that the base lacks, has another shape, gives NaN, or a value that the
             precision cannot hold.
     """
-    model = merged_model(loaded.source, patch)
-    _require_room(model, PRECISIONS[precision])
-    model.to(PRECISIONS[precision])
+    model, dtype = merged_model(loaded.source, patch), PRECISIONS[precision]
+    limit, type_name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+    largest = {name: float(parameter.detach().abs().max()) for name, parameter in model.named_parameters()}
+    beyond = [  # the cast would make it infinite
+        f"{name} holds {size:.4g}, beyond {limit:g}, the largest of {type_name}; nothing was written."
+        for name, size in largest.items()
+        if size > limit
+    ]
+    if beyond:
+        raise ArtifactError([*beyond, "Merge at a wider precision: merged-bf16 or merged-fp32."])
+    model.to(dtype)
     with new_folder(folder) as new, quiet():
         model.save_pretrained(new)
         loaded.tokenizer.save_pretrained(new)
@@ -39,24 +47,13 @@ def write_merged(
         (new / CARD).write_text(card, encoding="utf-8")
 
 
-def _require_room(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise `ArtifactError` naming every tensor that `dtype` would make infinite."""
-    limit = torch.finfo(dtype).max
-    largest = {name: float(parameter.detach().abs().max()) for name, parameter in model.named_parameters()}
-    beyond = [
-        f"{name} holds {size:.4g}, beyond {limit:g}, the largest of {str(dtype).removeprefix('torch.')}; nothing was written."
-        for name, size in largest.items()
-        if size > limit
-    ]
-    if beyond:
-        raise ArtifactError([*beyond, "Merge at a wider precision: merged-bf16 or merged-fp32."])
-
-
 def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
     """The base at `source` in fp32 with `patch` in its weights; raises `ArtifactError`."""
     model = _base_with_room(source, patch)
     with torch.no_grad():
-        for name, delta in _weight_deltas(model, patch):
+        # In each weight's own orientation, and one whole matrix at a time.
+        low_rank = ((name, weight_delta(_module(model, name), edit)) for name, edit in patch.low_rank.items())
+        for name, delta in chain(low_rank, patch.dense.items()):
             weight = _module(model, name).weight
             if delta.shape != weight.shape:
                 raise ArtifactError(
@@ -75,13 +72,6 @@ def merged_model(source: str, patch: WeightPatch) -> PreTrainedModel:
         if not all(bool(torch.isfinite(value).all()) for value in edited):
             raise ArtifactError(f"merging gives NaN or infinity in {name}; nothing was written.")
     return model
-
-
-def _weight_deltas(model: nn.Module, patch: WeightPatch) -> Iterator[tuple[str, Tensor]]:
-    """What is added to weights, by module name, in their own orientation."""
-    for name, edit in patch.low_rank.items():
-        yield name, weight_delta(_module(model, name), edit)
-    yield from patch.dense.items()
 
 
 def _module(model: nn.Module, name: str) -> nn.Linear:
@@ -121,22 +111,14 @@ def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
     with quiet():
         config = AutoConfig.from_pretrained(source)
     if patch.architecture:
-        config = _rewritten_config(config, patch.architecture)
+        # The same computation in another family's words: every field that both have, but the family's own name.
+        target = AutoConfig.for_model(patch.architecture)
+        own = {"model_type", "architectures", "transformers_version"}
+        shared = {key: value for key, value in config.to_dict().items() if hasattr(target, key) and key not in own}
+        shared["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
+        shared["attention_bias"] = config.model_type == "qwen2"
+        config = AutoConfig.for_model(patch.architecture, **shared)
     for flag in patch.config_flags:
         setattr(config, flag, True)
     return config
-
-
-def _rewritten_config(config: PreTrainedConfig, architecture: str) -> PreTrainedConfig:
-    """The config of `architecture` that computes what `config`'s own family does, without a bias but those it has.
-
-    Every field that both families have is carried over; what is the family's own name stays behind.
-    """
-    target = AutoConfig.for_model(architecture)
-    own = {"model_type", "architectures", "transformers_version"}
-    shared = {key: value for key, value in config.to_dict().items() if hasattr(target, key) and key not in own}
-    heads = config.num_attention_heads
-    shared["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
-    shared["attention_bias"] = config.model_type == "qwen2"
-    return AutoConfig.for_model(architecture, **shared)

@@ -105,7 +105,13 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
     # An adapter's folder is no model, so `folder_of` would not find it.
     base_folder, folder = folder_of(base), Path(other) if Path(other).is_dir() else folder_of(other)
     before, unchanged = Checkpoint(base_folder), Unchanged()
-    kind = _kind(folder)
+    # In this order: an adapter's folder may also hold the config of its base.
+    kinds = {PATCH_FILE: "patch", ADAPTER_CONFIG: "adapter", "config.json": "checkpoint"}
+    kind = next((kind for file, kind in kinds.items() if (folder / file).is_file()), None)
+    if kind is None:
+        raise ArtifactError(
+            f"{folder} is no model (config.json), no adapter ({ADAPTER_CONFIG}) and no patch ({PATCH_FILE})."
+        )
     patch = None if kind == "checkpoint" else read_patch(folder)
     layout = _layout(base_folder if patch is not None else folder)
     names = TensorNames(layout)
@@ -129,16 +135,6 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
         settings=list(settings_changes(base_folder, folder)) if patch is None else [],
         baked=baked,
         not_baked=reason,
-    )
-
-
-def _kind(folder: Path) -> str:
-    # In this order: an adapter's folder may also hold the config of its base.
-    for file, kind in ((PATCH_FILE, "patch"), (ADAPTER_CONFIG, "adapter"), ("config.json", "checkpoint")):
-        if (folder / file).is_file():
-            return kind
-    raise ArtifactError(
-        f"{folder} is no model (config.json), no adapter ({ADAPTER_CONFIG}) and no patch ({PATCH_FILE})."
     )
 
 

@@ -8,7 +8,7 @@ a checkpoint what it changed of its base, of a GGUF file the tensors themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,6 @@ from compile_steer.export.adapter import read_patch
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.models.gguf import gguf_tensors
 from compile_steer.steering.directions import Directions
-from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.validation.report import ValidationReport
 
@@ -94,24 +93,21 @@ def report_difference(old: Path, new: Path) -> float:
 
 def patch_difference(old: Path, new: Path) -> float:
     """Over every matrix and bias; raises `ArtifactError`."""
-    before, after = (_patch_factors(read_patch(folder)) for folder in (old, new))
-    if before.keys() != after.keys():
+    before, after = read_patch(old), read_patch(new)
+    if before.low_rank.keys() != after.low_rank.keys():
         return math.inf
     # A low-rank edit becomes a whole matrix only here, one at a time.
-    changes = ((_product(before[name]), _product(after[name])) for name in before)
-    return max((relative_difference(*pair) for pair in changes), default=0.0)
+    edits = ((edit, after.low_rank[name]) for name, edit in before.low_rank.items())
+    differences = [relative_difference(a.B @ a.A, b.B @ b.A) for a, b in edits]
+    tables = (before.dense, after.dense), (before.bias, after.bias)
+    return max([*differences, *(_table_difference(*pair) for pair in tables)])
 
 
-def _patch_factors(patch: WeightPatch) -> dict[str, tuple[Tensor, ...]]:
-    return {
-        **{f"{name}.BA": (edit.B, edit.A) for name, edit in patch.low_rank.items()},
-        **{f"{name}.weight": (delta,) for name, delta in patch.dense.items()},
-        **{f"{name}.bias": (bias,) for name, bias in patch.bias.items()},
-    }
-
-
-def _product(factors: tuple[Tensor, ...]) -> Tensor:
-    return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
+def _table_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    """Over the tensors of two tables by name; infinite where they have other names."""
+    if old.keys() != new.keys():
+        return math.inf
+    return max((relative_difference(old[name], new[name]) for name in old), default=0.0)
 
 
 def checkpoint_difference(old: Path, new: Path, base: Path) -> float:
@@ -124,10 +120,7 @@ def checkpoint_difference(old: Path, new: Path, base: Path) -> float:
 
 def gguf_difference(old: Path, new: Path) -> float:
     """Over each tensor of a folder's GGUF file, de-quantised; infinite where they hold other tensors."""
-    before, after = (gguf_tensors(folder / GGUF_FILE) for folder in (old, new))
-    if before.keys() != after.keys():
-        return math.inf
-    return max(relative_difference(before[name], after[name]) for name in before)
+    return _table_difference(gguf_tensors(old / GGUF_FILE), gguf_tensors(new / GGUF_FILE))
 
 
 def compare_hashes(name: str, expected: str, actual: str) -> Comparison:

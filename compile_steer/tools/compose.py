@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from compile_steer.artifacts.files import digest, sha256
+from compile_steer.artifacts.files import digest, save_json, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
@@ -34,7 +34,6 @@ class CompositionRun:
 
     recipes: tuple[Recipe, ...]
     members: tuple[Member, ...]
-    provenances: tuple[Provenance, ...]
     backend: str
     paths: RunPaths
     model: LoadedModel
@@ -42,28 +41,34 @@ class CompositionRun:
 
     @staticmethod
     def open(
-        recipes: Sequence[Recipe], scales: Sequence[float], backend: str, runs: Path, out: Path, progress: Progress
+        recipes: Sequence[Recipe],
+        scales: Sequence[float],
+        backend: str,
+        runs: Path,
+        out: Path | None,
+        progress: Progress,
     ) -> CompositionRun:
         """Read the runs of `recipes` from `runs`/NAME.
 
         Args:
             scales: one a recipe, or none for 1 each.
+            out: folder of the composition; None for `runs`/NAME1+NAME2.
 
         Raises:
             CompileSteerError: everything that keeps them from running together.
         """
         problems = list(_disagreements(recipes, scales, backend))
-        read: list[tuple[Member, Provenance]] = []
+        members: list[Member] = []
         scales = scales if len(scales) == len(recipes) else [1.0] * len(recipes)
         paths = {recipe.name: RunPaths(runs / recipe.name, recipe.name) for recipe in recipes}
         for recipe, scale in zip(recipes, scales, strict=True):
             if backend in BACKENDS:
                 try:
-                    read.append(_read_member(recipe, paths[recipe.name], backend, scale))
+                    members.append(_read_member(recipe, paths[recipe.name], backend, scale))
                 except CompileSteerError as error:
                     problems += error.problems
-        for member, _provenance in read[1:]:
-            first = read[0][0]
+        for member in members[1:]:
+            first = members[0]
             try:
                 member.program.require(first.program.model, first.program.revision)
             except ArtifactError as error:
@@ -72,19 +77,14 @@ class CompositionRun:
             raise ArtifactError(problems)
         recipe = recipes[0]  # all name the same model, dtype and device
         model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
-        members = []
-        for own, (member, _provenance) in zip(recipes, read, strict=True):
+        for number, (own, member) in enumerate(zip(recipes, members, strict=True)):
             model.layout.require_program(member.program, model.id, model.revision)
             data = with_generated_pairs(own, model, member.data, paths[own.name], progress)
-            members.append(replace(member, data=data))
-        provenances = tuple(provenance for _member, provenance in read)
-        composed = RunPaths(out, composed_name(recipes))
-        return CompositionRun(tuple(recipes), tuple(members), provenances, backend, composed, model, progress)
-
-
-def composed_name(recipes: Sequence[Recipe]) -> str:
-    """The name of a composition of the recipes' programs."""
-    return "+".join(recipe.name for recipe in recipes)
+            members[number] = replace(member, data=data)
+        name = "+".join(paths)
+        return CompositionRun(
+            tuple(recipes), tuple(members), backend, RunPaths(out or runs / name, name), model, progress
+        )
 
 
 def _disagreements(recipes: Sequence[Recipe], scales: Sequence[float], backend: str) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _disagreements(recipes: Sequence[Recipe], scales: Sequence[float], backend: 
             yield f"compose: the recipes have different values of '{key}': {listed}; programs run at once on one model only."
 
 
-def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) -> tuple[Member, Provenance]:
+def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) -> Member:
     """A recipe's data, program and adapter as they are on disk; raises `CompileSteerError` with every problem."""
     folder = paths.adapter(backend)
     problems = []
@@ -131,7 +131,7 @@ def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) ->
         )
     read_patch(folder)  # a damaged one is refused before the model is loaded
     data = recipe.data.read(recipe.folder)
-    return Member(recipe.name, data, recipe.verify, recipe.seed, program, folder, scale), provenance
+    return Member(recipe.name, data, recipe.verify, recipe.seed, program, folder, provenance, scale)
 
 
 def compose(run: CompositionRun) -> Composition:
@@ -152,11 +152,21 @@ def compose(run: CompositionRun) -> Composition:
         provenance = _provenance(run, way, program)
         if not Provenance.is_current(folder, provenance.inputs):
             started = time.perf_counter()
-            patch = _stacked(run.members) if way == STACKED else _compiled(run, program)
+            if way == STACKED:  # the exact sum; ranks add up
+                patches = (member.scale * read_patch(member.adapter) for member in run.members)
+                patch = sum(patches, start=WeightPatch())
+            else:
+                # The prompts take turns, each once: a compile that takes the first n is then fair to all members.
+                rows = zip_longest(*(member.data.calibration for member in run.members))
+                prompts = tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
+                options, seed = run.recipes[0].compile, run.recipes[0].seed
+                patch = lower(
+                    program, run.model, prompts, options, backend=run.backend, seed=seed, progress=run.progress
+                )
             provenance = replace(provenance, seconds=time.perf_counter() - started)
             write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
     composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
-    composition.save(run.paths.composed(f"{run.backend}.json"))
+    save_json(run.paths.composed(f"{run.backend}.json"), asdict(composition))
     return composition
 
 
@@ -164,33 +174,15 @@ def co_load(run: CompositionRun) -> Composition:
     """Load the members' adapters at once, as they are, and compare them with all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
     composition = measure_interference(run.model, run.members, run.backend, {}, run.progress)
-    composition.save(run.paths.composed(f"{run.backend}-loaded.json"))
+    save_json(run.paths.composed(f"{run.backend}-loaded.json"), asdict(composition))
     return composition
-
-
-def _stacked(members: Sequence[Member]) -> WeightPatch:
-    """All adapters as one: the exact sum, each times its scale; ranks add up."""
-    patch = WeightPatch()
-    for member in members:
-        patch += member.scale * read_patch(member.adapter)
-    return patch
-
-
-def _compiled(run: CompositionRun, program: Program) -> WeightPatch:
-    """The sum of the programs lowered as one, on texts that the model generates under all of them."""
-    # The prompts take turns, each once: a compile that takes the first n is then fair to all members.
-    rows = zip_longest(*(member.data.calibration for member in run.members))
-    prompts = tuple(dict.fromkeys(text for row in rows for text in row if text is not None))
-    recipe = run.recipes[0]
-    return lower(
-        program, run.model, prompts, recipe.compile, backend=run.backend, seed=recipe.seed, progress=run.progress
-    )
 
 
 def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
     """Where the composed adapter comes from: the hashes of its members, which have their own lineages."""
     recipe, program_sha256 = run.recipes[0], sha256(run.paths.program)
     members = {f"{member.name} x {member.scale:g}": artifact_sha256(member.adapter) for member in run.members}
+    provenances = [member.provenance for member in run.members]
     settings = [recipe.part("compile", "dtype", "seed"), [member.data.hashes for member in run.members]]
     return Provenance(
         name=f"{run.paths.name}-{way}",
@@ -201,8 +193,8 @@ def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
         program=run.paths.program.name,
         program_sha256=program_sha256,
         validation_sha256="",
-        verdict=", ".join(f"{provenance.name} {provenance.verdict}" for provenance in run.provenances),
-        forced=any(provenance.forced for provenance in run.provenances),
+        verdict=", ".join(f"{provenance.name} {provenance.verdict}" for provenance in provenances),
+        forced=any(provenance.forced for provenance in provenances),
         recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
         data_sha256={
             f"{member.name}.{name}": value for member in run.members for name, value in member.data.hashes.items()

@@ -67,19 +67,16 @@ class Decompiled:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the vectors, as JSON."""
-        blocks = [asdict(block) for block in self.blocks]
-        return {"blocks": blocks, "kl_base": self.kl_base, "kl_left": self.kl_left, "explained": self.explained}
-
-    def save(self, program: Path, report: Path) -> None:
-        self.program.save(program)
-        save_json(report, self.summary())
+        content = {**vars(self), "blocks": [asdict(block) for block in self.blocks], "explained": self.explained}
+        return {name: value for name, value in content.items() if name != "program"}
 
 
 def decompile_artifact(run: Run, folder: Path) -> Decompiled:
     """Decompile the adapter or checkpoint at `folder`, and leave the program and its report in the run's folder."""
     distributed.require_alone("decompilation")
     decompiled = decompile(run.model, reload(folder, run.model), run.data, run.progress)
-    decompiled.save(run.paths.decompiled, run.paths.decompiled.with_suffix(".json"))
+    decompiled.program.save(run.paths.decompiled)
+    save_json(run.paths.decompiled.with_suffix(".json"), decompiled.summary())
     return decompiled
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from compile_steer.artifacts.files import digest, save_json, sha256
+from compile_steer.artifacts.files import digest, sha256
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
@@ -45,6 +46,7 @@ class Member:
     seed: int
     program: Program
     adapter: Path
+    provenance: Provenance
     scale: float
 
 
@@ -111,9 +113,6 @@ class Composition:
     sha256: dict[str, str]
     passed: bool
     reasons: list[str]
-
-    def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
 
 
 def sum_programs(members: Sequence[Member], scales: Sequence[float]) -> Program:

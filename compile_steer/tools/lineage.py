@@ -73,9 +73,8 @@ def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:
     elif path.name.endswith(".validation.json"):
         report = ValidationReport.load(path)
         yield _edit_check("record", path)
-        vector = _recorded(
-            "vector", path.with_name(path.name.replace(".validation.json", ".safetensors")), report.program_hash
-        )
+        program = path.with_name(path.name.replace(".validation.json", ".safetensors"))
+        vector = _recorded("vector", program, report.program_hash)
         yield vector
         if vector.state == "intact":
             yield from _vector_links(Path(vector.path), recipes)
@@ -131,16 +130,14 @@ def _compared(name: str, path: Path | str, expected: str, actual: str) -> Link:
 
 def _report_links(folder: Path) -> Iterator[Link]:
     """What was measured of the folder, by verification and in serving engines: is it of these weights?"""
-    reports = [folder / name for name in (PARITY, ENGINES) if (folder / name).is_file()]
-    weights = weights_sha256(folder) if reports else ""  # hashes every file: seconds for a large model
-    for path in reports:
-        yield _edit_check("parity's record" if path.name == PARITY else "engines' record", path)
+    reports = [(PARITY, "parity's record", "parity is"), (ENGINES, "engines' record", "engines' records are")]
+    present = [(folder / file, record, claim) for file, record, claim in reports if (folder / file).is_file()]
+    weights = weights_sha256(folder) if present else ""  # hashes every file: seconds for a large model
+    for path, record, claim in present:
+        yield _edit_check(record, path)
         content = read_json(path, "Make it again.")
-        if path.name == PARITY:
-            measured = dict(content.get("sha256", {})).get("artifact", "")
-            yield _compared("parity is of these weights", path, measured, weights)
-        else:
-            yield _compared("engines' records are of these weights", path, content.get("artifact", ""), weights)
+        measured = dict(content.get("sha256", content)).get("artifact", "")  # parity names other hashes beside it
+        yield _compared(f"{claim} of these weights", path, measured, weights)
 
 
 def _parent_links(folder: Path, provenance: Provenance, paths: RunPaths, recipes: Path | None) -> Iterator[Link]:
@@ -231,17 +228,15 @@ def data_hashes(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[s
             if paths.pairs(name).is_file():
                 reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
         hashes, problems = {**hashes, **reader.hashes}, [*problems, *reader.problems]
-    imported = recipe.extract.imported_sha256(recipe.folder)
-    if imported:
-        hashes = {**hashes, "imported": imported}
+    if imported := recipe.extract.imported_sha256(recipe.folder):
+        hashes["imported"] = imported
     other = recipe.validate_.other_behaviour
     if other is not None and (recipe.folder / other).is_file():
         try:
-            hashes["other_behaviour"] = pairs_sha256(
-                tuple(read_pairs("validate.other_behaviour", recipe.folder / other))
-            )
+            pairs = read_pairs("validate.other_behaviour", recipe.folder / other)
+            hashes["other_behaviour"] = pairs_sha256(tuple(pairs))
         except RecipeError as error:
-            problems = [*problems, *error.problems]
+            problems += error.problems
     return hashes, problems
 
 
@@ -252,18 +247,13 @@ def describe_artifact(path: Path) -> dict[str, Any]:
         if (path / PARITY).is_file():
             description["parity"] = without_check(read_json(path / PARITY, "Verify again."))
         return description
-    return _describe_report(path) if path.suffix == ".json" else _describe_vector(path)
+    if path.suffix == ".json":
+        content = without_check(read_json(path, "Make it again."))
+        kind = "composition" if "matrix" in content else content.get("kind", "validation report")
+        if kind == "validation report":
+            content = asdict(ValidationReport.load(path))  # refuses files that are no report of ours
+        return {"kind": kind, **content}
 
-
-def _describe_report(path: Path) -> dict[str, Any]:
-    content = without_check(read_json(path, "Make it again."))
-    kind = "composition" if "matrix" in content else content.get("kind", "validation report")
-    if kind == "validation report":
-        content = asdict(ValidationReport.load(path))  # refuses files that are no report of ours
-    return {"kind": kind, **content}
-
-
-def _describe_vector(path: Path) -> dict[str, Any]:
     from compile_steer.steering.directions import Directions
     from compile_steer.steering.program import Program
 
@@ -272,8 +262,8 @@ def _describe_vector(path: Path) -> dict[str, Any]:
         norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
         source = {} if directions.source is None else {"source": asdict(directions.source)}
         curves = {"curves": dict(directions.curves)} if directions.curves else {}
-        kind = {"kind": "directions", "model": directions.model, "point": directions.point}
-        return {**kind, **source, **curves, "norms": norms}
+        description = {"kind": "directions", "model": directions.model, "point": directions.point}
+        return {**description, **source, **curves, "norms": norms}
     program = Program.load(path)
     lines = program.describe().splitlines()
     return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}

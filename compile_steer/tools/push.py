@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from compile_steer.artifacts.files import own_files, sha256
@@ -20,16 +19,6 @@ from compile_steer.verification.parity import own_parity
 _TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # The errors of whichever HTTP library the hub's client uses are the bases of its own.
 _HUB_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
-
-
-class Hub(Protocol):
-    """The part of `huggingface_hub.HfApi` that is used."""
-
-    def create_repo(self, repo_id: str, *, private: bool, repo_type: str, exist_ok: bool) -> object: ...
-
-    def create_commit(
-        self, repo_id: str, operations: Sequence[CommitOperationAdd], *, commit_message: str
-    ) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +38,8 @@ class Upload:
     target: str
     private: bool
     files: tuple[File, ...]
-    refusals: tuple[str, ...]
-    notes: tuple[str, ...]
+    refusals: list[str]
+    notes: list[str]
 
 
 def prepare(folder: Path, target: str, private: bool) -> Upload:
@@ -62,36 +51,30 @@ def prepare(folder: Path, target: str, private: bool) -> Upload:
     if not _TARGET.fullmatch(target):
         raise RecipeError(f"--to {target}: needed: OWNER/NAME, of letters, digits, '.', '_' and '-'.")
     provenance = Provenance.read(folder)
-    paths = {name: folder / name for name in own_files(folder)}
-    files = tuple(File(name, path.stat().st_size, sha256(path)) for name, path in paths.items())
-    return Upload(folder, target, private, files, tuple(_refusals(folder)), tuple(_notes(provenance)))
-
-
-def _refusals(folder: Path) -> Iterator[str]:
+    files = tuple(File(name, (folder / name).stat().st_size, sha256(folder / name)) for name in own_files(folder))
+    refusals = []
     for link in lineage(folder):
         if link.state == "changed":
             expected, actual = link.expected or "no such file", link.actual or "nothing"
-            yield f"{link.name}: {link.path} was changed (expected {expected}, found {actual})."
+            refusals.append(f"{link.name}: {link.path} was changed (expected {expected}, found {actual}).")
     parity = own_parity(folder)
     if parity is None:
         reason = "is missing" if not (folder / PARITY).is_file() else "is of other weights, or was edited"
-        yield f"not verified: {PARITY} {reason}. Run 'compile-steer verify'."
+        refusals.append(f"not verified: {PARITY} {reason}. Run 'compile-steer verify'.")
     elif not parity.passed:
-        yield f"verification failed: {'; '.join(parity.reasons)}."
-
-
-def _notes(provenance: Provenance) -> Iterator[str]:
+        refusals.append(f"verification failed: {'; '.join(parity.reasons)}.")
+    notes = []
     if provenance.verdict != "pass":
         forced = ", and compiled with --force" if provenance.forced else ""
-        yield f"validation: {provenance.verdict}{forced}; the card says so."
+        notes.append(f"validation: {provenance.verdict}{forced}; the card says so.")
     if not provenance.revision.startswith("hub:"):
-        yield (
-            f"the base is named as '{provenance.model}' in the files, a local model; name its id in the card (base_model)."
-        )
-    yield "fill in the licence in the card's header before it is public: the base's licence binds it."
+        local = f"the base is named as '{provenance.model}' in the files, a local model"
+        notes.append(f"{local}; name its id in the card (base_model).")
+    notes.append("fill in the licence in the card's header before it is public: the base's licence binds it.")
+    return Upload(folder, target, private, files, refusals, notes)
 
 
-def send(upload: Upload, hub: Hub) -> str:
+def send(upload: Upload, hub: HfApi) -> str:
     """Create the repository if there is none and commit exactly the listed files; returns their address.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from compile_steer.tools.lineage import input_links, recipe_folder
 from compile_steer.verification.options import Form
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reproduction:
     """The result of a replay. `versions` are the libraries that differ: (when the artifact was made, now)."""
 
@@ -116,7 +116,13 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     now = versions()
     then = original.origin.versions
     changed = {name: (version, now.get(name, "")) for name, version in then.items() if now.get(name) != version}
-    return Reproduction(path, tolerance, changed, list(_replay(original, to, tolerance, progress)))
+    links: list[Comparison] = []
+    for compared in _replay(original, to, tolerance, progress):
+        links += compared
+        inputs = [link for link in compared if link.name.split()[0] in ("recipe", "base", "data")]
+        if any(link.state == "differs" for link in inputs):
+            break  # from other inputs something else comes out
+    return Reproduction(path, tolerance, changed, links)
 
 
 def _read(path: Path, recipes: Path | None) -> _Original:
@@ -140,73 +146,55 @@ def _read(path: Path, recipes: Path | None) -> _Original:
     return _Original(path, origin, provenance, recipes)
 
 
-def _replay(original: _Original, to: Path, tolerance: float, progress: Progress) -> Iterator[Comparison]:
-    """Make each artifact up to the original again, until inputs are found to differ."""
-    own, origin = original.origin, original.vector_origin
+def _replay(original: _Original, to: Path, tolerance: float, progress: Progress) -> Iterator[list[Comparison]]:
+    """Make each artifact up to the original again, a step at a time; the caller stops where inputs differ."""
+    own, origin, provenance = original.origin, original.vector_origin, original.provenance
     if origin is not None:
-        comparisons = list(_replay_vector(original, origin, to, tolerance, progress))
-        yield from comparisons
-        if _inputs_differ(comparisons):
-            return
-    elif original.provenance is not None:
+        yield from _replay_vector(original, origin, to, tolerance, progress)
+    elif provenance is not None:
         # A vector that was written by hand is taken as it is.
         old, new = original.paths.program, RunPaths(to, original.paths.name).program
         new.parent.mkdir(parents=True)
         shutil.copy(old, new)
-        expected, note = original.provenance.program_sha256, "no recipe made it: taken as it is"
-        yield compare_file("vector", old, new, expected, program_difference, tolerance, note)
-    if original.provenance is None:
+        expected, note = provenance.program_sha256, "no recipe made it: taken as it is"
+        yield [compare_file("vector", old, new, expected, program_difference, tolerance, note)]
+    if provenance is None:
         return
     if origin is None or (origin.recipe_sha256, origin.data_sha256) != (own.recipe_sha256, own.data_sha256):
-        comparisons = list(_compare_inputs(original, own))
-        yield from comparisons
-        if _inputs_differ(comparisons):
-            return
-    yield from _replay_compile(original, original.provenance, to, tolerance, progress)
-
-
-def _inputs_differ(comparisons: Sequence[Comparison]) -> bool:
-    inputs = [comparison for comparison in comparisons if comparison.name.split()[0] in ("recipe", "base", "data")]
-    return any(comparison.state == "differs" for comparison in inputs)
+        yield list(_compare_inputs(original, own))
+    yield list(_replay_compile(original, provenance, to, tolerance, progress))
 
 
 def _replay_vector(
     original: _Original, origin: Origin, to: Path, tolerance: float, progress: Progress
-) -> Iterator[Comparison]:
+) -> Iterator[list[Comparison]]:
     """From the data to the vector, or to the directions if the original is directions."""
-    old, provenance = original.paths, original.provenance
-    inputs = list(_compare_inputs(original, origin))
-    yield from inputs
-    if _inputs_differ(inputs):
-        return
+    old, path, provenance = original.paths, original.path, original.provenance
+    yield list(_compare_inputs(original, origin))
     run = Run.open(original.recipe(origin), to, progress)
+    new = run.paths
     # With the model loaded, data sets and the pairs that the model generates can be compared too.
     hashes = run.origin().data_sha256
     files = {} if run.recipe.data.generation is not None else run.recipe.data.files
-    loaded = [
+    yield [
         compare_hashes(f"data {name}", expected, hashes.get(name, ""))
         for name, expected in origin.data_sha256.items()
         if name in SPLITS and name not in files
     ]
-    yield from loaded
-    if _inputs_differ(loaded):
-        return
     run.extract()
-    new = run.paths
     if provenance is None and not origin.directions_sha256:  # only directions are made from no directions
-        path, expected = original.path, sha256(original.path)
-        yield compare_file("directions", path, new.directions, expected, directions_difference, tolerance)
+        yield [compare_file("directions", path, new.directions, sha256(path), directions_difference, tolerance)]
         return
     expected = origin.directions_sha256
-    yield compare_file("directions", old.directions, new.directions, expected, directions_difference, tolerance)
+    yield [compare_file("directions", old.directions, new.directions, expected, directions_difference, tolerance)]
     run.validate()
     if provenance is None:
-        path, expected = original.path, sha256(original.path)
-    else:
-        path, expected = old.program, provenance.program_sha256
-        report_sha256 = provenance.validation_sha256
-        yield compare_file("validation", old.validation, new.validation, report_sha256, report_difference, tolerance)
-    yield compare_file("vector", path, new.program, expected, program_difference, tolerance)
+        yield [compare_file("vector", path, new.program, sha256(path), program_difference, tolerance)]
+        return
+    expected = provenance.validation_sha256
+    yield [compare_file("validation", old.validation, new.validation, expected, report_difference, tolerance)]
+    expected = provenance.program_sha256
+    yield [compare_file("vector", old.program, new.program, expected, program_difference, tolerance)]
 
 
 def _compare_inputs(original: _Original, origin: Origin) -> Iterator[Comparison]:
@@ -228,7 +216,17 @@ def _replay_compile(
     original: _Original, provenance: Provenance, to: Path, tolerance: float, progress: Progress
 ) -> Iterator[Comparison]:
     """From the vector to the adapter or patch, and to the merged model if the original is one."""
-    run = Run.open(_up_to(original.recipe(original.origin), provenance), to, progress)
+    recipe = original.recipe(original.origin)
+    backends, forms = recipe.compile.backends, recipe.verify.forms
+    if backends != "auto" and provenance.backend in backends:  # a backend starts from those before it at most
+        backends = backends[: backends.index(provenance.backend) + 1]
+    if provenance.is_merged:
+        forms = tuple(form for form in get_args(Form) if form == provenance.form)
+    sections = {
+        "compile": recipe.compile.model_copy(update={"backends": backends}),
+        "verify": recipe.verify.model_copy(update={"forms": forms}),
+    }
+    run = Run.open(recipe.model_copy(update=sections), to, progress)
     compile_program(run, force=True)  # the verdict was compared with the validation report
     old, new = original.paths.adapter(provenance.backend), run.paths.adapter(provenance.backend)
     if not provenance.is_merged:
@@ -241,18 +239,3 @@ def _replay_compile(
     from_base = partial(checkpoint_difference, base=Path(run.model.source))
     difference = gguf_difference if provenance.form.startswith("gguf-") else from_base
     yield compare_folder(original.path, merged, provenance, difference, tolerance)
-
-
-def _up_to(recipe: Recipe, provenance: Provenance) -> Recipe:
-    """The recipe without the backends after the artifact's, which it cannot have started from, and without other forms."""
-    backends, forms = recipe.compile.backends, recipe.verify.forms
-    if backends != "auto" and provenance.backend in backends:
-        backends = backends[: backends.index(provenance.backend) + 1]
-    if provenance.is_merged:
-        forms = tuple(form for form in get_args(Form) if form == provenance.form)
-    return recipe.model_copy(
-        update={
-            "compile": recipe.compile.model_copy(update={"backends": backends}),
-            "verify": recipe.verify.model_copy(update={"forms": forms}),
-        }
-    )

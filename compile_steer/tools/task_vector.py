@@ -7,7 +7,6 @@ W_new = W_base + patch, so a patch times -1 takes away what it gives, and the su
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,15 +37,6 @@ class Recombination:
     others: tuple[Path, ...]
     rank: int | None
     name: str
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        return (self.artifact, *self.others)
-
-    def describe(self) -> str:
-        """The arithmetic in words."""
-        parts = [f"{self.scale:g} x {self.artifact.name}", *(folder.name for folder in self.others)]
-        return " + ".join(parts) + (f", cut to rank {self.rank}" if self.rank else "")
 
 
 @dataclass(frozen=True)
@@ -89,11 +79,19 @@ def recombine(
     Raises:
         ArtifactError: a folder holds no patch, or of another base than `loaded`; scale, rank or name cannot be used.
     """
-    folder = paths.adapter(recombination.name)
-    problems = _problems(recombination, folder)
-    patches: list[WeightPatch] = []
-    provenances: list[Provenance] = []
-    for source in recombination.folders:
+    folder, name = paths.adapter(recombination.name), recombination.name
+    problems, patches, provenances = list[str](), list[WeightPatch](), list[Provenance]()
+    if not math.isfinite(recombination.scale) or recombination.scale == 0.0:
+        problems.append(f"the scale is {recombination.scale:g}; needed: a finite number other than 0.")
+    if recombination.rank is not None and recombination.rank < 1:
+        problems.append(f"the rank to cut to is {recombination.rank}; needed: 1 or more.")
+    if Path(name).name != name or name in BACKENDS:
+        problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
+    # Written to a temporary folder and exchanged, but the parents' hashes would be of folders that are gone.
+    sources = (recombination.artifact, *recombination.others)
+    if folder.resolve() in [source.resolve() for source in sources]:
+        problems.append(f"{folder} is read from and would be replaced; give another name.")
+    for source in sources:
         try:
             provenance = Provenance.read_unedited(source)
             problems += provenance.base_mismatch(source, loaded.id, loaded.revision)
@@ -108,46 +106,27 @@ def recombine(
         patch = patch + other
     if recombination.rank is not None:
         patch = patch.truncated(recombination.rank, loaded.layout)
-    form = "adapter" if is_adapter(patch, loaded) else "patch"
-    provenance = _provenance(recombination, provenances, form, paths.name, len(patch.bias))
-    write_patch(folder, patch, loaded, provenance, model_card(provenance, None))
-    return TaskVector(folder, form, matrix_reports(patch, loaded.layout, program))
-
-
-def _problems(recombination: Recombination, folder: Path) -> list[str]:
-    problems, name = [], recombination.name
-    if not math.isfinite(recombination.scale) or recombination.scale == 0.0:
-        problems.append(f"the scale is {recombination.scale:g}; needed: a finite number other than 0.")
-    if recombination.rank is not None and recombination.rank < 1:
-        problems.append(f"the rank to cut to is {recombination.rank}; needed: 1 or more.")
-    if Path(name).name != name or name in BACKENDS:
-        problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
-    # Written to a temporary folder and exchanged, but the parents' hashes would be of folders that are gone.
-    if folder.resolve() in [source.resolve() for source in recombination.folders]:
-        problems.append(f"{folder} is read from and would be replaced; give another name.")
-    return problems
-
-
-def _provenance(
-    recombination: Recombination, provenances: Sequence[Provenance], form: str, name: str, biases: int
-) -> Provenance:
-    """The first patch's provenance, without the claims that no longer hold: nothing validated this combination."""
-    parents = [artifact_sha256(folder) for folder in recombination.folders]
-    return replace(
+    parents = [artifact_sha256(source) for source in sources]
+    words = " + ".join([f"{recombination.scale:g} x {sources[0].name}", *(source.name for source in sources[1:])])
+    words += f", cut to rank {recombination.rank}" if recombination.rank else ""
+    # The first patch's provenance, without the claims that no longer hold: nothing validated this combination.
+    provenance = replace(
         provenances[0],
-        name=name,
-        backend=recombination.name,
-        form=form,
+        name=paths.name,
+        backend=name,
+        form="adapter" if is_adapter(patch, loaded) else "patch",
         validation_sha256="",
         verdict="none",
         forced=any(provenance.forced or provenance.verdict != "pass" for provenance in provenances),
         seconds=0.0,
         inputs=digest([parents, recombination.scale, recombination.rank]),
         parent=" ".join(parents),
-        recombined=recombination.describe(),
-        described=recombination.describe(),
-        biases=biases,
+        recombined=words,
+        described=words,
+        biases=len(patch.bias),
     )
+    write_patch(folder, patch, loaded, provenance, model_card(provenance, None))
+    return TaskVector(folder, provenance.form, matrix_reports(patch, loaded.layout, program))
 
 
 def matrix_reports(patch: WeightPatch, layout: Layout, program: Program | None) -> list[MatrixReport]:

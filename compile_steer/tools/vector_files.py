@@ -115,11 +115,7 @@ def block_vectors(program: Program) -> dict[int, Tensor]:
 
 
 def write_gguf(path: Path, program: Program, model_type: str) -> list[str]:
-    """Write a control vector for llama.cpp, repeng and EasySteer; returns notes for its user.
-
-    Raises:
-        CannotLower: a control vector cannot hold the program.
-    """
+    """Write a control vector for llama.cpp, repeng and EasySteer; returns notes for its user. Raises `CannotLower`."""
     vectors = block_vectors(program)
     vector_formats.write_gguf(path, vectors, model_type)
     notes = ["direction.K is added to the output of block K: layer convention block."]
@@ -129,11 +125,7 @@ def write_gguf(path: Path, program: Program, model_type: str) -> list[str]:
 
 
 def write_svec(path: Path, program: Program, model_type: str, convention: LayerConvention, n_layers: int) -> list[str]:
-    """Write a .svec for activation-steering; returns notes for its user.
-
-    Raises:
-        CannotLower: it cannot hold the program; under hidden_state, the output of the last block is no block's input.
-    """
+    """Write a .svec for activation-steering; returns notes for its user. Raises `CannotLower`."""
     vectors = block_vectors(program)
     if convention == "hidden_state" and n_layers - 1 in vectors:
         raise CannotLower(
@@ -149,11 +141,7 @@ def write_svec(path: Path, program: Program, model_type: str, convention: LayerC
 
 
 def write_vllm_lens(path: Path, program: Program) -> list[str]:
-    """Write the vectors for requests to vLLM with its plugin vllm-lens; returns notes for its user.
-
-    Raises:
-        CannotLower: it cannot hold the program.
-    """
+    """Write the vectors for requests to vLLM with its plugin vllm-lens; returns notes for its user. Raises `CannotLower`."""
     vector_formats.write_vllm_lens(path, block_vectors(program))
     return [
         "the plugin takes the vectors out of a request's extra_args: where the same settings are used again, the second "

@@ -81,6 +81,6 @@ def test_the_base_itself_and_another_shape_are_refused(saved: Save) -> None:
 def test_the_program_it_leaves_is_one_that_loads(saved: Save, tmp_path: Path) -> None:
     one = saved("llama")
     decompiled = read_off(one, compiled(one, exact.bias_patch(program("llama", intervention()), one.layout)))
-    decompiled.save(tmp_path / "found.safetensors", tmp_path / "found.json")
+    decompiled.program.save(tmp_path / "found.safetensors")
     again = Program.load(tmp_path / "found.safetensors")
     assert torch.equal(again.interventions[0].vector, decompiled.program.interventions[0].vector)

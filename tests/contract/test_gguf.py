@@ -91,7 +91,7 @@ def test_four_bits_are_four_bits_but_for_the_matrix_that_gives_the_logits(base: 
         assert family != "llama" or kinds["token_embd.weight"] == "Q4_0"
         query, name = gguf_tensors(path)["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
         model = merged_model(one.source, random_patch(one))
-        expected = TensorNames.of(model.config).rows(name, model.get_parameter(name))
+        expected = TensorNames(model.config).rows(name, model.get_parameter(name))
         assert bool(((query - expected).abs() <= 2 * step(expected, 8)).all())
 
 
@@ -143,7 +143,7 @@ def test_neighbouring_rows_rotate_as_halves_do(module: str, heads: int) -> None:
     d_head, x = 12, torch.randn(HIDDEN, generator=generator)
     weight = torch.randn(heads * d_head, HIDDEN, generator=generator)
     angles = torch.rand(d_head // 2, generator=generator)
-    ours = TensorNames.of(build("llama").config).rows(f"model.layers.0.self_attn.{module}.weight", weight)
+    ours = TensorNames(build("llama").config).rows(f"model.layers.0.self_attn.{module}.weight", weight)
     for here, there in zip((weight @ x).chunk(heads), (ours @ x).chunk(heads), strict=True):
         expected = rotated(here, angles, neighbours=False)
         torch.testing.assert_close(rotated(there, angles, neighbours=True), expected)

@@ -33,13 +33,13 @@ class LLM:
     def generate(self, prompts, sampling, lora_request, use_tqdm):
         assert prompts == [{"prompt_token_ids": [5, 6]}] and sampling["max_tokens"] == 3
 
-def opened(models, context):
+def load_engines(models, context):
     return {name: LLM() for name in models}
 
 def key(model):
     return model["name"]
 
-def adapter(model):
+def lora_request(model):
     return None
 """
 
@@ -176,5 +176,5 @@ def test_speed_worker_times_every_model_in_every_round(tmp_path: Path) -> None:
     worker.write_text(FAKE_WORKER, encoding="utf-8")
     models = [{"name": "base"}, {"name": "adapter"}]
     job = {"worker": str(worker), "models": models, "prompts": [[5, 6]], "new_tokens": 3, "context": 19, "rounds": 2}
-    times = run_worker(engine, engines.SPEED_WORKER, job, {}, 60).content["times"]
+    times = run_worker(engine, engines.SPEED_WORKER, job, {}, 60)[0]["times"]
     assert times.keys() == {"base", "adapter"} and all(len(values) == 2 for values in times.values())

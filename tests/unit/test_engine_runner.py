@@ -46,9 +46,9 @@ def test_json_and_arrays_go_in_and_out(engine: Environment, tmp_path: Path, monk
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     answer = run_worker(engine, script(tmp_path / "engines", ANSWER), JOB, {"rows": rows}, 60)
-    assert answer.content["twice"] == [6, 14]
-    assert answer.arrays["rows"].dtype == np.float32
-    assert answer.arrays["rows"].tolist() == [6.0, 9.0]
+    assert answer[0]["twice"] == [6, 14]
+    assert answer[1]["rows"].dtype == np.float32
+    assert answer[1]["rows"].tolist() == [6.0, 9.0]
     assert not (engine.folder / LOG).exists(), "a run that ended well leaves nothing behind"
 
 
@@ -107,7 +107,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
 {ANSWER}
 """
-    assert run_worker(engine, script(tmp_path, body), JOB, {}, 60).content["twice"] == [6, 14]
+    assert run_worker(engine, script(tmp_path, body), JOB, {}, 60)[0]["twice"] == [6, 14]
     assert_gone(int((tmp_path / "child").read_text()))
 
 

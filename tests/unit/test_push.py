@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, HfApi
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import sha256
@@ -142,7 +142,7 @@ def test_what_changes_after_the_listing_is_not_sent(run: SmallRun) -> None:
     upload = prepare(folder, TARGET, private=True)
     (folder / "README.md").write_text("another card")
     with pytest.raises(ArtifactError, match="README.md changed since it was listed"):
-        send(upload, hub)
+        send(upload, cast(HfApi, hub))
     assert not hub.repositories
 
 

@@ -31,7 +31,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.serving.export import Exported, export
-from compile_steer.tools.serving.runner import WORKERS, Answer, Environment, run_worker
+from compile_steer.tools.serving.runner import WORKERS, Environment, run_worker
 
 Array = np.ndarray[Any, Any]
 
@@ -112,7 +112,9 @@ def measure_forms(
     base_path = engine_base(engine, base, folder / "base", precision)
     models = [engine_model(engine, "base", base_path)]
     models += [engine_model(engine, name, base_path, form) for name, form in exported.items()]
-    arrays = run_engine(engine, models, sequences, limit_s).arrays
+    job = {"models": models, "context": max(map(len, sequences)) + 1}
+    ids = {"ids": np.concatenate(sequences), "lengths": np.array([len(sequence) for sequence in sequences])}
+    _content, arrays = run_worker(engine, worker_of(engine), job, ids, limit_s)
     # A rounded file is compared with transformers on its own numbers: the rounding is no error of the engine.
     rounded = engine.name == "llama.cpp" and precision != "f32"
     for name, form in exported.items():
@@ -179,35 +181,21 @@ def engine_base(engine: Environment, base: LoadedModel, folder: Path, precision:
 def engine_model(engine: Environment, name: str, base: Path, form: Exported | None = None) -> dict[str, Any]:
     """What the engine's worker loads as `name`: the base, or the base with what was exported, or a checkpoint."""
     key = "folder" if engine.name == "vllm" else "file"
+    model: dict[str, Any] = {"name": name, key: str(base.absolute())}
     if form is None:
-        return {"name": name, key: str(base.absolute())}
+        return model
     folder = form.folder.absolute()
     files = [str(folder / file) for file in form.files if file.endswith((".gguf", f"{PLUGIN}.json"))]
     if form.kind == "checkpoint":
-        return {"name": name, key: files[0] if files else str(folder)}
-    model = {"name": name, key: str(base.absolute())}
-    if engine.name == "llama.cpp":
-        return {**model, "adapter" if form.kind == "adapter" else "control_vector": files[0]}
-    if form.kind == "program":
-        return {**model, "steering": files[0]}
-    rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
-    return {**model, "adapter": str(folder), "rank": rank}
-
-
-def run_engine(
-    engine: Environment, models: Sequence[dict[str, Any]], sequences: Sequence[Sequence[int]], limit_s: float
-) -> Answer:
-    """Run the engine's worker for the log-probabilities of every model.
-
-    Raises:
-        EngineError: it crashed, hung, or left no answer.
-    """
-    job = {"models": models, "context": max(len(ids) for ids in sequences) + 1}
-    arrays = {
-        "ids": np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]),
-        "lengths": np.array([len(ids) for ids in sequences]),
-    }
-    return run_worker(engine, worker_of(engine), job, arrays, limit_s)
+        model[key] = files[0] if files else str(folder)
+    elif engine.name == "llama.cpp":
+        model["adapter" if form.kind == "adapter" else "control_vector"] = files[0]
+    elif form.kind == "program":
+        model["steering"] = files[0]
+    else:
+        rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+        model |= {"adapter": str(folder), "rank": rank}
+    return model
 
 
 def worker_of(engine: Environment) -> Path:

@@ -92,22 +92,14 @@ def environment(name: str, folder: Path | None = None) -> Environment:
     return Environment(engine, root.absolute(), versions)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a worker left: a JSON object, and arrays by name."""
-
-    content: dict[str, Any]
-    arrays: dict[str, np.ndarray[Any, Any]]
-
-
 def run_worker(
     engine: Environment,
     script: Path,
     job: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray[Any, Any]],
     limit_s: float,
-) -> Answer:
-    """Run `script` with the engine's interpreter, and read what it left.
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Run `script` with the engine's interpreter, and return the JSON object and the arrays by name that it left.
 
     The script gets one argument, a folder with job.json and in.npz, and leaves out.json and out.npz there. It and every
     process that it started are gone when this returns, also after an error or Ctrl-C. After a failure its output is kept
@@ -126,14 +118,12 @@ def run_worker(
             try:
                 content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
                 with np.load(folder / "out.npz") as results:
-                    return Answer(content, dict(results))
+                    return content, dict(results)
             except (OSError, ValueError) as error:
                 problem = f"ended well, but left no answer that can be read ({error})"
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         printed = "It printed nothing."
-        if lines:
+        if lines := list(filter(None, lines)):
             with suppress(OSError):  # a read-only environment keeps no log; the last lines are shown here all the same
                 shutil.copy(log, engine.folder / LOG)
             printed = f"It printed last: {' / '.join(lines[-_LOG_LINES:])} (all of it in {engine.folder / LOG})"
