@@ -84,12 +84,12 @@ class Recipe(Section):
         return digest(self.record)
 
     @staticmethod
-    def recall(record: dict[str, Any], folder: Path) -> Recipe:
+    def recall(record: dict[str, Any], folder: Path, source: str = "the recorded recipe") -> Recipe:
         """Return the recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`."""
         try:
             return Recipe.model_validate({**record, "folder": folder.resolve()})
         except ValidationError as error:
-            raise RecipeError([f"the recorded recipe: {line}" for line in _explain(error, record)]) from error
+            raise RecipeError([f"{source}: {line}" for line in _explain(error, record)]) from error
 
     def resolved(self) -> str:
         """Return the recipe with every default filled in, as YAML."""
@@ -103,10 +103,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     content = _changed(path, changes, YAML(typ="safe", pure=True))
     if "folder" in content:
         raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
-    try:
-        return Recipe.model_validate({**content, "folder": path.resolve().parent})
-    except ValidationError as error:
-        raise RecipeError([f"{path.name}: {line}" for line in _explain(error, content)]) from error
+    return Recipe.recall(content, path.resolve().parent, path.name)
 
 
 def rewritten(path: Path, changes: Sequence[str]) -> str:

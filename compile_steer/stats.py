@@ -138,13 +138,6 @@ def sign_flip(effects: np.ndarray, seed: int) -> float:
     return float(result.pvalue)
 
 
-def false_discovery_rates(p_values: Sequence[float]) -> list[float]:
-    """Return the adjusted p-values (q-values) of Benjamini and Hochberg 1995."""
-    from scipy.stats import false_discovery_control
-
-    return [float(q) for q in false_discovery_control(p_values)] if p_values else []
-
-
 def rank_p(effect: float, others: Sequence[float]) -> float:
     """Return the permutation p-value of `effect` among `others`, which is never below 1 / (1 + n)."""
     return (1 + sum(other >= effect for other in others)) / (1 + len(others))

@@ -94,11 +94,8 @@ class Session:
         self.path = recipe
         self.changes = [*(changes or []), *(f"{key}={value}" for key, value in shorthands.items() if value is not None)]
         self.recipe = read_recipe(recipe, self.changes)
-        self._out = out
-        self.out = out or Path("runs") / self.recipe.name
-        self.as_json = as_json
+        self._out, self.as_json = out, as_json
         self.console = console(as_json)
-        self.progress = progress_bars()
 
     def changed(self, changes: Sequence[str]) -> Session:
         """Return the same with changes of the recipe before the user's own; the output folder follows its name."""
@@ -107,7 +104,7 @@ class Session:
     def open(self) -> Run:
         from compile_steer.pipeline.run import Run
 
-        return Run.open(self.recipe, self.out, self.progress)
+        return Run.open(self.recipe, self._out or Path("runs") / self.recipe.name, progress_bars())
 
     def finish(self, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
         finish(self.as_json, value, show, passed)

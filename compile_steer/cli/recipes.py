@@ -104,18 +104,17 @@ def run(
     What is there already and was made from the same inputs is kept, so that a stopped run goes on where it was.
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
-    from compile_steer.pipeline.artifacts import run_stages, verify_in_fresh_process
+    from compile_steer.pipeline.artifacts import run_stages
     from compile_steer.report.terminal import print_parities, print_plan, print_samples, print_validation
 
     recipe, out = session.recipe, session.console
     out.print(f"\n[bold blue]1  Is the direction worth compiling? ({recipe.model})[/bold blue]")
     opened = session.open()
-    stages = run_stages(opened, lambda: verify_in_fresh_process(session.path, session.out, session.changes), force)
-    for result in stages:
+    for result in run_stages(opened, session.path, session.changes, force):
         if result.page is not None:
             print_parities(out, result.parities)
             print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
-            out.print(f"\nArtifacts in {session.out}/, the whole run as a page in {result.page}")
+            out.print(f"\nArtifacts in {opened.paths.out}/, the whole run as a page in {result.page}")
         elif result.merged:
             out.print("\n[bold blue]3  Is what is on disk the steered model? (a fresh process)[/bold blue]")
         elif result.plan:

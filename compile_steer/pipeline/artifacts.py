@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -162,25 +162,23 @@ def make_reference(run: Run, program: Program | None = None) -> Reference:
 def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
     """Compare what is on disk with the steered model; with `save` a parity.json is left beside each artifact."""
     distributed.require_alone("verification")
-    context = run.context
     problems: list[str] = []
     for folder in folders:
         try:
-            require_same_origin(folder, context.model.id, context.model.revision, run.program_sha256)
+            require_same_origin(folder, run.model.id, run.model.revision, run.program_sha256)
         except ArtifactError as error:
             problems += error.problems
     if problems:
         raise ArtifactError(problems)
     reference = make_reference(run)
     parities: dict[Path, Parity] = {}
-    with context.progress.phase("verifying artifacts from disk", len(folders)) as advance:
+    with run.progress.phase("verifying artifacts from disk", len(folders)) as advance:
         # By form: the base, rounded as a form is, is made once for all artifacts of that form.
         for folder in sorted(folders, key=lambda folder: Provenance.read(folder).form):
-            parity = verify_artifact(reference, folder, run.program_sha256)
+            parities[folder] = verify_artifact(reference, folder, run.program_sha256)
             if save:
-                parity.save(folder / PARITY)
+                parities[folder].save(folder / PARITY)
                 update_card(folder, run.paths.validation)
-            parities[folder] = parity
             advance(1)
     return [parities[folder] for folder in folders]
 
@@ -201,11 +199,10 @@ class RunResult:
         return self.page is not None and all(parity.passed for parity in self.parities)
 
 
-def run_stages(run: Run, verify: Callable[[], list[Parity]], force: bool) -> Iterator[RunResult]:
+def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> Iterator[RunResult]:
     """Run every stage in order and yield the result after each; ends early where the validation fails without `force`.
 
-    Args:
-        verify: verifies what is on disk (see `verify_in_fresh_process`).
+    `run` was read from `recipe` with `changes`, as the process that verifies will read it.
     """
     result = RunResult(run.validate())
     yield result
@@ -216,14 +213,15 @@ def run_stages(run: Run, verify: Callable[[], list[Parity]], force: bool) -> Ite
     compile_program(run, force)
     result = replace(result, merged=merge(run))
     yield result
-    result = replace(result, parities=verify(), page=run.paths.report)
+    parities = verify_in_fresh_process(recipe, run.paths.out, changes)
+    result = replace(result, parities=parities, page=run.paths.report)
     curves: dict[str, dict[str, list[float]]] = {}
     for name in run.chosen:  # the losses that training left beside the weights
         path = run.paths.adapter(name) / CURVES
         if path.is_file():
             curves |= {f"{name}, {part}": curve for part, curve in json.loads(path.read_text("utf-8")).items()}
     program = run.program.describe()
-    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, result.parities, curves)
+    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, curves)
     yield result
 
 
@@ -238,8 +236,7 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
     """
     # -P: no module of the folder that the user stands in is imported in place of a library's.
     command = [sys.executable, "-P", "-m", "compile_steer", "verify", str(recipe), "--out", str(out), "--json"]
-    for change in changes:
-        command += ["--set", change]
+    command += [f"--set={change}" for change in changes]
     package = str(Path(__file__).parents[2])  # also where the package is not installed
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths})

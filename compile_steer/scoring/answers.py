@@ -5,7 +5,7 @@ A multiple-choice question is not answered in full: its answer is the letter tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -84,38 +84,29 @@ def answer(
             text = request.ask(prompt if question is None else question.prompt)
             rows.append(_Row(len(rows), prompt, text, program, question))
     replies: dict[int, Reply] = {}
-    for group, pattern in _same_shape(rows):
-        # The base is a program of the same shape at coefficient 0, so that it runs in the same batch.
-        base = None if pattern is None else pattern.scaled(0.0)
-        replies |= _generate(loaded, [row for row in group if row.question is None], base, max_new_tokens)
-        replies |= _choose(loaded, [row for row in group if row.question is not None], base)
-    # All replies in one call, so that a judge is asked only once about a reply that occurs twice.
-    scores = np.full(len(rows), np.nan)
-    scores[scored] = score([replies[index] for index in scored])
-    result, start = [], 0
-    for request in requests:
-        stop = start + len(request.prompts)
-        answered = [replies[index] for index in range(start, stop)]
-        repeats = np.array([repetition(reply.text) for reply in answered])
-        finished = np.array([float(reply.ended) for reply in answered])
-        result.append(Answers([reply.text for reply in answered], scores[start:stop], repeats, finished))
-        start = stop
-    return result
-
-
-def _same_shape(rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], Program | None]]:
-    """Yield the rows by the shape of their programs, with one program of that shape; the base's rows join the first."""
     # Rows of one batch may differ in their vectors and coefficients, but not in where the hooks are and what they do.
     groups: dict[object, list[_Row]] = {}
     for row in rows:
         if row.program is not None:
             groups.setdefault(row.program.shape, []).append(row)
-    base = [row for row in rows if row.program is None]
-    if not groups:
-        yield base, None
-    for group in groups.values():
-        yield group + base, group[0].program
-        base = []
+    unsteered = [row for row in rows if row.program is None]
+    for steered_rows in groups.values() or [[]]:
+        # The base's rows join the first group, as a program of the same shape at coefficient 0.
+        base = steered_rows[0].program.scaled(0.0) if steered_rows and steered_rows[0].program else None
+        group, unsteered = steered_rows + unsteered, []
+        replies |= _generate(loaded, [row for row in group if row.question is None], base, max_new_tokens)
+        replies |= _choose(loaded, [row for row in group if row.question is not None], base)
+    # All replies in one call, so that a judge is asked only once about a reply that occurs twice.
+    scores = np.full(len(rows), np.nan)
+    scores[scored] = score([replies[index] for index in scored])
+    ends = np.cumsum([len(request.prompts) for request in requests])
+    result = []
+    for part in np.split(np.arange(len(rows)), ends[:-1]):
+        answered = [replies[index] for index in part]
+        repeats = np.array([repetition(reply.text) for reply in answered])
+        finished = np.array([float(reply.ended) for reply in answered])
+        result.append(Answers([reply.text for reply in answered], scores[part], repeats, finished))
+    return result
 
 
 def _programs(rows: Sequence[_Row], base: Program | None) -> list[Program] | None:

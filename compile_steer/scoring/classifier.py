@@ -99,23 +99,18 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from compile_steer.models.load import quiet
+    from compile_steer.models.load import library_errors
 
     folder = Path(reference).expanduser()
     if not folder.is_dir():
         raise RecipeError(
             f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."
         )
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier ({reason})."
-        ) from error
+    problem = f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier"
+    with library_errors(lambda reason: RecipeError(f"{problem} ({reason}).")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     labels = {str(name): int(index) for index, name in model.config.id2label.items()}
     if label not in labels:
         raise RecipeError(

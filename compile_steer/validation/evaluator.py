@@ -7,7 +7,7 @@ every position that predicts no response. Programs of one shape run as rows of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
@@ -65,7 +65,7 @@ class PrefixCache:
     def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
         self._loaded, self._n, self._layer = loaded, len(encoded), 0
         packed = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype) if encoded else []
-        self._batches = [batch.to(loaded.device) for batch in packed]
+        self._batches = [PackedBatch(*(x.to(loaded.device) for x in vars(batch).values())) for batch in packed]
         self._hidden: list[Tensor | None] = [None] * len(packed)
 
     def advance(self, layer: int) -> None:
@@ -150,9 +150,6 @@ class PackedBatch:
     targets: Tensor
     texts: Tensor
 
-    def to(self, device: torch.device) -> PackedBatch:
-        return PackedBatch(*(getattr(self, tensor.name).to(device) for tensor in fields(self)))
-
 
 @dataclass
 class _Row:
@@ -166,23 +163,14 @@ class _Row:
 
     def add(self, index: int, text: Encoded, shared: Sequence[int]) -> list[int]:
         """Add a text whose first tokens are the nodes `shared`; returns the nodes of all its tokens."""
-        path = list(shared)
+        path = self.paths[index] = list(shared)
         for depth in range(len(shared), len(text.ids)):
             self.parents.append(path[-1] if path else -1)
             path.append(len(self.ids))
             self.ids.append(text.ids[depth])
             self.roles.append(text.roles[depth])
             self.depths.append(depth)
-        self.paths[index] = path
         return path
-
-    def visible(self) -> Tensor:
-        """[time, time] booleans: each token attends to itself and its ancestors."""
-        visible = torch.eye(len(self.ids), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                visible[node] |= visible[parent]
-        return visible
 
 
 def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype) -> list[PackedBatch]:
@@ -249,7 +237,9 @@ def _batch(rows: Sequence[_Row], texts: Sequence[Encoded], pad_id: int, dtype: t
         ids[number, :n] = torch.tensor(row.ids)
         roles[number, :n] = torch.tensor(row.roles, dtype=torch.int8)
         positions[number, :n] = torch.tensor(row.depths)
-        visible[number, :n, :n] = row.visible()
+        for node, parent in enumerate(row.parents):
+            if parent >= 0:
+                visible[number, node] |= visible[number, parent]  # a token attends to itself and its ancestors
         for index, path in row.paths.items():
             text = texts[index]
             # The response's tokens, those of earlier turns included, each predicted by the token before it.

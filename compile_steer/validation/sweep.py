@@ -14,7 +14,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.base import Score
-from compile_steer.stats import false_discovery_rates, sign_flip
+from compile_steer.stats import sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
@@ -106,6 +106,8 @@ def sweep(
     Args:
         evaluator: the sweep's validation pairs and control texts.
     """
+    from scipy.stats import false_discovery_control
+
     rungs: list[Rung] = []
     if options.layers == "search":
         layers, rungs = search_layers(context, options, layers, program_at)
@@ -113,11 +115,13 @@ def sweep(
 
     # Significance: a sign-flip test per point, corrected over the whole sweep.
     p_values = {key: sign_flip(rows, context.seed) for key, rows in effects.items()}
-    q_values = dict(zip(p_values, false_discovery_rates(list(p_values.values())), strict=True))
+    # Benjamini and Hochberg 1995. Where every point was skipped there are no p-values, which scipy refuses.
+    q_values: dict[tuple[int, float], float] = {}
+    if p_values:
+        q_values = dict(zip(p_values, map(float, false_discovery_control(list(p_values.values()))), strict=True))
     for index, point in enumerate(grid):
         key = point.layer, point.coefficient
-        if key in p_values:
-            grid[index] = replace(point, p_value=p_values[key], q_value=q_values[key])
+        grid[index] = replace(point, p_value=p_values.get(key), q_value=q_values.get(key))
 
     # The best layers by the margin of their coherent points.
     limit = options.max_perplexity_ratio

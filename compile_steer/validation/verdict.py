@@ -8,6 +8,8 @@ more than random directions do. benchmarks/calibration.py measures how often thi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from compile_steer.stats import LEVEL
 from compile_steer.steering.directions import FROM_LABELS
 from compile_steer.validation.options import ValidateOptions
@@ -21,8 +23,7 @@ _SEPARATES = 0.8  # AUROC from which the direction is said to separate the pairs
 
 def decide(report: ValidationReport, options: ValidateOptions) -> tuple[Verdict, list[str]]:
     """Return the verdict and all reasons for it; failures come first."""
-    failures = _failures(report) + _incoherence(report, options)
-    doubts = _doubts(report)
+    failures, doubts = [*_failures(report), *_incoherence(report, options)], list(_doubts(report))
     if failures:
         return "fail", failures + doubts
     return ("inconclusive", doubts) if doubts else ("pass", _evidence(report))
@@ -50,18 +51,18 @@ def _evidence(report: ValidationReport) -> list[str]:
     ]
 
 
-def _failures(report: ValidationReport) -> list[str]:
+def _failures(report: ValidationReport) -> Iterator[str]:
     c, s = report.controls, report.scores
-    reasons = []
     if report.margin.high <= 0:  # no control is needed then
-        return [
+        yield (
             f"the direction moves the pairs the wrong way: {report.margin} nats/token; negate the coefficients, or check "
             "whether the pairs' sides are swapped"
-        ]
+        )
+        return
     if c.p_value > LEVEL:
         area = report.separability.auroc
         but = f"the direction separates the pairs (AUROC {area:.2f}), but " if area >= _SEPARATES else ""
-        reasons.append(
+        yield (
             f"{but}a random direction of the same strength changes the margin as much: effect {c.effect:.3f}, random up to "
             f"{max(c.random):.3f} (p = {c.p_value:.3f}); try other layers (validate.layers: search), more pairs, or another "
             "read-out"
@@ -72,41 +73,39 @@ def _failures(report: ValidationReport) -> list[str]:
             if c.shuffled_kind == FROM_LABELS
             else "the file's vector has no effect of its own on these pairs; try other layers, another row or another file"
         )
-        reasons.append(
+        yield (
             f"directions {c.shuffled_kind} have as large an effect ({max(c.shuffled):.3f}, this one {c.effect:.3f}): {advice}"
         )
     if c.other_behaviour is not None and c.effect <= c.other_behaviour:
-        reasons.append(
+        yield (
             f"another behaviour's direction moves these pairs as much ({c.other_behaviour:.3f}, this one {c.effect:.3f}): the "
             "effect is not specific to this behaviour; check what the two sets of pairs have in common (length, style)"
         )
     if s.effect.value > 0 and s.over_random.value <= 0:
-        reasons.append(
+        yield (
             f"random directions of the same strength score as well: {s.random:.2f}, steered {s.steered:.2f}, base "
             f"{s.base:.2f}; the scorer responds to the damage: make it stricter, or use a smaller coefficient"
         )
-    return reasons
 
 
-def _incoherence(report: ValidationReport, options: ValidateOptions) -> list[str]:
-    coherence, reasons = report.coherence, []
+def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[str]:
+    coherence = report.coherence
     if coherence.perplexity_ratio > options.max_perplexity_ratio:
-        reasons.append(
+        yield (
             f"the perplexity of control text rises {coherence.perplexity_ratio:.2f}-fold (at most "
             f"{options.max_perplexity_ratio:g}): use a smaller coefficient" + _crossing(report)
         )
     # A base that repeats itself more than allowed is not steering's fault.
     if coherence.repetition_steered > max(options.max_repetition, coherence.repetition_base):
-        reasons.append(
+        yield (
             f"the steered model repeats itself: {coherence.repetition_steered:.2f} of its 3-grams (base "
             f"{coherence.repetition_base:.2f}, at most {options.max_repetition:g}); use a smaller coefficient"
         )
     if report.scores.steered < options.min_score:
-        reasons.append(
+        yield (
             f"the score on test prompts is {report.scores.steered:.2f}, below {options.min_score:g}; use a larger "
             "coefficient" + _crossing(report)
         )
-    return reasons
 
 
 def _crossing(report: ValidationReport) -> str:
@@ -115,32 +114,31 @@ def _crossing(report: ValidationReport) -> str:
     return "" if crossing is None else f" (the perplexity limit is crossed at {crossing:.3g})"
 
 
-def _doubts(report: ValidationReport) -> list[str]:
+def _doubts(report: ValidationReport) -> Iterator[str]:
     c, s = report.controls, report.scores
     # Bonferroni over pairs and answers: either is enough. Beyond first order random directions spread far, most of all
     # those that do damage: one of 20 that moves the pairs by -1.1 nats/token hides +0.9 from a test of outliers while no
     # answer under any of them shows the behaviour.
     by_chance = min(1.0, 2 * min(c.p_random, s.p_over_random))
-    reasons = []
     if report.margin.high > 0 and report.p_margin > LEVEL:
-        reasons.append(
+        yield (
             f"the effect may be chance on {report.n_pairs} pairs: {report.margin} nats/token (sign-flip p = "
             f"{report.p_margin:.3f}); add test pairs"
         )
     if c.p_value <= LEVEL and by_chance > _BEYOND_RANDOM:
-        reasons.append(
+        yield (
             f"the effect is first among {len(c.random)} random directions ({c.effect:.3f}, up to {max(c.random):.3f}), but not "
             f"clearly: one in {1 / c.p_random:.0f} would do as much to the pairs, the answers differ from theirs with p = "
             f"{s.p_over_random:.3f}, and the sweep chose among several; try other layers (validate.layers: search), more "
             "pairs or more prompts"
         )
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
-        reasons.append(
+        yield (
             f"the effect is not clearly larger than that of {len(c.shuffled)} directions {c.shuffled_kind} ({c.effect:.3f}, up "
             f"to {max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or more of these directions (extract.shuffled: 20)"
         )
     if c.opposite >= 0 and report.margin.high > 0:
-        reasons.append(
+        yield (
             f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): the effect is not linear in the direction"
         )
     if s.p_value > LEVEL:
@@ -149,16 +147,15 @@ def _doubts(report: ValidationReport) -> list[str]:
             if s.base > 0.9
             else "add prompts or coefficient"
         )
-        reasons.append(
+        yield (
             f"the answers do not change significantly: score {s.base:.2f} to {s.steered:.2f} ({s.effect}, p = "
             f"{s.p_value:.3f}) on {report.n_prompts} prompts; {advice}{_crossing(report) if s.base <= 0.9 else ''}"
         )
     elif s.over_random.value > 0 and s.p_over_random > LEVEL:
-        reasons.append(
+        yield (
             f"the answers do not differ significantly from those under random directions of the same strength: "
             f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f}); add prompts"
         )
-    return reasons
 
 
 def remarks(report: ValidationReport) -> list[str]:

@@ -18,7 +18,6 @@ from compile_steer.stats import (
     bootstrap_ratio,
     equivalence,
     equivalence_sample_size,
-    false_discovery_rates,
     outlier_p,
     power_analysis,
     rank_p,
@@ -239,11 +238,6 @@ def test_auroc_counts_ties_by_half() -> None:
 def test_sign_flip_enumerates_all_flips_of_few_effects() -> None:
     assert sign_flip(np.array([0.3, 0.1, 0.7]), seed=0) == pytest.approx(1 / 8)
     assert sign_flip(-np.array([0.3, 0.1, 0.7]), seed=0) == 1.0
-
-
-def test_q_values_are_those_of_benjamini_and_hochberg() -> None:
-    assert false_discovery_rates([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
-    assert false_discovery_rates([]) == []
 
 
 def test_a_rank_ends_at_one_in_n_plus_1_and_an_outlier_s_p_value_does_not() -> None:
