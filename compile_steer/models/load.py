@@ -101,7 +101,8 @@ def load(
     if prompt_format is not None:
         tokenizer.chat_template = completion_template(prompt_format, tokenizer)
     Layout.of(model)  # raises for an unknown family before anything runs
-    return LoadedModel(frozen(model, target), tokenizer, reference, _revision(folder, commit), str(folder))
+    revision = f"hub:{commit}" if commit else weights_revision(folder)
+    return LoadedModel(frozen(model, target), tokenizer, reference, revision, str(folder))
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -143,7 +144,8 @@ def folder_of(reference: str) -> Path:
 
 def revision_of(reference: str) -> str:
     """The revision of a model without loading it; raises `RecipeError` if it is not there."""
-    return _revision(*_find(reference))
+    folder, commit = _find(reference)
+    return f"hub:{commit}" if commit else weights_revision(folder)
 
 
 def gguf_of(reference: str) -> Path | None:
@@ -190,10 +192,6 @@ def _hub_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-def _revision(folder: Path, commit: str) -> str:
-    return f"hub:{commit}" if commit else weights_revision(folder)
 
 
 def weights_revision(folder: Path) -> str:

@@ -152,8 +152,7 @@ def encode_pairs(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Encoded]:
 
 def margins(logprobs: np.ndarray) -> np.ndarray:
     """Log-likelihood margins [n], positive minus negative, from the mean log-probabilities [2n] of `encode_pairs`."""
-    positive, negative = np.split(logprobs, 2)
-    return np.asarray(positive - negative)
+    return np.asarray(np.subtract(*np.split(logprobs, 2)))
 
 
 def logprob_margins(loaded: LoadedModel, pairs: Sequence[Encoded], program: Program | None = None) -> np.ndarray:

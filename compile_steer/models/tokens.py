@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -56,9 +57,7 @@ class Batch:
     @property
     def predicts_response(self) -> Tensor:
         """Boolean [batch, time]: positions whose next token belongs to a response."""
-        following = torch.zeros_like(self.roles, dtype=torch.bool)
-        following[:, :-1] = self.roles[:, 1:] == RESPONSE
-        return following
+        return functional.pad(self.roles[:, 1:] == RESPONSE, (0, 1))  # the last position has no next token
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
