@@ -88,6 +88,7 @@ def validate(
         RecipeError: unknown options, or no coherent point in the grid.
     """
     context = Context(model, data, seed, progress or Progress())
+    # The scorer by itself first, so that its problems are named score.KEY.
     settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score."), **options})
     return validation.validate(
         context, directions, settings, readout="response_mean", ask=ask, too_high=4.0, name="program"

@@ -55,6 +55,7 @@ def reproduce(
     from compile_steer.tools.reproduce import reproduce
 
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
+        # Temporary only where --to names no folder: what was made is then deleted with it.
         reproduction = reproduce(artifact_root(path), to or Path(temporary), recipes, tolerance, progress_bars())
     summary = reproduction.summary()
     finish(as_json, summary, lambda out, _summary: print_reproduction(out, reproduction), reproduction.agrees)
@@ -94,7 +95,7 @@ def push(
 
     Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # slow to import, and of no use to the other commands
 
     from compile_steer.cli.tables import print_upload
     from compile_steer.tools.lineage import artifact_root

@@ -102,8 +102,7 @@ def task_vector(
     run = session.open()
     known = run.program if run.paths.program.is_file() else None
     recombination = Recombination(artifact, scale, tuple(add or ()), cut, to)
-    vector = recombine(recombination, run.model, run.paths, known)
-    session.finish(vector, print_task_vector)
+    session.finish(recombine(recombination, run.model, run.paths, known), print_task_vector)
 
 
 @command(SeveralSession)

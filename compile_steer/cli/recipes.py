@@ -111,7 +111,7 @@ def run(
     out.print(f"\n[bold blue]1  Is the direction worth compiling? ({recipe.model})[/bold blue]")
     opened = session.open()
     for result in run_stages(opened, session.path, session.changes, force):
-        if result.page is not None:
+        if result.page is not None:  # the last result; each holds those before it
             print_parities(out, result.parities)
             print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
             out.print(f"\nArtifacts in {opened.paths.out}/, the whole run as a page in {result.page}")

@@ -77,7 +77,7 @@ def print_audit(console: Console, audit: Audit) -> None:
         f"{audit.n_same} the same{recast}, {len(audit.changes)} changed",
         soft_wrap=True,
     )
-    zero = [change for change in audit.changes if change.norm == 0.0]
+    zero = [change for change in audit.changes if change.norm == 0.0]  # biases that a config flag brings along
     if zero:
         console.print(f"  {len(zero)} of these are new and all zero, as {escape(zero[0].name)}")
     if len(zero) < len(audit.changes):

@@ -142,7 +142,7 @@ class Run:
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
             save_text(paths.prompts, "".join(rows))
             report = replace(result.report, program_hash=sha256(paths.program), inputs=inputs)
-            report.save(paths.validation)
+            report.save(paths.validation)  # last: it marks that program and rows belong together
             return report
 
         report = reuse_or_make(paths.validation, kept, make)

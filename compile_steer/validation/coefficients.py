@@ -110,13 +110,14 @@ def sweep_coefficients(
 
 def coefficient_sweep(points: Sequence[SweepPoint], limit: float) -> CoefficientSweep:
     """Sort the points, and interpolate where the log perplexity ratio first crosses the limit's on either side of 0."""
-    crossings: dict[float, float | None] = {1.0: None, -1.0: None}
-    for sign in crossings:
+
+    def crossing(sign: float) -> float | None:
         side = sorted((p for p in points if p.coefficient * sign >= 0), key=lambda p: abs(p.coefficient))
         for low, high in pairwise(side):
             if high.perplexity_ratio > limit:
                 logs = [math.log(low.perplexity_ratio), math.log(high.perplexity_ratio)]
-                crossings[sign] = float(np.interp(math.log(limit), logs, [low.coefficient, high.coefficient]))
-                break
-    points = sorted(points, key=lambda point: point.coefficient)
-    return CoefficientSweep(points, limit, crossings[1.0], crossings[-1.0])
+                return float(np.interp(math.log(limit), logs, [low.coefficient, high.coefficient]))
+        return None
+
+    in_order = sorted(points, key=lambda point: point.coefficient)
+    return CoefficientSweep(in_order, limit, crossing(1.0), crossing(-1.0))

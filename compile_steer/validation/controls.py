@@ -147,7 +147,7 @@ def measure_controls(
         other_behaviour=other[0] if other else None,
         p_value=rank_p(effect, by_chance),
         p_random=outlier_p(effect, by_chance),
-        p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,
+        p_shuffled=outlier_p(effect, by_label) if len(by_label) > 1 else None,  # one value has no spread
         shuffled_kind=shuffled_kind,
     )
 
@@ -166,9 +166,9 @@ def separability(
     positive, negative = (side[:, layers].flatten(1) for side in sides)
     along = unit(directions.vectors[layers].flatten())
     high, low = (positive @ along).numpy(), (negative @ along).numpy()
-    spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))
+    spread = float(np.sqrt((high.var(ddof=1) + low.var(ddof=1)) / 2))  # pooled: both sides have as many pairs
     differences = positive - negative
-    cosines = (differences @ along) / differences.norm(dim=-1).clamp(min=1e-12)
+    cosines = (differences @ along) / differences.norm(dim=-1).clamp(min=1e-12)  # sides may be read as the same
     return Separability(
         auroc=auroc(high, low),
         d_prime=float(high.mean() - low.mean()) / spread if spread > 0 else 0.0,

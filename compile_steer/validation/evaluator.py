@@ -51,6 +51,8 @@ class ContrastEvaluator:
 
     def perplexity_ratio(self, program: Program) -> float:
         """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""
+        if not len(self._base_control):
+            raise ValueError("this evaluator has no control texts")
         # Differences of mean log-probabilities, so that long texts do not outweigh short ones.
         return float(np.exp((self._base_control - self._control.mean_logprobs([program])[0]).mean()))
 

@@ -97,7 +97,6 @@ def validate(
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
         settings = sweep_coefficients(few, program, coefficient, limit)
         answers, samples, points = _answer(context, options, score, program, random, settings, ask, too_high)
-    base, steered = answers["base"], answers["steered"]
 
     report = ValidationReport(
         name=name,
@@ -113,33 +112,19 @@ def validate(
         separability=separability(context, test, directions, layer, readout),
         steerability=float(chosen.slopes.mean()),
         wrong_way=float((chosen.slopes < 0).mean()),
-        coherence=Coherence(
-            perplexity_ratio=perplexity_ratio,
-            repetition_base=float(base.repetition.mean()),
-            repetition_steered=float(steered.repetition.mean()),
-            ended_base=float(base.ended.mean()),
-            ended_steered=float(steered.ended.mean()),
-            strength=stream.strength(program),
-        ),
+        coherence=_coherence(answers, perplexity_ratio, stream.strength(program)),
         coefficient_sweep=coefficient_sweep(points, limit),
         samples=samples,
         n_pairs=len(test),
-        n_prompts=len(base.texts),
+        n_prompts=len(answers["base"].texts),
     )
     verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
-
     rows: list[dict[str, Any]] = [
         {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
         for pair, before, effect in zip(test, evaluator.base_margins, effects, strict=True)
     ]
-    for n, pair in enumerate(test[: len(base.texts)]):
-        conditions = {
-            name: {"text": a.texts[n], "score": float(a.scores[n]), "repetition": float(a.repetition[n])}
-            for name, a in answers.items()
-        }
-        rows.append({"kind": "answer", "prompt": pair.prompt, **conditions})
-    return Validation(program, report, rows)
+    return Validation(program, report, rows + _answer_rows([pair.prompt for pair in test], answers))
 
 
 def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score) -> list[PowerAnalysis]:
@@ -163,6 +148,28 @@ def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray,
     for analysis in analyses:
         context.progress.note(str(analysis))
     return analyses
+
+
+def _answer_rows(prompts: Sequence[str], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
+    """One row for each prompt that was answered, with its answer under each condition."""
+    rows: list[dict[str, Any]] = [{"kind": "answer", "prompt": prompt} for prompt in prompts]
+    for name, a in answers.items():
+        # Not strict: fewer prompts are answered than pairs are measured.
+        for row, text, score, repeats in zip(rows, a.texts, a.scores, a.repetition, strict=False):
+            row[name] = {"text": text, "score": float(score), "repetition": float(repeats)}
+    return [row for row in rows if "base" in row]
+
+
+def _coherence(answers: Mapping[str, Answers], perplexity_ratio: float, strength: float) -> Coherence:
+    base, steered = answers["base"], answers["steered"]
+    return Coherence(
+        perplexity_ratio=perplexity_ratio,
+        repetition_base=float(base.repetition.mean()),
+        repetition_steered=float(steered.repetition.mean()),
+        ended_base=float(base.ended.mean()),
+        ended_steered=float(steered.ended.mean()),
+        strength=strength,
+    )
 
 
 def _scores(scores: Mapping[str, np.ndarray], seed: int) -> Scores:
