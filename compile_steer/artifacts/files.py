@@ -131,8 +131,7 @@ def was_edited(path: Path) -> bool:
 def edit_check(path: Path) -> tuple[str, str]:
     """The SHA-256 of a JSON record's content: as recorded ('' where it has no edit check), and of the file as it is.
 
-    Raises:
-        ArtifactError: the file is missing, or is no JSON object.
+    Raises `ArtifactError` where the file is missing, or is no JSON object.
     """
     content = read_json(path, "Make it again.")
     return str(content.get(_CHECK, "")), digest(without_check(content))
@@ -157,14 +156,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Report:
-    """Read back a dataclass of type `kind` that was written as JSON.
+    """Read back a dataclass of type `kind` that was written as JSON; raises `ArtifactError` for anything else.
 
-    Args:
-        name: what the file should be, for the message.
-        command: the command of `compile-steer` that makes it.
-
-    Raises:
-        ArtifactError: the file is missing, damaged, or holds something else.
+    The message says what the file should be, its `name`, and which `command` of `compile-steer` makes it.
     """
     try:
         return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))

@@ -9,27 +9,18 @@ class RunPaths:
     """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/` below `out`.
 
     For several programs NAME is all their names, joined by '+'; their compositions lie in `composed/`.
-
-    Attributes:
-        generation_report: how many pairs the model generated, and why others were dropped.
-        directions: the candidate directions of every block, and their controls.
-        program: the chosen steering program: the vector.
-        validation: its report; `prompts` has the result of every test pair and prompt, one JSON object a line.
-        decompiled: the program that was read off an artifact; how much it explains is in the JSON of the same name.
-        report: the whole run as one self-contained page.
-        work: the backends' intermediate state, removed when all are done.
     """
 
     def __init__(self, out: Path, name: str) -> None:
         self.out, self.name = out, name
-        self.generation_report = out / "data" / f"{name}.json"
-        self.directions = out / "vectors" / f"{name}.directions.safetensors"
-        self.program = out / "vectors" / f"{name}.safetensors"
+        self.generation_report = out / "data" / f"{name}.json"  # how many pairs were generated, and why others dropped
+        self.directions = out / "vectors" / f"{name}.directions.safetensors"  # the candidates, and their controls
+        self.program = out / "vectors" / f"{name}.safetensors"  # the chosen one: the vector
         self.validation = out / "vectors" / f"{name}.validation.json"
-        self.prompts = out / "vectors" / f"{name}.prompts.jsonl"
-        self.decompiled = out / "vectors" / f"{name}.decompiled.safetensors"
-        self.report = out / f"{name}.html"
-        self.work = out / "work" / name
+        self.prompts = out / "vectors" / f"{name}.prompts.jsonl"  # the result of every test pair and prompt
+        self.decompiled = out / "vectors" / f"{name}.decompiled.safetensors"  # read off an artifact; report: .json
+        self.report = out / f"{name}.html"  # the whole run as one self-contained page
+        self.work = out / "work" / name  # the backends' intermediate state, removed when all are done
 
     @staticmethod
     def of_artifact(path: Path, name: str) -> RunPaths:

@@ -81,11 +81,7 @@ class Origin:
 
     @staticmethod
     def read(path: Path) -> Origin | None:
-        """The origin in the header of a vector's or directions' file; None where none was recorded.
-
-        Raises:
-            ArtifactError: the file is missing or damaged.
-        """
+        """The origin in the header of a vector's or directions' file, None where none was recorded; raises `ArtifactError`."""
         metadata = read_metadata(path)
         try:
             header = json.loads(metadata.get("program") or metadata.get("directions") or "{}")
@@ -112,23 +108,7 @@ class ChangedFile:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an artifact folder was made from.
-
-    Attributes:
-        verdict: the validation's; 'none' if the program was never validated.
-        forced: compiled with --force, against the verdict.
-        seconds: time of lowering, without generating the calibration texts.
-        parent: hash of the adapter that a merged model came from, or the hashes of the patches of a task vector.
-        members: hashes of the adapters that a composition was made from, by 'NAME x SCALE'.
-        recombined: the arithmetic of a task vector, in words.
-        recipe: with every default.
-        described: the program in words.
-        architecture: the family whose stock code loads the result.
-        biases: the number of modules that were given a bias.
-        fingerprint: mean log-probability of fixed texts (nats per token) under the patched base in memory, before
-            anything was written; see `models.logprobs.fingerprint`.
-        files_sha256: the folder's own files, filled in by `write`.
-    """
+    """What an artifact folder was made from."""
 
     name: str
     backend: str
@@ -138,22 +118,22 @@ class Provenance:
     program: str
     program_sha256: str
     validation_sha256: str
-    verdict: str
-    forced: bool
+    verdict: str  # the validation's; 'none' if the program was never validated
+    forced: bool  # compiled with --force, against the verdict
     recipe_sha256: str
     data_sha256: dict[str, str]
     seed: int
-    seconds: float
+    seconds: float  # time of lowering, without generating the calibration texts
     inputs: str
-    parent: str = ""
-    members: dict[str, str] = field(default_factory=dict)
-    recombined: str = ""
+    parent: str = ""  # hash of the adapter that was merged, or the hashes of a task vector's patches
+    members: dict[str, str] = field(default_factory=dict)  # hashes of a composition's adapters, by 'NAME x SCALE'
+    recombined: str = ""  # the arithmetic of a task vector, in words
     versions: dict[str, str] = field(default_factory=versions)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    described: str = ""
-    architecture: str = ""
-    biases: int = 0
-    fingerprint: list[float] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)  # with every default
+    described: str = ""  # the program in words
+    architecture: str = ""  # the family whose stock code loads the result
+    biases: int = 0  # the number of modules that were given a bias
+    fingerprint: list[float] = field(default_factory=list)  # `models.logprobs.fingerprint` in memory before writing
     files_sha256: dict[str, str] = field(default_factory=dict, compare=False)  # not known before it is written
 
     @property
@@ -231,30 +211,19 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What a serving engine computes of an artifact, compared with transformers: log p(token) in nats, over `tokens`.
-
-    Attributes:
-        form: the file that was loaded, in words.
-        error, rms: largest and root-mean-square difference.
-        base_error, base_rms: the same for the base in this engine and format.
-        effect: largest change by steering in transformers.
-        gain: slope of the engine's change by steering on transformers'. 1: all of the effect is there; 0: the file was
-            loaded without effect.
-        problem: why nothing was measured.
-        version: the engine with the versions that matter, in words.
-    """
+    """What a serving engine computes of an artifact, compared with transformers: log p(token) in nats, over `tokens`."""
 
     engine: str
-    form: str
+    form: str  # the file that was loaded, in words
     tokens: int = 0
-    error: float = math.nan
-    rms: float = math.nan
-    base_error: float = math.nan
+    error: float = math.nan  # largest difference
+    rms: float = math.nan  # root-mean-square difference
+    base_error: float = math.nan  # the same for the base in this engine and format
     base_rms: float = math.nan
-    effect: float = math.nan
-    gain: float = math.nan
-    problem: str = ""
-    version: str = ""
+    effect: float = math.nan  # largest change by steering in transformers
+    gain: float = math.nan  # slope of the engine's change by steering on transformers'; 0: loaded without effect
+    problem: str = ""  # why nothing was measured
+    version: str = ""  # the engine with the versions that matter, in words
 
     @property
     def passed(self) -> bool:
@@ -286,11 +255,7 @@ def save_engine_records(folder: Path, records: Sequence[EngineRecord]) -> bool:
 
 
 def load_engine_records(folder: Path) -> tuple[EngineRecord, ...]:
-    """The records in `folder`, if they are of these weights and were not edited; else none.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
+    """The records in `folder`, if they are of these weights and were not edited; else none. Raises `ArtifactError` if damaged."""
     path = folder / ENGINES
     if not path.is_file() or was_edited(path):
         return ()

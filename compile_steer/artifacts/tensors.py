@@ -4,10 +4,11 @@ Importing this module does not import torch; reading or writing tensors does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,22 +29,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file as (tensors, metadata); raises `ArtifactError` if it cannot be one."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
+    with _opened(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, read without its tensors; raises `ArtifactError` as `read_tensors` does."""
+    with _opened(path, "np") as file:  # "np": only tensors need torch
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist.")
     try:
-        with safe_open(path, framework="np") as file:  # "np": only tensors need torch
-            return dict(file.metadata() or {})
+        with safe_open(path, framework=framework) as file:
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
 

@@ -97,12 +97,9 @@ def task_vector(
     W_new - W_base of one base can be added to another's. Nothing validates the result: verify it.
     """
     from compile_steer.cli.tables import print_task_vector
-    from compile_steer.tools.task_vector import Recombination, recombine
+    from compile_steer.tools.task_vector import recombine
 
-    run = session.open()
-    known = run.program if run.paths.program.is_file() else None
-    recombination = Recombination(artifact, scale, tuple(add or ()), cut, to)
-    session.finish(recombine(recombination, run.model, run.paths, known), print_task_vector)
+    session.finish(recombine(session.open(), [artifact, *(add or ())], scale, cut, to), print_task_vector)
 
 
 @command(SeveralSession)

@@ -42,16 +42,10 @@ def write_patch(
     card: str,
     curves: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write the patch, its provenance and its model card to `folder`, as a whole or not at all.
+    """Write the patch, its provenance, its model card, and the `curves` (losses by what was trained) to `folder`.
 
     The provenance gets the fingerprint of the base with the patch on it in memory; verification compares it with that of
-    the files.
-
-    Args:
-        curves: losses by what was trained, kept beside the weights.
-
-    Raises:
-        ArtifactError: the patch holds NaN or infinity.
+    the files. Raises `ArtifactError`, and writes nothing, where the patch holds NaN or infinity.
     """
     patch.require_finite()
     with with_patch(loaded.model, patch):

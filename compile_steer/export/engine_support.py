@@ -91,11 +91,7 @@ def checkpoint_refusals(engine: EngineName, config: PreTrainedConfig, weights: C
 
 
 def adapter_refusals(engine: EngineName, family: str | None, rank: int) -> list[str]:
-    """Why an engine does not load a plain LoRA of that rank.
-
-    Args:
-        family: of the base, None where it is not known.
-    """
+    """Why an engine does not load a plain LoRA of that rank; the base's `family` is None where it is not known."""
     problems = []
     if engine == "vllm" and rank > _MAX_VLLM_RANK:
         problems.append(

@@ -110,10 +110,7 @@ def gguf_refusals(patch: WeightPatch, loaded: LoadedModel) -> list[str]:
 def write_gguf(
     folder: Path, patch: WeightPatch, loaded: LoadedModel, precision: str, provenance: Provenance, card: str
 ) -> None:
-    """Write the merged model to `folder`/model.gguf, with its provenance and card, as a whole or not at all.
-
-    Args:
-        precision: f32, f16, q8_0 or q4_0.
+    """Write the merged model at `precision` (see `GGUF_KINDS`) to `folder`/model.gguf, with its provenance and card.
 
     Raises:
         CannotLower: llama.cpp would not compute the same. ArtifactError: as `write_merged` does, or a value is too large.

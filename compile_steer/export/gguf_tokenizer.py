@@ -39,13 +39,9 @@ class Field(NamedTuple):
 
 
 def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
-    """The fields of the tokenizer of `loaded`, with its chat template.
+    """The fields of the tokenizer of `loaded`, with its chat template; `vocabulary` is the number of rows of the embeddings.
 
-    Args:
-        vocabulary: rows of the embeddings; tokens that the tokenizer lacks are filled up as unused.
-
-    Raises:
-        CannotLower: llama.cpp has no such tokenizer, or it is not known to have it.
+    Tokens that the tokenizer lacks are filled up as unused. Raises `CannotLower` where llama.cpp is not known to have it.
     """
     source = gguf_of(loaded.id)
     if source is None:

@@ -240,11 +240,7 @@ def _nearest_cosine(direction: Tensor, program: Program | None, block: int | Non
 
 
 def settings_changes(base: Path, other: Path) -> Iterator[SettingsChange]:
-    """Every setting that differs, for the files that `other` has: what it lacks, its users take from the base.
-
-    Raises:
-        ArtifactError: a file is no JSON object.
-    """
+    """Every setting that differs, for the files that `other` has: what it lacks, its users take from the base; raises `ArtifactError`."""
     for name in (*_SETTINGS_FILES, "tokenizer.json"):
         if (other / name).is_file():
             before, after = (_read(folder / name) for folder in (base, other))

@@ -24,26 +24,17 @@ _ABOVE_ROUNDING = 1.1
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One tensor that differs from the base's.
-
-    Attributes:
-        norm: Frobenius norm of the difference, or of the whole tensor where one side has none.
-        relative: `norm` over the norm of the base's tensor.
-        rank: number of singular values above the audit's threshold times the largest, and above what rounding to the
-            other's type makes by itself; None for a tensor that is no matrix.
-        top: fraction of the squared norm in the largest singular value.
-        cosine: without sign, of the direction that an output projection writes most with the known vector at or below it.
-    """
+    """One tensor that differs from the base's."""
 
     name: str
     kind: Literal["changed", "added", "removed"]
     shape: tuple[int, ...]
     dtype: str
-    norm: float
-    relative: float | None = None
-    rank: int | None = None
-    top: float | None = None
-    cosine: float | None = None
+    norm: float  # Frobenius, of the difference; of the whole tensor where one side has none
+    relative: float | None = None  # over the norm of the base's tensor
+    rank: int | None = None  # singular values above threshold x largest and above rounding; None: no matrix
+    top: float | None = None  # fraction of the squared norm in the largest singular value
+    cosine: float | None = None  # absolute, of what an output projection writes most with the known vector
 
 
 @dataclass(frozen=True)
@@ -145,11 +136,7 @@ def compare_checkpoints(
 def compare_patch(
     base: Checkpoint, patch: WeightPatch, names: TensorNames, threshold: float, advance: Advance
 ) -> Iterator[Difference]:
-    """Yield everything that a patch adds, without summing it into the base.
-
-    Raises:
-        ArtifactError: the base lacks a matrix that the patch edits, or has it in another shape.
-    """
+    """Yield everything that a patch adds, without summing it; raises `ArtifactError` where it does not fit the base."""
     before = names.of(base)
     edited = {module: [len(edit.B), edit.A.shape[1]] for module, edit in patch.low_rank.items()}
     edited |= {module: list(names.transpose_conv1d(module, delta).shape) for module, delta in patch.dense.items()}

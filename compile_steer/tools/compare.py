@@ -64,11 +64,7 @@ def directions_difference(old: Path, new: Path) -> float:
 
 
 def program_difference(old: Path, new: Path) -> float:
-    """Over every intervention's c v and target; infinite where sites, operations or positions differ.
-
-    Raises:
-        ArtifactError: a file cannot be read.
-    """
+    """Over every intervention's c v and target; infinite where sites, operations or positions differ; raises `ArtifactError`."""
     before, after = Program.load(old), Program.load(new)
     if before.shape != after.shape:
         return math.inf

@@ -48,14 +48,10 @@ class CompositionRun:
         out: Path | None,
         progress: Progress,
     ) -> CompositionRun:
-        """Read the runs of `recipes` from `runs`/NAME.
+        """Read the runs of `recipes` from `runs`/NAME, at `scales` (one a recipe, or none for 1 each).
 
-        Args:
-            scales: one a recipe, or none for 1 each.
-            out: folder of the composition; None for `runs`/NAME1+NAME2.
-
-        Raises:
-            CompileSteerError: everything that keeps them from running together.
+        The composition goes to `out`, None for `runs`/NAME1+NAME2. Raises `CompileSteerError` with every reason why they
+        cannot run together.
         """
         problems = list(_disagreements(recipes, scales, backend))
         members: list[Member] = []

@@ -23,12 +23,11 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
-from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, batches, encode
 from compile_steer.pipeline.run import Run
-from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.hooks import PAD
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
@@ -38,18 +37,12 @@ _UNCHANGED = 1e-6
 
 @dataclass(frozen=True)
 class BlockChange:
-    """What one block was changed to do.
-
-    Attributes:
-        norm: of the constant.
-        relative_size: root mean square of the whole change, relative to the stream.
-        explained: fraction of the squared change that the constant explains.
-    """
+    """What one block was changed to do."""
 
     layer: int
-    norm: float
-    relative_size: float
-    explained: float
+    norm: float  # of the constant
+    relative_size: float  # root mean square of the whole change, relative to the stream
+    explained: float  # fraction of the squared change that the constant explains
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def decompile(base: LoadedModel, other: LoadedModel, behaviour: Behaviour, progr
             "needed: a fine-tuned copy of the base, or an adapter for it."
         )
     texts = [side for pair in behaviour.train for side in (pair.positive, pair.negative)]
-    inputs = _batches(base, texts)
+    inputs = list(batches(base, [encode(base.tokenizer, text) for text in texts]))
     streams: list[Tensor | None] = [None] * len(inputs)  # None: the embeddings
     changes: list[tuple[Tensor, BlockChange]] = []
     with progress.phase("block by block: what was changed", base.layout.n_layers) as advance:
@@ -106,12 +99,11 @@ def decompile(base: LoadedModel, other: LoadedModel, behaviour: Behaviour, progr
         raise ArtifactError(f"{other.id} computes what its base does at every block; there is nothing to decompile.")
     interventions = (Intervention(Site(change.layer), "add", vector) for vector, change in changes)
     program = Program(tuple(interventions), base.id, base.revision)
-    kl_base, kl_left = _divergences(base, other, program, behaviour.neutral)
+    neutral = [encode(base.tokenizer, text) for text in behaviour.neutral]
+    changed = final_states(other, neutral).response
+    plain, under = (final_states(base, neutral, applied).response for applied in (None, program))
+    kl_base, kl_left = (divergence(other.model, changed, base.model, states).mean for states in (plain, under))
     return Decompiled(program, [change for _vector, change in changes], kl_base, kl_left)
-
-
-def _batches(base: LoadedModel, texts: Sequence[Text]) -> list[Batch]:
-    return list(batches(base, [encode(base.tokenizer, text) for text in texts]))
 
 
 def _block_change(
@@ -144,21 +136,3 @@ def _block_change(
     explained = float(mean.square().sum()) * weights / squares if squares > 0 else 0.0
     change = BlockChange(layer, float(mean.norm()), (squares / n_tokens) ** 0.5, explained)
     return outputs, mean.float().cpu(), change
-
-
-def _divergences(base: LoadedModel, other: LoadedModel, program: Program, texts: Sequence[Text]) -> tuple[float, float]:
-    """Mean KL(other||base) and KL(other||base under the program), nats a token of the responses."""
-    states: list[list[Tensor]] = [[], [], []]
-    for batch in _batches(base, texts):
-        with torch.no_grad():
-            states[0].append(run_blocks(other.model, batch.input_ids, batch.attention_mask))
-            states[1].append(run_blocks(base.model, batch.input_ids, batch.attention_mask))
-            with steered(base.model, program, roles=batch.roles):
-                states[2].append(run_blocks(base.model, batch.input_ids, batch.attention_mask))
-        for parts in states:
-            parts[-1] = parts[-1][batch.predicts_response]
-    changed, plain, under = (torch.cat(parts) for parts in states)
-    return (
-        divergence(other.model, changed, base.model, plain).mean,
-        divergence(other.model, changed, base.model, under).mean,
-    )

@@ -40,20 +40,15 @@ State = Literal["intact", "changed", "missing", "unrecorded"]
 class Link:
     """One step from an artifact back to its data.
 
-    Attributes:
-        name: what the artifact was made from, or is described by.
-        state: intact: `path` is what was recorded; changed: it is not; missing: nothing is here to compare with;
-            unrecorded: the artifact is older than this record.
-        path: what was read.
-        expected: the recorded SHA-256, or words where there is no hash.
-        actual: that of what lies there.
+    intact: `path` is what was recorded; changed: it is not; missing: nothing is here to compare with; unrecorded: the
+    artifact is older than this record.
     """
 
-    name: str
+    name: str  # what the artifact was made from, or is described by
     state: State
-    path: str
-    expected: str = ""
-    actual: str = ""
+    path: str  # what was read
+    expected: str = ""  # the recorded SHA-256, or words where there is no hash
+    actual: str = ""  # that of what lies there
 
 
 def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:

@@ -7,6 +7,7 @@ W_new = W_base + patch, so a patch times -1 takes away what it gives, and the su
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor
 
 from compile_steer.artifacts.files import digest
-from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import is_adapter, read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS
-from compile_steer.models.load import LoadedModel
+from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
@@ -29,33 +29,18 @@ _ENERGY = 0.99  # of the squared norm, for rank_99
 
 
 @dataclass(frozen=True)
-class Recombination:
-    """`scale` x the patch in `artifact` + the patches in `others`, cut to `rank` (None: not cut), kept as `name`."""
-
-    artifact: Path
-    scale: float
-    others: tuple[Path, ...]
-    rank: int | None
-    name: str
-
-
-@dataclass(frozen=True)
 class MatrixReport:
     """One changed matrix.
 
-    Attributes:
-        norm: Frobenius norm.
-        stable_rank: squared norm over the square of the largest singular value.
-        rank_99: number of singular values that hold 99 % of the squared norm.
-        cosine: without sign, of the top singular direction on the stream's side (what an output projection writes, what
-            any other Linear reads) with the nearest steering vector at or below the block; None where there is none.
-            What is read is the normed stream, so there it is approximate.
+    `cosine`, without sign, is of the top singular direction on the stream's side (what an output projection writes, what any
+    other Linear reads) with the nearest steering vector at or below the block; None where there is none. What is read is the
+    normed stream, so there it is approximate.
     """
 
     name: str
-    norm: float
-    stable_rank: float
-    rank_99: int
+    norm: float  # Frobenius
+    stable_rank: float  # squared norm over the square of the largest singular value
+    rank_99: int  # number of singular values that hold 99 % of the squared norm
     cosine: float | None
 
 
@@ -68,27 +53,22 @@ class TaskVector:
     matrices: list[MatrixReport]
 
 
-def recombine(
-    recombination: Recombination, loaded: LoadedModel, paths: RunPaths, program: Program | None
-) -> TaskVector:
-    """Write the new patch to `paths.adapter(recombination.name)`.
-
-    Args:
-        program: the report compares with its vectors, if it is known.
+def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None, name: str) -> TaskVector:
+    """Write `scale` x the first patch + the others, cut to `rank` (None: not cut), to `run.paths.adapter(name)`.
 
     Raises:
-        ArtifactError: a folder holds no patch, or of another base than `loaded`; scale, rank or name cannot be used.
+        ArtifactError: a folder holds no patch, or of another base than the run's; scale, rank or name cannot be used.
     """
-    folder, name = paths.adapter(recombination.name), recombination.name
+    loaded, folder = run.model, run.paths.adapter(name)
+    program = run.program if run.paths.program.is_file() else None  # the report compares with its vectors
     problems, patches, provenances = list[str](), list[WeightPatch](), list[Provenance]()
-    if not math.isfinite(recombination.scale) or recombination.scale == 0.0:
-        problems.append(f"the scale is {recombination.scale:g}; needed: a finite number other than 0.")
-    if recombination.rank is not None and recombination.rank < 1:
-        problems.append(f"the rank to cut to is {recombination.rank}; needed: 1 or more.")
+    if not math.isfinite(scale) or scale == 0.0:
+        problems.append(f"the scale is {scale:g}; needed: a finite number other than 0.")
+    if rank is not None and rank < 1:
+        problems.append(f"the rank to cut to is {rank}; needed: 1 or more.")
     if Path(name).name != name or name in BACKENDS:
         problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
     # Written to a temporary folder and exchanged, but the parents' hashes would be of folders that are gone.
-    sources = (recombination.artifact, *recombination.others)
     if folder.resolve() in [source.resolve() for source in sources]:
         problems.append(f"{folder} is read from and would be replaced; give another name.")
     for source in sources:
@@ -101,25 +81,25 @@ def recombine(
             problems += error.problems
     if problems:
         raise ArtifactError(problems)
-    patch = recombination.scale * patches[0]
+    patch = scale * patches[0]
     for other in patches[1:]:
         patch = patch + other
-    if recombination.rank is not None:
-        patch = patch.truncated(recombination.rank, loaded.layout)
+    if rank is not None:
+        patch = patch.truncated(rank, loaded.layout)
     parents = [artifact_sha256(source) for source in sources]
-    words = " + ".join([f"{recombination.scale:g} x {sources[0].name}", *(source.name for source in sources[1:])])
-    words += f", cut to rank {recombination.rank}" if recombination.rank else ""
+    words = " + ".join([f"{scale:g} x {sources[0].name}", *(source.name for source in sources[1:])])
+    words += f", cut to rank {rank}" if rank else ""
     # The first patch's provenance, without the claims that no longer hold: nothing validated this combination.
     provenance = replace(
         provenances[0],
-        name=paths.name,
+        name=run.paths.name,
         backend=name,
         form="adapter" if is_adapter(patch, loaded) else "patch",
         validation_sha256="",
         verdict="none",
         forced=any(provenance.forced or provenance.verdict != "pass" for provenance in provenances),
         seconds=0.0,
-        inputs=digest([parents, recombination.scale, recombination.rank]),
+        inputs=digest([parents, scale, rank]),
         parent=" ".join(parents),
         recombined=words,
         described=words,

@@ -68,9 +68,7 @@ def import_vector(run: Run, path: Path, text: str) -> Directions:
 def export_vector(run: Run, kind: str, to: Path | None, convention: str | None) -> tuple[Path, list[str]]:
     """Write the run's program as a vector file; returns its path and notes for its user.
 
-    Raises:
-        RecipeError: no such format, or a layer convention that it does not need, or lacks.
-        CannotLower: the format cannot hold the program.
+    Raises `RecipeError` where format and convention do not go together, `CannotLower` where the format cannot hold it.
     """
     program, model_type = run.program, str(run.model.model.config.model_type)
     path = to or run.paths.program.with_suffix(f".{kind}")
@@ -88,8 +86,7 @@ def export_vector(run: Run, kind: str, to: Path | None, convention: str | None) 
 def block_vectors(program: Program) -> dict[int, Tensor]:
     """What `program` adds to the output of each block: block -> [d_model] in fp32, the coefficient multiplied in.
 
-    Raises:
-        CannotLower: it does something else too; every such intervention is named.
+    Raises `CannotLower` where it does something else too, and names every such intervention.
     """
     interventions = canonical(program).interventions
     vectors: dict[int, Tensor] = {}

@@ -92,11 +92,7 @@ def measure_forms(
 ) -> list[EngineRecord]:
     """Compare several artifacts of one base, by name, in one engine; one that cannot be exported gets a record saying so.
 
-    Args:
-        folder: where the files for the engine are written; an empty one.
-
-    Raises:
-        EngineError: the engine crashed, hung, or left no answer.
+    The engine's files are written to the empty `folder`. Raises `EngineError` if it crashed, hung, or left no answer.
     """
     records: list[EngineRecord] = []
     exported: dict[str, Exported] = {}
