@@ -40,15 +40,16 @@ from compile_steer.verification.stage import require_same_origin, verify_artifac
 def compile_program(run: Run, force: bool = False) -> list[Path]:
     """Lower the program with every chosen backend; returns the folders of the patches."""
     verdict, report_sha256 = _verdict(run, force)
-    alone = distributed.count() == 1
-    for name in run.chosen:
+    folders = {name: run.paths.adapter(name) for name in run.plan.chosen}
+    for name in folders:
         if not BACKENDS[name].distributed:
             distributed.require_alone(name)
-    resume = ResumeFiles(run.paths.work if alone else None, run.inputs("data", "compile", after=run.program_sha256))
+    # One file of state cannot hold the place of several processes.
+    work = run.paths.work if distributed.count() == 1 else None
+    resume = ResumeFiles(work, run.inputs("data", "compile", after=run.program_sha256))
     model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
     lowering = Lowering(run.plan.program, model, data.calibration, run.recipe.compile, seed, run.progress, resume)
-    folders = [run.paths.adapter(name) for name in run.chosen]
-    for name, folder in zip(run.chosen, folders, strict=True):
+    for name, folder in folders.items():
         depends = digest([run.program_sha256, report_sha256, verdict, force, name])
         inputs = run.inputs("data", "compile", after=depends)
         if Provenance.is_current(folder, inputs):
@@ -77,7 +78,7 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             card = model_card(provenance, run.paths.validation)
             write_patch(folder, patch, model, provenance, card, lowering.curves)
     resume.clear()
-    return folders
+    return list(folders.values())
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:
@@ -111,7 +112,7 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
     distributed.require_alone("merging")
     model, forms = run.model, [form for form in run.recipe.verify.forms if form != "adapter"]
     patches: dict[Path, tuple[WeightPatch, Provenance]] = {}
-    for folder in folders or [run.paths.adapter(name) for name in run.chosen]:
+    for folder in folders or [run.paths.adapter(name) for name in run.plan.chosen]:
         provenance = Provenance.read_unedited(folder)
         problems = provenance.base_mismatch(folder, model.id, model.revision)
         if problems:
@@ -216,7 +217,7 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     parities = verify_in_fresh_process(recipe, run.paths.out, changes)
     result = replace(result, parities=parities, page=run.paths.report)
     curves: dict[str, dict[str, list[float]]] = {}
-    for name in run.chosen:  # the losses that training left beside the weights
+    for name in run.plan.chosen:  # the losses that training left beside the weights
         path = run.paths.adapter(name) / CURVES
         if path.is_file():
             curves |= {f"{name}, {part}": curve for part, curve in json.loads(path.read_text("utf-8")).items()}

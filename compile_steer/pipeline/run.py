@@ -175,11 +175,6 @@ class Run:
             raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
         return plan(self.program, model.layout, self.recipe.compile.backends)
 
-    @property
-    def chosen(self) -> list[str]:
-        """The backends that run, in order."""
-        return self.plan.chosen
-
 
 def with_generated_pairs(
     recipe: Recipe, model: LoadedModel, data: Behaviour, paths: RunPaths, progress: Progress
