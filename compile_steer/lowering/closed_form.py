@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.job import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import ClosedFormOptions
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
-from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -38,7 +36,7 @@ _HELD_OUT_EVERY = 5  # one text in five chooses the ridge
 _CORRECTION_RANK = 8
 _CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
-Refine = Callable[[TeacherStudent, int], None]
+Refine = Callable[[TeacherStudent, int, Advance], None]
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,56 @@ class Stage:
     rank: int
 
 
-def lower(lowering: Lowering) -> WeightPatch:
-    """The patch with which the plain model imitates the program on calibration texts."""
-    program, loaded, texts = lowering.program, lowering.loaded, lowering.regression_texts
-    stages = plan_stages(program, loaded.layout, lowering.options.closed_form)
-    with lowering.progress.phase("closed form: regression", len(texts) * (1 + len(stages))) as advance:
-        return solve_stages(program, loaded, texts, stages, advance, resume=lowering.resume).patch
+def lower(
+    lowering: Lowering,
+    stages: Sequence[Stage] | None = None,
+    *,
+    refine: Refine | None = None,
+    refine_steps: int = 0,
+    max_tokens: int = 4096,
+    name: str = "closed form",
+) -> WeightPatch:
+    """The patch with which the plain model imitates the program on calibration texts.
+
+    One pass over the blocks from the first intervened one to the last stage's, which solves each block's stages.
+
+    Args:
+        stages: in any order of blocks; within a block they are solved in this order, and a projection that is there
+            twice is solved again. None: `plan_stages`.
+        refine: called with (models, block, advance) after the regressions of each block; may replace edits in
+            `models.solved`. `refine_steps` is by how much it advances the progress in all.
+        max_tokens: padded tokens of a batch.
+        name: of the progress, and under which the edits are saved after each block.
+
+    Raises:
+        CannotLower: naming every stage that the model has no matrix for, or none of that rank.
+    """
+    program, loaded, texts, resume = lowering.program, lowering.loaded, lowering.regression_texts, lowering.resume
+    if stages is None:
+        stages = plan_stages(program, loaded.layout, lowering.options.closed_form)
+    _require_stages(stages, loaded.layout)
+    with lowering.progress.phase(name, len(texts) * (1 + len(stages)) + refine_steps) as advance:
+        models = TeacherStudent(program, loaded, texts, max_tokens, advance)
+        # A run that was killed goes on after the last block that it solved.
+        saved = resume.load(name) or {"next": 0, "solved": {}, "curves": {}}
+        models.solved = {module: LowRank(*factors).to(loaded.device) for module, factors in saved["solved"].items()}
+        lowering.curves.update(saved["curves"])
+        last = max(stage.layer for stage in stages)
+        for block in range(program.first_layer, last + 1):
+            models.run_teacher(block)
+            if block >= saved["next"]:
+                for stage in (stage for stage in stages if stage.layer == block):
+                    projection = loaded.layout.output_projection(block, stage.projection)
+                    # Without its own earlier edit, which the new one replaces.
+                    models.solved.pop(projection.name, None)
+                    models.solved[projection.name] = solve_stage(models, projection, stage.rank, advance)
+                if refine is not None:
+                    refine(models, block, advance)
+                factors = {module: (edit.B, edit.A) for module, edit in models.solved.items()}
+                resume.save(name, {"next": block + 1, "solved": factors, "curves": lowering.curves})
+            if block < last:
+                models.run_student(block)
+    return models.patch
 
 
 def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) -> list[Stage]:
@@ -83,46 +125,6 @@ def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) ->
         if block < layout.n_layers:
             stages += [Stage(block, kind, r) for kind, r in order if kind in layout.projection_kinds]
     return stages
-
-
-def solve_stages(
-    program: Program,
-    loaded: LoadedModel,
-    texts: Sequence[Encoded],
-    stages: Sequence[Stage],
-    advance: Advance,
-    *,
-    refine: Refine | None = None,
-    max_tokens: int = 4096,
-    resume: ResumeFiles = NO_FILES,
-    name: str = "closed_form",
-) -> TeacherStudent:
-    """One pass over the blocks from the first intervened one to the last stage's, solving each block's stages.
-
-    Args:
-        stages: in any order of blocks; within a block they are solved in this order, and a projection that is there
-            twice is solved again.
-        refine: called after the regressions of each block; may replace edits in `solved`.
-        resume: where, under `name`, the edits are saved after each block.
-    """
-    _require_stages(stages, loaded.layout)
-    models = TeacherStudent.start(program, loaded, texts, max_tokens, advance)
-    last = max(stage.layer for stage in stages)
-    first_unsolved = models.restore(resume, name)
-    for block in range(program.first_layer, last + 1):
-        models.run_teacher(block)
-        if block >= first_unsolved:
-            for stage in (stage for stage in stages if stage.layer == block):
-                projection = loaded.layout.output_projection(block, stage.projection)
-                # Without its own earlier edit, which the new one replaces.
-                models.solved.pop(projection.name, None)
-                models.solved[projection.name] = solve_stage(models, projection, stage.rank, advance)
-            if refine is not None:
-                refine(models, block)
-            models.save(resume, name, block + 1)
-        if block < last:
-            models.run_student(block)
-    return models
 
 
 def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
@@ -174,7 +176,6 @@ def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int,
         finally:
             handle.remove()
     # 4. Solve over the texts of all processes.
-    fitter.sum_over_processes()
     edit = fitter.fit(rank)
     # 5. In front of a norm the solution is in units of the norm's output; a weight near 0 lets nothing through.
     if gain is not None:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.closed_form import plan_stages, solve_stages
+from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
@@ -41,8 +41,6 @@ from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
-
-Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 def lower(lowering: Lowering) -> WeightPatch:
@@ -63,15 +61,14 @@ def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: Weight
     options = lowering.options.distill
     if options.objective == "likelihood":
         return _train_likelihood(lowering, texts, start, advance)
-    factors = trainable(start.low_rank, lowering.loaded.device)
-    optimizer = adamw(factors, options.learning_rate)
-    patch = patch_from_factors(factors)
+    patch = WeightPatch(trainable(start.low_rank, lowering.loaded.device))
+    optimizer = adamw(patch.low_rank, options.learning_rate)
     before, after = train(lowering, texts, patch, optimizer, options, "distill", advance)
-    return _detached(factors) if after < before else start
+    return _on_cpu(patch.low_rank) if after < before else start
 
 
-def _detached(factors: Factors) -> WeightPatch:
-    return WeightPatch({name: LowRank(B.detach().cpu(), A.detach().cpu()) for name, (B, A) in factors.items()})
+def _on_cpu(trained: Mapping[str, LowRank]) -> WeightPatch:
+    return WeightPatch({name: edit.detach().to("cpu") for name, edit in trained.items()})
 
 
 def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int | None = None) -> WeightPatch:
@@ -86,25 +83,22 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
     return WeightPatch(edits)
 
 
-def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Copies of the edits' factors (B, A) that an optimizer can train."""
-    return {
-        name: (nn.Parameter(edit.B.float().to(device).clone()), nn.Parameter(edit.A.float().to(device).clone()))
+def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
+    """Copies of the edits whose factors an optimizer can train."""
+    parameters = {
+        name: [nn.Parameter(factor.float().to(device).clone()) for factor in (edit.B, edit.A)]
         for name, edit in edits.items()
     }
+    return {name: LowRank(B, A) for name, (B, A) in parameters.items()}
 
 
-def patch_from_factors(factors: Factors) -> WeightPatch:
-    """The patch made of live factors."""
-    return WeightPatch({name: LowRank(B, A) for name, (B, A) in factors.items()})
-
-
-def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
+def adamw(edits: Mapping[str, LowRank], rate: float) -> torch.optim.AdamW:
     """AdamW without decay. Its step has the size of the rate whatever the gradient's, so the rate is taken
     relative to each factor's own root mean square (its partner's, for a factor that starts at zero).
     """
     groups: list[dict[str, object]] = []
-    for pair in factors.values():
+    for edit in edits.values():
+        pair = edit.B, edit.A
         sizes = [float(factor.detach().square().mean().sqrt()) for factor in pair]
         for factor, size, other in zip(pair, sizes, reversed(sizes), strict=True):
             groups.append({"params": [factor], "lr": rate * (size or other)})
@@ -116,29 +110,20 @@ def adamw(factors: Factors, rate: float) -> torch.optim.AdamW:
 
 def fit_blocks(lowering: Lowering) -> WeightPatch:
     """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
-    options, texts, program = lowering.options.distill, lowering.regression_texts, lowering.program
-    stages = plan_stages(program, lowering.loaded.layout, lowering.options.closed_form)
-    intervened = {i.site.changes_from for i in program.interventions}
-    total = (1 + len(stages)) * len(texts) + options.block_steps * len(intervened)
-    with lowering.progress.phase("distill: block by block", total) as advance:
+    options = lowering.options.distill
+    intervened = {i.site.changes_from for i in lowering.program.interventions}
 
-        def refine(models: TeacherStudent, block: int) -> None:
-            if block in intervened and options.block_steps > 0:
-                models.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
+    def refine(models: TeacherStudent, block: int, advance: Advance) -> None:
+        if block in intervened and options.block_steps > 0:
+            lowering.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
 
-        models = solve_stages(
-            program,
-            lowering.loaded,
-            texts,
-            stages,
-            advance,
-            refine=refine,
-            max_tokens=options.block_batch_tokens,
-            resume=lowering.resume,
-            name="distill.blocks",
-        )
-    lowering.curves.update(models.curves)
-    return models.patch
+    return closed_form.lower(
+        lowering,
+        refine=refine,
+        refine_steps=options.block_steps * len(intervened),
+        max_tokens=options.block_batch_tokens,
+        name="distill block by block",
+    )
 
 
 def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed: int, advance: Advance) -> Curve:
@@ -155,12 +140,19 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     loaded = models.loaded
     start = dict(random_patch(loaded.layout, block, options.rank, seed, stop=block + 1).low_rank)
     for name, fresh in start.items():
-        if name in models.solved:
-            start[name] = _filled(models.solved[name].to(loaded.device), fresh)
-    factors = trainable(start, loaded.device)
+        edit = models.solved.get(name)
+        if edit is not None:
+            start[name] = edit
+            missing = fresh.rank - edit.rank
+            if missing > 0:
+                # Random rows of the size of those that are there, and zero columns: nothing changes yet.
+                rows = fresh.A[:missing].to(edit.A)
+                rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
+                start[name] = edit + LowRank(edit.B.new_zeros(len(edit.B), missing), rows)
+    trained = trainable(start, loaded.device)
     # Edits of other blocks stay on while this one is trained.
     before = models.patch
-    after = WeightPatch({**before.low_rank, **patch_from_factors(factors).low_rank})
+    after = WeightPatch({**before.low_rank, **trained})
     shuffled = list(models.batches)
     random.Random(seed).shuffle(shuffled)
     held_out, seen = held_out_split(shuffled)
@@ -179,7 +171,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
 
     losses = []
     with with_patch(loaded.model, after), torch.enable_grad():
-        for loss in gradient_steps(adamw(factors, options.block_learning_rate), backward, options.block_steps):
+        for loss in gradient_steps(adamw(trained, options.block_learning_rate), backward, options.block_steps):
             losses.append(loss)
             advance(1)
     held_out_errors = []
@@ -188,18 +180,8 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
             parts = [errors(activations) for activations in held_out]
         held_out_errors.append(float(sum(part.sum() for part in parts) / sum(len(part) for part in parts)))
     if held_out_errors[1] < held_out_errors[0]:
-        models.solved.update({name: LowRank(B.detach(), A.detach()) for name, (B, A) in factors.items()})
+        models.solved.update({name: edit.detach() for name, edit in trained.items()})
     return {"loss": losses, "held_out_error": held_out_errors}
-
-
-def _filled(edit: LowRank, fresh: LowRank) -> LowRank:
-    """`edit` with the random rows of `fresh`, scaled to its size, up to the rank of `fresh`."""
-    extra = fresh.rank - edit.rank
-    if extra <= 0:
-        return edit
-    rows = fresh.A[:extra].to(edit.A)
-    rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
-    return edit + LowRank(edit.B.new_zeros(len(edit.B), extra), rows)
 
 
 # ------------------------------------------------------------------------------------------ likelihood
@@ -208,12 +190,15 @@ def _filled(edit: LowRank, fresh: LowRank) -> LowRank:
 def _train_likelihood(
     lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance
 ) -> WeightPatch:
-    """The patch trained by TRL, or `start` where its KL on the held-out batches is not lower."""
+    """The patch trained by TRL on the responses, or `start` where its KL on the held-out batches is not lower."""
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from trl import SFTConfig, SFTTrainer
 
     options, loaded = lowering.options.distill, lowering.loaded
     suffix, held_out, seen = split_batches(lowering, texts, start, options.batch_tokens)
     before = suffix.mean_kl(held_out, start)
+    # 1. The start as a LoRA, on a copy: a trainer leaves marks on the model that it is given.
     modules = [loaded.layout.model.get_submodule(name) for name in start.low_rank]
     config = LoraConfig(
         r=start.max_rank,
@@ -222,34 +207,21 @@ def _train_likelihood(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules),
         task_type="CAUSAL_LM",
     )
-    # A copy: a trainer leaves marks on the model that it is given.
     wrapped = get_peft_model(copy.deepcopy(loaded.model), config)
-    factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    factors: dict[str, LowRank] = {}
     for name, edit in start.low_rank.items():
         module: Any = wrapped.get_submodule(f"base_model.model.{name}")
-        factors[name] = (module.lora_B["default"].weight, module.lora_A["default"].weight)
+        factors[name] = LowRank(module.lora_B["default"].weight, module.lora_A["default"].weight)
         padded = edit.padded(start.max_rank)
         with torch.no_grad():
-            for parameter, value in zip(factors[name], (padded.B, padded.A), strict=True):
-                parameter.copy_(value)
-    losses = _run_trl(lowering, wrapped, factors, [texts[row] for batch in seen for row in batch.batch.rows])
-    trained = _detached(factors)
-    advance(options.epochs * len(texts))
-    after = suffix.mean_kl(held_out, trained)
-    lowering.curves["distill"] = {"loss": losses, "held_out_kl": [before, after]}
-    return trained if after < before else start
-
-
-def _run_trl(lowering: Lowering, wrapped: nn.Module, factors: Factors, texts: Sequence[Encoded]) -> list[float]:
-    """Train in place on the responses alone; returns the loss of every step."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    options = lowering.options.distill
-    mean_length = sum(len(text.ids) for text in texts) / len(texts)
+            factors[name].B.copy_(padded.B)
+            factors[name].A.copy_(padded.A)
+    # 2. Train it in place on the responses alone.
+    seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
+    mean_length = sum(len(text.ids) for text in seen_texts) / len(seen_texts)
     rows = [
         {"input_ids": list(text.ids), "completion_mask": [0] * text.n_prompt + [1] * (len(text.ids) - text.n_prompt)}
-        for text in texts
+        for text in seen_texts
     ]
     with tempfile.TemporaryDirectory() as folder, quiet():
         settings = SFTConfig(
@@ -259,7 +231,7 @@ def _run_trl(lowering: Lowering, wrapped: nn.Module, factors: Factors, texts: Se
             gradient_accumulation_steps=options.accumulate,
             gradient_checkpointing=options.recompute_every == 1,
             bf16=options.precision == "bfloat16",
-            use_cpu=lowering.loaded.device.type == "cpu",
+            use_cpu=loaded.device.type == "cpu",
             completion_only_loss=True,
             max_length=None,
             logging_steps=1,
@@ -272,9 +244,15 @@ def _run_trl(lowering: Lowering, wrapped: nn.Module, factors: Factors, texts: Se
             wrapped,
             settings,
             train_dataset=Dataset.from_list(rows),
-            processing_class=lowering.loaded.tokenizer,
+            processing_class=loaded.tokenizer,
             optimizers=(adamw(factors, options.learning_rate), None),
         )
-        trainer.remove_callback(PrinterCallback)  # the losses are returned, not printed
+        trainer.remove_callback(PrinterCallback)  # the losses are recorded, not printed
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # 3. Keep it where it helped.
+    trained = _on_cpu(factors)
+    advance(options.epochs * len(texts))
+    after = suffix.mean_kl(held_out, trained)
+    lowering.curves["distill"] = {"loss": losses, "held_out_kl": [before, after]}
+    return trained if after < before else start

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from compile_steer.artifacts.tensors import read_tensors, save_tensors
+from compile_steer.artifacts.files import new_file
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
+from compile_steer.common.errors import CannotLower, RecipeError
 from compile_steer.common.progress import Advance, Progress
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.generate import continue_prompts
@@ -43,24 +43,22 @@ class ResumeFiles:
     folder: Path | None = None
     inputs: str = ""
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], state: Any) -> None:
-        """Replace the state under `name`; `state` is JSON."""
+    def save(self, name: str, state: Any) -> None:
+        """Replace the state under `name`: tensors, numbers and texts in lists, tuples and dicts."""
         if self.folder is not None:
-            # clone: safetensors refuses tensors that share storage
-            copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-            header = json.dumps({"inputs": self.inputs, "state": state})
-            save_tensors(self.folder / f"{name}.safetensors", copies, {"resume": header})
+            with new_file(self.folder / f"{name}.pt") as temporary:
+                torch.save({"inputs": self.inputs, "state": state}, temporary)
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        """(tensors, state) under `name`, or None where there is none for these inputs or the file is damaged."""
+    def load(self, name: str) -> Any:
+        """The state under `name`, on the CPU; None where there is none for these inputs or the file is damaged."""
         if self.folder is None:
             return None
         try:
-            tensors, metadata = read_tensors(self.folder / f"{name}.safetensors")
-            header = json.loads(metadata["resume"])
-        except (ArtifactError, KeyError, ValueError):
+            # weights_only: a file in a run's folder may not run code.
+            saved = torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             return None
-        return (tensors, header["state"]) if header["inputs"] == self.inputs else None
+        return saved["state"] if saved["inputs"] == self.inputs else None
 
     def clear(self) -> None:
         """Delete all states: the work is done."""
@@ -68,9 +66,6 @@ class ResumeFiles:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # another run's states may lie beside them
                 self.folder.parent.rmdir()
-
-
-NO_FILES = ResumeFiles()
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Lowering:
     options: CompileOptions = field(default_factory=CompileOptions)
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
-    resume: ResumeFiles = NO_FILES
+    resume: ResumeFiles = ResumeFiles()
     curves: dict[str, Curve] = field(default_factory=dict)
     patches: dict[str, WeightPatch] = field(default_factory=dict)
 
@@ -116,7 +111,7 @@ class Lowering:
         # Sampling is slow, and a resumed run must have the same texts.
         saved = self.resume.load(label)
         if saved is not None:
-            return [Encoded.from_json(text) for text in saved[1]]
+            return [Encoded(**text) for text in saved]
         # By length, because a batch is padded to its longest prompt.
         by_length = sorted(self.prompts[start:stop], key=lambda t: len(t.prompt) + sum(map(len, sum(t.history, ()))))
         share = distributed.share([encode(self.loaded.tokenizer, text) for text in by_length])
@@ -124,7 +119,7 @@ class Lowering:
             # Another sample in every process: a large prime keeps their seeds apart, which count up by texts.
             seed = self.seed + start + 104729 * distributed.rank()
             texts = self.sample(share, self.program, seed, advance)
-        self.resume.save(label, {}, [asdict(text) for text in texts])
+        self.resume.save(label, [asdict(text) for text in texts])
         return texts
 
     def sample(
@@ -132,16 +127,11 @@ class Lowering:
     ) -> list[Encoded]:
         """Continue the prompts at temperature 1: the texts that the model, under `program` or the hooks of now, meets."""
         texts: list[Encoded] = []
-        options = self.options.calibration
-        for at in range(0, len(prompts), options.batch):
-            batch = prompts[at : at + options.batch]
+        size, length = self.options.calibration.batch, self.options.calibration.max_new_tokens
+        for at in range(0, len(prompts), size):
+            batch = prompts[at : at + size]
             texts += continue_prompts(
-                self.loaded,
-                batch,
-                program,
-                max_new_tokens=options.max_new_tokens,
-                temperature=1.0,
-                seed=seed + at,
+                self.loaded, batch, program, max_new_tokens=length, temperature=1.0, seed=seed + at
             )
             advance(len(batch))
         return texts

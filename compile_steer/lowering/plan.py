@@ -9,7 +9,7 @@ from typing import Literal
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import closed_form, distill, exact, full
-from compile_steer.lowering.job import NO_FILES, Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
@@ -132,7 +132,6 @@ def lower(
     backend: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
-    resume: ResumeFiles = NO_FILES,
 ) -> WeightPatch:
     """The weight patch that does what `program` does on `loaded`.
 
@@ -145,7 +144,5 @@ def lower(
         RecipeError: the options need more prompts.
     """
     planned = plan(program, loaded.layout, "auto" if backend == "auto" else (backend,))
-    lowering = Lowering(
-        planned.program, loaded, prompts, options or CompileOptions(), seed, progress or Progress(), resume
-    )
+    lowering = Lowering(planned.program, loaded, prompts, options or CompileOptions(), seed, progress or Progress())
     return BACKENDS[planned.chosen[0]].lower(lowering)

@@ -30,10 +30,8 @@ class Statistics:
 
     @staticmethod
     def zeros(d_in: int, d_out: int, device: torch.device) -> Statistics:
-        G, C, yy = (
-            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((d_in, d_in), (d_in, d_out), ())
-        )
-        return Statistics(G, C, yy)
+        shapes: tuple[tuple[int, ...], ...] = ((d_in, d_in), (d_in, d_out), ())
+        return Statistics(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add tokens x [n, d_in], y [n, d_out] with weights [n]; products in float32, sums in float64."""
@@ -82,13 +80,10 @@ class RidgeFitter:
         for statistics, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
             statistics.update(x[chosen], y[chosen], weight[chosen])
 
-    def sum_over_processes(self) -> None:
-        """Add what every other process has streamed. Call once, after the last `update`."""
+    def fit(self, rank: int) -> LowRank:
+        """The edit of at most `rank`, in float64. Call once: it adds what every other process has streamed."""
         for part in (self.train, self.held_out):
             sum_over_all(part.G, part.C, part.yy)
-
-    def fit(self, rank: int) -> LowRank:
-        """The edit of at most `rank`, in float64."""
         total = self.train + self.held_out
         if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
             return solve(total, rank, RIDGES[-1])  # too few texts to choose by: the largest ridge is the safest

@@ -9,7 +9,7 @@ for training end to end.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.job import Curve, ResumeFiles
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence
@@ -66,34 +65,26 @@ class ActivationBatch:
         return self.batch.roles != PAD
 
 
-@dataclass
 class TeacherStudent:
-    """Both models at the boundary of one block, and the student's edits so far.
+    """Both models at the boundary of one block, at first of the one that the program changes first.
 
     Only two hidden states a token are in memory. The wide activations inside a block are never kept, blocks above the
     last fitted one are not run, and neither is the language-model head.
 
     Attributes:
-        solved: edits by module name.
-        curves: what training recorded on the way.
+        solved: the student's edits so far, by module name.
     """
 
-    program: Program
-    loaded: LoadedModel
-    batches: list[ActivationBatch]
-    solved: dict[str, LowRank] = field(default_factory=dict)
-    curves: dict[str, Curve] = field(default_factory=dict)
-
-    @staticmethod
-    def start(
-        program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
-    ) -> TeacherStudent:
-        """Both models at the first block that the program changes."""
-        at_start = []  # both models share the hidden state there, so that it is held once
+    def __init__(
+        self, program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
+    ) -> None:
+        self.program, self.loaded = program, loaded
+        self.solved: dict[str, LowRank] = {}
+        self.batches: list[ActivationBatch] = []
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
-            at_start.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
+            # Both models share the hidden state here, so that it is held once.
+            self.batches.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
             advance(len(batch.rows))
-        return TeacherStudent(program, loaded, at_start)
 
     @property
     def patch(self) -> WeightPatch:
@@ -115,22 +106,6 @@ class TeacherStudent:
     def run_block(self, batch: Batch, hidden: Tensor | None, block: int) -> Tensor:
         """The output of `block`, under the hooks and patches that are on; [batch, time, d_model]."""
         return run_batch(self.loaded, batch, hidden, start=block, stop=block + 1)
-
-    def save(self, resume: ResumeFiles, name: str, block: int) -> None:
-        """Save what is solved, before `block`."""
-        tensors = {f"{part}.{module}": getattr(edit, part) for module, edit in self.solved.items() for part in "BA"}
-        resume.save(name, tensors, {"block": block, "curves": self.curves})
-
-    def restore(self, resume: ResumeFiles, name: str) -> int:
-        """Load what was saved; returns the first block that is not solved yet, 0 where nothing was saved."""
-        saved = resume.load(name)
-        if saved is None:
-            return 0
-        tensors, state = saved
-        for module in (key.removeprefix("B.") for key in tensors if key.startswith("B.")):
-            self.solved[module] = LowRank(tensors[f"B.{module}"], tensors[f"A.{module}"]).to(self.loaded.device)
-        self.curves.update(state["curves"])
-        return int(state["block"])
 
 
 @dataclass(frozen=True)

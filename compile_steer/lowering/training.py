@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -42,28 +42,13 @@ _HELD_OUT_EVERY = 6  # one batch in six decides whether the training helped
 # ------------------------------------------------------------------------------------------- objectives
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A loss over tokens, with its gradient.
-
-    Attributes:
-        backward: (model, teacher, student, weight) -> the mean loss of states [n_tokens, d_model]; adds `weight` times
-            its gradient to what the student's states were computed from.
-        on_policy: the texts are the student's own.
-        at_end: the states are the final ones; otherwise those after the last intervened block.
-    """
-
-    backward: Callable[[nn.Module, Tensor, Tensor, float], float]
-    on_policy: bool = False
-    at_end: bool = True
+# (model, teacher, student, weight) -> the mean loss of states [n_tokens, d_model]; adds `weight` times its gradient to
+# what the student's states were computed from.
+Backward = Callable[[nn.Module, Tensor, Tensor, float], float]
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return _forward_kl(log_q, log_p)
 
 
 def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -71,7 +56,7 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (_forward_kl(log_p, log_m) + _forward_kl(log_q, log_m))
 
 
-def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module, Tensor, Tensor, float], float]:
+def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Backward:
     """The mean of `per_token(log_p, log_q)` [n]."""
 
     def backward(model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
@@ -101,11 +86,11 @@ def _hidden(_model: nn.Module, teacher: Tensor, student: Tensor, weight: float) 
     return float(loss.detach())
 
 
-OBJECTIVES = {
-    "forward_kl": Objective(_on_logits(_forward_kl)),
-    "reverse_kl": Objective(_on_logits(_reverse_kl), on_policy=True),
-    "jensen_shannon": Objective(_on_logits(_jensen_shannon)),
-    "hidden": Objective(_hidden, at_end=False),
+OBJECTIVES: dict[str, Backward] = {
+    "forward_kl": _on_logits(_forward_kl),
+    "reverse_kl": _on_logits(lambda log_p, log_q: _forward_kl(log_q, log_p)),
+    "jensen_shannon": _on_logits(_jensen_shannon),
+    "hidden": _hidden,
 }
 
 
@@ -187,31 +172,37 @@ def train(
         name: under which the state is saved and the curve is recorded.
         advance: called with the number of texts just seen.
     """
-    model, objective = lowering.loaded.model, OBJECTIVES[options.objective]
+    model, objective, on_policy = (
+        lowering.loaded.model,
+        OBJECTIVES[options.objective],
+        options.objective == "reverse_kl",
+    )
     suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
     seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
-    # The student stops where the objective looks; the held-out measure and the control always reach the end.
-    stop = None if objective.at_end else 1 + max(i.site.changes_from for i in lowering.program.interventions)
     to_end = replace(suffix, recompute_every=options.recompute_every, dtype=DTYPES[options.precision])
-    student = replace(to_end, stop=stop)
-    if stop is not None:
+    student = to_end
+    if options.objective == "hidden":
+        # It looks at the last intervened block; the held-out measure and the control always reach the end.
+        student = replace(to_end, stop=1 + max(i.site.changes_from for i in lowering.program.interventions))
         seen = [student.run_teacher(batch.batch, batch.prefix) for batch in seen]
     epoch_steps = math.ceil(len(seen) / options.accumulate)
     steps = max(1, math.ceil(options.epochs * epoch_steps))
     control = _base_texts(lowering, suffix, seen_texts, options) if options.base_kl_weight > 0 else []
     before = suffix.mean_kl(held_out, patch)  # of the start, so before a saved state is loaded
-    first, losses = _load_state(lowering, name, optimizer)
+    first, losses = _restore(lowering.resume.load(name), optimizer)
     batches: list[TeacherBatch] = []
 
     def backward(step: int) -> float:
         nonlocal batches
         new_epoch = step % epoch_steps == 0
         # On-policy a resumed run must write the same texts again, so it resumes where they are written.
-        if new_epoch if objective.on_policy else step % options.save_every == 0:
-            _save_state(lowering, name, optimizer, step, losses)
+        if new_epoch if on_policy else step % options.save_every == 0:
+            values = [parameter.detach() for parameter in _parameters(optimizer)]
+            state = {"step": step, "losses": losses, "parameters": values, "optimizer": optimizer.state_dict()}
+            lowering.resume.save(name, state)
         if new_epoch or not batches:
             batches = seen
-            if objective.on_policy:
+            if on_policy:
                 with with_patch(model, patch):
                     written = lowering.sample(seen_texts, None, seed=lowering.seed + 7919 * (step // epoch_steps + 1))
                 batches = student.batches(written, options.batch_tokens)
@@ -219,14 +210,14 @@ def train(
         with with_patch(model, patch), torch.enable_grad():
             for n in range(options.accumulate):
                 batch = batches[(step % epoch_steps * options.accumulate + n) % len(batches)]
-                mean = objective.backward(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
+                mean = objective(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
                 loss += mean / options.accumulate
             if control:
                 # The gradient of what KL(base || student) exceeds KL(base || steered) by.
                 batch, allowed = control[step % len(control)]
                 states = to_end.student(batch)
                 if divergence(model, batch.teacher, model, states.detach()).mean > allowed:
-                    OBJECTIVES["forward_kl"].backward(model, batch.teacher, states, options.base_kl_weight)
+                    OBJECTIVES["forward_kl"](model, batch.teacher, states, options.base_kl_weight)
         return loss
 
     for loss in gradient_steps(optimizer, backward, steps, first=first, max_norm=1.0):
@@ -235,6 +226,17 @@ def train(
     after = suffix.mean_kl(held_out, patch)
     lowering.curves[name] = {"loss": losses, "held_out_kl": [before, after]}
     return before, after
+
+
+def _restore(saved: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    """Put a saved state into the parameters and the optimizer; returns its (step, losses)."""
+    if saved is None:
+        return 0, []
+    with torch.no_grad():
+        for parameter, value in zip(_parameters(optimizer), saved["parameters"], strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["losses"]
 
 
 def _base_texts(
@@ -249,34 +251,3 @@ def _base_texts(
         hooked = suffix.run_teacher(batch.batch, batch.prefix)
         control.append((batch, divergence(model, batch.teacher, model, hooked.teacher).mean))
     return control
-
-
-def _save_state(
-    lowering: Lowering, name: str, optimizer: torch.optim.Optimizer, step: int, losses: list[float]
-) -> None:
-    """Save the parameters and the optimizer's state, before `step`."""
-    tensors: dict[str, Tensor] = {f"parameter.{n}": value for n, value in enumerate(_parameters(optimizer))}
-    for n, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            exact = torch.float64 if isinstance(value, float) else None  # APOLLO's numbers, as they were
-            tensors[f"state.{n}.{key}"] = torch.as_tensor(value, dtype=exact)
-    lowering.resume.save(name, tensors, {"step": step, "losses": losses})
-
-
-def _load_state(lowering: Lowering, name: str, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
-    """(step, losses so far) of what was saved, put into the parameters and the optimizer; (0, []) where nothing was."""
-    saved = lowering.resume.load(name)
-    if saved is None:
-        return 0, []
-    tensors, header = saved
-    with torch.no_grad():
-        for n, parameter in enumerate(_parameters(optimizer)):
-            parameter.copy_(tensors.pop(f"parameter.{n}"))
-    state: dict[int, dict[str, Any]] = {}
-    for path, value in tensors.items():
-        _state, n_parameter, key = path.split(".")
-        # As numbers again: torch would cast a float64 tensor to the parameter's type.
-        number = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
-        state.setdefault(int(n_parameter), {})[key] = value.item() if number else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(header["step"]), list(header["losses"])

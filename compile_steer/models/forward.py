@@ -112,8 +112,7 @@ def capture(layout: Layout, batch: Batch, point: Point, through: int | None = No
             module = block if point == "resid_pre" else layout.hook_module(Site(layer, point))
             stack.callback(module.register_forward_hook(catch, with_kwargs=True).remove)
         run_blocks(layout.model, batch.input_ids, batch.attention_mask, stop=count)
-    # Granite multiplies what attention and MLP write before it is added to the stream.
-    scale = layout.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0
+    scale = layout.stream_scale(point)
     return [activation * scale for activation in caught]
 
 

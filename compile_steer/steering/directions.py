@@ -95,7 +95,16 @@ class Directions:
             everywhere = ablate_everywhere(unit(self.vectors[layer]), self.vectors.shape[0], coefficient)
             return Program(everywhere, self.model, self.revision)
         layers = self.layers if layer == EVERY_BLOCK else (layer,)
-        parts = [self._intervention(k, coefficient, positions) for k in layers]
+        parts = []
+        for k in layers:
+            site, vector = Site(k, self.point), self.vectors[k]
+            if self.operation == "add":
+                parts.append(Intervention(site, "add", vector, coefficient, positions))
+            elif self.projections is None:
+                raise ValueError("a clamp needs a projection a block")
+            else:
+                projection = float(self.projections[0, k])
+                parts.append(Intervention(site, "clamp", unit(vector), coefficient, positions, projection))
         for point, vectors in self.other_points.items():
             parts += [Intervention(Site(k, point), "add", vectors[0, k], coefficient, positions) for k in layers]
         return Program(tuple(parts), self.model, self.revision)
@@ -104,37 +113,15 @@ class Directions:
         """Control number `index` in the place of the real directions."""
         other_points = {point: vectors[[index + 1]] for point, vectors in self.other_points.items()}
         projections = None if self.projections is None else self.projections[[index + 1]]
-        return replace(
-            self,
-            vectors=self.shuffled[index],
-            shuffled=self.shuffled[:0],
-            projections=projections,
-            other_points=other_points,
-        )
-
-    def _intervention(self, layer: int, coefficient: float, positions: str) -> Intervention:
-        site, vector = Site(layer, self.point), self.vectors[layer]
-        if self.operation == "add":
-            return Intervention(site, "add", vector, coefficient, positions)
-        if self.projections is None:
-            raise ValueError("a clamp needs a projection a block")
-        projection = float(self.projections[0, layer])
-        return Intervention(site, "clamp", unit(vector), coefficient, positions, projection)
+        vectors, shuffled = self.shuffled[index], self.shuffled[:0]
+        return replace(self, vectors=vectors, shuffled=shuffled, projections=projections, other_points=other_points)
 
     def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`."""
-        header = {
-            **extra,
-            "model": self.model,
-            "revision": self.revision,
-            "point": self.point,
-            "inputs": self.inputs,
-            "operation": self.operation,
-            "joint": self.joint,
-            "controls": self.controls,
-            "source": None if self.source is None else asdict(self.source),
-            "curves": dict(self.curves),
-        }
+        names = ("model", "revision", "point", "inputs", "operation", "joint", "controls")
+        source = None if self.source is None else asdict(self.source)
+        header = {**extra, **{name: getattr(self, name) for name in names}, "source": source}
+        header["curves"] = dict(self.curves)
         tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
         tensors |= {f"{_OTHER_POINTS}{point}": vectors.contiguous() for point, vectors in self.other_points.items()}
         if self.projections is not None:

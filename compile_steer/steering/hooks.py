@@ -64,15 +64,16 @@ class _Roles:
         # generate() may pass a prepared 4-d mask; only the 2-d one shows the padding.
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self._past == 0 and not self._continues_prompt(ids):
-            self._prompt = ids
-
-    def _continues_prompt(self, ids: Tensor | None) -> bool:
-        """True if `ids` begin with the ids of the pass before."""
         before = self._prompt
-        if ids is None or before is None or ids.shape[0] != before.shape[0] or ids.shape[1] <= before.shape[1]:
-            return False
-        return torch.equal(ids[:, : before.shape[1]], before)
+        continues = (
+            ids is not None
+            and before is not None
+            and ids.shape[0] == before.shape[0]
+            and ids.shape[1] > before.shape[1]
+            and torch.equal(ids[:, : before.shape[1]], before)
+        )
+        if self._past == 0 and not continues:
+            self._prompt = ids
 
     def current(self, hidden: Tensor) -> Tensor:
         """Roles [batch, time] of `hidden` [batch, time, d_model]."""
@@ -141,13 +142,14 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
     """Turn one program, or a batch of programs of one shape, into edits in running order."""
     # In a batch a row with coefficient 0 is the base, so that only what is switched off is left out.
     rows = [p.active if len(programs) == 1 else tuple(i for i in p.interventions if i.enabled) for p in programs]
-    if len({len(row) for row in rows}) > 1:
-        raise ArtifactError("programs that run as rows of one batch must have the same number of interventions.")
+    if len({p.shape for p in programs}) > 1:
+        raise ArtifactError(
+            "programs that run as rows of one batch must have the same number of interventions and must share sites, "
+            "operations and positions."
+        )
     edits = []
     for group in zip(*rows, strict=True):
         first: Intervention = group[0]
-        if any((i.site, i.operation, i.scopes) != (first.site, first.operation, first.scopes) for i in group):
-            raise ArtifactError("programs that run as rows of one batch must share sites, operations and positions.")
         basis, shift = first.normal_form()
         strength: float | Tensor = first.coefficient
         if len(group) > 1:
@@ -157,7 +159,7 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
             strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
         # The point is defined on the stream: where the family scales a sublayer's output before adding it, the same
         # edit has to be made before that factor.
-        edits.append((first.site, _Edit(basis, shift / layout.stream_scale(first), strength, first.scopes)))
+        edits.append((first.site, _Edit(basis, shift / layout.stream_scale(first.site.point), strength, first.scopes)))
     # Stable: within one module, edits of the block's output come before those of the next block's input.
     return sorted(edits, key=lambda edit: edit[0].point == "resid_pre")
 
@@ -218,10 +220,7 @@ def _input_hook(edit: _Edit, roles: _Roles) -> Any:
 def _output_hook(edit: _Edit, roles: _Roles) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            return (
-                edit(output[0], roles),
-                *output[1:],
-            )  # blocks of some families return a tuple
+            return edit(output[0], roles), *output[1:]  # blocks of some families return a tuple
         return edit(output, roles)
 
     return hook

@@ -8,15 +8,15 @@ so the point `mlp_out` is the norm's output, and a bias of the projection is not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import LayoutError
-from compile_steer.steering.program import Intervention, Program
-from compile_steer.steering.sites import Site
+from compile_steer.steering.program import Program
+from compile_steer.steering.sites import Point, Site
 
 ProjectionKind = Literal["attn", "mlp"]
 EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream"
@@ -24,7 +24,9 @@ EXPERTS = "a mixture of experts: no one matrix writes what it adds to the stream
 
 @dataclass(frozen=True)
 class Family:
-    """Where stock code of a family has what. Names are relative to a block unless it says otherwise.
+    """Where stock code of a family has what, by default where Llama's has it.
+
+    Names are relative to a block unless it says otherwise.
 
     Attributes:
         blocks: the list of blocks, by its full name.
@@ -38,9 +40,9 @@ class Family:
             that the same row for every expert is a shift of the stream.
     """
 
-    blocks: str
-    attn: str
-    mlp: str
+    blocks: str = "model.layers"
+    attn: str = "self_attn.o_proj"
+    mlp: str = "mlp.down_proj"
     attn_bias: str | None = None
     mlp_bias: str | None = None
     attn_norm: str | None = None
@@ -50,31 +52,24 @@ class Family:
     expert_bias: str | None = None
 
 
-_LLAMA_NAMES: dict[str, Any] = {"blocks": "model.layers", "attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-_POST_NORMS: dict[str, Any] = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+_POST_NORMS = Family(attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm")
+_BOTH_FLAGS = Family(attn_bias="attention_bias", mlp_bias="mlp_bias")
 
 # Read off each family's stock modelling code; tests/contract builds every one and compares with hooks.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
-    "smollm3": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
-    "granite": Family(**_LLAMA_NAMES, attn_bias="attention_bias", mlp_bias="mlp_bias"),
-    "qwen3": Family(**_LLAMA_NAMES, attn_bias="attention_bias"),
-    "qwen3_moe": Family("model.layers", "self_attn.o_proj", "mlp", attn_bias="attention_bias", experts=True),
-    "gpt_oss": Family(
-        "model.layers",
-        "self_attn.o_proj",
-        "mlp",
-        attn_bias="attention_bias",
-        experts=True,
-        expert_bias="mlp.experts.down_proj_bias",
-    ),
+    "llama": _BOTH_FLAGS,
+    "smollm3": _BOTH_FLAGS,
+    "granite": _BOTH_FLAGS,
+    "qwen3": Family(attn_bias="attention_bias"),
+    "qwen3_moe": Family(mlp="mlp", attn_bias="attention_bias", experts=True),
+    "gpt_oss": Family(mlp="mlp", attn_bias="attention_bias", experts=True, expert_bias="mlp.experts.down_proj_bias"),
     # Qwen2's biases are on query, key and value alone; Mistral and Phi-3 have none.
-    "qwen2": Family(**_LLAMA_NAMES),
-    "mistral": Family(**_LLAMA_NAMES),
-    "phi3": Family(**_LLAMA_NAMES),
-    "gemma2": Family(**_LLAMA_NAMES, **_POST_NORMS),
-    "gemma3_text": Family(**_LLAMA_NAMES, **_POST_NORMS),
-    "olmo2": Family(**_LLAMA_NAMES, **_POST_NORMS),
+    "qwen2": Family(),
+    "mistral": Family(),
+    "phi3": Family(),
+    "gemma2": _POST_NORMS,
+    "gemma3_text": _POST_NORMS,
+    "olmo2": _POST_NORMS,
     "gpt2": Family(
         "transformer.h",
         "attn.c_proj",
@@ -183,22 +178,21 @@ class Layout:
         return {f"{prefix}.{name}": module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
 
     def hook_module(self, site: Site) -> nn.Module:
-        """The module whose output is the activation at `site`; for `resid_pre` 0 the block whose input it is."""
-        self.require(site)
-        if site.point in ("resid_pre", "resid_post"):
-            # `resid_pre` k > 0 is hooked as the output of block k-1: what reads that output must see the edit too.
-            return self.blocks[site.changes_from]
-        norm = self.family.attn_norm if site.point == "attn_out" else self.family.mlp_norm
-        if norm is not None:
-            return self.blocks[site.layer].get_submodule(norm)
-        return self.blocks[site.layer].get_submodule(self.family.attn if site.point == "attn_out" else self.family.mlp)
+        """The module whose output is the activation at `site`; for `resid_pre` 0 the block whose input it is.
 
-    def require(self, site: Site) -> None:
-        """Raise `LayoutError` if the model lacks that block."""
+        Raises `LayoutError` if the model lacks that block.
+        """
         if site.layer >= self.n_layers:
             raise LayoutError(
                 f"layer {site.layer} does not exist in this model; it has blocks 0 to {self.n_layers - 1} (0-based)."
             )
+        if site.point in ("resid_pre", "resid_post"):
+            # `resid_pre` k > 0 is hooked as the output of block k-1: what reads that output must see the edit too.
+            return self.blocks[site.changes_from]
+        family, block = self.family, self.blocks[site.layer]
+        if site.point == "attn_out":
+            return block.get_submodule(family.attn_norm or family.attn)
+        return block.get_submodule(family.mlp_norm or family.mlp)
 
     def require_program(self, program: Program, model: str, revision: str) -> None:
         """Raise `ArtifactError` unless `program` was made for this very model."""
@@ -217,6 +211,6 @@ class Layout:
         """True if the loaded module has a bias already."""
         return cast("Tensor | None", projection.module.bias) is not None
 
-    def stream_scale(self, intervention: Intervention) -> float:
-        """What the family multiplies an edit at that point by on its way into the residual stream."""
-        return self.residual_multiplier if intervention.site.point in ("attn_out", "mlp_out") else 1.0
+    def stream_scale(self, point: Point) -> float:
+        """What the family multiplies an activation at `point` by before it is added to the residual stream."""
+        return self.residual_multiplier if point in ("attn_out", "mlp_out") else 1.0

@@ -21,8 +21,11 @@ class LowRank:
     def rank(self) -> int:
         return int(self.A.shape[0])
 
-    def to(self, device: torch.device) -> LowRank:
+    def to(self, device: torch.device | str) -> LowRank:
         return LowRank(self.B.to(device), self.A.to(device))
+
+    def detach(self) -> LowRank:
+        return LowRank(self.B.detach(), self.A.detach())
 
     def padded(self, rank: int) -> LowRank:
         """The same edit with zero rows and columns up to `rank`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,9 +82,8 @@ class WeightPatch:
             if mine[name] != theirs[name]
         ]
         if len(architectures) > 1:
-            problems.append(
-                f"one patch is for the base rewritten as {architectures[0]}, the other as {architectures[1]}."
-            )
+            first, second = architectures
+            problems.append(f"one patch is for the base rewritten as {first}, the other as {second}.")
         if problems:
             raise ArtifactError([*problems, "Only patches of the same base can be added."])
         return WeightPatch(
@@ -137,38 +137,29 @@ def with_patch(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
     modules = dict(layout.model.named_modules())
     with ExitStack() as stack:
         for name, edit in patch.low_rank.items():
-            stack.callback(modules[name].register_forward_hook(_low_rank_hook(edit)).remove)
+            stack.callback(modules[name].register_forward_hook(partial(_add_low_rank, edit)).remove)
         for name, bias in patch.bias.items():
             # Where the name is a parameter's (a mixture of experts), the whole mixture's output is shifted.
             module = modules[name] if name in modules else modules[name.rpartition(".")[0]]
-            stack.callback(module.register_forward_hook(_bias_hook(bias)).remove)
+            stack.callback(module.register_forward_hook(partial(_add_bias, bias)).remove)
         for name, delta in patch.dense.items():
-            stack.callback(modules[name].register_forward_hook(_dense_hook(delta)).remove)
+            stack.callback(modules[name].register_forward_hook(partial(_add_dense, delta)).remove)
         yield
 
 
-def _low_rank_hook(edit: LowRank) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        if isinstance(module, nn.Embedding):  # its weight is [tokens, d_model], and x holds token ids
-            return output + edit.B.to(output)[x] @ edit.A.to(output)
-        # A x first: r numbers a token; B A would be a whole matrix.
-        return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
-
-    return hook
+def _add_low_rank(edit: LowRank, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = args[0]
+    if isinstance(module, nn.Embedding):  # its weight is [tokens, d_model], and x holds token ids
+        return output + edit.B.to(output)[x] @ edit.A.to(output)
+    # A x first: r numbers a token; B A would be a whole matrix.
+    return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 
 
-def _bias_hook(bias: Tensor) -> Any:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + bias.to(output)
-
-    return hook
+def _add_bias(bias: Tensor, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + bias.to(output)
 
 
-def _dense_hook(delta: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if isinstance(module, nn.Embedding):
-            return output + delta.to(output)[args[0]]
-        return output + args[0] @ transpose_conv1d(module, delta.to(output)).T
-
-    return hook
+def _add_dense(delta: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    if isinstance(module, nn.Embedding):
+        return output + delta.to(output)[args[0]]
+    return output + args[0] @ transpose_conv1d(module, delta.to(output)).T

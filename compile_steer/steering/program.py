@@ -26,6 +26,7 @@ from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site,
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SCALARS = ("operation", "coefficient", "positions", "projection", "enabled")  # what a file has of them beside the site
 _UNIT_TOLERANCE = 1e-3  # a unit vector that was rounded to bfloat16 is still one
 
 
@@ -205,12 +206,8 @@ class Program:
                 {
                     "layer": i.site.layer,
                     "point": i.site.point,
-                    "operation": i.operation,
-                    "coefficient": i.coefficient,
-                    "positions": i.positions,
-                    "projection": i.projection,
-                    "enabled": i.enabled,
                     "tensor": f"intervention.{n}",
+                    **{name: getattr(i, name) for name in _SCALARS},
                 }
                 for n, i in enumerate(self.interventions)
             ],

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from compile_steer.common.errors import CompileSteerError
-from compile_steer.lowering.closed_form import Stage, norm_weights, regression_targets, solve_stages
+from compile_steer.lowering.closed_form import Stage, norm_weights, regression_targets
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention
 from tests.helpers.captures import n_hooks
 from tests.helpers.fitting import (
+    CALIBRATION,
     FAMILIES,
     HELD_OUT,
     TRAINING,
@@ -129,7 +130,7 @@ def test_one_text_is_enough_or_refused_with_a_reason() -> None:
     tiny = loaded("llama")
     steering = canonical_program("llama", intervention())
     try:
-        patch = solve_stages(steering, tiny, TRAINING[:1], [Stage(1, "mlp", 2)], lambda _done: None).patch
+        patch = solve(tiny, steering, [Stage(1, "mlp", 2)], TRAINING[:1])
     except CompileSteerError as error:
         assert "calibration" in str(error)
     else:
@@ -215,6 +216,45 @@ def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> N
         moved = layout.residual_multiplier * edit
     error = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
     assert torch.allclose(error, (missing - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite", "llama"])
+def test_a_stage_minimises_the_error_in_the_stream_behind_a_norm_and_a_multiplier(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row of the solution is numpy's least squares, written down in the stream from the model's own activations."""
+    monkeypatch.setattr("compile_steer.lowering.regression.RIDGES", (1e-7,))
+    tiny, steering = loaded(family), canonical_program(family, intervention(layer=1))
+    layout = tiny.layout
+    projection = layout.output_projection(1, "mlp")
+    (edit,) = solve(tiny, steering, [Stage(1, "mlp", HIDDEN)]).low_rank.values()
+
+    batch = Padded.of(CALIBRATION, "right")
+    real = batch.attention_mask.bool()
+    caught: dict[str, torch.Tensor] = {}
+    block, norm = layout.blocks[1], layout.family.mlp_norm
+    hooks = [
+        projection.module.register_forward_hook(lambda _m, args, out: caught.update(x=args[0][real], z=out[real])),
+        block.register_forward_hook(
+            lambda _m, _args, out: caught.update(h=(out if torch.is_tensor(out) else out[0])[real])
+        ),
+    ]
+    logits(tiny.model, batch)
+    for hook in hooks:
+        hook.remove()
+    x, z, h = (caught[name].double() for name in ("x", "z", "h"))
+    # How much of the change of the projection's output reaches each dimension of the stream, by token.
+    passed = torch.full_like(z, layout.residual_multiplier)
+    if norm is not None:
+        # The RMS is held fixed, so the norm is a scale: read off as its own output over its input.
+        passed = block.get_submodule(norm)(z.float()).double() / z
+    (added,) = steering.interventions
+    missing = added.coefficient * added.vector.double()
+    weight = 1 / h.norm(dim=1)
+    for j in range(HIDDEN):
+        rows = x * (weight * passed[:, j]).unsqueeze(1)
+        row = torch.linalg.lstsq(rows, (weight * missing[j]).unsqueeze(1), driver="gelsd").solution[:, 0]
+        assert torch.allclose((edit.B @ edit.A)[j].double(), row, rtol=0.02, atol=0.02 * float(row.abs().max()))
 
 
 def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:

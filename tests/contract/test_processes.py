@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
-from compile_steer.lowering.closed_form import Stage, solve_stages
+from compile_steer.lowering.closed_form import Stage
 from compile_steer.steering.patch import WeightPatch
-from tests.helpers.fitting import CALIBRATION, canonical_program
+from tests.helpers.fitting import CALIBRATION, canonical_program, solve
 from tests.helpers.tiny import intervention, loaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ STAGES = [Stage(1, "mlp", 3), Stage(2, "attn", 2)]
 
 def solved() -> WeightPatch:
     steering = canonical_program("granite", intervention("ablate", "mlp_out", 1))
-    return solve_stages(steering, loaded("granite"), distributed.share(CALIBRATION), STAGES, lambda _done: None).patch
+    return solve(loaded("granite"), steering, STAGES, distributed.share(CALIBRATION))
 
 
 def test_two_processes_solve_what_one_does(tmp_path: Path) -> None:

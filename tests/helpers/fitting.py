@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch.nn import functional
 
-from compile_steer.lowering.closed_form import Stage, plan_stages, solve_stages
+from compile_steer.lowering import closed_form
+from compile_steer.lowering.closed_form import Stage, plan_stages
 from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.load import LoadedModel
@@ -39,8 +40,12 @@ def stages_of(tiny: LoadedModel, steering: Program, options: CompileOptions | No
     return plan_stages(steering, tiny.layout, (options or CompileOptions()).closed_form)
 
 
-def solve(tiny: LoadedModel, steering: Program, stages: Sequence[Stage]) -> WeightPatch:
-    return solve_stages(steering, tiny, CALIBRATION, stages, lambda _done: None).patch
+def solve(
+    tiny: LoadedModel, steering: Program, stages: Sequence[Stage], rows: Sequence[Encoded] = CALIBRATION
+) -> WeightPatch:
+    lowering = job(tiny, steering)
+    lowering.__dict__["regression_texts"] = rows
+    return closed_form.lower(lowering, stages)
 
 
 def kl(tiny: LoadedModel, steering: Program, patch: WeightPatch, rows: Sequence[Encoded] = HELD_OUT) -> float:
