@@ -225,32 +225,26 @@ def _ablation(real: Sequence[Difference], directions: Sequence[Tensor], embeddin
 
 def _nearest_cosine(direction: Tensor, program: Program | None, block: int | None, signed: bool) -> float | None:
     """The largest cosine with a vector of the program at that block (None: at any)."""
-    cosines = [
-        float(torch.cosine_similarity(direction.float(), vector, dim=0))
-        for intervention in (() if program is None else program.active)
-        if block is None or intervention.site.changes_from == block
-        if (
-            vector := (intervention.coefficient if intervention.operation == "add" else 1.0)
-            * intervention.vector.float()
-        ).shape
-        == direction.shape
-    ]
+    cosines = []
+    for intervention in () if program is None else program.active:
+        # Only an added vector has the sign of its coefficient.
+        vector = (intervention.coefficient if intervention.operation == "add" else 1.0) * intervention.vector.float()
+        if block in (None, intervention.site.changes_from) and vector.shape == direction.shape:
+            cosines.append(float(torch.cosine_similarity(direction.float(), vector, dim=0)))
     nearest = max(cosines, key=abs, default=None)
     return nearest if nearest is None or signed else abs(nearest)
 
 
 def settings_changes(base: Path, other: Path) -> Iterator[SettingsChange]:
-    """Every setting that differs, for the files that `other` has: what it lacks, its users take from the base; raises `ArtifactError`."""
+    """Every setting that differs, for the files that `other` has; raises `ArtifactError` for a file that is no JSON object."""
     for name in (*_SETTINGS_FILES, "tokenizer.json"):
-        if (other / name).is_file():
+        if (other / name).is_file():  # what it lacks, its users take from the base
             before, after = (_read(folder / name) for folder in (base, other))
             for key in sorted((before.keys() | after.keys()) - _IGNORED_SETTINGS):
                 old, new = before.get(key), after.get(key)
                 if old != new:
-                    # A vocabulary would fill the screen.
-                    shorten = (
-                        _vocabularies if (name, key) == ("tokenizer.json", "model") and old and new else _shortened
-                    )
+                    is_vocabulary = (name, key) == ("tokenizer.json", "model") and old and new
+                    shorten = _vocabularies if is_vocabulary else _shortened  # a vocabulary would fill the screen
                     yield SettingsChange(name, key, *shorten(old, new))
     if (other / "tokenizer_config.json").is_file():
         templates = _template(base), _template(other)

@@ -63,18 +63,16 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
             notes, names = _export_adapter(artifact, engine, new, base)
         else:
             notes, names = _export_checkpoint(artifact, engine, new, precision)
-        save_record(
-            new / RECORD,
-            {
-                "engine": engine,
-                "kind": kind,
-                "artifact": artifact.name,
-                "artifact_sha256": artifact_sha256(artifact) if artifact.is_dir() else sha256(artifact),
-                "notes": notes,
-                "versions": versions(),
-                "files_sha256": {name: sha256(new / name) for name in own_files(new)},
-            },
-        )
+        record = {
+            "engine": engine,
+            "kind": kind,
+            "artifact": artifact.name,
+            "artifact_sha256": artifact_sha256(artifact) if artifact.is_dir() else sha256(artifact),
+            "notes": notes,
+            "versions": versions(),
+            "files_sha256": {name: sha256(new / name) for name in own_files(new)},
+        }
+        save_record(new / RECORD, record)
     return Exported(engine, kind, out, own_files(out), notes, load_commands(engine, kind, folder=out, **names))
 
 
