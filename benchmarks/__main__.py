@@ -173,18 +173,10 @@ def report(rows: Sequence[Row], parities: Sequence[Parity], tokens: int, program
         *table(
             "artifact | KL | rms | p99 | remaining KL | top-1 | effect retained | control KL (steered's own) | seconds | ",
             (
-                (
-                    f"{parity.backend} {parity.form}",
-                    f"{(kl := parity.divergence).kl.value:.1e}",
-                    f"{kl.kl_rms:.1e}",
-                    f"{kl.kl_p99:.1e}",
-                    f"{kl.kl_remaining.value:.3%}",
-                    f"{kl.top1:.2%}",
-                    parity.behaviour.effect_retained,
-                    f"{kl.kl_control:.3f} ({kl.kl_control_steered:.3f})",
-                    f"{parity.compile_seconds:.1f}",
-                    "passed" if parity.passed else "FAILED: " + "; ".join(parity.reasons),
-                )
+                f"{parity.backend} {parity.form} | {(kl := parity.divergence).kl.value:.1e} | {kl.kl_rms:.1e} | {kl.kl_p99:.1e} | "
+                f"{kl.kl_remaining.value:.3%} | {kl.top1:.2%} | {parity.behaviour.effect_retained} | "
+                f"{kl.kl_control:.3f} ({kl.kl_control_steered:.3f}) | {parity.compile_seconds:.1f} | "
+                + ("passed" if parity.passed else "FAILED: " + "; ".join(parity.reasons))
                 for parity in parities
             ),
         ),

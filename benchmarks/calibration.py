@@ -82,19 +82,9 @@ def trials_table(found: list[Trial]) -> list[str]:
         "behaviour | direction | verdict | block, coefficient | contrast | p, random, pairs | p, shuffled | score | p, random, answers | "
         "perplexity | first reason",
         (
-            (
-                one.behaviour,
-                named(one),
-                one.verdict,
-                f"{one.layer}, {one.coefficient:g}",
-                f"{one.contrast:+.3f}",
-                f"{one.p_random:.2g}",
-                "-" if one.p_shuffled is None else f"{one.p_shuffled:.2g}",
-                f"{one.score_base:.2f} to {one.score_base + one.score:.2f}",
-                f"{one.p_over_random:.2g}",
-                f"x{one.perplexity:.2f}",
-                one.reason,
-            )
+            f"{one.behaviour} | {named(one)} | {one.verdict} | {one.layer}, {one.coefficient:g} | {one.contrast:+.3f} | "
+            f"{one.p_random:.2g} | {'-' if one.p_shuffled is None else f'{one.p_shuffled:.2g}'} | "
+            f"{one.score_base:.2f} to {one.score_base + one.score:.2f} | {one.p_over_random:.2g} | x{one.perplexity:.2f} | {one.reason}"
             for one in found
         ),
     )
@@ -131,17 +121,9 @@ def prediction(found: list[Trial]) -> list[str]:
     return lines + table(
         "behaviour | direction | verdict | contrast: steered | compiled | recovery | score: steered | compiled | share of KL left",
         (
-            (
-                one.behaviour,
-                named(one),
-                one.verdict,
-                f"{one.contrast:+.3f}",
-                f"{after.contrast:+.3f}",
-                f"{after.contrast / one.contrast:.2f}" if one.contrast_low > 0 else "-",
-                f"{one.score:+.2f}",
-                f"{after.score:+.2f}",
-                f"{after.share:.2%}",
-            )
+            f"{one.behaviour} | {named(one)} | {one.verdict} | {one.contrast:+.3f} | {after.contrast:+.3f} | "
+            f"{f'{after.contrast / one.contrast:.2f}' if one.contrast_low > 0 else '-'} | "
+            f"{one.score:+.2f} | {after.score:+.2f} | {after.share:.2%}"
             for one, after in sorted(pairs, key=lambda pair: -pair[0].score)
         ),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import bootstrap
 
-from benchmarks.record import ROOT, Record, row, table, timed
+from benchmarks import speed_worker
+from benchmarks.record import ROOT, Record, table
 from compile_steer.artifacts.provenance import EngineRecord, Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
@@ -42,7 +42,7 @@ from compile_steer.tools.serving.compare import engine_base, engine_model, measu
 from compile_steer.tools.serving.export import export
 from compile_steer.tools.serving.runner import ENGINES, Environment, environment, run_worker
 
-SPEED, SPEED_WORKER = "speed", ROOT / "benchmarks" / "speed_worker.py"
+SPEED, SPEED_WORKER = "speed", Path(speed_worker.__file__)
 # Of these many, that many tokens a round: short, so that what else a machine does falls on all forms alike.
 PROMPTS, NEW_TOKENS = 2, 16
 PROGRAM = ROOT / "vectors" / "ocean.safetensors"
@@ -149,37 +149,29 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
         AGAIN: load(one.source, device="cpu"),
         **{name: reload(made[name], one) for name in (BIASED, ADAPTED)},
     }
-    program = Program.load(PROGRAM)
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 
-    def write(model: Any) -> None:
+    def write(model: Any, program: Program | None = None) -> None:
         for ids in prompts(one):
             tokens = torch.tensor([ids])
-            settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-            with torch.no_grad():
+            with torch.no_grad(), steered(model, program):
                 model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
 
-    def hooked() -> None:
-        with steered(one.model, program):
-            write(one.model)
-
     works: dict[str, Callable[[], None]] = {name: partial(write, model.model) for name, model in models.items()}
-    works["base under hooks"] = hooked
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(ROUNDS + 1):
-        for name in random.Random(round_).sample(list(works), len(works)):
-            _, seconds = timed(works[name])
-            if round_:  # the first warms up
-                found[name].append(PROMPTS * NEW_TOKENS / seconds)
-    return found
+    works["base under hooks"] = partial(write, one.model, Program.load(PROGRAM))
+    return speed_worker.speeds(works, PROMPTS * NEW_TOKENS, ROUNDS)
 
 
 def reading_rows(found: Sequence[tuple[str, EngineRecord]]) -> list[str]:
     """Markdown: a row for each reading, with the format of its files."""
-    lines = table("engine, format | form | largest | rms | base: largest | rms | steering's effect | gain | ", [])
-    for precision, one in found:
-        numbers = [f"{value:.1e}" for value in (one.error, one.rms, one.base_error, one.base_rms)]
-        numbers += [f"{one.effect:.2f}", f"{one.gain:.4f}", "same" if one.passed else "OTHER"]
-        lines.append(row(f"{one.engine}, {precision}", one.form, *([""] * 6 + ["refused"] if one.problem else numbers)))
+    rows = (
+        f"{one.engine}, {precision} | {one.form} | " + " | " * 6 + "refused"
+        if one.problem
+        else f"{one.engine}, {precision} | {one.form} | {one.error:.1e} | {one.rms:.1e} | {one.base_error:.1e} | {one.base_rms:.1e} | "
+        f"{one.effect:.2f} | {one.gain:.4f} | {'same' if one.passed else 'OTHER'}"
+        for precision, one in found
+    )
+    lines = table("engine, format | form | largest | rms | base: largest | rms | steering's effect | gain | ", rows)
     problems = {
         f"- {one.engine}, {one.form}: {one.problem.replace(f'{ROOT}/', '')}" for _precision, one in found if one.problem
     }

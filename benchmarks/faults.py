@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from benchmarks.ocean import ocean
-from benchmarks.record import ROOT, Record, row, table, timed
+from benchmarks.record import ROOT, Record, table, timed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline.artifacts import compile_program, make_reference, merge
@@ -37,16 +37,8 @@ RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no 
 SEEDS = range(100, 140)  # of the false alarms
 OF_THE_FILE = "it is not what was compiled"  # how the judge's reason begins
 # Fewer texts than the faults have: there a sound artifact is the likelier to look like another model.
-FEWER = {
-    "heldout": 8,
-    "pairs": 8,
-    "neutral": 8,
-    "prompts": 8,
-    "max_new_tokens": 16,
-    "prompts_per_set": 1,
-    "long": 0,
-    "capability": 4,
-}
+FEWER = dict.fromkeys(("heldout", "pairs", "neutral", "prompts"), 8)
+FEWER |= {"max_new_tokens": 16, "prompts_per_set": 1, "long": 0, "capability": 4}
 
 FAULTS = (
     Fault("none", "adapter", planted.untouched),
@@ -187,17 +179,13 @@ def report(found: list[Verdict]) -> list[str]:
             f"of them {sum(one.seed is not None for one in alarms)} exact compiles with other seeds, and other and fewer texts "
             f"({', '.join(f'{name} {value}' for name, value in FEWER.items())}).",
         ]
-    lines += ["", *table("fault | artifact | | by", [])]
-    return lines + [
-        row(
-            one.fault if one.seed is None else f"none, seed {one.seed}",
-            one.form,
-            "caught" if one.caught else "passed",
-            "; ".join(one.reasons).replace("|", "‖"),
-        )
+    rows = (
+        f"{one.fault if one.seed is None else f'none, seed {one.seed}'} | {one.form} | "
+        f"{'caught' if one.caught else 'passed'} | {'; '.join(one.reasons).replace('|', '‖')}"
         for one in found
         if one.seed is None or one.caught
-    ]
+    )
+    return [*lines, "", *table("fault | artifact | | by", rows)]
 
 
 RECORD = Record(

@@ -107,7 +107,7 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
 
     def peer_line(kind: str, left: TokenDivergence, seconds: float) -> None:
         share = f"{heldout.remaining(left):.2%}"
-        peers.append(row(name, kind, f"{left.mean:.5f}", share, f"{left.top1_agreement:.1%}", f"{seconds:.0f}"))
+        peers.append(row(f"{name} | {kind} | {left.mean:.5f} | {share} | {left.top1_agreement:.1%} | {seconds:.0f}"))
 
     for backend, target in zip(("closed_form", "distill"), FITTED[name], strict=True):
         patch, seconds = timed(partial(BACKENDS[backend].lower, lowering))
@@ -115,11 +115,11 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
         cells += [f"{target:.1%}", f"{heldout.remaining(left):.2%}", f"{left.top1_agreement:.1%}", f"{seconds:.0f}"]
         peer_line(f"`{backend}`", left, seconds)
     if name not in BESIDE_PEERS:
-        return row(*cells), []
+        return row(cells), []
     for peer, changes in PEERS.items():
         patch, seconds = timed(partial(train_peer, lowering, texts, peer, changes))
         peer_line(peer, heldout.patched(patch), seconds)
-    return row(*cells), peers
+    return row(cells), peers
 
 
 def train_peer(lowering: Lowering, texts: Sequence[Encoded], peer: str, changes: dict[str, object]) -> WeightPatch:
@@ -142,8 +142,8 @@ def exact(run: Run, name: str, program: Program) -> str:
     heldout, backend = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS), EXACT[name]
     merged = merged_model(run.model.source, BACKENDS[backend].lower(lowering_of(run, program))).eval()
     left = heldout.divergence_of(replace(run.model, model=merged))
-    cells = (f"{heldout.base.mean:.3f}", "-", f"`{backend}`: KL 1e-6", f"{left.mean:.1e}", f"{left.top1_agreement:.1%}")
-    return row(name, *cells, "", "", "", "", "")
+    kl = f"{heldout.base.mean:.3f} | - | `{backend}`: KL 1e-6 | {left.mean:.1e}"
+    return row(f"{name} | {kl} | {left.top1_agreement:.1%} |  |  |  |  | ")
 
 
 def measured_before() -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -98,15 +98,15 @@ class Record(Generic[Finding]):
         self.save(*report(found))
 
 
-def table(header: str, rows: Iterable[Iterable[object]]) -> list[str]:
-    """A Markdown table; `header` is 'first | second | ...'."""
+def table(header: str, rows: Iterable[str | Iterable[object]]) -> list[str]:
+    """A Markdown table; `header`, and a row that is a text, are 'first | second | ...'."""
     columns = header.count("|") + 1
-    return [f"| {header} |", "|" + "---|" * columns, *(row(*cells) for cells in rows)]
+    return [f"| {header} |", "|" + "---|" * columns, *map(row, rows)]
 
 
-def row(*cells: object) -> str:
+def row(cells: str | Iterable[object]) -> str:
     """A line of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return f"| {cells if isinstance(cells, str) else ' | '.join(map(str, cells))} |"
 
 
 def timed(work: Callable[[], Result], clock: Callable[[], float] = time.perf_counter) -> tuple[Result, float]:

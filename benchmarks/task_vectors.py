@@ -89,7 +89,7 @@ def main() -> None:
         )
         console.print("\n".join(lines), markup=False)
         for name, options in CONDITIONS.items():
-            console.print(row(name, *condition(lowering, heldout, options)), markup=False)
+            console.print(row((name, *condition(lowering, heldout, options))), markup=False)
 
 
 if __name__ == "__main__":

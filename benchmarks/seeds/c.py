@@ -91,20 +91,11 @@ def toggled(run: Run, other: Run, listening: Program, sea: Program) -> list[str]
 
 def compiled(parities: list[Parity]) -> list[str]:
     """The hook removed: what stays."""
-    rows = []
-    for parity in parities:
-        kl, behaviour = parity.divergence, parity.behaviour
-        scores = behaviour.score_base, behaviour.score_steered, behaviour.score_compiled
-        rows.append(
-            (
-                f"{parity.backend} {parity.form}",
-                f"{kl.kl.value:.1e}",
-                f"{kl.kl_remaining.value:.2%}",
-                f"{kl.top1:.1%}",
-                behaviour.effect_retained or "-",
-                " / ".join(f"{score:.2f}" for score in scores),
-                f"{kl.hidden_error:.1e}",
-            )
-        )
+    rows = (
+        f"{parity.backend} {parity.form} | {(kl := parity.divergence).kl.value:.1e} | {kl.kl_remaining.value:.2%} | {kl.top1:.1%} | "
+        f"{(after := parity.behaviour).effect_retained or '-'} | "
+        f"{after.score_base:.2f} / {after.score_steered:.2f} / {after.score_compiled:.2f} | {kl.hidden_error:.1e}"
+        for parity in parities
+    )
     header = "artifact | KL | remaining KL | top-1 | effect retained | score: base / steered / compiled | error of hidden states"
     return table(header, rows)
