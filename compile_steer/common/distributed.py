@@ -16,16 +16,15 @@ T = TypeVar("T")
 
 def join() -> None:
     """Join the process group of the processes that torchrun started; does nothing in a single process."""
-    if count() == 1:
-        return
-    import torch
-    import torch.distributed as dist
+    if count() > 1:
+        import torch
+        import torch.distributed as dist
 
-    if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Both backends: sums on GPUs travel by NCCL, and what is on the CPU by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # Both backends: sums on GPUs travel by NCCL, and what is on the CPU by gloo.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def leave() -> None:

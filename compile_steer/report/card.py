@@ -5,25 +5,44 @@ Every number is read from a report that is of this very artifact, by its hash; w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
 from compile_steer.export.engine_support import engine_support
+from compile_steer.report.page import render
 from compile_steer.report.terminal import details
-from compile_steer.validation.report import ValidationReport, own_validation
+from compile_steer.validation.report import own_validation
 from compile_steer.verification.parity import Parity, own_parity
 
 
-def model_card(origin: Provenance, validation: Path | None) -> str:
-    """Return the folder's README before it is verified.
+def model_card(
+    origin: Provenance,
+    validation: Path | None,
+    parity: Parity | None = None,
+    engine_records: Sequence[EngineRecord] = (),
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return the folder's README; by default as before it is verified.
 
     Args:
         validation: path of the run's validation report, which counts only if the artifact was compiled by it; None where
             there can be none.
+        header: fields of the YAML header that a person filled in.
     """
-    return _render(origin, None if validation is None else own_validation(origin, validation), None, (), {})
+    return render(
+        "card.md",
+        p=origin,
+        validation=None if validation is None else own_validation(origin, validation),
+        parity=parity,
+        details=[] if parity is None else details(parity),
+        engine_records=engine_records,
+        kept={"license": "", "base_model": "", **header},
+        engines=engine_support(origin),
+        interval=lambda i: f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]",
+    )
 
 
 def update_card(folder: Path, validation: Path) -> None:
@@ -32,10 +51,8 @@ def update_card(folder: Path, validation: Path) -> None:
     Raises:
         ArtifactError: the folder is not one of ours.
     """
-    origin = Provenance.read(folder)
-    report, parity = own_validation(origin, validation), own_parity(folder)
-    header = _read_header(folder / CARD)
-    save_text(folder / CARD, _render(origin, report, parity, load_engine_records(folder), header))
+    origin, header = Provenance.read(folder), _read_header(folder / CARD)
+    save_text(folder / CARD, model_card(origin, validation, own_parity(folder), load_engine_records(folder), header))
 
 
 def _read_header(path: Path) -> dict[str, str]:
@@ -43,42 +60,11 @@ def _read_header(path: Path) -> dict[str, str]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    if not path.is_file():
-        return {}
-    before, _dashes, rest = path.read_text(encoding="utf-8").partition("---\n")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, _dashes, rest = text.partition("---\n")
     try:
         header = YAML(typ="safe", pure=True).load(rest.partition("\n---\n")[0]) if not before else None
     except YAMLError:
         header = None  # somebody broke it: nothing can be kept
     fields = header if isinstance(header, dict) else {}
     return {key: str(fields[key]) for key in ("license", "base_model") if fields.get(key) is not None}
-
-
-def _render(
-    origin: Provenance,
-    validation: ValidationReport | None,
-    parity: Parity | None,
-    engine_records: Sequence[EngineRecord],
-    header: dict[str, str],
-) -> str:
-    # Imported here: a card is written by commands that must start fast and rarely write one.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("compile_steer.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # it is Markdown, not HTML
-    )
-    environment.filters["interval"] = lambda one: f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-    return environment.get_template("card.md").render(
-        p=origin,
-        validation=validation,
-        parity=parity,
-        details=[] if parity is None else details(parity),
-        engine_records=engine_records,
-        kept={"license": "", "base_model": "", **header},
-        engines=engine_support(origin),
-    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compile_steer.artifacts.files import save_text
 from compile_steer.report.terminal import details
@@ -13,10 +14,23 @@ from compile_steer.validation.report import ValidationReport, block_name
 from compile_steer.verification.parity import Parity
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from compile_steer.lowering.plan import Choice
     from compile_steer.recipe import Recipe
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; only HTML is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("compile_steer.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=select_autoescape(["html"]),
+    )
+    return environment.get_template(template).render(values)
 
 
 def write_page(
@@ -29,28 +43,27 @@ def write_page(
     curves: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
     """Write the page atomically; `curves` holds the losses of each thing that was trained."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("compile_steer.report"), undefined=StrictUndefined, autoescape=True, trim_blocks=True
-    )
-    page = environment.get_template("page.html").render(
+    page = render(
+        "page.html",
         recipe=recipe,
         program=program,
         choices=choices,
         report=report,
         parities=parities,
         details=details,
-        charts=[_sweep_chart(report), _control_chart(report), _coefficient_chart(report)],
-        training=_loss_chart(curves) if curves else "",
+        charts=[
+            _svg(2.8, 2, partial(_draw_sweep, report)),
+            _svg(1.9, 1, partial(_draw_controls, report)),
+            _svg(2.4, 3, partial(_draw_coefficients, report)),
+        ],
+        training=_svg(2.4, len(curves), partial(_draw_losses, curves)) if curves else "",
     )
     save_text(path, page)
 
 
-def _sweep_chart(report: ValidationReport) -> str:
+def _draw_sweep(report: ValidationReport, panels: Sequence[Any]) -> None:
     """Log-likelihood margin and perplexity over the coefficient, one line per layer."""
-    figure = _figure(2.8)
-    left, right = figure.subplots(1, 2)
+    left, right = panels
     for layer in sorted({point.layer for point in report.grid}):
         points = sorted((p for p in report.grid if p.layer == layer and not p.skipped), key=lambda p: p.coefficient)
         coefficients = [p.coefficient for p in points]
@@ -59,14 +72,11 @@ def _sweep_chart(report: ValidationReport) -> str:
     left.set(xlabel="coefficient", ylabel="margin, nats/token")
     right.set(xlabel="coefficient", ylabel="perplexity of control text, x base")
     left.legend(title="block", fontsize=7, title_fontsize=7)
-    return _svg(figure)
 
 
-def _control_chart(report: ValidationReport) -> str:
+def _draw_controls(report: ValidationReport, panels: Sequence[Any]) -> None:
     """The effect among the effects of other directions of the same length."""
-    c = report.controls
-    figure = _figure(1.9)
-    axes = figure.subplots()
+    c, (axes,) = report.controls, panels
     groups = {
         "random": c.random,
         c.shuffled_kind.removeprefix("from "): c.shuffled,
@@ -79,24 +89,15 @@ def _control_chart(report: ValidationReport) -> str:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.axvline(0, color="grey", linewidth=0.7)
     axes.set(xlabel="change of log p(positive) - log p(negative), nats/token")
-    return _svg(figure)
 
 
-def _coefficient_chart(report: ValidationReport) -> str:
+def _draw_coefficients(report: ValidationReport, panels: Sequence[Any]) -> None:
     """Margin, perplexity and score of the chosen layer over the coefficient; red where perplexity crosses its limit."""
     sweep = report.coefficient_sweep
-    figure = _figure(2.4)
-    panels = figure.subplots(1, 3)
     coefficients = [point.coefficient for point in sweep.points]
-    for axes, (name, label) in zip(
-        panels,
-        (
-            ("margin", "margin, nats/token"),
-            ("perplexity_ratio", "perplexity of control text, x base"),
-            ("score", "score"),
-        ),
-        strict=True,
-    ):
+    names = ("margin", "perplexity_ratio", "score")
+    labels = ("margin, nats/token", "perplexity of control text, x base", "score")
+    for axes, name, label in zip(panels, names, labels, strict=True):
         axes.plot(coefficients, [getattr(point, name) for point in sweep.points], marker="o", markersize=3)
         axes.axvline(report.coefficient, color="green", linewidth=0.8)
         for crossing in (sweep.negative_crossing, sweep.crossing):
@@ -104,26 +105,21 @@ def _coefficient_chart(report: ValidationReport) -> str:
                 axes.axvline(crossing, color="red", linewidth=0.8, linestyle=":")
         axes.set(xlabel="coefficient", ylabel=label)
     panels[1].set_yscale("log")
-    return _svg(figure)
 
 
-def _loss_chart(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def _draw_losses(curves: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[Any]) -> None:
     """The loss of every step, a panel each."""
-    figure = _figure(2.4)
-    for axes, (name, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         axes.plot(curve["loss"], linewidth=0.8)
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-    return _svg(figure)
 
 
-def _figure(height: float) -> Figure:
+def _svg(height: float, panels: int, draw: Callable[[Sequence[Any]], None]) -> str:
+    """A row of panels as inline SVG; `height` is in inches."""
     from matplotlib.figure import Figure  # not pyplot, whose figures stay in memory until they are closed
 
-    return Figure(figsize=(8, height), layout="constrained")
-
-
-def _svg(figure: Figure) -> str:
-    stream = StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    figure, stream = Figure(figsize=(8, height), layout="constrained"), StringIO()
+    draw(figure.subplots(1, panels, squeeze=False)[0])
+    figure.savefig(stream, format="svg", metadata={"Date": None})  # no date: the same run writes the same page
     text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return text[text.index("<svg") :]  # without the XML header, which HTML cannot hold

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compile_steer.validation.report import ValidationReport, block_name
-from compile_steer.verification.parity import Parity
+from compile_steer.verification.parity import Parity, PromptSet
 
 if TYPE_CHECKING:
     from compile_steer.extraction.generate_pairs import GenerationReport
@@ -39,10 +39,8 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(table)
     colour = _COLOURS[report.verdict]
     console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
-    for reason in report.reasons:
-        console.print(f"  - {escape(reason)}")
-    for note in report.notes:
-        console.print(f"  {escape(note)}")
+    for line in [*(f"- {reason}" for reason in report.reasons), *report.notes]:
+        console.print(f"  {escape(line)}")
     s = report.separability
     console.print(
         f"  held-out pairs separated with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
@@ -76,14 +74,14 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
     if not parities:
         return
     first = parities[0].divergence
-    table = Table(
-        title=f"Compiled against steered, {first.n_tokens} held-out response tokens "
-        f"(KL(steered||base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%})",
-        title_justify="left",
+    title = (
+        f"Compiled against steered, {first.n_tokens} held-out response tokens "
+        f"(KL(steered||base) = {first.kl_base:.3f} nats/token, base top-1 {first.top1_base:.1%})"
     )
-    for heading in ("artifact", "KL", "remaining KL [95 %]", "top-1", "effect retained [95 %]", "score", "control KL"):
-        table.add_column(heading, justify="left" if heading == "artifact" else "right")
-    table.add_column("seconds", justify="right")
+    table = Table("artifact", title=title, title_justify="left")
+    headings = ("KL", "remaining KL [95 %]", "top-1", "effect retained [95 %]", "score", "control KL", "seconds")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     table.add_column("")
     for p in parities:
         remaining, retained = p.divergence.kl_remaining, p.behaviour.effect_retained
@@ -104,7 +102,7 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"  score: base {scores.score_base:.2f}, steered {scores.score_steered:.2f}; KL from the base on control text: "
         f"steered {first.kl_control_steered:.3f} nats/token; seconds: of the compile alone"
     )
-    _print_prompt_sets(console, parities)
+    console.print(_prompt_set_table(parities))
     for remark in parities[0].remarks:
         console.print(f"  {escape(remark)}")
     for p in parities:
@@ -114,30 +112,27 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
 
 
-def _print_prompt_sets(console: Console, parities: Sequence[Parity]) -> None:
-    """Print how much of the steered model's answers each model writes by itself, on every prompt set."""
-    scored = parities[0].behaviour.prompt_sets is not None
+def _prompt_set_table(parities: Sequence[Parity]) -> Table:
+    """How much of the steered model's answers each model writes by itself, on every prompt set."""
+    sets, scored = parities[0].prompt_sets, parities[0].behaviour.prompt_sets is not None
     title = (
         "Free answers, greedy, sampled: fraction of tokens before the first that differs from steered (remaining KL)"
     )
-    table = Table(title=title + ("; score" if scored else ""), title_justify="left")
-    table.add_column("")
-    for one in parities[0].prompt_sets:
-        table.add_column(f"{one.name}, {one.prompt_tokens:,} tokens", justify="right")
+    table = Table("", title=title + ("; score" if scored else ""), title_justify="left")
+    for prompts in sets:
+        table.add_column(f"{prompts.name}, {prompts.prompt_tokens:,} tokens", justify="right")
 
-    def scores(greedy: float | None, sampled: float | None) -> str:
+    def scores(prompts: PromptSet, of: str) -> str:
+        greedy, sampled = getattr(prompts.greedy, of), getattr(prompts.sampled, of)
         return "" if greedy is None or sampled is None else f"; {greedy:.2f}, {sampled:.2f}"
 
-    answers = [(one.greedy, one.sampled) for one in parities[0].prompt_sets]
-    base = [f"{g.same_base:.0%}, {s.same_base:.0%}{scores(g.score_base, s.score_base)}" for g, s in answers]
-    table.add_row("base", *base)
+    same = [f"{s.greedy.same_base:.0%}, {s.sampled.same_base:.0%}{scores(s, 'score_base')}" for s in sets]
+    table.add_row("base", *same)
     if scored:
-        table.add_row("steered", *(f"-{scores(g.score_steered, s.score_steered)}" for g, s in answers))
+        table.add_row("steered", *(f"-{scores(s, 'score_steered')}" for s in sets))
     for p in parities:
-        table.add_row(
-            f"{p.backend} {p.form}", *(f"{one}{scores(one.greedy.score, one.sampled.score)}" for one in p.prompt_sets)
-        )
-    console.print(table)
+        table.add_row(f"{p.backend} {p.form}", *(f"{s}{scores(s, 'score')}" for s in p.prompt_sets))
+    return table
 
 
 def details(p: Parity) -> list[tuple[str, str]]:
@@ -157,17 +152,13 @@ def details(p: Parity) -> list[tuple[str, str]]:
     if p.capability is not None:
         lines.append(("capability", f"{p.capability}; {p.capability.test}"))
     if p.rounding is not None:
-        remaining = f"remaining {d.kl_remaining.value:.3%}"
-        lines.append(("stored in fewer bits", f"{p.rounding}; with it KL {d.kl.value:.1e}, {remaining}"))
+        remaining = f"with it KL {d.kl.value:.1e}, remaining {d.kl_remaining.value:.3%}"
+        lines.append(("stored in fewer bits", f"{p.rounding}; {remaining}"))
     if (c := p.adapter) is not None:
         other = "" if c.other_behaviour is None else f"; another behaviour's pairs {c.other_behaviour:+.3f}"
-        lines.append(
-            (
-                f"adapter on {c.n_pairs} test pairs",
-                f"{c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated {c.negated:+.3f}, random ones of its norms up to "
-                f"{max(c.random):+.3f}{other}",
-            )
-        )
+        random = f"random ones of its norms up to {max(c.random):+.3f}"
+        effects = f"{c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated {c.negated:+.3f}, {random}{other}"
+        lines.append((f"adapter on {c.n_pairs} test pairs", effects))
         lines.append(("adapter scale against program scale", ", ".join(map(str, c.scales))))
     return lines
 

@@ -7,9 +7,9 @@ weights add to that is measured apart: each adapter's own error, and the cross t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -52,62 +52,54 @@ class Member:
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """Mean change of one behaviour's log-likelihood margin from the base, nats per token, with 95 % bootstrap intervals.
-
-    `effects`: under the hooks of each program and of all, each adapter, all co-loaded, and each composed adapter. `cross`: all
-    at once minus the sum of each alone, for hooks and for adapters. `errors`: each artifact minus the hooks of all.
-    """
+    """Mean change of one behaviour's log-likelihood margin from the base, nats per token, with 95 % bootstrap intervals."""
 
     behaviour: str
     n_pairs: int
-    effects: dict[str, Interval]
-    cross: dict[str, Interval]
-    errors: dict[str, Interval]
+    effects: dict[
+        str, Interval
+    ]  # under the hooks of each program and of all, each adapter, and each of `Composition.artifacts`
+    cross: dict[str, Interval]  # all at once minus the sum of each alone, for hooks and for adapters
+    errors: dict[str, Interval]  # each artifact minus the hooks of all
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Hooks and adapters at `scales`: mean KL(hooks||adapters) and KL(hooks||base), nats per token, and top-1 agreement."""
+    """Hooks and adapters at the same scales."""
 
     scales: tuple[float, ...]
-    kl: float
-    kl_base: float
-    top1: float
+    kl: float  # mean KL(hooks||adapters), nats per token
+    kl_base: float  # mean KL(hooks||base)
+    top1: float  # agreement of hooks and adapters
 
     @property
     def kl_remaining(self) -> float | None:
-        """Their ratio; None where the hooks cancel."""
+        """KL(hooks||adapters) as a fraction of KL(hooks||base); None where the hooks cancel."""
         return self.kl / self.kl_base if self.kl_base > _NO_KL else None
 
 
 @dataclass(frozen=True)
 class StateInterference:
-    """Norms of changes of the final hidden states, relative to the root of the summed squares of each program's change alone.
+    """Norms of changes of the final hidden states, relative to the root of the summed squares of each program's change alone."""
 
-    `programs`: all hooks at once minus the sum of each alone. `alone`: the summed errors of the adapters, each alone against
-    its own hooks. `errors`: of each artifact against the hooks of all. `cross`: the co-loaded adapters' minus `alone`.
-    """
-
-    programs: float
-    alone: float
-    errors: dict[str, float]
-    cross: float
+    programs: float  # all hooks at once minus the sum of each alone
+    alone: float  # the summed errors of the adapters, each alone against its own hooks
+    errors: dict[str, float]  # of each artifact against the hooks of all
+    cross: float  # the co-loaded adapters' error minus `alone`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """The interference matrix; each artifact (co-loaded, stacked, joint) against the hooks of all programs; and the co-loaded
-    adapters at other `settings`: each alone, and each at half its scale. `stacked_from_loaded` is mean KL(co-loaded||stacked),
-    nats per token, which is rounding."""
+    """The interference matrix, and the artifacts and the co-loaded adapters compared with the hooks."""
 
     kind: Literal["composition"] = "composition"
     names: list[str]
     scales: list[float]
     backend: str
     matrix: list[MatrixRow]
-    artifacts: dict[str, Fit]
-    settings: list[Fit]
-    stacked_from_loaded: float | None
+    artifacts: dict[str, Fit]  # co-loaded, stacked, joint: against the hooks of all programs
+    settings: list[Fit]  # the co-loaded adapters at other scales too: each alone, and each at half its scale
+    stacked_from_loaded: float | None  # mean KL(co-loaded||stacked), nats per token, which is rounding
     states: StateInterference
     n_tokens: int
     sha256: dict[str, str]
@@ -121,32 +113,6 @@ def sum_programs(members: Sequence[Member], scales: Sequence[float]) -> Program:
 
 
 Condition = Program | Mapping[str, float] | None  # a program's hooks, adapters by name with their scales, or the base
-
-
-@dataclass(frozen=True)
-class _Conditions:
-    """The base, and one copy of it that holds every adapter."""
-
-    base: LoadedModel
-    adapters: LoadedModel
-
-    def under(self, condition: Condition) -> tuple[LoadedModel, Program | None]:
-        """The model, and the hooks, that run under the condition; until the next call."""
-        if condition is None or isinstance(condition, Program):
-            return self.base, condition
-        set_adapter_scales(self.adapters, condition)
-        return self.adapters, None
-
-    def states(self, texts: Sequence[Encoded], condition: Condition) -> Tensor:
-        """Final hidden states [n_tokens, d_model] at the positions that predict the responses."""
-        model, program = self.under(condition)
-        return final_states(model, texts, program).response
-
-    def fit(self, scales: tuple[float, ...], hooks: Tensor, compiled: Tensor, base: Tensor) -> Fit:
-        """Compare final states; no adapter touches the head, so the base's reads all of them."""
-        model = self.base.model
-        kl = divergence(model, hooks, model, compiled)
-        return Fit(scales, kl.mean, divergence(model, hooks, model, base).mean, kl.top1_agreement)
 
 
 def measure_interference(
@@ -164,12 +130,27 @@ def measure_interference(
     pairs, scales = unseen_pairs(base, members), tuple(one.scale for one in members)
     names = [f"member{n}" for n in range(len(members))]  # not the recipes' names: PEFT takes no dot in one
     own = {name: one.adapter for name, one in zip(names, members, strict=True)}
-    conditions = _Conditions(base, reload_adapters({**own, **folders}, base))
+    adapted = reload_adapters({**own, **folders}, base)
     texts = unseen_texts(base, members, progress)
-    plain = conditions.states(texts, None)
+
+    def under(condition: Condition) -> tuple[LoadedModel, Program | None]:
+        if condition is None or isinstance(condition, Program):
+            return base, condition
+        set_adapter_scales(adapted, condition)  # until the next call
+        return adapted, None
+
+    def states_under(condition: Condition) -> Tensor:
+        model, program = under(condition)
+        return final_states(model, texts, program).response
 
     def adapters(setting: Sequence[float]) -> dict[str, float]:
         return {name: scale for name, scale in zip(names, setting, strict=True) if scale}
+
+    plain, head = states_under(None), base.model
+
+    def fit(setting: tuple[float, ...], hooks: Tensor, compiled: Tensor) -> Fit:
+        kl = divergence(head, hooks, head, compiled)  # no adapter touches the head, so the base's reads all states
+        return Fit(setting, kl.mean, divergence(head, hooks, head, plain).mean, kl.top1_agreement)
 
     # Hooks and adapters: all at once, each alone, and each at half its scale beside the others.
     alone = [tuple(scale if n == m else 0.0 for m, scale in enumerate(scales)) for n in range(len(scales))]
@@ -177,29 +158,20 @@ def measure_interference(
     settings, hooked, loaded = [], [], []
     with progress.phase("each scale: hooks and adapters", 1 + 2 * len(scales)) as advance:
         for setting in (scales, *alone, *halved):
-            hooked.append(conditions.states(texts, sum_programs(members, setting)))
-            loaded.append(conditions.states(texts, adapters(setting)))
-            settings.append(conditions.fit(setting, hooked[-1], loaded[-1], plain))
+            hooked.append(states_under(sum_programs(members, setting)))
+            loaded.append(states_under(adapters(setting)))
+            settings.append(fit(setting, hooked[-1], loaded[-1]))
             advance(1)
-    states = {CO_LOADED: loaded[0]} | {name: conditions.states(texts, {name: 1.0}) for name in folders}
-    artifacts = {name: conditions.fit(scales, hooked[0], one, plain) for name, one in states.items()}
+    states = {CO_LOADED: loaded[0]} | {name: states_under({name: 1.0}) for name in folders}
+    artifacts = {name: fit(scales, hooked[0], compiled) for name, compiled in states.items()}
 
-    # Every member's own pairs under every condition.
-    columns: dict[str, Condition] = {"base": None}  # first, because the others are differences from it
-    columns |= {f"hooks {one.name}": sum_programs(members, on) for one, on in zip(members, alone, strict=True)}
+    # The conditions of the matrix.
+    columns: dict[str, Condition] = {
+        f"hooks {m.name}": sum_programs(members, on) for m, on in zip(members, alone, strict=True)
+    }
     columns |= {"hooks all": sum_programs(members, scales)}
-    columns |= {f"adapter {one.name}": adapters(on) for one, on in zip(members, alone, strict=True)}
+    columns |= {f"adapter {m.name}": adapters(on) for m, on in zip(members, alone, strict=True)}
     columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
-    matrix = []
-    with progress.phase("the interference matrix", len(members) * len(columns)) as advance:
-        for member, encoded in zip(members, pairs, strict=True):
-            margins = {}
-            for label, condition in columns.items():
-                model, program = conditions.under(condition)
-                margins[label] = logprob_margins(model, encoded, program)
-                advance(1)
-            changes = {label: values - margins["base"] for label, values in margins.items() if label != "base"}
-            matrix.append(_matrix_row(member, [one.name for one in members], list(artifacts), changes))
 
     # The strictest of the members' gates hold for all.
     gates = [one.options.gates for one in members]
@@ -209,16 +181,15 @@ def measure_interference(
         for name, fit in artifacts.items()
         if not fit.kl <= remaining * fit.kl_base + exact
     ]
-    count, head = 1 + len(scales), base.model
     return Composition(
         names=[one.name for one in members],
         scales=list(scales),
         backend=backend,
-        matrix=matrix,
+        matrix=_matrix(members, pairs, columns, under, list(artifacts), progress),
         artifacts=artifacts,
         settings=settings,
         stacked_from_loaded=divergence(head, loaded[0], head, states[STACKED]).mean if STACKED in states else None,
-        states=_state_interference(plain, hooked[:count], loaded[1:count], states),
+        states=_state_interference(plain, hooked[: 1 + len(scales)], loaded[1 : 1 + len(scales)], states),
         n_tokens=plain.shape[0],
         sha256={name: sha256(folder) for name, folder in folders.items()}
         | {"texts": digest([list(one.ids) for one in texts]), "base": base.revision},
@@ -256,26 +227,39 @@ def unseen_pairs(base: LoadedModel, members: Sequence[Member]) -> list[list[Enco
     return encoded
 
 
-def _matrix_row(
-    member: Member, names: Sequence[str], artifacts: Sequence[str], changes: Mapping[str, np.ndarray]
-) -> MatrixRow:
-    """Intervals over pairs, of the changes [n_pairs] from the base and of their differences pair by pair."""
-
-    def interval(values: np.ndarray) -> Interval:
-        return bootstrap_mean(values, seed=member.seed)
-
-    hooks = changes["hooks all"]
-    alone = {kind: np.sum([changes[f"{kind} {name}"] for name in names], axis=0) for kind in ("hooks", "adapter")}
-    return MatrixRow(
-        behaviour=member.name,
-        n_pairs=len(hooks),
-        effects={label: interval(values) for label, values in changes.items()},
-        cross={
-            "hooks": interval(hooks - alone["hooks"]),
-            "adapters": interval(changes[CO_LOADED] - alone["adapter"]),
-        },
-        errors={name: interval(changes[name] - hooks) for name in artifacts},
-    )
+def _matrix(
+    members: Sequence[Member],
+    pairs: Sequence[Sequence[Encoded]],
+    columns: Mapping[str, Condition],
+    under: Callable[[Condition], tuple[LoadedModel, Program | None]],
+    artifacts: Sequence[str],
+    progress: Progress,
+) -> list[MatrixRow]:
+    """Every member's own pairs under every condition of `columns`, which `under` makes a model and its hooks."""
+    matrix = []
+    with progress.phase("the interference matrix", len(members) * (1 + len(columns))) as advance:
+        for member, encoded in zip(members, pairs, strict=True):
+            margins = {}
+            for label, condition in {"base": None, **columns}.items():
+                model, program = under(condition)
+                margins[label] = logprob_margins(model, encoded, program)
+                advance(1)
+            changes = {label: margins[label] - margins["base"] for label in columns}  # [n_pairs] each
+            # Intervals over pairs, of the changes and of their differences pair by pair.
+            interval, hooks = partial(bootstrap_mean, seed=member.seed), changes["hooks all"]
+            hooks_alone, adapters_alone = (
+                np.sum([changes[f"{kind} {other.name}"] for other in members], axis=0) for kind in ("hooks", "adapter")
+            )
+            cross = {"hooks": hooks - hooks_alone, "adapters": changes[CO_LOADED] - adapters_alone}
+            row = MatrixRow(
+                behaviour=member.name,
+                n_pairs=len(hooks),
+                effects={label: interval(values) for label, values in changes.items()},
+                cross={kind: interval(values) for kind, values in cross.items()},
+                errors={name: interval(changes[name] - hooks) for name in artifacts},
+            )
+            matrix.append(row)
+    return matrix
 
 
 def _state_interference(

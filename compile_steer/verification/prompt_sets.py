@@ -20,7 +20,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.generate import continue_prompts, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.base import Reply, Score
@@ -50,10 +50,7 @@ def build_prompts(
     def prompts(texts: Sequence[Text]) -> list[Prompt]:
         return [Prompt(text.prompt, encode(base.tokenizer, replace(text, response=""))) for text in texts[:count]]
 
-    sets: dict[PromptSetName, list[Prompt]] = {
-        "held-out": prompts(data.heldout),
-        "off-topic": prompts(data.neutral),
-    }
+    sets: dict[PromptSetName, list[Prompt]] = {"held-out": prompts(data.heldout), "off-topic": prompts(data.neutral)}
     try:
         sets["multi-turn"] = prompts(list(islice(_conversations(data), count)))
     except RecipeError as error:
@@ -94,12 +91,12 @@ def _long_prompt(base: LoadedModel, data: Behaviour, tokens: int, number: int) -
 
 @dataclass(frozen=True)
 class _Run:
-    """One model on all prompts: its own answers, set after set; the final states [n, d_model] of each set that predict the
-    steered model's sampled answers; scores of its own answers, [n_prompts], empty where they cannot be scored."""
+    """One model on all prompts, set after set."""
 
-    answers: dict[Decoding, list[Encoded]]
-    states: dict[PromptSetName, Tensor]
-    scores: dict[Decoding, np.ndarray]
+    model: LoadedModel
+    answers: dict[Decoding, list[Encoded]]  # its own
+    states: dict[PromptSetName, Tensor]  # final states [n, d_model] that predict the steered model's sampled answers
+    scores: dict[Decoding, np.ndarray]  # of its own answers, [n_prompts]; empty where they cannot be scored
 
     @property
     def mean_scores(self) -> np.ndarray | None:
@@ -122,23 +119,25 @@ class PromptSets:
         seed: int,
         score: Score | None,
     ) -> None:
-        self._model, self._tokens, self._seed, self._score = base, options.free_tokens, seed, score
+        self._tokens, self._seed, self._score = options.free_tokens, seed, score
         sets, self.remarks = build_prompts(base, data, options)
         self.prompts = {name: [prompt.encoded for prompt in prompts] for name, prompts in sets.items()}
         self._plain = [prompt.plain for prompts in sets.values() for prompt in prompts]
         ends = list(accumulate(map(len, sets.values())))
         self._parts = {name: slice(end - len(sets[name]), end) for name, end in zip(sets, ends, strict=True)}
         self._steered = self._run(base, program)
-        self._base = self._run(base, None, self._steered.answers["sampled"])
+        self._base = self._run(base, None)
         self.base_scores, self.steered_scores = self._base.mean_scores, self._steered.mean_scores
-        self._kl_base = {name: self._kl(name, base, self._base).mean for name in self.prompts}
 
     def compare(self, artifact: LoadedModel) -> tuple[list[PromptSet], np.ndarray | None]:
         """The artifact on every set, and the scores of its answers, [n_prompts]; None where they cannot be scored."""
-        compiled = self._run(artifact, None, self._steered.answers["sampled"])
+        compiled, base, steered = self._run(artifact, None), self._base, self._steered
         results = []
         for name, part in self._parts.items():
-            kl, kl_base = self._kl(name, artifact, compiled), self._kl_base[name]
+            kl, kl_base = (
+                divergence(steered.model.model, steered.states[name], other.model.model, other.states[name])
+                for other in (compiled, base)
+            )
             results.append(
                 PromptSet(
                     name=name,
@@ -146,27 +145,22 @@ class PromptSets:
                     n_tokens=len(kl.kl),
                     prompt_tokens=max(len(prompt.ids) for prompt in self.prompts[name]),
                     kl=kl.mean,
-                    kl_remaining=kl.mean / kl_base if kl_base else None,
+                    kl_remaining=kl.mean / kl_base.mean if kl_base.mean else None,
                     top1=kl.top1_agreement,
-                    greedy=self._free_answers(artifact, compiled, "greedy", part),
-                    sampled=self._free_answers(artifact, compiled, "sampled", part),
+                    greedy=_free_answers(compiled, steered, base, "greedy", part),
+                    sampled=_free_answers(compiled, steered, base, "sampled", part),
                 )
             )
         return results, compiled.mean_scores
 
-    def _run(self, model: LoadedModel, program: Program | None, read: Sequence[Encoded] | None = None) -> _Run:
-        """Answer every prompt, and read the answers `read`, by default the model's own sampled ones."""
+    def _run(self, model: LoadedModel, program: Program | None) -> _Run:
+        """Answer every prompt, and read the steered model's sampled answers; the steered model comes first."""
 
         def answer(prompts: list[Encoded], decoding: Decoding, cache: Cache | None = None) -> list[Encoded]:
             # One seed and one shape of the batch: every model draws with the same random numbers.
+            temperature, limit = _TEMPERATURES[decoding], self._tokens
             return continue_prompts(
-                model,
-                prompts,
-                program,
-                max_new_tokens=self._tokens,
-                temperature=_TEMPERATURES[decoding],
-                seed=self._seed,
-                cache=cache,
+                model, prompts, program, max_new_tokens=limit, temperature=temperature, seed=self._seed, cache=cache
             )
 
         short = [prompt for name, prompts in self.prompts.items() if name != "long" for prompt in prompts]
@@ -177,7 +171,7 @@ class PromptSets:
             for decoding, own in answers.items():
                 own += answer([prompt], decoding, cache)
         # Sampled answers are read, because greedy ones are where a model is most certain.
-        texts = answers["sampled"] if read is None else read
+        texts = (self._steered.answers if program is None else answers)["sampled"]
         states: dict[PromptSetName, Tensor] = {}
         for name, part in self._parts.items():
             if name == "long":
@@ -190,27 +184,30 @@ class PromptSets:
             for decoding, own in answers.items():
                 replies = zip(self._plain, own, strict=True)
                 scores[decoding] = self._score(
-                    [Reply(plain, response_text(model, one), ended(model, one)) for plain, one in replies]
+                    [Reply(plain, response_text(model, text), ended(model, text)) for plain, text in replies]
                 )
-        return _Run(answers, states, scores)
+        return _Run(model, answers, states, scores)
 
-    def _kl(self, name: PromptSetName, other: LoadedModel, run: _Run) -> TokenDivergence:
-        """KL(steered||other) on the steered model's sampled answers of one set."""
-        return divergence(self._model.model, self._steered.states[name], other.model, run.states[name])
 
-    def _free_answers(self, artifact: LoadedModel, run: _Run, decoding: Decoding, part: slice) -> FreeAnswers:
-        runs = run, self._steered, self._base
-        compiled, steered, base = (one.answers[decoding][part] for one in runs)
-        scores = [float(one.scores[decoding][part].mean()) if one.scores else None for one in runs]
-        return FreeAnswers(
-            same=same_until(steered, compiled),
-            same_base=same_until(steered, base),
-            repetition=_repetition(artifact, compiled),
-            repetition_steered=_repetition(self._model, steered),
-            score=scores[0],
-            score_steered=scores[1],
-            score_base=scores[2],
-        )
+def _free_answers(compiled: _Run, steered: _Run, base: _Run, decoding: Decoding, part: slice) -> FreeAnswers:
+    runs = (compiled, steered, base)
+    own, expected, unsteered = (run.answers[decoding][part] for run in runs)
+    score, score_steered, score_base = (
+        float(run.scores[decoding][part].mean()) if run.scores else None for run in runs
+    )
+    repeated, repeated_steered = (
+        float(np.mean([repetition(response_text(run.model, text)) for text in run.answers[decoding][part]]))
+        for run in runs[:2]
+    )
+    return FreeAnswers(
+        same=same_until(expected, own),
+        same_base=same_until(expected, unsteered),
+        repetition=repeated,
+        repetition_steered=repeated_steered,
+        score=score,
+        score_steered=score_steered,
+        score_base=score_base,
+    )
 
 
 def same_until(expected: Sequence[Encoded], answers: Sequence[Encoded]) -> float:
@@ -221,7 +218,3 @@ def same_until(expected: Sequence[Encoded], answers: Sequence[Encoded]) -> float
         first = next((at for at, token in enumerate(tokens) if at >= len(others) or others[at] != token), len(tokens))
         fractions.append(first / len(tokens))
     return float(np.mean(fractions))
-
-
-def _repetition(model: LoadedModel, answers: Sequence[Encoded]) -> float:
-    return float(np.mean([repetition(response_text(model, encoded)) for encoded in answers]))
