@@ -166,11 +166,10 @@ def measure_interference(
     artifacts = {name: fit(scales, hooked[0], compiled) for name, compiled in states.items()}
 
     # The conditions of the matrix.
-    columns: dict[str, Condition] = {
-        f"hooks {m.name}": sum_programs(members, on) for m, on in zip(members, alone, strict=True)
-    }
+    labelled = [(member.name, setting) for member, setting in zip(members, alone, strict=True)]
+    columns: dict[str, Condition] = {f"hooks {name}": sum_programs(members, setting) for name, setting in labelled}
     columns |= {"hooks all": sum_programs(members, scales)}
-    columns |= {f"adapter {m.name}": adapters(on) for m, on in zip(members, alone, strict=True)}
+    columns |= {f"adapter {name}": adapters(setting) for name, setting in labelled}
     columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
 
     # The strictest of the members' gates hold for all.
