@@ -14,7 +14,7 @@ from rich.console import Console
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.behaviours import KNOWN, recipe_for
-from benchmarks.record import ROOT, Record, table
+from benchmarks.record import ROOT, Record, prose, table
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
@@ -133,11 +133,7 @@ RECORD = Record(
     "CALIBRATION",
     "Can the verdict be trusted?",
     "python -m benchmarks.calibration",
-    "SmolLM2-135M-Instruct writes the pairs of each behaviour itself (`benchmarks/behaviours.py`). Then the real direction, random "
-    "ones as long, those from shuffled labels, and the real one mixed with noise each go through the whole of validation, the choice "
-    f"of block and coefficient included, with {', '.join(f'`{setting}`' for setting in SETTINGS)}. These settings, and the rule that the "
-    "answers too may show a direction to be beyond random ones, were chosen on earlier trials of fairy_tale, letter, ocean and king; "
-    "nothing was chosen on forest, music, winter and dragon.",
+    prose("calibration: setting", settings=", ".join(f"`{setting}`" for setting in SETTINGS)),
     Trial,
 )
 

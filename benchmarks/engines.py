@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import bootstrap
 
 from benchmarks import speed_worker
-from benchmarks.record import ROOT, Record, table
+from benchmarks.record import ROOT, Record, prose, table
 from compile_steer.artifacts.provenance import EngineRecord, Provenance
 from compile_steer.common.errors import EngineError
 from compile_steer.export.adapter import read_patch
@@ -55,25 +55,6 @@ ADAPTED, FOREIGN, MERGED, BIASED, UNCOMPILED = (
     "uncompiled program",
 )
 LIMIT_S = 900
-INTRODUCTION = """\
-log p of every token of the texts, in the engine less in stock transformers (PEFT, a merged folder, or our hooks for the
-program), nats: largest and root mean square. f16 and quantised files are held against transformers on the very numbers that they
-hold, de-quantised: what is left is the engine's own arithmetic, which rounds activations too. Beside it the same of the base in
-this engine and format; the largest change by steering; and the gain, the slope of the engine's change on transformers': 1 where
-all of it is there, 0 where a file was loaded without effect. `same`: within 1e-4, or an rms within twice the base's, and the gain
-within 2 %. Every file is what `compile-steer export --for` writes. llama.cpp keeps keys and values in fp32 here, not in its default
-fp16; its control vector is read by us and handed to the library as its command line does it, which is not part of the library."""
-FAMILIES = """\
-Biases of every output projection in tiny random models of 128 dimensions, put to vLLM raw (once, by hand): the change that they make is all
-there in llama, granite, smollm3, gpt2, gpt_neox and phi (gain 1.0000, errors up to 2e-6) and is not there in qwen3 (gain 0.0000): vLLM
-builds its o_proj without one and skips the tensor without a word. `export --for vllm` refuses it. llama.cpp's graphs were read, not run.
-
-The uncompiled program runs in vLLM by its plugin vllm-lens, which is made for vLLM 0.30 and takes the vectors out of each request's
-settings: used again, they steer nothing. hotwire-vllm 0.1.2 loads on a CPU without effect, and is not exported for."""
-THROUGHPUT = f"""\
-Greedy, fp32, {PROMPTS} prompts x {NEW_TOKENS} tokens of each form in each of {{rounds}} rounds, every round in an order of its own; load
-average up to {{busy:.1f}}. Over base: the median of the rounds' ratios, with its 95 % interval (bootstrap over rounds). The base loaded
-a second time is the control: what it differs from 1 by is this machine. vLLM is slower with adapters enabled, whichever is asked."""
 AGAIN = "base, loaded again"
 ROUNDS = 24
 
@@ -219,11 +200,21 @@ def report(found: Sequence[Finding]) -> list[str]:
     """The page below its heading."""
     readings_ = [(one.precision, one.reading) for one in found if one.reading is not None]
     speeds_ = [one for one in found if one.precision == SPEED]
-    lines = [INTRODUCTION, "", *reading_rows(readings_), "", FAMILIES, "", "## Throughput", ""]
+    lines = [
+        prose("engines: introduction"),
+        "",
+        *reading_rows(readings_),
+        "",
+        prose("engines: families"),
+        "",
+        "## Throughput",
+        "",
+    ]
     if not speeds_:
         return [*lines, "Not measured yet: `make verify-engines` goes on where it was stopped."]
     rounds = ", ".join(map(str, sorted({len(values) for one in speeds_ for values in one.times.values()})))
-    setting = THROUGHPUT.format(rounds=rounds, busy=max(one.load_average for one in speeds_))
+    busy = max(one.load_average for one in speeds_)
+    setting = prose("engines: throughput", prompts=PROMPTS, new_tokens=NEW_TOKENS, rounds=rounds, busy=busy)
     return [*lines, setting, "", *speed_rows({one.engine: one.times for one in speeds_})]
 
 

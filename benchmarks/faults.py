@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from benchmarks.ocean import ocean
-from benchmarks.record import ROOT, Record, table, timed
+from benchmarks.record import ROOT, Record, prose, table, timed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline.artifacts import compile_program, make_reference, merge
@@ -192,8 +192,7 @@ RECORD = Record(
     "VERIFIER",
     "Can the judge fail?",
     "python -m benchmarks.faults",
-    "The committed ocean program on SmolLM2-135M-Instruct: the closed form's adapter and the bias merged in fp32, copied, spoiled on "
-    "disk by the functions of `tests/helpers/planted.py`, and judged by the whole of `verify` with the recipe's own gates.",
+    prose("faults: setting"),
     Verdict,
 )
 

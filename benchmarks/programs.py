@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.ocean import HeldOut, lowering_of, ocean, stream
-from benchmarks.record import Record, machine, row, table, timed
+from benchmarks.record import Record, machine, prose, row, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
@@ -59,12 +59,6 @@ PEERS: dict[str, dict[str, object]] = {
 BESIDE_PEERS = ("add, all positions, one block", "add, response only")
 PEER_SETTINGS = {"start": "random", "learning_rate": 0.02, "batch_tokens": 1024, "epochs": 2.0}
 RANK, LORRA_STEPS = 8, 70
-PEERS_SAY = (
-    "The same texts (both our backends' together), rank 8 everywhere, AdamW: forward KL and the likelihood of the steered "
-    "samples (TRL's SFTTrainer) train every Linear from the first intervened block on, for 2 passes; LoRRA's loss (the hidden state "
-    f"at the last intervened block) trains query and value of the blocks up to it, for its own {LORRA_STEPS} steps. `distill` includes its "
-    "closed form; the writing of the texts is in nobody's seconds."
-)
 EXACT = {"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"}
 NAMES = (*FITTED, *EXACT)
 PEERS_TITLE = "Beside what others train"
@@ -158,12 +152,10 @@ def measured_before() -> tuple[dict[str, str], dict[str, list[str]]]:
 def report(ours: dict[str, str], beside: dict[str, list[str]]) -> list[str]:
     """The page below its head, as far as it is measured."""
     settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
+    sizes = {"block": BLOCK, "coefficient": COEFFICIENT, "held_out": HELD_OUT, "new_tokens": NEW_TOKENS}
+    setting = prose("programs: setting", settings=settings, **sizes)
     return [
-        f"{machine()} SmolLM2-135M-Instruct, `recipes/ocean.yaml` with {settings}. The direction is the mean difference at block "
-        f"{BLOCK}, coefficient {COEFFICIENT:g}; calibration texts and held-out continuations ({HELD_OUT} prompts on other topics, "
-        f"up to {NEW_TOKENS} tokens, temperature 1) are each program's own. "
-        "Numbers are shares of KL(steered‖base) that are left, at the positions that predict the response; the exact programs are "
-        "merged in memory and give KL in nats a token. Seconds are a clock's, on a shared machine.",
+        f"{machine()} {setting}",
         "",
         *table(
             "program | KL(steered‖base) | calibration prompts | `closed_form`: target | measured | top-1 | s "
@@ -174,7 +166,7 @@ def report(ours: dict[str, str], beside: dict[str, list[str]]) -> list[str]:
         "",
         f"## {PEERS_TITLE}",
         "",
-        PEERS_SAY,
+        prose("programs: beside what others train", steps=LORRA_STEPS),
         "",
         *table("program | what | KL(steered‖compiled) | share | top-1 | s", []),
         *(line for name in NAMES for line in beside.get(name, [])),

@@ -61,19 +61,12 @@ class Record(Generic[Finding]):
         save_text(self.path, text)
         return text
 
-    def sections(self) -> dict[str, str]:
-        """The page's sections by heading, as they were measured before."""
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-        return {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
-
     def save_section(self, heading: str, lines: Sequence[str], introduction: Sequence[str] = ()) -> str:
         """Replace one section; they stand in the order of their headings unless the page has another."""
-        sections = self.sections()
-        sections[heading] = "\n".join(lines).strip()
-        body = [f"## {name}\n\n{text}\n" for name, text in sections.items()]
-        self.save(*introduction, *body)
-        return sections[heading]
+        parts = sections(self.path)
+        parts[heading] = "\n".join(lines).strip()
+        self.save(*introduction, *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
+        return parts[heading]
 
     def findings(self) -> list[Finding]:
         """What was found before."""
@@ -96,6 +89,18 @@ class Record(Generic[Finding]):
             self.save(*report(found))
             console.print(describe(finding), markup=False)
         self.save(*report(found))
+
+
+def sections(path: Path) -> dict[str, str]:
+    """The sections of a Markdown file by heading; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
+
+
+def prose(heading: str, **values: object) -> str:
+    """A section of benchmarks/prose.md with its gaps filled."""
+    return sections(ROOT / "benchmarks" / "prose.md")[heading].format_map(values)
 
 
 def table(header: str, rows: Iterable[str | Iterable[object]]) -> list[str]:

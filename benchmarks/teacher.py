@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ocean import committed_program, lowering_of, ocean
-from benchmarks.record import ROOT, Record, table, timed
+from benchmarks.record import ROOT, Record, prose, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.lowering import distill
 from compile_steer.lowering.job import Lowering
@@ -146,9 +146,7 @@ RECORD = Record[None](
     "TEACHER",
     "One copy of the weights, or two",
     "make bench",
-    f"SmolLM2-135M-Instruct, the committed ocean program, {EPOCHS} epochs, batches of {ROWS} texts (TRL) or 1,024 "
-    "tokens. `distill` computes every second block again for the gradient (its default). Each trainer is a process of its own; all "
-    "see the same texts, and TRL's trainer has its generation replaced by them.",
+    prose("teacher: setting", epochs=EPOCHS, rows=ROWS),
 )
 
 

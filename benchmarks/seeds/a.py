@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.ocean import HeldOut, opened
-from benchmarks.record import table, timed
+from benchmarks.record import prose, table, timed
 from compile_steer.common.progress import Advance, Progress
 from compile_steer.extraction.options import ExtractOptions, TrainedOptions
 from compile_steer.extraction.trained import Objective, Start, TrainedVectors, starting_point, train
@@ -241,17 +241,10 @@ def report(
     )
     same = "the merged tokenizer puts prompts as the recipe does" if merged.same_prompts else "the prompts DIFFER"
     share = merged.against.mean / merged.base.mean
+    settings = {"options": options, "format": run.recipe.prompt_format, "new_tokens": NEW_TOKENS}
     answers = "; ".join(f'{name}: "{" ".join(one.sample.split())}"' for name, one in samples.items())
     return [
-        f"`recipes/instruct.yaml`, {options.epochs} epochs. No base checkpoint is installed, so the embedded model is asked outside "
-        f"its chat template, as `{run.recipe.prompt_format!r}`: there it goes on like a base model. "
-        f"{len(data.train)} conversations, a sixth of them to choose the epoch; "
-        f"{len(data.test)} test prompts in other words, {len(asks)} of which ask who is speaking; greedy, up "
-        f"to {NEW_TOKENS} tokens. l2 is {options.l2:g} and the rate {options.learning_rate:g} (norms of the stream a step) where nothing "
-        "else is said. Held-out loss: nats a token (BiPO: its loss) before training, at its lowest, at the end; norm: the vectors' mean "
-        "over the stream's, after the first and the last epoch. Ended: closed its turn itself, with the tokenizer's end of turn; "
-        "identity: says that it is an assistant when asked, unasked: where it was not; NLL: of right test answers, nats a token. Bootstrap "
-        "95 % intervals over prompts.",
+        prose("seed A", n_train=len(data.train), n_test=len(data.test), n_asks=len(asks), **settings),
         "",
         *table("trained | parameters | held-out loss | norm | ended | identity | unasked | NLL", rows),
         "",

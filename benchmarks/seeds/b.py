@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from benchmarks.record import ROOT, table
+from benchmarks.record import ROOT, prose, table
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
@@ -232,15 +232,9 @@ def section(progress: Progress) -> list[str]:
     behaviour = recipe.data.read(recipe.folder)
     say = Answers(loaded, TOKENS)
     kinds = choose_layers(say, instructions(loaded), progress)
+    sizes = {"tokens": TOKENS, "searched": SEARCHED, "degenerate": DEGENERATE, "share": WORD_SHARE}
     return [
-        f"IFEval prompts, {TOKENS} new tokens, greedy, loose accuracy by IFEval's checkers. Formats are clamped to their mean "
-        f"projection with the instruction, at every position; the layer is one of {', '.join(map(str, LAYERS))}, chosen on "
-        f"{SEARCHED} training prompts a kind; a layer with more degenerate answers (perplexity below {DEGENERATE} under the base "
-        "itself, for want of GPT-2) than unsteered scores 0. 'Another's' is the next kind's vector: what it reaches is "
-        "'an instruction is present', not this one. Words are added at "
-        f"{WORD_SHARE:g} of the stream's norm, and excluded by subtracting the inclusion vector.",
-        "",
-        "The authors (Phi-3, Gemma 2): formats without the instruction about 0.10 to 0.30; a replication 0.114 to 0.308, asking 0.857.",
+        prose("seed B", layers=", ".join(map(str, LAYERS)), **sizes),
         "",
         *table(
             " | n | layer | without | steered | another's | asked | asked and steered", formats(say, kinds, progress)

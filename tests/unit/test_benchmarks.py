@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import benchmarks.seeds
 from benchmarks import __main__ as ocean_targets
 from benchmarks import calibration, engines, faults, interop, programs, sweep, teacher
 from benchmarks.faults import FAULTS, Verdict
-from benchmarks.record import Record, table
+from benchmarks.record import Record, sections, table
 from benchmarks.seeds import __main__ as seeds
 from benchmarks.seeds import c, d, e
 from benchmarks.seeds.readings import Reading
@@ -58,7 +59,7 @@ def test_record_replaces_one_section_and_keeps_the_others(tmp_path: Path) -> Non
     record = Record[None]("PARTS", "Parts", "python -m parts", folder=tmp_path)
     for heading, text in (("A. First", "old"), ("B. Second", "stays"), ("A. First", "new")):
         record.save_section(heading, [text, ""])
-    assert record.sections() == {"A. First": "new", "B. Second": "stays"}
+    assert sections(record.path) == {"A. First": "new", "B. Second": "stays"}
     assert record.path.read_text(encoding="utf-8").endswith(
         "do not edit.\n\n## A. First\n\nnew\n\n## B. Second\n\nstays\n"
     )
@@ -182,3 +183,9 @@ def test_compiled_artifacts_of_seed_c_have_a_row_each(tmp_path: Path) -> None:
 def test_every_seed_has_a_checklist(name: str) -> None:
     (_title, _blank, items) = seeds.checklist(name)
     assert all(line.startswith(("- [x] ", "- [ ] ")) for line in items.splitlines()) and "- [x] " in items
+
+
+def test_every_text_that_a_benchmark_asks_for_is_written() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(benchmarks.__path__[0]).rglob("*.py"))
+    written = sections(Path(benchmarks.__path__[0]) / "prose.md")
+    assert set(re.findall(r'prose\("([^"]+)"', sources)) == set(written)
