@@ -105,9 +105,6 @@ def adamw(edits: Mapping[str, LowRank], rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
 
 
-# -------------------------------------------------------------------------------------- block by block
-
-
 def fit_blocks(lowering: Lowering) -> WeightPatch:
     """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
     options = lowering.options.distill
@@ -182,9 +179,6 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     if held_out_errors[1] < held_out_errors[0]:
         models.solved.update({name: edit.detach() for name, edit in trained.items()})
     return {"loss": losses, "held_out_error": held_out_errors}
-
-
-# ------------------------------------------------------------------------------------------ likelihood
 
 
 def _train_likelihood(

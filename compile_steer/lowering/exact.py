@@ -32,9 +32,7 @@ from compile_steer.steering.sites import Site
 
 _EMBEDDINGS = Site(0, "resid_pre")
 _CONVERTIBLE, _CONVERTED = ("mistral", "qwen2"), "llama"
-_NO_ADAPTER_BIAS = (
-    "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
-)
+NO_ADAPTER_BIAS = "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
 
 
 def first_refusal(
@@ -76,7 +74,7 @@ def _shift_refusal(intervention: Intervention, layout: Layout) -> str | None:
     if kind in layout.projection_kinds:
         projection, flag = layout.output_projection(intervention.site.layer, kind), layout.bias_flag(kind)
         # A family may have biases that this checkpoint was made without; then there is no flag to add them.
-        legal = flag is not None and (flag != "native" or layout.has_bias(projection))
+        legal = flag is not None and (flag != "native" or projection.module.bias is not None)
         reason = f"needs a bias on {projection.name}; {family} has none"
     else:
         legal, reason = layout.family.expert_bias is not None, f"the MLP is {EXPERTS}"
@@ -84,11 +82,6 @@ def _shift_refusal(intervention: Intervention, layout: Layout) -> str | None:
     if layout.bias_flag(other) is not None:
         reason += f". A bias could hold a shift of {other}_out (extract.point: {other}_out)"
     return None if legal else reason
-
-
-def bias_adapter_refusal(_program: Program, _layout: Layout) -> str:
-    """Why biases cannot be exported as a stock PEFT adapter."""
-    return _NO_ADAPTER_BIAS
 
 
 def bias_patch(program: Program, layout: Layout) -> WeightPatch:
@@ -110,7 +103,7 @@ def bias_patch(program: Program, layout: Layout) -> WeightPatch:
 def _missing_flags(layout: Layout, projection: OutputProjection) -> set[str]:
     """The config flag that makes stock code build that projection's bias, where the model has none yet."""
     flag = layout.bias_flag(projection.kind)
-    return set() if flag is None or layout.has_bias(projection) else {flag}
+    return set() if flag is None or projection.module.bias is not None else {flag}
 
 
 # --------------------------------------------------------------------------------------- orthogonalise
@@ -147,8 +140,8 @@ def orthogonalise_adapter_refusal(program: Program, layout: Layout) -> str | Non
     for i in program.interventions:
         if i.site == _EMBEDDINGS:
             return "it edits the embeddings, which a plain LoRA does not hold: merged checkpoint only"
-        if i.operation != "ablate" or layout.has_bias(layout.output_projection(i.site.layer, _kind(i))):
-            return _NO_ADAPTER_BIAS
+        if i.operation != "ablate" or layout.output_projection(i.site.layer, _kind(i)).module.bias is not None:
+            return NO_ADAPTER_BIAS
     return None
 
 
@@ -160,21 +153,6 @@ class _Affine:
     bias: Tensor
     B: list[Tensor] = field(default_factory=list)
     A: list[Tensor] = field(default_factory=list)
-
-    @staticmethod
-    def read(module: nn.Module) -> _Affine:
-        # float64, so that many edits of one matrix in turn stay exact to float32's rounding
-        weight = cast(Tensor, module.weight).double()
-        weight = weight.T if isinstance(module, nn.Embedding | Conv1D) else weight
-        bias = getattr(module, "bias", None)
-        return _Affine(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.double())
-
-    def ablate(self, u: Tensor, strength: float) -> None:
-        row = u @ self.weight
-        self.weight = self.weight - strength * torch.outer(u, row)
-        self.bias = self.bias - strength * (u @ self.bias) * u
-        self.B.append(-strength * u)
-        self.A.append(row)
 
 
 def orthogonalise(program: Program, layout: Layout) -> WeightPatch:
@@ -188,10 +166,20 @@ def orthogonalise(program: Program, layout: Layout) -> WeightPatch:
         basis, shift = i.normal_form()
         for name in embeddings if projection is None else (projection.name,):
             if name not in edited:
-                edited[name] = _Affine.read(layout.model.get_submodule(name))
+                module = layout.model.get_submodule(name)
+                # float64, so that many edits of one matrix in turn stay exact to float32's rounding
+                weight = cast(Tensor, module.weight).double()
+                weight = weight.T if isinstance(module, nn.Embedding | Conv1D) else weight
+                bias = getattr(module, "bias", None)
+                edited[name] = _Affine(weight, weight.new_zeros(len(weight)) if bias is None else bias.double())
             affine = edited[name]
             if basis is not None:
-                affine.ablate(basis[:, 0].double().to(affine.weight.device), i.coefficient)
+                u = basis[:, 0].double().to(affine.weight.device)
+                row = u @ affine.weight
+                affine.weight = affine.weight - i.coefficient * torch.outer(u, row)
+                affine.bias = affine.bias - i.coefficient * (u @ affine.bias) * u
+                affine.B.append(-i.coefficient * u)
+                affine.A.append(row)
             affine.bias = affine.bias + i.coefficient * shift.to(affine.bias) / layout.residual_multiplier
         if projection is not None and bool(shift.any()):
             flags |= _missing_flags(layout, projection)
@@ -226,13 +214,10 @@ def convert_refusal(program: Program, layout: Layout) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         return f"its sliding window of {window} tokens is not in {_CONVERTED}'s stock code"
-    return bias_refusal(program, _as_converted(layout))
+    return bias_refusal(program, replace(layout, family=FAMILIES[_CONVERTED]))
 
 
 def convert_architecture(program: Program, layout: Layout) -> WeightPatch:
     """The biases, with the architecture that holds them."""
-    return replace(bias_patch(program, _as_converted(layout)), architecture=_CONVERTED)
-
-
-def _as_converted(layout: Layout) -> Layout:
-    return replace(layout, family=FAMILIES[_CONVERTED])
+    patch = bias_patch(program, replace(layout, family=FAMILIES[_CONVERTED]))
+    return replace(patch, architecture=_CONVERTED)

@@ -8,7 +8,7 @@ vector with each matrix cut to its best approximation of a low rank, which a LoR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.lowering.job import Lowering, require_rank
-from compile_steer.lowering.options import FullOptions
 from compile_steer.lowering.training import BETAS, train
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
@@ -39,7 +38,16 @@ def lower(lowering: Lowering) -> WeightPatch:
     texts = [*lowering.regression_texts, *lowering.training_texts]
     # float32 whatever the base's type: in bfloat16 a small step would vanish.
     deltas = {name: nn.Parameter(torch.zeros_like(weight, dtype=torch.float32)) for name, weight in weights.items()}
-    optimizer = optimizer_of(deltas, weights, options, lowering.seed)
+    # A rate for each delta relative to the root mean square of its weight.
+    groups: list[dict[str, Any]] = [
+        {"params": [delta], "lr": options.learning_rate * float(weights[name].float().square().mean().sqrt())}
+        for name, delta in deltas.items()
+    ]
+    optimizer: Optimizer
+    if options.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+    else:
+        optimizer = Apollo(groups, rank=options.apollo_rank, seed=lowering.seed, betas=BETAS)
     with lowering.progress.phase(f"full: {options.optimizer}", options.epochs * len(texts)) as advance:
         patch = WeightPatch(dense=deltas)
         before, after = train(lowering, texts, patch, optimizer, options, "full", advance)
@@ -79,19 +87,6 @@ def chosen_weights(layout: Layout, first: int, endings: tuple[str, ...]) -> dict
         )
     named = {name for names in chosen.values() for name in names}
     return {name: cast(Tensor, m.weight) for name, m in modules.items() if not endings or name in named}
-
-
-def optimizer_of(
-    deltas: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], options: FullOptions, seed: int
-) -> Optimizer:
-    """AdamW or APOLLO, with a rate for each delta relative to the root mean square of its weight."""
-    groups = [
-        {"params": [delta], "lr": options.learning_rate * float(weights[name].float().square().mean().sqrt())}
-        for name, delta in deltas.items()
-    ]
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
-    return Apollo(groups, rank=options.apollo_rank, seed=seed, betas=BETAS)
 
 
 class Apollo(Optimizer):

@@ -54,9 +54,9 @@ def _fitted(lower: Callable[[Lowering], WeightPatch], adapter_refusal: str | Non
 
 # Exact first: `auto` takes the first that does not refuse.
 BACKENDS: dict[str, Backend] = {
-    "bias": _exact(exact.bias_refusal, exact.bias_adapter_refusal, exact.bias_patch),
+    "bias": _exact(exact.bias_refusal, lambda *_: exact.NO_ADAPTER_BIAS, exact.bias_patch),
     "orthogonalise": _exact(exact.orthogonalise_refusal, exact.orthogonalise_adapter_refusal, exact.orthogonalise),
-    "retarget": _exact(exact.convert_refusal, exact.bias_adapter_refusal, exact.convert_architecture),
+    "retarget": _exact(exact.convert_refusal, lambda *_: exact.NO_ADAPTER_BIAS, exact.convert_architecture),
     "closed_form": _fitted(closed_form.lower, distributed=True),
     "distill": _fitted(distill.lower),
     "full": _fitted(full.lower, "its changes have full rank: merged checkpoint only, or full_cut"),
@@ -109,18 +109,11 @@ def plan(program: Program, layout: Layout, backends: Sequence[str] | Literal["au
         lines = [f"{name}: {refusals[name]}." for name in (blocked or refusals)]
         use = f"Use compile.backends: {', '.join(legal)} or auto." if legal else "Change the program."
         raise CannotLower([*lines, use])
-    return Plan(
-        program,
-        tuple(
-            Choice(
-                name,
-                refusals[name],
-                name in chosen,
-                backend.adapter_refusal(program, layout) if name in legal else None,
-            )
-            for name, backend in BACKENDS.items()
-        ),
-    )
+    choices = []
+    for name, backend in BACKENDS.items():
+        adapter_refusal = backend.adapter_refusal(program, layout) if name in legal else None
+        choices.append(Choice(name, refusals[name], name in chosen, adapter_refusal))
+    return Plan(program, tuple(choices))
 
 
 def lower(

@@ -39,9 +39,6 @@ BETAS = (0.9, 0.99)
 _HELD_OUT_EVERY = 6  # one batch in six decides whether the training helped
 
 
-# ------------------------------------------------------------------------------------------- objectives
-
-
 # (model, teacher, student, weight) -> the mean loss of states [n_tokens, d_model]; adds `weight` times its gradient to
 # what the student's states were computed from.
 Backward = Callable[[nn.Module, Tensor, Tensor, float], float]
@@ -94,9 +91,6 @@ OBJECTIVES: dict[str, Backward] = {
 }
 
 
-# ------------------------------------------------------------------------------------- steps
-
-
 def gradient_steps(
     optimizer: torch.optim.Optimizer,
     backward: Callable[[int], float],
@@ -135,9 +129,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def held_out_split(items: Sequence[T]) -> tuple[list[T], list[T]]:
     """(held out, seen): a sixth is held out; a single item is both."""
     return list(items[::_HELD_OUT_EVERY]), [x for n, x in enumerate(items) if n % _HELD_OUT_EVERY] or list(items)
-
-
-# ------------------------------------------------------------------------------------------- end to end
 
 
 def split_batches(

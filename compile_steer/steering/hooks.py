@@ -207,9 +207,7 @@ def steered(
 
 
 def _input_hook(edit: _Edit, roles: _Roles) -> Any:
-    def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:  # most families pass the hidden states by position, some by name
             return (edit(args[0], roles), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"], roles)}

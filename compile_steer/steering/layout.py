@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -206,10 +206,6 @@ class Layout:
     def bias_flag(self, kind: ProjectionKind) -> str | None:
         """'native', the config flag that gives that projection a bias, or None."""
         return self.family.attn_bias if kind == "attn" else self.family.mlp_bias
-
-    def has_bias(self, projection: OutputProjection) -> bool:
-        """True if the loaded module has a bias already."""
-        return cast("Tensor | None", projection.module.bias) is not None
 
     def stream_scale(self, point: Point) -> float:
         """What the family multiplies an activation at `point` by before it is added to the residual stream."""
