@@ -113,15 +113,15 @@ class House:
 
     def floors(self) -> dict[str, int]:
         """1 for a package or loose module that imports no other, else one more than the highest that it imports."""
-        below = {room(module): set[str]() for module in self.trees if module != PACKAGE}
+        below = {room(module): set[str]() for module in self.trees}
         for module, names in self.names.items():
-            below.setdefault(room(module), set()).update(room(target) for target in names.values())
+            below[room(module)] |= {room(target) for target in names.values()}
 
-        def floor(name: str, above: tuple[str, ...] = ()) -> int:
-            beneath = [other for other in below.get(name, ()) if other not in (*above, name)]
-            return 1 + max((floor(other, (*above, name)) for other in beneath), default=0)
+        def floor(name: str, above: tuple[str, ...]) -> int:
+            above = (*above, name)
+            return 1 + max((floor(other, above) for other in below.get(name, ()) if other not in above), default=0)
 
-        return {name: floor(name) for name in below if name}
+        return {name: floor(name, ()) for name in below if name}
 
 
 def room(target: str) -> str:
@@ -161,9 +161,9 @@ def main() -> None:
 | lines of tests | 14,376 | {beside[1]:,} | |
 """
     picture = ""
-    for floor in sorted(set(floors.values()), reverse=True):
-        names = [name for name in sorted(floors) if floors[name] == floor]
-        picture += f"{floor:>3}  " + "  ".join(f"{n} ({sum(room(m) == n for m in lines)})" for n in names) + "\n"
+    for floor in range(max(floors.values()), 0, -1):
+        names = (f"{n} ({sum(room(m) == n for m in lines)})" for n in sorted(floors) if floors[n] == floor)
+        picture += f"{floor:>3}  {'  '.join(names)}\n"
     calls = [" → ".join(f"`{node.removeprefix(PACKAGE + '.')}`" for node in chain) for chain in (solve, verdict)]
     text = f"{table}\n```\n{picture}```\n\nTo the ridge solve: {calls[0]}\n\nTo the verdict: {calls[1]}\n"
     print(text)
