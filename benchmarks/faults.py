@@ -1,8 +1,8 @@
-"""The judge's own power: faults planted in real artifacts on disk, each put before the whole of `verify`.
+"""The verifier's own power: faults planted in real artifacts on disk, each put before the whole of `verify`.
 
     python -m benchmarks.faults
 
-Resumes: what docs/verifier.jsonl holds is not judged again, so delete it to begin anew.
+Resumes: what docs/verifier.jsonl holds is not verified again, so delete it to begin anew.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from compile_steer.steering.program import Program
 from compile_steer.verification.reference import Reference
 from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
-from tests.helpers.planted import Fault, Judge
+from tests.helpers.planted import Fault, VerifierState
 
 RUNS = ROOT / "runs" / "faults"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
 SEEDS = range(100, 140)  # of the false alarms
-OF_THE_FILE = "it is not what was compiled"  # how the judge's reason begins
+OF_THE_FILE = "it is not what was compiled"  # how the verifier's reason begins
 # Fewer texts than the faults have: there a sound artifact is the likelier to look like another model.
 FEWER = dict.fromkeys(("heldout", "pairs", "neutral", "prompts"), 8)
 FEWER |= {"max_new_tokens": 16, "prompts_per_set": 1, "long": 0, "capability": 4}
@@ -59,7 +59,7 @@ FAULTS = (
     Fault("of another model of the same shape", "adapter", planted.of_another_model),
     Fault("for another base revision", "adapter", planted.claims(revision="sha256:another")),
     Fault("file truncated", "adapter", planted.truncated),
-    Fault("a hook left on in the judge's base", "adapter", planted.untouched, "hooked base"),
+    Fault("a hook left on in the verifier's base", "adapter", planted.untouched, "hooked base"),
     Fault("sign flipped", "merged-fp32", planted.times_merged(-1.0)),
     Fault("coefficient x1.1", "merged-fp32", planted.times_merged(1.1)),
     Fault("coefficient x0.9", "merged-fp32", planted.times_merged(0.9)),
@@ -73,13 +73,13 @@ FAULTS = (
     Fault("chat template swapped", "merged-fp32", planted.other_template),
     Fault("of another program", "merged-fp32", planted.claims(program_sha256="another")),
     Fault("positions ignored", "merged-fp32", planted.claims(program_sha256=RESPONSE_ONLY), "response only"),
-    Fault("a hook left on in the judge's base", "merged-fp32", planted.untouched, "hooked base"),
+    Fault("a hook left on in the verifier's base", "merged-fp32", planted.untouched, "hooked base"),
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge said: `reasons` are the gates that it missed, or why it was refused. `seed` is a false alarm's."""
+    """What the verifier reported: `reasons` are the gates that it missed, or why it was refused. `seed` is a false alarm's."""
 
     fault: str
     form: str
@@ -99,18 +99,18 @@ def prepared(progress: ProgressBars) -> Run:
 
 
 @contextmanager
-def judge(run: Run, kind: Judge) -> Iterator[tuple[Reference, str]]:
-    """The reference, and the hash of the program that it is about; what is wrong with the judge holds inside the block."""
+def verifier(run: Run, state: VerifierState) -> Iterator[tuple[Reference, str]]:
+    """The reference, and the hash of the program that it is about; what is wrong with the verifier holds inside the block."""
     program, program_sha256 = run.program, run.program_sha256
-    if kind == "response only":
+    if state == "response only":
         only = tuple(replace(one, positions="response") for one in program.interventions)
         program, program_sha256 = Program(only, program.model, program.revision), RESPONSE_ONLY
-    with steered(run.model.model, program) if kind == "hooked base" else nullcontext():
+    with steered(run.model.model, program) if state == "hooked base" else nullcontext():
         yield make_reference(run, program), program_sha256
 
 
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
-    """Plant the fault in a copy and have it judged; a refusal is as good as a gate."""
+    """Plant the fault in a copy and have it verified; a refusal is as good as a gate."""
     reference, program_sha256 = against
     sound = run.paths.adapter("closed_form") if fault.form == "adapter" else run.paths.merged("bias", "fp32")
 
@@ -128,19 +128,19 @@ def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | 
     return Verdict(fault.name, fault.form, bool(problems), problems, seconds, seed)
 
 
-def judged(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
+def verdicts(run: Run, found: list[Verdict]) -> Iterator[Verdict]:
     """The verdicts that `found` lacks, one after the other: of the faults, then of exact compiles on other texts."""
     done = {(one.fault, one.form, one.seed) for one in found}
-    for kind in dict.fromkeys(fault.judge for fault in FAULTS):
-        left = [one for one in FAULTS if one.judge == kind and (one.name, one.form, None) not in done]
+    for state in dict.fromkeys(fault.verifier for fault in FAULTS):
+        left = [one for one in FAULTS if one.verifier == state and (one.name, one.form, None) not in done]
         if left:
-            with judge(run, kind) as against:
+            with verifier(run, state) as against:
                 yield from (verdict(run, against, fault) for fault in left)
     exact = Fault("none", "merged-fp32", planted.untouched)
     for seed in SEEDS:
         if (exact.name, exact.form, seed) not in done:
             other = elsewhere(run, seed)
-            with judge(other, "sound") as against:
+            with verifier(other, "sound") as against:
                 yield verdict(other, against, exact, seed)
 
 
@@ -167,7 +167,7 @@ def report(found: list[Verdict]) -> list[str]:
         f"Caught: {sum(one.caught for one in faults)} of {len(faults)} faults. Missed: {', '.join(missed) or 'none'}.",
         "",
         f"{len(by_file)} of them only by holding what is on disk against what the compiler had in memory "
-        f"({', '.join(f'{one.fault}, {one.form}' for one in by_file) or 'none'}): a mistake made before that is no fault to the judge "
+        f"({', '.join(f'{one.fault}, {one.form}' for one in by_file) or 'none'}): a mistake made before that is no fault to the verifier "
         "where the result is as near the steered model as the gates ask.",
     ]
     if alarms:
@@ -190,7 +190,7 @@ def report(found: list[Verdict]) -> list[str]:
 
 RECORD = Record(
     "VERIFIER",
-    "Can the judge fail?",
+    "Can the verifier fail?",
     "python -m benchmarks.faults",
     prose("faults: setting"),
     Verdict,
@@ -198,10 +198,10 @@ RECORD = Record(
 
 
 def main() -> None:
-    """Judge what is left."""
+    """Verify what is left."""
     run = prepared(ProgressBars(Console(width=132)))
     RECORD.resume(
-        lambda found: judged(run, found),
+        lambda found: verdicts(run, found),
         report,
         lambda one: f"{one.fault} ({one.form}, {one.seconds:.0f} s): {'; '.join(one.reasons) or 'passed'}",
     )

@@ -1,8 +1,7 @@
 """The errors a user can cause, each with one message that says what was found, needed and what to do.
 
-Whoever raises one has gathered every problem of that input first, so that nobody mends a recipe one
-line at a time. The command line prints the message and leaves with exit code 2; a check that ran and
-failed is a result, not an error (exit code 1).
+Whoever raises one has gathered every problem of that input first, so that nobody corrects a recipe one line at a time. The
+command line prints the message and exits with code 2; a check that ran and failed is a result, not an error (code 1).
 """
 
 from __future__ import annotations
@@ -40,11 +39,7 @@ class EngineError(CompileSteerError):
 
 
 def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
-    """Raise `RecipeError` where the `library` that `what` needs, and `extra` installs, is not there.
-
-    Args:
-        otherwise: a sentence on what to do without it.
-    """
+    """Raise `RecipeError` where the `library` that `what` needs is missing; `otherwise` is a sentence on doing without it."""
     if importlib.util.find_spec(library.replace("-", "_")) is None:
         raise RecipeError(
             f"{what} needs the library {library}, which is not installed: pip install 'compile-steer[{extra}]'. "

@@ -18,8 +18,8 @@ from compile_steer.artifacts.provenance import Provenance
 
 Plant = Callable[[Path, Path], None]
 Tensors = dict[str, Tensor]
-# What the judge itself is given: as it should be, a program for the response alone, a base that a hook was left on.
-Judge = Literal["sound", "response only", "hooked base"]
+# What the verifier itself is given: as it should be, a program for the response alone, a base that a hook was left on.
+VerifierState = Literal["sound", "response only", "hooked base"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Fault:
     name: str
     form: Literal["adapter", "merged-fp32"]
     plant: Plant
-    judge: Judge = "sound"
+    verifier: VerifierState = "sound"
 
 
 def plant(fault: Plant, folder: Path, base: Path) -> None:

@@ -100,7 +100,7 @@ def test_search_names_the_best_block_of_both_ways(
 
 def test_planted_faults_get_a_verdict(run: Run) -> None:
     chosen = [one for one in faults.FAULTS if one.name in ("sign flipped", "file truncated") and one.form == "adapter"]
-    with faults.judge(run, "sound") as against:
+    with faults.verifier(run, "sound") as against:
         verdicts = [faults.verdict(run, against, fault) for fault in chosen]
     assert [verdict.fault for verdict in verdicts] == ["sign flipped", "file truncated"]
     assert all(verdict.caught and verdict.reasons for verdict in verdicts)

@@ -25,7 +25,7 @@ from tests.helpers.verification import PROGRAM_HASH, VerifierCase, make_referenc
 
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"
 # What no checkpoint shows by itself: the untouched one, and faults of the verifier itself.
-SEEN = [one for one in FAULTS if one.form == "merged-fp32" and one.name != "none" and one.judge == "sound"]
+SEEN = [one for one in FAULTS if one.form == "merged-fp32" and one.name != "none" and one.verifier == "sound"]
 
 
 @pytest.fixture(scope="module")
