@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.ocean import ocean
-from benchmarks.record import Record, machine, table, timed
+from benchmarks.record import Record, machine, prose, table, timed
 from compile_steer.common.progress import Progress, ProgressBars
 from compile_steer.models.logprobs import encode_pairs, log_softmax, margins
 from compile_steer.models.tokens import batches, encode
@@ -202,47 +202,33 @@ def search_table(sweep: Sweep) -> list[str]:
 
 def cost_section(sweep: Sweep) -> list[str]:
     """The plain loop and ours on two grids."""
-    return [
-        "The plain loop runs every text through the whole model, with all logits, for each block and coefficient. The ways take turns "
-        f"block by block. {len(LAYERS)} blocks ({LAYERS[0]} to {LAYERS[-1]}), coefficients {_listed(COEFFICIENTS)}:",
-        "",
-        *cost_table(cost(sweep.over(COEFFICIENTS), LAYERS)),
-        "",
-        f"What stopping saves depends on how far the grid reaches past the perplexity limit. Blocks {_listed(MILD_LAYERS)}, "
-        f"coefficients {_listed(MILD)}:",
-        "",
-        *cost_table(cost(sweep.over(MILD), MILD_LAYERS)),
-    ]
-
-
-def solver_section(sweep: Sweep) -> list[str]:
-    """The solver against the fine grid."""
-    return [
-        f"Against a grid of {len(FINE)} coefficients, each 10 % above the one before; the solver's tolerance is 2 % (the grid's "
-        "answer lies up to 10 % below the exact one for a perplexity limit, and up to 5 % to either side for a divergence):",
-        "",
-        *solver_table(sweep, (10, 14)),
-    ]
-
-
-def search_section(sweep: Sweep) -> list[str]:
-    """The layer search against the whole grid."""
-    return [
-        f"Over all blocks with coefficients {_listed(SEARCHED)} against the whole grid, itself with shared prefixes and batches: the "
-        f"best point with a perplexity of control text of at most x{LIMIT:g}, by margin:",
-        "",
-        *search_table(sweep.over(SEARCHED, layers="search")),
-    ]
+    mild = prose("sweep: a mild grid", blocks=_listed(MILD_LAYERS), coefficients=_listed(MILD))
+    wide = cost_table(cost(sweep.over(COEFFICIENTS), LAYERS))
+    return [*wide, "", mild, "", *cost_table(cost(sweep.over(MILD), MILD_LAYERS))]
 
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-PARTS = {
+GAPS = {
+    "first": LAYERS[0],
+    "last": LAYERS[-1],
+    "n_layers": len(LAYERS),
+    "coefficients": _listed(COEFFICIENTS),
+    "n_fine": len(FINE),
+    "searched": _listed(SEARCHED),
+    "limit": LIMIT,
+}
+
+PARTS: dict[str, tuple[str, Callable[[Sweep], list[str]], list[str]]] = {
     "cost": ("Layer x coefficient", cost_section, SETTINGS),
-    "solver": ("The coefficient by a solver", solver_section, SETTINGS),
-    "search": ("The block by successive halving", search_section, SEARCH_SETTINGS),
+    "solver": ("The coefficient by a solver", lambda sweep: solver_table(sweep, (10, 14)), SETTINGS),
+    "search": (
+        "The block by successive halving",
+        lambda sweep: search_table(sweep.over(SEARCHED, layers="search")),
+        SEARCH_SETTINGS,
+    ),
 }
 
 
@@ -255,7 +241,8 @@ def main() -> None:
             options = run.recipe.validate_
             lines = measure(Sweep(run, run.extract(), options))
         texts = f"The ocean recipe: {options.sweep_pairs} validation pairs and {options.sweep_neutral} control texts."
-        RECORD.save_section(heading, [f"Measured {machine()} {texts}", "", *lines])
+        introduction = prose(f"sweep: {name}", **GAPS)
+        RECORD.save_section(heading, [f"Measured {machine()} {texts}", "", introduction, "", *lines])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import benchmarks.seeds
 from benchmarks import __main__ as ocean_targets
 from benchmarks import calibration, engines, faults, interop, programs, sweep, teacher
 from benchmarks.faults import FAULTS, Verdict
-from benchmarks.record import Record, sections, table
+from benchmarks.record import Record, prose, sections, table
 from benchmarks.seeds import __main__ as seeds
 from benchmarks.seeds import c, d, e
 from benchmarks.seeds.readings import Reading
@@ -188,4 +188,6 @@ def test_every_seed_has_a_checklist(name: str) -> None:
 def test_every_text_that_a_benchmark_asks_for_is_written() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(benchmarks.__path__[0]).rglob("*.py"))
     written = sections(Path(benchmarks.__path__[0]) / "prose.md")
-    assert set(re.findall(r'prose\("([^"]+)"', sources)) == set(written)
+    asked = set(re.findall(r'prose\("([^"]+)"', sources)) | {f"sweep: {name}" for name in sweep.PARTS}
+    assert asked == set(written)
+    assert all(prose(f"sweep: {name}", **sweep.GAPS) for name in sweep.PARTS)
