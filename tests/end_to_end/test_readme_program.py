@@ -20,10 +20,11 @@ BLOCK = re.compile(r"<!-- program:start -->\n```python\n(.*?)```\n<!-- program:e
 FEWER: dict[str, dict[str, Any]] = {
     "extract": {"shuffled": 6},
     "validate": {"sweep_pairs": 4, "sweep_prompts": 4, "sweep_neutral": 4, "control_pairs": 4, "dose_prompts": 2},
-    "verify": {"heldout": 12, "pairs": 8, "neutral": 8, "prompts": 8, "prompts_per_set": 1, "free_tokens": 4},
+    "compile": {"calibration": {"prompts": 72, "max_new_tokens": 32}},
+    "verify": {"heldout": 12, "pairs": 16, "neutral": 8, "prompts": 8, "prompts_per_set": 1, "free_tokens": 4},
 }
 FEWER["validate"] |= {"few_shot": 0, "max_new_tokens": 16}
-FEWER["verify"] |= {"capability": 2, "long": 0, "max_new_tokens": 16}
+FEWER["verify"] |= {"capability": 2, "long": 0, "max_new_tokens": 24}
 
 
 def readme_program() -> str:
