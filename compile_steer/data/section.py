@@ -52,12 +52,11 @@ class DataSection(Section, ABC):
     validation: Source = Field(description="rows that layer and coefficient are chosen on")
     test: Source = Field(description="rows that the chosen program is measured on, once")
     neutral: Source | None = Field(
-        None, description="control texts, with prompt and response; by default those of the package"
+        None, description="control texts (prompt, response); by default those of the package"
     )
     heldout: Source | None = Field(None, description="prompts for verification alone; by default those of the package")
     calibration: Source | None = Field(
-        None,
-        description="prompts whose steered continuations the compiler is fitted to; by default those of the package",
+        None, description="prompts whose steered continuations a compile is fitted to; by default those of the package"
     )
 
     @property
@@ -299,5 +298,4 @@ def _answer(row: Row) -> int | None:
 
 def text_of(row: Row) -> Text:
     """Return the text of a row with a prompt, and with a response and earlier turns if it has them."""
-    history = tuple((user, assistant) for user, assistant in row.get("history", []))
-    return Text(row["prompt"], row.get("response", ""), history)
+    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))

@@ -11,7 +11,7 @@ import numpy as np
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Context
-from compile_steer.models.text import Readout, Text
+from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
@@ -68,14 +68,12 @@ def validate(
     score = options.score.bind(model, data)
     require_discrimination(options.score, score, model, data)
     other = other_directions(context, options, directions)
-
     # Choose the program on validation data.
     evaluator = ContrastEvaluator(model, data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral])
     power = _power(context, options, evaluator.base_margins, score)
     chosen = sweep(context, options, layers, program_at, evaluator, score)
     layer, coefficient = chosen.best.layer, chosen.best.coefficient
     program = program_at(layer, coefficient)
-
     # Its effect and its cost on all test pairs and control texts.
     with progress.phase("test: all pairs, control text", 1):
         evaluator = ContrastEvaluator(model, test, data.neutral)
@@ -120,11 +118,7 @@ def validate(
     )
     verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
-    rows: list[dict[str, Any]] = [
-        {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
-        for pair, before, effect in zip(test, evaluator.base_margins, effects, strict=True)
-    ]
-    return Validation(program, report, rows + _answer_rows([pair.prompt for pair in test], answers))
+    return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
 
 
 def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score) -> list[PowerAnalysis]:
@@ -150,14 +144,20 @@ def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray,
     return analyses
 
 
-def _answer_rows(prompts: Sequence[str], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
-    """One row for each prompt that was answered, with its answer under each condition."""
-    rows: list[dict[str, Any]] = [{"kind": "answer", "prompt": prompt} for prompt in prompts]
+def _rows(
+    pairs: Sequence[Pair], base: np.ndarray, effects: np.ndarray, answers: Mapping[str, Answers]
+) -> list[dict[str, Any]]:
+    """One row for each pair with its margins, then one for each prompt that was answered, under each condition."""
+    measured: list[dict[str, Any]] = [
+        {"kind": "pair", "prompt": pair.prompt, "base": float(before), "steered": float(before + effect)}
+        for pair, before, effect in zip(pairs, base, effects, strict=True)
+    ]
+    rows: list[dict[str, Any]] = [{"kind": "answer", "prompt": pair.prompt} for pair in pairs]
     for name, a in answers.items():
         # Not strict: fewer prompts are answered than pairs are measured.
         for row, text, score, repeats in zip(rows, a.texts, a.scores, a.repetition, strict=False):
             row[name] = {"text": text, "score": float(score), "repetition": float(repeats)}
-    return [row for row in rows if "base" in row]
+    return measured + [row for row in rows if "base" in row]
 
 
 def _coherence(answers: Mapping[str, Answers], perplexity_ratio: float, strength: float) -> Coherence:

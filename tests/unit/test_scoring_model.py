@@ -30,9 +30,6 @@ def scores(scorer: ScorerBase, *texts: str, **how: Any) -> list[float]:
     return list(scorer.bind(MODEL, NONE)(make_replies(*texts, **how)))
 
 
-# --------------------------------------------------------------------------- perplexity, end of turn
-
-
 def perplexity_by_hand(prompt: str, text: str) -> float:
     """Of the words of `text` after those of `prompt`, from the model's plain logits."""
     words = tokenizer()(f"{prompt} {text}")["input_ids"]
@@ -84,8 +81,6 @@ def test_ended_scores_empty_replies_too() -> None:
     assert scores(scorer, "w9", "", ended=True) == [1.0, 1.0]
     assert scores(scorer, "w9", ended=False) == [0.0]
 
-
-# ---------------------------------------------------------------------------------------- classifier
 
 SEA = [
     (f"The waves of the {w} roll to the shore {w}.", f"The plan of the {w} goes to the office {w}.") for w in "abcdefgh"
