@@ -6,23 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compile_steer.api import CompiledProgram, compile, extract, merge, validate, verify
+    from compile_steer.api import CompiledProgram, compile, extract, merge, steered, validate, verify
     from compile_steer.data.behaviour import Behaviour
     from compile_steer.data.pairs import Pairs
     from compile_steer.models.load import load
     from compile_steer.steering.directions import Directions
-    from compile_steer.steering.hooks import steered
     from compile_steer.steering.program import Intervention, Program
     from compile_steer.steering.sites import Site
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _MODULES = {
-    **dict.fromkeys(("CompiledProgram", "compile", "extract", "merge", "validate", "verify"), "api"),
+    **dict.fromkeys(("CompiledProgram", "compile", "extract", "merge", "steered", "validate", "verify"), "api"),
     "Behaviour": "data.behaviour",
     "Pairs": "data.pairs",
     "load": "models.load",
     "Directions": "steering.directions",
-    "steered": "steering.hooks",
     "Intervention": "steering.program",
     "Program": "steering.program",
     "Site": "steering.sites",

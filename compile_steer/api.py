@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from compile_steer.artifacts.files import sha256
-from compile_steer.artifacts.provenance import Provenance
-from compile_steer.common.errors import RecipeError
+from compile_steer.artifacts.provenance import PROVENANCE, Provenance
+from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.export.adapter import patch_provenance, write_patch
@@ -30,9 +31,11 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.report.card import model_card
 from compile_steer.scoring.options import Scorer
+from compile_steer.steering import hooks
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
+from compile_steer.steering.sites import parse_positions
 from compile_steer.validation import stage as validation
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.verification.options import VerifyOptions
@@ -59,7 +62,8 @@ def extract(
     Raises:
         RecipeError: unknown or contradictory options, or pairs from which no direction can be read.
     """
-    context = Context(model, data, seed, progress or Progress())
+    context = _context(model, data, seed, progress)
+    parse_positions(positions)
     return extraction.extract(context, _parse(ExtractOptions, options), positions=positions)
 
 
@@ -87,7 +91,7 @@ def validate(
     Raises:
         RecipeError: unknown options, or no coherent point in the grid.
     """
-    context = Context(model, data, seed, progress or Progress())
+    context = _context(model, data, seed, progress)
     # The scorer by itself first, so that its problems are named score.KEY.
     settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score."), **options})
     return validation.validate(
@@ -119,9 +123,10 @@ class CompiledProgram:
 
     def save(self, folder: str | Path) -> Path:
         """Write a stock PEFT adapter, or, where no adapter can hold the patch, the patch to be merged; returns the folder."""
-        record = self.provenance(Path(folder).name)
-        write_patch(Path(folder), self.patch, self.model, record, model_card(record, None))
-        return Path(folder)
+        folder = _own_folder(folder)
+        record = self.provenance(folder.name)
+        write_patch(folder, self.patch, self.model, record, model_card(record, None))
+        return folder
 
     def provenance(self, name: str) -> Provenance:
         """Return what an artifact called `name` records; it was neither validated nor made from a recipe."""
@@ -146,8 +151,12 @@ def compile(
         options: the keys of the recipe's section `compile`, for example calibration={"prompts": 60}.
 
     Raises:
-        CannotLower: the backend cannot express the program on this model.
+        CannotLower: the backend cannot express the program on this model. RecipeError: unknown options or backend.
     """
+    if isinstance(texts, str) or not all(isinstance(text, str | Text) for text in texts):
+        raise RecipeError(f"texts: found {texts!r:.60}; needed: a list of prompts.")
+    if backend != "auto" and backend not in BACKENDS:
+        raise RecipeError(f"backend '{backend}' is unknown; use auto, {', '.join(BACKENDS)}.")
     prompts = [Text(text) if isinstance(text, str) else text for text in texts]
     name = plan(program, model.layout, "auto" if backend == "auto" else (backend,)).chosen[0]
     if BACKENDS[name].fitted and "calibration" not in options:
@@ -168,9 +177,10 @@ def merge(compiled: CompiledProgram, folder: str | Path, precision: str = "bf16"
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.")
-    record = replace(compiled.provenance(Path(folder).name), form=f"merged-{precision}")
-    write_merged(Path(folder), compiled.patch, compiled.model, precision, record, model_card(record, None))
-    return Path(folder)
+    folder = _own_folder(folder)
+    record = replace(compiled.provenance(folder.name), form=f"merged-{precision}")
+    write_merged(folder, compiled.patch, compiled.model, precision, record, model_card(record, None))
+    return folder
 
 
 def verify(
@@ -202,9 +212,38 @@ def verify(
         steering, digest = Program.load(Path(program)), sha256(Path(program))
     else:
         steering, digest = program, program.sha256
-    context = Context(model, data, seed, progress or Progress())
+    context = _context(model, data, seed, progress)
     reference = Reference(context, steering, _parse(VerifyOptions, options), _parse(Scorer, score, "score."), ask)
     return verify_artifact(reference, Path(folder), digest)
+
+
+@contextmanager
+def steered(
+    model: LoadedModel | nn.Module, program: Program | Sequence[Program], *, roles: Tensor | None = None
+) -> Iterator[None]:
+    """Run a model, as `load` or transformers gives it, under the program's hooks inside the block.
+
+    Args:
+        program: one for every row of a batch, or one per row.
+        roles: [batch, time] int8, what each token is; without them the first pass is all prompt (see `hooks.steered`).
+    """
+    with hooks.steered(model.model if isinstance(model, LoadedModel) else model, program, roles=roles):
+        yield
+
+
+def _context(model: LoadedModel, data: Behaviour, seed: int, progress: Progress | None) -> Context:
+    if not isinstance(data, Behaviour):
+        raise RecipeError(f"data: found {type(data).__name__}; needed: Behaviour, which Pairs.to_behaviour() returns.")
+    return Context(model, data, seed, progress or Progress())
+
+
+def _own_folder(folder: str | Path) -> Path:
+    """Return the folder if it is new, empty, or an earlier artifact; what is anybody else's is never replaced."""
+    path = Path(folder)
+    taken = path.exists() and not (path.is_dir() and ((path / PROVENANCE).is_file() or not any(path.iterdir())))
+    if taken:
+        raise ArtifactError(f"{path} is there already and is no artifact of compile_steer; name a new folder.")
+    return path
 
 
 def _parse(section: Any, options: Any, prefix: str = "") -> Any:
@@ -213,7 +252,7 @@ def _parse(section: Any, options: Any, prefix: str = "") -> Any:
         return TypeAdapter(section).validate_python(options)
     except ValidationError as error:
         problems = (
-            f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
+            f"{'.'.join(map(str, item['loc'])) or 'kind'}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
             for item in error.errors()
         )
         raise RecipeError([prefix + problem for problem in problems]) from error

@@ -36,7 +36,7 @@ class Check:
     arguments: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Behaviour:
     """All data of one behaviour. No prompt is in two of the six parts.
 
@@ -61,6 +61,10 @@ class Behaviour:
     questions: Mapping[str, Question] = field(default_factory=dict)
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
     other_behaviour: tuple[Pair, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = (*SPLITS, "neutral", "heldout", "calibration")
+        return f"Behaviour({', '.join(f'{len(getattr(self, name))} {name}' for name in parts)})"
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """Return the pairs of a split by its name."""

@@ -116,7 +116,7 @@ class Directions:
         vectors, shuffled = self.shuffled[index], self.shuffled[:0]
         return replace(self, vectors=vectors, shuffled=shuffled, projections=projections, other_points=other_points)
 
-    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def save(self, path: str | Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`."""
         names = ("model", "revision", "point", "inputs", "operation", "joint", "controls")
         source = None if self.source is None else asdict(self.source)
@@ -126,11 +126,12 @@ class Directions:
         tensors |= {f"{_OTHER_POINTS}{point}": vectors.contiguous() for point, vectors in self.other_points.items()}
         if self.projections is not None:
             tensors["projections"] = self.projections.contiguous()
-        save_tensors(path, tensors, {"directions": json.dumps(header, sort_keys=True)})
+        save_tensors(Path(path), tensors, {"directions": json.dumps(header, sort_keys=True)})
 
     @staticmethod
-    def load(path: Path) -> Directions:
+    def load(path: str | Path) -> Directions:
         """Raises `ArtifactError` for a missing, damaged or foreign file."""
+        path = Path(path)
         tensors, metadata = read_tensors(path)
         try:
             header = json.loads(metadata["directions"])

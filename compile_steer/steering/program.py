@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site, parse_positions
@@ -182,15 +183,17 @@ class Program:
             return f"{kinds.pop()}: at {len(lines)} sites from {first} to {last}"
         return "\n".join(lines) or "(empty program)"
 
-    def save(self, path: Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def save(self, path: str | Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write safetensors with the JSON list of interventions, and `extra` (JSON), under metadata key `program`."""
-        save_tensors(path, *self._serialized(extra))
+        save_tensors(Path(path), *self._serialized(extra))
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file that `save` writes without `extra`."""
+        """SHA-256 of the file that the program was loaded from, or else of the one that `save` writes without `extra`."""
         from safetensors.torch import save
 
+        if "_file_sha256" in vars(self):
+            return str(vars(self)["_file_sha256"])
         return hashlib.sha256(save(*self._serialized({}))).hexdigest()
 
     def _serialized(self, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -215,8 +218,9 @@ class Program:
         return tensors, {"program": json.dumps(header, sort_keys=True)}
 
     @staticmethod
-    def load(path: Path) -> Program:
+    def load(path: str | Path) -> Program:
         """Read a program; raises `ArtifactError` for a missing, damaged or foreign file."""
+        path = Path(path)
         tensors, metadata = read_tensors(path)
         if "program" not in metadata:
             raise ArtifactError(f"{path} is safetensors, but not a steering program (no 'program' in its metadata).")
@@ -239,7 +243,11 @@ class Program:
                 )
                 for entry in header["interventions"]
             )
-            return Program(interventions, str(header["model"]), str(header["revision"]))
+            program = Program(interventions, str(header["model"]), str(header["revision"]))
+            # The file may say more than the program, and artifacts record the hash of the file. No field: a program that
+            # is scaled or added to another is another program.
+            object.__setattr__(program, "_file_sha256", sha256(path))
+            return program
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{path}: the 'program' metadata is damaged ({type(error).__name__}: {error}). "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import Context
+from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers, Request, answer
@@ -27,7 +27,7 @@ from compile_steer.validation.sweep import candidates, sweep
 from compile_steer.validation.verdict import decide, remarks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Validation:
     """The chosen program, the report on it, and one row per test pair and per test prompt.
 
@@ -37,6 +37,9 @@ class Validation:
     program: Program
     report: ValidationReport
     rows: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        return f"Validation of {self.program!r}\n{self.report!r}"
 
 
 def validate(
@@ -64,6 +67,7 @@ def validate(
         return source.program(layer, coefficient, options.positions)
 
     # Input that cannot work is refused before any long computation.
+    _require_pairs(data)
     layers = candidates(options, directions)
     score = options.score.bind(model, data)
     require_discrimination(options.score, score, model, data)
@@ -81,7 +85,6 @@ def validate(
         (effects,) = evaluator.effects([program])
         perplexity_ratio = evaluator.perplexity_ratio(program)
         stream = StreamStatistics.of(model, data.neutral, directions.point, program)
-
     # Directions from shuffled labels have gone through the same extraction and get the same coefficient: a shorter vector
     # is part of what meaningless labels give. Another behaviour's has a length of its own, so it gets the same strength.
     random = stream.random(program, options.random_directions, seed)
@@ -119,6 +122,16 @@ def validate(
     verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
+
+
+def _require_pairs(data: Behaviour) -> None:
+    """Raise `RecipeError` where a split has no two pairs: a spread cannot be measured on one."""
+    counts = {name: len(data.split(name)) for name in ("validation", "test")}
+    problems = [
+        f"data.{name} has {n} pairs; needed: 2 or more, 24 to show much." for name, n in counts.items() if n < 2
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def _power(context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score) -> list[PowerAnalysis]:

@@ -210,7 +210,7 @@ class Parity(Summary):
             ("artifact", f"{self.backend} {self.form}"),
             ("KL(steered‖compiled)", f"{d.kl.value:.1e} nats/token on {d.n_tokens} held-out tokens"),
             ("remaining KL", f"{d.kl_remaining.value:.3%} [{d.kl_remaining.low:.3%}, {d.kl_remaining.high:.3%}]"),
-            ("same first token", f"{d.top1:.2%}; base {d.top1_base:.2%}"),
+            ("top-1 agreement", f"{d.top1:.2%}; base {d.top1_base:.2%}"),
             ("effect retained", str(b.effect_retained)),
             ("score", f"base {b.score_base:.2f}, steered {b.score_steered:.2f}, compiled {b.score_compiled:.2f}"),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import compile_steer as cs
+from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.models.load import LoadedModel
@@ -80,7 +82,7 @@ def test_an_exact_compile_merges_into_what_the_hooks_compute(
     assert parity.exact and parity.divergence.kl.value < 1e-6
     ids = torch.tensor([[7, 9, 11]])
     with torch.no_grad():
-        with cs.steered(model.model, validation.program):
+        with cs.steered(model, validation.program):
             hooks = model.model(ids).logits
         with compiled.applied():
             patched = model.model(ids).logits
@@ -109,3 +111,39 @@ def test_options_that_do_not_exist_are_refused_with_every_problem(model: LoadedM
         cs.compile(model, program, [], backend="orthogonalise")
     with pytest.raises(RecipeError, match="precision 'int3' is unknown; use fp32, bf16, fp16"):
         cs.merge(cs.compile(model, program, []), "nowhere", precision="int3")
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(model: LoadedModel, validation: Any, tmp_path: Path) -> None:
+    compiled = cs.compile(model, validation.program, [])
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for write in (compiled.save, lambda folder: cs.merge(compiled, folder, precision="fp32")):
+        for taken in (precious, precious / "thesis.txt"):
+            with pytest.raises(ArtifactError, match="is there already and is no artifact of compile_steer"):
+                write(taken)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert compiled.save(compiled.save(tmp_path / "own")) == tmp_path / "own"
+
+
+def test_a_program_that_was_loaded_is_the_one_of_its_file(validation: Any, tmp_path: Path) -> None:
+    path = tmp_path / "program.safetensors"
+    validation.program.save(path, {"origin": {"recipe": "with more in its header"}})
+    program = cs.Program.load(str(path))
+    assert program.sha256 == sha256(path) != validation.program.sha256
+    assert program.scaled(2.0).scaled(0.5).sha256 == validation.program.sha256
+
+
+def test_wrong_values_are_refused_with_what_was_needed(model: LoadedModel, data: cs.Behaviour, validation: Any) -> None:
+    pairs = cs.Pairs.from_list([("a", "b", "c")])
+    with pytest.raises(RecipeError, match=r"found Pairs; needed: Behaviour, which Pairs\.to_behaviour\(\) returns"):
+        cs.extract(model, pairs)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="backend 'closedform' is unknown; use auto, bias"):
+        cs.compile(model, validation.program, [], backend="closedform")
+    with pytest.raises(RecipeError, match="needed: a list of prompts"):
+        cs.compile(model, validation.program, "one prompt", backend="closed_form")
+    with pytest.raises(ArtifactError, match="positions 'everywhere'"):
+        cs.extract(model, data, positions="everywhere")
+    with pytest.raises(RecipeError, match="data.test has 1 pairs; needed: 2 or more"):
+        cs.validate(model, replace(data, test=data.test[:1]), cs.extract(model, data, shuffled=5), SCORE, **VALIDATE)
+    assert repr(data) == "Behaviour(24 train, 8 validation, 8 test, 8 neutral, 8 heldout, 24 calibration)"
