@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from compile_steer.artifacts.files import new_file
-from compile_steer.common.errors import ArtifactError
+from compile_steer.artifacts.files import new_file, read_json
+from compile_steer.common.errors import ArtifactError, several
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -51,29 +53,92 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
 
 
 class Checkpoint:
-    """The tensors of `folder` by name, however they are spread over files."""
+    """The tensors of a model `folder` by name, as transformers would load them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """The file of each tensor; raises `ArtifactError` where there is none, or one is damaged."""
-        files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="np") as content:
-                    files.update(dict.fromkeys(content.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise ArtifactError(f"{file} is damaged ({error}). Get or make it again.") from error
-        if not files:
-            raise ArtifactError(f"{self.folder} holds no .safetensors weights; only safetensors are read.")
-        return files
+        """The file of each tensor; raises as `checkpoint_files`."""
+        return {name: file for file, names in checkpoint_files(self.folder).items() for name in names}
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
         if name not in self.files:  # a tied head is not saved
             return None
-        with safe_open(self.files[name], framework="pt") as content:
+        with _opened(self.files[name], "pt") as content:
             tensor: Tensor = content.get_tensor(name)
         return tensor
+
+
+def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files that transformers loads for the model in `folder`, each with the names of its tensors.
+
+    These are `model.safetensors`, or else the files that `model.safetensors.index.json` names. No other file is part of the
+    model: not a shard of an earlier save, nor the same weights in another layout.
+
+    Raises:
+        ArtifactError: there are none, a file is damaged or lies outside the folder, the index names a file or a tensor that
+            is not there, or two files hold the same tensor.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    indexed: dict[str, str] = {}
+    if not single.is_file() and index.is_file():
+        content = read_json(index, "Get or make it again.")
+        indexed = content.get("weight_map", {})
+        names_files = isinstance(indexed, dict) and all(isinstance(name, str) for name in indexed.values())
+        if not (indexed and names_files and isinstance(content.get("metadata"), dict)):
+            raise ArtifactError(
+                f"{index} is no index of a model; needed: 'metadata', and 'weight_map' with the file of each tensor. "
+                "Get or make it again."
+            )
+    elif not single.is_file():
+        raise ArtifactError(_no_weights(folder))
+    files: dict[Path, list[str]] = {}
+    problems: list[str] = []
+    for name in sorted(set(indexed.values())) or [SINGLE_FILE]:
+        file = folder / name
+        if problem := _misplaced(file, folder):
+            problems.append(problem if not indexed else f"{problem} ({INDEX_FILE} names it).")
+            continue
+        with _opened(file, "np") as content:
+            files[file] = list(content.keys())
+    found: dict[str, Path] = {}
+    for file, names in files.items():
+        problems += [f"{name} lies in both {found[name]} and {file}." for name in names if name in found]
+        found |= dict.fromkeys(names, file)
+    problems += [
+        f"{index} names {name} in {file}, which does not hold it."
+        for name, file in indexed.items()
+        if folder / file in files and found.get(name) != folder / file
+    ]
+    if problems:
+        raise ArtifactError([*several(problems), f"Get or make the model in {folder} again."])
+    return files
+
+
+def _misplaced(file: Path, folder: Path) -> str:
+    """Why `file` cannot be a part of the model in `folder`; '' where it can."""
+    home, target = folder.resolve(), file.resolve()
+    # The hub's cache keeps a snapshot's files as links to blobs beside the snapshots.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not file.is_relative_to(folder) or ".." in file.parts[len(folder.parts) :]:
+        return f"{file} lies outside of {folder}"
+    if not file.is_file():
+        return f"{file} does not exist"
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        return f"{file} is a link to {target}, outside of the folder. Copy the file there instead"
+    return ""
+
+
+def _no_weights(folder: Path) -> str:
+    needed = f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}"
+    others = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+    if others:
+        return (
+            f"{needed}, only {others[0]}: a pickle, which can run code when it is read. Get the model's safetensors files, or "
+            "where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    return f"{needed}; {f'{others[0]} is not what transformers loads' if others else 'only safetensors are read'}."

@@ -38,6 +38,12 @@ class EngineError(CompileSteerError):
     """A serving engine is not installed, or its worker crashed, hung or left no answer."""
 
 
+def several(problems: Sequence[str], shown: int = 5) -> list[str]:
+    """The first problems, and how many more there are: a wrong file repeats one mistake thousands of times."""
+    more = len(problems) - shown
+    return [*problems[:shown], *([f"{more} more like this."] if more > 0 else [])]
+
+
 def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
     """Raise `RecipeError` where the `library` that `what` needs is missing; `otherwise` is a sentence on doing without it."""
     if importlib.util.find_spec(library.replace("-", "_")) is None:
