@@ -7,6 +7,7 @@ command line prints the message and exits with code 2; a check that ran and fail
 from __future__ import annotations
 
 import importlib.util
+import reprlib
 from collections.abc import Sequence
 
 
@@ -42,6 +43,14 @@ def several(problems: Sequence[str], shown: int = 5) -> list[str]:
     """The first problems, and how many more there are: a wrong file repeats one mistake thousands of times."""
     more = len(problems) - shown
     return [*problems[:shown], *([f"{more} more like this."] if more > 0 else [])]
+
+
+_BRIEF = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlist=5, maxtuple=5, maxset=5, maxdict=5, maxlevel=3)
+
+
+def brief(value: object) -> str:
+    """A value from outside as Python writes it, but on one short line: control codes are escaped, the middle is left out."""
+    return _BRIEF.repr(value)
 
 
 def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
