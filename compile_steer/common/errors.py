@@ -45,7 +45,8 @@ def several(problems: Sequence[str], shown: int = 5) -> list[str]:
     return [*problems[:shown], *([f"{more} more like this."] if more > 0 else [])]
 
 
-_BRIEF = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlist=5, maxtuple=5, maxset=5, maxdict=5, maxlevel=3)
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
 
 
 def brief(value: object) -> str:
