@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from compile_steer.artifacts.files import new_file, read_json
-from compile_steer.common.errors import ArtifactError, several
+from compile_steer.common.errors import ArtifactError, library_errors, several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,34 +22,43 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; raises as `write_tensors`."""
+    with new_file(path) as temporary:
+        write_tensors(temporary, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file into a folder that is still temporary; raises `ArtifactError` where the disk is full."""
     from safetensors.torch import save_file
 
-    with new_file(path) as temporary:
-        save_file(dict(tensors), str(temporary), metadata=dict(metadata))
+    with library_errors(lambda reason: ArtifactError(f"{path.name} cannot be written ({reason}).")):
+        save_file(dict(tensors), str(path), metadata=dict(metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file as (tensors, metadata); raises `ArtifactError` if it cannot be one."""
-    with _opened(path, "pt") as file:
+    with open_tensors(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, read without its tensors; raises `ArtifactError` as `read_tensors` does."""
-    with _opened(path, "np") as file:  # "np": only tensors need torch
+    with open_tensors(path, "np") as file:  # "np": only tensors need torch
         return dict(file.metadata() or {})
 
 
 @contextmanager
-def _opened(path: Path, framework: str) -> Iterator[Any]:
+def open_tensors(path: Path, framework: str) -> Iterator[Any]:
+    """Yield the open safetensors file for the library's calls alone; raises `ArtifactError` where it cannot be read."""
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist.")
-    try:
-        with safe_open(path, framework=framework) as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged or not a safetensors file ({error}). Make it again.") from error
+    with (
+        library_errors(
+            lambda reason: ArtifactError(f"{path} is damaged or not a safetensors file ({reason}). Make it again.")
+        ),
+        safe_open(path, framework=framework) as file,
+    ):
+        yield file
 
 
 class Checkpoint:
@@ -67,7 +76,7 @@ class Checkpoint:
         """One tensor as it was saved, or None where the folder has none of that name."""
         if name not in self.files:  # a tied head is not saved
             return None
-        with _opened(self.files[name], "pt") as content:
+        with open_tensors(self.files[name], "pt") as content:
             tensor: Tensor = content.get_tensor(name)
         return tensor
 
@@ -102,7 +111,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
         if problem := _misplaced(file, folder):
             problems.append(problem if not indexed else f"{problem} ({INDEX_FILE} names it).")
             continue
-        with _opened(file, "np") as content:
+        with open_tensors(file, "np") as content:
             files[file] = list(content.keys())
     found: dict[str, Path] = {}
     for file, names in files.items():

@@ -7,15 +7,26 @@ command line prints the message and exits with code 2; a check that ran and fail
 from __future__ import annotations
 
 import importlib.util
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+# What acts on a terminal or reorders its text: control codes but line breaks and tabs, bidirectional and invisible
+# formatting (joiners stay: scripts and emoji need them), and halves of characters, which no stream can encode.
+_ACTS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_LONGEST = 4000  # characters of one problem
 
 
 class CompileSteerError(Exception):
     """Base of every error that is the input's fault. `problems` holds one line per problem."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        given = (problems,) if isinstance(problems, str) else problems
+        self.problems: tuple[str, ...] = tuple(_cut(problem, _LONGEST) for problem in given)
         super().__init__("\n".join(self.problems))
 
 
@@ -39,6 +50,10 @@ class EngineError(CompileSteerError):
     """A serving engine is not installed, or its worker crashed, hung or left no answer."""
 
 
+class InternalError(Exception):
+    """Something of ours went wrong that no input should be able to cause: exit code 3."""
+
+
 def several(problems: Sequence[str], shown: int = 5) -> list[str]:
     """The first problems, and how many more there are: a wrong file repeats one mistake thousands of times."""
     more = len(problems) - shown
@@ -54,6 +69,16 @@ def brief(value: object) -> str:
     return _BRIEF.repr(value)
 
 
+def plain(text: str) -> str:
+    """Text from outside as a terminal may be given it: what would act on it is written as an escape, as `\\x1b`."""
+    return _ACTS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _cut(text: str, limit: int) -> str:
+    start, end = 2 * limit // 3, limit // 3
+    return text if len(text) <= limit else f"{text[:start]} [{len(text) - start - end} characters] {text[-end:]}"
+
+
 def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
     """Raise `RecipeError` where the `library` that `what` needs is missing; `otherwise` is a sentence on doing without it."""
     if importlib.util.find_spec(library.replace("-", "_")) is None:
@@ -63,5 +88,21 @@ def require_library(library: str, extra: str, what: str, otherwise: str = "") ->
         )
 
 
-class InternalError(Exception):
-    """Something of ours went wrong that no input should be able to cause: exit code 3."""
+@contextmanager
+def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
+    """Raise `explain(reason)` where a library fails on a file or a name; hold nothing but the library's call inside.
+
+    The one place besides the boundary that catches everything, because no library says what it raises for a damaged file:
+    tokenizers raise `Exception` itself, safetensors an error of their own, GGUF readers whatever a wrong offset leads to,
+    and a panic in Rust is not even an `Exception`.
+    """
+    try:
+        yield
+    except (CompileSteerError, InternalError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # the user stopped it
+        line = next(iter(str(error).strip().splitlines()), "")  # later lines are advice on other uses
+        # The error of a missing key, say, is the bare key.
+        raise explain(_cut(line if " " in line else f"{type(error).__name__} {line}".rstrip(), 300)) from error

@@ -14,12 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
-from compile_steer.artifacts.tensors import read_tensors
+from compile_steer.artifacts.tensors import read_tensors, write_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_lora
 from compile_steer.models.load import LoadedModel
@@ -100,7 +99,7 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
         full = edit.padded(rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()
-    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
 def _write_patch_file(path: Path, patch: WeightPatch) -> None:
@@ -113,7 +112,7 @@ def _write_patch_file(path: Path, patch: WeightPatch) -> None:
     header = {"config_flags": list(patch.config_flags), "untie": patch.untie, "architecture": patch.architecture}
     # clone: factors may be views of one storage, which safetensors refuses
     tensors = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
-    save_file(tensors, str(path), metadata={"patch": json.dumps(header)})
+    write_tensors(path, tensors, {"patch": json.dumps(header)})
 
 
 def read_patch(folder: Path) -> WeightPatch:

@@ -5,9 +5,7 @@ Importing this module does not import torch; reading a file does.
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +29,6 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 PICKLE_SUFFIXES = (".pkl", ".pickle")
 HDF_SUFFIXES = (".h5", ".hdf5", ".hdf")
 SAELENS_CONFIG, REPSTEER_MANIFEST = "cfg.json", "manifest.json"
-# What gguf's reader and torch.load raise for damaged bytes, because they trust the lengths and offsets in a file.
-DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
-    ValueError, pickle.PickleError, struct.error,
-)  # fmt: skip
 BLOCK_NUMBER = r"(0|[1-9]\d{0,4})"  # as file formats write it: no sign, no leading zero
 
 _BY_SUFFIX: dict[str, Format] = {f".{kind}": kind for kind in ("gguf", "svec", "safetensors")} | {

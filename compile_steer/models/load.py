@@ -19,13 +19,13 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.artifacts.files import new_folder, sha256
 from compile_steer.artifacts.tensors import Checkpoint
+from compile_steer.common import errors
 from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, RecipeError
 from compile_steer.models.gguf import read_gguf
 from compile_steer.steering.layout import Layout
@@ -225,7 +225,8 @@ def _dequantised(gguf: Path) -> Path:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    with new_folder(folder) as temporary, quiet():
+    unwritten = f"{folder} cannot be written; $COMPILE_STEER_CACHE names another place for de-quantised models"
+    with new_folder(folder) as temporary, library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
@@ -243,12 +244,8 @@ def _not_loaded(reference: str, reason: str) -> RecipeError:
 @contextmanager
 def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
     """Silence the libraries that load models, and raise `explain(reason)` where they fail on a file or name."""
-    try:
-        with quiet():
-            yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]  # later lines are advice on other uses
-        raise explain(lines[0]) from error
+    with errors.library_errors(explain), quiet():
+        yield
 
 
 @contextmanager
