@@ -1,6 +1,11 @@
 """Compile a steering vector into ordinary weights, and prove that they match."""
 
-from __future__ import annotations
+import sys
+
+# Python looks for modules in the current folder first when it runs one with -m, where a stranger's `secrets.py` or
+# `torch.py` may lie. This comes before any import that reads a file, `__future__` included.
+if sys.argv[:1] == ["-m"] and "compile_steer" in sys.orig_argv and not sys.flags.safe_path:
+    del sys.path[0]
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
