@@ -1,0 +1,1 @@
+"""What breaks other tools, tried on this one: `python -m benchmarks.campaign`."""
