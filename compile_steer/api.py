@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.provenance import PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
@@ -209,12 +208,10 @@ def verify(
         ArtifactError: there is no artifact, or it is of another program or base.
     """
     if isinstance(program, str | Path):
-        steering, digest = Program.load(Path(program)), sha256(Path(program))
-    else:
-        steering, digest = program, program.sha256
+        program = Program.load(Path(program))
     context = _context(model, data, seed, progress)
-    reference = Reference(context, steering, _parse(VerifyOptions, options), _parse(Scorer, score, "score."), ask)
-    return verify_artifact(reference, Path(folder), digest)
+    reference = Reference(context, program, _parse(VerifyOptions, options), _parse(Scorer, score, "score."), ask)
+    return verify_artifact(reference, Path(folder), program.sha256)
 
 
 @contextmanager

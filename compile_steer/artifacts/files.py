@@ -123,9 +123,9 @@ def save_record(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def was_edited(path: Path) -> bool:
-    """True if a JSON record fails its edit check; False if it passes or has none. Raises as `edit_check` does."""
+    """True if a JSON record fails its edit check, or lost it. Raises as `edit_check` does."""
     recorded, actual = edit_check(path)
-    return recorded not in ("", actual)
+    return recorded != actual
 
 
 def edit_check(path: Path) -> tuple[str, str]:
@@ -187,21 +187,24 @@ def reuse_or_make(path: Path, load: Callable[[Path], _Artifact | None], make: Ca
     return make() if kept is None else kept
 
 
-def sha256(path: Path, without: tuple[str, ...] = ()) -> str:
+def sha256(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files in sorted order.
 
-    Args:
-        without: names of files in a folder that do not count (reports about the folder itself).
+    A link to a folder or to nothing counts as a link: what it leads to may be the whole disk, or the folder itself.
     """
+    if path.is_symlink() and not path.is_file():
+        return digest(f"link to {path.readlink()}")
     if path.is_dir():
-        return digest([[name, sha256(path / name)] for name in own_files(path) if Path(name).name not in without])
+        return digest([[name, sha256(path / name)] for name in own_files(path)])
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def own_files(folder: Path) -> list[str]:
-    """The relative names of the folder's files, sorted. Hidden files (a hub's cache, temporaries) are left out."""
-    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    """The relative names of the folder's files and links, sorted. Hidden ones (a hub's cache, temporaries) are left out."""
+    # A linked folder is one entry here, although a library would read what is in it.
+    entries = (entry for entry in sorted(folder.rglob("*")) if entry.is_symlink() or not entry.is_dir())
+    files = (entry.relative_to(folder) for entry in entries)
     return [str(file) for file in files if not any(part.startswith(".") for part in file.parts)]
 
 

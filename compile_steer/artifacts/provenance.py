@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from compile_steer.artifacts.files import (
-    load_json,
-    own_files,
-    read_json,
-    save_record,
-    sha256,
-    was_edited,
-    without_check,
-)
+from compile_steer.artifacts.contents import file_hashes
+from compile_steer.artifacts.files import digest, load_json, read_json, save_record, was_edited, without_check
 from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError
 
@@ -35,6 +28,7 @@ CARD = "README.md"
 ENGINES = "engines.json"
 REPORTS = (PARITY, ENGINES, CARD)
 """Files about the folder, written again when it is verified: they are no part of what the folder is."""
+_NOT_LOADED = (*REPORTS, PROVENANCE)
 _ORIGIN = "origin"
 
 # Two implementations of one computation in fp32 that sum in different orders differ by about half of this, in nats.
@@ -52,12 +46,22 @@ def versions() -> dict[str, str]:
 
 def artifact_sha256(folder: Path) -> str:
     """The hash by which other artifacts name this one: of weights, settings and provenance, without the reports."""
-    return sha256(folder, without=REPORTS)
+    return digest([list(file) for file in file_hashes(folder, without=REPORTS).items()])
 
 
 def weights_sha256(folder: Path) -> str:
     """The hash by which reports name the folder: of everything that is loaded, without provenance and reports."""
-    return sha256(folder, without=(*REPORTS, PROVENANCE))
+    return weights_hash(file_hashes(folder, without=_NOT_LOADED))
+
+
+def weights_hash(hashes: Mapping[str, str]) -> str:
+    """`weights_sha256` of a folder by its `file_hashes`."""
+    return digest([list(file) for file in loaded_files(hashes).items()])
+
+
+def loaded_files(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Those of a folder's `file_hashes` that decide what is loaded."""
+    return {name: value for name, value in hashes.items() if name not in _NOT_LOADED}
 
 
 @dataclass(frozen=True)
@@ -155,23 +159,27 @@ class Provenance:
             "A task vector belongs to the base that it was made from."
         ]
 
-    def changed_files(self, folder: Path) -> Iterator[ChangedFile]:
-        """Every file of `folder` that is not as it was written; none for old folders, which did not record their files."""
-        actual = _file_hashes(folder)
+    def changed_files(self, folder: Path, hashes: Mapping[str, str] | None = None) -> Iterator[ChangedFile]:
+        """Every file of `folder` that is not as it was written; none for old folders, which did not record their files.
+
+        Args:
+            hashes: the folder's `file_hashes` where they are known already.
+        """
+        actual = file_hashes(folder, without=_NOT_LOADED) if hashes is None else loaded_files(hashes)
         for name in sorted(self.files_sha256.keys() | actual.keys()) if self.files_sha256 else ():
             if self.files_sha256.get(name, "") != actual.get(name, ""):
                 yield ChangedFile(name, self.files_sha256.get(name, ""), actual.get(name, ""))
 
-    def edits(self, folder: Path) -> list[str]:
-        """One line for each change to `folder` since it was written, its record included."""
-        lines = [f"{folder}: {change}." for change in self.changed_files(folder)]
+    def edits(self, folder: Path, hashes: Mapping[str, str] | None = None) -> list[str]:
+        """One line for each change to `folder` since it was written, its record included; `hashes` as in `changed_files`."""
+        lines = [f"{folder}: {change}." for change in self.changed_files(folder, hashes)]
         if was_edited(folder / PROVENANCE):
-            lines.append(f"{folder / PROVENANCE} was edited after it was written.")
+            lines.append(f"{folder / PROVENANCE} was edited after it was written, or lost its hash.")
         return lines
 
     def write(self, folder: Path) -> None:
         """Record this provenance and the hashes of the files that `folder` holds; reports and card come later."""
-        save_record(folder / PROVENANCE, asdict(replace(self, files_sha256=_file_hashes(folder))))
+        save_record(folder / PROVENANCE, asdict(replace(self, files_sha256=file_hashes(folder, without=_NOT_LOADED))))
 
     @staticmethod
     def read(folder: Path) -> Provenance:
@@ -202,11 +210,6 @@ class Provenance:
             return Provenance.read_unedited(folder).inputs == inputs
         except ArtifactError:
             return False
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the folder's files by relative name, without its record and reports."""
-    return {name: sha256(folder / name) for name in own_files(folder) if name not in (*REPORTS, PROVENANCE)}
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest, sha256, was_edited
-from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256
+from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, weights_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
 from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
@@ -164,9 +165,10 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
     """Compare what is on disk with the steered model; with `save` a parity.json is left beside each artifact."""
     distributed.require_alone("verification")
     problems: list[str] = []
+    origins: dict[Path, Provenance] = {}
     for folder in folders:
         try:
-            require_same_origin(folder, run.model.id, run.model.revision, run.program_sha256)
+            origins[folder] = require_same_origin(folder, run.model.id, run.model.revision, run.program_sha256)
         except ArtifactError as error:
             problems += error.problems
     if problems:
@@ -175,13 +177,26 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
     parities: dict[Path, Parity] = {}
     with run.progress.phase("verifying artifacts from disk", len(folders)) as advance:
         # By form: the base, rounded as a form is, is made once for all artifacts of that form.
-        for folder in sorted(folders, key=lambda folder: Provenance.read(folder).form):
-            parities[folder] = verify_artifact(reference, folder, run.program_sha256)
+        for folder in sorted(folders, key=lambda folder: origins[folder].form):
+            parity = verify_artifact(
+                reference, folder, run.program_sha256, run.bonds, _other_inputs(run, origins[folder])
+            )
+            run.require_unchanged()  # every artifact reads the base from disk once more
+            parities[folder] = parity
             if save:
-                parities[folder].save(folder / PARITY)
+                parity.save(folder / PARITY)
                 update_card(folder, run.paths.validation)
             advance(1)
     return [parities[folder] for folder in folders]
+
+
+def _other_inputs(run: Run, origin: Provenance) -> dict[str, str]:
+    """Why the report is no report on the artifact's own data, if it is not, as an entry of `Parity.unmeasured`."""
+    now = run.origin().data_sha256
+    others = [name for name, value in origin.data_sha256.items() if now.get(name) != value]
+    if not others or origin.members:  # a composition's members have data of their own
+        return {}
+    return {"its own data": f"measured on other data than it was compiled with: {', '.join(others)} changed since"}
 
 
 @dataclass(frozen=True)
@@ -215,6 +230,7 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     result = replace(result, merged=merge(run))
     yield result
     parities = verify_in_fresh_process(recipe, run.paths.out, changes)
+    require_of_this_run(run, parities)
     result = replace(result, parities=parities, page=run.paths.report)
     curves: dict[str, dict[str, list[float]]] = {}
     for name in run.plan.chosen:  # the losses that training left beside the weights
@@ -224,6 +240,21 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     program = run.program.describe()
     write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, curves)
     yield result
+
+
+def require_of_this_run(run: Run, parities: Sequence[Parity]) -> None:
+    """Raise `ArtifactError` unless the reports are of exactly what this run made, by this run's recipe, data and base."""
+    run.require_unchanged()
+    expected = [{**run.bonds, "artifact": weights_sha256(folder)} for folder in artifacts(run)]
+    expected = [{**bonds, "program": run.program_sha256, "base": run.model.revision} for bonds in expected]
+    measured = [{key: value for key, value in parity.sha256.items() if key != "texts"} for parity in parities]
+    if measured != expected:
+        pairs = zip_longest(expected, measured, fillvalue=dict[str, str]())
+        others = {key for ours, theirs in pairs for key in ours | theirs if ours.get(key) != theirs.get(key)}
+        raise ArtifactError(
+            f"what was verified is not what this run made: {', '.join(sorted(others))} changed in between. Let nothing "
+            "write to the recipe, its data or the output folder, and run this again."
+        )
 
 
 def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> list[Parity]:

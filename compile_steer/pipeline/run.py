@@ -13,9 +13,9 @@ from pathlib import Path
 
 from compile_steer.artifacts.files import digest, reuse_or_make, save_text, sha256, was_edited
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.artifacts.provenance import Origin
+from compile_steer.artifacts.provenance import Origin, versions
 from compile_steer.common import distributed
-from compile_steer.common.errors import CannotLower, RecipeError
+from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context, require_distinct
 from compile_steer.data.pairs import pairs_sha256, read_pairs
@@ -67,10 +67,33 @@ class Run:
         return self.context.progress
 
     def inputs(self, *sections: str, after: str = "") -> str:
-        """Fingerprint of what a stage depends on: recipe sections, data, model, seed, the artifact before it."""
+        """Fingerprint of what a stage depends on: recipe sections, data, model, seed, libraries, the artifact before it."""
         model = self.model
         identity = [model.id, model.revision, self.recipe.dtype, self.recipe.seed, self.recipe.prompt_format]
-        return digest([self.recipe.part(*sections), self.data.hashes, identity, after])
+        # What another version computed is made again: it may have computed something else.
+        return digest([self.recipe.part(*sections), self.data.hashes, identity, versions(), after])
+
+    @property
+    def bonds(self) -> dict[str, str]:
+        """What a parity report of this run names beside artifact, program and base: its recipe, data and libraries."""
+        return {
+            "recipe": self.recipe.hash,
+            "data": digest(self.origin().data_sha256),
+            "versions": digest(versions()),
+        }
+
+    def require_unchanged(self) -> None:
+        """Raise `ArtifactError` if the base or the program on disk is no longer the one that this run loaded."""
+        revision, program_sha256 = revision_of(self.recipe.model), sha256(self.paths.program)
+        problems = []
+        if revision != self.model.revision:
+            problems.append(
+                f"the base {self.model.id} changed while it was used: {self.model.revision}, now {revision}."
+            )
+        if program_sha256 != self.program_sha256:
+            problems.append(f"{self.paths.program} changed while it was used.")
+        if problems:
+            raise ArtifactError([*problems, "Nothing was recorded. Let nothing write there, and run this again."])
 
     def origin(self, directions_sha256: str = "") -> Origin:
         """What this run's directions, or the program chosen from them, are made from."""
@@ -159,7 +182,8 @@ class Run:
 
     @cached_property
     def program_sha256(self) -> str:
-        return sha256(self.paths.program)
+        """SHA-256 of the file that `program` was read from."""
+        return self.program.sha256
 
     @cached_property
     def plan(self) -> Plan:

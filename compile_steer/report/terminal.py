@@ -73,6 +73,9 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
     """Print a table of all artifacts, the prompt sets, and for each artifact its details and why it failed."""
     if not parities:
         return
+    for p in parities:  # first of all, so that nobody takes a check that was not made for one that passed
+        colour = "green" if p.passed else "red"
+        console.print(f"{p.backend} {p.form}: [{colour}]{escape(p.verdict)}[/{colour}]")
     first = parities[0].divergence
     title = (
         f"Compiled against steered, {first.n_tokens} held-out response tokens "
@@ -103,13 +106,13 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         f"steered {first.kl_control_steered:.3f} nats/token; seconds: of the compile alone"
     )
     console.print(_prompt_set_table(parities))
-    for remark in parities[0].remarks:
-        console.print(f"  {escape(remark)}")
     for p in parities:
         for label, text in details(p):
             console.print(f"  {p.backend} {p.form}, {label}: {escape(text)}")
         for reason in p.reasons:
             console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
+        for check in p.unchecked:
+            console.print(f"  [yellow]{p.backend} {p.form}, not checked: {check.name}[/yellow]: {escape(check.text)}")
 
 
 def _prompt_set_table(parities: Sequence[Parity]) -> Table:

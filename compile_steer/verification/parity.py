@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compile_steer.artifacts.files import load_json, save_record, was_edited
-from compile_steer.artifacts.provenance import PARITY, weights_sha256
+from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha256
 from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
 
@@ -177,6 +177,15 @@ class Rounding:
         )
 
 
+@dataclass(frozen=True)
+class Check:
+    """One check of an artifact: `text` says why it failed, or could not be made."""
+
+    name: str
+    outcome: Literal["passed", "failed", "not checked"]
+    text: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Parity(Summary):
     """Comparison of one artifact with the steered model."""
@@ -200,12 +209,29 @@ class Parity(Summary):
     passed: bool = False
     reasons: list[str] = field(default_factory=list)  # every gate that the artifact misses
     remarks: list[str] = field(default_factory=list)  # what could not be measured, and why
-    sha256: dict[str, str]  # of the artifact, its program and the held-out texts; and the base's revision
+    unmeasured: dict[str, str] = field(default_factory=dict)  # the checks that need it, by their names
+    checks: list[Check] = field(default_factory=list)  # all, with their outcomes; `gates.checks` of the figures above
+    # The `verify` section, seed, prompt and device that it was measured by; what a report is bound to besides its hashes.
+    settings: dict[str, Any] = field(default_factory=dict)
+    # Of exactly the files that were loaded (`artifact`), of program, held-out texts, data and recipe; the base's revision.
+    sha256: dict[str, str]
+
+    @property
+    def unchecked(self) -> list[Check]:
+        """The checks that could not be made."""
+        return [check for check in self.checks if check.outcome == "not checked"]
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words; one that not every check has gone into says so."""
+        verdict = "passed" if self.passed else "FAILED"
+        names = ", ".join(check.name for check in self.unchecked)
+        return f"{verdict}; not checked: {names}" if names else verdict
 
     def summary_rows(self) -> list[tuple[str, str]]:
         d, b = self.divergence, self.behaviour
         return [
-            ("verdict", "passed" if self.passed else "FAILED"),
+            ("verdict", self.verdict),
             *(("", reason) for reason in self.reasons),
             ("artifact", f"{self.backend} {self.form}"),
             ("KL(steered‖compiled)", f"{d.kl.value:.1e} nats/token on {d.n_tokens} held-out tokens"),
@@ -213,6 +239,15 @@ class Parity(Summary):
             ("top-1 agreement", f"{d.top1:.2%}; base {d.top1_base:.2%}"),
             ("effect retained", str(b.effect_retained)),
             ("score", f"base {b.score_base:.2f}, steered {b.score_steered:.2f}, compiled {b.score_compiled:.2f}"),
+        ]
+
+    def bonds(self, folder: Path, origin: Provenance) -> list[tuple[str, str, str]]:
+        """What ties the report to the artifact at `folder`, of provenance `origin`: (what, as reported, as it is there)."""
+        return [
+            ("weights", self.sha256.get("artifact", ""), weights_sha256(folder)),
+            ("program", self.sha256.get("program", ""), origin.program_sha256),
+            ("base", self.sha256.get("base", ""), origin.revision),
+            ("form", f"{self.backend} {self.form}", f"{origin.backend} {origin.form}"),
         ]
 
     def save(self, path: Path) -> None:
@@ -225,9 +260,9 @@ class Parity(Summary):
 
 
 def own_parity(folder: Path) -> Parity | None:
-    """The parity report beside `folder`, if it is of these weights and nobody edited it."""
+    """The parity report beside `folder`, if it is of this very artifact and nobody edited it."""
     path = folder / PARITY
     if not path.is_file() or was_edited(path):
         return None
-    parity = Parity.load(path)
-    return parity if parity.sha256.get("artifact") == weights_sha256(folder) else None
+    parity, origin = Parity.load(path), Provenance.read(folder)
+    return parity if all(found == needed for _what, found, needed in parity.bonds(folder, origin)) else None

@@ -15,8 +15,8 @@ from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.report.terminal import print_parities
 from compile_steer.verification.controls import _factors, adapter_scales
+from compile_steer.verification.gates import check
 from compile_steer.verification.parity import AdapterScale, Parity
-from compile_steer.verification.stage import check
 from tests.helpers.verification import VerifierCase, recipe
 
 

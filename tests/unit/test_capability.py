@@ -20,8 +20,8 @@ from compile_steer.verification.controls import (
     capability_retention,
     correct_answers,
 )
+from compile_steer.verification.gates import check
 from compile_steer.verification.options import VerifyOptions
-from compile_steer.verification.stage import check
 from tests.helpers.verification import VerifierCase
 
 NUMBER = Question("What is 3 times 4?", ("12", "twelve"))

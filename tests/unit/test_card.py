@@ -32,12 +32,13 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     assert "top-1" not in before
     (parity,) = verify(run.open(), [folder])
     after = card(folder)
-    assert "| verification | **failed** |" in after
+    assert "| verification | **failed**; not checked: score" in after
+    assert all(f"- Not checked: {check.name} ({check.text})" in after for check in parity.unchecked)
     assert f"{100 * parity.divergence.top1:.2f} %" in after
     assert f"{parity.divergence.kl.value:.2g}" in after
     assert all(reason in after for reason in parity.reasons)
     passed = card(run.paths.merged("bias", "fp32"))
-    assert "| verification | passed |" in passed
+    assert "| verification | passed; not checked: score" in passed
     assert "was compared with" in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
     assert not Provenance.read(folder).edits(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compile_steer.artifacts.contents import file_hashes
 from compile_steer.artifacts.files import (
     digest,
     edit_check,
@@ -170,7 +171,7 @@ def test_a_folder_s_hash_follows_names_and_contents_but_not_its_own_name_or_repo
     first = sha256(tmp_path / "one")
     assert sha256(tmp_path / "two") == first
     fill(tmp_path / "two", report="about the folder")
-    assert sha256(tmp_path / "two", without=("report",)) == first
+    assert list(file_hashes(tmp_path / "two", without=("report",))) == ["a", "b", "inner/c"]
     assert sha256(tmp_path / "two") != first
     (tmp_path / "two" / "report").unlink()
     (tmp_path / "two" / "inner" / "c").rename(tmp_path / "two" / "inner" / "d")
@@ -205,10 +206,10 @@ def test_the_edit_check_is_no_protection_against_forgery(tmp_path: Path) -> None
     assert not was_edited(path)
 
 
-def test_a_file_without_an_edit_check_was_not_edited_and_damage_is_an_error(tmp_path: Path) -> None:
+def test_a_record_that_lost_its_edit_check_was_edited_and_damage_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     save_json(path, {"verdict": "fail"})
-    assert not was_edited(path)
+    assert was_edited(path)
     assert edit_check(path)[0] == ""
     for text in ("{", "[1]"):
         path.write_text(text, encoding="utf-8")

@@ -23,10 +23,10 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
+from compile_steer.verification.gates import check
 from compile_steer.verification.options import VerifyOptions
-from compile_steer.verification.parity import Parity, Rounding
+from compile_steer.verification.parity import Check, Parity, Rounding
 from compile_steer.verification.prompt_sets import PromptSets, build_prompts, same_until
-from compile_steer.verification.stage import check
 from tests.helpers.tiny import loaded
 from tests.helpers.verification import VerifierCase, behaviour, recipe
 
@@ -188,12 +188,16 @@ def test_an_exact_compile_that_is_off_on_one_set_fails(exact: Parity) -> None:
 
 def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:
     stream = StringIO()
-    print_parities(Console(file=stream, width=300), [replace(exact, remarks=["no long prompts"])])
+    print_parities(
+        Console(file=stream, width=300),
+        [replace(exact, checks=[Check("prompt sets", "not checked", "no long prompts")])],
+    )
     first = exact.prompt_sets[0]
     assert f"100%, 100% (0.00%); {first.greedy.score:.2f}, {first.sampled.score:.2f}" in stream.getvalue()
     assert f"-; {first.greedy.score_steered:.2f}, {first.sampled.score_steered:.2f}" in stream.getvalue()
     assert f"long, {exact.prompt_sets[-1].prompt_tokens} tokens" in stream.getvalue()
-    assert "  no long prompts" in stream.getvalue()
+    assert stream.getvalue().startswith("bias merged-fp32: passed; not checked: prompt sets\n")
+    assert "not checked: prompt sets: no long prompts" in stream.getvalue()
 
 
 @pytest.mark.parametrize("change", [{"prompts_per_set": 0}, {"long": -1}, {"long_tokens": 15}, {"free_tokens": 3}])

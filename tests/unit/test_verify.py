@@ -24,8 +24,8 @@ from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import steered
+from compile_steer.verification.gates import check
 from compile_steer.verification.parity import Parity, Rounding
-from compile_steer.verification.stage import check
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, make_reference, recipe
 
 GATES = recipe().verify.gates

@@ -1,0 +1,126 @@
+"""The gates: what an artifact must reach. Each check passes, fails, or could not be made; what was not checked is said.
+
+Imports no heavy library, so that `show` can tell whether a recorded verdict follows from the recorded figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compile_steer.verification.options import Gates
+from compile_steer.verification.parity import Check, Parity
+
+# KL grows only with the square of the error of the strength, so a small divergence alone lets 10 % too much or too little
+# pass. The gain shows it directly.
+_GAIN_MARGIN = 0.05
+# nats per token: summing in another order in fp32 changes a hundredth of this. A compile may be 2 % off; its file may not be.
+_FILE_MARGIN = 1e-4
+
+
+def check(parity: Parity, gates: Gates) -> list[str]:
+    """Every gate that the artifact misses, in words; empty where it passes."""
+    return [check.text for check in checks(parity, gates) if check.outcome == "failed"]
+
+
+def checks(parity: Parity, gates: Gates) -> list[Check]:
+    """Every check of the artifact with its outcome; the reason where it failed or could not be made."""
+    made = [*_limits(parity, gates), *_tests(parity)]
+    unmeasured = [*parity.unmeasured.items(), *(("prompt sets", remark) for remark in parity.remarks)]
+    return made + [Check(name, "not checked", reason) for name, reason in unmeasured]
+
+
+def _check(name: str, passed: bool, reason: str) -> Check:
+    return Check(name, "passed") if passed else Check(name, "failed", reason)
+
+
+def _at_most(name: str, message: str, value: float, limit: float) -> Check:
+    return _check(name, value <= limit, message.format(value, limit))  # NaN compares false, so it misses every gate
+
+
+def _at_least(name: str, message: str, value: float, limit: float) -> Check:
+    return _check(name, value >= limit, message.format(value, limit))
+
+
+def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
+    """The gates that compare a value with a limit."""
+    d, b, rounding, adapter = parity.divergence, parity.behaviour, parity.rounding, parity.adapter
+    # The artifact may cost as much as its precision costs the steered model; twice, because the two roundings are independent.
+    noise, flips = (2 * rounding.kl_steered, 2 * (1 - rounding.top1_steered)) if rounding else (0.0, 0.0)
+    most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + noise
+    least = (gates.exact_top1 if parity.exact else gates.top1) - flips
+    if parity.file_error is not None:
+        written = (
+            "it is not what was compiled: mean log p of a fixed text is {:.1e} nats a token from what the compiler's weights "
+            "gave before they were written; at most {:.0e}"
+        )
+        yield _at_most("on disk", written, parity.file_error, _FILE_MARGIN)
+    message = f"KL {{:.2e}} nats a token (remaining {d.kl_remaining.value:.2%}); at most {{:.2e}}"
+    yield _at_most("KL", message, d.kl.value, most)
+    control_limit = d.kl_control_steered + gates.control_kl_margin
+    message = "control text: KL from the base {:.4f} nats a token; at most {:.4f}"
+    yield _at_most("control text", message, d.kl_control, control_limit)
+    if rounding and parity.form.startswith("gguf-"):
+        # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
+        # What is left of the quantisation there is that edited matrices are rounded anew.
+        most = (gates.exact_kl if parity.exact else gates.kl_remaining * rounding.kl_changed) + 2 * rounding.kl_edited
+        against = f"(remaining {rounding.kl_remaining:.2%}) from the hooks on the base quantised the same way"
+        message = f"KL {{:.2e}} nats a token {against}; at most {{:.2e}}"
+        yield _at_most("KL, quantised", message, rounding.kl, most)
+    if parity.exact:
+        # Exact backends agree here to about 1e-11. For others there is no threshold that sound artifacts were measured
+        # against, and a remaining KL of few tokens is not certain.
+        places = {"at the prompts' positions": d.kl_prompt} | {f"on {s.name} prompts": s.kl for s in parity.prompt_sets}
+        for place, kl in places.items():
+            if noise:
+                reason = "what rounding costs there is not measured"
+                yield Check(f"KL {place}", "not checked", reason)
+            else:
+                message = f"KL {{:.2e}} nats a token {place}; at most {{:.2e}}"
+                yield _at_most(f"KL {place}", message, kl, gates.exact_kl)
+    # Other scales are only reported: a change that was trained at one strength need not scale with it.
+    for measured in adapter.scales if adapter else ():
+        if measured.scale == 0:
+            message = "KL(base||adapter at scale 0) {:.2e} nats a token: something else has changed"
+            yield _at_most("adapter at scale 0", message, measured.kl, gates.exact_kl)
+    yield _at_least("top-1", "top-1 agreement {:.2%}; at least {:.2%}", d.top1, least)
+    if b.effect_retained:
+        value, low = b.effect_retained.value, b.effect_retained.low
+        yield _at_least("effect retained", "effect retained {:.3f}; at least {:g}", value, gates.effect_retained)
+        message = "effect retained, lower bound {:.3f}; at least {:g}"
+        yield _at_least("effect retained, lower bound", message, low, gates.effect_retained_low)
+
+
+def _tests(parity: Parity) -> Iterator[Check]:
+    """The gates that are no comparison with one limit."""
+    b, adapter, gain = parity.behaviour, parity.adapter, parity.divergence.gain
+    message = "the artifact's tokenizer splits held-out prompts differently from the base's"
+    yield _check("tokenizer", parity.same_tokens, message)
+    message = f"the gain is {gain:.3f} of the steered model's change; needed 1 +- {_GAIN_MARGIN:g}"
+    yield _check("gain", abs(gain - 1) <= _GAIN_MARGIN, message)
+    message = "the steered model's log-likelihood margin does not differ from the base's: there is no effect to retain"
+    yield _check("effect", b.effect_retained is not None, message)
+    if b.margin:
+        yield _check(b.margin.measure, b.margin.equivalent, str(b.margin))
+    for test in (b.score, b.prompt_sets):
+        if test and (test.enough or test.equivalent):
+            yield _check(test.measure, test.equivalent, str(test))
+        elif test:  # scores of so few prompts that no artifact could show equivalence are no reason
+            yield Check(test.measure, "not checked", str(test))
+    if b.prompt_sets is None:
+        yield Check("score by prompt set", "not checked", "the scorer knows only the data's prompts")
+    more = f"{b.repetition_compiled:.2f} of its 3-grams, steered {b.repetition_steered:.2f}; {b.repetition}"
+    # The whole interval must lie above the margin: answers that differ repeat more or less by chance.
+    message = f"it repeats itself more than the steered model: {more}"
+    yield _check("repetition", not b.repetition.low > b.repetition.margin, message)
+    if lost := parity.capability:
+        message = f"it can do less than the steered model: {lost}; {lost.test}"
+        yield _check("capability", not lost.worse, message)
+    else:
+        yield Check("capability", "not checked", "no questions were asked (verify.capability: 0)")
+    if adapter:
+        random = max(adapter.random)
+        message = (
+            f"a random adapter of the same norms moves the test pairs as much ({random:.3f} against "
+            f"{adapter.effect:.3f} nats a token): what it does is not the behaviour"
+        )
+        yield _check("random adapters", adapter.effect > random, message)
