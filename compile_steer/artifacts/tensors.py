@@ -4,7 +4,9 @@ Importing this module does not import torch; reading or writing tensors does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,8 @@ from compile_steer.common.errors import ArtifactError, library_errors, several
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Bytes of an element, by safetensors' names of types.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -33,6 +37,48 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     with library_errors(lambda reason: ArtifactError(f"{path.name} cannot be written ({reason}).")):
         save_file(dict(tensors), str(path), metadata=dict(metadata))
+
+
+def stream_tensors(
+    path: Path,
+    specs: Mapping[str, tuple[str, Sequence[int]]],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> int:
+    """Write a safetensors file one tensor at a time (the library's own writer wants all in memory); returns the tensors' bytes.
+
+    Args:
+        specs: the type (as safetensors names it) and the shape of each tensor.
+        tensor: returns it, in that type and shape.
+
+    Raises `ArtifactError` for a packed type.
+    """
+    import torch
+
+    packed = [
+        f"{name} is stored as {kind}; needed: {', '.join(_BYTES)}."
+        for name, (kind, _) in specs.items()
+        if kind not in _BYTES
+    ]
+    if packed:
+        raise ArtifactError(several(packed))
+    # Wide types first, as the library orders them: every tensor then begins at a multiple of its elements' size.
+    names = sorted(specs, key=lambda name: (-_BYTES[specs[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        kind, shape = specs[name]
+        begin, end = end, end + _BYTES[kind] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            written = file.write(tensor(name).contiguous().flatten().view(torch.uint8).numpy().data)
+            assert written == end - begin, f"{name} is not of the type and shape that the header says"
+    return int(header[names[-1]]["data_offsets"][1]) if names else 0
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -72,6 +118,16 @@ class Checkpoint:
         """The file of each tensor; raises as `checkpoint_files`."""
         return {name: file for file, names in checkpoint_files(self.folder).items() for name in names}
 
+    @cached_property
+    def specs(self) -> Mapping[str, tuple[str, list[int]]]:
+        """The type, such as 'F32', 'BF16' or 'F8_E4M3', and the shape in which each tensor is stored; raises as `files`."""
+        specs: dict[str, tuple[str, list[int]]] = {}
+        for file in sorted(set(self.files.values())):
+            with open_tensors(file, "np") as content:
+                headers = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+                specs |= {name: (header.get_dtype(), header.get_shape()) for name, header in headers.items()}
+        return specs
+
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
         if name not in self.files:  # a tied head is not saved
@@ -108,7 +164,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
     problems: list[str] = []
     for name in sorted(set(indexed.values())) or [SINGLE_FILE]:
         file = folder / name
-        if problem := _misplaced(file, folder):
+        if problem := misplaced(file, folder):
             problems.append(problem if not indexed else f"{problem} ({INDEX_FILE} names it).")
             continue
         with open_tensors(file, "np") as content:
@@ -127,7 +183,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _misplaced(file: Path, folder: Path) -> str:
+def misplaced(file: Path, folder: Path) -> str:
     """Why `file` cannot be a part of the model in `folder`; '' where it can."""
     home, target = folder.resolve(), file.resolve()
     # The hub's cache keeps a snapshot's files as links to blobs beside the snapshots.

@@ -21,7 +21,8 @@ from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
-from compile_steer.export.merged import merged_model, patched_config
+from compile_steer.export.merged import merged_model
+from compile_steer.export.patched_config import patched_config
 from compile_steer.models.gguf import ROPE_FACTORS, write_and_close
 from compile_steer.models.load import LoadedModel, gguf_of
 from compile_steer.steering.patch import WeightPatch

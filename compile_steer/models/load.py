@@ -42,6 +42,7 @@ class LoadedModel:
         id: the name that it was loaded by, which programs and artifacts record.
         revision: 'hub:COMMIT', or 'sha256:HASH' of a local folder's weights.
         source: the folder that it was loaded from, and can be loaded from again.
+        prompt_template: the chat template made from a recipe's `prompt_format`; None where the model's own is used.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class LoadedModel:
     id: str
     revision: str
     source: str
+    prompt_template: str | None = None
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")
@@ -98,11 +100,12 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
-    if prompt_format is not None:
-        tokenizer.chat_template = completion_template(prompt_format, tokenizer)
+    template = None if prompt_format is None else completion_template(prompt_format, tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
     Layout.of(model)  # raises for an unknown family before anything runs
     revision = f"hub:{commit}" if commit else weights_revision(folder)
-    return LoadedModel(frozen(model, target), tokenizer, reference, revision, str(folder))
+    return LoadedModel(frozen(model, target), tokenizer, reference, revision, str(folder), template)
 
 
 def frozen(model: Any, device: torch.device) -> Any:

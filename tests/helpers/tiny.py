@@ -164,9 +164,10 @@ def loaded(family: str, seed: int = 0) -> LoadedModel:
 
 
 def saved(family: str, folder: Path) -> LoadedModel:
-    """The shared tiny model with its weights saved to `folder`, from where it can be loaded again."""
+    """The shared tiny model with its weights and tokenizer saved to `folder`, from where it can be loaded again."""
     one = loaded(family)
     one.model.save_pretrained(folder)
+    one.tokenizer.save_pretrained(folder)
     return LoadedModel(one.model, one.tokenizer, one.id, one.revision, str(folder))
 
 

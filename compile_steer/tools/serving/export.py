@@ -6,19 +6,19 @@ adapters become plain LoRA, and what an engine does not read is refused.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from compile_steer.artifacts.files import new_folder, own_files, save_record, sha256
-from compile_steer.artifacts.provenance import PROVENANCE, REPORTS, EngineName, Provenance, artifact_sha256, versions
+from compile_steer.artifacts.provenance import PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
+from compile_steer.export.model_folder import copy_model
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
 from compile_steer.models.load import folder_of, library_errors, load
 from compile_steer.steering.patch import WeightPatch
@@ -155,10 +155,7 @@ def _export_checkpoint(folder: Path, engine: EngineName, new: Path, precision: s
         name = f"{folder.name}-{precision}.gguf"
         write_gguf_file(new / name, WeightPatch(), load(str(folder), device="cpu"), precision, folder.name)
         return [], {"file": name}
-    for name in own_files(folder):
-        if name not in (*REPORTS, PROVENANCE):  # about the artifact's own folder, which the record names by its hash
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, new / name)
+    copy_model(folder, new)
     return [], {}
 
 

@@ -1,0 +1,79 @@
+"""The config.json of a patched model: the base's own with the keys that the patch needs, in words that every reader has."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compile_steer.artifacts.files import read_json
+from compile_steer.models.load import quiet
+from compile_steer.steering.patch import WeightPatch
+
+CONFIG = "config.json"
+
+
+def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
+    """The config of the base at `source` with room for the patch: its architecture and its biases."""
+    return read_config(patched_content(Path(source), patch))
+
+
+def patched_content(folder: Path, patch: WeightPatch) -> dict[str, Any]:
+    """The content of the base's config.json with the keys that the patch needs."""
+    content = read_json(folder / CONFIG, "Get or make it again.")
+    if patch.architecture:
+        content = _converted(content, patch.architecture)
+    return {**content, **dict.fromkeys(patch.config_flags, True)}
+
+
+def _converted(content: dict[str, Any], family: str) -> dict[str, Any]:
+    """The same computation in another family's words: every field that both have, but the family's own name."""
+    own, target = read_config(content), AutoConfig.for_model(family)
+    names = {"model_type": family, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]}
+    # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
+    names["attention_bias"] = own.model_type == "qwen2"
+    only_own = {key for key in type(own)().to_dict() if not hasattr(target, key)}
+    new = {key: value for key, value in content.items() if key not in only_own} | names
+    # A field that the file leaves out has the family's own default, which may be another in the new family.
+    read = read_config(new).to_dict()
+    for key, value in own.to_dict().items():
+        if hasattr(target, key) and key not in (*names, "transformers_version", "dtype") and read.get(key) != value:
+            new[key] = value
+    return new
+
+
+def read_config(content: dict[str, Any]) -> PreTrainedConfig:
+    """The config that transformers reads from the content of a config.json."""
+    with quiet():
+        return type(AutoConfig.for_model(content["model_type"])).from_dict(deepcopy(content))
+
+
+def with_older_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json with its rotary embedding also as transformers 4 and all other readers spell it.
+
+    transformers 5 writes `rope_parameters` alone, which an older reader skips: it then computes with its default base.
+    """
+    rope = content.get("rope_parameters")
+    if not isinstance(rope, dict) or not rope or content.get("rope_scaling"):
+        return content  # where both are there, transformers 5 takes the older one
+    main = rope.get("full_attention", rope)  # by the kind of attention, where there are two
+    base, part = main.get("rope_theta"), main.get("partial_rotary_factor")
+    scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    older = {
+        "rope_theta": base,
+        "partial_rotary_factor": part,
+        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
+        "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
+    }
+    if content.get("model_type") == "gpt_neox":
+        older |= {"rotary_emb_base": base, "rotary_pct": part}
+    return {**content, **{key: value for key, value in older.items() if value is not None}}
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as transformers does, but in the order of its keys."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
