@@ -17,7 +17,8 @@ from benchmarks.record import prose, table, timed
 from compile_steer.common.progress import Advance, Progress
 from compile_steer.extraction.options import ExtractOptions, TrainedOptions
 from compile_steer.extraction.trained import Objective, Start, TrainedVectors, starting_point, train
-from compile_steer.models.load import LoadedModel, load, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import TokenDivergence, mean_logprobs
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from compile_steer.artifacts.contents import file_hashes
 from compile_steer.artifacts.files import digest, load_json, read_json, save_record, was_edited, without_check
+from compile_steer.artifacts.revision import other_revision
 from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError
 
@@ -152,11 +153,12 @@ class Provenance:
 
     def base_mismatch(self, folder: Path, model: str, revision: str) -> list[str]:
         """The problem, if `folder`, whose provenance this is, does not change that base; else an empty list."""
-        if (self.model, self.revision) == (model, revision):
+        different = other_revision(self.revision, revision)
+        if not different:
             return []
         return [
-            f"{folder} changes {self.model}, revision {self.revision}; the recipe's base is {model}, revision {revision}. "
-            "A task vector belongs to the base that it was made from."
+            f"{folder} changes {self.model}, revision {self.revision}; the recipe's base is {model}, revision {revision}: "
+            f"{different}. A task vector belongs to the base that it was made from."
         ]
 
     def changed_files(self, folder: Path, hashes: Mapping[str, str] | None = None) -> Iterator[ChangedFile]:

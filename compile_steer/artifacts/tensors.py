@@ -4,10 +4,11 @@ Importing this module does not import torch; reading or writing tensors does."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,20 @@ class Checkpoint:
         return {name: file for file, names in checkpoint_files(self.folder).items() for name in names}
 
     @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the tensors in order of their names, however they are spread over files; raises as `checkpoint_files`."""
+        import torch
+
+        total = hashlib.sha256()
+        with ExitStack() as stack:
+            opened = {file: stack.enter_context(open_tensors(file, "pt")) for file in set(self.files.values())}
+            for name in sorted(self.files):
+                tensor = opened[self.files[name]].get_tensor(name)
+                total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @cached_property
     def specs(self) -> Mapping[str, tuple[str, list[int]]]:
         """The type, such as 'F32', 'BF16' or 'F8_E4M3', and the shape in which each tensor is stored; raises as `files`."""
         specs: dict[str, tuple[str, list[int]]] = {}
@@ -147,6 +162,11 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
         ArtifactError: there are none, a file is damaged or lies outside the folder, the index names a file or a tensor that
             is not there, or two files hold the same tensor.
     """
+    if others := sorted(file.name for file in folder.glob("shard-*-model-*-of-*.safetensors")):
+        raise ArtifactError(
+            f"{folder} holds {others[0]}, a part of a distributed checkpoint, which transformers would load in the place of "
+            f"{SINGLE_FILE}. Save the model as one checkpoint: model.save_pretrained(NEW_FOLDER)."
+        )
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     indexed: dict[str, str] = {}
     if not single.is_file() and index.is_file():

@@ -37,7 +37,8 @@ from compile_steer.artifacts.tensors import (
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.export.model_folder import copy_side_files
 from compile_steer.export.patched_config import CONFIG, patched_content, read_config, with_older_rope, write_config
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch
 

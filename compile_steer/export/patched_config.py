@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compile_steer.artifacts.files import read_json
-from compile_steer.models.load import quiet
+from compile_steer.models.libraries import quiet
 from compile_steer.steering.patch import WeightPatch
 
 CONFIG = "config.json"

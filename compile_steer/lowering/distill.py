@@ -36,7 +36,7 @@ from compile_steer.lowering.training import (
     squared_error,
     train,
 )
-from compile_steer.models.load import quiet
+from compile_steer.models.libraries import quiet
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape

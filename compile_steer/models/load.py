@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
 import socket
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +15,19 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from compile_steer.artifacts.files import new_folder, sha256
+from compile_steer.artifacts.files import digest, new_folder, own_files, sha256
+from compile_steer.artifacts.revision import join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.common import errors
-from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, RecipeError
+from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
+from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import read_gguf
+from compile_steer.models.libraries import library_errors
 from compile_steer.steering.layout import Layout
 
+_CACHE_RECORD = "settings.sha256"
 EMBEDDED = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +38,7 @@ class LoadedModel:
 
     Attributes:
         id: the name that it was loaded by, which programs and artifacts record.
-        revision: 'hub:COMMIT', or 'sha256:HASH' of a local folder's weights.
+        revision: what it computes, as `artifacts.revision` says.
         source: the folder that it was loaded from, and can be loaded from again.
         prompt_template: the chat template made from a recipe's `prompt_format`; None where the model's own is used.
     """
@@ -86,16 +84,19 @@ def load(
         prompt_format: how a prompt is given to the model, instead of its chat template ("User: {prompt}\\nAssistant:\\n").
 
     Raises:
-        RecipeError: the model is not there, or the device or dtype is not available. LayoutError: the
-            family is unknown.
+        RecipeError: the model is not there, or the device or dtype is not available. ArtifactError: its files are not one
+            whole, unquantised model, or its tokenizer is of another. LayoutError: the family is unknown.
     """
     if dtype not in DTYPES:
         raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
     target = choose_device(device)
-    folder, commit = _find(reference)
-    with library_errors(lambda reason: _not_loaded(reference, reason)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    source = _find(reference)
+
+    def explain(reason: str) -> RecipeError:
+        return _not_loaded(reference, reason)
+
+    model = read_model(source.folder, DTYPES[dtype], explain)
+    tokenizer = read_tokenizer(source.folder, model, explain)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -104,8 +105,7 @@ def load(
     if template is not None:
         tokenizer.chat_template = template
     Layout.of(model)  # raises for an unknown family before anything runs
-    revision = f"hub:{commit}" if commit else weights_revision(folder)
-    return LoadedModel(frozen(model, target), tokenizer, reference, revision, str(folder), template)
+    return LoadedModel(frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template)
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -142,13 +142,12 @@ def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) 
 
 def folder_of(reference: str) -> Path:
     """The local folder of a model, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
-    return _find(reference)[0]
+    return _find(reference).folder
 
 
 def revision_of(reference: str) -> str:
     """The revision of a model without loading it; raises `RecipeError` if it is not there."""
-    folder, commit = _find(reference)
-    return f"hub:{commit}" if commit else weights_revision(folder)
+    return _find(reference).revision
 
 
 def gguf_of(reference: str) -> Path | None:
@@ -166,13 +165,28 @@ def gguf_of(reference: str) -> Path | None:
     return path if path.suffix == ".gguf" else None
 
 
-def _find(reference: str) -> tuple[Path, str]:
-    """A model's local folder, and its commit if it comes from the hub, else ''."""
+@dataclass(frozen=True)
+class _Source:
+    """A model's local folder, and where it comes from: a commit of the hub, or a GGUF file; else neither."""
+
+    folder: Path
+    commit: str = ""
+    gguf: Path | None = None
+
+    @property
+    def revision(self) -> str:
+        # The library writes what it reads of a GGUF in words that change with its version.
+        settings = settings_sha256(self.folder) if self.gguf is None else sha256(self.gguf)
+        return join_revision(Checkpoint(self.folder).sha256, settings, self.commit)
+
+
+def _find(reference: str) -> _Source:
+    """Where a model is, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
     path = Path(reference).expanduser()
     if (gguf := gguf_of(reference)) is not None:
         if not gguf.is_file():
             raise RecipeError(f"model '{reference}': no such file.")
-        path = _dequantised(gguf)
+        return _Source(_dequantised(gguf), gguf=gguf)
     if not path.is_dir():
         if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
@@ -180,10 +194,10 @@ def _find(reference: str) -> tuple[Path, str]:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         with library_errors(lambda reason: _not_loaded(reference, reason)):
             path = Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=not _hub_reachable()))
-        return path, path.name  # the hub's cache names a snapshot's folder by its commit
+        return _Source(path, commit=path.name)  # the hub's cache names a snapshot's folder by its commit
     if not (path / "config.json").is_file():
         raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
-    return path, ""
+    return _Source(path)
 
 
 def _hub_reachable() -> bool:
@@ -197,21 +211,6 @@ def _hub_reachable() -> bool:
     return True
 
 
-def weights_revision(folder: Path) -> str:
-    """A local folder's revision: the SHA-256 of its tensors in order of their names, however they are spread over files."""
-    checkpoint = Checkpoint(folder)
-    digest = hashlib.sha256()
-    try:
-        for name in sorted(checkpoint.files):
-            tensor = checkpoint.tensor(name)
-            assert tensor is not None, "`name` is one of the checkpoint's"
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    except ArtifactError as error:
-        raise RecipeError([f"model folder {folder}: {problem}" for problem in error.problems]) from error
-    return f"sha256:{digest.hexdigest()}"
-
-
 def cache_folder() -> Path:
     """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer."""
     return Path(os.environ.get("COMPILE_STEER_CACHE", "~/.cache/compile_steer")).expanduser()
@@ -220,10 +219,13 @@ def cache_folder() -> Path:
 def _dequantised(gguf: Path) -> Path:
     """A folder in the cache with the GGUF's weights as fp32 safetensors, its tokenizer and its chat template."""
     folder = cache_folder() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}"
-    if folder.is_dir():
-        return folder
+    record = folder / _CACHE_RECORD
+    if record.is_file() and record.read_text(encoding="utf-8") == _settings_bytes(folder):
+        return folder  # made by this version, and not edited since; its tensors are part of its revision
     with library_errors(lambda reason: _not_loaded(str(gguf), reason)):
-        model, tokenizer, _problems = read_gguf(gguf, torch.float32)
+        model, tokenizer, problems = read_gguf(gguf, torch.float32)
+    if problems:
+        raise ArtifactError([f"{gguf}: {problem}." for problem in several(problems)])
     # transformers reads no generation settings from a GGUF; without an end token, generation would not stop.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -232,7 +234,21 @@ def _dequantised(gguf: Path) -> Path:
     with new_folder(folder) as temporary, library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _drop_tokens(temporary / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+        (temporary / _CACHE_RECORD).write_text(_settings_bytes(temporary), encoding="utf-8")
     return folder
+
+
+def _settings_bytes(folder: Path) -> str:
+    files = [name for name in own_files(folder) if not name.endswith((".safetensors", _CACHE_RECORD))]
+    return digest([[name, sha256(folder / name)] for name in files])
+
+
+def _drop_tokens(file: Path, rows: int) -> None:
+    """Take out the tokens that have no embedding: the library adds its own end of text to whatever a GGUF holds."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _not_loaded(reference: str, reason: str) -> RecipeError:
@@ -242,25 +258,3 @@ def _not_loaded(reference: str, reason: str) -> RecipeError:
         "the folder and name its path here (HF_HUB_OFFLINE=1 skips the attempt). "
         f"Without any download: --set model={EMBEDDED} ('make model')."
     )
-
-
-@contextmanager
-def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
-    """Silence the libraries that load models, and raise `explain(reason)` where they fail on a file or name."""
-    with errors.library_errors(explain), quiet():
-        yield
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and all warnings inside the block."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft.utils import load_peft_weights
 
 from compile_steer.common.errors import ArtifactError
+from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
-from compile_steer.models.load import LoadedModel, frozen, library_errors, quiet
+from compile_steer.models.libraries import library_errors
+from compile_steer.models.load import LoadedModel, frozen
 
 ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 
@@ -26,14 +28,15 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     """
     if (folder / "adapter_config.json").is_file():
         return replace(reload_adapters({ADAPTER: folder}, base), id=str(folder), source=str(folder))
-    with _loading(folder):
-        if (file := gguf_in(folder)) is not None:
+    explain = _not_loaded(folder)
+    if (file := gguf_in(folder)) is not None:
+        with library_errors(explain):
             model, tokenizer, problems = read_gguf(file, base.model.dtype)
-            if problems:
-                raise ArtifactError([f"{file}: {problem}." for problem in problems] + ["Merge again."])
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.model.dtype)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if problems:
+            raise ArtifactError([f"{file}: {problem}." for problem in problems] + ["Merge again."])
+    else:
+        model = read_model(folder, base.model.dtype, explain)
+        tokenizer = read_tokenizer(folder, model, explain)
     return LoadedModel(frozen(model, base.device), tokenizer, str(folder), "", str(folder))
 
 
@@ -41,11 +44,20 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
     """Load adapters, by name, on one fresh copy of `base`; raises as `reload`. `set_adapter_scales` activates some."""
     model: Any = None
     for name, folder in folders.items():
-        with _loading(folder):
-            if model is None:
-                model = PeftModel.from_pretrained(fresh_copy(base).model, str(folder), adapter_name=name)
+        plain = fresh_copy(base).model if model is None else None
+        with library_errors(_not_loaded(folder)):
+            if plain is not None:
+                model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name)
             else:
                 model.load_adapter(str(folder), adapter_name=name)
+            needed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+            held = load_peft_weights(str(folder), device="cpu").keys()
+        # PEFT only warns of these, and starts what is missing at random. It may save an embedding beside its edit.
+        if different := sorted((needed - held) | (held - needed - model.state_dict().keys())):
+            raise ArtifactError(
+                f"{folder}: the weights are not those that adapter_config.json asks for; {len(different)} are missing or left "
+                f"over, the first {different[0]}. Compile again."
+            )
     return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source)
 
 
@@ -71,14 +83,12 @@ def adapter_scaled(adapter: LoadedModel, scale: float) -> Iterator[None]:
 
 def fresh_copy(base: LoadedModel) -> LoadedModel:
     """Another copy of `base`, loaded from its source."""
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(base.source, dtype=base.model.dtype)
+    folder = Path(base.source)
+    model = read_model(folder, base.model.dtype, _not_loaded(folder))
     return replace(base, model=frozen(model, base.device))
 
 
-def _loading(folder: Path) -> Any:
-    return library_errors(
-        lambda reason: ArtifactError(
-            f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
-        )
+def _not_loaded(folder: Path) -> Callable[[str], ArtifactError]:
+    return lambda reason: ArtifactError(
+        f"{folder} cannot be loaded by stock libraries ({reason}). Compile or merge again."
     )

@@ -99,7 +99,7 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from compile_steer.models.load import library_errors
+    from compile_steer.models.libraries import library_errors
 
     folder = Path(reference).expanduser()
     if not folder.is_dir():

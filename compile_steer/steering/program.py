@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.revision import other_revision
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site, parse_positions
@@ -161,11 +162,11 @@ class Program:
     def require(self, model: str, revision: str, d_model: int | None = None, n_layers: int | None = None) -> None:
         """Raise `ArtifactError` with every reason why this program does not belong to that model."""
         problems = []
-        if self.model != model:
-            # Of another model the revision says nothing: one line, not two.
-            problems.append(f"the program was made for model '{self.model}', not '{model}'.")
-        elif self.revision != revision:
-            problems.append(f"the program was made for revision {self.revision} of '{model}'; found {revision}.")
+        if different := other_revision(self.revision, revision):
+            problems.append(
+                f"the program was made for '{self.model}', revision {self.revision}; found '{model}', revision {revision}: "
+                f"{different}."
+            )
         for i in self.interventions:
             if d_model is not None and i.vector.shape[0] != d_model:
                 problems.append(f"the vector at {i.site} has width {i.vector.shape[0]}; the model has {d_model}.")

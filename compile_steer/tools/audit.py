@@ -18,7 +18,8 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
-from compile_steer.models.load import folder_of, library_errors
+from compile_steer.models.libraries import library_errors
+from compile_steer.models.load import folder_of
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 from compile_steer.tools.audit_tensors import (

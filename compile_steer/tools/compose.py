@@ -17,7 +17,7 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
-from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.load import LoadedModel, load, revision_of
 from compile_steer.pipeline.run import with_generated_pairs
 from compile_steer.recipe import Recipe
 from compile_steer.report.card import model_card
@@ -99,9 +99,20 @@ def _disagreements(recipes: Sequence[Recipe], scales: Sequence[float], backend: 
         yield f"compose: backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}."
     for key in ("model", "prompt_format", "dtype", "device"):
         values = {recipe.name: getattr(recipe, key) for recipe in recipes}
-        if len(set(values.values())) > 1:
+        different = set(values.values())
+        if key == "model" and len(different) > 1:  # two paths may lead to one model
+            different = {_identity(name) for name in different}
+        if len(different) > 1:
             listed = ", ".join(f"'{value}' ({name})" for name, value in values.items())
             yield f"compose: the recipes have different values of '{key}': {listed}; programs run at once on one model only."
+
+
+def _identity(model: str) -> str:
+    """The model's revision; its name where it is not there."""
+    try:
+        return revision_of(model)
+    except CompileSteerError:
+        return model
 
 
 def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) -> Member:

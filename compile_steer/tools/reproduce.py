@@ -13,6 +13,7 @@ from typing import Any, get_args
 from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
+from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS
@@ -209,7 +210,8 @@ def _compare_inputs(original: _Original, origin: Origin) -> Iterator[Comparison]
         # Generated pairs are generated again; the rows' problems are raised when the data are read.
         if link.state != "missing" and link.name not in (*generated, "data"):  # a data set is no file: later
             yield compare_hashes(link.name, link.expected, link.actual)
-    yield compare_hashes("base", origin.revision, revision_of(recipe.model))
+    found = revision_of(recipe.model)
+    yield compare_hashes("base", origin.revision, found if other_revision(origin.revision, found) else origin.revision)
 
 
 def _replay_compile(

@@ -13,6 +13,7 @@ import torch
 from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_hash
+from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
@@ -229,9 +230,10 @@ def require_same_origin(
         problems.append(
             f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
         )
-    if (origin.model, origin.revision) != (model, revision):
+    if different := other_revision(origin.revision, revision):
         problems.append(
-            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}."
+            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}: "
+            f"{different}."
         )
     if problems:
         raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])

@@ -18,7 +18,7 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.steering.program import Program
 from compile_steer.verification.controls import _factors, _norm, _randomised, adapter_controls
 from compile_steer.verification.reference import Reference
-from tests.helpers.tiny import REVISION, build, intervention, saved, tokenizer
+from tests.helpers.tiny import build, intervention, revision, saved, tokenizer
 
 PAIRS = [Pair(Text(f"w{n} w9", f"w4{n % 10} w50"), Text(f"w{n} w9", "w51 w60 w7"), f"w{n} w9") for n in range(10, 16)]
 
@@ -52,7 +52,7 @@ def reference(base: LoadedModel) -> Reference:
 
 def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(tmp_path: Path) -> None:
     one = adapter(tmp_path)
-    base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", REVISION, "")
+    base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", revision("llama"), "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     compiled = logprob_margins(one, encode_pairs(one, PAIRS))
     controls = adapter_controls(reference(base), one, compiled)

@@ -21,7 +21,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import exact
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.reload import reload_adapters, set_adapter_scales
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.hooks import steered
@@ -153,7 +154,7 @@ def test_every_problem_is_reported_at_once(case: CompositionCase) -> None:
         "2 scales for 6 recipes",
         "a scale of 0 is no program",
         r"no-adapter-closed_form does not exist. Make it with 'compile-steer compile",
-        "fine and foreign: the program was made for model 'another/model'",
+        "fine and foreign: the program was made for 'another/model', revision hub:1",
         "stale-closed_form was compiled from another program",
         "shift: ",
         "is no PEFT adapter (closed_form makes a merged checkpoint)",

@@ -15,7 +15,8 @@ from compile_steer.export.merged import merged_model
 from compile_steer.lowering import exact
 from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.plan import BACKENDS
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.passes import canonical

@@ -19,7 +19,8 @@ from compile_steer.lowering import full
 from compile_steer.lowering.job import Lowering, ResumeFiles
 from compile_steer.lowering.options import CompileOptions, FullOptions
 from compile_steer.lowering.plan import BACKENDS
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.merged import merged_model, write_merged
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from tests.contract.test_adapters import origin, plain, product

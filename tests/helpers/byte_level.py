@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.models.load import LoadedModel, weights_revision
+from compile_steer.models.load import LoadedModel, revision_of
 from tests.helpers.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
 
 MERGES = [("h", "e"), ("Ġ", "w"), ("Ġw", "1")]
@@ -33,4 +33,4 @@ def saved(family: str, folder: Path, **changes: Any) -> LoadedModel:
     model = build(family, vocab_size=VOCAB, **changes)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return LoadedModel(model, tokenizer(), f"tiny-{family}", weights_revision(folder), str(folder))
+    return LoadedModel(model, tokenizer(), f"tiny-{family}", revision_of(str(folder)), str(folder))

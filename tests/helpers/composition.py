@@ -18,7 +18,8 @@ from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch
 from compile_steer.lowering.closed_form import Stage
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch

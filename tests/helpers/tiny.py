@@ -30,7 +30,6 @@ from compile_steer.steering.sites import POINTS, OperationName, Point, Site
 
 VOCAB, HIDDEN, FFN, LAYERS = 97, 32, 48, 4
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-REVISION = "sha256:tiny"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
@@ -157,10 +156,15 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                     parameter.copy_(normal(parameter) / d_in**0.5)
 
 
+def revision(family: str) -> str:
+    """The revision of the shared tiny model of a family."""
+    return f"sha256:tiny-{family}"
+
+
 @cache
 def loaded(family: str, seed: int = 0) -> LoadedModel:
     """A shared tiny model with its tokenizer, not on disk; tests leave it as they found it."""
-    return LoadedModel(build(family, seed), tokenizer(), f"tiny-{family}", REVISION, "")
+    return LoadedModel(build(family, seed), tokenizer(), f"tiny-{family}", revision(family), "")
 
 
 def saved(family: str, folder: Path) -> LoadedModel:
@@ -263,7 +267,7 @@ def intervention(
 
 def program(family: str, *interventions: Intervention) -> Program:
     """A program for the tiny model of a family."""
-    return Program(interventions, f"tiny-{family}", REVISION)
+    return Program(interventions, f"tiny-{family}", revision(family))
 
 
 def edit(one: Intervention, activation: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.validation.stage import Validation, validate
-from tests.helpers.tiny import HIDDEN, LAYERS, REVISION, build, chat_tokenizer
+from tests.helpers.tiny import HIDDEN, LAYERS, build, chat_tokenizer, revision
 
 SPLITS = ("train", "validation", "test", "neutral", "heldout", "calibration")
 
 
 @cache
 def chat_model() -> LoadedModel:
-    return LoadedModel(build("qwen2", 5), chat_tokenizer(), "tiny-qwen2", REVISION, "")
+    return LoadedModel(build("qwen2", 5), chat_tokenizer(), "tiny-qwen2", revision("qwen2"), "")
 
 
 def words(seed: int, count: int) -> str:
@@ -84,7 +84,7 @@ def toward_w40(**changes: Any) -> Directions:
     vectors = torch.stack([7.0 * difference / difference.norm()] * LAYERS)
     shuffled = torch.randn(6, LAYERS, HIDDEN, generator=generator)
     shuffled = 7.0 * shuffled / shuffled.norm(dim=-1, keepdim=True)
-    return replace(Directions(vectors, shuffled, "tiny-qwen2", REVISION, "resid_post", "inputs"), **changes)
+    return replace(Directions(vectors, shuffled, "tiny-qwen2", revision("qwen2"), "resid_post", "inputs"), **changes)
 
 
 def options(**changes: Any) -> ValidateOptions:

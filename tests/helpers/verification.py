@@ -15,7 +15,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.models.load import LoadedModel, weights_revision
+from compile_steer.models.load import LoadedModel, revision_of
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.low_rank import LowRank
@@ -107,7 +107,7 @@ class VerifierCase:
         model, words = build("llama", max_position_embeddings=128, vocab_size=vocab_size), tokenizer or chat_tokenizer()
         model.save_pretrained(folder / "base")
         words.save_pretrained(folder / "base")
-        base = LoadedModel(model, words, "tiny-llama", weights_revision(folder / "base"), str(folder / "base"))
+        base = LoadedModel(model, words, "tiny-llama", revision_of(str(folder / "base")), str(folder / "base"))
         program = Program((intervention(layer=BLOCK, positions=positions),), base.id, base.revision)
         return VerifierCase(folder, base, program, verify)
 

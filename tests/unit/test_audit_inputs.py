@@ -81,7 +81,7 @@ def truncate(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "no model of transformers"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
         (lambda folder: (folder / "config.json").unlink(), "no model"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (shutil.rmtree, "no such folder"),
     ],
 )

@@ -19,7 +19,6 @@ from tests.helpers.tiny import (
     FAMILIES,
     HIDDEN,
     LAYERS,
-    REVISION,
     VOCAB,
     Padded,
     build,
@@ -29,6 +28,7 @@ from tests.helpers.tiny import (
     program,
     random_patch,
     relative_error,
+    revision,
     texts,
     vector,
 )
@@ -188,7 +188,7 @@ def test_more_or_fewer_programs_than_rows_are_refused() -> None:
 
 def test_another_width_or_a_missing_block_is_refused_before_any_hook() -> None:
     model = loaded("llama").model
-    narrow = Program((Intervention(Site(1), "add", vector(0, width=16)),), "tiny-llama", REVISION)
+    narrow = Program((Intervention(Site(1), "add", vector(0, width=16)),), "tiny-llama", revision("llama"))
     deep = program("llama", intervention(layer=1), intervention(layer=LAYERS))
     before = n_hooks(model)
     for wrong, message in ((narrow, f"width 16; the model has {HIDDEN}"), (deep, "blocks 0 to 3")):

@@ -14,7 +14,7 @@ import pytest
 from compile_steer.artifacts.contents import file_hashes, unchanged
 from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.load import weights_revision
+from compile_steer.models.load import revision_of
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import artifacts as pipeline
 from compile_steer.verification.gates import checks
@@ -170,7 +170,7 @@ def test_a_base_or_program_that_changes_meanwhile_leaves_no_report(
         pipeline.verify(opened, [folder])
     assert "changed while it was used: sha256:" in str(caught.value) and "tide.safetensors changed" in str(caught.value)
     assert (folder / PARITY).read_bytes() == before
-    assert weights_revision(Path(opened.model.source)) == opened.model.revision
+    assert revision_of(opened.model.source) == opened.model.revision
 
 
 def test_verifying_on_other_data_than_the_artifact_was_made_from_is_said(run: SmallRun) -> None:

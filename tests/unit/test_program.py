@@ -11,7 +11,7 @@ import torch
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import OPERATIONS, Site, parse_positions
-from tests.helpers.tiny import HIDDEN, REVISION, intervention, program, vector
+from tests.helpers.tiny import HIDDEN, intervention, program, revision, vector
 
 
 def three() -> Program:
@@ -184,7 +184,9 @@ def test_interventions_of_different_widths_are_refused() -> None:
 
 
 def test_programs_of_two_models_do_not_add() -> None:
-    with pytest.raises(ArtifactError, match="made for model 'tiny-gpt2', not 'tiny-llama'"):
+    with pytest.raises(
+        ArtifactError, match="made for 'tiny-gpt2', revision sha256:tiny-gpt2; found 'tiny-llama', .*: other weights"
+    ):
         program("llama", intervention()) + program("gpt2", intervention())
 
 
@@ -192,13 +194,16 @@ def test_another_revision_width_or_depth_is_refused_with_every_reason() -> None:
     with pytest.raises(ArtifactError) as caught:
         three().require("tiny-llama", "sha256:other", d_model=48, n_layers=3)
     text = str(caught.value)
-    assert f"made for revision {REVISION} of 'tiny-llama'; found sha256:other" in text
+    assert (
+        f"made for 'tiny-llama', revision {revision('llama')}; found 'tiny-llama', revision sha256:other: other weights"
+        in text
+    )
     assert text.count(f"has width {HIDDEN}; the model has 48") == 3
     assert "layer 3 does not exist: the model has blocks 0 to 2" in text
     assert caught.value.problems[-1].startswith("Extract the vector from this model")
 
 
 def test_the_model_it_was_made_for_is_accepted() -> None:
-    three().require("tiny-llama", REVISION, d_model=HIDDEN, n_layers=4)
+    three().require("tiny-llama", revision("llama"), d_model=HIDDEN, n_layers=4)
     with pytest.raises(ArtifactError):
-        three().require("tiny-llama", REVISION, d_model=HIDDEN, n_layers=3)
+        three().require("tiny-llama", revision("llama"), d_model=HIDDEN, n_layers=3)

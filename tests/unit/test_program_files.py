@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
-from tests.helpers.tiny import HIDDEN, REVISION, intervention, program, vector
+from tests.helpers.tiny import HIDDEN, intervention, program, revision, vector
 from tests.unit.test_program import same, three
 
 # -------------------------------------------------------------------------------------------- disk
@@ -87,7 +87,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
         "enabled": True,
         "tensor": "intervention.0",
     }
-    header: dict[str, Any] = {"model": "tiny-llama", "revision": REVISION, "interventions": [entry]}
+    header: dict[str, Any] = {"model": "tiny-llama", "revision": revision("llama"), "interventions": [entry]}
     tensors = {"intervention.0": changes.pop("tensors", vector(0))}
     for name, value in changes.items():
         place = header if name in header else entry

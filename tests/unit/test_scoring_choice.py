@@ -21,7 +21,7 @@ from compile_steer.steering.hooks import prompt_roles, steered
 from compile_steer.steering.program import Program
 from tests.helpers.captures import n_hooks
 from tests.helpers.scoring import behaviour, make_replies, make_scorer
-from tests.helpers.tiny import REVISION, chat_tokenizer, intervention, loaded, program, tokenizer
+from tests.helpers.tiny import chat_tokenizer, intervention, loaded, program, tokenizer
 
 FAMILY = "gemma2"
 MODEL = loaded(FAMILY)
@@ -31,7 +31,7 @@ QUESTIONS = {
     for n in range(60, 84)
 }
 STEERING = program(FAMILY, intervention(positions="last_prompt", coefficient=3.7))
-OTHER = Program((intervention(positions="last_prompt", coefficient=-4.9, seed=5),), STEERING.model, REVISION)
+OTHER = Program((intervention(positions="last_prompt", coefficient=-4.9, seed=5),), STEERING.model, STEERING.revision)
 
 
 def chosen_by_hand(question: Question, under: Program | None, text: str | None = None) -> str:
@@ -145,7 +145,7 @@ def test_steering_towards_a_letter_changes_the_choice() -> None:
     head = MODEL.model.get_output_embeddings().weight
     towards = head[21].float() - head[20].float()
     towards_letter = intervention(layer=3, positions="last_prompt", coefficient=60.0)
-    pushed = Program((replace(towards_letter, vector=towards / towards.norm()),), STEERING.model, REVISION)
+    pushed = Program((replace(towards_letter, vector=towards / towards.norm()),), STEERING.model, STEERING.revision)
     prompts = [f"validation {n}" for n in range(6)]
     questions = {p: Question(f"w{60 + n} w{70 + n}", ("w20", "w21"), n % 2) for n, p in enumerate(prompts)}
     forward, back = answer(MODEL, [Request(prompts, pushed), Request(prompts, -pushed)], right(questions), 3, questions)

@@ -24,7 +24,7 @@ from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.tools.lineage import describe_artifact
 from tests.helpers.extraction import extract_with, tiny_recipe, training_data
 from tests.helpers.rounding import assert_close_to_rounding
-from tests.helpers.tiny import build, chat_tokenizer, loaded, tokenizer
+from tests.helpers.tiny import VOCAB, build, chat_tokenizer, loaded, tokenizer
 from tests.unit.test_trained import PAIRS, trained
 
 DATA = training_data(*PAIRS)
@@ -79,7 +79,7 @@ def test_directions_of_a_sibling_are_its_own_and_made_for_the_recipes_model(tmp_
 
 def test_a_sibling_of_another_shape_or_tokenizer_is_refused_with_every_difference(tmp_path: Path) -> None:
     base = on_disk(tmp_path / "base")
-    on_disk(tmp_path / "other", num_hidden_layers=3, hidden_size=40)
+    on_disk(tmp_path / "other", num_hidden_layers=3, hidden_size=40, vocab_size=VOCAB + 1)
     other = AutoTokenizer.from_pretrained(tmp_path / "other")
     other.add_tokens(["w1000"])
     other.save_pretrained(tmp_path / "other")

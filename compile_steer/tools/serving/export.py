@@ -20,7 +20,8 @@ from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, 
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.export.model_folder import copy_model
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
-from compile_steer.models.load import folder_of, library_errors, load
+from compile_steer.models.libraries import library_errors
+from compile_steer.models.load import folder_of, load
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_vllm_lens

@@ -1,0 +1,161 @@
+"""Read a model and its tokenizer from a folder, checked: no weight is random or left over, no token without a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.tensors import Checkpoint
+from compile_steer.common.errors import ArtifactError, CompileSteerError
+from compile_steer.models.libraries import library_errors
+
+_REMEDY = "Get or make the model again."
+_SHOWN = 3  # names in a message
+_QUANTIZED = "quantization_config", "compression_config"
+# Types of weights that can be edited. Integers are also masks and positions of older checkpoints, which are not loaded.
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_NO_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids", ".inv_freq")
+
+
+def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], CompileSteerError]) -> PreTrainedModel:
+    """The model in `folder`, with every weight from its files.
+
+    Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
+    """
+    require_plain(folder)
+    with library_errors(explain):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
+            output_loading_info=True,
+        )
+    loaded: PreTrainedModel = model
+    require_loaded(folder, loaded, loading)
+    return loaded
+
+
+def read_tokenizer(
+    folder: Path, model: PreTrainedModel, explain: Callable[[str], CompileSteerError]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, whose every token `model` has a row for; raises as `read_model`."""
+    with library_errors(explain):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    require_rows(folder, model, tokenizer)
+    return tokenizer
+
+
+def require_plain(folder: Path) -> None:
+    """Raise `ArtifactError` unless `folder` is one whole model of floating-point weights: no adapter, nothing quantised."""
+    config = read_json(folder / "config.json", _REMEDY)
+    nested = config.get("text_config")
+    parts = [config, nested] if isinstance(nested, dict) else [config]
+    problems = []
+    if (folder / "adapter_config.json").exists():
+        problems.append(
+            f"{folder} holds an adapter (adapter_config.json) beside the model, and transformers would load both. Merge it first "
+            "(PEFT's merge_and_unload, then save_pretrained to a new folder), or move the adapter out of the folder."
+        )
+    if config.get("transformers_weights") is not None:
+        problems.append(
+            f"{folder / 'config.json'}: transformers_weights names other files than the standard ones, which only some "
+            "readers follow. Remove the key, and give the files their standard names."
+        )
+    quantized = [part[key] for part in parts for key in _QUANTIZED if part.get(key) is not None]
+    stored = {name: kind for name, (kind, _shape) in Checkpoint(folder).specs.items() if kind not in _FLOATS}
+    packed = [f"{name} ({kind})" for name, kind in sorted(stored.items()) if not name.endswith(_NO_WEIGHTS)]
+    if quantized or packed:
+        method = quantized[0].get("quant_method", "") if quantized and isinstance(quantized[0], dict) else ""
+        found = (
+            f"by {method or 'its config.json'}"
+            if quantized
+            else f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
+        )
+        problems.append(
+            f"{folder} is quantised, {found}: such weights cannot be steered or edited as they stand. Name the unquantised "
+            "release, or a copy that the library that quantised it has de-quantised and saved."
+        )
+    if problems:
+        raise ArtifactError(problems)
+
+
+def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """Raise `ArtifactError` unless every weight of `model` comes from a file of `folder`, and none is left over.
+
+    Args:
+        loading: what transformers says about loading it (`output_loading_info=True`).
+    """
+    kind, problems = type(model).__name__, list(loading["error_msgs"])
+    if missing := loading["missing_keys"]:
+        problems.append(
+            f"{folder} lacks {_counted(missing)} that its config.json's {kind} needs: {_listed(missing)}; transformers would fill "
+            "them with random numbers."
+        )
+    if unexpected := loading["unexpected_keys"]:
+        problems.append(
+            f"{folder} holds {_counted(unexpected)} that its config.json's {kind} has no place for: {_listed(unexpected)}."
+        )
+    if mismatched := loading["mismatched_keys"]:
+        shapes = [f"{name} is {list(held)}, needed {list(needed)}" for name, held, needed in mismatched]
+        problems.append(f"{folder} holds weights of other shapes than its config.json says: {_listed(shapes)}.")
+    if problems:
+        raise ArtifactError([*problems, f"Weights and config.json are not of one model. {_REMEDY}"])
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+        raise ArtifactError(
+            f"{folder}: config.json says tie_word_embeddings, but the head's weights are others than the embeddings'; some readers "
+            "use the one, some the other. Set tie_word_embeddings to false, or remove the head's tensor."
+        )
+    # In the type that was asked for: float16 cannot hold all that bfloat16 can.
+    infinite = [name for name, value in model.named_parameters() if not _finite(value)]
+    if infinite:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ArtifactError(f"{folder}: NaN or infinity, in {dtype}, in {_listed(infinite)}. {_REMEDY}")
+
+
+def require_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ArtifactError` unless every token that the tokenizer or the settings name has a row in the embeddings."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    files = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json")) if beyond else ""
+    # A token that no file names is the library's own default for the family: no text means it.
+    named = (token for token in beyond if json.dumps(token) in files or json.dumps(token, ensure_ascii=False) in files)
+    found = [f"{token!r} is {beyond[token]}" for token in named]
+    for settings in (model.config, model.generation_config, tokenizer):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(settings, name, None)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            found += [f"{name} is {number}" for number in numbers if isinstance(number, int) and number >= rows]
+    if found:
+        raise ArtifactError(
+            f"{folder}: the embeddings have {rows} rows, for tokens 0 to {rows - 1}; {_listed(set(found))}. Name other tokens in "
+            "tokenizer_config.json and generation_config.json, or give the model the rows: "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def _finite(value: torch.Tensor) -> bool:
+    if not value.numel():
+        return True
+    low, high = torch.aminmax(value.detach())  # unlike isfinite, without a copy of the tensor
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _counted(names: Iterable[str]) -> str:
+    count = len(list(names))
+    return f"{count} weight{'s' if count > 1 else ''}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
