@@ -1,105 +1,22 @@
-"""Atomic writes, hashes, and JSON records.
-
-A run that is killed at any moment leaves the old file or folder, or the new one, never half of one. Everything is written
-under a temporary name in the same folder, flushed to the disk, then renamed. A folder that replaces another is
-exchanged with it in one system call where the kernel can.
-"""
+"""Hashes, texts, and JSON records."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError
 
 _Report = TypeVar("_Report")
 _Artifact = TypeVar("_Artifact")
 
-# Values of Linux's renameat2(2), which Python does not wrap.
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-_TEMPORARY = ".writing-"
 _CHECK = "record_sha256"
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file; on success it replaces `path`, on any error it is removed."""
-    with _temporary_place(path) as temporary:
-        yield temporary
-        _publish(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it replaces `path` as a whole, on any error it is removed."""
-    with _temporary_place(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _publish(file)
-        exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        names = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path))
-        if not path.exists():
-            temporary.replace(path)
-        elif exchange is None or exchange(*names, _RENAME_EXCHANGE) != 0:
-            # No atomic exchange on this system: two renames, the old folder kept until the new one is in place.
-            path.replace(temporary.with_name("old"))
-            temporary.replace(path)
-        _flush(path.parent)
-
-
-@contextmanager
-def _temporary_place(path: Path) -> Iterator[Path]:
-    """A path of the same name in a hidden folder beside `path` (a rename needs the same disk), which is removed at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f"{_TEMPORARY}*"):
-        process = leftover.name.removeprefix(_TEMPORARY).split("-")[0]
-        if process.isdigit() and not _is_running(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    folder = path.with_name(f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex}")
-    folder.mkdir()
-    try:
-        yield folder / path.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # signal 0 only asks whether the process exists
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it exists and belongs to somebody else
-    return True
-
-
-def _publish(path: Path) -> None:
-    """Make a new file as readable as its folder (some writers make private files), and flush it."""
-    if path.is_file():
-        path.chmod(0o666 & path.parent.stat().st_mode)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_text(path: Path, text: str) -> None:

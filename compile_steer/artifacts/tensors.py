@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from compile_steer.artifacts.files import new_file, read_json
+from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors, several
 
 if TYPE_CHECKING:
@@ -27,17 +28,16 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; raises as `write_tensors`."""
+    """Write a safetensors file atomically; raises `ArtifactError` as `new_file`."""
     with new_file(path) as temporary:
         write_tensors(temporary, tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file into a folder that is still temporary; raises `ArtifactError` where the disk is full."""
+    """Write a safetensors file into a folder that is still temporary."""
     from safetensors.torch import save_file
 
-    with library_errors(lambda reason: ArtifactError(f"{path.name} cannot be written ({reason}).")):
-        save_file(dict(tensors), str(path), metadata=dict(metadata))
+    save_file(dict(tensors), str(path), metadata=dict(metadata))
 
 
 def stream_tensors(

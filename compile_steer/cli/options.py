@@ -10,11 +10,13 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compile_steer.artifacts.locks import locked
 from compile_steer.common import distributed
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ Force = Annotated[bool, typer.Option(help="Compile in spite of a failed or missi
 Artifacts = Annotated[
     list[Path] | None, typer.Option("--artifact", help="Folder; by default all that the recipe makes. Repeatable.")
 ]
+# The output folder that the running command has locked.
+_OUTPUT = ExitStack()
+
 Recipes = Annotated[
     Path | None,
     typer.Option(
@@ -102,9 +107,11 @@ class Session:
         return Session(recipe=self.path, out=self._out, changes=[*changes, *self.changes], as_json=self.as_json)
 
     def open(self) -> Run:
+        out = self._out or Path("runs") / self.recipe.name
+        hold_output(out)  # before the seconds that libraries and model take to load
         from compile_steer.pipeline.run import Run
 
-        return Run.open(self.recipe, self._out or Path("runs") / self.recipe.name, progress_bars())
+        return Run.open(self.recipe, out, progress_bars())
 
     def finish(self, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
         finish(self.as_json, value, show, passed)
@@ -134,12 +141,20 @@ class SeveralSession:
         settings: dict[str, Any] = {"changes": changes, "device": device, "dtype": dtype, "seed": seed}
         read = [Session(recipe=path, **settings).recipe for path in recipes]
         self.as_json = as_json
+        out = out or runs / "+".join(dict.fromkeys(recipe.name for recipe in read))
+        hold_output(out)
         self.run = CompositionRun.open(read, scale or [], backend, runs, out, progress_bars())
 
     def finish(self, composition: Composition) -> None:
         from compile_steer.cli.tables import print_composition
 
         finish(self.as_json, composition, print_composition, composition.passed)
+
+
+def hold_output(out: Path) -> None:
+    """Lock the output folder until the command ends; of several processes rank 0 does. Raises `ArtifactError`."""
+    if distributed.rank() == 0:
+        _OUTPUT.enter_context(locked(out))
 
 
 def command(session_type: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -151,7 +166,8 @@ def command(session_type: Callable[..., Any]) -> Callable[[Callable[..., None]],
 
         @functools.wraps(function)
         def run(**options: Any) -> None:
-            function(session_type(**{name: options.pop(name) for name in shared}), **options)
+            with _OUTPUT:
+                function(session_type(**{name: options.pop(name) for name in shared}), **options)
 
         run.__signature__ = inspect.Signature([*shared.values(), *own])  # type: ignore[attr-defined]  # what typer reads
         return run

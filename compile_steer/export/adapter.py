@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.artifacts.files import new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import read_tensors, write_tensors
+from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_lora
 from compile_steer.models.load import LoadedModel

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compile_steer.artifacts.files import new_file, new_folder
 from compile_steer.artifacts.provenance import CARD, Provenance
+from compile_steer.artifacts.writing import new_file, new_folder
 from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf_tokenizer import tokenizer_fields

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.artifacts.files import new_folder, read_json
+from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import (
     INDEX_FILE,
@@ -34,6 +34,7 @@ from compile_steer.artifacts.tensors import (
     read_metadata,
     stream_tensors,
 )
+from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.export.model_folder import copy_side_files
 from compile_steer.export.patched_config import CONFIG, patched_content, read_config, with_older_rope, write_config

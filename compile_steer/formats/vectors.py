@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compile_steer.artifacts.files import new_file, read_json, save_json, sha256
+from compile_steer.artifacts.files import read_json, save_json, sha256
 from compile_steer.artifacts.tensors import read_tensors
+from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors
 from compile_steer.formats.foreign import (
     BLOCK_NUMBER,

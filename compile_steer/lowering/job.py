@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compile_steer.artifacts.files import new_file
+from compile_steer.artifacts.writing import new_file
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower, RecipeError
 from compile_steer.common.progress import Advance, Progress

@@ -18,7 +18,8 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from compile_steer.artifacts.files import digest, new_folder, own_files, sha256
+from compile_steer.artifacts.files import digest, own_files, sha256
+from compile_steer.artifacts.writing import new_folder
 from compile_steer.artifacts.revision import join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
@@ -231,7 +232,10 @@ def _dequantised(gguf: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     unwritten = f"{folder} cannot be written; $COMPILE_STEER_CACHE names another place for de-quantised models"
-    with new_folder(folder) as temporary, library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")):
+    with (
+        new_folder(folder, wait=True) as temporary,
+        library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")),
+    ):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _drop_tokens(temporary / "tokenizer.json", model.get_input_embeddings().weight.shape[0])

@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest, sha256, was_edited
+from compile_steer.artifacts.locks import for_child
 from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, weights_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
@@ -271,7 +272,8 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
     command += [f"--set={change}" for change in changes]
     package = str(Path(__file__).parents[2])  # also where the package is not installed
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths})
+    environment = {**os.environ, **for_child(), "PYTHONPATH": paths}
+    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment)
     if process.returncode in (0, 1):
         try:
             return TypeAdapter(list[Parity]).validate_json(process.stdout)

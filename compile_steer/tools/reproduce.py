@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.locks import locked
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
 from compile_steer.artifacts.revision import other_revision
@@ -118,11 +119,12 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     then = original.origin.versions
     changed = {name: (version, now.get(name, "")) for name, version in then.items() if now.get(name) != version}
     links: list[Comparison] = []
-    for compared in _replay(original, to, tolerance, progress):
-        links += compared
-        inputs = [link for link in compared if link.name.split()[0] in ("recipe", "base", "data")]
-        if any(link.state == "differs" for link in inputs):
-            break  # from other inputs something else comes out
+    with locked(to):
+        for compared in _replay(original, to, tolerance, progress):
+            links += compared
+            inputs = [link for link in compared if link.name.split()[0] in ("recipe", "base", "data")]
+            if any(link.state == "differs" for link in inputs):
+                break  # from other inputs something else comes out
     return Reproduction(path, tolerance, changed, links)
 
 

@@ -12,18 +12,9 @@ import pytest
 import torch
 
 from compile_steer.artifacts.contents import file_hashes
-from compile_steer.artifacts.files import (
-    digest,
-    edit_check,
-    new_file,
-    new_folder,
-    save_json,
-    save_record,
-    save_text,
-    sha256,
-    was_edited,
-)
+from compile_steer.artifacts.files import digest, edit_check, save_json, save_record, save_text, sha256, was_edited
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
+from compile_steer.artifacts.writing import new_file, new_folder
 from compile_steer.common.errors import ArtifactError
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import struct
 import zipfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.artifacts.tensors import read_metadata, read_tensors, write_tensors
+from compile_steer.artifacts.tensors import read_metadata, read_tensors
 from compile_steer.common.errors import ArtifactError, CompileSteerError, InternalError, library_errors, plain
 from compile_steer.formats.foreign import ImportOptions
 from compile_steer.formats.tensors import read_floats
@@ -141,14 +140,3 @@ def test_gguf_counts_and_sizes_are_compared_with_the_file(content: bytes, tmp_pa
     options = ImportOptions(2, 8, 0, torch.Generator())
     with np.errstate(all="ignore"), pytest.raises(ArtifactError, match=r"x\.gguf"):
         read_gguf(path, options)
-
-
-def test_disk_without_space_is_our_error_with_the_file(tmp_path: Path) -> None:
-    # A limit on the size of files: the write itself fails inside the library, as on a full disk.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(ArtifactError, match=r"x\.safetensors cannot be written"):
-            write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(100_000)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from compile_steer.artifacts.files import new_folder, own_files, save_record, sha256
+from compile_steer.artifacts.files import own_files, save_record, sha256
 from compile_steer.artifacts.provenance import PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
+from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
