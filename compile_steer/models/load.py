@@ -19,9 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.artifacts.files import digest, own_files, sha256
-from compile_steer.artifacts.writing import new_folder
 from compile_steer.artifacts.revision import join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
+from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import read_gguf
