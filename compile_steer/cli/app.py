@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from compile_steer.cli import artifacts, programs, recipes
-from compile_steer.common.errors import RecipeError
+from compile_steer.cli.options import console
+from compile_steer.common.errors import RecipeError, brief
 from compile_steer.report.glossary import glossary_terms
 
 app = typer.Typer(
@@ -32,9 +33,9 @@ def glossary(term: Annotated[str, typer.Argument(help="One term, or a part of it
     """Explain the words that commands, reports and pages use."""
     definitions = {name: text for name, text in glossary_terms().items() if term.lower() in name.lower()}
     if not definitions:
-        raise RecipeError(f"glossary: no term contains '{term}'. The terms are {', '.join(glossary_terms())}.")
+        raise RecipeError(f"glossary: no term contains {brief(term)}. The terms are {', '.join(glossary_terms())}.")
     for name, text in definitions.items():
-        typer.echo(f"{name}: {text}")
+        console().print(f"{name}: {text}", soft_wrap=True, highlight=False)
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -52,9 +52,9 @@ Recipes = Annotated[
 
 def console(as_json: bool = False) -> Console:
     """Return the console for a person: standard error where standard output carries JSON. Only rank 0 prints."""
-    from rich.console import Console
+    from compile_steer.common.terminal import Terminal
 
-    return Console(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=distributed.rank() > 0)
+    return Terminal(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=distributed.rank() > 0)
 
 
 def progress_bars() -> Progress:

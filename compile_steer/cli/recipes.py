@@ -108,7 +108,7 @@ def run(
     from compile_steer.report.terminal import print_parities, print_plan, print_samples, print_validation
 
     recipe, out = session.recipe, session.console
-    out.print(f"\n[bold blue]1  Is the direction worth compiling? ({recipe.model})[/bold blue]")
+    out.print(f"\n1  Is the direction worth compiling? ({recipe.model})", style="bold blue")
     opened = session.open()
     for result in run_stages(opened, session.path, session.changes, force):
         if result.page is not None:  # the last result; each holds those before it
@@ -116,9 +116,9 @@ def run(
             print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
             out.print(f"\nArtifacts in {opened.paths.out}/, the whole run as a page in {result.page}")
         elif result.merged:
-            out.print("\n[bold blue]3  Is what is on disk the steered model? (a fresh process)[/bold blue]")
+            out.print("\n3  Is what is on disk the steered model? (a fresh process)", style="bold blue")
         elif result.plan:
-            out.print("\n[bold blue]2  Into weights[/bold blue]")
+            out.print("\n2  Into weights", style="bold blue")
             print_plan(out, opened.program.describe(), result.plan)
         else:
             print_validation(out, result.validation)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from compile_steer.common.errors import brief
 
 if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder does not need
     from rich.console import Console
@@ -43,43 +45,43 @@ def _or_blank(value: float | None, form: str) -> str:
 def print_lineage(console: Console, links: Sequence[Link]) -> None:
     """Print every link back to the data; of a changed one what was expected and what is there."""
     if links:
-        console.print("[bold]Lineage[/bold]")
+        console.print("Lineage", style="bold")
     for link in links:
-        state = f"[{_LINKS[link.state]}]{link.state}[/]"
-        console.print(f"  {link.name:<28} {state}  {escape(link.path)}", soft_wrap=True)
+        state = (link.state, _LINKS[link.state])
+        console.print(Text.assemble(f"  {link.name:<28} ", state, f"  {link.path}"), soft_wrap=True)
         if link.state == "changed":
-            console.print(f"  {'':<28} expected {escape(link.expected) or 'no such file'}", soft_wrap=True)
-            console.print(f"  {'':<28} actual   {escape(link.actual) or 'nothing'}", soft_wrap=True)
+            console.print(f"  {'':<28} expected {link.expected or 'no such file'}", soft_wrap=True)
+            console.print(f"  {'':<28} actual   {link.actual or 'nothing'}", soft_wrap=True)
     changed = dict.fromkeys(link.name for link in links if link.state == "changed")
     if changed:
-        console.print(f"[red]Changed:[/red] {', '.join(changed)}. Make it again, or put back what was there.")
+        advice = f" {', '.join(changed)}. Make it again, or put back what was there."
+        console.print(Text.assemble(("Changed:", "red"), advice))
 
 
 def print_reproduction(console: Console, reproduction: Reproduction) -> None:
     """Print every link that was made again, and the versions that have changed since."""
     tolerance = reproduction.tolerance
-    console.print(f"[bold]Made again[/bold], numbers agree up to a relative difference of {tolerance:g}")
+    title = f", numbers agree up to a relative difference of {tolerance:g}"
+    console.print(Text.assemble(("Made again", "bold"), title))
     for link in reproduction.links:
         agree = " agree" if link.state in ("bytes", "numbers") else ""
         size = "" if link.difference is None else f"  largest relative difference {link.difference:.2g}"
-        note = f"  ({escape(link.note)})" if link.note else ""
-        state = f"[{_REPRODUCED[link.state]}]{link.state}{agree}[/]"
-        console.print(f"  {link.name:<28} {state}{size}{note}", soft_wrap=True)
+        note = f"  ({link.note})" if link.note else ""
+        state = (f"{link.state}{agree}", _REPRODUCED[link.state])
+        console.print(Text.assemble(f"  {link.name:<28} ", state, f"{size}{note}"), soft_wrap=True)
     for name, (then, now) in reproduction.versions.items():
-        console.print(f"  [yellow]{name} {then} made it; this is {now or 'none'}[/yellow]")
+        console.print(f"  {name} {then} made it; this is {now or 'none'}", style="yellow")
 
 
 def print_audit(console: Console, audit: Audit) -> None:
     """Print the tensors that changed, the settings that changed, and the direction that explains it, if one does."""
     recast = "".join(f", {count} only cast from {kind}" for kind, count in audit.recast.items())
-    console.print(
-        f"[bold]{audit.kind} {escape(audit.other)}[/bold] against {escape(audit.base)}: {audit.n_tensors} tensors, "
-        f"{audit.n_same} the same{recast}, {len(audit.changes)} changed",
-        soft_wrap=True,
-    )
+    counts = f"{audit.n_tensors} tensors, {audit.n_same} the same{recast}, {len(audit.changes)} changed"
+    pair = Text.assemble((f"{audit.kind} {audit.other}", "bold"), f" against {audit.base}: {counts}")
+    console.print(pair, soft_wrap=True)
     zero = [change for change in audit.changes if change.norm == 0.0]  # biases that a config flag brings along
     if zero:
-        console.print(f"  {len(zero)} of these are new and all zero, as {escape(zero[0].name)}")
+        console.print(f"  {len(zero)} of these are new and all zero, as {zero[0].name}")
     if len(zero) < len(audit.changes):
         title = f"rank: singular values above {audit.threshold:g} of the largest, and above rounding"
         numbers = ("norm", "over the base's", "rank", "top holds", "cosine")
@@ -87,7 +89,7 @@ def print_audit(console: Console, audit: Audit) -> None:
         for change in audit.changes:
             if change.norm > 0.0:
                 table.add_row(
-                    escape(change.name),
+                    change.name,
                     change.kind,
                     change.dtype,
                     f"{change.norm:.3g}",
@@ -99,12 +101,12 @@ def print_audit(console: Console, audit: Audit) -> None:
         console.print(table)
     for setting in audit.settings:
         name = f"{setting.file} {setting.key}".rstrip()
-        values = f"{escape(repr(setting.base))} -> {escape(repr(setting.other))}"
-        console.print(f"  {escape(name)}: {values}", soft_wrap=True)
+        values = f"{brief(setting.base)} -> {brief(setting.other)}"
+        console.print(f"  {name}: {values}", soft_wrap=True)
     for baked in audit.baked:
-        console.print(f"  [bold]A baked direction[/bold]: {escape(_describe(baked))}", soft_wrap=True)
+        console.print(Text.assemble("  ", ("A baked direction", "bold"), f": {_describe(baked)}"), soft_wrap=True)
     if not audit.baked:
-        console.print(f"  No baked direction: {escape(audit.not_baked)}", soft_wrap=True)
+        console.print(f"  No baked direction: {audit.not_baked}", soft_wrap=True)
 
 
 def _describe(baked: BakedDirection) -> str:
@@ -121,16 +123,17 @@ def _describe(baked: BakedDirection) -> str:
 def print_upload(console: Console, upload: Upload, sent: str | None, force: bool) -> None:
     """Print every file that is or would be sent, why it should not be, and what became of it."""
     kind = "private" if upload.private else "PUBLIC"
-    folder = escape(str(upload.folder))
-    console.print(f"[bold]{folder}[/bold] to {escape(upload.target)} ({kind} if it is new)", soft_wrap=True)
+    title = Text.assemble((str(upload.folder), "bold"), f" to {upload.target} ({kind} if it is new)")
+    console.print(title, soft_wrap=True)
     for file in upload.files:
-        console.print(f"  {escape(file.name):<40} {file.size:>13,} bytes  {file.sha256}", soft_wrap=True)
+        console.print(f"  {file.name:<40} {file.size:>13,} bytes  {file.sha256}", soft_wrap=True)
     for note in upload.notes:
-        console.print(f"  [yellow]note[/yellow]: {escape(note)}", soft_wrap=True)
+        console.print(Text.assemble("  ", ("note", "yellow"), f": {note}"), soft_wrap=True)
     for refusal in upload.refusals:
-        console.print(f"  [red]{'sent in spite of' if sent else 'refused'}[/red]: {escape(refusal)}", soft_wrap=True)
+        state = ("sent in spite of" if sent else "refused", "red")
+        console.print(Text.assemble("  ", state, f": {refusal}"), soft_wrap=True)
     if sent is not None:
-        console.print(f"Sent: {escape(sent)}", soft_wrap=True)
+        console.print(f"Sent: {sent}", soft_wrap=True)
     elif upload.refusals and not force:
         console.print("Nothing was sent. Verify it first, or send it as it is with --force.")
     else:
@@ -142,7 +145,7 @@ def print_export(console: Console, exported: Exported) -> None:
     files = ", ".join(exported.files)
     lines = [f"{exported.kind} for {exported.engine}: {files} in {exported.folder}"]
     lines += [*(f"  {note}" for note in exported.notes), "Load it:", *(f"  {line}" for line in exported.load)]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def print_engine_records(console: Console, records: Sequence[EngineRecord]) -> None:
@@ -153,16 +156,15 @@ def print_engine_records(console: Console, records: Sequence[EngineRecord]) -> N
     for record in records:
         sizes = (record.error, record.rms, record.base_error, record.base_rms)
         cells = [*(f"{size:.1e}" for size in sizes), f"{record.effect:.2f}", f"{record.gain:.4f}"]
-        verdict = (
-            "[red]none[/red]" if record.problem else "[green]same[/green]" if record.passed else "[red]OTHER[/red]"
-        )
+        verdict = Text("none" if record.problem else "same" if record.passed else "OTHER")
+        verdict.stylize("green" if record.passed and not record.problem else "red")
         table.add_row(record.engine, record.form, *([""] * len(cells) if record.problem else cells), verdict)
     console.print(table)
     for record in records:
         if record.problem:
-            console.print(f"  {record.engine}: {record.problem}", markup=False, soft_wrap=True)
+            console.print(f"  {record.engine}: {record.problem}", soft_wrap=True)
         elif not record.passed and abs(record.gain) < 0.1:
-            console.print(f"  {record.engine} serves the base: the file was loaded without effect.", markup=False)
+            console.print(f"  {record.engine} serves the base: the file was loaded without effect.")
 
 
 def print_decompiled(console: Console, decompiled: Decompiled, known: Program | None) -> None:
@@ -218,7 +220,7 @@ def print_composition(console: Console, composition: Composition) -> None:
     if composition.stacked_from_loaded is not None:
         console.print(f"  KL(co-loaded||stacked) = {composition.stacked_from_loaded:.1e} nats/token")
     for reason in composition.reasons:
-        console.print(f"  [red]FAILED[/red] {escape(reason)}")
+        console.print(Text.assemble("  ", ("FAILED", "red"), f" {reason}"))
 
 
 def print_task_vector(console: Console, task_vector: TaskVector) -> None:

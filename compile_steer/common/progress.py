@@ -33,7 +33,7 @@ class ProgressBars(Progress):
     @contextmanager
     def phase(self, label: str, total: float) -> Iterator[Advance]:
         columns = (
-            TextColumn("  {task.description:<44}"),
+            TextColumn("  {task.description:<44}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -45,4 +45,4 @@ class ProgressBars(Progress):
             bars.update(task, completed=total)
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {text}", markup=False, highlight=False)
+        self._console.print(f"  {text}", highlight=False)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from compile_steer.validation.report import ValidationReport, block_name
 from compile_steer.verification.parity import Parity, PromptSet
@@ -37,10 +37,10 @@ def print_validation(console: Console, report: ValidationReport) -> None:
             style="bold green" if chosen else "",
         )
     console.print(table)
-    colour = _COLOURS[report.verdict]
-    console.print(f"[bold]Verdict on test data: [{colour}]{report.verdict.upper()}[/{colour}][/bold]")
+    verdict = (report.verdict.upper(), f"bold {_COLOURS[report.verdict]}")
+    console.print(Text.assemble(("Verdict on test data: ", "bold"), verdict))
     for line in [*(f"- {reason}" for reason in report.reasons), *report.notes]:
-        console.print(f"  {escape(line)}")
+        console.print(f"  {line}")
     s = report.separability
     console.print(
         f"  held-out pairs separated with AUROC {s.auroc:.2f}, d' {s.d_prime:.1f}; steerability "
@@ -52,21 +52,22 @@ def print_validation(console: Console, report: ValidationReport) -> None:
 def print_generation(console: Console, report: GenerationReport, folder: Path) -> None:
     """Print what was generated and kept, a line for each split."""
     for name, split in report.splits.items():
-        console.print(f"{name}: {escape(split.describe())}; {split.generated} responses generated")
+        console.print(f"{name}: {split.describe()}; {split.generated} responses generated")
     console.print(f"Pairs: {folder}")
 
 
 def print_plan(console: Console, program: str, choices: Sequence[Choice]) -> None:
     """Print for every backend whether it runs, or why not, and which form it cannot export."""
-    console.print(f"[bold]Plan[/bold] for {escape(program)}")
+    console.print(Text.assemble(("Plan", "bold"), f" for {program}"))
+    refused = ("refused", "red")
     for choice in choices:
+        name = f"  {choice.backend:<14} "
         if choice.refusal is not None:
-            console.print(f"  {choice.backend:<14} [red]refused[/red]: {escape(choice.refusal)}")
+            console.print(Text.assemble(name, refused, f": {choice.refusal}"))
             continue
-        state = "[green]chosen[/green]" if choice.chosen else "possible, not chosen"
-        console.print(f"  {choice.backend:<14} {state}")
+        console.print(Text.assemble(name, ("chosen", "green") if choice.chosen else "possible, not chosen"))
         if choice.adapter_refusal is not None:
-            console.print(f"  {'':<14} as adapter [red]refused[/red]: {escape(choice.adapter_refusal)}")
+            console.print(Text.assemble(f"  {'':<14} as adapter ", refused, f": {choice.adapter_refusal}"))
 
 
 def print_parities(console: Console, parities: Sequence[Parity]) -> None:
@@ -97,7 +98,7 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
             f"{p.behaviour.score_compiled:.2f}",
             f"{p.divergence.kl_control:.3f}",
             f"{p.compile_seconds:.1f}",
-            "[green]passed[/green]" if p.passed else "[red]FAILED[/red]",
+            Text("passed", "green") if p.passed else Text("FAILED", "red"),
         )
     console.print(table)
     scores = parities[0].behaviour
@@ -108,11 +109,12 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
     console.print(_prompt_set_table(parities))
     for p in parities:
         for label, text in details(p):
-            console.print(f"  {p.backend} {p.form}, {label}: {escape(text)}")
+            console.print(f"  {p.backend} {p.form}, {label}: {text}")
         for reason in p.reasons:
-            console.print(f"  [red]{p.backend} {p.form}[/red]: {escape(reason)}")
+            console.print(Text.assemble("  ", (f"{p.backend} {p.form}", "red"), f": {reason}"))
         for check in p.unchecked:
-            console.print(f"  [yellow]{p.backend} {p.form}, not checked: {check.name}[/yellow]: {escape(check.text)}")
+            name = (f"{p.backend} {p.form}, not checked: {check.name}", "yellow")
+            console.print(Text.assemble("  ", name, f": {check.text}"))
 
 
 def _prompt_set_table(parities: Sequence[Parity]) -> Table:
@@ -170,9 +172,9 @@ def print_samples(
     console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity], factor: float
 ) -> None:
     """Print one prompt's answers by base, steered and compiled model, and with a coefficient that is too high."""
-    console.print(f"[bold]{escape(ask)}[/bold]")
+    console.print(ask, style="bold")
     answers = [("base", report.samples["base"]), (f"steered, {report.coefficient:g}", report.samples["steered"])]
     answers += [(f"compiled, {p.backend}", p.behaviour.sample) for p in parities if p.form == "merged-fp32"]
     too_high = f"steered, {report.coefficient * factor:g}: too high"
     for name, text in [*answers, (too_high, report.samples["too_high"])]:
-        console.print(f"  [cyan]{name}[/cyan]: {escape(' '.join(text.split()))}")
+        console.print(Text.assemble("  ", (name, "cyan"), f": {' '.join(text.split())}"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,23 +48,6 @@ def test_a_verification_that_crashed_is_no_failed_check(
     monkeypatch.setattr(subprocess, "run", crash)
     with pytest.raises(error, match="verif"):
         verify_in_fresh_process(run.recipe, run.paths.out, [])
-
-
-def test_an_error_of_our_own_leaves_its_traceback_in_a_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken() -> None:
-        raise ZeroDivisionError("division by zero in our code")
-
-    monkeypatch.setattr("compile_steer.cli.app.app", broken)
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 3
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ZeroDivisionError: division by zero in our code")
-    log = Path(line.rpartition(" in ")[2].removesuffix("."))
-    assert "Traceback" in log.read_text()
-    log.unlink()
 
 
 def test_a_renamed_recipe_key_is_answered_with_its_new_name(run: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
