@@ -75,8 +75,7 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
     if not parities:
         return
     for p in parities:  # first of all, so that nobody takes a check that was not made for one that passed
-        colour = "green" if p.passed else "red"
-        console.print(f"{p.backend} {p.form}: [{colour}]{escape(p.verdict)}[/{colour}]")
+        console.print(Text.assemble(f"{p.backend} {p.form}: ", (p.verdict, "green" if p.passed else "red")))
     first = parities[0].divergence
     title = (
         f"Compiled against steered, {first.n_tokens} held-out response tokens "
