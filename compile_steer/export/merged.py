@@ -37,9 +37,10 @@ from compile_steer.artifacts.tensors import (
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.export.model_folder import copy_side_files
-from compile_steer.export.patched_config import CONFIG, patched_content, read_config, with_older_rope, write_config
+from compile_steer.export.patched_config import patched_content, read_config
 from compile_steer.models.libraries import quiet
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.older_readers import CONFIG, with_older_rope, write_settings
 from compile_steer.steering.low_rank import LowRank, weight_delta
 from compile_steer.steering.patch import WeightPatch
 
@@ -63,7 +64,7 @@ def write_merged(
     with new_folder(folder) as new:
         merged.write_weights(new, PRECISIONS[precision])
         copy_side_files(merged.folder, new, loaded.prompt_template)
-        write_config(new / CONFIG, merged.config_content(PRECISIONS[precision]))
+        write_settings(new / CONFIG, merged.config_content(PRECISIONS[precision]))
         provenance.write(new)
         (new / CARD).write_text(card, encoding="utf-8")
 
@@ -209,7 +210,7 @@ class MergedCheckpoint:
         if [*weight_map.values()] != [SINGLE_FILE] * len(weight_map):
             content = read_json(self.folder / INDEX_FILE, _REMEDY)
             content["metadata"]["total_size"] = size
-            write_config(new / INDEX_FILE, {**content, "weight_map": weight_map})
+            write_settings(new / INDEX_FILE, {**content, "weight_map": weight_map})
 
     def config_content(self, dtype: torch.dtype) -> dict[str, Any]:
         """The content of the merged folder's config.json: the base's with what the patch and the precision need."""

@@ -14,7 +14,7 @@ from typing import Any
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import INDEX_FILE, SINGLE_FILE, checkpoint_files, misplaced
 from compile_steer.common.errors import ArtifactError, several
-from compile_steer.export.patched_config import CONFIG, write_config
+from compile_steer.models.older_readers import CONFIG, TOKENIZER_CONFIG, write_settings
 
 _TEMPLATES = r"chat_template\.(jinja|json)|additional_chat_templates/[\w-]+\.jinja"
 _KINDS = (
@@ -56,13 +56,13 @@ def copy_side_files(folder: Path, new: Path, chat_template: str | None = None) -
         (new / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, new / name)
         changes: dict[str, Any] = {}
-        if name in (CONFIG, "tokenizer_config.json", "processor_config.json"):
+        if name in (CONFIG, TOKENIZER_CONFIG, "processor_config.json"):
             content = read_json(new / name, "Get or make it again.")
             kept = {key: value for key, value in content.items() if key not in _CODE_KEYS}
             if chat_template is not None and "chat_template" in content:
                 changes["chat_template"] = chat_template
             if {**kept, **changes} != content:
-                write_config(new / name, {**kept, **changes})
+                write_settings(new / name, {**kept, **changes})
     if chat_template is not None:
         (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 

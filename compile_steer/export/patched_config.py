@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compile_steer.artifacts.files import read_json
 from compile_steer.models.libraries import quiet
+from compile_steer.models.older_readers import CONFIG
 from compile_steer.steering.patch import WeightPatch
-
-CONFIG = "config.json"
 
 
 def patched_config(source: str, patch: WeightPatch) -> PreTrainedConfig:
@@ -50,30 +48,3 @@ def read_config(content: dict[str, Any]) -> PreTrainedConfig:
     """The config that transformers reads from the content of a config.json."""
     with quiet():
         return type(AutoConfig.for_model(content["model_type"])).from_dict(deepcopy(content))
-
-
-def with_older_rope(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a config.json with its rotary embedding also as transformers 4 and all other readers spell it.
-
-    transformers 5 writes `rope_parameters` alone, which an older reader skips: it then computes with its default base.
-    """
-    rope = content.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope or content.get("rope_scaling"):
-        return content  # where both are there, transformers 5 takes the older one
-    main = rope.get("full_attention", rope)  # by the kind of attention, where there are two
-    base, part = main.get("rope_theta"), main.get("partial_rotary_factor")
-    scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    older = {
-        "rope_theta": base,
-        "partial_rotary_factor": part,
-        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
-        "rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta"),
-    }
-    if content.get("model_type") == "gpt_neox":
-        older |= {"rotary_emb_base": base, "rotary_pct": part}
-    return {**content, **{key: value for key, value in older.items() if value is not None}}
-
-
-def write_config(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as transformers does, but in the order of its keys."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

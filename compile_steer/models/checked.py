@@ -47,9 +47,14 @@ def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], Compil
 def read_tokenizer(
     folder: Path, model: PreTrainedModel, explain: Callable[[str], CompileSteerError]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, whose every token `model` has a row for; raises as `read_model`."""
+    """The tokenizer in `folder`, whose every token `model` has a row for; raises as `read_model`.
+
+    Where it has no padding token, its end-of-text token pads.
+    """
     with library_errors(explain):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     require_rows(folder, model, tokenizer)
     return tokenizer
 

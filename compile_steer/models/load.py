@@ -26,9 +26,10 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError,
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import read_gguf
 from compile_steer.models.libraries import library_errors
+from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
-_CACHE_RECORD = "settings.sha256"
+_CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes, so that older folders are made again
 EMBEDDED = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,8 +99,6 @@ def load(
 
     model = read_model(source.folder, DTYPES[dtype], explain)
     tokenizer = read_tokenizer(source.folder, model, explain)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
     template = None if prompt_format is None else completion_template(prompt_format, tokenizer)
@@ -239,6 +238,7 @@ def _dequantised(gguf: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _drop_tokens(temporary / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+        respell(temporary)
         (temporary / _CACHE_RECORD).write_text(_settings_bytes(temporary), encoding="utf-8")
     return folder
 
