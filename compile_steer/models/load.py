@@ -29,7 +29,9 @@ from compile_steer.models.libraries import library_errors
 from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
-_CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes, so that older folders are made again
+_CACHE_RECORD = (
+    "settings-2.sha256"  # another number where what is written changes, so that older folders are made again
+)
 EMBEDDED = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.artifacts.files import read_json
 from compile_steer.export.merged import write_merged
-from compile_steer.models.load import LoadedModel, quiet
+from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.older_readers import write_settings
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
@@ -30,7 +31,10 @@ EDIT = LowRank(torch.randn(byte_level.VOCAB, 1, generator=torch.Generator().manu
 def base(family: str, folder: Path, **changes: Any) -> LoadedModel:
     """A model whose tokenizer names a class that both versions have, as those on a hub do."""
     one = byte_level.saved(family, folder, **changes)
-    older: dict[str, dict[str, Any]] = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}, "config.json": {"num_experts": 5}}
+    older: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "config.json": {"num_experts": 5},
+    }
     for name, settings in older.items():
         write_settings(folder / name, {**read_json(folder / name, ""), **settings})
     return one
