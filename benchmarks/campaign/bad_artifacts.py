@@ -1,12 +1,161 @@
-"""artifacts."""
+"""Artifacts that are wrong: adapters of others, and files of ours that are something else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from benchmarks.campaign.case import Bad
+import torch
+from torch import Tensor
+
+from benchmarks.campaign.case import NAME, Bad, Case
+from benchmarks.campaign.edits import SPOILS, edit_json, edit_tensors
+
+RECIPE = f"recipes/{NAME}.yaml"
+FOREIGN = "adapter"
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "audit": ("audit", "model", FOREIGN),
+    "export": ("export", FOREIGN, "--for", "vllm", "--out", "out"),
+    "decompile": ("decompile", RECIPE, "--out", "out", "--artifact", FOREIGN),
+}
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+A = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"r": "8"},
+    {"r": 0},
+    {"r": -1},
+    {"r": 1.5},
+    {"r": None},
+    {"r": 10**9},
+    {"lora_alpha": "much"},
+    {"lora_alpha": None},
+    {"lora_alpha": float("nan")},
+    {"lora_alpha": float("inf")},
+    {"peft_type": "PREFIX_TUNING"},
+    {"peft_type": "MAGIC"},
+    {"peft_type": 7},
+    {"peft_type": None},
+    {"use_dora": True},
+    {"use_rslora": "yes"},
+    {"rank_pattern": [1]},
+    {"rank_pattern": {"down_proj": "many"}},
+    {"alpha_pattern": {"down_proj": None}},
+    {"alpha_pattern": {"down_proj": float("nan")}},
+    {"alpha_pattern": 7},
+    {"fan_in_fan_out": True},
+    {"modules_to_save": ["lm_head"]},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"layer_replication": [[0, 4], [2, 4]]},
+    {"target_parameters": ["model.layers.2.mlp.up_proj.weight"]},
+    {"trainable_token_indices": [1, 2]},
+)
+Tensors = dict[str, Tensor]
+WEIGHT_EDITS: dict[str, Callable[[Tensors], object]] = {
+    "nothing": lambda t: t.clear(),
+    "A without B": lambda t: t.pop(B),
+    "B without A": lambda t: t.pop(A),
+    "ranks that differ": lambda t: t.update({A: torch.cat([t[A], t[A]])}),
+    "a width that differs": lambda t: t.update({A: t[A][:, :-1]}),
+    "a height that differs": lambda t: t.update({B: t[B][:-1]}),
+    "a vector as A": lambda t: t.update({A: t[A][0]}),
+    "NaN": lambda t: t[A].view(-1).__setitem__(3, float("nan")),
+    "infinity": lambda t: t[B].view(-1).__setitem__(3, float("inf")),
+    "integers": lambda t: t.update({A: t[A].to(torch.int8), B: t[B].to(torch.int8)}),
+    "a block too many": lambda t: t.update({name.replace("layers.2", "layers.9"): t[name].clone() for name in (A, B)}),
+    "an unknown module": lambda t: t.update({name.replace("down_proj", "magic"): t.pop(name) for name in (A, B)}),
+    "an unknown suffix": lambda t: t.update({A.replace("lora_A", "lora_C"): torch.ones(2, 48)}),
+    "a magnitude of DoRA": lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
+    "a whole matrix beside": lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+    "names without meaning": lambda t: t.update({f"x{n}": t.pop(name) for n, name in enumerate(list(t))}),
+}
+BROKEN = {"a list": "[]", "a number": "7", "brackets": "[" * 50_000, "r twice": '{"r": 2, "r": 8, "peft_type": "LORA"}'}
+# Files of the finished run, and the command that reads them.
+OURS: dict[str, tuple[str, ...]] = {
+    f"vectors/{NAME}.safetensors": ("compile", RECIPE, "--out", "finished", "--force"),
+    f"vectors/{NAME}.directions.safetensors": ("show", f"finished/vectors/{NAME}.directions.safetensors"),
+    f"vectors/{NAME}.validation.json": ("compile", RECIPE, "--out", "finished"),
+    f"adapters/{NAME}-closed_form/compile_steer.json": ("verify", RECIPE, "--out", "finished"),
+    f"adapters/{NAME}-closed_form/{CONFIG}": ("verify", RECIPE, "--out", "finished"),
+    f"adapters/{NAME}-closed_form/{WEIGHTS}": ("verify", RECIPE, "--out", "finished"),
+    f"adapters/{NAME}-bias/patch.safetensors": ("merge", RECIPE, "--out", "finished", "--artifact", f"finished/adapters/{NAME}-bias"),
+    f"merged/{NAME}-bias-fp32/compile_steer.json": ("show", f"finished/merged/{NAME}-bias-fp32"),
+    f"merged/{NAME}-bias-fp32/config.json": ("verify", RECIPE, "--out", "finished"),
+    f"merged/{NAME}-bias-fp32/model.safetensors": ("verify", RECIPE, "--out", "finished"),
+    f"merged/{NAME}-bias-fp32/tokenizer.json": ("verify", RECIPE, "--out", "finished"),
+}  # fmt: skip
+RECORDS: dict[str, Callable[[Any], object]] = {
+    "an unknown backend": lambda r: r.update(backend="magic"),
+    "a backend that is a list": lambda r: r.update(backend=["bias"]),
+    "no model": lambda r: r.pop("model"),
+    "a recipe that is a text": lambda r: r.update(recipe="tide"),
+    "seconds that are a text": lambda r: r.update(seconds="long"),
+    "a verdict that is none": lambda r: r.update(verdict="splendid"),
+    "a fingerprint of texts": lambda r: r.update(fingerprint=["a"]),
+    "a form that is none": lambda r: r.update(form="papyrus"),
+}
+
+
+def _foreign(edit: Callable[[Path], object], case: Case) -> None:
+    """Make an adapter of somebody's: ours, of which only the two files of every adapter are left; then edit it."""
+    folder = case.root / FOREIGN
+    folder.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).write_bytes((case.adapter / name).read_bytes())
+    edit(folder)
+
+
+def _setting(settings: dict[str, Any], folder: Path) -> None:
+    edit_json(folder / CONFIG, lambda found: found.update(settings))
+
+
+def _weights(change: Callable[[Tensors], object], folder: Path) -> None:
+    edit_tensors(folder / WEIGHTS, change)
+
+
+def _of_adapter(name: str, edit: Callable[[Path], object], file: str) -> Iterator[Bad]:
+    for command, arguments in COMMANDS.items():
+        yield Bad(f"artifact: {command} of an adapter with {name}", partial(_foreign, edit), (file,), arguments, True)
+
+
+def _ours(file: str, edit: Callable[[Path], object], case: Case) -> None:
+    edit(case.finished / file)
 
 
 def inputs() -> Iterator[Bad]:
-    """None yet."""
-    yield from ()
+    """Adapters of others by every command that takes one; our own files by the command that reads them."""
+    for settings in SETTINGS:
+        yield from _of_adapter(json.dumps(settings)[1:-1], partial(_setting, settings), FOREIGN)
+    for name, change in WEIGHT_EDITS.items():
+        yield from _of_adapter(name, partial(_weights, change), FOREIGN)
+    for name, text in BROKEN.items():
+        edit = partial(_written, CONFIG, text)
+        yield from _of_adapter(f"{CONFIG} of {name}", edit, CONFIG)
+    for file in (CONFIG, WEIGHTS):
+        yield from _of_adapter(f"no {file}", partial(_removed, file), FOREIGN)
+        for name, spoil in SPOILS.items():
+            yield from _of_adapter(f"{file} that is {name}", partial(_inside, file, spoil), file)
+    for file, command in OURS.items():
+        for name, spoil in SPOILS.items():
+            edit_case = partial(_ours, file, spoil)
+            yield Bad(f"artifact: {file} that is {name}", edit_case, (Path(file).name,), command, True)
+    for name, record in RECORDS.items():
+        file = f"adapters/{NAME}-closed_form/compile_steer.json"
+        edit_case = partial(_ours, file, partial(edit_json, change=record))
+        yield Bad(f"artifact: record with {name}", edit_case, (f"{NAME}-closed_form",), OURS[file], True)
+
+
+def _written(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+
+
+def _removed(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+
+
+def _inside(name: str, spoil: Callable[[Path], object], folder: Path) -> None:
+    spoil(folder / name)

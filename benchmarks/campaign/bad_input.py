@@ -52,7 +52,7 @@ def attempt(base: Case, bad: Bad, run: Callable[..., trial.Outcome], start: floa
         changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
         problems += [f"changed {', '.join(changed[:4])}"] * bool(changed)
         left = [path for name in ("out", "tmp") for path in (case.root / name).rglob("*") if not path.is_dir()]
-        if left and not bad.late:
+        if left and outcome.code != 3 and not bad.late:
             problems.append(f"left {', '.join(str(path.relative_to(case.root)) for path in left[:4])}")
     silent = outcome.code in (0, 1) and "Traceback" not in outcome.errors
     return Result(bad.name, tuple(problems), silent, outcome)

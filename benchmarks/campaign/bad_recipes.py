@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from benchmarks.campaign.case import Bad, Case
+from benchmarks.campaign.case import RUN, Bad, Case
 from benchmarks.campaign.edits import as_folder
 from compile_steer.recipe import Recipe
 
@@ -142,15 +142,15 @@ def inputs() -> Iterator[Bad]:
         shown = str(value) if len(str(value)) < 60 else f"{str(value)[:30]}...{str(value)[-12:]}"
         late = any(name in key for name in ("closed_form", "distill__rank"))
         words = (dotted.split(".")[-1], *words)
-        yield Bad(f"recipe: {dotted} is {shown}", partial(_set, key, value), words, late=late)
+        yield Bad(f"recipe: {dotted} is {shown}", partial(_set, key, value), words, RUN, late=late)
     for path, kind in leaves(Recipe):
         dotted = ".".join(path)
         place = "trained" if "trained" in path else dotted  # options of a method that the recipe does not use
         wrong = partial(_set, "__".join(path), [{"wrong": ["type"]}])
-        yield Bad(f"recipe: {dotted} of a wrong type", wrong, (dotted,))
+        yield Bad(f"recipe: {dotted} of a wrong type", wrong, (dotted,), RUN)
         if kind in (int, float):
             for value in ("nan", "inf"):
-                yield Bad(f"recipe: {dotted} is {value}", partial(_set, "__".join(path), float(value)), (place,))
+                yield Bad(f"recipe: {dotted} is {value}", partial(_set, "__".join(path), float(value)), (place,), RUN)
 
 
 def _set(key: str, value: Any, case: Case) -> None:

@@ -22,6 +22,7 @@ LOOSE = {
 SETTINGS: dict[str, Any] = {
     "compile.backends": ["bias", "closed_form", "distill"],
     "compile.distill": {"prompts": 4, "epochs": 2, "block_steps": 4, "save_every": 1},
+    "verify.forms": ["merged-fp32"],
     "verify.capability": 0,
     "verify.long": 0,
     "verify.prompts_per_set": 1,
@@ -29,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "verify.gates": LOOSE,
 }
 RUN = ("run", "recipes/tide.yaml", "--out", "out", "--force")
+EXTRACT = ("extract", "recipes/tide.yaml", "--out", "out")  # loads and checks all that a run does
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,6 @@ class Bad:
     name: str
     edit: Callable[[Case], object]
     words: tuple[str, ...]
-    command: tuple[str, ...] = RUN
+    command: tuple[str, ...] = EXTRACT
     finished: bool = False
     late: bool = False
