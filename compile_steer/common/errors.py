@@ -103,6 +103,7 @@ def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # the user stopped it
-        line = next(iter(str(error).strip().splitlines()), "")  # later lines are advice on other uses
+        lines = str(error).strip().splitlines()  # later lines are advice on other uses
+        line = " ".join(part.strip() for part in (lines[:2] if lines and lines[0].endswith(":") else lines[:1]))
         # The error of a missing key, say, is the bare key.
         raise explain(_cut(line if " " in line else f"{type(error).__name__} {line}".rstrip(), 300)) from error

@@ -97,7 +97,8 @@ def load(
     source = _find(reference)
 
     def explain(reason: str) -> RecipeError:
-        return _not_loaded(reference, reason)
+        remedy = "Compare its config.json and its tokenizer's files with the publisher's, or get it again."
+        return RecipeError(f"model '{reference}' cannot be loaded by transformers ({reason}). {remedy}")
 
     model = read_model(source.folder, DTYPES[dtype], explain)
     tokenizer = read_tokenizer(source.folder, model, explain)

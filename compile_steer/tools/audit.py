@@ -18,6 +18,7 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
+from compile_steer.models.checked import require_plain
 from compile_steer.models.libraries import library_errors
 from compile_steer.models.load import folder_of
 from compile_steer.steering.layout import Layout
@@ -113,6 +114,8 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
         raise ArtifactError(
             f"{folder} is no model (config.json), no adapter ({ADAPTER_CONFIG}) and no patch ({PATCH_FILE})."
         )
+    for checkpoint in [base_folder, folder] if kind == "checkpoint" else [base_folder]:
+        require_plain(checkpoint)
     patch = None if kind == "checkpoint" else read_patch(folder)
     layout = _layout(base_folder if patch is not None else folder)
     names = TensorNames(layout)

@@ -78,7 +78,7 @@ def truncate(folder: Path) -> None:
     ("spoil", "message"),
     [
         (truncate, "damaged"),
-        (lambda folder: (folder / "config.json").write_text("{"), "no model of transformers"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is damaged"),
         (lambda folder: (folder / "config.json").unlink(), "no model"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),

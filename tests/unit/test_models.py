@@ -12,9 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
+from compile_steer.export.engine_support import GGUF_FILE
+from compile_steer.export.gguf import write_gguf
+from compile_steer.models.gguf import read_gguf
 from compile_steer.models.load import LoadedModel, choose_device, load, revision_of
 from compile_steer.steering.layout import Layout
+from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.sites import Site
+from tests.contract.test_adapters import origin
+from tests.helpers import byte_level
 from tests.helpers.rounding import assert_close_to_rounding, assert_same_weights
 from tests.helpers.tiny import (
     FAMILIES,
@@ -83,6 +89,27 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises((RecipeError, ArtifactError), match="model"):
         load(str(folder), device="cpu")
+
+
+def test_dequantised_model_that_was_edited_in_the_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
+    one = byte_level.saved("llama", tmp_path / "base")
+    write_gguf(tmp_path / "g", WeightPatch(), one, "f16", origin(one, "gguf-f16"), "")
+    first = load(str(tmp_path / "g" / GGUF_FILE), device="cpu")
+    cached = Path(first.source)
+    made = (cached / "tokenizer_config.json").read_bytes()
+    assert load(str(tmp_path / "g" / GGUF_FILE), device="cpu").revision == first.revision
+    (cached / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    again = load(str(tmp_path / "g" / GGUF_FILE), device="cpu")
+    assert again.revision == first.revision and (cached / "tokenizer_config.json").read_bytes() == made
+    monkeypatch.setattr(
+        "compile_steer.models.load.read_gguf", lambda *args: (*read_gguf(*args)[:2], ["the file lacks x"])
+    )
+    shutil.rmtree(cached)
+    with pytest.raises(ArtifactError, match=r"model\.gguf: the file lacks x"):
+        load(str(tmp_path / "g" / GGUF_FILE), device="cpu")
 
 
 def test_an_unknown_dtype_or_device_is_refused() -> None:
