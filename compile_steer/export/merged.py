@@ -269,4 +269,4 @@ def _edits(patch: WeightPatch, model: nn.Module) -> dict[str, list[_Edit]]:
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `config` on torch's meta device: modules, names and shapes."""
     with torch.device("meta"), quiet():
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))

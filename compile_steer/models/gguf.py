@@ -26,7 +26,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
 
     Raises what transformers and gguf raise for a file or family that they cannot read.
     """
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     reader = gguf.GGUFReader(file)
     names = {tensor.name for tensor in reader.tensors}
     # The file records the width of a head, but transformers does not read it for every family.
@@ -46,15 +46,17 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     # Llama 3 slows its rotations by factors that transformers does not read from the file.
     if ROPE_FACTORS in names:
         rotary = model.model.rotary_emb
         rotary.inv_freq = rotary.inv_freq / gguf_tensors(file)[ROPE_FACTORS].to(rotary.inv_freq)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     stored = set(_stored_names(reader, model).values())
     problems = [f"the file lacks {name}" for name in sorted(loading["missing_keys"])]
     problems += [f"the model has no place for {name}" for name in sorted(names - stored - {ROPE_FACTORS})]
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), problems
+    return model, tokenizer, problems
 
 
 def write_and_close(writer: gguf.GGUFWriter) -> None:

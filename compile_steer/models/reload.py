@@ -12,12 +12,34 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 
-from compile_steer.common.errors import ArtifactError
+from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.tensors import open_tensors
+from compile_steer.common.errors import ArtifactError, brief
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
 from compile_steer.models.libraries import library_errors
 from compile_steer.models.load import LoadedModel, frozen
 
+# Kinds of adapters that PEFT builds from their own two files. Others have it load tokenizers, models or more adapters from
+# places that the configuration names.
+_OWN_FILES = frozenset(
+    (
+        "LORA",
+        "ADALORA",
+        "IA3",
+        "LOHA",
+        "LOKR",
+        "OFT",
+        "BOFT",
+        "VERA",
+        "HRA",
+        "FOURIERFT",
+        "LN_TUNING",
+        "RANDLORA",
+        "MISS",
+    )
+)
+_RANKS = ("r", "init_r", "target_r", "oft_block_size", "boft_block_size")
 ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 
 
@@ -44,6 +66,7 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
     """Load adapters, by name, on one fresh copy of `base`; raises as `reload`. `set_adapter_scales` activates some."""
     model: Any = None
     for name, folder in folders.items():
+        require_own_files(folder)
         plain = fresh_copy(base).model if model is None else None
         with library_errors(_not_loaded(folder)):
             if plain is not None:
@@ -59,6 +82,24 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
                 f"over, the first {different[0]}. Compile again."
             )
     return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source)
+
+
+def require_own_files(folder: Path) -> None:
+    """Raise `ArtifactError` for an adapter that PEFT could not build from safetensors alone, or that claims huge ranks."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = read_json(path, "Needed: a PEFT adapter's folder.")
+    kind = str(config.get("peft_type", "")).rpartition(".")[2]
+    if kind not in _OWN_FILES or config.get("megatron_config") is not None:
+        found = f"peft_type {brief(kind)}" if kind not in _OWN_FILES else "a megatron_config"
+        raise ArtifactError(
+            f"{path} has {found}, which loads more than this folder. Needed: {', '.join(sorted(_OWN_FILES))}."
+        )
+    with open_tensors(weights, "np") as file:  # a pickle beside it is never read
+        widest = max((size for name in file.keys() for size in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
+    patterns = config.get("rank_pattern")
+    ranks = [config.get(key) for key in _RANKS] + (list(patterns.values()) if isinstance(patterns, dict) else [])
+    if any(isinstance(rank, int) and rank > widest for rank in ranks):
+        raise ArtifactError(f"{path} claims a rank that no tensor of {weights.name} has; the widest is {widest} wide.")
 
 
 def set_adapter_scales(adapters: LoadedModel, scales: Mapping[str, float]) -> None:

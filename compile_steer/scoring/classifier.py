@@ -108,9 +108,11 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
         )
     problem = f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier"
     with library_errors(lambda reason: RecipeError(f"{problem} ({reason}).")):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
     labels = {str(name): int(index) for index, name in model.config.id2label.items()}
     if label not in labels:
         raise RecipeError(

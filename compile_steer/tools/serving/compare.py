@@ -18,14 +18,14 @@ import numpy as np
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PROVENANCE, EngineRecord, Provenance, save_engine_records
-from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError
+from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError, library_errors
 from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf import write_gguf_file
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.load import LoadedModel, folder_of, load
 from compile_steer.models.logprobs import reference_logprobs, reference_tokens
-from compile_steer.models.reload import reload
+from compile_steer.models.reload import reload, require_own_files
 from compile_steer.report.card import update_card
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.patch import WeightPatch
@@ -140,7 +140,9 @@ def expected_logprobs(
     if files is not None and (artifact / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
-        adapted = PeftModel.from_pretrained(rounded.model, str(artifact)).eval()
+        require_own_files(artifact)
+        with library_errors(lambda reason: ArtifactError(f"{artifact} cannot be loaded by PEFT ({reason}).")):
+            adapted = PeftModel.from_pretrained(rounded.model, str(artifact)).eval()
         return plain, reference_logprobs(adapted, sequences)
     return plain, reference_logprobs(reload(artifact if files is None else files[1], base).model, sequences)
 
