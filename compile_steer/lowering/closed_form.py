@@ -72,14 +72,15 @@ def lower(
     Raises:
         CannotLower: naming every stage that the model has no matrix for, or none of that rank.
     """
-    program, loaded, texts, resume = lowering.program, lowering.loaded, lowering.regression_texts, lowering.resume
+    program, loaded, texts = lowering.program, lowering.loaded, lowering.regression_texts
     if stages is None:
         stages = plan_stages(program, loaded.layout, lowering.options.closed_form)
     _require_stages(stages, loaded.layout)
     with lowering.progress.phase(name, len(texts) * (1 + len(stages)) + refine_steps) as advance:
         models = TeacherStudent(program, loaded, texts, max_tokens, advance)
         # A run that was killed goes on after the last block that it solved.
-        saved = resume.load(name) or {"next": 0, "solved": {}, "curves": {}}
+        state = lowering.state(name, stages, texts, max_tokens, lowering.options)
+        saved = state.load() or {"next": 0, "solved": {}, "curves": {}}
         models.solved = {module: LowRank(*factors).to(loaded.device) for module, factors in saved["solved"].items()}
         lowering.curves.update(saved["curves"])
         last = max(stage.layer for stage in stages)
@@ -94,7 +95,7 @@ def lower(
                 if refine is not None:
                     refine(models, block, advance)
                 factors = {module: (edit.B, edit.A) for module, edit in models.solved.items()}
-                resume.save(name, {"next": block + 1, "solved": factors, "curves": lowering.curves})
+                state.save({"next": block + 1, "solved": factors, "curves": lowering.curves})
             if block < last:
                 models.run_student(block)
     return models.patch

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common import distributed
@@ -32,33 +34,53 @@ Curve = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
+class SavedState:
+    """How far one part of a compile has come, on disk: tensors, numbers and texts in lists, tuples and dicts.
+
+    Attributes:
+        path: of its file; None saves nothing.
+        made_from: hash of everything that decides the result.
+        note: is told where a state was discarded.
+    """
+
+    path: Path | None
+    made_from: str
+    note: Callable[[str], None]
+
+    def save(self, state: Any) -> None:
+        """Replace the state."""
+        if self.path is not None:
+            with new_file(self.path) as temporary:
+                torch.save({"made_from": self.made_from, "sha256": content_sha256(state), "state": state}, temporary)
+
+    def load(self) -> Any:
+        """The state, on the CPU; None where there is none, or where it was made from something else or is damaged."""
+        if self.path is None or not self.path.is_file():
+            return None
+        with suppress(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+            # weights_only: a file in a run's folder may not run code.
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if saved["made_from"] == self.made_from and saved["sha256"] == content_sha256(saved["state"]):
+                return saved["state"]
+        self.discard("made from something else, or damaged")
+        return None
+
+    def discard(self, reason: str) -> None:
+        """Say that the state is not used."""
+        self.note(f"the saved state {self.path} is {reason}: this part begins again")
+
+
+@dataclass(frozen=True)
 class ResumeFiles:
     """What a backend has done so far, on disk, so that a run that was killed continues and ends in the same bytes.
 
     Attributes:
-        folder: where the named states lie; None saves nothing.
-        inputs: hash of what they were made from; a state for other inputs is not loaded.
+        folder: where the states lie; None saves nothing.
+        inputs: hash of what the whole compile is made from.
     """
 
     folder: Path | None = None
     inputs: str = ""
-
-    def save(self, name: str, state: Any) -> None:
-        """Replace the state under `name`: tensors, numbers and texts in lists, tuples and dicts."""
-        if self.folder is not None:
-            with new_file(self.folder / f"{name}.pt") as temporary:
-                torch.save({"inputs": self.inputs, "state": state}, temporary)
-
-    def load(self, name: str) -> Any:
-        """The state under `name`, on the CPU; None where there is none for these inputs or the file is damaged."""
-        if self.folder is None:
-            return None
-        try:
-            # weights_only: a file in a run's folder may not run code.
-            saved = torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-            return None
-        return saved["state"] if saved["inputs"] == self.inputs else None
 
     def clear(self) -> None:
         """Delete all states: the work is done."""
@@ -66,6 +88,30 @@ class ResumeFiles:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # another run's states may lie beside them
                 self.folder.parent.rmdir()
+
+
+def content_sha256(*values: Any) -> str:
+    """SHA-256 of tensors with their types and shapes, and of numbers and texts, in dicts, sequences and dataclasses."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            raw = value.detach().cpu().contiguous()
+            digest.update(f"{raw.dtype} {list(raw.shape)};".encode())
+            digest.update(raw.flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            add([part for item in value.items() for part in item])
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)}[".encode())
+            for part in value:
+                add(part)
+        elif is_dataclass(value):
+            add([getattr(value, part.name) for part in fields(value)])
+        else:  # options among them, which show all that they hold
+            digest.update(f"{value!r};".encode())
+
+    add(values)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,24 +148,32 @@ class Lowering:
         first = self.options.calibration.prompts
         return self._continuations(first, first + self.options.distill.prompts, "training texts")
 
+    def state(self, name: str, *made_from: Any) -> SavedState:
+        """The state saved under `name`, of a part that is made from these values, on top of the seed and the recipe."""
+        if self.resume.folder is None:
+            return SavedState(None, "", self.progress.note)
+        made = content_sha256(self.resume.inputs, name, self.seed, *made_from)
+        return SavedState(self.resume.folder / f"{name}.pt", made, self.progress.note)
+
     def _continuations(self, start: int, stop: int, label: str) -> list[Encoded]:
         if len(self.prompts) < stop:
             raise RecipeError(
                 f"compile: calibration.prompts and distill.prompts need {stop} prompts, data.calibration has "
                 f"{len(self.prompts)}. Lower one of them or add prompts."
             )
-        # Sampling is slow, and a resumed run must have the same texts.
-        saved = self.resume.load(label)
-        if saved is not None:
-            return [Encoded(**text) for text in saved]
         # By length, because a batch is padded to its longest prompt.
         by_length = sorted(self.prompts[start:stop], key=lambda t: len(t.prompt) + sum(map(len, sum(t.history, ()))))
         share = distributed.share([encode(self.loaded.tokenizer, text) for text in by_length])
+        # Sampling is slow, and a resumed run must have the same texts.
+        state = self.state(label, share, self.options.calibration, start)
+        saved = state.load()
+        if saved is not None:
+            return [Encoded(**text) for text in saved]
         with self.progress.phase(f"steered model writes {label}", len(share)) as advance:
             # Another sample in every process: a large prime keeps their seeds apart, which count up by texts.
             seed = self.seed + start + 104729 * distributed.rank()
             texts = self.sample(share, self.program, seed, advance)
-        self.resume.save(label, [asdict(text) for text in texts])
+        state.save([asdict(text) for text in texts])
         return texts
 
     def sample(

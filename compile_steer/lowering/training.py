@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.job import Lowering, SavedState
 from compile_steer.lowering.options import TrainingOptions
 from compile_steer.lowering.teacher_student import SuffixModel, TeacherBatch
 from compile_steer.models.forward import lm_head
@@ -180,7 +180,9 @@ def train(
     steps = max(1, math.ceil(options.epochs * epoch_steps))
     control = _base_texts(lowering, suffix, seen_texts, options) if options.base_kl_weight > 0 else []
     before = suffix.mean_kl(held_out, patch)  # of the start, so before a saved state is loaded
-    first, losses = _restore(lowering.resume.load(name), optimizer)
+    parameters = _named_parameters(patch)
+    saved = lowering.state(name, options, texts, parameters)
+    first, losses = _restore(saved, parameters, optimizer)
     batches: list[TeacherBatch] = []
 
     def backward(step: int) -> float:
@@ -188,9 +190,9 @@ def train(
         new_epoch = step % epoch_steps == 0
         # On-policy a resumed run must write the same texts again, so it resumes where they are written.
         if new_epoch if on_policy else step % options.save_every == 0:
-            values = [parameter.detach() for parameter in _parameters(optimizer)]
-            state = {"step": step, "losses": losses, "parameters": values, "optimizer": optimizer.state_dict()}
-            lowering.resume.save(name, state)
+            values = {key: parameter.detach() for key, parameter in parameters.items()}
+            moments = {key: optimizer.state.get(parameter, {}) for key, parameter in parameters.items()}
+            saved.save({"step": step, "losses": losses, "parameters": values, "optimizer": moments})
         if new_epoch or not batches:
             batches = seen
             if on_policy:
@@ -219,15 +221,31 @@ def train(
     return before, after
 
 
-def _restore(saved: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
-    """Put a saved state into the parameters and the optimizer; returns its (step, losses)."""
-    if saved is None:
+def _named_parameters(patch: WeightPatch) -> dict[str, Tensor]:
+    """What is trained of a patch, by module and factor."""
+    factors = {f"{module}.{key}": getattr(edit, key) for module, edit in patch.low_rank.items() for key in ("B", "A")}
+    return {**factors, **patch.dense}
+
+
+def _restore(
+    saved: SavedState, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, list[float]]:
+    """Put a saved state into the parameters and their optimizer, matched by name and shape; returns its (step, losses)."""
+    state = saved.load()
+    if state is None:
+        return 0, []
+    if {key: value.shape for key, value in state["parameters"].items()} != {k: p.shape for k, p in parameters.items()}:
+        saved.discard("of other parameters")
         return 0, []
     with torch.no_grad():
-        for parameter, value in zip(_parameters(optimizer), saved["parameters"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["losses"]
+        for key, parameter in parameters.items():
+            parameter.copy_(state["parameters"][key])
+    # An optimizer's own state is numbered in its own order.
+    names = {id(parameter): key for key, parameter in parameters.items()}
+    moments = [state["optimizer"][names[id(parameter)]] for parameter in _parameters(optimizer)]
+    numbered = {number: moment for number, moment in enumerate(moments) if moment}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
+    return state["step"], state["losses"]
 
 
 def _base_texts(

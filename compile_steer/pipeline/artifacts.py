@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest, sha256, was_edited
 from compile_steer.artifacts.locks import for_child
-from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, weights_sha256
+from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, versions, weights_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
 from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
@@ -48,7 +48,8 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             distributed.require_alone(name)
     # One file of state cannot hold the place of several processes.
     work = run.paths.work if distributed.count() == 1 else None
-    resume = ResumeFiles(work, run.inputs("data", "compile", after=run.program_sha256))
+    made_by = digest([run.program_sha256, versions(), str(run.model.device)])
+    resume = ResumeFiles(work, run.inputs("data", "compile", after=made_by))
     model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
     lowering = Lowering(run.plan.program, model, data.calibration, run.recipe.compile, seed, run.progress, resume)
     for name, folder in folders.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compile_steer.lowering import distill
-from compile_steer.lowering.job import Lowering, ResumeFiles
+from compile_steer.lowering.job import Lowering, ResumeFiles, SavedState
 from compile_steer.lowering.options import CalibrationOptions, CompileOptions, DistillOptions
 from compile_steer.lowering.teacher_student import SuffixModel
 from compile_steer.lowering.training import OBJECTIVES, train
@@ -143,8 +143,13 @@ def test_a_stopped_training_resumes_and_ends_in_the_same_result(objective: str, 
     assert same(resumed, expected), "bit by bit"
     assert again.curves == whole.curves
     assert len(steps) < len(whole.curves["distill"]["loss"]), "it did not begin again"
-    other = replace(task(tiny, steering, **settings), resume=ResumeFiles(tmp_path, "other inputs"))
-    assert other.resume.load("distill") is None
+
+
+def state_of(lowering: Lowering, name: str) -> SavedState:
+    """The state that lies there, whatever it was made from."""
+    assert lowering.resume.folder is not None
+    path = lowering.resume.folder / f"{name}.pt"
+    return SavedState(path, torch.load(path, weights_only=True)["made_from"], lowering.progress.note)
 
 
 def test_a_stopped_pass_over_the_blocks_resumes_after_the_last_solved_one(tmp_path: Path) -> None:
@@ -158,11 +163,12 @@ def test_a_stopped_pass_over_the_blocks_resumes_after_the_last_solved_one(tmp_pa
 
     whole, expected = run(ResumeFiles())
     lowering, _patch = run(ResumeFiles(tmp_path, "x"))
-    state = lowering.resume.load("distill block by block")
+    saved = state_of(lowering, "distill block by block")
+    state = saved.load()
     assert state["next"] == tiny.layout.n_layers
     # As if it had been killed after the first two blocks.
     early = {n: (e.B, e.A) for n, e in expected.low_rank.items() if ".0." in n or ".1." in n}
-    lowering.resume.save("distill block by block", {**state, "next": 2, "solved": early})
+    saved.save({**state, "next": 2, "solved": early})
     again, resumed = run(ResumeFiles(tmp_path, "x"))
     assert same(resumed, expected)
     assert again.curves == whole.curves
@@ -184,23 +190,6 @@ def test_the_weight_of_the_base_keeps_the_student_near_it() -> None:
             student = logits(tiny.model, batch).double().log_softmax(-1)
         drift.append(float((base.exp() * (base - student)).sum(-1).mean()))
     assert drift[1] < 0.8 * drift[0]
-
-
-def test_a_saved_state_is_loaded_for_the_same_inputs_only(tmp_path: Path) -> None:
-    files = ResumeFiles(tmp_path, "a")
-    files.save("texts", {"x": torch.ones(2), "losses": [1, 2.5], "norm": float("inf")})
-    state = files.load("texts")
-    assert torch.equal(state.pop("x"), torch.ones(2))
-    assert state == {"losses": [1, 2.5], "norm": float("inf")}
-    assert ResumeFiles(tmp_path, "b").load("texts") is None
-    whole = (tmp_path / "texts.pt").read_bytes()
-    for damaged in (b"cut", b"", whole[:-40], whole[: len(whole) // 2]):
-        (tmp_path / "texts.pt").write_bytes(damaged)
-        assert files.load("texts") is None
-    files.clear()
-    assert not tmp_path.exists()
-    ResumeFiles().save("texts", 1)
-    assert ResumeFiles().load("texts") is None
 
 
 def test_a_patch_knows_the_first_block_it_edits() -> None:
