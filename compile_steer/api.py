@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compile_steer.artifacts.provenance import PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.options import dotted, explain
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.export.adapter import patch_provenance, write_patch
@@ -248,8 +249,5 @@ def _parse(section: Any, options: Any, prefix: str = "") -> Any:
     try:
         return TypeAdapter(section).validate_python(options)
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, item['loc'])) or 'kind'}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}."
-            for item in error.errors()
-        )
-        raise RecipeError([prefix + problem for problem in problems]) from error
+        problems = explain(error, lambda steps: prefix + (dotted(steps) or "kind"))
+        raise RecipeError([f"{problem}." for problem in problems]) from error

@@ -1,7 +1,7 @@
 """The recipe: every setting of a run in one YAML file, checked as a whole before any work.
 
-YAML is read as version 1.2, so `1e-5` is a number, and a key given twice is an error. Paths are
-relative to the recipe's own folder.
+YAML is read as `common.reading` says: `1e-5` is a number, and a key given twice is an error. Paths are relative to the
+recipe's own folder.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError
-from compile_steer.common.options import Section
+from compile_steer.common import reading
+from compile_steer.common.errors import RecipeError, brief
+from compile_steer.common.options import Section, explain_one
+from compile_steer.common.reading import Malformed
 from compile_steer.data.section import Data
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions
@@ -100,7 +101,8 @@ class Recipe(Section):
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.to.set=value` changes; raises one `RecipeError` with every problem."""
-    content = _changed(path, changes, YAML(typ="safe", pure=True))
+    _text, content = _read(path)
+    _apply(content, changes)
     if "folder" in content:
         raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
     return Recipe.recall(content, path.resolve().parent, path.name)
@@ -112,41 +114,54 @@ def rewritten(path: Path, changes: Sequence[str]) -> str:
     yaml = YAML(typ="rt", pure=True)
     yaml.width, yaml.preserve_quotes = 4096, True  # lines and quotes stay as they were
     stream = StringIO()
-    yaml.dump(_changed(path, changes, yaml), stream)
+    content = yaml.load(_read(path)[0])
+    _apply(content, changes)
+    yaml.dump(content, stream)
     return stream.getvalue()
 
 
-def _changed(path: Path, changes: Sequence[str], yaml: YAML) -> dict[str, Any]:
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a recipe, and what it says."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    except YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        text = reading.read_text(path, reading.MAX_YAML)
+    except Malformed as error:
+        raise RecipeError(f"recipe {path} cannot be read ({error}).") from error
+    try:
+        content = reading.parse_yaml(text).content
+    except Malformed as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(content, dict):
-        raise RecipeError(
-            f"recipe {path} is {type(content).__name__}; needed: keys and values (see recipes/ocean.yaml)."
-        )
+        found = "empty" if content is None else type(content).__name__
+        raise RecipeError(f"recipe {path} is {found}; needed: keys and values (see recipes/ocean.yaml).")
+    return text, content
+
+
+def _apply(content: dict[str, Any], changes: Sequence[str]) -> None:
+    """Make `key.to.set=value` changes; raises one `RecipeError` with every one that cannot be made."""
+    problems = []
     for change in changes:
-        _apply(content, change)
-    return content
-
-
-def _apply(content: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {change}: needed: key.to.set=value, for example --set compile.distill.epochs=3")
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise RecipeError(f"--set {change}: the value is not valid YAML.") from error
-    *parents, last = key.split(".")
-    section = content
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise RecipeError(f"--set {change}: '{parent}' is a value, not a section.")
-    section[last] = value
+        key, equals, text = change.partition("=")
+        *parents, last = key.split(".")
+        if not equals or not all((*parents, last)):
+            problems.append(
+                f"--set {brief(change)}: needed: key.to.set=value, for example --set compile.distill.epochs=3"
+            )
+            continue
+        try:
+            value = reading.parse_yaml(text).content
+        except Malformed as error:
+            problems.append(f"--set {brief(change)}: the value is not valid YAML ({error}).")
+            continue
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                problems.append(f"--set {brief(change)}: '{parent}' is a value, not a section.")
+                break
+        else:
+            section[last] = value
+    if problems:
+        raise RecipeError(problems)
 
 
 # Keys, and values as KEY=VALUE, that earlier versions had: the message says what they are called now.
@@ -188,11 +203,7 @@ def _explain(error: ValidationError, content: Any) -> list[str]:
             needed = f"it is now called {renamed}" if renamed else f"needed: {item['ctx']['expected_tags']}"
             lines.append(f"{where}.kind: found '{tag}'; {needed}.")
         else:
-            message = item["msg"].removeprefix("Value error, ").removesuffix(".")  # our own are whole sentences
-            # A rule between several keys names them itself: its input is the whole section.
-            between_keys = item["type"] == "value_error" and isinstance(item["input"], dict)
-            value = "" if between_keys else f"found {item['input']!r}; "
-            lines.append(f"{where + ': ' if where else ''}{value}{message[0].lower()}{message[1:]}.")
+            lines.append(f"{explain_one(item, where)}.")
     return lines
 
 

@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from compile_steer.artifacts.writing import new_file
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common import reading
+from compile_steer.common.errors import ArtifactError, several
+from compile_steer.common.options import explain
+from compile_steer.common.reading import Malformed
 
-_Report = TypeVar("_Report")
+_Record = TypeVar("_Record")
 _Artifact = TypeVar("_Artifact")
 
 _CHECK = "record_sha256"
@@ -62,33 +66,50 @@ def without_check(content: dict[str, Any]) -> dict[str, Any]:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in `path`; raises `ArtifactError` with the `remedy` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets
-        raise ArtifactError(f"{path} is damaged ({error}). {remedy}") from error
+        content = reading.read_json(path)
+    except Malformed as error:
+        raise ArtifactError(f"{path} is damaged or cannot be read ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged (found {type(content).__name__}, needed: a JSON object). {remedy}")
     return content
 
 
-def load_json(path: Path, kind: type[_Report], name: str, command: str) -> _Report:
-    """Read back a dataclass of type `kind` that was written as JSON; raises `ArtifactError` for anything else.
+def load_json(path: Path, kind: type[_Record], name: str, remedy: str) -> _Record:
+    """Read back a value of type `kind` that `save_json` or `save_record` wrote; raises `ArtifactError` for anything else.
 
-    The message says what the file should be, its `name`, and which `command` of `compile-steer` makes it.
+    The message says what the file should be, its `name`, and the `remedy`.
+    """
+    content = without_check(read_json(path, remedy))
+    return parse_record(content, kind, f"{path} is not a {name} of this version", remedy)
+
+
+def parse_record(
+    content: Any, kind: type[_Record], claim: str, remedy: str, unknown: Literal["forbid", "ignore"] = "forbid"
+) -> _Record:
+    """Check a JSON value against a type, strictly: no text in the place of a number; raises one `ArtifactError` with all problems.
+
+    Args:
+        kind: a dataclass, or any other type that pydantic knows.
+        claim: what the error says first: "FILE is not a parity report of this version".
+        unknown: 'ignore' takes keys that `kind` does not have, as other tools' files may have them.
     """
     try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        problems = error.errors() if isinstance(error, ValidationError) else []
-        missing = [".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"]
-        if missing and len(missing) == len(problems):
-            raise ArtifactError(
-                f"{path} is not a {name} of this version: it lacks {', '.join(missing)}. Make it again with "
-                f"'compile-steer {command}'."
-            ) from error
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{path} is not a {name} ({reason}). Make it with 'compile-steer {command}'.") from error
+        # By way of JSON, where a tuple is a list, and the keys of a dict are text.
+        return TypeAdapter(kind).validate_json(to_json(content), strict=True, extra=unknown)
+    except ValidationError as error:
+        raise ArtifactError(f"{claim} ({'; '.join(several(explain(error)))}). {remedy}") from error
+
+
+def parse_header(metadata: Mapping[str, str], key: str, kind: type[_Record], path: Path, remedy: str) -> _Record:
+    """The JSON record under `key` in the metadata of the safetensors file at `path`; raises `ArtifactError`."""
+    if key not in metadata:
+        raise ArtifactError(f"{path} has no '{key}' in its metadata: it is another file. {remedy}")
+    claim = f"{path}: the '{key}' metadata is damaged"
+    try:
+        content = reading.parse_json(metadata[key])
+    except Malformed as error:
+        raise ArtifactError(f"{claim} ({error}). {remedy}") from error
+    return parse_record(content, kind, claim, remedy, unknown="ignore")
 
 
 def reuse_or_make(path: Path, load: Callable[[Path], _Artifact | None], make: Callable[[], _Artifact]) -> _Artifact:

@@ -7,7 +7,6 @@ nothing but the artifact.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compile_steer.artifacts.contents import file_hashes
-from compile_steer.artifacts.files import digest, load_json, read_json, save_record, was_edited, without_check
+from compile_steer.artifacts.files import digest, load_json, parse_header, save_record, was_edited
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError
@@ -88,11 +87,15 @@ class Origin:
     def read(path: Path) -> Origin | None:
         """The origin in the header of a vector's or directions' file, None where none was recorded; raises `ArtifactError`."""
         metadata = read_metadata(path)
-        try:
-            header = json.loads(metadata.get("program") or metadata.get("directions") or "{}")
-            return Origin(**header[_ORIGIN]) if _ORIGIN in header else None
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}). Make it again.") from error
+        key = next((key for key in ("program", "directions") if key in metadata), "")
+        return parse_header(metadata, key, _Header, path, "Make it again.").origin if key else None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the header of every vector says of its origin, under the key `_ORIGIN`."""
+
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -191,10 +194,7 @@ class Provenance:
             raise ArtifactError(f"{folder} does not exist. Make it with 'compile-steer compile' (or 'merge').")
         if not path.is_file():
             raise ArtifactError(f"{folder} has no {PROVENANCE}: it was not made by compile_steer.")
-        try:
-            return Provenance(**without_check(read_json(path, "Compile again.")))
-        except TypeError as error:
-            raise ArtifactError(f"{path} is damaged ({error}). Compile again.") from error
+        return load_json(path, Provenance, "record of an artifact", "Compile (or merge) again.")
 
     @staticmethod
     def read_unedited(folder: Path) -> Provenance:
@@ -264,5 +264,5 @@ def load_engine_records(folder: Path) -> tuple[EngineRecord, ...]:
     path = folder / ENGINES
     if not path.is_file() or was_edited(path):
         return ()
-    saved = load_json(path, _EngineRecords, "record of engines", "verify-engines")
+    saved = load_json(path, _EngineRecords, "record of engines", "Run 'compile-steer verify-engines' again.")
     return saved.records if saved.artifact == weights_sha256(folder) else ()

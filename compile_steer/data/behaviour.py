@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compile_steer.common.errors import RecipeError
+from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.progress import Progress
 from compile_steer.models.text import Pair, Text
 
@@ -99,10 +99,10 @@ def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
         for prompt in part:
             other = first.setdefault(normalized(prompt), name)
             if other != name:
-                yield f"data: the prompt '{prompt}' is in both {other} and {name}; the splits must not overlap."
+                yield f"data: the prompt {brief(prompt)} is in both {other} and {name}; the splits must not overlap."
         for key, count in sorted(Counter(map(normalized, part)).items()):
             if count > 1:
-                yield f"data.{name}: the prompt '{key}' occurs {count} times."
+                yield f"data.{name}: the prompt {brief(key)} occurs {count} times."
 
 
 def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:
@@ -116,8 +116,8 @@ def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -
         if same:
             problems.append(
                 f"data.{name}: the two sides of {len(same)} of {len(pairs)} pairs are the same tokens for this model, "
-                f"for example '{same[0].positive.response}' and '{same[0].negative.response}' (prompt "
-                f"'{same[0].prompt}'). Remove them, or make the sides differ in more than the tokenizer drops."
+                f"for example {brief(same[0].positive.response)} and {brief(same[0].negative.response)} (prompt "
+                f"{brief(same[0].prompt)}). Remove them, or make the sides differ in more than the tokenizer drops."
             )
     if problems:
         raise RecipeError(problems)

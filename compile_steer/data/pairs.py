@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError
+from compile_steer.common.errors import RecipeError, brief, several
+from compile_steer.common.reading import read_json_lines
 from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, repeated_prompts
 from compile_steer.data.section import TEXTS, text_of
 from compile_steer.data.sources import MAX_LINES, Reader, Row, checked_row
@@ -45,7 +45,7 @@ class Pairs(Sequence[Pair]):
     def from_jsonl(path: str | Path) -> Pairs:
         """Read a JSONL file of objects with the keys prompt, positive and negative."""
         reader, bad = Reader(Path(), section=""), list[str]()
-        located = reader.lines("pairs", Path(path), KEYS, bad)
+        located = list(reader.lines("pairs", Path(path), KEYS, bad))
         return _checked(located, [*reader.problems, *bad])
 
     @staticmethod
@@ -133,8 +133,7 @@ class Pairs(Sequence[Pair]):
         prompts |= {name: [text.prompt for text in parts.get(name, ())] for name in sources}
         taken = {normalized(prompt) for part in prompts.values() for prompt in part}
         for name in sources.keys() - parts.keys():
-            lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            texts = [text_of(json.loads(line)) for line in lines]
+            texts = [text_of(row) for _line, row in read_json_lines(TEXTS / f"{name}.jsonl")]
             parts[name] = tuple(text for text in texts if normalized(text.prompt) not in taken)
             prompts[name] = [text.prompt for text in parts[name]]
         problems += repeated_prompts(prompts)
@@ -177,16 +176,15 @@ def _checked(located: Iterable[Located], problems: list[str]) -> Pairs:
             row = _pair(checked)
         other = first.setdefault(normalized(row.prompt), where)
         if other != where:
-            problems.append(f"{where}: the prompt '{_short(row.prompt)}' is in {other} too.")
+            problems.append(f"{where}: the prompt {brief(row.prompt)} is in {other} too.")
         sides = [replace(text, response=text.response.strip()) for text in (row.positive, row.negative)]
         if sides[0] == sides[1]:
-            problems.append(f"{where}: positive and negative are the same text, '{_short(row.positive.response)}'.")
+            problems.append(f"{where}: positive and negative are the same text, {brief(row.positive.response)}.")
         pairs.append(row)
     if not pairs and not problems:
         problems = ["found 0 pairs; needed: 1 or more."]
     if problems:
-        more = [f"{len(problems) - MAX_LINES} more problems like these."] if len(problems) > MAX_LINES else []
-        raise RecipeError([*problems[:MAX_LINES], *more])
+        raise RecipeError(several(problems, MAX_LINES))
     return Pairs(tuple(pairs))
 
 
@@ -200,7 +198,7 @@ def _texts(name: str, texts: Sequence[str | Text], problems: list[str]) -> tuple
             text = Text(" ".join(words[:middle]), " ".join(words[middle:]))
         if not text.prompt.strip() or (name == "neutral" and not text.response.strip()):
             needed = "a prompt and a response; of a plain string, two words" if name == "neutral" else "a prompt"
-            problems.append(f"{name}, text {n}: found {_short(text.prompt + text.response)!r}; needed: {needed}.")
+            problems.append(f"{name}, text {n}: found {brief(text.prompt + text.response)}; needed: {needed}.")
         else:
             parsed.append(text)
     if not texts:

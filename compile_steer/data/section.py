@@ -12,10 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError
+from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.options import Section
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, normalized, repeated_prompts
-from compile_steer.data.sources import Reader, Row, Source
+from compile_steer.data.sources import MAX_LINES, Reader, Row, Source
 from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
@@ -74,7 +74,10 @@ class DataSection(Section, ABC):
         splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
-        problems = [*reader.problems, *repeated_prompts(prompts), *self.problems(splits)]
+        repeated, unusable = (
+            several(list(lines), MAX_LINES) for lines in (repeated_prompts(prompts), self.problems(splits))
+        )
+        problems = [*reader.problems, *repeated, *unusable]
         if problems:
             raise RecipeError(problems)
         parts: dict[str, Any] = {name: tuple(map(self.pair, part)) for name, part in splits.items()}
@@ -156,12 +159,12 @@ class PairsData(_TwoTemplates):
             for text in sorted({normalized(row[side]) for row in rows[name] for side in ("positive", "negative")}):
                 other = first.setdefault(text, name)
                 if other != name:
-                    yield f"data: the response '{text}' is in both {other} and {name}; the splits must not overlap."
+                    yield f"data: the response {brief(text)} is in both {other} and {name}; the splits must not overlap."
         yield from super().problems(rows)
         for name in SPLITS:
             same = [row["prompt"] for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
             if same and self.same_prompt:
-                yield f"data.{name}: positive and negative are the same text for '{same[0]}' ({len(same)} pairs)."
+                yield f"data.{name}: positive and negative are the same text for {brief(same[0])} ({len(same)} pairs)."
 
 
 class GeneratedData(_TwoTemplates):
@@ -232,8 +235,8 @@ class ChoicesData(DataSection):
                 row = rows[name][answers.index(None)]
                 yield (
                     f"data.{name}: the answer of {answers.count(None)} of {len(answers)} rows is none of its choices, for "
-                    f"example {row['answer']!r} of {row['choices']} (question '{row['question']}'). Needed: a number from 0 "
-                    f"to {len(row['choices']) - 1}, or the text of a choice."
+                    f"example {brief(row['answer'])} of {brief(row['choices'])} (question "
+                    f"{brief(row['question'])}). Needed: a number from 0 to {len(row['choices']) - 1}, or the text of a choice."
                 )
             right = [ascii_uppercase[answer] for answer in answers if answer is not None]
             if len(set(right)) == 1:

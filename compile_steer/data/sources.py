@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Discriminator, Field, StrictInt, Tag, TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError, require_library
+from compile_steer.common.errors import RecipeError, brief, require_library
 from compile_steer.common.options import Section
+from compile_steer.common.reading import Malformed, read_json_lines
 
 MAX_CHOICES = 26  # as many as there are letters
+MAX_ROWS = 500_000  # of a file: all are kept in memory
 MAX_LINES = 10  # lines about bad rows of one source; one wrong column would fill the screen
+_MAX_BAD = 10_000  # rows, after which a file is something else, and is read no further
 
 
 class Dataset(Section):
@@ -39,7 +41,8 @@ Source = Annotated[
     Discriminator(lambda value: "dataset" if isinstance(value, dict | Dataset) else "file"),
 ]
 Row = dict[str, Any]
-_Text = Annotated[str, Field(strict=True, pattern=r"\S")]
+# Not blank, and without NUL, which ends a text in what is written in C.
+_Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 
 
 class _Check(Section):
@@ -54,7 +57,7 @@ def _distinct(choices: list[str]) -> list[str]:
 
 
 _Choices = Annotated[list[_Text], Field(min_length=2, max_length=MAX_CHOICES), AfterValidator(_distinct)]
-_TEXT = (TypeAdapter[Any](_Text), "text that is not empty")
+_TEXT = (TypeAdapter[Any](_Text), "text that is not empty and holds no NUL")
 _FIELDS: dict[str, tuple[TypeAdapter[Any], str]] = {
     **dict.fromkeys(("prompt", "positive", "negative", "response", "question", "instruction"), _TEXT),
     "history": (
@@ -71,7 +74,7 @@ def checked_row(where: str, row: Any, keys: Sequence[str], optional: Sequence[st
     """Return the row with its keys in order; or None, and add a line to `problems` for everything wrong with it."""
     present = set(row) if isinstance(row, Mapping) else None
     if present is None or not set(keys) <= present <= {*keys, *optional}:
-        found = type(row).__name__ if present is None else sorted(present)
+        found = type(row).__name__ if present is None else brief(sorted(map(str, present)))
         problems.append(f"{where}: found {found}; needed the keys {', '.join(keys)}.")
         return None
     invalid: dict[str, list[str]] = {}
@@ -106,6 +109,7 @@ class Reader:
         other columns of a data set are ignored.
         """
         bad: list[str] = []
+        located: Iterable[tuple[str, Any]]
         if isinstance(source, Path):
             located = self.lines(name, self._folder / source, keys, bad)
         else:
@@ -113,30 +117,32 @@ class Reader:
         rows = [row for where, value in located if (row := checked_row(where, value, keys, optional, bad)) is not None]
         self.problems += bad[:MAX_LINES]
         if len(bad) > MAX_LINES:
-            self.problems.append(f"{self._section}{name}: {len(bad) - MAX_LINES} more rows like these.")
+            unread = ", and the rest was not read" if len(bad) > _MAX_BAD else ""
+            self.problems.append(f"{self._section}{name}: {len(bad) - MAX_LINES:,} more rows like these{unread}.")
         self.hashes[name] = digest(rows)
         return rows
 
-    def lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> list[tuple[str, Any]]:
-        """Return ("FILE:LINE", value) of each line of a JSONL file."""
+    def lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Any]]:
+        """Yield ("FILE:LINE", value) of each line of a JSONL file; lines that are no JSON are added to `bad`."""
+        count = 0
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            self.problems.append(f"{self._section}{name}: {path} cannot be read ({reason}).")
-            return []
-        if not any(line.strip() for line in lines):
+            for number, value in read_json_lines(path):
+                count += 1
+                if isinstance(value, Malformed):
+                    bad.append(f"{path.name}:{number}: not JSON ({value}).")
+                else:
+                    yield f"{path.name}:{number}", value
+                if len(bad) > _MAX_BAD:
+                    return
+                if count > MAX_ROWS:
+                    raise Malformed(f"it has more than {MAX_ROWS:,} rows")
+        except Malformed as error:
+            self.problems.append(f"{self._section}{name}: {path} cannot be read ({error}).")
+            return
+        if not count:
             self.problems.append(
                 f"{self._section}{name}: {path} is empty; needed: one JSON object a line with {', '.join(keys)}."
             )
-        located: list[tuple[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    located.append((f"{path.name}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                bad.append(f"{path.name}:{number}: not JSON ({error.msg}).")
-        return located
 
     def _table(self, name: str, source: Dataset, keys: Sequence[str], optional: Sequence[str]) -> list[tuple[str, Any]]:
         """Return ("data.NAME, row N", value) of each row of a data set, under the recipe's keys."""

@@ -8,18 +8,20 @@ rank, or another architecture: such a patch is kept in a file of our own until i
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers.pytorch_utils import Conv1D
 
+from compile_steer.artifacts.files import parse_header
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import read_tensors, write_tensors
 from compile_steer.artifacts.writing import new_folder
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, brief, several
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_lora
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import fingerprint
@@ -68,6 +70,15 @@ def is_adapter(patch: WeightPatch, loaded: LoadedModel) -> bool:
     return not (rest or embeddings & set(patch.low_rank))
 
 
+@dataclass(frozen=True)
+class _PatchHeader:
+    """What a patch has beside its tensors; see `WeightPatch`."""
+
+    config_flags: tuple[str, ...]
+    untie: bool
+    architecture: str
+
+
 def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed: bool) -> None:
     """Write edits by the full name of their modules as plain LoRA: alpha = rank, and one rank that engines accept.
 
@@ -109,7 +120,7 @@ def _write_patch_file(path: Path, patch: WeightPatch) -> None:
     tensors |= {f"{name}.weight": delta for name, delta in patch.dense.items()}
     for name, edit in patch.low_rank.items():
         tensors |= {f"{name}.A": edit.A, f"{name}.B": edit.B}
-    header = {"config_flags": list(patch.config_flags), "untie": patch.untie, "architecture": patch.architecture}
+    header = asdict(_PatchHeader(patch.config_flags, patch.untie, patch.architecture))
     # clone: factors may be views of one storage, which safetensors refuses
     tensors = {name: tensor.float().contiguous().cpu().clone() for name, tensor in tensors.items()}
     write_tensors(path, tensors, {"patch": json.dumps(header)})
@@ -121,23 +132,22 @@ def read_patch(folder: Path) -> WeightPatch:
     if not path.is_file():
         return WeightPatch(read_lora(folder).edits)
     tensors, metadata = read_tensors(path)
-    try:
-        header = json.loads(metadata["patch"])
-        low_rank = {
-            name[:-2]: LowRank(tensors[f"{name[:-2]}.B"], tensor)
-            for name, tensor in tensors.items()
-            if name.endswith(".A")
-        }
-        return WeightPatch(
-            low_rank,
-            {name.removesuffix(".bias"): tensor for name, tensor in tensors.items() if name.endswith(".bias")},
-            tuple(header["config_flags"]),
-            bool(header["untie"]),
-            header["architecture"],
-            {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")},
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a patch of compile_steer.") from error
+    header = parse_header(metadata, "patch", _PatchHeader, path, "Compile again.")
+    factors = Counter(name[:-2] for name in tensors if name.endswith((".A", ".B")))
+    other = [name for name in tensors if not name.endswith((".A", ".B", ".bias", ".weight"))]
+    problems = [f"{path}: tensor {brief(name)} is no part of a patch." for name in other]
+    problems += [f"{path}: {brief(name)} has only one of A and B." for name, count in factors.items() if count == 1]
+    if problems:
+        raise ArtifactError(several(problems))
+    low_rank = {name: LowRank(tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in factors}
+    return WeightPatch(
+        low_rank,
+        {name.removesuffix(".bias"): tensor for name, tensor in tensors.items() if name.endswith(".bias")},
+        header.config_flags,
+        header.untie,
+        header.architecture,
+        {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")},
+    )
 
 
 def patch_provenance(

@@ -65,7 +65,7 @@ class GenerationReport:
     @staticmethod
     def load(path: Path) -> GenerationReport:
         """Raises `ArtifactError` for a missing or damaged report."""
-        return load_json(path, GenerationReport, "report on generated pairs", "generate-pairs")
+        return load_json(path, GenerationReport, "report on generated pairs", "Run 'compile-steer generate-pairs'.")
 
 
 def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, paths: RunPaths) -> Behaviour:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.files import parse_record, read_json
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.low_rank import LowRank
@@ -67,14 +68,40 @@ class PlainLora:
         return max(edit.rank for edit in self.edits.values())
 
 
+_Rank = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What the `adapter_config.json` of any adapter of PEFT says of its base."""
+
+    base_model_name_or_path: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises `ArtifactError` where there is none, or one of another kind."""
+        path, needed = folder / ADAPTER_CONFIG, "Needed: an adapter's folder, as PEFT saves it."
+        return parse_record(read_json(path, needed), cls, f"{path} is no {cls.__name__}", needed, unknown="ignore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """The settings of a LoRA that are read here, in PEFT's names and with its defaults."""
+
+    r: _Rank
+    lora_alpha: float = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    fan_in_fan_out: bool | None = False
+
+
 def read_lora(folder: Path) -> PlainLora:
     """Read the adapter at `folder` as plain LoRA, in fp32.
 
     Raises `ArtifactError` with every reason if it does not exist, is damaged, or does more than plain LoRA.
     """
-    config = read_json(folder / ADAPTER_CONFIG, "Needed: a PEFT adapter's folder.")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise ArtifactError(f"{folder / ADAPTER_CONFIG} is no LoRA's: it has no rank r.")
+    config, settings = LoraConfig.read(folder), read_json(folder / ADAPTER_CONFIG, "")
     if (folder / _PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ArtifactError(
             f"{folder} holds {_PICKLE}, a pickle, which can run code. Load it with PEFT where you trust it, and save it again: "
@@ -83,14 +110,14 @@ def read_lora(folder: Path) -> PlainLora:
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)[0]
     modules = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
     # The tensors that an unsupported setting adds are not reported again one by one.
-    problems = [*_unsupported_settings(config)] or [*_unpaired_tensors(tensors, modules)]
+    problems = [*_unsupported_settings(settings)] or [*_unpaired_tensors(tensors, modules)]
     if problems:
         raise ArtifactError([f"{folder}: {problem}" for problem in problems])
     edits, folded = {}, set()
     for module in modules:
         name = module.removeprefix(PREFIX)
         A, B = tensors[module + _A].float(), tensors[module + _B].float()
-        rank, scale, settings = _scale(name, config)
+        rank, scale, used = _scale(name, config)
         where = f"{folder}: {name}"
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             shapes = f"lora_A is {list(A.shape)}, lora_B {list(B.shape)}"
@@ -99,12 +126,11 @@ def read_lora(folder: Path) -> PlainLora:
             problems.append(f"{where}: the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}.")
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
             problems.append(f"{where}: it holds NaN or infinity.")
-        folded |= settings
+        folded |= used
         edits[name] = LowRank(scale * B, A)
     if problems:
         raise ArtifactError(problems)
-    base = config.get("base_model_name_or_path") or ""
-    return PlainLora(edits, tuple(sorted(folded)), str(base), bool(config.get("fan_in_fan_out")))
+    return PlainLora(edits, tuple(sorted(folded)), config.base_model_name_or_path or "", bool(config.fan_in_fan_out))
 
 
 def _unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
@@ -140,14 +166,14 @@ def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iter
         yield "it holds no pair of lora_A and lora_B."
 
 
-def _scale(name: str, config: Mapping[str, Any]) -> tuple[int, float, set[str]]:
+def _scale(name: str, config: LoraConfig) -> tuple[int, float, set[str]]:
     """A module's rank, its factor on B A, and the settings that make this more than alpha / r; as PEFT computes them."""
     from peft.utils.other import get_pattern_key
 
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     # PEFT's own rule of which pattern's key is the module's; the name itself where none is.
     own_rank, own_alpha = get_pattern_key(ranks, name), get_pattern_key(alphas, name)
-    rank, alpha = ranks.get(own_rank, config["r"]), alphas.get(own_alpha, config.get("lora_alpha", 8))
-    rslora = bool(config.get("use_rslora"))
+    rank, alpha = ranks.get(own_rank, config.r), alphas.get(own_alpha, config.lora_alpha)
+    rslora = bool(config.use_rslora)
     used = {"use_rslora": rslora, "alpha_pattern": own_alpha in alphas, "rank_pattern": own_rank in ranks}
-    return int(rank), alpha / (rank**0.5 if rslora else rank), {key for key, is_used in used.items() if is_used}
+    return rank, alpha / (rank**0.5 if rslora else rank), {key for key, is_used in used.items() if is_used}

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import open_tensors, read_tensors
 from compile_steer.common.errors import ArtifactError, library_errors
 from compile_steer.formats.foreign import (
@@ -29,6 +29,7 @@ from compile_steer.formats.foreign import (
     ForeignVectors,
     ImportOptions,
     layer_in_name,
+    read_foreign,
 )
 from compile_steer.steering.sites import POINTS, Site
 
@@ -88,9 +89,28 @@ def read_table(path: Path, _options: ImportOptions) -> ForeignVectors:
     return ForeignVectors({int(match[2]): tensors[name].float() for name, match in names.items() if match}, *points)
 
 
+@dataclass(frozen=True)
+class _SaelensHook:
+    hook_name: str | None = None
+
+
+@dataclass(frozen=True)
+class _SaelensConfig(_SaelensHook):
+    metadata: _SaelensHook | None = None  # from SAELens 6 on, the hook is here
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """What is read of a feature; the names are Neuronpedia's."""
+
+    vector: list[float] | None = None
+    hookName: str | None = None  # noqa: N815
+    modelId: str | None = None  # noqa: N815
+
+
 def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read row `options.index` of the decoder, and other rows as controls; raises `ArtifactError`."""
-    config = read_json(path / SAELENS_CONFIG, "Needed: a SAELens configuration.")
+    config = read_foreign(path / SAELENS_CONFIG, _SaelensConfig, "a SAELens configuration")
     weights = path / _SAELENS_WEIGHTS
     if not weights.is_file():
         pickles = sorted(f for f in path.iterdir() if f.suffix.lower() in (*TORCH_SUFFIXES, *PICKLE_SUFFIXES))
@@ -101,8 +121,7 @@ def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
             "torch.load(..., weights_only=True), then safetensors.torch.save_file with W_dec [features, width] as "
             f"{_SAELENS_WEIGHTS}, beside a {SAELENS_CONFIG} with hook_name."
         )
-    metadata = config.get("metadata", config)  # from SAELens 6 on, the hook is under 'metadata'
-    site = _site_of_hook(path / SAELENS_CONFIG, metadata.get("hook_name") if isinstance(metadata, dict) else None)
+    site = _site_of_hook(path / SAELENS_CONFIG, (config.metadata or config).hook_name)
     with open_tensors(weights, "pt") as file:
         if "W_dec" not in file.keys():  # noqa: SIM118  (not a dictionary)
             raise ArtifactError(f"{weights} has no 'W_dec'; needed: the decoder of an autoencoder.")
@@ -114,15 +133,15 @@ def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
 
 def read_neuronpedia(path: Path, _options: ImportOptions) -> ForeignVectors:
     """Read the feature's vector; raises `ArtifactError` if the file has none."""
-    content = read_json(path, "Needed: a feature's JSON as Neuronpedia gives it.")
-    if not content.get("vector"):
+    content = read_foreign(path, _Feature, "a feature's JSON as Neuronpedia gives it")
+    if not content.vector:
         raise ArtifactError(
             f"{path} holds no vector (Neuronpedia leaves it out of many features); save the feature's row from its "
             "autoencoder: a SAELens folder and extract.imported.index."
         )
-    site = _site_of_hook(path, content.get("hookName"))
-    vector = parse_numbers(path, "'vector'", content["vector"])
-    return ForeignVectors({site.layer: vector}, site.point, made_for=str(content.get("modelId", "")))
+    site = _site_of_hook(path, content.hookName)
+    vector = torch.tensor(content.vector, dtype=torch.float64).float()  # 1e300 becomes infinity, which is refused later
+    return ForeignVectors({site.layer: vector}, site.point, made_for=content.modelId or "")
 
 
 def read_axbench(path: Path, options: ImportOptions) -> ForeignVectors:
@@ -150,9 +169,9 @@ def choose_other_rows(path: Path, n_rows: int, options: ImportOptions) -> list[i
     return [row + (row >= options.index) for row in drawn]  # leaves out `index` itself
 
 
-def _site_of_hook(path: Path, hook: object) -> Site:
+def _site_of_hook(path: Path, hook: str | None) -> Site:
     """The site of a TransformerLens hook point."""
-    match = re.fullmatch(rf"blocks\.{BLOCK_NUMBER}\.hook_({'|'.join(POINTS)})", str(hook))
+    match = re.fullmatch(rf"blocks\.{BLOCK_NUMBER}\.hook_({'|'.join(POINTS)})", hook or "")
     if match is None:
         raise ArtifactError(
             f"{path}: the feature is of '{hook}'; needed: blocks.K.hook_NAME, where NAME is one of {', '.join(POINTS)}."
@@ -164,17 +183,6 @@ def _site_of_hook(path: Path, hook: object) -> Site:
 def as_output(site: Site) -> Site:
     """The same site, as the output of a block where it is the input of the block above."""
     return Site(site.layer - 1) if site.point == "resid_pre" and site.layer > 0 else site
-
-
-def parse_numbers(path: Path, name: str, values: object) -> Tensor:
-    """Convert a JSON list of numbers to [n] fp32; raises `ArtifactError`."""
-    try:
-        # type(), not isinstance(): True is an int to Python.
-        if isinstance(values, list) and all(type(value) in (int, float) for value in values):
-            return torch.tensor([float(value) for value in values], dtype=torch.float64).float()
-    except OverflowError:  # JSON has integers of any size
-        pass
-    raise ArtifactError(f"{path}: {name} must be a list of numbers.")
 
 
 def read_floats(path: Path) -> Tensor:

@@ -19,14 +19,16 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from compile_steer.artifacts.files import read_json, save_json, sha256
+from compile_steer.artifacts.files import save_json, sha256
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors
@@ -37,8 +39,9 @@ from compile_steer.formats.foreign import (
     ImportOptions,
     LayerConvention,
     place_at_blocks,
+    read_foreign,
 )
-from compile_steer.formats.tensors import as_output, parse_numbers
+from compile_steer.formats.tensors import as_output
 from compile_steer.steering.sites import Site
 
 _ARCHITECTURE = "controlvector"
@@ -97,18 +100,21 @@ def write_gguf(path: Path, vectors: Mapping[int, Tensor], model_type: str) -> No
         write_and_close(writer)
 
 
+@dataclass(frozen=True)
+class _Svec:
+    directions: Annotated[dict[Annotated[str, Field(pattern=f"^{BLOCK_NUMBER}$")], list[float]], Field(min_length=1)]
+    model_type: str | None = None
+
+
 def read_svec(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read a .svec; raises `ArtifactError` if it is damaged, another file, or has no layer convention."""
-    content = read_json(path, "Needed: the .svec of activation-steering.")
-    directions = content.get("directions")
-    if not isinstance(directions, dict) or not directions:
-        raise ArtifactError(f"{path} has no 'directions'; needed: the .svec of activation-steering.")
-    invalid = [key for key in directions if re.fullmatch(BLOCK_NUMBER, key) is None]
-    if invalid:
-        raise ArtifactError(f"{path}: directions {', '.join(map(repr, invalid))}; needed: numbers of blocks.")
-    by_number = {int(key): parse_numbers(path, f"direction {key}", values) for key, values in directions.items()}
-    made_for = str(content.get("model_type", ""))
-    return place_at_blocks(path, by_number, options.layer_convention, "direction {}", _SVEC_CONVENTIONS, made_for)
+    content = read_foreign(path, _Svec, "the .svec of activation-steering")
+    by_number = {
+        int(key): torch.tensor(values, dtype=torch.float64).float() for key, values in content.directions.items()
+    }
+    return place_at_blocks(
+        path, by_number, options.layer_convention, "direction {}", _SVEC_CONVENTIONS, content.model_type or ""
+    )
 
 
 def write_svec(path: Path, vectors: Mapping[int, Tensor], model_type: str, convention: LayerConvention) -> None:
@@ -118,42 +124,52 @@ def write_svec(path: Path, vectors: Mapping[int, Tensor], model_type: str, conve
     save_json(path, {"model_type": model_type, "directions": directions, "explained_variances": {}})
 
 
+@dataclass(frozen=True)
+class _Checksums:
+    algorithm: Literal["sha256"]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _ManifestSite:
+    stream: Literal["language"]
+    component: Literal["resid_pre", "resid_post"]
+    layer: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class _ManifestModel:
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    artifact_type: Literal["direction", "sae_feature"]
+    site: _ManifestSite
+    model: _ManifestModel | None = None
+
+
 def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     """Read the direction of a repsteer folder; raises `ArtifactError`, also if a checksum does not match."""
-    recorded = read_json(path / _REPSTEER_CHECKSUMS, "Needed: repsteer's checksums.")
-    hashes = recorded.get("files")
-    if recorded.get("algorithm") != "sha256" or not isinstance(hashes, dict):
-        raise ArtifactError(f"{path / _REPSTEER_CHECKSUMS} holds no SHA-256 checksums; save the artifact again.")
+    hashes = read_foreign(path / _REPSTEER_CHECKSUMS, _Checksums, "repsteer's SHA-256 checksums").files
     problems = []
     for name in (REPSTEER_MANIFEST, _REPSTEER_TENSORS):
         actual = sha256(path / name) if (path / name).is_file() else "no such file"
-        if actual != str(hashes.get(name)).removeprefix("sha256:"):
+        if actual != hashes.get(name, "").removeprefix("sha256:"):
             problems.append(
                 f"{path / name} is not what {_REPSTEER_CHECKSUMS} says: {hashes.get(name)}; found {actual}."
             )
     if problems:
         raise ArtifactError([*problems, "Fetch the artifact again, or save it again where it was made."])
 
-    manifest = read_json(path / REPSTEER_MANIFEST, "Needed: repsteer's manifest.")
-    kind, site, model = (manifest.get(key) for key in ("artifact_type", "site", "model"))
-    site = site if isinstance(site, dict) else {}
-    block: Any = site.get("layer")
-    point: Any = site.get("component")
-    if kind not in _REPSTEER_VECTORS:
-        problems.append(f"{path} is of type '{kind}'; a vector is one of {', '.join(_REPSTEER_VECTORS)}.")
-    if point not in ("resid_pre", "resid_post") or type(block) is not int or site.get("stream") != "language":
-        problems.append(
-            f"{path} is of site {site}; needed: stream language, component resid_pre or resid_post, and a layer."
-        )
-    if problems:
-        raise ArtifactError(problems)
-
+    manifest = read_foreign(path / REPSTEER_MANIFEST, _Manifest, "repsteer's manifest of a vector")
     tensors = read_tensors(path / _REPSTEER_TENSORS)[0]
-    if (name := _REPSTEER_VECTORS[str(kind)]) not in tensors:
+    if (name := _REPSTEER_VECTORS[manifest.artifact_type]) not in tensors:
         raise ArtifactError(f"{path / _REPSTEER_TENSORS} has no tensor '{name}'.")
-    site = as_output(Site(block, point))
-    made_for = str(model.get("id", "")) if isinstance(model, dict) else ""
-    return ForeignVectors({site.layer: tensors[name].float()}, site.point, made_for=made_for)
+    site = as_output(Site(manifest.site.layer, manifest.site.component))
+    return ForeignVectors(
+        {site.layer: tensors[name].float()}, site.point, made_for=(manifest.model and manifest.model.id) or ""
+    )
 
 
 def write_vllm_lens(path: Path, vectors: Mapping[int, Tensor]) -> None:

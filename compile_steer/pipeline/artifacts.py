@@ -5,7 +5,6 @@ An artifact that is there and was made from the same inputs is kept. Verificatio
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from compile_steer.artifacts.files import digest, sha256, was_edited
+from compile_steer.artifacts.files import digest, load_json, sha256, was_edited
 from compile_steer.artifacts.locks import for_child
 from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, versions, weights_sha256
 from compile_steer.common import distributed
@@ -238,7 +237,8 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     for name in run.plan.chosen:  # the losses that training left beside the weights
         path = run.paths.adapter(name) / CURVES
         if path.is_file():
-            curves |= {f"{name}, {part}": curve for part, curve in json.loads(path.read_text("utf-8")).items()}
+            losses = load_json(path, dict[str, dict[str, list[float]]], "record of losses", "Compile again.")
+            curves |= {f"{name}, {part}": curve for part, curve in losses.items()}
     program = run.program.describe()
     write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, curves)
     yield result

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
+from compile_steer.common.reading import MAX_JSON, Malformed, parse_yaml, read_text
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report.page import render
 from compile_steer.report.terminal import details
@@ -57,14 +58,10 @@ def update_card(folder: Path, validation: Path) -> None:
 
 def _read_header(path: Path) -> dict[str, str]:
     """Return the fields of a card's YAML header that only a person knows."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, _dashes, rest = text.partition("---\n")
     try:
-        header = YAML(typ="safe", pure=True).load(rest.partition("\n---\n")[0]) if not before else None
-    except YAMLError:
-        header = None  # somebody broke it: nothing can be kept
+        before, _dashes, rest = read_text(path, MAX_JSON).partition("---\n")
+        header = parse_yaml(rest.partition("\n---\n")[0]).content if not before else None
+    except Malformed:
+        header = None  # there is none, or somebody broke it: nothing can be kept
     fields = header if isinstance(header, dict) else {}
     return {key: str(fields[key]) for key in ("license", "base_model") if fields.get(key) is not None}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.files import digest, parse_record
 from compile_steer.common.errors import ArtifactError, RecipeError, require_library
+from compile_steer.common.reading import Malformed, read_json_lines
 from compile_steer.scoring.base import Reply, Score, ScorerBase
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Judge(ScorerBase):
         # Before the request, so that the limits are never exceeded.
         if len(ledger.rows) >= self.max_requests:
             raise _NoAnswer(f"{len(ledger.rows)} requests were answered, which is max_requests; raise it to continue")
-        used = sum(row["tokens"] for row in ledger.rows)  # unreadable answers have cost as much as others
+        used = sum(row.tokens for row in ledger.rows)  # unreadable answers have cost as much as others
         if self.max_tokens is not None and used >= self.max_tokens:
             raise _NoAnswer(f"{used} tokens were used of max_tokens {self.max_tokens}; raise it to continue")
         open_ai = importlib.import_module("openai")
@@ -169,35 +170,46 @@ class _NoAnswer(Exception):
     """Why the judge gave no answer."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the judge said of the reply with the key `reply`; the score is None where the answer could not be read."""
+
+    reply: str
+    score: float | None
+    answer: str
+    tokens: int  # that were read and written
+
+
 class Ledger:
     """An append-only JSONL file: the judge's settings, then a line per answer."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises `ArtifactError` if the file cannot be read or written."""
-        self.path, self.rows = path, list[dict[str, Any]]()
+        self.path, self.rows = path, list[Answer]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        except (OSError, UnicodeDecodeError) as error:
+            lines = list(read_json_lines(path)) if path.exists() else []
+            unfinished = bool(lines) and not path.read_bytes().endswith(b"\n")
+        except (OSError, Malformed) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); it keeps the judge's answers. Remove it.") from error
-        for line in lines:
-            with suppress(json.JSONDecodeError):  # a writer was stopped within this line
-                row = json.loads(line)
-                self.rows += [row] if isinstance(row, dict) and "reply" in row else []
+        for number, row in lines:
+            # A line that is no JSON is one in which a writer was stopped. The first has the settings.
+            if isinstance(row, dict) and "reply" in row:
+                self.rows.append(parse_record(row, Answer, f"{path}, line {number} is damaged", "Remove this line."))
         if not lines:
             self._append(json.dumps({"judge": settings}, ensure_ascii=False) + "\n")
-        elif lines[-1]:
+        elif unfinished:
             self._append("\n")  # so that the next answer is not joined to a line that was cut off
 
     @property
     def scores(self) -> dict[str, float]:
         """The last score of each reply by its key."""
-        return {row["reply"]: row["score"] for row in self.rows if row["score"] is not None}
+        return {row.reply: row.score for row in self.rows if row.score is not None}
 
     def add(self, key: str, score: float | None, answer: str, tokens: int) -> None:
         """Keep one answer about the reply `key`; a score of None is an unreadable answer."""
-        self.rows.append({"reply": key, "score": score, "answer": answer, "tokens": tokens})
-        self._append(json.dumps(self.rows[-1], ensure_ascii=False) + "\n")
+        self.rows.append(Answer(key, score, answer, tokens))
+        self._append(json.dumps(asdict(self.rows[-1]), ensure_ascii=False) + "\n")
 
     def _append(self, text: str) -> None:
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from compile_steer.artifacts.files import parse_header
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, brief
 from compile_steer.steering.program import Intervention, Program, ablate_everywhere
 from compile_steer.steering.sites import POINTS, Point, Site
 
@@ -40,6 +41,26 @@ class Source:
 
     model: str
     revision: str
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file of directions has beside its tensors; the attributes of `Directions`."""
+
+    model: str
+    revision: str
+    point: Point
+    inputs: str
+    operation: Literal["add", "clamp", "ablate"]
+    joint: bool
+    controls: str
+    source: Source | None
+    curves: dict[str, list[float]]
+
+
+def _common(value: Any) -> dict[str, Any]:
+    """The fields of `_Header`, of a header or of directions."""
+    return {entry.name: getattr(value, entry.name) for entry in fields(_Header)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,10 +139,7 @@ class Directions:
 
     def save(self, path: str | Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`."""
-        names = ("model", "revision", "point", "inputs", "operation", "joint", "controls")
-        source = None if self.source is None else asdict(self.source)
-        header = {**extra, **{name: getattr(self, name) for name in names}, "source": source}
-        header["curves"] = dict(self.curves)
+        header = {**extra, **asdict(_Header(**_common(self)))}
         tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
         tensors |= {f"{_OTHER_POINTS}{point}": vectors.contiguous() for point, vectors in self.other_points.items()}
         if self.projections is not None:
@@ -133,18 +151,24 @@ class Directions:
         """Raises `ArtifactError` for a missing, damaged or foreign file."""
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        try:
-            header = json.loads(metadata["directions"])
-            vectors, shuffled = tensors["directions"], tensors["shuffled"]
-            source = header.pop("source")
-            header.pop("origin", None)  # written by the run; see provenance.Origin
-            return Directions(
-                vectors,
-                shuffled,
-                projections=tensors.get("projections"),
-                other_points={p: tensors[f"{_OTHER_POINTS}{p}"] for p in POINTS if f"{_OTHER_POINTS}{p}" in tensors},
-                source=None if source is None else Source(**source),
-                **header,
+        remedy = "Make it with 'compile-steer extract'."
+        header = parse_header(metadata, "directions", _Header, path, remedy)
+        if not {"directions", "shuffled"} <= tensors.keys():
+            raise ArtifactError(f"{path} holds no directions. {remedy}")
+        points = {point: tensors[name] for point in POINTS if (name := f"{_OTHER_POINTS}{point}") in tensors}
+        vectors, shuffled, projections = tensors["directions"], tensors["shuffled"], tensors.get("projections")
+        # Of the real directions, or of these and then each control's.
+        every = (1 + len(shuffled), *vectors.shape)
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        needed = {
+            "directions": vectors.shape[:2],
+            "shuffled": (len(shuffled), *vectors.shape),
+            "projections": every[:-1],
+        }
+        wrong = [name for name, shape in found.items() if tuple(shape) != tuple(needed.get(name, every))]
+        if wrong or vectors.ndim != 2 or not all(tensor.is_floating_point() for tensor in tensors.values()):
+            listed = ", ".join(f"{brief(name)} {list(shape)}" for name, shape in found.items())
+            raise ArtifactError(
+                f"{path}: the shapes or types of its tensors do not fit each other ({listed}). {remedy}"
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} holds no directions. Make it with 'compile-steer extract'.") from error
+        return Directions(vectors, shuffled, projections=projections, other_points=points, **_common(header))

@@ -14,22 +14,42 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.files import parse_header, sha256
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
-from compile_steer.common.errors import ArtifactError
-from compile_steer.steering.sites import OPERATIONS, OperationName, Scope, Site, parse_positions
+from compile_steer.common.errors import ArtifactError, brief, several
+from compile_steer.steering.sites import OPERATIONS, OperationName, Point, Scope, Site, parse_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCALARS = ("operation", "coefficient", "positions", "projection", "enabled")  # what a file has of them beside the site
 _UNIT_TOLERANCE = 1e-3  # a unit vector that was rounded to bfloat16 is still one
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An intervention in the header of a program's file; `tensor` names its vector there."""
+
+    layer: int
+    point: Point
+    tensor: str
+    operation: OperationName
+    coefficient: float
+    positions: str
+    projection: float | None
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class _Header:
+    model: str
+    revision: str
+    interventions: list[_Entry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,20 +222,11 @@ class Program:
         # One metadata key only: several are written in no fixed order, and equal programs must be equal files.
         # clone: ablation everywhere holds one tensor many times, and safetensors refuses shared memory.
         tensors = {f"intervention.{n}": i.vector.float().clone() for n, i in enumerate(self.interventions)}
-        header = {
-            **extra,
-            "model": self.model,
-            "revision": self.revision,
-            "interventions": [
-                {
-                    "layer": i.site.layer,
-                    "point": i.site.point,
-                    "tensor": f"intervention.{n}",
-                    **{name: getattr(i, name) for name in _SCALARS},
-                }
-                for n, i in enumerate(self.interventions)
-            ],
-        }
+        entries = [
+            _Entry(i.site.layer, i.site.point, name, i.operation, i.coefficient, i.positions, i.projection, i.enabled)
+            for name, i in zip(tensors, self.interventions, strict=True)
+        ]
+        header = {**extra, **asdict(_Header(self.model, self.revision, entries))}
         return tensors, {"program": json.dumps(header, sort_keys=True)}
 
     @staticmethod
@@ -223,36 +234,30 @@ class Program:
         """Read a program; raises `ArtifactError` for a missing, damaged or foreign file."""
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        if "program" not in metadata:
-            raise ArtifactError(f"{path} is safetensors, but not a steering program (no 'program' in its metadata).")
+        header = parse_header(
+            metadata, "program", _Header, path, "Make the program again with 'compile-steer validate'."
+        )
+        missing = [entry.tensor for entry in header.interventions if entry.tensor not in tensors]
+        if missing:
+            lines = [f"{path}: tensor {brief(name)} is named by the program but not in the file." for name in missing]
+            raise ArtifactError(several(lines))
         try:
-            header = json.loads(metadata["program"])
-            missing = [e["tensor"] for e in header["interventions"] if e["tensor"] not in tensors]
-            if missing:
-                raise ArtifactError(
-                    [f"tensor '{name}' is named by the program but not in the file." for name in missing]
-                )
             interventions = tuple(
                 Intervention(
-                    site=Site(int(entry["layer"]), entry["point"]),
-                    operation=entry["operation"],
-                    vector=tensors[entry["tensor"]],
-                    coefficient=float(entry["coefficient"]),
-                    positions=str(entry["positions"]),
-                    projection=None if entry["projection"] is None else float(entry["projection"]),
-                    enabled=bool(entry["enabled"]),
+                    Site(entry.layer, entry.point),
+                    entry.operation,
+                    tensors[entry.tensor],
+                    entry.coefficient,
+                    entry.positions,
+                    entry.projection,
+                    entry.enabled,
                 )
-                for entry in header["interventions"]
+                for entry in header.interventions
             )
-            program = Program(interventions, str(header["model"]), str(header["revision"]))
+            program = Program(interventions, header.model, header.revision)
             # The file may say more than the program, and artifacts record the hash of the file. No field: a program that
             # is scaled or added to another is another program.
             object.__setattr__(program, "_file_sha256", sha256(path))
             return program
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{path}: the 'program' metadata is damaged ({type(error).__name__}: {error}). "
-                "Make the program again with 'compile-steer validate'."
-            ) from error
         except ArtifactError as error:
             raise ArtifactError([f"{path}: {problem}" for problem in error.problems]) from error

@@ -9,11 +9,11 @@ Importing this module, and the lineage of a folder, need neither torch nor trans
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compile_steer.artifacts.files import digest, edit_check, read_json, sha256, without_check
+from compile_steer.artifacts.files import digest, edit_check, parse_record, read_json, sha256, without_check
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import (
     ENGINES,
@@ -130,9 +130,19 @@ def _report_links(folder: Path) -> Iterator[Link]:
     weights = weights_sha256(folder) if present else ""  # hashes every file: seconds for a large model
     for path, record, claim in present:
         yield _edit_check(record, path)
-        content = read_json(path, "Make it again.")
-        measured = dict(content.get("sha256", content)).get("artifact", "")  # parity names other hashes beside it
-        yield _compared(f"{claim} of these weights", path, measured, weights)
+        content = parse_record(
+            read_json(path, "Make it again."), _Measured, f"{path} is damaged", "Make it again.", "ignore"
+        )
+        measured = content.sha256 or {"artifact": content.artifact}  # parity names other hashes beside it
+        yield _compared(f"{claim} of these weights", path, measured.get("artifact", ""), weights)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The hashes of what a report was measured on."""
+
+    artifact: str = ""
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def _parent_links(folder: Path, provenance: Provenance, paths: RunPaths, recipes: Path | None) -> Iterator[Link]:

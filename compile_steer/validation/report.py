@@ -170,7 +170,7 @@ class ValidationReport(Summary):
     @staticmethod
     def load(path: Path) -> ValidationReport:
         """Raises `ArtifactError` for a missing or damaged report."""
-        return load_json(path, ValidationReport, "validation report", "validate")
+        return load_json(path, ValidationReport, "validation report", "Make it with 'compile-steer validate'.")
 
 
 def own_validation(origin: Provenance, path: Path) -> ValidationReport | None:

@@ -256,7 +256,7 @@ class Parity(Summary):
     @staticmethod
     def load(path: Path) -> Parity:
         """Raises `ArtifactError` for a missing or damaged report."""
-        return load_json(path, Parity, "parity report", "verify")
+        return load_json(path, Parity, "parity report", "Make it again with 'compile-steer verify'.")
 
 
 def own_parity(folder: Path) -> Parity | None:

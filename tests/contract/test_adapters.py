@@ -186,7 +186,9 @@ def test_the_scale_of_an_adapter_is_read_into_its_factors(saved: Save, tmp_path:
     assert torch.equal(product(edit), 32 / 8 * torch.full((HIDDEN, 48), 2.0))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is damaged"), ('{"r": null}', "has no rank r")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is damaged"), ('{"r": null}', "is no LoraConfig .r: found None")]
+)
 def test_an_adapter_without_a_usable_config_is_refused(saved: Save, tmp_path: Path, content: str, message: str) -> None:
     path = adapter_of(tmp_path / "adapter", saved("llama")) / ADAPTER_CONFIG
     path.write_text(content, encoding="utf-8")
@@ -216,7 +218,7 @@ def test_damaged_adapter_weights_are_refused(saved: Save, tmp_path: Path, damage
 
 def test_a_foreign_patch_file_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.ones(2)}, str(tmp_path / PATCH_FILE))
-    with pytest.raises(ArtifactError, match="not a patch of compile_steer"):
+    with pytest.raises(ArtifactError, match="no 'patch' in its metadata"):
         read_patch(tmp_path)
 
 
@@ -227,5 +229,5 @@ def test_an_origin_that_is_missing_or_damaged_is_told_apart(tmp_path: Path) -> N
         Provenance.read(tmp_path)
     for text in ("{", "[]", '{"name": "tiny"}', '{"unknown": 1}'):
         (tmp_path / PROVENANCE).write_text(text, encoding="utf-8")
-        with pytest.raises(ArtifactError, match="is damaged"):
+        with pytest.raises(ArtifactError, match="is damaged|is not a record of an artifact of this version"):
             Provenance.read(tmp_path)

@@ -122,7 +122,7 @@ def test_program_of_another_model_or_width_is_refused(
     else:
         Program(program.interventions, "another/model", "hub:123").save(path)
     code, message = call(capsys, monkeypatch, "compile", finished.recipe, "--out", out)
-    expected = {"truncated": "damaged", "foreign": "not a steering program", "missing": "does not exist",
+    expected = {"truncated": "damaged", "foreign": "no 'program' in its metadata", "missing": "does not exist",
                 "other width": "width 768", "other model": "another/model"}  # fmt: skip
     assert code == 2 and expected[spoil] in message
     assert not (out / "adapters").exists()

@@ -84,8 +84,8 @@ def test_every_problem_of_every_file_is_reported_at_once(tmp_path: Path) -> None
         "train.jsonl:3: found list; needed the keys prompt, positive, negative",
         "train.jsonl:4: found ['positive', 'prompt']; needed the keys",
         "validation.jsonl:1: found ['negative', 'note', 'positive', 'prompt']; needed the keys",
-        "validation.jsonl:2: positive must be text that is not empty",
-        "validation.jsonl:3: negative must be text that is not empty",
+        "validation.jsonl:2: positive must be text that is not empty and holds no NUL",
+        "validation.jsonl:3: negative must be text that is not empty and holds no NUL",
         "data.neutral: ",
         "data.heldout: ",
         "data.calibration: ",
@@ -105,7 +105,7 @@ def test_a_prompt_in_two_files_is_refused_whatever_its_case_and_spaces(tmp_path:
     rows = good()
     rows[other][0]["prompt"] = "TRAIN \t 1"
     (line,) = problems(write(tmp_path, rows))
-    assert line == f"data: the prompt 'TRAIN \t 1' is in both train and {other}; the splits must not overlap."
+    assert line == f"data: the prompt 'TRAIN \\t 1' is in both train and {other}; the splits must not overlap."
 
 
 def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:

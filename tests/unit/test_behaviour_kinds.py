@@ -126,7 +126,7 @@ def test_an_instruction_goes_after_the_prompt_of_one_side_and_its_checks_by_the_
     lines = problems(tmp_path, InstructionsData, rows)
     assert lines == [
         'test.jsonl:1: checks must be a list of objects {"id": text, "arguments": {...}}.',
-        "test.jsonl:2: instruction must be text that is not empty.",
+        "test.jsonl:2: instruction must be text that is not empty and holds no NUL.",
     ]
 
 
@@ -220,7 +220,7 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
         "data.train: the two sides of 1 of 2 pairs are the same tokens for this model, for example 'Heard'"
     )
     assert second.startswith(
-        "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, for example 'w30  w31' and 'w30\tw31'"
+        "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, for example 'w30  w31' and 'w30\\tw31'"
     )
     with pytest.raises(RecipeError) as caught:
         require_distinct(tokenizer(), behaviour(pairs, "w51"))

@@ -165,7 +165,10 @@ def test_files_without_directions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for metadata in ({}, {"directions": "{"}, {"directions": "{}"}, {"directions": '{"x": 1}'}):
         save_file({"directions": torch.ones(2, 3), "shuffled": torch.ones(1, 2, 3)}, str(path), metadata=metadata)
-        with pytest.raises(ArtifactError, match="holds no directions. Make it with 'compile-steer extract'"):
+        with pytest.raises(
+            ArtifactError,
+            match="'directions' in its metadata|'directions' metadata is damaged.*'compile-steer extract'",
+        ):
             Directions.load(path)
 
 

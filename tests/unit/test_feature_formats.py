@@ -143,7 +143,7 @@ def test_files_that_hold_no_feature_are_refused(tmp_path: Path) -> None:
         imported(neuronpedia(path))
     for changes, message in (
         ({"vector": [], "hasVector": False}, "holds no vector"),
-        ({"vector": ["a"] * HIDDEN}, "must be a list of numbers"),
+        ({"vector": ["a"] * HIDDEN}, "vector.0: found 'a'; input should be a valid number"),
         ({"vector": [0.0] * HIDDEN}, "every vector is 0"),
         ({"hookName": None}, "the feature is of 'None'"),
     ):

@@ -53,7 +53,7 @@ def test_columns_of_a_table_become_pairs() -> None:
         Pairs.from_dataset([*table, {"question": "a"}, {"question": "b", "chosen": "c", "rejected": 3}], **columns)
     assert caught.value.problems == (
         "row 40: found the columns ['question']; needed question, chosen, rejected.",
-        "row 41: negative must be text that is not empty.",
+        "row 41: negative must be text that is not empty and holds no NUL.",
     )
 
 
@@ -80,7 +80,7 @@ def test_every_problem_of_every_row_is_reported_at_once() -> None:
     assert problems(rows) == [
         "row 1: found tuple; needed the keys prompt, positive, negative.",
         "row 2: found ['positive', 'prompt']; needed the keys prompt, positive, negative.",
-        "row 3: positive, negative must be text that is not empty.",
+        "row 3: positive, negative must be text that is not empty and holds no NUL.",
         "row 4: the prompt ' A ' is in row 0 too.",
         "row 5: positive and negative are the same text, 'same'.",
         "row 6: positive and negative are the same text, 'm'.",
@@ -94,7 +94,7 @@ def test_sides_with_the_same_response_to_other_prompts_are_a_pair() -> None:
 
 
 def test_many_problems_are_counted_and_no_pairs_are_a_problem() -> None:
-    assert problems([("a", "b")] * 15)[-1] == "5 more problems like these."
+    assert problems([("a", "b")] * 15)[-1] == "5 more like this."
     assert problems([]) == ["found 0 pairs; needed: 1 or more."]
 
 
@@ -104,7 +104,7 @@ def test_problems_of_a_file_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         Pairs.from_jsonl(path)
     assert caught.value.problems == (
-        "pairs.jsonl:4: not JSON (Expecting value).",
+        "pairs.jsonl:4: not JSON (column 2: expected ident).",
         "pairs.jsonl:3: found ['prompt']; needed the keys prompt, positive, negative.",
     )
     with pytest.raises(RecipeError, match="nowhere.jsonl cannot be read"):

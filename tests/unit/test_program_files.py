@@ -71,7 +71,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="damaged or not a safetensors file"):
         Program.load(path)
     save_file({"weight": torch.ones(3)}, str(path))
-    with pytest.raises(ArtifactError, match="safetensors, but not a steering program"):
+    with pytest.raises(ArtifactError, match="no .program. in its metadata"):
         Program.load(path)
 
 
@@ -115,11 +115,11 @@ def test_the_unchanged_rewritten_file_is_good(tmp_path: Path) -> None:
         ({"interventions": ["x"]}, "metadata is damaged"),
         ({"interventions": None}, "metadata is damaged"),
         ({"tensor": "intervention.9"}, "tensor 'intervention.9' is named by the program but not in the file"),
-        ({"point": "resid_mid"}, "point 'resid_mid' is unknown"),
+        ({"point": "resid_mid"}, "interventions.0.point: found 'resid_mid'"),
         ({"layer": -2}, "layer -2 is negative"),
-        ({"operation": "rotate"}, "operation 'rotate' is unknown"),
+        ({"operation": "rotate"}, "interventions.0.operation: found 'rotate'"),
         ({"positions": "everywhere"}, "positions 'everywhere'"),
-        ({"coefficient": math.nan}, "coefficient nan"),
+        ({"coefficient": math.nan}, "NaN and Infinity are no JSON"),
         ({"tensors": torch.full((HIDDEN,), math.nan)}, "NaN or infinity"),
         ({"tensors": torch.ones(2, HIDDEN)}, r"shape \[2, 32\]"),
     ],

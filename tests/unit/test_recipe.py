@@ -205,13 +205,13 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(tmp_path: Path, wrong
 def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, GOOD + "seed: 3\nseed: 4\n")
     assert "is not valid YAML" in found
-    assert 'duplicate key "seed"' in found
+    assert "line 22: the key 'seed' is given twice (first in line 21)" in found
 
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     assert "is not valid YAML" in problems(tmp_path, "a: [1, 2")[0]
     assert "is list; needed: keys and values" in problems(tmp_path, "- a\n- b\n")[0]
-    assert "is NoneType; needed: keys and values" in problems(tmp_path, "")[0]
+    assert "is empty; needed: keys and values" in problems(tmp_path, "")[0]
     assert "folder: unknown key" in problems(tmp_path, GOOD + "folder: /tmp\n")[0]
     with pytest.raises(RecipeError, match=r"none\.yaml cannot be read \(No such file or directory\)"):
         read_recipe(tmp_path / "none.yaml")

@@ -113,7 +113,10 @@ def test_a_wrong_column_gives_a_few_lines_and_a_count(folder: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         rows(folder, data_files=["numbers.csv"], columns={})
     assert len(caught.value.problems) == 11
-    assert caught.value.problems[0] == "data.neutral, row 0: prompt, response must be text that is not empty."
+    assert (
+        caught.value.problems[0]
+        == "data.neutral, row 0: prompt, response must be text that is not empty and holds no NUL."
+    )
     assert caught.value.problems[-1] == "data.neutral: 5 more rows like these."
 
 

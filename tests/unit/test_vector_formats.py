@@ -126,9 +126,9 @@ def test_a_repsteer_artifact_is_read_only_if_its_checksums_hold(tmp_path: Path) 
     assert "found no such file" in caught.value.problems[0]
     assert "tensors.safetensors is not what checksums.json says" in caught.value.problems[1]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"artifact_type": "probe"}, "is of type 'probe'; a vector is one of direction, sae_feature"),
-        ({"site": {"stream": "vision", "component": "resid_post", "layer": 1}}, "needed: stream language"),
-        ({"site": None}, "needed: stream language"),
+        ({"artifact_type": "probe"}, "artifact_type: found 'probe'; input should be 'direction' or 'sae_feature'"),
+        ({"site": {"stream": "vision", "component": "resid_post", "layer": 1}}, "site.stream: found 'vision'"),
+        ({"site": None}, "site: found None"),
         ({"artifact_type": "sae_feature"}, "has no tensor 'decoder_direction'"),
     ]
     for n, (changes, message) in enumerate(wrong):

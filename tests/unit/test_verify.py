@@ -150,8 +150,8 @@ def test_a_report_of_an_older_version_is_refused_with_what_it_lacks(exact: Parit
     content = asdict(exact)
     del content["behaviour"]["score"], content["divergence"]["kl"]
     (tmp_path / PARITY).write_text(json.dumps(content))
-    lacking = r"it lacks divergence\.kl, behaviour\.score.*'compile-steer verify'"
-    with pytest.raises(ArtifactError, match=f"not a parity report of this version: {lacking}"):
+    lacking = r"divergence\.kl: missing; behaviour\.score: missing.*'compile-steer verify'"
+    with pytest.raises(ArtifactError, match=rf"not a parity report of this version \({lacking}"):
         Parity.load(tmp_path / PARITY)
 
 

@@ -6,7 +6,6 @@ compared with the change in transformers, and the engine's error with its own er
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PROVENANCE, EngineRecord, Provenance, save_engine_records
 from compile_steer.common.errors import ArtifactError, CompileSteerError, EngineError, library_errors
 from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf import write_gguf_file
-from compile_steer.formats.lora import ADAPTER_CONFIG
+from compile_steer.formats.lora import ADAPTER_CONFIG, AdapterConfig, LoraConfig
 from compile_steer.models.load import LoadedModel, folder_of, load
 from compile_steer.models.logprobs import reference_logprobs, reference_tokens
 from compile_steer.models.reload import reload, require_own_files
@@ -75,9 +73,9 @@ def recorded_base(artifact: Path) -> str:
     if (artifact / PROVENANCE).is_file():
         return Provenance.read(artifact).model
     if (artifact / ADAPTER_CONFIG).is_file():
-        base = read_json(artifact / ADAPTER_CONFIG, "Get or make it again.").get("base_model_name_or_path")
+        base = AdapterConfig.read(artifact).base_model_name_or_path
         if base:
-            return str(base)
+            return base
     raise ArtifactError(f"{artifact} does not say what it was made from. Name it with --base.")
 
 
@@ -191,8 +189,7 @@ def engine_model(engine: Environment, name: str, base: Path, form: Exported | No
     elif form.kind == "program":
         model["steering"] = files[0]
     else:
-        rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
-        model |= {"adapter": str(folder), "rank": rank}
+        model |= {"adapter": str(folder), "rank": LoraConfig.read(folder).r}
     return model
 
 

@@ -17,11 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.provenance import EngineName
-from compile_steer.common.errors import EngineError
+from compile_steer.common.errors import ArtifactError, EngineError
 from compile_steer.export.engine_support import PLUGIN
 
 ENGINES: dict[EngineName, tuple[str, ...]] = {
@@ -116,10 +118,10 @@ def run_worker(
         problem = _run(engine, script, folder, log, limit_s)
         if not problem:
             try:
-                content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+                content = read_json(folder / "out.json", "The worker leaves it.")
                 with np.load(folder / "out.npz") as results:
                     return content, dict(results)
-            except (OSError, ValueError) as error:
+            except (ArtifactError, OSError, ValueError, BadZipFile) as error:
                 problem = f"ended well, but left no answer that can be read ({error})"
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         printed = "It printed nothing."

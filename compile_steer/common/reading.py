@@ -1,0 +1,324 @@
+"""The one reader each of JSON, JSONL and YAML: strict, because what is misread without a word gives a wrong result.
+
+A key that is given twice, NaN, a number that no float holds, half of a surrogate pair, an alias or a tag is an error here,
+with its line. Whatever is wrong raises `Malformed`; the caller knows which error of ours that is, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from pydantic_core import from_json
+
+from compile_steer.common.errors import brief, several
+
+MAX_JSON = 64 * 2**20  # bytes; a tokenizer of 256,000 tokens has about half as many
+MAX_YAML = 2**18  # a recipe with every key has 6,000
+MAX_LINES = 2**28  # of a JSONL file, whose rows are kept: about a million of them
+_MAX_LINE = 2**22
+_MAX_DEPTH = 50  # of YAML; of JSON, pydantic's parser allows 200
+
+# Encodings by how a file begins. UTF-32 first: its mark begins as UTF-16's does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+class Malformed(ValueError):
+    """Why a text or a file cannot be read, with line and column where there are any."""
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a regular file of at most `limit` bytes in UTF-8, with or without a mark at its start; raises `Malformed`."""
+    with _opened(path, limit) as file:
+        return _decoded(file.read(limit))
+
+
+def _opened(path: Path, limit: int) -> BinaryIO:
+    """Open a regular file; raises `Malformed` for all else, a pipe too: to wait for its writer could take forever."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+            return path.open("rb")
+    except OSError as error:
+        raise Malformed(error.strerror or str(error)) from error
+    except ValueError as error:  # a NUL in the path
+        raise Malformed(str(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise Malformed("it is a folder; needed: a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise Malformed("it is a pipe, a socket or a device; needed: a file")
+    raise Malformed(f"it has {status.st_size:,} bytes; at most {limit:,} are read")
+
+
+def _decoded(data: bytes, line: int = 1) -> str:
+    """Text in UTF-8, which begins in a file's `line`; raises `Malformed` that names the encoding and the cure."""
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None) if line == 1 else None
+    if line == 1 and encoding is None and b"\0" in data[:4]:  # every second byte of ASCII in UTF-16
+        encoding = "UTF-16 or binary"
+    if encoding is not None:
+        raise Malformed(f"it is {encoding}; needed: UTF-8 (iconv -f {encoding.split()[0]} -t UTF-8 FILE > NEW)")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode()
+        raise Malformed(
+            f"{_place(before, len(before), line)}: byte {data[error.start]:#x} is not UTF-8; the file may be Latin-1 or "
+            "Windows-1252 (iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW)"
+        ) from error
+
+
+def _place(text: str, position: int, first: int = 1) -> str:
+    """Line and column of a position in a text that begins in line `first`."""
+    return f"line {first + text.count(chr(10), 0, position)}, column {position - text.rfind(chr(10), 0, position)}"
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """The value of a JSON file; raises `Malformed`."""
+    return parse_json(read_text(path, limit))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; raises `Malformed` with line and column."""
+    if not text.strip():
+        raise Malformed("it is empty")
+    try:
+        # Two parsers: the first knows the place of every error and limits the depth, the second lets the pairs be seen.
+        from_json(text.encode(), allow_inf_nan=False)
+        return _DECODER.decode(text)
+    except _Repeated as error:
+        raise Malformed(f"{_place(text, _repetition(text))}: the key {brief(error.args[0])} is given twice") from error
+    except _TooLarge as error:
+        number = str(error)
+        raise Malformed(
+            f"{_place(text, text.find(number))}: the number {number:.40} is too large for a float"
+        ) from error
+    except UnicodeEncodeError as error:  # of a str, as a command line may hold
+        raise Malformed(f"{_place(text, error.start)}: half of a surrogate pair is no character") from error
+    except (ValueError, RecursionError) as error:
+        raise Malformed(_reason(str(error), text)) from error
+
+
+def _reason(message: str, text: str) -> str:
+    """What pydantic's parser says, with the place first, and in our words where its own do not say what to do."""
+    reason, _at, place = message.rpartition(" at line ")
+    if reason in ("expected value", "invalid number"):
+        line, column = map(int, place.split(" column "))
+        rest = text.split("\n")[line - 1].encode()[column - 1 :]
+        if rest.startswith((b"NaN", b"Infinity")):
+            reason = "NaN and Infinity are no JSON; needed: a finite number"
+    known = {
+        "recursion limit exceeded": "brackets are nested more than 200 deep",
+        "number out of range": "a number has more than 4,300 digits",
+        "lone leading surrogate in hex escape": "half of a surrogate pair is no character",
+        "unexpected end of hex escape": "half of a surrogate pair is no character",
+    }
+    return f"line {place.replace(' column', ', column')}: {known.get(reason, reason)}" if reason else message
+
+
+class _Repeated(Exception):
+    """A key that an object has twice."""
+
+
+class _TooLarge(Exception):
+    """A number that no float holds."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Repeated(next(key for number, (key, _value) in enumerate(pairs) if key in dict(pairs[:number])))
+    return value
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise _TooLarge(number)
+    return value
+
+
+def _integer(number: str) -> int:
+    _finite(number)  # or a field of floats would take it for infinity
+    return int(number)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_int=_integer)
+
+
+def _repetition(text: str) -> int:
+    """Where the first key stands that its object has already, in valid JSON."""
+    keys: list[set[str]] = []
+    for token in re.finditer(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}]', text):
+        if token[0] == "{":
+            keys.append(set())
+        elif token[0] == "}":
+            keys.pop()
+        elif token[2]:
+            if (key := json.loads(token[1])) in keys[-1]:
+                return token.start()
+            keys[-1].add(key)
+    return 0
+
+
+def read_json_lines(path: Path, limit: int = MAX_LINES) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) of each line of a JSONL file that is not blank; of a line that is no JSON the `Malformed`.
+
+    One line is held at a time. Raises `Malformed` where the file as a whole cannot be read, and for a line of over 4 MiB.
+    """
+    with _opened(path, limit) as file:
+        number = 0
+        while line := file.readline(
+            _MAX_LINE + 1
+        ):  # bytes, which only a line feed divides: JSON text may contain U+2028
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise Malformed(f"line {number} has more than {_MAX_LINE:,} bytes")
+            text = _decoded(line, number)  # another encoding is the file's fault, not a line's
+            if text.strip():
+                try:
+                    yield number, parse_json(text)
+                except Malformed as error:
+                    yield number, Malformed(str(error).removeprefix("line 1, "))
+
+
+class Yaml(NamedTuple):
+    """The content of a YAML text, and the line of each key and entry, by the path to it."""
+
+    content: Any
+    lines: dict[tuple[str | int, ...], int]
+
+
+_NULLS = {"", "~", "null", "Null", "NULL"}
+_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+# Plain text that some version of YAML takes for a number or a date: nobody can tell which is meant.
+_UNCLEAR = re.compile(
+    r"[-+]?(0[xob][0-9a-fA-F_]+|0[0-9_]+(\.[0-9_]*)?|[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?|\.(inf|nan)|\.Inf|\.NaN|\.INF|\.NAN)"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?|=|<<"
+)
+
+
+def parse_yaml(text: str) -> Yaml:
+    """The content of one YAML document in version 1.2's core schema; raises `Malformed` with line and column.
+
+    Of plain scalars only null, true, false, and decimal numbers are more than text. What versions of YAML read in different
+    ways (dates, octal numbers, 1_000) must be quoted.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.reader import ReaderError
+
+    try:
+        return _YamlBuilder(YAML(typ="safe", pure=True).parse(text)).document()
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise Malformed(f"{place}{error.problem or error.context}") from error
+    except ReaderError as error:
+        character = f"the character {error.character:#x}"
+        raise Malformed(f"{_place(text, error.position)}: {character} is not allowed in YAML") from error
+    except Malformed:
+        raise
+    except (YAMLError, ValueError, OverflowError) as error:  # "\\UFFFFFFFF" is no character
+        raise Malformed(str(error)) from error
+
+
+class _YamlBuilder:
+    """Builds values from a parser's events; what nobody means to write in a recipe is refused."""
+
+    def __init__(self, events: Iterator[Any]) -> None:
+        self._events = events
+        self._lines: dict[tuple[str | int, ...], int] = {}
+        self._problems: list[str] = []
+
+    def document(self) -> Yaml:
+        """The only document of the text; raises `Malformed` with every problem that leaves the rest readable."""
+        content: Any = None
+        documents = 0
+        for event in self._events:
+            kind = type(event).__name__
+            if kind == "DocumentStartEvent":
+                documents += 1
+                if documents > 1:
+                    self._problem(event, "a second document begins; needed: one")
+                if event.version is not None:
+                    self._problem(event, "a directive %YAML; leave it out, version 1.2 is read")
+            elif not kind.startswith(("Stream", "Document")):
+                content = self._value(event, ())
+        if self._problems:
+            raise Malformed("; ".join(several(self._problems)))
+        return Yaml(content, self._lines)
+
+    def _problem(self, event: Any, text: str) -> None:
+        self._problems.append(f"line {event.start_mark.line + 1}: {text}")
+
+    def _stop(self, event: Any, text: str) -> NoReturn:
+        self._problem(event, text)
+        raise Malformed("; ".join(several(self._problems)))
+
+    def _value(self, event: Any, path: tuple[str | int, ...]) -> Any:
+        self._lines[path] = event.start_mark.line + 1
+        if event.anchor:
+            self._problem(event, f"the anchor or alias {brief(event.anchor)}; write the value out at each place")
+        if getattr(event, "tag", None):
+            self._problem(event, f"the tag {brief(str(event.tag))}; leave tags out")
+        if len(path) > _MAX_DEPTH:
+            self._stop(event, f"nested more than {_MAX_DEPTH} deep")
+        kind = type(event).__name__
+        if kind == "MappingStartEvent":
+            return self._mapping(path)
+        if kind == "SequenceStartEvent":
+            entries: list[Any] = []
+            while type(entry := next(self._events)).__name__ != "SequenceEndEvent":
+                entries.append(self._value(entry, (*path, len(entries))))
+            return entries
+        return self._scalar(event) if kind == "ScalarEvent" else None
+
+    def _mapping(self, path: tuple[str | int, ...]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        while type(event := next(self._events)).__name__ != "MappingEndEvent":
+            key = self._value(event, (*path, ""))
+            if not isinstance(key, str):
+                self._problem(event, f"the key {brief(key)} is no text; needed: a name, or quotes around it")
+                key = str(key)
+            if key in content:
+                first = self._lines[(*path, key)]
+                self._problem(event, f"the key {brief(key)} is given twice (first in line {first})")
+            value = self._value(next(self._events), (*path, key))
+            self._lines[(*path, key)] = event.start_mark.line + 1
+            content[key] = value
+        return content
+
+    def _scalar(self, event: Any) -> Any:
+        text: str = event.value
+        if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
+            self._problem(event, "a text holds NUL or half of a surrogate pair")
+        if event.style is not None:  # quoted, or a block
+            return text
+        if text in _NULLS:
+            return None
+        if text in _BOOLEANS:
+            return _BOOLEANS[text]
+        if len(text) <= 400 and _INTEGER.fullmatch(text):
+            return int(text)
+        if _FLOAT.fullmatch(text):
+            if math.isfinite(number := float(text)):
+                return number
+            self._problem(event, f"the number {text:.40} is too large for a float")
+        if _UNCLEAR.fullmatch(text):
+            self._problem(
+                event,
+                f"{text:.40} is read as a number, a date or text by different versions of YAML; quote it if it is text",
+            )
+        return text
