@@ -23,6 +23,7 @@ from compile_steer.common.progress import ProgressBars
 from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
+from compile_steer.models.generate import neutral_generation
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import CHUNK_TOKENS
 from compile_steer.models.reload import reload
@@ -147,7 +148,7 @@ def throughput(run: Run) -> Row:
     )
 
     def generate(model: LoadedModel) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), neutral_generation(model):
             model.model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
     generate(merged)

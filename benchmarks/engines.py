@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf import GGUF_KINDS
 from compile_steer.export.merged import write_merged
 from compile_steer.lowering.exact import bias_patch
+from compile_steer.models.generate import neutral_generation
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.reload import reload
@@ -132,14 +132,14 @@ def our_speeds(one: LoadedModel, made: Mapping[str, Path]) -> dict[str, list[flo
     }
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 
-    def write(model: Any, program: Program | None = None) -> None:
+    def write(model: LoadedModel, program: Program | None = None) -> None:
         for ids in prompts(one):
             tokens = torch.tensor([ids])
-            with torch.no_grad(), steered(model, program):
-                model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
+            with torch.no_grad(), neutral_generation(model), steered(model.model, program):
+                model.model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
 
-    works: dict[str, Callable[[], None]] = {name: partial(write, model.model) for name, model in models.items()}
-    works["base under hooks"] = partial(write, one.model, Program.load(PROGRAM))
+    works: dict[str, Callable[[], None]] = {name: partial(write, model) for name, model in models.items()}
+    works["base under hooks"] = partial(write, one, Program.load(PROGRAM))
     return speed_worker.speeds(works, PROMPTS * NEW_TOKENS, ROUNDS)
 
 

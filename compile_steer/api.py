@@ -21,6 +21,7 @@ from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.options import dotted, explain
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
+from compile_steer.data.encoding import check_texts
 from compile_steer.export.adapter import patch_provenance, write_patch
 from compile_steer.export.merged import PRECISIONS, write_merged
 from compile_steer.extraction import stage as extraction
@@ -232,7 +233,7 @@ def steered(
 def _context(model: LoadedModel, data: Behaviour, seed: int, progress: Progress | None) -> Context:
     if not isinstance(data, Behaviour):
         raise RecipeError(f"data: found {type(data).__name__}; needed: Behaviour, which Pairs.to_behaviour() returns.")
-    return Context(model, data, seed, progress or Progress())
+    return Context(model, data, seed, progress or Progress(), check_texts(model, data))
 
 
 def _own_folder(folder: str | Path) -> Path:

@@ -7,13 +7,15 @@ recipe's own folder.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest
@@ -24,9 +26,12 @@ from compile_steer.common.reading import Malformed
 from compile_steer.data.section import Data
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions
+from compile_steer.models.chat import DATE, RESERVED, ChatSettings
 from compile_steer.steering.sites import parse_positions
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.verification.options import VerifyOptions
+
+CHAT_KEYS = ("chat_template", "chat_template_name", "chat_template_date")
 
 
 class Recipe(Section):
@@ -36,6 +41,13 @@ class Recipe(Section):
     model: str = Field(description="smollm2-135m-instruct (embedded), a hub id, a local folder, or a .gguf file")
     prompt_format: str | None = Field(
         None, description="how a prompt is put to the model in the place of its chat template (a base model has none)"
+    )
+    chat_template: dict[str, JsonValue] = Field(
+        {}, description="arguments of the model's chat template, for example {enable_thinking: false}"
+    )
+    chat_template_name: str | None = Field(None, description="which chat template, of a model that has several")
+    chat_template_date: date = Field(
+        date.fromisoformat(DATE), description="the date that a chat template is told which prints one"
     )
     seed: int = Field(0, description="of everything random")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1")
@@ -51,6 +63,25 @@ class Recipe(Section):
     verify: VerifyOptions = VerifyOptions()
     folder: Path = Field(exclude=True)
 
+    @property
+    def chat(self) -> ChatSettings:
+        """How the model's chat template is used."""
+        return ChatSettings(self.chat_template, self.chat_template_name, self.chat_template_date.isoformat())
+
+    @field_validator("chat_template")
+    @classmethod
+    def _names_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        wrong = [name for name in arguments if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name in RESERVED]
+        if wrong:
+            raise ValueError(
+                f"needed: names of the template's own arguments, which {', '.join(map(repr, wrong))} cannot be"
+            )
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except ValueError as error:
+            raise ValueError("needed: finite numbers") from error
+        return arguments
+
     @field_validator("prompt_format")
     @classmethod
     def _holds_prompt(cls, prompt_format: str | None) -> str | None:
@@ -60,6 +91,12 @@ class Recipe(Section):
                 '("User: {prompt}\\nAssistant:\\n")'
             )
         return prompt_format
+
+    @model_validator(mode="after")
+    def _has_one_template(self) -> Self:
+        if self.prompt_format is not None and (self.chat_template or self.chat_template_name):
+            raise ValueError("prompt_format takes the place of the chat template; leave chat_template and its name out")
+        return self
 
     @model_validator(mode="after")
     def _ablates_everywhere(self) -> Self:

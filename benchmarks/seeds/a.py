@@ -24,7 +24,7 @@ from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.pipeline.artifacts import compile_program, merge
-from compile_steer.pipeline.run import Run
+from compile_steer.pipeline.run import Run, load_base
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.stats import bootstrap_mean
 from compile_steer.steering.program import Intervention, Program
@@ -110,7 +110,7 @@ def lora(run: Run, rate: float, advance: Advance) -> tuple[LoadedModel, list[flo
     Rank 1 at the attention's output of every second block: (576 + 576) x 15 = 576 x 30.
     """
     loaded = run.model
-    fresh = load(run.recipe.model, dtype=run.recipe.dtype, prompt_format=run.recipe.prompt_format)
+    fresh = load_base(run.recipe)
     every_second = list(range(1, loaded.layout.n_layers, 2))
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["o_proj"], layers_to_transform=every_second)
     torch.manual_seed(run.recipe.seed)

@@ -138,6 +138,7 @@ class Provenance:
     recombined: str = ""  # the arithmetic of a task vector, in words
     versions: dict[str, str] = field(default_factory=versions)
     recipe: dict[str, Any] = field(default_factory=dict)  # with every default
+    chat: dict[str, Any] = field(default_factory=dict)  # what the chat template was given: arguments, name, date
     described: str = ""  # the program in words
     architecture: str = ""  # the family whose stock code loads the result
     biases: int = 0  # the number of modules that were given a bias

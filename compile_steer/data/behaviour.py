@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from compile_steer.common.errors import RecipeError, brief
+from compile_steer.common.errors import brief
 from compile_steer.common.progress import Progress
 from compile_steer.models.text import Pair, Text
 
 if TYPE_CHECKING:
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
     from compile_steer.models.load import LoadedModel
 
 SPLITS = ("train", "validation", "test")
@@ -73,12 +71,16 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage receives besides the value before it and its own options."""
+    """What every stage receives besides the value before it and its own options.
+
+    `notes` are what `check_texts` found; whoever reads a report should know it.
+    """
 
     model: LoadedModel
     data: Behaviour
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
+    notes: tuple[str, ...] = ()
 
 
 def prompts_key(split: str) -> str:
@@ -103,21 +105,3 @@ def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
         for key, count in sorted(Counter(map(normalized, part)).items()):
             if count > 1:
                 yield f"data.{name}: the prompt {brief(key)} occurs {count} times."
-
-
-def require_distinct(tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour) -> None:
-    """Raise `RecipeError` if both sides of a pair are the same tokens: some tokenizers drop case, accents or spaces."""
-    from compile_steer.models.tokens import encode  # torch: a recipe is read without it
-
-    problems = []
-    for name in SPLITS:
-        pairs = behaviour.split(name)
-        same = [p for p in pairs if encode(tokenizer, p.positive) == encode(tokenizer, p.negative)]
-        if same:
-            problems.append(
-                f"data.{name}: the two sides of {len(same)} of {len(pairs)} pairs are the same tokens for this model, "
-                f"for example {brief(same[0].positive.response)} and {brief(same[0].negative.response)} (prompt "
-                f"{brief(same[0].prompt)}). Remove them, or make the sides differ in more than the tokenizer drops."
-            )
-    if problems:
-        raise RecipeError(problems)

@@ -170,6 +170,7 @@ def patch_provenance(
         seed=0,
         seconds=seconds,
         inputs="",
+        chat=asdict(loaded.chat),
         described=program.describe(),
         architecture=patch.architecture or str(loaded.model.config.model_type),
         biases=len(patch.bias),

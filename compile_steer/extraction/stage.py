@@ -84,7 +84,7 @@ def load_sibling(reference: str, target: LoadedModel) -> LoadedModel:
     """
     # Read in the target's own precision, so that the two streams round alike.
     dtype = str(target.model.dtype).removeprefix("torch.")
-    sibling = load(reference, device=str(target.device), dtype=dtype)
+    sibling = load(reference, device=str(target.device), dtype=dtype, chat=target.chat)
     sizes = {"blocks": "n_layers", "dimensions of the stream": "d_model"}
     problems = [
         f"extract.model '{reference}' has {actual} {name}; '{target.id}' has {needed}."

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-from compile_steer.models.tokens import Encoded, encode, pad
+from compile_steer.models.tokens import Encoded, encode, pad, require_room
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 
@@ -40,26 +41,42 @@ def continue_prompts(
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     # Padded on the left, so that every prompt ends where generation begins.
     batch = pad(encoded, range(len(encoded)), loaded.pad_id, left=True).to(loaded.device)
-    # top_k and top_p are set because a checkpoint's generation settings may cut the distribution.
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    require_room(loaded, encoded, max_new_tokens)
+    ends = _end_tokens(loaded)
     torch.manual_seed(seed)
-    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
+    with neutral_generation(loaded, temperature), steered(loaded.model, program, roles=batch.roles), torch.no_grad():
         output = loaded.model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
-            pad_token_id=loaded.pad_id,
             past_key_values=copy.deepcopy(cache),
-            do_sample=temperature > 0,
-            **sampling,
         )
-    ends = _end_tokens(loaded)
     continued = []
     for row, prompt in enumerate(encoded):
         new = output[row, batch.input_ids.shape[1] :].tolist()
         stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
         continued.append(replace(prompt, ids=(*prompt.ids, *new[:stop])))
     return continued
+
+
+@contextmanager
+def neutral_generation(loaded: LoadedModel, temperature: float = 0.0) -> Iterator[None]:
+    """Generate by the model's distribution alone inside the block: greedy, or sampled from all of it at a `temperature`.
+
+    A checkpoint brings settings for a chat (penalties, suppressed tokens, a minimum probability, beams, a kind of cache).
+    transformers fills whatever a call leaves open from them, so they are taken away; of them only the tokens that end an
+    answer are kept.
+    """
+    model: Any = loaded.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the one that generates
+    own, ends = model.generation_config, sorted(_end_tokens(loaded))
+    # By default transformers cuts the distribution to the 50 likeliest tokens.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=loaded.pad_id, **sampling)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache:

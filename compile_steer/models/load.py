@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from compile_steer.artifacts.revision import join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
+from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import read_gguf
 from compile_steer.models.libraries import library_errors
@@ -44,7 +44,8 @@ class LoadedModel:
         id: the name that it was loaded by, which programs and artifacts record.
         revision: what it computes, as `artifacts.revision` says.
         source: the folder that it was loaded from, and can be loaded from again.
-        prompt_template: the chat template made from a recipe's `prompt_format`; None where the model's own is used.
+        prompt_template: the chat template that a recipe's keys made; None where the model's own is used.
+        chat: what the chat template was given.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class LoadedModel:
     revision: str
     source: str
     prompt_template: str | None = None
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")
@@ -68,6 +70,11 @@ class LoadedModel:
         return int(self.tokenizer.pad_token_id)
 
     @property
+    def positions(self) -> int | None:
+        """The number of tokens that the model has learned to read at once; None where its config names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
@@ -78,6 +85,7 @@ def load(
     device: str = "auto",
     dtype: str = "float32",
     prompt_format: str | None = None,
+    chat: ChatSettings | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, frozen, in evaluation mode.
 
@@ -86,10 +94,12 @@ def load(
         device: 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1' ...
         dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
         prompt_format: how a prompt is given to the model, instead of its chat template ("User: {prompt}\\nAssistant:\\n").
+        chat: arguments, name and date for its chat template.
 
     Raises:
-        RecipeError: the model is not there, or the device or dtype is not available. ArtifactError: its files are not one
-            whole, unquantised model, or its tokenizer is of another. LayoutError: the family is unknown.
+        RecipeError: the model is not there, its chat template cannot be used (see `configure`), or the device or dtype is
+            not available. ArtifactError: its files are not one whole, unquantised model, or its tokenizer is of another.
+            LayoutError: the family is unknown.
     """
     if dtype not in DTYPES:
         raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
@@ -104,11 +114,13 @@ def load(
     tokenizer = read_tokenizer(source.folder, model, explain)
     if tokenizer.pad_token_id is None:
         raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
-    template = None if prompt_format is None else completion_template(prompt_format, tokenizer)
-    if template is not None:
-        tokenizer.chat_template = template
+    own_template = tokenizer.chat_template
+    configure(tokenizer, reference, prompt_format, chat)
+    template = tokenizer.chat_template if tokenizer.chat_template != own_template else None
     Layout.of(model)  # raises for an unknown family before anything runs
-    return LoadedModel(frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template)
+    return LoadedModel(
+        frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template, chat or ChatSettings()
+    )
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -127,20 +139,6 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"device '{name}' cannot be used here ({reason}). Use cpu, or auto.") from error
     return device
-
-
-def completion_template(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat template (Jinja) that writes prompts as plain text; a past turn ends with the tokenizer's end token.
-
-    A template is saved with the tokenizer, so that a merged checkpoint gets the prompts that it was compiled for.
-    """
-    before, after = (json.dumps(part, ensure_ascii=False) for part in prompt_format.split("{prompt}"))
-    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return (
-        ("{{ bos_token }}" if begins else "") + "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        "{{ message['content'] + eos_token }}{{ '\\n' }}"
-        "{% else %}{{ " + before + " + message['content'] + " + after + " }}{% endif %}{% endfor %}"
-    )
 
 
 def folder_of(reference: str) -> Path:

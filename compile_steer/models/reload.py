@@ -15,6 +15,7 @@ from peft.utils import load_peft_weights
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import open_tensors
 from compile_steer.common.errors import ArtifactError, brief
+from compile_steer.models.chat import configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
 from compile_steer.models.libraries import library_errors
@@ -59,7 +60,10 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     else:
         model = read_model(folder, base.model.dtype, explain)
         tokenizer = read_tokenizer(folder, model, explain)
-    return LoadedModel(frozen(model, base.device), tokenizer, str(folder), "", str(folder))
+    # An artifact carries the template that its base was used with, or all of them.
+    chat = base.chat if isinstance(tokenizer.chat_template, dict) else replace(base.chat, name=None)
+    configure(tokenizer, str(folder), chat=chat)
+    return LoadedModel(frozen(model, base.device), tokenizer, str(folder), "", str(folder), chat=base.chat)
 
 
 def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedModel:
@@ -81,7 +85,7 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
                 f"{folder}: the weights are not those that adapter_config.json asks for; {len(different)} are missing or left "
                 f"over, the first {different[0]}. Compile again."
             )
-    return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source)
+    return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source, chat=base.chat)
 
 
 def require_own_files(folder: Path) -> None:

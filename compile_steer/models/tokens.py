@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from compile_steer.common.errors import RecipeError
+from compile_steer.common.errors import RecipeError, brief
+from compile_steer.models.chat import render
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
@@ -63,7 +66,8 @@ class Batch:
 def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
     """Return the conversation up to the last response, as the model sees it: through the chat template if it has one.
 
-    Raises `RecipeError` for earlier turns or a system prompt that no template could mark.
+    Raises `RecipeError` for earlier turns or a system prompt that no template could mark, and for a template that cannot
+    be rendered or leaves the system prompt out.
     """
     if tokenizer.chat_template is None:
         if text.history:
@@ -71,29 +75,44 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
         if text.system:
             raise RecipeError("data: a system prompt needs a model with a chat template; ask in the prompt instead.")
         return text.prompt
-    messages = [{"role": "system", "content": text.system}] if text.system else []
+    messages = [("system", text.system)] if text.system else []
     for user, assistant in text.history:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    messages.append({"role": "user", "content": text.prompt})
-    try:
-        rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise RecipeError(f"data: the model's chat template refuses a conversation ({error}).") from error
+        messages += [("user", user), ("assistant", assistant)]
+    rendered = render(tokenizer, [*messages, ("user", text.prompt)])
     if text.system.strip() not in rendered:
         raise RecipeError("data: the model's chat template leaves the system prompt out; ask in the prompt instead.")
     return rendered
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
-    """Tokenise prompts and responses separately, so that a prompt has the same tokens whatever the response.
+    """Tokenise a conversation so that a prompt has the same tokens whatever the response.
 
-    Raises `RecipeError` if the template rewrites earlier turns, so that their positions are unknown.
+    What reads like a control token in the text is encoded as the plain text that it is.
+
+    Raises `RecipeError` as `prompt_text` does; if the template rewrites earlier turns, so that their positions are unknown;
+    and if the tokenizer has no plain text for a control token.
     """
-    # A chat template writes its special tokens itself; a plain prompt needs the tokenizer's own.
-    special = tokenizer.chat_template is None
+    return encode_checked(tokenizer, text)[0]
+
+
+def encode_checked(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Encoded, bool]:
+    """Return what `encode` does, and whether the tokenizer makes the same tokens of the whole conversation at once."""
+    has_template = tokenizer.chat_template is not None
+    start_ids = () if has_template else _traits(tokenizer, None).start  # a template writes its special tokens itself
+    text, split = _as_plain_text(tokenizer, text)
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
-    done = ""  # the part of the conversation that is in `ids`
+    done, joined = "", True  # the part of the conversation that is in `ids`
+
+    def add(part: str) -> None:
+        # A part is encoded within its text: alone, some tokenizers put a space before it. Where a token would reach across
+        # the border, the part is encoded alone, because a prompt is what it is before the response is known.
+        nonlocal done, joined
+        whole = split(done + part)
+        fits = whole[: len(ids)] == ids
+        ids.extend(whole[len(ids) :] if fits else split(part))
+        done, joined = done + part, joined and fits
+
     for turn, (user, response) in enumerate((*text.history, (text.prompt, text.response))):
         rendered = prompt_text(tokenizer, Text(user, history=text.history[:turn], system=text.system))
         if not rendered.startswith(done):
@@ -101,18 +120,121 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
                 "data: the chat template rewrites earlier turns (it renders them differently once they are past), so the "
                 "positions of their responses are unknown. Use conversations of one turn."
             )
-        ids += tokenizer(rendered[len(done) :], add_special_tokens=special)["input_ids"]
-        # Without a template nothing separates the response from the prompt's last word.
-        space = " " if special and response and not response[0].isspace() else ""
-        answer = tokenizer(space + response, add_special_tokens=False)["input_ids"] if response else []
-        spans.append((len(ids), len(ids) + len(answer)))
-        ids += answer
-        done = rendered + response
-    return Encoded(tuple(ids), spans[-1][0], tuple(spans[:-1]))
+        if user.strip() not in rendered[len(done) :]:
+            raise RecipeError(
+                f"data: the model's chat template leaves out or changes the prompt {brief(user)}. Give the model a template "
+                "for plain text, or a prompt_format in the recipe."
+            )
+        add(rendered[len(done) :])
+        start = len(ids)
+        if response:
+            # Without a template nothing separates the response from the prompt's last word.
+            add(response if has_template or response[0].isspace() else f" {response}")
+        spans.append((start, len(ids)))
+    return Encoded((*start_ids, *ids), len(start_ids) + spans[-1][0], tuple(spans[:-1])), joined
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text alone, in which nothing is a control token; raises `RecipeError` where that cannot be."""
+    text_as_response, split = _as_plain_text(tokenizer, Text("", text))
+    return split(text_as_response.response)
+
+
+def require_room(loaded: LoadedModel, encoded: Sequence[Encoded], new_tokens: int = 0) -> None:
+    """Raise `RecipeError` for texts that, with the tokens to be generated, are longer than what the model has learned."""
+    longest = max(encoded, key=lambda text: len(text.ids), default=None)
+    if longest is not None and loaded.positions is not None and len(longest.ids) + new_tokens > loaded.positions:
+        raise RecipeError(too_long(loaded, longest, new_tokens))
+
+
+def too_long(loaded: LoadedModel, text: Encoded, new_tokens: int) -> str:
+    """What is wrong with a text that does not fit, in words."""
+    start = loaded.tokenizer.decode(list(text.ids[:48]))
+    more = f" and up to {new_tokens} that follow" if new_tokens else ""
+    return f"{len(text.ids)} tokens{more} do not fit into the model's {loaded.positions} positions: the text {brief(start)}."
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What a tokenizer puts before every text, and the added tokens that a text from outside must not become."""
+
+    start: tuple[int, ...]
+    in_prompts: frozenset[int]
+    in_responses: frozenset[int]
+    prompt_pattern: re.Pattern[str]
+    response_pattern: re.Pattern[str]
+
+
+@lru_cache(maxsize=4)
+def _traits(tokenizer: PreTrainedTokenizerBase, template: str | None) -> _Traits:
+    # What a tokenizer puts behind every text, an end, would stand between prompt and response.
+    alone, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
+    # A model says its reasoning and tool calls in added tokens that are not special. In a response they are what they are;
+    # in a prompt they would be a part that only the template may write.
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = (
+        tokenizer.unk_token,
+        getattr(model, "unk_token", None),
+    )  # what no other token is for; it controls nothing
+    responses = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    responses = {n: content for n, content in responses.items() if content not in unknown and content.strip()}
+    prompts = responses | {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.content in (template or "") and token.content.strip() and not token.content.isalnum()
+    }
+
+    def pattern(tokens: dict[int, str]) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(tokens.values(), key=len, reverse=True))) or "(?!)")
+
+    return _Traits(tuple(whole[:start]), frozenset(prompts), frozenset(responses), pattern(prompts), pattern(responses))
+
+
+def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text, Callable[[str], list[int]]]:
+    """Return a conversation, with what would be a control token marked, and the function that makes tokens of its parts."""
+    traits = _traits(tokenizer, tokenizer.chat_template)
+
+    def split(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    def split_marked(part: str) -> list[int]:
+        try:
+            return list(encode_marked_chat(tokenizer, part))
+        except ValueError as error:  # its plain text is the token again
+            raise RecipeError(f"data: a text holds a control token of the model ({error}). Take it out.") from error
+
+    def convert(function: Callable[[str, re.Pattern[str], frozenset[int]], str]) -> Text:
+        asked, said = (traits.prompt_pattern, traits.in_prompts), (traits.response_pattern, traits.in_responses)
+        history = tuple((function(user, *asked), function(assistant, *said)) for user, assistant in text.history)
+        return Text(
+            function(text.prompt, *asked), function(text.response, *said), history, function(text.system, *asked)
+        )
+
+    found: list[str] = []
+
+    def look(part: str, _: re.Pattern[str], control: frozenset[int]) -> str:
+        found.extend([part] if part and not control.isdisjoint(split(part)) else [])
+        return part
+
+    def mark(part: str, pattern: re.Pattern[str], control: frozenset[int]) -> str:
+        marked = str(mark_control_tokens(part, pattern))
+        if not control.isdisjoint(split_marked(marked)):
+            raise RecipeError(
+                f"data: the model's tokenizer reads a control token in the text {brief(part)}. Take it out."
+            )
+        return marked
+
+    convert(look)
+    return (convert(mark), split_marked) if found else (text, split)
 
 
 def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:
-    """Right-padded batches on the model's device, of similar lengths, each of at most `max_tokens` padded tokens."""
+    """Right-padded batches on the model's device, of similar lengths, each of at most `max_tokens` padded tokens.
+
+    Raises `RecipeError` for a text that is longer than what the model has learned.
+    """
+    require_room(loaded, encoded)
     group: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids)):
         # Texts come in order of length, so that this one is the longest of its batch.

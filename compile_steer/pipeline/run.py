@@ -17,14 +17,16 @@ from compile_steer.artifacts.provenance import Origin, versions
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour, Context, require_distinct
+from compile_steer.data.behaviour import Behaviour, Context
+from compile_steer.data.encoding import check_texts
 from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.extraction.stage import extract
 from compile_steer.lowering.plan import Plan, plan
+from compile_steer.models.chat import ChatSettings
 from compile_steer.models.load import LoadedModel, load, revision_of
-from compile_steer.recipe import Recipe
+from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -50,9 +52,14 @@ class Run:
         if path is not None:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
             data = replace(data, other_behaviour=tuple(pairs))
-        model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
-        data = with_generated_pairs(recipe, model, data, paths, progress)
-        return Run(recipe, paths, Context(model, data, recipe.seed, progress))
+        model = load_base(recipe)
+        notes = check_texts(model, data, answer_lengths(recipe))
+        if recipe.data.generation is not None:
+            data = with_generated_pairs(recipe, model, data, paths, progress)
+            notes = check_texts(model, data, answer_lengths(recipe))
+        for note in notes:
+            progress.note(note)
+        return Run(recipe, paths, Context(model, data, recipe.seed, progress, notes))
 
     @property
     def model(self) -> LoadedModel:
@@ -70,6 +77,8 @@ class Run:
         """Fingerprint of what a stage depends on: recipe sections, data, model, seed, libraries, the artifact before it."""
         model = self.model
         identity = [model.id, model.revision, self.recipe.dtype, self.recipe.seed, self.recipe.prompt_format]
+        if model.chat != ChatSettings():
+            identity.append(self.recipe.part(*CHAT_KEYS))
         # What another version computed is made again: it may have computed something else.
         return digest([self.recipe.part(*sections), self.data.hashes, identity, versions(), after])
 
@@ -117,7 +126,6 @@ class Run:
     def extract(self) -> Directions:
         """Return the directions of every block, from the training pairs."""
         distributed.require_alone("extraction")
-        require_distinct(self.model.tokenizer, self.data)
         options, positions = self.recipe.extract, self.recipe.validate_.positions
         sibling = "" if options.model is None else revision_of(options.model)
         trained_at = positions if options.method == "trained" else ""  # other methods do not depend on them
@@ -198,6 +206,20 @@ class Run:
         if problems:
             raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
         return plan(self.program, model.layout, self.recipe.compile.backends)
+
+
+def load_base(recipe: Recipe) -> LoadedModel:
+    """Load the recipe's model as the recipe uses it; raises as `load`."""
+    return load(
+        recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format, chat=recipe.chat
+    )
+
+
+def answer_lengths(recipe: Recipe) -> dict[str, int]:
+    """How many tokens a model may add to the prompts of each part of the data."""
+    validated, verified = recipe.validate_.max_new_tokens, recipe.verify.max_new_tokens
+    lengths = {"validation": validated, "test": max(validated, verified), "heldout": verified, "neutral": verified}
+    return {**lengths, "calibration": recipe.compile.calibration.max_new_tokens}
 
 
 def with_generated_pairs(

@@ -121,7 +121,7 @@ class Perplexity(ScorerBase):
 def perplexities(loaded: LoadedModel, replies: Sequence[Reply], *, alone: bool = False) -> np.ndarray:
     """Return the perplexity [n] of each reply after its prompt, or `alone`; infinite for an empty reply."""
     from compile_steer.models.logprobs import mean_logprobs
-    from compile_steer.models.tokens import Encoded, encode
+    from compile_steer.models.tokens import Encoded, encode, plain_ids
 
     tokenizer = loaded.tokenizer
     # Without a prompt something must predict the first token.
@@ -130,7 +130,7 @@ def perplexities(loaded: LoadedModel, replies: Sequence[Reply], *, alone: bool =
     def encoded(reply: Reply) -> Encoded:
         if not alone:
             return encode(tokenizer, Text(reply.prompt, reply.text))
-        return Encoded((start, *tokenizer(reply.text, add_special_tokens=False)["input_ids"]), 1)
+        return Encoded((start, *plain_ids(tokenizer, reply.text)), 1)
 
     result = np.full(len(replies), np.inf)
     written = [index for index, reply in enumerate(replies) if reply.text.strip()]

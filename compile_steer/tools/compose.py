@@ -17,9 +17,9 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
-from compile_steer.models.load import LoadedModel, load, revision_of
-from compile_steer.pipeline.run import with_generated_pairs
-from compile_steer.recipe import Recipe
+from compile_steer.models.load import LoadedModel, revision_of
+from compile_steer.pipeline.run import load_base, with_generated_pairs
+from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.report.card import model_card
 from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
@@ -72,7 +72,7 @@ class CompositionRun:
         if problems:
             raise ArtifactError(problems)
         recipe = recipes[0]  # all name the same model, dtype and device
-        model = load(recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format)
+        model = load_base(recipe)
         for number, (own, member) in enumerate(zip(recipes, members, strict=True)):
             model.layout.require_program(member.program, model.id, model.revision)
             data = with_generated_pairs(own, model, member.data, paths[own.name], progress)
@@ -97,9 +97,9 @@ def _disagreements(recipes: Sequence[Recipe], scales: Sequence[float], backend: 
             yield f"compose: a scale of {scale:g} is no program; leave that recipe out."
     if backend not in BACKENDS:
         yield f"compose: backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}."
-    for key in ("model", "prompt_format", "dtype", "device"):
+    for key in ("model", "prompt_format", *CHAT_KEYS, "dtype", "device"):
         values = {recipe.name: getattr(recipe, key) for recipe in recipes}
-        different = set(values.values())
+        different = set(map(str, values.values()))
         if key == "model" and len(different) > 1:  # two paths may lead to one model
             different = {_identity(name) for name in different}
         if len(different) > 1:
@@ -210,6 +210,7 @@ def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
         seconds=0.0,
         inputs=digest([[members, program_sha256, run.backend, way], settings]),
         members=members,
+        chat=asdict(run.model.chat),
         described=program.describe(),
         architecture=run.model.model.config.model_type,
     )

@@ -120,7 +120,7 @@ def validate(
         n_prompts=len(answers["base"].texts),
     )
     verdict, reasons = decide(report, options)
-    report = replace(report, verdict=verdict, reasons=reasons, notes=remarks(report))
+    report = replace(report, verdict=verdict, reasons=reasons, notes=[*context.notes, *remarks(report)])
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
 
 

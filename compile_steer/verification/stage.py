@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -112,10 +112,17 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         capability=capability,
         adapter=adapter_controls(reference, artifact, margins) if origin.form == "adapter" else None,
         rounding=measure_rounding(reference, quantized, artifact, states) if quantized else None,
-        remarks=reference.prompt_sets.remarks,
+        remarks=[*reference.context.notes, *_other_prompts(base, origin), *reference.prompt_sets.remarks],
         unmeasured=unmeasured,
         sha256={},
     )
+
+
+def _other_prompts(base: LoadedModel, origin: Provenance) -> list[str]:
+    """A remark where the artifact was compiled for prompts that the chat template makes differently here."""
+    if not origin.chat or origin.chat == asdict(base.chat):
+        return []
+    return [f"compiled with the chat template's settings {origin.chat}, verified with {asdict(base.chat)}"]
 
 
 def _measure_file(

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, require_distinct
+from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
+from compile_steer.data.encoding import check_texts
 from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
-from tests.helpers.tiny import chat_tokenizer, tokenizer
+from tests.helpers.tiny import chat_tokenizer, loaded, tokenizer
 
 Row = dict[str, Any]
 OTHERS: dict[str, list[Row]] = {
@@ -214,7 +215,7 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
 
     pairs = [("w20", "w21"), ("w30  w31", "w30\tw31"), ("one thing", "another thing")]
     with pytest.raises(RecipeError) as caught:
-        require_distinct(tokenizer(), behaviour(pairs))
+        check_texts(loaded("llama"), behaviour(pairs))
     first, second = caught.value.problems
     assert first.startswith(
         "data.train: the two sides of 1 of 2 pairs are the same tokens for this model, for example 'Heard'"
@@ -223,5 +224,5 @@ def test_pairs_that_are_the_same_tokens_are_counted_and_shown() -> None:
         "data.test: the two sides of 2 of 3 pairs are the same tokens for this model, for example 'w30  w31' and 'w30\\tw31'"
     )
     with pytest.raises(RecipeError) as caught:
-        require_distinct(tokenizer(), behaviour(pairs, "w51"))
+        check_texts(loaded("llama"), behaviour(pairs, "w51"))
     assert len(caught.value.problems) == 1, "what is asked tells the others apart"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 from compile_steer.models.generate import (
     continue_prompts,
@@ -74,14 +77,63 @@ def test_sampling_depends_on_the_given_seed_alone() -> None:
     assert first != continue_prompts(one, PROMPTS, max_new_tokens=8)
 
 
-def test_sampling_ignores_top_k_and_top_p_of_the_checkpoint() -> None:
-    """A tiny model's most likely token is far from certain, so 'top_k 1' in its settings would show."""
+AMBIENT: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 5.0, "encoder_repetition_penalty": 3.0, "length_penalty": 4.0},
+    "cuts": {
+        "top_k": 1,
+        "top_p": 0.01,
+        "min_p": 0.9,
+        "typical_p": 0.1,
+        "epsilon_cutoff": 0.5,
+        "eta_cutoff": 0.5,
+        "top_h": 0.1,
+    },
+    "suppressed": {"suppress_tokens": list(range(6, 90)), "begin_suppress_tokens": list(range(6, 90))},
+    "bad words": {"bad_words_ids": [[n] for n in range(6, 90)], "no_repeat_ngram_size": 1},
+    "bias": {"sequence_bias": [[[11], 50.0]], "guidance_scale": 3.0},
+    "forced": {"forced_bos_token_id": 9, "forced_eos_token_id": 9, "exponential_decay_length_penalty": (1, 5.0)},
+    "lengths": {"max_length": 3, "max_new_tokens": 2, "min_length": 60, "min_new_tokens": 30, "max_time": 0.0},
+    "beams": {"num_beams": 3, "early_stopping": True},
+    "sequences": {"num_return_sequences": 2, "do_sample": True, "temperature": 9.0},
+    "outputs": {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+    "cache": {"use_cache": False, "cache_implementation": "static"},
+    "speculation": {"prompt_lookup_num_tokens": 3},
+    "strings": {"stop_strings": ["w"], "token_healing": True, "watermarking_config": {"bias": 9.0}},
+}
+
+
+@pytest.mark.parametrize("name", AMBIENT)
+def test_no_setting_of_a_checkpoint_acts_on_what_is_generated(name: str) -> None:
+    """Also custom entries of a configuration would be carried over by transformers."""
     one = unending("llama")
-    assert one.model.generation_config is not None
-    one.model.generation_config.top_k = 1
-    one.model.generation_config.top_p = 0.01
-    completions = continue_prompts(one, PROMPTS * 4, max_new_tokens=4, temperature=1.0, seed=0)
-    assert len({e.ids for e in completions}) > len(PROMPTS)
+    expected = [continue_prompts(one, PROMPTS, max_new_tokens=6, temperature=t) for t in (0.0, 1.0)]
+    settings = GenerationConfig(eos_token_id=None)
+    for key, value in AMBIENT[name].items():
+        setattr(settings, key, value)
+    one.model.generation_config = settings
+    assert [continue_prompts(one, PROMPTS, max_new_tokens=6, temperature=t) for t in (0.0, 1.0)] == expected
+    assert one.model.generation_config is settings
+    assert len({e.ids for e in continue_prompts(one, PROMPTS * 4, max_new_tokens=4, temperature=1.0)}) > len(PROMPTS)
+
+
+def test_settings_of_the_base_do_not_act_under_an_adapter_either() -> None:
+    one = unending("llama")
+    wrapped = get_peft_model(one.model, LoraConfig(r=2, target_modules=["down_proj"]))
+    adapted = replace(one, model=wrapped)
+    expected = continue_prompts(adapted, PROMPTS, max_new_tokens=6)
+    settings = GenerationConfig(suppress_tokens=list(range(6, 90)), repetition_penalty=5.0)
+    wrapped.get_base_model().generation_config = settings
+    assert continue_prompts(adapted, PROMPTS, max_new_tokens=6) == expected
+    assert wrapped.get_base_model().generation_config is settings
+
+
+@pytest.mark.parametrize("change", [{"use_cache": False}, {"output_hidden_states": True}, {"output_attentions": False}])
+def test_settings_of_the_configuration_do_not_act_either(change: dict[str, Any]) -> None:
+    one = unending("llama")
+    expected = continue_prompts(one, PROMPTS, max_new_tokens=4)
+    for key, value in change.items():
+        setattr(one.model.config, key, value)
+    assert continue_prompts(one, PROMPTS, max_new_tokens=4) == expected
 
 
 def test_a_continuation_ends_with_its_first_end_of_turn() -> None:

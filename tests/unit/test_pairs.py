@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from compile_steer.common.errors import RecipeError
-from compile_steer.data.behaviour import require_distinct
+from compile_steer.data.encoding import check_texts
 from compile_steer.data.pairs import Pairs
 from compile_steer.models.text import Pair, Text
 from tests.helpers.extraction import extract_with
@@ -183,6 +183,6 @@ def test_a_direction_can_be_extracted_from_pairs_alone() -> None:
     tiny = loaded("llama")
     pairs = Pairs.from_list([(f"w{n} w60", f"w4{n % 7} w50", f"w9{n % 3}") for n in range(10, 40)])
     data = pairs.to_behaviour()
-    require_distinct(tiny.tokenizer, data)
+    check_texts(tiny, data)
     directions = extract_with(tiny, data, length="stream")
     assert directions.layers == tuple(range(LAYERS))

@@ -62,7 +62,7 @@ def test_an_open_run_has_another_behaviours_pairs_as_they_are_in_their_file(tmp_
 
 
 @pytest.mark.usefixtures("_tiny_model")
-def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(tmp_path: Path) -> None:
+def test_pairs_that_the_model_cannot_tell_apart_are_refused_before_any_work(tmp_path: Path) -> None:
     """Pairs of kind 'pairs', so that there is nothing to generate; the tokenizer drops spaces."""
     recipe = generating_recipe(tmp_path)
     for name in SPLITS:
@@ -71,9 +71,12 @@ def test_extraction_refuses_pairs_that_the_model_cannot_tell_apart(tmp_path: Pat
         path.write_text("\n".join(json.dumps(row) for row in rows))
     section = {**recipe.data.model_dump(exclude={"kind", "generate"}), "positive_template": "{prompt}"}
     record = {**recipe.model_dump(by_alias=True), "data": section, "folder": tmp_path}
-    run = Run.open(Recipe.model_validate(record), tmp_path / "out", Progress())
     with pytest.raises(RecipeError, match=f"the two sides of {N_PROMPTS} of {N_PROMPTS} pairs are the same tokens"):
-        run.extract()
+        Run.open(Recipe.model_validate(record), tmp_path / "out", Progress())
+    for name in SPLITS:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({**row, "positive": f"{name} w7"}) for row in read_rows(path)))
+    run = Run.open(Recipe.model_validate(record), tmp_path / "out", Progress())
     with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
         run.generated_pairs()
     assert not run.paths.out.exists()

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import LayoutError, RecipeError
 from compile_steer.data.behaviour import Context
+from compile_steer.models.chat import completion_template
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import LoadedModel, completion_template, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.pipeline.run import Run

@@ -1,0 +1,76 @@
+"""What a model's tokenizer and chat template make of the data, looked at before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from compile_steer.common.errors import RecipeError, brief, several
+from compile_steer.data.behaviour import SPLITS, Behaviour
+from compile_steer.models.text import Text
+
+if TYPE_CHECKING:
+    from compile_steer.models.load import LoadedModel
+    from compile_steer.models.tokens import Encoded
+
+
+def check_texts(
+    loaded: LoadedModel, data: Behaviour, new_tokens: Mapping[str, int] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """Encode all data once; returns what a reader of the measurements should know.
+
+    Args:
+        new_tokens: how long an answer to the prompts of a part may be, by the part's name.
+
+    Raises:
+        RecipeError: a text that the chat template refuses, changes or drops, or that is longer than what the model has
+            learned; a pair whose sides are the same tokens (some tokenizers drop case, accents or spaces).
+    """
+    from compile_steer.models.chat import open_reasoning  # not with the module: they import torch
+
+    notes, problems = [open_reasoning(loaded.tokenizer)], []
+    pairs = {name: data.split(name) for name in SPLITS}
+    parts = {name: [side for pair in part for side in (pair.positive, pair.negative)] for name, part in pairs.items()}
+    parts |= {name: list(getattr(data, name)) for name in ("neutral", "heldout", "calibration")}
+    for name, texts in parts.items():
+        encoded, note, wrong = _encode_part(loaded, name, texts, new_tokens.get(name, 0))
+        notes.append(note)
+        problems += several(list(dict.fromkeys(wrong)))
+        if not wrong and name in pairs:
+            sides = zip(pairs[name], encoded[::2], encoded[1::2], strict=True)
+            same = [pair for pair, one, other in sides if one == other and pair.positive.response]
+            if same:
+                problems.append(
+                    f"data.{name}: the two sides of {len(same)} of {len(pairs[name])} pairs are the same tokens for this "
+                    f"model, for example {brief(same[0].positive.response)} and {brief(same[0].negative.response)} (prompt "
+                    f"{brief(same[0].prompt)}). Remove them, or make the sides differ in more than the tokenizer drops."
+                )
+    if problems:
+        raise RecipeError(problems)
+    return tuple(note for note in notes if note)
+
+
+def _encode_part(
+    loaded: LoadedModel, name: str, texts: Sequence[Text], new_tokens: int
+) -> tuple[list[Encoded], str, list[str]]:
+    """Return a part's texts as tokens, a remark on them ('' if there is nothing to say), and their problems."""
+    from compile_steer.models.tokens import encode_checked, too_long
+
+    encoded, problems, apart = [], [], []
+    for text in texts:
+        try:
+            tokens, joined = encode_checked(loaded.tokenizer, text)
+        except RecipeError as error:
+            problems += [f"data.{name}: {line.removeprefix('data: ')}" for line in error.problems]
+            continue
+        encoded.append(tokens)
+        apart += [] if joined else [text]
+        if loaded.positions is not None and max(len(tokens.ids), tokens.n_prompt + new_tokens) > loaded.positions:
+            problems.append(f"data.{name}: {too_long(loaded, tokens, new_tokens)}")
+    note = apart and (
+        f"data.{name}: of {len(apart)} of {len(texts)} texts the model's tokenizer makes other tokens where prompt and "
+        f"response are encoded at once, as it does of {brief(apart[0].prompt)} with {brief(apart[0].response)}. They are "
+        "encoded apart, as a model that answers sees its prompt."
+    )
+    return encoded, note or "", problems
