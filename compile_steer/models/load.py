@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 from dataclasses import dataclass, field
@@ -119,7 +120,13 @@ def load(
     template = tokenizer.chat_template if tokenizer.chat_template != own_template else None
     Layout.of(model)  # raises for an unknown family before anything runs
     return LoadedModel(
-        frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template, chat or ChatSettings()
+        frozen(model, target),
+        tokenizer,
+        reference,
+        source.revision,
+        str(source.folder),
+        template,
+        chat or ChatSettings(),
     )
 
 

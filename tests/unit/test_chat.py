@@ -213,7 +213,7 @@ def test_an_artifact_is_read_with_the_settings_of_its_base(tmp_path: Path) -> No
     two = with_template({"default": CHAT_TEMPLATE, "slow": THINKING + "{{ strftime_now('%Y') }}"})
     settings = ChatSettings({"enable_thinking": False}, "slow", "2024-07-26")
     for name in ("all templates", "the one that was used"):
-        base = LoadedModel(build("llama", vocab_size=VOCAB), copy.deepcopy(two), "m", "r", str(tmp_path), settings)
+        base = LoadedModel(build("llama", vocab_size=VOCAB), copy.deepcopy(two), "m", "r", "", chat=settings)
         configure(base.tokenizer, "m", chat=settings)
         (two if name == "all templates" else base.tokenizer).save_pretrained(tmp_path)
         artifact = reload(tmp_path, base)
