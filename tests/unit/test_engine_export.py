@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from compile_steer.artifacts.files import sha256, was_edited
 from compile_steer.cli.app import app
-from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
 from compile_steer.export.adapter import write_patch
 from compile_steer.steering.program import Program
 from compile_steer.tools.serving.export import export
@@ -85,6 +85,9 @@ def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
     write_patch(tmp_path / "ours", patch, one, origin(one), "")
     with pytest.raises(CannotLower, match=r"its base 'tiny-llama' is not at hand.*--base"):
         export(tmp_path / "ours", "llama.cpp", tmp_path / "out")
+    with pytest.raises(CompileSteerError, match=r"out'?: .*no config\.json"):
+        (tmp_path / "out").mkdir()
+        export(tmp_path / "ours", "vllm", tmp_path / "out", base=str(tmp_path / "out"))
     exported = export(tmp_path / "ours", "llama.cpp", tmp_path / "out", base=one.source)
     reader = gguf.GGUFReader(tmp_path / "out" / "ours.lora.gguf")
     found = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}

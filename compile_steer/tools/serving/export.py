@@ -128,8 +128,9 @@ def _export_program(path: Path, engine: EngineName, new: Path) -> tuple[list[str
 
 def _export_adapter(folder: Path, engine: EngineName, new: Path, base: str | None) -> tuple[list[str], _Names]:
     lora = read_lora(folder)
+    # A base that is named must be one; that which the adapter names may be on another machine.
+    family = str(_config(folder_of(base)).model_type) if base else _family(lora.base) if lora.base else None
     base = base or lora.base
-    family = _family(base) if base else None
     problems = adapter_refusals(engine, family, lora.max_rank)
     if engine == "llama.cpp" and family is None:
         problems.append(
