@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -58,16 +59,24 @@ def _encode_part(
     from compile_steer.models.tokens import encode_checked, too_long
 
     encoded, problems, apart = [], [], []
+    far = loaded.positions and 16 * loaded.positions + 1000  # characters; a token has about four
     for text in texts:
+        # Of a text that is far too long its start says so, in a fraction of the time.
+        start = Text(text.prompt[:far], text.response[:far])
+        cut = far and start != replace(text, history=(), system="")
         try:
-            tokens, joined = encode_checked(loaded.tokenizer, text)
+            tokens, joined = encode_checked(loaded.tokenizer, start if cut else text)
+            if cut and len(tokens.ids) <= (loaded.positions or 0):
+                cut, (tokens, joined) = False, encode_checked(loaded.tokenizer, text)
         except RecipeError as error:
             problems += [f"data.{name}: {line.removeprefix('data: ')}" for line in error.problems]
             continue
         encoded.append(tokens)
+        if not tokens.n_prompt:
+            problems.append(f"data.{name}: the model's tokenizer makes no token of the prompt {brief(text.prompt)}.")
         apart += [] if joined else [text]
         if loaded.positions is not None and max(len(tokens.ids), tokens.n_prompt + new_tokens) > loaded.positions:
-            problems.append(f"data.{name}: {too_long(loaded, tokens, new_tokens)}")
+            problems.append(f"data.{name}: {too_long(loaded, tokens, new_tokens, 'at least ' if cut else '')}")
     note = apart and (
         f"data.{name}: of {len(apart)} of {len(texts)} texts the model's tokenizer makes other tokens where prompt and "
         f"response are encoded at once, as it does of {brief(apart[0].prompt)} with {brief(apart[0].response)}. They are "

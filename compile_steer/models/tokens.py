@@ -147,11 +147,11 @@ def require_room(loaded: LoadedModel, encoded: Sequence[Encoded], new_tokens: in
         raise RecipeError(too_long(loaded, longest, new_tokens))
 
 
-def too_long(loaded: LoadedModel, text: Encoded, new_tokens: int) -> str:
+def too_long(loaded: LoadedModel, text: Encoded, new_tokens: int, count: str = "") -> str:
     """What is wrong with a text that does not fit, in words."""
     start = loaded.tokenizer.decode(list(text.ids[:48]))
     more = f" and up to {new_tokens} that follow" if new_tokens else ""
-    return f"{len(text.ids)} tokens{more} do not fit into the model's {loaded.positions} positions: the text {brief(start)}."
+    return f"{count}{len(text.ids)} tokens{more} do not fit into the model's {loaded.positions} positions: the text {brief(start)}."
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.text import Pair, Readout, Text
-from compile_steer.models.tokens import encode
+from compile_steer.models.tokens import encode, require_room
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
 from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
@@ -242,9 +242,10 @@ def _answer(
     # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
     history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
     try:
-        encode(model.tokenizer, Text(prompts[0], history=history))
+        asked = [encode(model.tokenizer, Text(prompt, history=history)) for prompt in prompts]
+        require_room(model, asked, options.max_new_tokens)
     except RecipeError:
-        history = ()  # the chat template cannot have earlier turns
+        history = ()  # the chat template cannot have earlier turns, or the model has too few positions for them
     if history:
         request = Request(prompts, ask=lambda prompt: Text(prompt, history=history))
         (answers["few_shot"],) = answer(model, [request], score, options.max_new_tokens, data.questions)

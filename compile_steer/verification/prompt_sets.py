@@ -22,7 +22,7 @@ from compile_steer.models.generate import continue_prompts, ended, prefill, resp
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
-from compile_steer.models.tokens import Encoded, encode
+from compile_steer.models.tokens import Encoded, encode, require_room
 from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.program import Program
@@ -52,12 +52,14 @@ def build_prompts(
 
     sets: dict[PromptSetName, list[Prompt]] = {"held-out": prompts(data.heldout), "off-topic": prompts(data.neutral)}
     try:
-        sets["multi-turn"] = prompts(list(islice(_conversations(data), count)))
+        talks = prompts(list(islice(_conversations(data), count)))
+        require_room(base, [prompt.encoded for prompt in talks], options.max_new_tokens)
+        sets["multi-turn"] = talks
     except RecipeError as error:
         remarks.append(f"no prompts of several turns were verified ({error})")
     if options.long:
         long = [_long_prompt(base, data, options.long_tokens, number) for number in range(options.long)]
-        room = getattr(base.model.config, "max_position_embeddings", None)
+        room = base.positions
         longest = max(len(prompt.encoded.ids) for prompt in long) + options.free_tokens
         if room is None or longest <= room:
             sets["long"] = long

@@ -159,6 +159,13 @@ def test_all_that_is_wrong_with_the_texts_is_said_at_once_with_their_places() ->
         "data.neutral: 70 tokens and up to 4 that follow do not fit into the model's 64 positions"[:60],
         "data.heldout: a system prompt needs a model with a chat template"[:60],
     ]
+    huge = Text("w20 " * 350_000, "w21 " * 350_000)
+    with pytest.raises(RecipeError, match="do not fit into the model's 64 positions"):
+        check_texts(one, replace(NOTHING, neutral=(huge, replace(huge, system="w9"))))
+    spaced = Text("w20" + " " * 5000 + "w21")
+    assert check_texts(one, replace(NOTHING, neutral=(spaced,))) == (), "this tokenizer drops spaces"
+    with pytest.raises(RecipeError, match=r"data\.neutral: the model's tokenizer makes no token of the prompt ' '"):
+        check_texts(one, replace(NOTHING, neutral=(Text(" "),)))
     fits = replace(NOTHING, heldout=(Text(" ".join(["w20"] * 60)),))
     assert check_texts(one, fits, {"heldout": 4}) == ()
     with pytest.raises(RecipeError, match="60 tokens and up to 5 that follow do not fit"):
