@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compile_steer.artifacts.provenance import PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.common.options import dotted, explain
+from compile_steer.common.options import Seed, dotted, explain
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.data.encoding import check_texts
@@ -94,7 +94,7 @@ def validate(
     """
     context = _context(model, data, seed, progress)
     # The scorer by itself first, so that its problems are named score.KEY.
-    settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score."), **options})
+    settings = _parse(ValidateOptions, {"score": _parse(Scorer, score, "score"), **options})
     return validation.validate(
         context, directions, settings, readout="response_mean", ask=ask, too_high=4.0, name="program"
     )
@@ -212,7 +212,7 @@ def verify(
     if isinstance(program, str | Path):
         program = Program.load(Path(program))
     context = _context(model, data, seed, progress)
-    reference = Reference(context, program, _parse(VerifyOptions, options), _parse(Scorer, score, "score."), ask)
+    reference = Reference(context, program, _parse(VerifyOptions, options), _parse(Scorer, score, "score"), ask)
     return verify_artifact(reference, Path(folder), program.sha256)
 
 
@@ -233,7 +233,7 @@ def steered(
 def _context(model: LoadedModel, data: Behaviour, seed: int, progress: Progress | None) -> Context:
     if not isinstance(data, Behaviour):
         raise RecipeError(f"data: found {type(data).__name__}; needed: Behaviour, which Pairs.to_behaviour() returns.")
-    return Context(model, data, seed, progress or Progress(), check_texts(model, data))
+    return Context(model, data, _parse(Seed, seed, "seed"), progress or Progress(), check_texts(model, data))
 
 
 def _own_folder(folder: str | Path) -> Path:
@@ -245,10 +245,10 @@ def _own_folder(folder: str | Path) -> Path:
     return path
 
 
-def _parse(section: Any, options: Any, prefix: str = "") -> Any:
+def _parse(section: Any, options: Any, *place: str) -> Any:
     """Return the options as `section` of a recipe; raises one `RecipeError` with every problem."""
     try:
         return TypeAdapter(section).validate_python(options)
     except ValidationError as error:
-        problems = explain(error, lambda steps: prefix + (dotted(steps) or "kind"))
+        problems = explain(error, lambda steps: dotted((*place, *steps)))
         raise RecipeError([f"{problem}." for problem in problems]) from error

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from compile_steer.artifacts.files import digest
 from compile_steer.common import reading
 from compile_steer.common.errors import RecipeError, brief
-from compile_steer.common.options import Section, explain_one
+from compile_steer.common.options import Section, Seed, explain_one
 from compile_steer.common.reading import Malformed
 from compile_steer.data.section import Data
 from compile_steer.extraction.options import ExtractOptions
@@ -49,7 +49,7 @@ class Recipe(Section):
     chat_template_date: date = Field(
         date.fromisoformat(DATE), description="the date that a chat template is told which prints one"
     )
-    seed: int = Field(0, description="of everything random")
+    seed: Seed = Field(0, description="of everything random")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
     ask: str = Field("What are you?", description="one prompt answered by base, steered and compiled for the report")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compile_steer.artifacts.provenance import EngineName
-from compile_steer.cli.options import Json, Recipes, console, finish, progress_bars
+from compile_steer.cli.options import Json, Recipes, console, finish, progress_bars, within
 
 Base = Annotated[
     str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
@@ -43,7 +43,9 @@ def reproduce(
     path: Annotated[Path, typer.Argument(help="An adapter, patch, merged folder, vector or directions.")],
     to: Annotated[Path | None, typer.Option(help="Empty folder for what is made. [default: a temporary one]")] = None,
     recipes: Recipes = None,
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference at which numbers agree.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(callback=within(0, 1), help="Largest relative difference at which numbers agree.")
+    ] = 1e-3,
     as_json: Json = False,
 ) -> None:
     """Make an artifact again from the recipe that it carries, and say link by link whether the same came out.
@@ -66,7 +68,10 @@ def audit(
     other: Annotated[str, typer.Argument(help="A fine-tuned or merged model, a plain LoRA adapter, or a patch.")],
     program: Annotated[Path | None, typer.Option(help="A vector's file, to compare baked directions with.")] = None,
     threshold: Annotated[
-        float, typer.Option(help="Fraction of the largest singular value above which one counts as rank.")
+        float,
+        typer.Option(
+            callback=within(0, 1), help="Fraction of the largest singular value above which one counts as rank."
+        ),
     ] = 0.01,
     as_json: Json = False,
 ) -> None:
@@ -135,7 +140,7 @@ def verify_engines(
     ] = None,
     base: Base = None,
     precision: Annotated[str, typer.Option(help="Of files for llama.cpp: f32, f16, q8_0 or q4_0.")] = "f32",
-    limit: Annotated[float, typer.Option(help="Seconds that an engine may take.")] = 900,
+    limit: Annotated[float, typer.Option(callback=within(1), help="Seconds that an engine may take.")] = 900,
     as_json: Json = False,
 ) -> None:
     """Export an artifact for serving engines, run them, and compare their log-probabilities with transformers'.

@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from compile_steer.pipeline.run import Run
     from compile_steer.tools.interference import Composition
 
+
+def within(low: float, high: float = 1e6) -> Any:
+    """Return a callback of an option that refuses what is no number from `low` to `high`; NaN passes typer's own min and max."""
+
+    def check(value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                raise typer.BadParameter(f"found {number}; needed: a number from {low:g} to {high:g}.")
+        return value
+
+    return check
+
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe: a YAML file that names model, data and settings.")]
 RecipePaths = Annotated[list[Path], typer.Argument(help="The recipes, two or more, compiled already.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for vectors/, adapters/ and merged/. [default: runs/NAME]")]
@@ -126,7 +139,8 @@ class SeveralSession:
         recipes: RecipePaths,
         backend: Annotated[str, typer.Option(help="Whose adapters are put together.")] = "closed_form",
         scale: Annotated[
-            list[float] | None, typer.Option("--scale", help="Factor of each program, in order. [default: 1]")
+            list[float] | None,
+            typer.Option("--scale", callback=within(-1e6), help="Factor of each program, in order. [default: 1]"),
         ] = None,
         runs: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME.")] = Path("runs"),
         out: Annotated[Path | None, typer.Option(help="Folder for composed/. [default: RUNS/NAME1+NAME2]")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compile_steer.cli.options import Session, SeveralSession, command
+from compile_steer.cli.options import Session, SeveralSession, command, within
 
 Convention = Annotated[
     str | None,
@@ -23,8 +23,10 @@ def import_(
     to: Annotated[str, typer.Option(help="Name of the new recipe, written beside the given one.")],
     kind: Annotated[str | None, typer.Option("--format", help="Of the file. [default: by its name]")] = None,
     layer_convention: Convention = None,
-    layer: Annotated[int | None, typer.Option(help="The block of a bare tensor.")] = None,
-    index: Annotated[int | None, typer.Option(help="The row of a dictionary of features or concepts.")] = None,
+    layer: Annotated[int | None, typer.Option(callback=within(0), help="The block of a bare tensor.")] = None,
+    index: Annotated[
+        int | None, typer.Option(callback=within(0, 1e9), help="The row of a dictionary of features or concepts.")
+    ] = None,
     joint: Annotated[str | None, typer.Option(help="Blocks added all at once: all, or 4,5,6.")] = None,
 ) -> None:
     """Start from a vector that another tool made: repeng, steering-vectors, CAA, persona vectors, SAEs and more.
@@ -87,9 +89,13 @@ def task_vector(
     session: Session,
     *,
     artifact: Annotated[Path, typer.Option(help="Folder of a compiled patch or adapter.")],
-    scale: Annotated[float, typer.Option(help="Factor on it; -1 takes away what it gives.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(callback=within(-1e6), help="Factor on it; -1 takes away what it gives.")
+    ] = 1.0,
     add: Annotated[list[Path] | None, typer.Option(help="Folder of another patch, added as it is. Repeatable.")] = None,
-    cut: Annotated[int | None, typer.Option(help="Cut every matrix to this rank, for a stock LoRA adapter.")] = None,
+    cut: Annotated[
+        int | None, typer.Option(callback=within(1), help="Cut every matrix to this rank, for a stock LoRA adapter.")
+    ] = None,
     to: Annotated[str, typer.Option(help="The new patch is adapters/NAME-TO.")] = "task_vector",
 ) -> None:
     """Scale, negate, add and cut what was compiled, as arithmetic on weights; and say what is in it.

@@ -57,7 +57,7 @@ class InternalError(Exception):
 def several(problems: Sequence[str], shown: int = 5) -> list[str]:
     """The first problems, and how many more there are: a wrong file repeats one mistake thousands of times."""
     more = len(problems) - shown
-    return [*problems[:shown], *([f"{more} more like this."] if more > 0 else [])]
+    return [*problems[:shown], *([f"{more:,} more like this."] if more > 0 else [])]
 
 
 _BRIEF = reprlib.Repr()

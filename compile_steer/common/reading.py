@@ -202,18 +202,18 @@ _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-# Plain text that some version of YAML takes for a number or a date: nobody can tell which is meant.
+# Plain text that some version of YAML takes for a number: nobody can tell which is meant.
 _UNCLEAR = re.compile(
     r"[-+]?(0[xob][0-9a-fA-F_]+|0[0-9_]+(\.[0-9_]*)?|[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?|\.(inf|nan)|\.Inf|\.NaN|\.INF|\.NAN)"
-    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?|=|<<"
+    r"|=|<<"
 )
 
 
 def parse_yaml(text: str) -> Yaml:
     """The content of one YAML document in version 1.2's core schema; raises `Malformed` with line and column.
 
-    Of plain scalars only null, true, false, and decimal numbers are more than text. What versions of YAML read in different
-    ways (dates, octal numbers, 1_000) must be quoted.
+    Of plain scalars only null, true, false, and decimal numbers are more than text; a date is text. What versions of YAML
+    read in different ways (octal numbers, 1_000) must be quoted.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -319,6 +319,6 @@ class _YamlBuilder:
         if _UNCLEAR.fullmatch(text):
             self._problem(
                 event,
-                f"{text:.40} is read as a number, a date or text by different versions of YAML; quote it if it is text",
+                f"{text:.40} is read as a number or as text by different versions of YAML; quote it if it is text",
             )
         return text

@@ -91,7 +91,7 @@ class Pairs(Sequence[Pair]):
         Raises `RecipeError` for other fractions, or a part without a pair.
         """
         fractions = (train, validation, test)
-        if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        if not (min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6):  # NaN is neither
             raise RecipeError(f"Pairs.split: found the fractions {fractions}; needed: all above 0, with the sum 1.")
         n, order = len(self), random.Random(seed).sample(range(len(self)), len(self))
         first, second = round(train * n), round((train + validation) * n)

@@ -74,11 +74,8 @@ class DataSection(Section, ABC):
         splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
-        repeated, unusable = (
-            several(list(lines), MAX_LINES) for lines in (repeated_prompts(prompts), self.problems(splits))
-        )
-        problems = [*reader.problems, *repeated, *unusable]
-        if problems:
+        repeated, unusable = list(repeated_prompts(prompts)), list(self.problems(splits))
+        if problems := [*reader.problems, *several(repeated, MAX_LINES), *several(unusable, MAX_LINES)]:
             raise RecipeError(problems)
         parts: dict[str, Any] = {name: tuple(map(self.pair, part)) for name, part in splits.items()}
         parts |= {name: tuple(map(text_of, part)) for name, part in texts.items()}

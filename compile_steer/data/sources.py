@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, StrictInt, Tag, TypeA
 
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, require_library
-from compile_steer.common.options import Section
+from compile_steer.common.options import Section, Seed
 from compile_steer.common.reading import Malformed, read_json_lines
 
 MAX_CHOICES = 26  # as many as there are letters
@@ -30,7 +30,7 @@ class Dataset(Section):
         {}, description="the column of each key that has another name; several columns make one list"
     )
     limit: int | None = Field(None, ge=1, description="number of rows; None: all")
-    seed: int | None = Field(None, description="of the order in which rows are drawn; None: as they are stored")
+    seed: Seed | None = Field(None, description="of the order in which rows are drawn; None: as they are stored")
 
     def __str__(self) -> str:
         return f"'{self.source}' (split {self.split})"

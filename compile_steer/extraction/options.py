@@ -78,7 +78,10 @@ class ExtractOptions(Section):
     point: Point = Field("resid_post", description="where in each block the activations are read")
     pairs: int | None = Field(None, ge=2, description="use only the first so many training pairs, or questions")
     shuffled: int = Field(
-        12, ge=1, description="directions from shuffled labels, as controls; of method trained each is a training"
+        12,
+        ge=1,
+        le=1000,
+        description="directions from shuffled labels, as controls; of method trained each is a training",
     )
     operation: Literal["add", "clamp", "ablate"] = Field(
         "add",

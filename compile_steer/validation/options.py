@@ -59,7 +59,7 @@ class ValidateOptions(Section):
     pairs: int = Field(200, ge=4, description="test pairs measured, at most")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
     max_new_tokens: int = Field(40, ge=4, description="length of an answer")
-    random_directions: int = Field(20, ge=20, description="random control directions of the same strength")
+    random_directions: int = Field(20, ge=20, le=1000, description="random control directions of the same strength")
     max_perplexity_ratio: float = Field(1.5, gt=1, description="perplexity limit: on control text, over the base's")
     max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of an answer's 3-grams that repeat")
     min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
