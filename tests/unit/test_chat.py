@@ -247,7 +247,7 @@ def test_the_settings_of_a_recipe_are_recorded_and_old_records_are_read(tmp_path
         ("chat_template={strftime_now: x}", "'strftime_now' cannot be"),
         ("chat_template={'a b': 1}", "'a b' cannot be"),
         ("chat_template={'x %}{{ 1 }}': 1}", "cannot be"),
-        ("chat_template={a: .nan}", "needed: finite numbers"),
+        ("chat_template={a: .nan}", ".nan is read as a number or as text"),
         ("chat_template=thinking", "chat_template"),
         ("chat_template_date=yesterday", "chat_template_date"),
         ("chat_template_name=[a]", "chat_template_name"),
