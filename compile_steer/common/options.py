@@ -18,6 +18,13 @@ _LARGEST = {"int": 10**6, "float": 10**9}
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # what Python, numpy and torch all take
 
 
+def each_once(values: Any) -> Any:
+    """A validator: a list names at least one value, and none twice."""
+    if isinstance(values, tuple) and (not values or len(set(values)) < len(values)):
+        raise ValueError("name at least one, and each once")
+    return values
+
+
 def _limit(schema: Any) -> None:
     """Make every scalar within a pydantic schema strict, and limit its numbers."""
     if isinstance(schema, dict):

@@ -32,7 +32,9 @@ TEXTS = Path(__file__).parent / "texts"  # general texts and prompts, for a beha
 class GenerateOptions(Section):
     """How the model generates both sides of its pairs, and how many pairs are needed."""
 
-    max_new_tokens: int = Field(48, ge=4, description="a longer response is cut after its last whole sentence")
+    max_new_tokens: int = Field(
+        48, ge=4, le=100_000, description="a longer response is cut after its last whole sentence"
+    )
     tries: int = Field(1, ge=1, description="attempts at a response: the first greedy, the others sampled")
     temperature: float = Field(0.7, gt=0, description="of the sampled attempts")
     max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of repeated 3-grams")

@@ -41,8 +41,8 @@ Source = Annotated[
     Discriminator(lambda value: "dataset" if isinstance(value, dict | Dataset) else "file"),
 ]
 Row = dict[str, Any]
-# Not blank, and without NUL, which ends a text in what is written in C.
-_Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+# Something to see (U+200B and the like are characters of no width), and no NUL, which ends a text in what is written in C.
+_Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*[^\s\x00\p{Cf}][^\x00]*$")]
 
 
 class _Check(Section):

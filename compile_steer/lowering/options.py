@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from compile_steer.common.options import Section
+from compile_steer.common.options import Section, each_once
 
 BackendName = Literal["bias", "orthogonalise", "retarget", "closed_form", "distill", "full", "full_cut"]
 
@@ -15,7 +15,7 @@ class CalibrationOptions(Section):
     """The texts that the compiler sees: the steered model's own continuations of calibration prompts."""
 
     prompts: int = Field(180, ge=1, description="calibration prompts that the closed form is fitted to")
-    max_new_tokens: int = Field(48, ge=1, description="length of a continuation")
+    max_new_tokens: int = Field(48, ge=1, le=100_000, description="length of a continuation")
     batch: int = Field(96, ge=1, description="prompts continued at once")
 
 
@@ -99,3 +99,5 @@ class CompileOptions(Section):
     closed_form: ClosedFormOptions = ClosedFormOptions()
     distill: DistillOptions = DistillOptions()
     full: FullOptions = FullOptions()
+
+    _backends = field_validator("backends")(each_once)

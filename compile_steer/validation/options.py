@@ -58,7 +58,7 @@ class ValidateOptions(Section):
     control_pairs: int = Field(24, ge=4, description="test pairs that the control directions are measured on")
     pairs: int = Field(200, ge=4, description="test pairs measured, at most")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
-    max_new_tokens: int = Field(40, ge=4, description="length of an answer")
+    max_new_tokens: int = Field(40, ge=4, le=100_000, description="length of an answer")
     random_directions: int = Field(20, ge=20, le=1000, description="random control directions of the same strength")
     max_perplexity_ratio: float = Field(1.5, gt=1, description="perplexity limit: on control text, over the base's")
     max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of an answer's 3-grams that repeat")
@@ -81,8 +81,8 @@ class ValidateOptions(Section):
     @field_validator("layers")
     @classmethod
     def _not_empty(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
-        if layers == () or (isinstance(layers, tuple) and min(layers) < 0):
-            raise ValueError("give block numbers from 0 on, 'auto' or 'search'")
+        if isinstance(layers, tuple) and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("give block numbers from 0 on, each once, or 'auto' or 'search'")
         return layers
 
     @field_validator("positions")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from compile_steer.common.options import Section
+from compile_steer.common.options import Section, each_once
 
 Form = Literal["adapter", "merged-fp32", "merged-bf16", "merged-fp16", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 
@@ -49,7 +49,7 @@ class VerifyOptions(Section):
         min_length=1,
         description="artifact formats that are made and verified",
     )
-    max_new_tokens: int = Field(48, ge=4, description="length of a continuation or answer")
+    max_new_tokens: int = Field(48, ge=4, le=100_000, description="length of a continuation or answer")
     heldout: int = Field(40, ge=8, description="held-out prompts continued by the steered model, for the KL")
     pairs: int = Field(40, ge=8, description="test pairs, for the effect retained")
     neutral: int = Field(30, ge=8, description="control texts, for the KL from the base")
@@ -58,9 +58,11 @@ class VerifyOptions(Section):
         2, ge=1, description="prompts of each set: held-out, off-topic, multi-turn; answered freely too"
     )
     long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the control texts")
-    long_tokens: int = Field(1000, ge=16, description="length of these prompts")
-    free_tokens: int = Field(16, ge=4, description="of an answer to these prompts")
+    long_tokens: int = Field(1000, ge=16, le=1_000_000, description="length of these prompts")
+    free_tokens: int = Field(16, ge=4, le=100_000, description="of an answer to these prompts")
     capability: Literal[0] | Annotated[int, Field(ge=2, le=24)] = Field(
         24, description="short questions with one right answer, of 24, for the capability retention; 0 asks none"
     )
     gates: Gates = Gates()
+
+    _forms = field_validator("forms")(each_once)
