@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compile_steer.common.errors import ArtifactError, brief
+
+
+def require_inside(folder: Path, recorded: Path, what: str) -> None:
+    """Raise `ArtifactError` where a path that an artifact records leads out of `folder`, by `..`, from the root or by a link."""
+    target = (folder / recorded).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{what}: the artifact records {brief(str(recorded))}, which lies outside of {folder}. It is not read, unless you "
+            "name a folder above it (--recipes)."
+        )
+
+
+def _plain_name(name: str) -> str:
+    """`name` where it is that of one file or folder; raises `ArtifactError` for one that leads elsewhere."""
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ArtifactError(f"the artifact records the name {brief(name)}, which would lead out of its run's folder.")
+    return name
+
 
 class RunPaths:
     """`data/NAME.*`, `vectors/NAME.*`, `adapters/NAME-BACKEND/`, `merged/NAME-BACKEND-PRECISION/` below `out`.
@@ -12,7 +31,7 @@ class RunPaths:
     """
 
     def __init__(self, out: Path, name: str) -> None:
-        self.out, self.name = out, name
+        self.out, self.name = out, _plain_name(name)
         self.generation_report = out / "data" / f"{name}.json"  # how many pairs were generated, and why others dropped
         self.directions = out / "vectors" / f"{name}.directions.safetensors"  # the candidates, and their controls
         self.program = out / "vectors" / f"{name}.safetensors"  # the chosen one: the vector
@@ -32,11 +51,11 @@ class RunPaths:
         return self.out / "data" / f"{self.name}.{split}.jsonl"
 
     def adapter(self, backend: str) -> Path:
-        return self.out / "adapters" / f"{self.name}-{backend}"
+        return self.out / "adapters" / _plain_name(f"{self.name}-{backend}")
 
     def merged(self, backend: str, precision: str) -> Path:
-        return self.out / "merged" / f"{self.name}-{backend}-{precision}"
+        return self.out / "merged" / _plain_name(f"{self.name}-{backend}-{precision}")
 
     def composed(self, suffix: str) -> Path:
         """An adapter made of several (suffix BACKEND-stacked or BACKEND-joint), or a report on how they interfere."""
-        return self.out / "composed" / f"{self.name}-{suffix}"
+        return self.out / "composed" / _plain_name(f"{self.name}-{suffix}")

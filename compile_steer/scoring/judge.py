@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from compile_steer.artifacts.files import digest, parse_record
-from compile_steer.common.errors import ArtifactError, RecipeError, require_library
+from compile_steer.common.errors import ArtifactError, RecipeError, brief, library_errors, plain, require_library
 from compile_steer.common.reading import Malformed, read_json_lines
 from compile_steer.scoring.base import Reply, Score, ScorerBase
+from compile_steer.scoring.judge_client import open_client, read_key, require_confirmed, within
 
 if TYPE_CHECKING:
     from compile_steer.data.behaviour import Behaviour
@@ -43,7 +43,9 @@ class Judge(ScorerBase):
     model: str = Field(min_length=1, description="the judge's name at the endpoint")
     prompt: str = Field(description="the question to the judge; {prompt} and {reply} are replaced by the texts")
     scale: tuple[float, float] | Literal["yes_no"] = Field((1.0, 5.0), description="the worst and the best number")
-    api_key_env: str = Field("", description="environment variable that holds the key; none for a server without")
+    api_key_env: str = Field(
+        "", description="environment variable, ..._API_KEY, that holds the key; none for a server without"
+    )
     answer_tokens: int = Field(64, ge=1, description="maximum length of the judge's answer")
     timeout: float = Field(60.0, gt=0, description="seconds for one request")
     retries: int = Field(2, ge=0, description="after a time-out, a lost connection or a server's error")
@@ -68,16 +70,12 @@ class Judge(ScorerBase):
         from compile_steer.models.load import cache_folder
 
         require_library("openai", "judge", "validate.score judge")
-        key = os.environ.get(self.api_key_env) if self.api_key_env else "none"
-        if not key:
-            raise RecipeError(
-                f"validate.score.api_key_env: the environment variable {self.api_key_env} is not set; it holds the judge's key."
-            )
+        require_confirmed(self.base_url)
+        key = read_key(self.api_key_env, self.base_url)
         # What may change an answer; limits and time-outs may change without losing the answers.
         settings = self.model_dump(include={"base_url", "model", "prompt", "scale", "answer_tokens"}, mode="json")
         ledger = Ledger(cache_folder() / "judged" / f"{digest(settings)[:16]}.jsonl", settings)
-        open_ai: Any = importlib.import_module("openai")  # by name, because it is an optional library
-        client = open_ai.OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        client = open_client(self.base_url, key, self.timeout, self.retries)
         return partial(self._scores, client, ledger)
 
     @property
@@ -128,7 +126,7 @@ class Judge(ScorerBase):
         if unreadable:
             raise RecipeError(
                 f"validate.score judge: for {len(unreadable)} of {len(written)} replies {self.model} did not answer with "
-                f"{expected}, asked twice each; the first answer: '{unreadable[0][:200]}'. State the expected answer in "
+                f"{expected}, asked twice each; the first answer: {brief(unreadable[0])}. State the expected answer in "
                 f"validate.score.prompt, or raise answer_tokens. Its other answers are kept in {ledger.path}."
             )
         known = ledger.scores
@@ -146,18 +144,25 @@ class Judge(ScorerBase):
         if self.max_tokens is not None and used >= self.max_tokens:
             raise _NoAnswer(f"{used} tokens were used of max_tokens {self.max_tokens}; raise it to continue")
         open_ai = importlib.import_module("openai")
+        # Between tries the library waits, as long as the server asks.
+        limit = (self.retries + 1) * self.timeout + 30 * self.retries
+        request = partial(
+            client.chat.completions.create,
+            model=self.model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=self.answer_tokens,
+            temperature=0.0,  # the kept score should be the one that another request would give
+        )
         try:
-            completion = client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=self.answer_tokens,
-                temperature=0.0,  # the kept score should be the one that another request would give
-            )
-        except open_ai.APITimeoutError as error:
-            tries = f"within {self.timeout:g} s, tried {self.retries + 1} times"
-            raise _NoAnswer(f"{self.base_url} did not answer {tries}") from error
-        except open_ai.OpenAIError as error:
-            raise _NoAnswer(f"{self.base_url} cannot be asked ({' '.join(str(error).split())[:300]})") from error
+            with library_errors(RecipeError):
+                completion = within(limit, request)
+        except RecipeError as error:
+            cause = error.__cause__
+            if isinstance(cause, TimeoutError | open_ai.APITimeoutError):
+                tries = f"within {self.timeout:g} s, tried {self.retries + 1} times"
+                raise _NoAnswer(f"{self.base_url} did not answer {tries}") from error
+            reason = " ".join(plain(f"{cause} {cause.__cause__ or ''}" if cause else str(error)).split())
+            raise _NoAnswer(f"{self.base_url} cannot be asked ({reason[:300]})") from error
         choices = getattr(completion, "choices", None)  # a server of something else returns plain text
         answer = str(choices[0].message.content or "") if choices else str(completion)
         usage = getattr(completion, "usage", None)  # many local servers do not count tokens

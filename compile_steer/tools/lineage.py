@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compile_steer.artifacts.files import digest, edit_check, parse_record, read_json, sha256, without_check
-from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.paths import RunPaths, require_inside
 from compile_steer.artifacts.provenance import (
     ENGINES,
     PARITY,
@@ -25,12 +25,13 @@ from compile_steer.artifacts.provenance import (
     weights_sha256,
 )
 from compile_steer.artifacts.tensors import read_metadata
-from compile_steer.common.errors import CompileSteerError, RecipeError
+from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError, brief
 from compile_steer.data.behaviour import SPLITS, prompts_key
 from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.data.section import PairsData
-from compile_steer.data.sources import Reader
+from compile_steer.data.sources import Dataset, Reader
 from compile_steer.recipe import Recipe
+from compile_steer.scoring.classifier import Classifier
 from compile_steer.validation.report import ValidationReport
 
 State = Literal["intact", "changed", "missing", "unrecorded"]
@@ -197,13 +198,39 @@ def input_links(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Li
             # The paths of an edited recipe prove nothing.
             folder = (recipes or recipe_folder(path, origin.recipe)) if recorded.state == "intact" else None
             if folder is not None:
-                where, recipe = str(folder), Recipe.recall(origin.recipe, folder)
+                where, recipe = str(folder), recorded_recipe(origin.recipe, folder)
                 hashes, problems = data_hashes(recipe, RunPaths.of_artifact(path, recipe.name))
         except RecipeError:  # keys of another version: its data cannot be found
             where = "the recipe is of another version of compile_steer"
+        except ArtifactError as error:  # a path that leads elsewhere: nothing is read
+            where = error.problems[0]
     for name, expected in origin.data_sha256.items():
         yield _compared(f"data {name}", where, expected, hashes.get(name, ""))
     yield from (Link("data", "changed", where, "readable", problem) for problem in problems)
+
+
+def recorded_recipe(record: dict[str, Any], folder: Path) -> Recipe:
+    """The recipe that an artifact records, with its paths below `folder`; raises `ArtifactError` where one leads elsewhere.
+
+    An artifact may be a stranger's: what it names is read only where the user looks for data, and nothing is fetched.
+    """
+    recipe = Recipe.recall(record, folder)
+    named: dict[str, Path | str | None] = {f"data.{part}": path for part, path in recipe.data.files.items()}
+    for part in type(recipe.data).model_fields:
+        source = getattr(recipe.data, part)
+        if isinstance(source, Dataset):
+            named |= {f"data.{part}.data_files": name for name in source.data_files}
+            named |= {f"data.{part}": source.source} if (folder / source.source).exists() else {}
+    named["extract.imported.file"] = recipe.extract.imported.file
+    named["validate.other_behaviour"] = recipe.validate_.other_behaviour
+    classifiers = [part for part in recipe.validate_.score.parts if isinstance(part, Classifier)]
+    named |= {f"validate.score.model {number}": part.model for number, part in enumerate(classifiers)}
+    for key, path in named.items():
+        if path is not None and "://" in str(path):
+            raise ArtifactError(f"{key}: the artifact records the address {brief(str(path))}, which is not contacted.")
+        if path is not None:
+            require_inside(folder, Path(path), key)
+    return recipe
 
 
 def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:

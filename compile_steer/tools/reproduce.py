@@ -22,6 +22,8 @@ from compile_steer.models.load import revision_of
 from compile_steer.pipeline.artifacts import compile_program, merge
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe
+from compile_steer.scoring.judge import Judge
+from compile_steer.scoring.judge_client import require_confirmed
 from compile_steer.tools.compare import (
     Comparison,
     checkpoint_difference,
@@ -34,7 +36,7 @@ from compile_steer.tools.compare import (
     program_difference,
     report_difference,
 )
-from compile_steer.tools.lineage import input_links, recipe_folder
+from compile_steer.tools.lineage import input_links, recipe_folder, recorded_recipe
 from compile_steer.verification.options import Form
 
 
@@ -96,7 +98,11 @@ class _Original:
                 f"none of the data of {self.path} lie at or above it; name the folder that the recipe's paths are relative "
                 f"to (--recipes): {', '.join(map(str, Recipe.recall(origin.recipe, Path()).data.files.values()))}."
             )
-        return Recipe.recall(origin.recipe, folder)
+        recipe = recorded_recipe(origin.recipe, folder)
+        for part in recipe.validate_.score.parts:
+            if isinstance(part, Judge):
+                require_confirmed(part.base_url, own=False)
+        return recipe
 
 
 def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, progress: Progress) -> Reproduction:

@@ -249,11 +249,11 @@ def test_requests_and_tokens_are_limited_over_all_runs(serve: Serve) -> None:
 
 def test_the_key_comes_from_the_environment_only(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     endpoint = serve(by_length)
-    named = judge(endpoint.url, api_key_env="GRADER_KEY")
-    monkeypatch.delenv("GRADER_KEY", raising=False)
-    with pytest.raises(RecipeError, match="the environment variable GRADER_KEY is not set"):
+    named = judge(endpoint.url, api_key_env="GRADER_API_KEY")
+    monkeypatch.delenv("GRADER_API_KEY", raising=False)
+    with pytest.raises(RecipeError, match="the environment variable GRADER_API_KEY is not set"):
         bind(named)
-    monkeypatch.setenv("GRADER_KEY", "sesame")
+    monkeypatch.setenv("GRADER_API_KEY", "sesame")
     bind(named)(make_replies("a"))
     assert endpoint.keys == ["Bearer sesame"]
     assert "sesame" not in json.dumps(kept(tmp_path))
