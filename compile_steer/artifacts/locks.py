@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from compile_steer.common.errors import ArtifactError, brief
+from compile_steer.common.errors import ArtifactError, brief, plain
 
 LOCK = ".compile_steer.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -121,7 +121,8 @@ def _take(path: Path, folder: Path) -> int | None:
         except FileNotFoundError:  # whoever held it before has removed the folder, which was empty
             continue
         except NoLocksError:
-            print(f"note: {folder} is on a disk without locks: nothing keeps a second run out of it.", file=sys.stderr)
+            note = f"note: {folder} is on a disk without locks: nothing keeps a second run out of it."
+            print(plain(note), file=sys.stderr)
             return None
         if descriptor is None:
             raise ArtifactError(

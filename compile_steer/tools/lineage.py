@@ -225,11 +225,10 @@ def recorded_recipe(record: dict[str, Any], folder: Path) -> Recipe:
     named["validate.other_behaviour"] = recipe.validate_.other_behaviour
     classifiers = [part for part in recipe.validate_.score.parts if isinstance(part, Classifier)]
     named |= {f"validate.score.model {number}": part.model for number, part in enumerate(classifiers)}
-    for key, path in named.items():
-        if path is not None and "://" in str(path):
+    for key, path in ((key, path) for key, path in named.items() if path is not None):
+        if "://" in str(path):
             raise ArtifactError(f"{key}: the artifact records the address {brief(str(path))}, which is not contacted.")
-        if path is not None:
-            require_inside(folder, Path(path), key)
+        require_inside(folder, Path(path), key)
     return recipe
 
 
