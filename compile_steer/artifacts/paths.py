@@ -56,6 +56,14 @@ class RunPaths:
     def merged(self, backend: str, precision: str) -> Path:
         return self.out / "merged" / _plain_name(f"{self.name}-{backend}-{precision}")
 
+    def place(self, backend: str, form: str) -> Path:
+        """Where a run leaves the artifact of that backend and form."""
+        return (
+            self.adapter(backend)
+            if form in ("adapter", "patch")
+            else self.merged(backend, form.removeprefix("merged-"))
+        )
+
     def composed(self, suffix: str) -> Path:
         """An adapter made of several (suffix BACKEND-stacked or BACKEND-joint), or a report on how they interfere."""
         return self.out / "composed" / _plain_name(f"{self.name}-{suffix}")

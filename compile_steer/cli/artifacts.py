@@ -28,7 +28,8 @@ def show(
     Exit code 1 if a link was changed: a file that was edited, cut short or swapped.
     """
     from compile_steer.cli.tables import print_lineage
-    from compile_steer.tools.lineage import artifact_root, describe_artifact, lineage
+    from compile_steer.tools.describe import describe_artifact
+    from compile_steer.tools.lineage import artifact_root, lineage
 
     path = artifact_root(path)
     description, links = describe_artifact(path), list(lineage(path, recipes))
@@ -94,19 +95,23 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", help="Send it. Without this nothing leaves the machine.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public. [default: private]")] = False,
     force: Annotated[bool, typer.Option("--force", help="Send what failed, or was never verified.")] = False,
+    recipes: Recipes = None,
     as_json: Json = False,
 ) -> None:
-    """List what sending an artifact to a hub would do, and with --yes do it.
+    """List what sending an artifact to a hub would do, and with --yes verify it again and do it.
 
-    Exit code 1, and nothing sent, if it was not verified, failed, or was changed after it was written.
+    Exit code 1, and nothing sent, if it was not verified, failed, was changed after it was written, or if measuring it again
+    gives other figures than its report.
     """
     from huggingface_hub import HfApi  # slow to import, and of no use to the other commands
 
     from compile_steer.cli.tables import print_upload
     from compile_steer.tools.lineage import artifact_root
-    from compile_steer.tools.push import prepare, send
+    from compile_steer.tools.push import measured_again, prepare, send
 
-    upload = prepare(artifact_root(path), to, private=not public)
+    upload = prepare(artifact_root(path), to, private=not public, recipes=recipes)
+    if yes and not upload.refusals:
+        upload = measured_again(upload, recipes, progress_bars())
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
     summary = {**asdict(upload), "sent": sent}

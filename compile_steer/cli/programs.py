@@ -34,7 +34,7 @@ def import_(
     Checks the file against the model and writes a recipe like the given one, whose directions are the file's. What
     follows is as for any recipe: validate, compile, verify.
     """
-    from compile_steer.tools.lineage import describe_artifact
+    from compile_steer.tools.describe import describe_artifact
     from compile_steer.tools.vector_files import import_changes, import_vector, new_recipe
 
     settings = {"format": kind, "layer_convention": layer_convention, "layer": layer, "index": index}

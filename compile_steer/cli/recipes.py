@@ -32,7 +32,7 @@ def generate_pairs(session: Session) -> None:
 @command(Session)
 def extract(session: Session) -> None:
     """Read a direction from contrast pairs, at every block of the model in one pass."""
-    from compile_steer.tools.lineage import describe_artifact
+    from compile_steer.tools.describe import describe_artifact
 
     run = session.open()
     run.extract()

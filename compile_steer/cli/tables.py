@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.tools.audit import Audit, BakedDirection
     from compile_steer.tools.decompile import Decompiled
     from compile_steer.tools.interference import Composition
-    from compile_steer.tools.lineage import Link
     from compile_steer.tools.push import Upload
+    from compile_steer.tools.report_links import Link
     from compile_steer.tools.reproduce import Reproduction
     from compile_steer.tools.serving.export import Exported
     from compile_steer.tools.task_vector import TaskVector

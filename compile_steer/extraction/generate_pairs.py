@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from compile_steer.artifacts.files import digest, load_json, reuse_or_make, save_json, save_text
+from compile_steer.artifacts.files import digest, load_json, reuse_or_make, save_record, save_text
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
@@ -93,7 +93,7 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
         paths.generation_report.unlink(missing_ok=True)
         for name, part in rows.items():
             save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-        save_json(paths.generation_report, asdict(GenerationReport(splits, inputs)))
+        save_record(paths.generation_report, asdict(GenerationReport(splits, inputs)))
         return GenerationReport(splits, inputs)
 
     reuse_or_make(paths.generation_report, kept, make)

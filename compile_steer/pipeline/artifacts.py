@@ -16,9 +16,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest, load_json, sha256, was_edited
 from compile_steer.artifacts.locks import for_child
-from compile_steer.artifacts.provenance import PARITY, Provenance, artifact_sha256, versions, weights_sha256
+from compile_steer.artifacts.provenance import PARITY, REPORTS, Provenance, artifact_sha256, versions, weights_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
 from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
@@ -114,12 +115,19 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
     distributed.require_alone("merging")
     model, forms = run.model, [form for form in run.recipe.verify.forms if form != "adapter"]
     patches: dict[Path, tuple[WeightPatch, Provenance]] = {}
-    for folder in folders or [run.paths.adapter(name) for name in run.plan.chosen]:
-        provenance = Provenance.read_unedited(folder)
-        problems = provenance.base_mismatch(folder, model.id, model.revision)
-        if problems:
-            raise ArtifactError(problems)
-        patches[folder] = read_patch(folder), provenance
+    chosen = {run.paths.adapter(name): name for name in run.plan.chosen}
+    for folder in folders or chosen:
+        with unchanged(folder, without=REPORTS):
+            provenance = Provenance.read_unedited(folder)
+            problems = provenance.base_mismatch(folder, model.id, model.revision)
+            # What a folder is named for may be another's content, exchanged as a whole, or of an earlier program.
+            if not folders and provenance.backend != chosen[folder]:
+                problems.append(f"{folder} holds what {provenance.backend} compiled, not {chosen[folder]}.")
+            if not folders and provenance.program_sha256 != run.program_sha256:
+                problems.append(f"{folder} was compiled from another program than {run.paths.program}.")
+            if problems:
+                raise ArtifactError([*problems, "Run 'compile-steer compile' again."])
+            patches[folder] = read_patch(folder), provenance
     if any_gguf(forms):  # everything that keeps a patch from being a GGUF file, before any is written
         problems = [
             f"{folder}: {problem}" for folder, (patch, _) in patches.items() for problem in gguf_refusals(patch, model)

@@ -33,6 +33,7 @@ from compile_steer.steering.program import Program
 from compile_steer.validation.report import ValidationReport
 from compile_steer.validation.stage import validate
 from compile_steer.validation.sweep import choose_layers
+from compile_steer.validation.verdict import decide
 from compile_steer.verification.options import any_gguf
 
 
@@ -156,8 +157,14 @@ class Run:
 
         def kept(path: Path) -> ValidationReport | None:
             report = ValidationReport.load(path)
-            same = paths.program.is_file() and report.program_hash == sha256(paths.program)
-            return report if same and report.inputs == inputs and not was_edited(path) else None
+            beside = {paths.program: report.program_hash, paths.prompts: report.prompts_sha256}
+            same = all(file.is_file() and sha256(file) == recorded for file, recorded in beside.items())
+            same = same and report.inputs == inputs and not was_edited(path)
+            # Whoever computes the hashes again can write any verdict, but one that does not follow from the figures shows.
+            same = same and decide(report, recipe.validate_) == (report.verdict, report.reasons)
+            if same:
+                self.progress.note(f"Kept from an earlier run of the same recipe, data, model and libraries: {path}")
+            return report if same else None
 
         def make() -> ValidationReport:
             result = validate(
@@ -172,7 +179,8 @@ class Run:
             result.program.save(paths.program, self.origin(directions_sha256).header())
             rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
             save_text(paths.prompts, "".join(rows))
-            report = replace(result.report, program_hash=sha256(paths.program), inputs=inputs)
+            program_hash, prompts_sha256 = sha256(paths.program), sha256(paths.prompts)
+            report = replace(result.report, program_hash=program_hash, prompts_sha256=prompts_sha256, inputs=inputs)
             report.save(paths.validation)  # last: it marks that program and rows belong together
             return report
 

@@ -6,17 +6,21 @@ Every number is read from a report that is of this very artifact, by its hash; w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from compile_steer.artifacts.files import save_text
-from compile_steer.artifacts.provenance import CARD, EngineRecord, Provenance, load_engine_records
+from compile_steer.artifacts.files import digest, edit_check, save_text
+from compile_steer.artifacts.provenance import CARD, PARITY, EngineRecord, Provenance, load_engine_records
+from compile_steer.common.errors import ArtifactError
 from compile_steer.common.reading import MAX_JSON, Malformed, parse_yaml, read_text
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report.page import render
 from compile_steer.report.terminal import details
 from compile_steer.validation.report import own_validation
 from compile_steer.verification.parity import Parity, own_parity
+
+_SEAL = "\n<!-- SHA-256 of this card with its record and report: {} -->"
 
 
 def model_card(
@@ -33,7 +37,7 @@ def model_card(
             there can be none.
         header: fields of the YAML header that a person filled in.
     """
-    return render(
+    text = render(
         "card.md",
         p=origin,
         validation=None if validation is None else own_validation(origin, validation),
@@ -44,6 +48,34 @@ def model_card(
         engines=engine_support(origin),
         interval=lambda i: f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]",
     )
+    return f"{text}{_SEAL.format(_seal(text, origin, digest(asdict(parity)) if parity else ''))}\n"
+
+
+def card_check(folder: Path) -> tuple[str, str]:
+    """The edit check of a folder's card: the SHA-256 that it carries ('' if it has none), and what it should be.
+
+    It holds for the text below the YAML header, and for the artifact and the parity report that lie beside the card now.
+    What a person adds below it is his own. Raises `ArtifactError` where there is no card, or no artifact of ours.
+    """
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder / CARD} cannot be read ({error}). Run 'compile-steer verify' again.") from error
+    before, mark, rest = text.partition(_SEAL.partition("{}")[0])
+    origin, parity = Provenance.read(folder), folder / PARITY
+    recorded, actual = (
+        rest[:64] if mark else "",
+        _seal(before, origin, edit_check(parity)[0] if parity.is_file() else ""),
+    )
+    # A card says "not verified" beside a report of another artifact.
+    unverified = _seal(before, origin, "")
+    return recorded, unverified if recorded == unverified and own_parity(folder) is None else actual
+
+
+def _seal(text: str, origin: Provenance, parity_sha256: str) -> str:
+    body = text.partition("\n---\n")[2] or text  # a person fills in the header
+    bound_to = [origin.name, origin.backend, origin.form, origin.program_sha256, origin.inputs]
+    return digest([body, bound_to, parity_sha256])
 
 
 def update_card(folder: Path, validation: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EVERY_BLOCK = -1
 FROM_LABELS = "from shuffled labels"
 _OTHER_POINTS = "other_points."  # and the point: names in the file
+_CONTENT = "content_sha256"
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -33,6 +35,12 @@ def as_long_as(vectors: Tensor, pattern: Tensor) -> Tensor:
     """`vectors` [..., L, d] scaled to the lengths of `pattern` [L, d]."""
     length: Tensor = pattern.norm(dim=-1, keepdim=True)
     return unit(vectors) * length
+
+
+def _content_sha256(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(dict(tensors), {"directions": json.dumps(header, sort_keys=True)})).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,21 +146,29 @@ class Directions:
         return replace(self, vectors=vectors, shuffled=shuffled, projections=projections, other_points=other_points)
 
     def save(self, path: str | Path, extra: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`."""
+        """Write safetensors with everything else, and `extra`, as JSON under metadata key `directions`.
+
+        The JSON holds the content's own hash: `load` notices a file that was changed since.
+        """
         header = {**extra, **asdict(_Header(**_common(self)))}
         tensors = {"directions": self.vectors.contiguous(), "shuffled": self.shuffled.contiguous()}
         tensors |= {f"{_OTHER_POINTS}{point}": vectors.contiguous() for point, vectors in self.other_points.items()}
         if self.projections is not None:
             tensors["projections"] = self.projections.contiguous()
+        header[_CONTENT] = _content_sha256(tensors, header)
         save_tensors(Path(path), tensors, {"directions": json.dumps(header, sort_keys=True)})
 
     @staticmethod
     def load(path: str | Path) -> Directions:
-        """Raises `ArtifactError` for a missing, damaged or foreign file."""
+        """Raises `ArtifactError` for a missing, damaged or foreign file, or one that was changed after it was written."""
         path = Path(path)
         tensors, metadata = read_tensors(path)
         remedy = "Make it with 'compile-steer extract'."
         header = parse_header(metadata, "directions", _Header, path, remedy)
+        whole = json.loads(metadata["directions"])
+        recorded = whole.pop(_CONTENT, "")  # older files have none
+        if recorded not in ("", _content_sha256(tensors, whole)):
+            raise ArtifactError(f"{path} was changed after it was written. Make it again with 'compile-steer extract'.")
         if not {"directions", "shuffled"} <= tensors.keys():
             raise ArtifactError(f"{path} holds no directions. {remedy}")
         points = {point: tensors[name] for point in POINTS if (name := f"{_OTHER_POINTS}{point}") in tensors}

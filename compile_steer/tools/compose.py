@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from compile_steer.artifacts.files import digest, save_json, sha256
+from compile_steer.artifacts.files import digest, save_record, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
@@ -173,7 +173,7 @@ def compose(run: CompositionRun) -> Composition:
             provenance = replace(provenance, seconds=time.perf_counter() - started)
             write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
     composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
-    save_json(run.paths.composed(f"{run.backend}.json"), asdict(composition))
+    save_record(run.paths.composed(f"{run.backend}.json"), asdict(composition))
     return composition
 
 
@@ -181,7 +181,7 @@ def co_load(run: CompositionRun) -> Composition:
     """Load the members' adapters at once, as they are, and compare them with all hooks at once; nothing is compiled."""
     distributed.require_alone("verification")
     composition = measure_interference(run.model, run.members, run.backend, {}, run.progress)
-    save_json(run.paths.composed(f"{run.backend}-loaded.json"), asdict(composition))
+    save_record(run.paths.composed(f"{run.backend}-loaded.json"), asdict(composition))
     return composition
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compile_steer.artifacts.files import save_json
+from compile_steer.artifacts.files import save_record
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
@@ -69,7 +69,7 @@ def decompile_artifact(run: Run, folder: Path) -> Decompiled:
     distributed.require_alone("decompilation")
     decompiled = decompile(run.model, reload(folder, run.model), run.data, run.progress)
     decompiled.program.save(run.paths.decompiled)
-    save_json(run.paths.decompiled.with_suffix(".json"), decompiled.summary())
+    save_record(run.paths.decompiled.with_suffix(".json"), decompiled.summary())
     return decompiled
 
 

@@ -9,47 +9,36 @@ Importing this module, and the lineage of a folder, need neither torch nor trans
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-from compile_steer.artifacts.files import digest, edit_check, parse_record, read_json, sha256, without_check
+from compile_steer.artifacts.files import digest, edit_check
 from compile_steer.artifacts.paths import RunPaths, require_inside
 from compile_steer.artifacts.provenance import (
-    ENGINES,
-    PARITY,
     PROVENANCE,
     Origin,
     Provenance,
     artifact_sha256,
-    weights_sha256,
 )
-from compile_steer.artifacts.tensors import read_metadata
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError, brief
 from compile_steer.data.behaviour import SPLITS, prompts_key
 from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Dataset, Reader
+from compile_steer.lowering.options import BackendName
 from compile_steer.recipe import Recipe
 from compile_steer.scoring.classifier import Classifier
+from compile_steer.tools.report_links import (
+    Link,
+    check_link,
+    compared_link,
+    edit_link,
+    recorded_link,
+    report_links,
+    validation_links,
+)
 from compile_steer.validation.report import ValidationReport
-
-State = Literal["intact", "changed", "missing", "unrecorded"]
-
-
-@dataclass(frozen=True)
-class Link:
-    """One step from an artifact back to its data.
-
-    intact: `path` is what was recorded; changed: it is not; missing: nothing is here to compare with; unrecorded: the
-    artifact is older than this record.
-    """
-
-    name: str  # what the artifact was made from, or is described by
-    state: State
-    path: str  # what was read
-    expected: str = ""  # the recorded SHA-256, or words where there is no hash
-    actual: str = ""  # that of what lies there
 
 
 def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:
@@ -62,18 +51,19 @@ def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:
         ArtifactError: the artifact itself cannot be read, or is not one of ours.
     """
     path = artifact_root(path.resolve())
-    if path.is_dir():
-        yield from _folder_links(path, recipes)
-    elif path.suffix != ".json":
-        yield from _vector_links(path, recipes)
-    elif path.name.endswith(".validation.json"):
-        report = ValidationReport.load(path)
-        yield _edit_check("record", path)
+    if path.is_dir() or path.suffix != ".json":
+        yield from (_folder_links if path.is_dir() else _vector_links)(path, recipes)
+        return
+    if not path.name.endswith(".validation.json"):
+        yield check_link("record", path, *edit_check(path))
+    else:
+        yield edit_link("record", path)
         program = path.with_name(path.name.replace(".validation.json", ".safetensors"))
-        vector = _recorded("vector", program, report.program_hash)
+        vector = recorded_link("vector", program, ValidationReport.load(path).program_hash)
         yield vector
         if vector.state == "intact":
-            yield from _vector_links(Path(vector.path), recipes)
+            yield from validation_links(path, Origin.read(program))
+            yield from _origin_links(program, recipes, None)
 
 
 def artifact_root(path: Path) -> Path:
@@ -84,7 +74,11 @@ def artifact_root(path: Path) -> Path:
 def _folder_links(folder: Path, recipes: Path | None) -> Iterator[Link]:
     provenance = Provenance.read(folder)
     paths = RunPaths.of_artifact(folder, provenance.name)
-    yield _edit_check("record", folder / PROVENANCE)
+    yield edit_link("record", folder / PROVENANCE)
+    place = paths.place(provenance.backend, provenance.form)
+    other_names = [paths.place(backend, provenance.form) for backend in get_args(BackendName)]
+    if folder != place and folder in other_names and not provenance.members:  # exchanged with another of its run
+        yield Link("place", "changed", str(folder), place.name, folder.name)
     changes = list(provenance.changed_files(folder))
     for change in changes:
         yield Link("files", "changed", str(folder / change.name), change.expected, change.actual)
@@ -92,15 +86,16 @@ def _folder_links(folder: Path, recipes: Path | None) -> Iterator[Link]:
         yield Link("files", "unrecorded", str(folder))
     elif not changes:
         yield Link("files", "intact", str(folder), actual=f"{len(provenance.files_sha256)} as they were written")
-    yield from _report_links(folder)
+    yield from report_links(folder, provenance)
     yield from _parent_links(folder, provenance, paths, recipes)
     if provenance.validation_sha256:
-        validation = _recorded("validation", paths.validation, provenance.validation_sha256)
+        validation = recorded_link("validation", paths.validation, provenance.validation_sha256)
         yield validation
         if validation.state == "intact":
-            yield _edit_check("validation's record", paths.validation)
+            yield edit_link("validation's record", paths.validation)
+            yield from validation_links(paths.validation, provenance.origin, provenance.verdict)
     program = paths.program.with_name(Path(provenance.program).name)
-    vector = _recorded("vector", program, provenance.program_sha256)
+    vector = recorded_link("vector", program, provenance.program_sha256)
     yield vector
     if not provenance.members:  # the members' own lineages lead to the data
         yield from input_links(folder, provenance.origin, recipes)
@@ -108,56 +103,18 @@ def _folder_links(folder: Path, recipes: Path | None) -> Iterator[Link]:
             yield from _vector_links(program, recipes, checked=provenance.origin)
 
 
-def _edit_check(name: str, path: Path) -> Link:
-    """Whether a record was edited by hand since it was written."""
-    expected, actual = edit_check(path)
-    return _compared(name, path, expected, actual) if expected else Link(name, "unrecorded", str(path), "", actual)
-
-
-def _recorded(name: str, path: Path, expected: str) -> Link:
-    actual = "" if not path.exists() else artifact_sha256(path) if path.is_dir() else sha256(path)
-    return _compared(name, path, expected, actual)
-
-
-def _compared(name: str, path: Path | str, expected: str, actual: str) -> Link:
-    state: State = "missing" if not actual else "intact" if actual == expected else "changed"
-    return Link(name, state, str(path), expected, actual)
-
-
-def _report_links(folder: Path) -> Iterator[Link]:
-    """What was measured of the folder, by verification and in serving engines: is it of these weights?"""
-    reports = [(PARITY, "parity's record", "parity is"), (ENGINES, "engines' record", "engines' records are")]
-    present = [(folder / file, record, claim) for file, record, claim in reports if (folder / file).is_file()]
-    weights = weights_sha256(folder) if present else ""  # hashes every file: seconds for a large model
-    for path, record, claim in present:
-        yield _edit_check(record, path)
-        content = parse_record(
-            read_json(path, "Make it again."), _Measured, f"{path} is damaged", "Make it again.", "ignore"
-        )
-        measured = content.sha256 or {"artifact": content.artifact}  # parity names other hashes beside it
-        yield _compared(f"{claim} of these weights", path, measured.get("artifact", ""), weights)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The hashes of what a report was measured on."""
-
-    artifact: str = ""
-    sha256: dict[str, str] = field(default_factory=dict)
-
-
 def _parent_links(folder: Path, provenance: Provenance, paths: RunPaths, recipes: Path | None) -> Iterator[Link]:
     """The patches that this one was merged, summed or composed from; of a composition their lineages too."""
     for name, expected in provenance.members.items():
         member = name.rpartition(" x ")[0]
         adapter = RunPaths(paths.out.parent / member, member).adapter(provenance.backend)
-        link = _recorded(f"member {name}", adapter, expected)
+        link = recorded_link(f"member {name}", adapter, expected)
         yield link
         if link.state == "intact":
             yield from (replace(inner, name=f"{member}: {inner.name}") for inner in _folder_links(adapter, recipes))
     hashes = provenance.parent.split()
     if provenance.is_merged and len(hashes) == 1:
-        yield _recorded("adapter", paths.adapter(provenance.backend), hashes[0])
+        yield recorded_link("adapter", paths.adapter(provenance.backend), hashes[0])
     elif hashes:
         # The parts of a task vector may have any name: they are found by their hashes.
         adapters = [path for path in sorted((paths.out / "adapters").glob("*")) if path.is_dir() and path != folder]
@@ -174,14 +131,30 @@ def _vector_links(path: Path, recipes: Path | None, checked: Origin | None = Non
     # A folder names its own report; only a vector by itself is checked against the one beside it.
     if checked is None and report.is_file():
         try:
-            yield _recorded("validation is of this vector", path, ValidationReport.load(report).program_hash)
+            validation = recorded_link("validation is of this vector", path, ValidationReport.load(report).program_hash)
         except CompileSteerError as error:
-            yield Link("validation is of this vector", "changed", str(report), "a complete report", error.problems[0])
+            validation = Link(
+                "validation is of this vector", "changed", str(report), "a complete report", error.problems[0]
+            )
+        yield validation
+        if validation.state == "intact":
+            yield edit_link("validation's record", report)
+            yield from validation_links(report, origin)
+    elif checked is None and origin is not None and origin.directions_sha256:  # chosen by a validation
+        yield Link("validation is of this vector", "missing", str(report))
+    yield from _origin_links(path, recipes, checked)
+
+
+def _origin_links(path: Path, recipes: Path | None, checked: Origin | None) -> Iterator[Link]:
+    """From a vector or directions to what they were made from; `checked` as in `_vector_links`."""
+    origin = Origin.read(path)
     if origin is None:
         yield Link("vector's origin", "unrecorded", str(path))
         return
     if origin.directions_sha256:
-        yield _recorded("directions", path.with_name(f"{path.stem}.directions.safetensors"), origin.directions_sha256)
+        yield recorded_link(
+            "directions", path.with_name(f"{path.stem}.directions.safetensors"), origin.directions_sha256
+        )
     if checked is None or (checked.recipe_sha256, checked.data_sha256) != (origin.recipe_sha256, origin.data_sha256):
         yield from input_links(path, origin, recipes)
 
@@ -192,7 +165,7 @@ def input_links(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Li
     if not origin.recipe:
         yield Link("recipe", "unrecorded", str(path), origin.recipe_sha256)
     else:
-        recorded = _compared("recipe", path, origin.recipe_sha256, digest(origin.recipe))
+        recorded = compared_link("recipe", path, origin.recipe_sha256, digest(origin.recipe))
         yield recorded
         try:
             # The paths of an edited recipe prove nothing.
@@ -205,7 +178,7 @@ def input_links(path: Path, origin: Origin, recipes: Path | None) -> Iterator[Li
         except ArtifactError as error:  # a path that leads elsewhere: nothing is read
             where = error.problems[0]
     for name, expected in origin.data_sha256.items():
-        yield _compared(f"data {name}", where, expected, hashes.get(name, ""))
+        yield compared_link(f"data {name}", where, expected, hashes.get(name, ""))
     yield from (Link("data", "changed", where, "readable", problem) for problem in problems)
 
 
@@ -269,32 +242,3 @@ def data_hashes(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[s
         except RecipeError as error:
             problems += error.problems
     return hashes, problems
-
-
-def describe_artifact(path: Path) -> dict[str, Any]:
-    """What an artifact of any kind says about itself, as JSON; raises `ArtifactError` where it cannot be read."""
-    if path.is_dir():
-        description: dict[str, Any] = {"kind": "artifact", "provenance": asdict(Provenance.read(path))}
-        if (path / PARITY).is_file():
-            description["parity"] = without_check(read_json(path / PARITY, "Verify again."))
-        return description
-    if path.suffix == ".json":
-        content = without_check(read_json(path, "Make it again."))
-        kind = "composition" if "matrix" in content else content.get("kind", "validation report")
-        if kind == "validation report":
-            content = asdict(ValidationReport.load(path))  # refuses files that are no report of ours
-        return {"kind": kind, **content}
-
-    from compile_steer.steering.directions import Directions
-    from compile_steer.steering.program import Program
-
-    if "directions" in read_metadata(path):
-        directions = Directions.load(path)
-        norms = [round(float(norm), 4) for norm in directions.vectors.norm(dim=-1)]
-        source = {} if directions.source is None else {"source": asdict(directions.source)}
-        curves = {"curves": dict(directions.curves)} if directions.curves else {}
-        description = {"kind": "directions", "model": directions.model, "point": directions.point}
-        return {**description, **source, **curves, "norms": norms}
-    program = Program.load(path)
-    lines = program.describe().splitlines()
-    return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from compile_steer.artifacts.files import sha256
+from compile_steer.artifacts.files import edit_check, sha256, was_edited
 from compile_steer.artifacts.locks import locked
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
@@ -92,17 +92,26 @@ class _Original:
 
     def recipe(self, origin: Origin) -> Recipe:
         """The recipe in `origin`, its paths relative to where the data are; raises `ArtifactError`."""
-        folder = self.recipes or recipe_folder(self.path, origin.recipe)
-        if folder is None:
-            raise ArtifactError(
-                f"none of the data of {self.path} lie at or above it; name the folder that the recipe's paths are relative "
-                f"to (--recipes): {', '.join(map(str, Recipe.recall(origin.recipe, Path()).data.files.values()))}."
-            )
-        recipe = recorded_recipe(origin.recipe, folder)
-        for part in recipe.validate_.score.parts:
-            if isinstance(part, Judge):
-                require_confirmed(part.base_url, own=False)
-        return recipe
+        return recalled_recipe(self.path, origin.recipe, self.recipes)
+
+
+def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None) -> Recipe:
+    """The recipe that the artifact at `path` carries, to be run again; raises `ArtifactError`.
+
+    Args:
+        recipes: what its paths are relative to; None: found from where the artifact lies.
+    """
+    folder = recipes or recipe_folder(path, record)
+    if folder is None:
+        raise ArtifactError(
+            f"none of the data of {path} lie at or above it; name the folder that the recipe's paths are relative "
+            f"to (--recipes): {', '.join(map(str, Recipe.recall(record, Path()).data.files.values()))}."
+        )
+    recipe = recorded_recipe(record, folder)
+    for part in recipe.validate_.score.parts:
+        if isinstance(part, Judge):
+            require_confirmed(part.base_url, own=False)
+    return recipe
 
 
 def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, progress: Progress) -> Reproduction:
@@ -121,6 +130,9 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ArtifactError(f"{to} is not an empty folder; a replay keeps nothing of an earlier run.")
     original = _read(path.resolve(), recipes)
+    # What an edited record says of recipe, data and base is not what the artifact was made from.
+    if original.provenance is not None and was_edited(path / PROVENANCE):
+        return Reproduction(path, tolerance, {}, [compare_hashes("record", *edit_check(path / PROVENANCE))])
     now = versions()
     then = original.origin.versions
     changed = {name: (version, now.get(name, "")) for name, version in then.items() if now.get(name) != version}

@@ -143,6 +143,7 @@ class ValidationReport(Summary):
     n_pairs: int
     n_prompts: int
     program_hash: str = ""  # SHA-256 of the program's file
+    prompts_sha256: str = ""  # of the file with the result of every test pair and prompt
     inputs: str = ""  # fingerprint of what the report depends on
     verdict: Verdict = "inconclusive"
     reasons: list[str] = field(default_factory=list)

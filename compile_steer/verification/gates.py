@@ -25,7 +25,7 @@ def check(parity: Parity, gates: Gates) -> list[str]:
 def checks(parity: Parity, gates: Gates) -> list[Check]:
     """Every check of the artifact with its outcome; the reason where it failed or could not be made."""
     made = [*_limits(parity, gates), *_tests(parity)]
-    unmeasured = [*parity.unmeasured.items(), *(("prompt sets", remark) for remark in parity.remarks)]
+    unmeasured = [*parity.unmeasured.items(), *(("prompts", remark) for remark in parity.remarks)]
     return made + [Check(name, "not checked", reason) for name, reason in unmeasured]
 
 

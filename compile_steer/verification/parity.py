@@ -260,7 +260,7 @@ class Parity(Summary):
 
 
 def own_parity(folder: Path) -> Parity | None:
-    """The parity report beside `folder`, if it is of this very artifact and nobody edited it."""
+    """The parity report beside `folder`, if it is of this very artifact and nobody edited it; raises as `Parity.load`."""
     path = folder / PARITY
     if not path.is_file() or was_edited(path):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,7 +56,12 @@ def verify_artifact(
         parity = _measure(
             reference, folder, require_same_origin(folder, base.id, base.revision, program_sha256, hashes)
         )
-    settings = {"verify": options.model_dump(mode="json"), "seed": reference.context.seed, "ask": reference.ask}
+    settings = {
+        "verify": options.model_dump(mode="json"),
+        "seed": reference.context.seed,
+        "ask": reference.ask,
+        "compile_steer": version("compile_steer"),  # whose rules the verdict follows
+    }
     bound_to = {
         **inputs,
         "artifact": weights_hash(hashes),

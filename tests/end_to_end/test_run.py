@@ -17,7 +17,7 @@ from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import decompile
-from compile_steer.tools.lineage import describe_artifact
+from compile_steer.tools.describe import describe_artifact
 from tests.end_to_end.conftest import BLOCK_STEPS, ROOT, FinishedRun, command
 
 FIELDS = {

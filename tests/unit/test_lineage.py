@@ -22,7 +22,8 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.pipeline.artifacts import compile_program, merge, verify
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.steering.program import Program
-from compile_steer.tools.lineage import Link, lineage
+from compile_steer.tools.lineage import lineage
+from compile_steer.tools.report_links import Link
 from tests.helpers.small_run import NAME, SPLITS, SmallRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,8 @@ def changed(links: list[Link]) -> set[str]:
 @pytest.mark.parametrize("name", list(artifacts(RunPaths(Path(), NAME))))
 def test_from_any_artifact_one_walks_to_the_data(run: SmallRun, name: str) -> None:
     links = links_of(artifacts(run.paths)[name])
-    assert {link.state for link in links} == {"intact"}
+    unverified = {("parity", "missing")} if name == "merged" else set()
+    assert {(link.name, link.state) for link in links if link.state != "intact"} == unverified
     assert {link.name for link in links} >= {"recipe", *(f"data {split}" for split in SPLITS)}
     result = CliRunner().invoke(app, ["show", str(artifacts(run.paths)[name]), "--json"])
     assert result.exit_code == 0
@@ -133,8 +135,8 @@ TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
     ),
     ("adapter", "adapters/tide-closed_form/adapter_model.safetensors", turn, {"files", "parity is of these weights"}),
     ("adapter", "adapters/tide-closed_form/adapter_config.json", Path.unlink, {"files", "parity is of these weights"}),
-    ("adapter", "adapters/tide-closed_form/compile_steer.json", edit, {"record"}),
-    ("adapter", "adapters/tide-closed_form/parity.json", edit, {"parity's record"}),
+    ("adapter", "adapters/tide-closed_form/compile_steer.json", edit, {"record", "validation's verdict"}),
+    ("adapter", "adapters/tide-closed_form/parity.json", edit, {"parity's record", "parity's verdict"}),
     ("adapter", "vectors/tide.validation.json", edit, {"validation"}),
     ("merged", "vectors/tide.validation.json", cut_short, {"validation"}),
     ("adapter", "vectors/tide.safetensors", turn, {"vector"}),
@@ -148,7 +150,7 @@ TAMPERED: list[tuple[str, str, Spoil, set[str]]] = [
     ("vector", "vectors/tide.safetensors", turn, {"validation is of this vector"}),
     ("vector", "../../recipes/data/train.jsonl", add_row, {"data train"}),
     ("directions", "../../recipes/data/train.jsonl", add_row, {"data train"}),
-    ("validation", "vectors/tide.validation.json", edit, {"record"}),
+    ("validation", "vectors/tide.validation.json", edit, {"record", "validation's verdict by its figures"}),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from compile_steer.artifacts.files import digest, save_record
+from compile_steer.artifacts.files import digest, save_json, save_record
 from compile_steer.artifacts.provenance import Provenance
-from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.pipeline.artifacts import compile_program
 from compile_steer.pipeline.run import Run
+from compile_steer.steering.directions import Directions
 from compile_steer.steering.program import Program
 from compile_steer.tools.compare import (
     checkpoint_difference,
@@ -104,7 +105,7 @@ def test_tampered_weights_are_not_what_the_recipe_gives(run: SmallRun, tmp_path:
     assert "what was written came out again" in reproduction.links[-1].note
 
 
-@pytest.mark.parametrize("what", ["data train", "recipe", "base"])
+@pytest.mark.parametrize("what", ["data train", "record", "recipe", "base"])
 def test_nothing_runs_on_other_inputs(
     run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -118,8 +119,9 @@ def test_nothing_runs_on_other_inputs(
         run.paths.program.unlink()  # else the vector's own record is read first
         origin = Provenance.read(folder)
         path = folder / "compile_steer.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**content, "recipe": {**origin.recipe, "seed": 77}}), encoding="utf-8")
+        (save_json if what == "record" else save_record)(
+            path, {**vars(origin), "recipe": {**origin.recipe, "seed": 77}}
+        )
     monkeypatch.setattr("compile_steer.tools.reproduce.Run", None)
     reproduction = again(folder, tmp_path)
     assert {link.name for link in reproduction.links if link.state == "differs"} == {what}
@@ -266,7 +268,6 @@ def test_programs_and_reports_are_compared_by_what_they_do(run: SmallRun, tmp_pa
     assert report_difference(run.paths.validation, tmp_path / "other.json") == pytest.approx(0.25)
     (tmp_path / "verdict.json").write_text(json.dumps({**content, "verdict": "pass"}), encoding="utf-8")
     assert report_difference(run.paths.validation, tmp_path / "verdict.json") == math.inf
-    tensors, metadata = read_tensors(run.paths.directions)
-    tensors["directions"] = tensors["directions"] * 1.25
-    save_file(tensors, str(tmp_path / f"{NAME}.safetensors"), metadata=metadata)
+    directions = Directions.load(run.paths.directions)
+    replace(directions, vectors=directions.vectors * 1.25).save(tmp_path / f"{NAME}.safetensors")
     assert directions_difference(run.paths.directions, tmp_path / f"{NAME}.safetensors") == pytest.approx(0.25)

@@ -22,7 +22,7 @@ from compile_steer.models.tokens import encode
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
-from compile_steer.tools.lineage import describe_artifact
+from compile_steer.tools.describe import describe_artifact
 from tests.helpers.extraction import extract_with, tiny_recipe, training_data
 from tests.helpers.rounding import assert_close_to_rounding
 from tests.helpers.tiny import VOCAB, build, chat_tokenizer, loaded, tokenizer

@@ -18,7 +18,7 @@ from compile_steer.common.progress import ProgressBars
 from compile_steer.common.terminal import Terminal
 from compile_steer.lowering.plan import Choice
 from compile_steer.report.terminal import print_plan
-from compile_steer.tools.lineage import Link
+from compile_steer.tools.report_links import Link
 
 PACKAGE = Path(__file__).parents[2] / "compile_steer"
 EVIL = "[red]x[/] [/nope] [link=file:///etc/passwd]y[/link] :bomb: \x1b]52;c;ZXZpbA==\x07\x1b[2J\r\x08\x9b1A\u202etxt.exe\x00\ud800"

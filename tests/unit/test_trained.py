@@ -24,7 +24,7 @@ from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
-from compile_steer.tools.lineage import describe_artifact
+from compile_steer.tools.describe import describe_artifact
 from tests.helpers.captures import n_hooks
 from tests.helpers.extraction import SEED, extract_with, training_data
 from tests.helpers.tiny import EOS_ID, HIDDEN, LAYERS, build, loaded, vector
