@@ -24,7 +24,7 @@ test: $(VENV)/.ready $(OLDER)/.ready
 # An older transformers, which a test lets read what we write: 70 MB, without an environment of its own, as torch is ours.
 $(OLDER)/.ready: requirements-transformers4.txt $(VENV)/.ready
 	rm -rf $(OLDER)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDER) -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(OLDER) -r $<
 	touch $@
 
 # Looks for new counter-examples: other examples in every run, and more of them.

@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
     "neox": ("gpt_neox", rope(partial_rotary_factor=1.0), None),
     "mistral as llama": ("mistral", {**rope(), "num_key_value_heads": 4}, replace(BIAS, architecture="llama")),
     "qwen2 as llama": ("qwen2", {**rope(), **WINDOWS}, replace(BIAS, architecture="llama")),
+    "untied, without a prefix": ("gpt2", {}, WeightPatch(untie=True)),
     "untied": ("gpt2", {}, WeightPatch(untie=True)),
     "untied by an edit": ("qwen2", {}, WeightPatch({"model.embed_tokens": EDIT})),
     "head alone": ("gemma2", {}, WeightPatch({"lm_head": EDIT})),
