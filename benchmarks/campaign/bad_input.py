@@ -24,6 +24,10 @@ class Result:
     silent: bool
     outcome: trial.Outcome
 
+    @property
+    def seconds(self) -> float:
+        return self.outcome.seconds
+
 
 def all_inputs() -> list[Bad]:
     """Every bad input; their names are distinct."""
@@ -52,7 +56,7 @@ def attempt(base: Case, bad: Bad, run: Callable[..., trial.Outcome], start: floa
         changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
         problems += [f"changed {', '.join(changed[:4])}"] * bool(changed)
         left = [path for name in ("out", "tmp") for path in (case.root / name).rglob("*") if not path.is_dir()]
-        if left and outcome.code != 3 and not bad.late:
+        if left and outcome.code != 3 and not (bad.late or outcome.ended):
             problems.append(f"left {', '.join(str(path.relative_to(case.root)) for path in left[:4])}")
     silent = outcome.code in (0, 1) and "Traceback" not in outcome.errors
     return Result(bad.name, tuple(problems), silent, outcome)
@@ -66,7 +70,7 @@ def _problems(bad: Bad, outcome: trial.Outcome, start: float) -> Iterator[str]:
     if "Traceback (most recent call last)" in outcome.errors + outcome.output:
         yield "traceback"
     folded = " ".join(outcome.errors.replace("│", " ").split())
-    missing = [word for word in bad.words if word not in folded]
+    missing = [word for word in bad.words if not any(one in folded for one in word.split("|"))]
     if missing and outcome.code == 2:
         yield f"the message lacks {', '.join(missing)}"
     if outcome.seconds + start > SECONDS:

@@ -256,8 +256,9 @@ def _config(settings: dict[str, Any], case: Case) -> None:
     edit_json(case.model / "config.json", lambda found: found.update(settings))
 
 
-def _template(template: str, case: Case) -> None:
-    (case.model / "chat_template.jinja").write_text(template)
+def template(text: str, case: Case) -> None:
+    """Replace the chat template."""
+    (case.model / "chat_template.jinja").write_text(text)
 
 
 def _file(name: str, edit: Callable[[Path], object], case: Case) -> None:
@@ -275,8 +276,8 @@ def inputs() -> Iterator[Bad]:
         yield Bad(f"model: {name}", partial(_tensors, change), words)
     for settings, words in CONFIG:
         yield Bad(f"model: config {json.dumps(settings)[1:-1][:70]}", partial(_config, settings), words)
-    for name, (template, words) in TEMPLATES.items():
-        yield Bad(f"model: template with {name}", partial(_template, template), ("template", *words))
+    for name, (text, words) in TEMPLATES.items():
+        yield Bad(f"model: template with {name}", partial(template, text), ("template", *words))
     for name, (edit, words) in (TOKENIZERS | FOLDERS).items():
         yield Bad(f"model: {name}", edit, words, finished=edit is _adapter_beside)
     for file in (WEIGHTS, "config.json", "tokenizer.json"):

@@ -141,7 +141,7 @@ def inputs() -> Iterator[Bad]:
         dotted = key.replace("__", ".")
         shown = str(value) if len(str(value)) < 60 else f"{str(value)[:30]}...{str(value)[-12:]}"
         late = any(name in key for name in ("closed_form", "distill__rank"))
-        words = (dotted.split(".")[-1], *words)
+        words = (f"{dotted.split('.')[-1]}|line ", *words)
         yield Bad(f"recipe: {dotted} is {shown}", partial(_set, key, value), words, RUN, late=late)
     for path, kind in leaves(Recipe):
         dotted = ".".join(path)
@@ -150,7 +150,12 @@ def inputs() -> Iterator[Bad]:
         yield Bad(f"recipe: {dotted} of a wrong type", wrong, (dotted,), RUN)
         if kind in (int, float):
             for value in ("nan", "inf"):
-                yield Bad(f"recipe: {dotted} is {value}", partial(_set, "__".join(path), float(value)), (place,), RUN)
+                yield Bad(
+                    f"recipe: {dotted} is {value}",
+                    partial(_set, "__".join(path), float(value)),
+                    (f"{place}|line ",),
+                    RUN,
+                )
 
 
 def _set(key: str, value: Any, case: Case) -> None:

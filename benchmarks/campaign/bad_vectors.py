@@ -125,7 +125,7 @@ HAND: dict[str, tuple[Callable[[Path], Path], dict[str, Any], tuple[str, ...]]] 
     "a file that is missing": (lambda folder: folder / "gone.gguf", BLOCK, ("gone.gguf",)),
     "svec with a key twice": (partial(_write, "v.svec", SVEC % f'"1": {ONES}, "1": {ONES.replace("1", "2")}'), BLOCK, ("v.svec",)),
     "svec with block 01": (partial(_write, "v.svec", SVEC % f'"01": {ONES}'), BLOCK, ("v.svec",)),
-    "svec of NaN": (partial(_write, "v.svec", SVEC % f'"1": {ONES.replace("1.0", "NaN", 1)}'), BLOCK, ("v.svec",)),
+    "svec with one NaN": (partial(_write, "v.svec", SVEC % f'"1": {ONES.replace("1.0", "NaN", 1)}'), BLOCK, ("v.svec",)),
     "svec of texts": (partial(_write, "v.svec", SVEC % '"1": ["1.0"]'), BLOCK, ("v.svec",)),
     "svec of 10^400": (partial(_write, "v.svec", SVEC % f'"1": [1{"0" * 400}]'), BLOCK, ("v.svec",)),
     "svec of 5,000 digits": (partial(_write, "v.svec", SVEC % f'"1": [{"9" * 5000}]'), BLOCK, ("v.svec",)),

@@ -11,7 +11,6 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from benchmarks.campaign import trial
 from tests.helpers import small_run
 
 NAME = small_run.NAME
@@ -101,17 +100,9 @@ def prepare(root: Path) -> Case:
     return case
 
 
-def finish(case: Case) -> None:
-    """Run the recipe, once."""
-    outcome = trial.run([*RUN[:3], "finished", "--force"], case.root, trial.without_clock)
-    if outcome.code not in (0, 1):
-        raise SystemExit(f"the sound run ended with {outcome.code}: {outcome.errors[-3000:]}")
-    shutil.rmtree(case.root / "tmp")
-
-
 @dataclass(frozen=True)
 class Bad:
-    """A bad input: what is edited in a copy of the case, the command, and words that the message must contain.
+    """A bad input: what is edited in a copy of the case, the command, and words that the message must contain ("a|b": one of them).
 
     Attributes:
         finished: whether the command needs the finished run.

@@ -29,7 +29,7 @@ _EVENTS = {
     "open": 0, "os.rename": 0, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.link": 1, "os.symlink": 1, "os.truncate": 0,
     "os.chmod": 0, "shutil.rmtree": 0, "shutil.copyfile": 1, "shutil.move": 1,
 }  # fmt: skip
-_RANDOM = re.compile(r"\.writing-[^/]*")
+_RANDOM = re.compile(r"\.writing-\d+-[^/]*")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -177,7 +177,7 @@ def run(
     """Run the recipe with its clock held, so that the same bytes come out; `watch` is called in the fork first."""
 
     def prepare() -> None:
-        trial.without_clock()
+        trial.repeatable()
         watch()
 
     return trial.run(command, case.root, prepare, limit=300, kill_after=kill_after)

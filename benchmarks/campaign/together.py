@@ -34,7 +34,7 @@ def tried(case: Case, sound: kills.Sound) -> Iterator[tuple[str, str]]:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def prepare() -> None:
-        trial.without_clock()
+        trial.repeatable()
         kills.WritePoints(case.root / "out", kills.at(int(0.6 * sound.points), stop)).install()
 
     process, files = trial.start(RUN, case.root, prepare)
