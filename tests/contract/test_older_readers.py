@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compile_steer.artifacts.files import read_json
@@ -71,6 +72,11 @@ def test_transformers_4_computes_the_same_from_every_merged_folder(tmp_path: Pat
     folders = []
     for name, (family, changes, patch) in CASES.items():
         one = base(family, tmp_path / "base" / name, **changes)
+        if "without a prefix" in name:
+            file = Path(one.source) / "model.safetensors"
+            bare = {key.removeprefix("transformer."): value for key, value in load_file(str(file)).items()}
+            assert "wte.weight" in bare
+            save_file(bare, str(file), metadata={"format": "pt"})
         write_merged(
             tmp_path / name,
             random_patch(one) if patch is None else patch,
