@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from compile_steer.artifacts.files import load_json, save_record, was_edited
 from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha256
+from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
 
@@ -243,10 +244,12 @@ class Parity(Summary):
 
     def bonds(self, folder: Path, origin: Provenance) -> list[tuple[str, str, str]]:
         """What ties the report to the artifact at `folder`, of provenance `origin`: (what, as reported, as it is there)."""
+        base = self.sha256.get("base", "")
+        same_base = bool(base) and not other_revision(origin.revision, base)  # an older record names its tensors alone
         return [
             ("weights", self.sha256.get("artifact", ""), weights_sha256(folder)),
             ("program", self.sha256.get("program", ""), origin.program_sha256),
-            ("base", self.sha256.get("base", ""), origin.revision),
+            ("base", base, base if same_base else origin.revision),
             ("form", f"{self.backend} {self.form}", f"{origin.backend} {origin.form}"),
         ]
 

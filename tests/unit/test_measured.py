@@ -141,6 +141,14 @@ def test_reports_are_bound_to_recipe_data_base_and_libraries(run: SmallRun) -> N
     }
 
 
+def test_a_report_is_of_an_older_artifact_whose_record_names_the_base_by_its_tensors_alone(run: SmallRun) -> None:
+    folder = run.paths.merged("bias", "fp32")
+    parity, origin = Parity.load(folder / PARITY), Provenance.read(folder)
+    for revision, same in ((origin.revision.partition("+")[0], True), ("sha256:other", False)):
+        older = replace(origin, revision=revision)
+        assert all(found == needed for _what, found, needed in parity.bonds(folder, older)) is same
+
+
 @pytest.mark.parametrize("key", ["recipe", "data", "versions", "artifact", "program", "base"])
 def test_a_run_takes_no_report_of_anything_else(run: SmallRun, key: str) -> None:
     opened = run.open()
