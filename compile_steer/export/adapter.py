@@ -65,7 +65,7 @@ def write_patch(
 
 def is_adapter(patch: WeightPatch, loaded: LoadedModel) -> bool:
     """True if a plain LoRA holds the whole patch."""
-    embeddings = set(loaded.layout.family.embeddings)
+    embeddings = set(loaded.layout.embeddings)
     rest = patch.bias or patch.dense or patch.config_flags or patch.untie or patch.architecture
     return not (rest or embeddings & set(patch.low_rank))
 

@@ -26,6 +26,8 @@ PLUGIN = "vllm-lens"
 _MAX_VLLM_RANK = 512
 # Graphs that add a bias behind o_proj and down_proj; the others have no tensor for it and refuse a file that holds one.
 _LLAMA_CPP_BIASES = ("llama", "granite", "gpt2", "gpt_neox", "phi", "gpt_oss")
+# Of output projections, as the families that an engine reads without biases call them.
+_OUTPUT_BIASES = (".o_proj.bias", ".down_proj.bias")
 # vLLM builds their o_proj with bias=False whatever the config says, and skips a bias that has no place without a word.
 _VLLM_NO_BIAS = ("qwen3", "qwen3_moe")
 _VLLM_NO_LORA = ("gpt2",)
@@ -73,14 +75,10 @@ def reads_biases(engine: EngineName, family: str) -> bool:
 
 def checkpoint_refusals(engine: EngineName, config: PreTrainedConfig, weights: Checkpoint) -> list[str]:
     """Why an engine would not compute what a checkpoint says; empty where it would, or where nothing is known."""
-    from compile_steer.steering.layout import FAMILIES
-
     family = str(config.model_type)
-    layout = FAMILIES.get(family)
-    if layout is None or reads_biases(engine, family):
+    if reads_biases(engine, family):
         return []
-    ends = (f".{layout.attn}.bias", f".{layout.mlp}.bias")  # of the output projections
-    tensors = ((name, weights.tensor(name)) for name in sorted(weights.files) if name.endswith(ends))
+    tensors = ((name, weights.tensor(name)) for name in sorted(weights.files) if name.endswith(_OUTPUT_BIASES))
     biases = [name for name, bias in tensors if bias is not None and bool(bias.any())]
     more = f", nor are {len(biases) - 1} more" if len(biases) > 1 else ""
     return [

@@ -27,8 +27,9 @@ from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import ClosedFormOptions
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
-from compile_steer.steering.layout import EXPERTS, Layout, OutputProjection, ProjectionKind
+from compile_steer.steering.layout import Layout, OutputProjection
 from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.measure import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
@@ -124,7 +125,7 @@ def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) ->
         elif here:
             order = [("mlp", rank), ("attn", rank), ("mlp", _CORRECTION_RANK)]
         if block < layout.n_layers:
-            stages += [Stage(block, kind, r) for kind, r in order if kind in layout.projection_kinds]
+            stages += [Stage(block, kind, r) for kind, r in order if kind in layout.projection_kinds(block)]
     return stages
 
 
@@ -132,11 +133,12 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
     problems = []
     for s in stages:
         name = f"stage {s.projection} of block {s.layer}"
-        has_block, has_matrix = s.layer < layout.n_layers, s.projection in layout.projection_kinds
+        has_block = s.layer < layout.n_layers
+        has_matrix = has_block and s.projection in layout.projection_kinds(s.layer)
         if not has_block:
             problems.append(f"{name}: the model has blocks 0 to {layout.n_layers - 1}.")
-        if not has_matrix:
-            problems.append(f"{name}: the MLP is {EXPERTS}.")
+        elif not has_matrix:
+            problems.append(f"{name}: {layout.no_projection(s.layer, s.projection)}.")
         if has_block and has_matrix:
             shape = linear_shape(layout.output_projection(s.layer, s.projection).module)
             if s.rank > min(shape):
@@ -150,6 +152,7 @@ def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int,
     loaded, layout = models.loaded, models.loaded.layout
     _d_model, d_in = linear_shape(projection.module)
     gain = norm_weights(layout, projection)
+    multiplier = layout.sublayer(projection.layer, projection.kind).multiplier
     fitter = RidgeFitter(d_in, layout.d_model, loaded.device)
     captured: list[tuple[Tensor, Tensor]] = []
 
@@ -164,11 +167,12 @@ def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int,
                 # 1. Run the student through the block; capture the projection's input x and output.
                 batch, real = activations.batch, activations.real
                 student = models.run_block(batch, activations.student, projection.layer)
-                inputs, outputs = captured.pop()
+                # Some models hand their MLP all tokens in one row.
+                inputs, outputs = (value.view(*real.shape, -1) for value in captured.pop())
                 x, written, stream = inputs[real].float(), outputs[real].float(), student[real].float()
                 # 2. What is still missing in the stream, as a change of the projection's output.
                 missing = (activations.target - student)[real].float()
-                y, weight = regression_targets(missing, written, stream, layout.residual_multiplier, gain)
+                y, weight = regression_targets(missing, written, stream, multiplier, gain)
                 # 3. Add the tokens to the sums; the same texts are held out however many processes share them.
                 rows = torch.tensor(batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
                 number = rows * distributed.count() + distributed.rank()
@@ -186,13 +190,13 @@ def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int,
 
 def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:
     """The weights [d_model] of the RMS norm between projection and stream (post-norm families), or None."""
-    name = layout.family.attn_norm if projection.kind == "attn" else layout.family.mlp_norm
-    if name is None:
+    norm = layout.norm(projection.layer, projection.kind)
+    if norm is None:
         return None
     ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
     with torch.no_grad():
         # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
-        weights: Tensor = layout.blocks[projection.layer].get_submodule(name)(ones)
+        weights: Tensor = norm(ones)
     return weights.float()
 
 

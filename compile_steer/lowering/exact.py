@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.steering.layout import EXPERTS, FAMILIES, Layout, OutputProjection, ProjectionKind
+from compile_steer.steering.layout import NATIVE, Layout, OutputProjection
 from compile_steer.steering.low_rank import LowRank
+from compile_steer.steering.measure import ProjectionKind
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
 _EMBEDDINGS = Site(0, "resid_pre")
 _CONVERTIBLE, _CONVERTED = ("mistral", "qwen2"), "llama"
+_CONVERTED_FLAGS: dict[ProjectionKind, str] = {"attn": "attention_bias", "mlp": "mlp_bias"}
 NO_ADAPTER_BIAS = "a LoRA on a Linear without a bias cannot hold one (PEFT refuses to merge it): merged checkpoint only"
 
 
@@ -64,24 +66,28 @@ def bias_refusal(program: Program, layout: Layout) -> str | None:
 
 def _shift_refusal(intervention: Intervention, layout: Layout) -> str | None:
     """Why no stock bias can hold the shift of one intervention, or None."""
-    family, kind = layout.model.config.model_type, _kind(intervention)
+    family, kind, layer = layout.model.config.model_type, _kind(intervention), intervention.site.layer
     if "all" not in intervention.scopes:
         return f"a bias acts at every position, not at {intervention.positions} alone"
     if intervention.site == _EMBEDDINGS:
         return "no output projection lies below block 0"
-    if layout.post_norm:
+    if _is_normalised(layout, layer, kind):
         return f"{family} normalises what its output projections write, so a bias is not a shift of the stream"
-    if kind in layout.projection_kinds:
-        projection, flag = layout.output_projection(intervention.site.layer, kind), layout.bias_flag(kind)
-        # A family may have biases that this checkpoint was made without; then there is no flag to add them.
-        legal = flag is not None and (flag != "native" or projection.module.bias is not None)
-        reason = f"needs a bias on {projection.name}; {family} has none"
+    if kind in layout.projection_kinds(layer):
+        legal = layout.bias_flag(layer, kind) is not None
+        reason = f"needs a bias on {layout.output_projection(layer, kind).name}; {family} has none"
     else:
-        legal, reason = layout.family.expert_bias is not None, f"the MLP is {EXPERTS}"
+        legal, reason = layout.expert_bias(layer) is not None, layout.no_projection(layer, kind)
     other: ProjectionKind = "attn" if kind == "mlp" else "mlp"
-    if layout.bias_flag(other) is not None:
+    if layout.bias_flag(layer, other) is not None and not _is_normalised(layout, layer, other):
         reason += f". A bias could hold a shift of {other}_out (extract.point: {other}_out)"
     return None if legal else reason
+
+
+def _is_normalised(layout: Layout, layer: int, kind: ProjectionKind) -> bool:
+    """True where a norm stands between the sublayer's output projection and the stream."""
+    sublayer = layout.measured.sublayers[layer].get(kind)
+    return sublayer is not None and sublayer.norm is not None
 
 
 def bias_patch(program: Program, layout: Layout) -> WeightPatch:
@@ -90,20 +96,20 @@ def bias_patch(program: Program, layout: Layout) -> WeightPatch:
     flags: set[str] = set()
     for i in program.interventions:
         kind, name = _kind(i), layout.expert_bias(i.site.layer)
-        if kind in layout.projection_kinds or name is None:
+        if kind in layout.projection_kinds(i.site.layer) or name is None:
             projection = layout.output_projection(i.site.layer, kind)
             name = projection.name
             flags |= _missing_flags(layout, projection)
         # In a mixture whose router's weights sum to 1 it is the same b in every expert: sum_e w_e (f_e(x) + b).
-        shift = i.coefficient * i.vector.float() / layout.residual_multiplier
+        shift = i.coefficient * i.vector.float() / layout.sublayer(i.site.layer, kind).multiplier
         biases[name] = biases[name] + shift if name in biases else shift
     return WeightPatch(bias=biases, config_flags=tuple(sorted(flags)))
 
 
 def _missing_flags(layout: Layout, projection: OutputProjection) -> set[str]:
     """The config flag that makes stock code build that projection's bias, where the model has none yet."""
-    flag = layout.bias_flag(projection.kind)
-    return set() if flag is None or projection.module.bias is not None else {flag}
+    flag = layout.bias_flag(projection.layer, projection.kind)
+    return set() if flag is None or flag == NATIVE else {flag}
 
 
 # --------------------------------------------------------------------------------------- orthogonalise
@@ -115,7 +121,8 @@ def orthogonalise_refusal(program: Program, layout: Layout) -> str | None:
         return "there is nothing to ablate; a shift is a bias"
 
     def refusal(i: Intervention, layout: Layout) -> str | None:
-        experts = f"the MLP is {EXPERTS}" if _kind(i) not in layout.projection_kinds else None
+        layer, kind = i.site.layer, _kind(i)
+        experts = None if kind in layout.projection_kinds(layer) else layout.no_projection(layer, kind)
         if i.operation == "add":
             return _shift_refusal(i, layout) if i.site == _EMBEDDINGS or experts is None else experts
         if "all" not in i.scopes:
@@ -128,8 +135,10 @@ def orthogonalise_refusal(program: Program, layout: Layout) -> str | None:
                 "the stream there is a sum of what many output projections write; ablate at every one of them "
                 "(see ablate_everywhere)"
             )
-        if layout.post_norm:
+        if _is_normalised(layout, layer, kind):
             return f"{layout.model.config.model_type} normalises what its output projections write"
+        if experts is None and not layout.sublayer(layer, kind).alone:
+            experts = f"beside {layout.output_projection(layer, kind).name} routed experts write the stream there"
         return experts or (_shift_refusal(i, layout) if i.operation == "clamp" else None)
 
     return first_refusal(program, layout, refusal)
@@ -159,7 +168,7 @@ def orthogonalise(program: Program, layout: Layout) -> WeightPatch:
     """The edits of output projections and embeddings, and the biases that clamps and shifts need."""
     edited: dict[str, _Affine] = {}
     flags: set[str] = set()
-    embeddings = layout.family.embeddings
+    embeddings = layout.embeddings
     # A shift of the block's output comes after what happens at its sublayers, whatever the program's order.
     for i in sorted(program.interventions, key=lambda i: i.site.point == "resid_post"):
         projection = None if i.site == _EMBEDDINGS else layout.output_projection(i.site.layer, _kind(i))
@@ -180,7 +189,8 @@ def orthogonalise(program: Program, layout: Layout) -> WeightPatch:
                 affine.bias = affine.bias - i.coefficient * (u @ affine.bias) * u
                 affine.B.append(-i.coefficient * u)
                 affine.A.append(row)
-            affine.bias = affine.bias + i.coefficient * shift.to(affine.bias) / layout.residual_multiplier
+            scale = 1.0 if projection is None else layout.sublayer(projection.layer, projection.kind).multiplier
+            affine.bias = affine.bias + i.coefficient * shift.to(affine.bias) / scale
         if projection is not None and bool(shift.any()):
             flags |= _missing_flags(layout, projection)
 
@@ -214,10 +224,10 @@ def convert_refusal(program: Program, layout: Layout) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         return f"its sliding window of {window} tokens is not in {_CONVERTED}'s stock code"
-    return bias_refusal(program, replace(layout, family=FAMILIES[_CONVERTED]))
+    return bias_refusal(program, replace(layout, flags=_CONVERTED_FLAGS))
 
 
 def convert_architecture(program: Program, layout: Layout) -> WeightPatch:
     """The biases, with the architecture that holds them."""
-    patch = bias_patch(program, replace(layout, family=FAMILIES[_CONVERTED]))
+    patch = bias_patch(program, replace(layout, flags=_CONVERTED_FLAGS))
     return replace(patch, architecture=_CONVERTED)

@@ -80,7 +80,7 @@ def chosen_weights(layout: Layout, first: int, endings: tuple[str, ...]) -> dict
     chosen = {ending: [name for name in modules if f".{name}".endswith(f".{ending}")] for ending in endings}
     unknown = [ending for ending, names in chosen.items() if not names]
     if unknown:
-        prefix = f"{layout.family.blocks}.{first}."
+        prefix = f"{layout.measured.blocks}.{first}."
         known = ", ".join(name.removeprefix(prefix) for name in layout.linears(first))
         raise CannotLower(
             f"compile.full.modules: no Linear from block {first} on ends in {', '.join(unknown)}. A block has: {known}."

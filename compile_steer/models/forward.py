@@ -112,8 +112,7 @@ def capture(layout: Layout, batch: Batch, point: Point, through: int | None = No
             module = block if point == "resid_pre" else layout.hook_module(Site(layer, point))
             stack.callback(module.register_forward_hook(catch, with_kwargs=True).remove)
         run_blocks(layout.model, batch.input_ids, batch.attention_mask, stop=count)
-    scale = layout.stream_scale(point)
-    return [activation * scale for activation in caught]
+    return [activation * layout.stream_scale(layer, point) for layer, activation in enumerate(caught)]
 
 
 def read_activations(

@@ -56,6 +56,7 @@ class _Roles:
         self._past = 0
         self._mask: Tensor | None = None
         self._prompt: Tensor | None = None
+        self.shape: tuple[int, int] = (0, 0)  # [batch, time] of the current pass
 
     def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -64,6 +65,9 @@ class _Roles:
         # generate() may pass a prepared 4-d mask; only the 2-d one shows the padding.
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = kwargs.get("input_ids", args[0] if args else None)
+        read = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+        if isinstance(read, Tensor):
+            self.shape = read.shape[0], read.shape[1]
         before = self._prompt
         continues = (
             ids is not None
@@ -159,7 +163,12 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
             strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
         # The point is defined on the stream: where the family scales a sublayer's output before adding it, the same
         # edit has to be made before that factor.
-        edits.append((first.site, _Edit(basis, shift / layout.stream_scale(first.site.point), strength, first.scopes)))
+        edits.append(
+            (
+                first.site,
+                _Edit(basis, shift / layout.stream_scale(first.site.layer, first.site.point), strength, first.scopes),
+            )
+        )
     # Stable: within one module, edits of the block's output come before those of the next block's input.
     return sorted(edits, key=lambda edit: edit[0].point == "resid_pre")
 
@@ -217,8 +226,10 @@ def _input_hook(edit: _Edit, roles: _Roles) -> Any:
 
 def _output_hook(edit: _Edit, roles: _Roles) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return edit(output[0], roles), *output[1:]  # blocks of some families return a tuple
-        return edit(output, roles)
+        hidden = output[0] if isinstance(output, tuple) else output
+        # Some models hand their MLP all tokens in one row.
+        batch = hidden.view(*roles.shape, -1) if hidden.dim() == 2 else hidden
+        edited = edit(batch, roles).view_as(hidden)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited  # blocks of some families return a tuple
 
     return hook

@@ -117,7 +117,7 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
     for checkpoint in [base_folder, folder] if kind == "checkpoint" else [base_folder]:
         require_plain(checkpoint)
     patch = None if kind == "checkpoint" else read_patch(folder)
-    layout = _layout(base_folder if patch is not None else folder)
+    layout, no_layout = _layout(base_folder if patch is not None else folder)
     names = TensorNames(layout)
     total = len(Checkpoint(folder).files) if patch is None else len(patch.low_rank) + len(patch.dense)
     with progress.phase("comparing tensors", total) as advance:
@@ -126,7 +126,7 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
         else:
             compared = compare_patch(before, patch, names, threshold, advance)
         differences = list(compared)
-    baked, reason = find_baked(differences, layout, program)
+    baked, reason = ([], no_layout) if layout is None else find_baked(differences, layout, program)
     return Audit(
         base=base,
         other=other,
@@ -142,16 +142,16 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
     )
 
 
-def _layout(folder: Path) -> Layout | None:
-    """The model's modules by name, without its weights; None for an unknown family."""
+def _layout(folder: Path) -> tuple[Layout | None, str]:
+    """What writes the stream of the model in a folder; None where it has no stream, and the reason."""
+    # Measured on random weights: the folder's own may be what is looked into.
     with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     try:
-        return Layout.of(model)
-    except LayoutError:
-        return None
+        return Layout.of(model), ""
+    except LayoutError as error:
+        return None, str(error)
 
 
 def _with_cosine(difference: Difference, layout: Layout | None, program: Program | None) -> TensorChange:
@@ -166,7 +166,7 @@ def _with_cosine(difference: Difference, layout: Layout | None, program: Program
 
 
 def find_baked(
-    differences: Sequence[Difference], layout: Layout | None, program: Program | None
+    differences: Sequence[Difference], layout: Layout, program: Program | None
 ) -> tuple[list[BakedDirection], str]:
     """The directions that explain the whole change, or the reason why none do.
 
@@ -174,11 +174,9 @@ def find_baked(
     that they write (it is ablated), or rank-1 edits of some (it is written, as the input says). With any other change beside
     these, nothing is reported.
     """
-    if layout is None:
-        return [], "the family is not known, so what writes the stream is not"
     largest = max((difference.change.norm for difference in differences), default=0.0)
     real = [difference for difference in differences if difference.change.norm > _ZERO * largest]
-    projections, embeddings = layout.output_projections, layout.family.embeddings
+    projections, embeddings = layout.output_projections, layout.embeddings
     outside = [d.change.name for d in real if d.module not in projections and d.module not in embeddings]
     added = [(d, d.vector) for d in real if d.vector is not None]
     wide = [d.change for d in real if d.change.rank != 1]

@@ -114,7 +114,7 @@ def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_rank_is_
     assert (edit.B.dtype, edit.A.dtype) == (torch.float32, torch.float32)
     sizes = torch.linalg.svdvals(edit.B @ edit.A)
     # Behind a norm each token needs the shift times its own scale, in the metric of the norm's weights.
-    assert float(sizes[1] / sizes[0]) < (1e-2 if tiny.layout.post_norm else 1e-3)
+    assert float(sizes[1] / sizes[0]) < (1e-2 if tiny.layout.norm(1, "mlp") else 1e-3)
 
 
 def test_solving_leaves_the_model_as_it_was() -> None:
@@ -205,16 +205,13 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
     """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
     layout = loaded(family).layout
-    gain = norm_weights(layout, layout.output_projection(1, "mlp"))
+    gain, multiplier = norm_weights(layout, layout.output_projection(1, "mlp")), layout.stream_scale(1, "mlp_out")
     written, stream, missing, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
-    y, weight = regression_targets(missing, written, stream, layout.residual_multiplier, gain)
-    if layout.post_norm:
-        assert gain is not None
-        # The solution is in units of the norm's output; divided by the norm's weights it is the projection's.
-        moved = edit / written.square().mean(dim=1, keepdim=True).sqrt()
-    else:
-        moved = layout.residual_multiplier * edit
-    error = weight * (y - edit).square().sum(dim=1) * (1.0 if layout.post_norm else layout.residual_multiplier**2)
+    y, weight = regression_targets(missing, written, stream, multiplier, gain)
+    # Behind a norm the solution is in units of its output; divided by the norm's weights it is the projection's.
+    scale = multiplier if gain is None else 1 / written.square().mean(dim=1, keepdim=True).sqrt()
+    moved = scale * edit
+    error = weight * (y - edit).square().sum(dim=1) * (1.0 if gain is not None else multiplier**2)
     assert torch.allclose(error, (missing - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
 
 
@@ -232,7 +229,7 @@ def test_a_stage_minimises_the_error_in_the_stream_behind_a_norm_and_a_multiplie
     batch = Padded.of(CALIBRATION, "right")
     real = batch.attention_mask.bool()
     caught: dict[str, torch.Tensor] = {}
-    block, norm = layout.blocks[1], layout.family.mlp_norm
+    block, norm, multiplier = layout.blocks[1], layout.norm(1, "mlp"), layout.stream_scale(1, "mlp_out")
     hooks = [
         projection.module.register_forward_hook(lambda _m, args, out: caught.update(x=args[0][real], z=out[real])),
         block.register_forward_hook(
@@ -244,10 +241,10 @@ def test_a_stage_minimises_the_error_in_the_stream_behind_a_norm_and_a_multiplie
         hook.remove()
     x, z, h = (caught[name].double() for name in ("x", "z", "h"))
     # How much of the change of the projection's output reaches each dimension of the stream, by token.
-    passed = torch.full_like(z, layout.residual_multiplier)
+    passed = torch.full_like(z, multiplier)
     if norm is not None:
         # The RMS is held fixed, so the norm is a scale: read off as its own output over its input.
-        passed = block.get_submodule(norm)(z.float()).double() / z
+        passed = norm(z.float()).double() / z
     (added,) = steering.interventions
     missing = added.coefficient * added.vector.double()
     weight = 1 / h.norm(dim=1)
@@ -262,17 +259,17 @@ def test_a_mixture_of_experts_is_solved_through_its_attention_alone() -> None:
     stages = stages_of(tiny, steering)
     assert {stage.projection for stage in stages} == {"attn"}
     assert remaining_kl(tiny, steering, solve(tiny, steering, stages)) < 0.8
-    with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP is a mixture of experts"):
+    with pytest.raises(CompileSteerError, match="stage mlp of block 1: the MLP of qwen3_moe is a mixture of experts"):
         solve(tiny, steering, [Stage(1, "mlp", 2)])
 
 
 def test_every_problem_of_the_stages_is_reported_at_once() -> None:
     tiny, steering = loaded("qwen3_moe"), canonical_program("qwen3_moe", intervention())
     with pytest.raises(CompileSteerError) as caught:
-        solve(tiny, steering, [Stage(9, "mlp", 2), Stage(1, "attn", 99)])
+        solve(tiny, steering, [Stage(9, "mlp", 2), Stage(1, "mlp", 2), Stage(1, "attn", 99)])
     assert caught.value.problems == (
         "compile.closed_form.stages:",
         "stage mlp of block 9: the model has blocks 0 to 3.",
-        "stage mlp of block 9: the MLP is a mixture of experts: no one matrix writes what it adds to the stream.",
+        "stage mlp of block 1: the MLP of qwen3_moe is a mixture of experts: no one matrix writes what it adds to the stream.",
         "stage attn of block 1: rank 99 is above what its matrix (32 x 48) can have.",
     )

@@ -10,7 +10,7 @@ from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.models.load import LoadedModel
-from compile_steer.steering.layout import ProjectionKind
+from compile_steer.steering.measure import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from tests.helpers.captures import n_hooks

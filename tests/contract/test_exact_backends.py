@@ -43,7 +43,9 @@ from tests.helpers.tiny import (
 
 Save = Callable[[str], LoadedModel]
 # Every output projection of these families is a matrix whose output is added to the stream as it is.
-PLAIN = [f for f in FAMILIES if not loaded(f).layout.post_norm and "mlp" in loaded(f).layout.projection_kinds]
+PLAIN = [
+    f for f in FAMILIES if "mlp" in (kinds := loaded(f).layout).projection_kinds(1) and kinds.norm(1, "mlp") is None
+]
 
 
 # --------------------------------------------------------------------------------- the bias backend
@@ -149,13 +151,12 @@ def test_a_config_flag_names_only_the_biases_that_are_needed(saved: Save) -> Non
     assert exact.bias_patch(program("gpt2", intervention()), saved("gpt2").layout).config_flags == ()
 
 
-def test_a_family_whose_checkpoint_lacks_its_biases_is_refused_before_any_work() -> None:
-    model = build("gpt_neox", attention_bias=False)
+def test_a_checkpoint_without_biases_gets_the_flag_that_adds_them() -> None:
+    layout = Layout.of(build("gpt_neox", attention_bias=False))
     steering = canonical(program("gpt_neox", intervention("add", "attn_out", 1)))
-    assert exact.bias_refusal(steering, loaded("gpt_neox").layout) is None
-    refusal = exact.bias_refusal(steering, Layout.of(model))
-    assert refusal is not None
-    assert "attention.dense" in refusal
+    assert exact.bias_refusal(steering, layout) is None
+    assert exact.bias_patch(steering, loaded("gpt_neox").layout).config_flags == ()
+    assert exact.bias_patch(steering, layout).config_flags == ("attention_bias",)
 
 
 def test_one_illegal_intervention_refuses_the_whole_program_and_names_itself() -> None:

@@ -100,23 +100,27 @@ def test_a_threshold_that_is_no_fraction_is_refused(base: LoadedModel) -> None:
         look(base, Path(base.source), threshold=1.0)
 
 
-def test_a_family_that_is_not_known_is_still_compared(base: LoadedModel, tmp_path: Path) -> None:
+def test_a_model_without_a_stream_is_still_compared(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "opt", vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     for name in ("one", "two"):
         torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **sizes)).save_pretrained(tmp_path / name)
     path = tmp_path / "two" / "model.safetensors"
     tensors = load_file(str(path))
-    key = next(name for name in tensors if name.endswith("fc2.weight"))
-    tensors[key] = tensors[key] + torch.outer(torch.randn(32), torch.randn(48))
+    key = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    tensors[key] = tensors[key] + torch.outer(torch.randn(48), torch.randn(32))
     save_file(tensors, str(path))
     report = audit(str(tmp_path / "one"), str(tmp_path / "two"), None, 0.01, Progress())
     assert [change.rank for change in report.changes] == [1]
-    assert "family is not known" in report.not_baked
+    assert "reads later tokens" in report.not_baked
 
 
 def test_an_adapter_of_another_base_is_refused(base: LoadedModel, tmp_path: Path) -> None:

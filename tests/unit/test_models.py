@@ -129,7 +129,7 @@ def test_a_layout_finds_blocks_and_output_projections_of_a_family(family: str) -
     model = loaded(family).model
     layout = Layout.of(model)
     assert (layout.n_layers, layout.d_model) == (LAYERS, HIDDEN)
-    for kind in layout.projection_kinds:
+    for kind in layout.projection_kinds(2):
         d_in = FFN if kind == "mlp" else None
         projection = layout.output_projection(2, kind)
         assert model.get_submodule(projection.name) is projection.module
@@ -137,13 +137,13 @@ def test_a_layout_finds_blocks_and_output_projections_of_a_family(family: str) -
         assert isinstance(weight, nn.Parameter)
         assert weight.numel() % HIDDEN == 0
         assert d_in is None or weight.numel() == HIDDEN * d_in
-    assert layout.post_norm == (family in ("gemma2", "gemma3_text", "olmo2"))
-    assert layout.residual_multiplier == (0.37 if family == "granite" else 1.0)
+    assert (layout.norm(2, "attn") is not None) == (family in ("gemma2", "gemma3_text", "olmo2"))
+    assert layout.stream_scale(2, "mlp_out") == (0.37 if family == "granite" else 1.0)
 
 
 def test_a_mixture_of_experts_has_no_output_projection_in_its_mlp() -> None:
     layout = loaded("qwen3_moe").layout
-    assert layout.projection_kinds == ("attn",)
+    assert layout.projection_kinds(2) == ("attn",)
     with pytest.raises(LayoutError, match="the MLP of qwen3_moe is a mixture of experts"):
         layout.output_projection(2, "mlp")
 

@@ -1,0 +1,101 @@
+"""The layout is measured: kinds of blocks that no table names, and models that have no stream to steer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from compile_steer.common.errors import LayoutError
+from compile_steer.steering.measure import Sublayer, measure
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+_GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+_HYBRID = {
+    **_SIZES, "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_EXPERTS = {**_SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def build(family: str, settings: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Gains as trained models have them; matrices so large that what stands behind them answers.
+            parameter.copy_(
+                torch.exp(torch.randn_like(parameter)) if "norm" in name else torch.randn_like(parameter) / 5
+            )
+    return model
+
+
+# In each: the first block's points, and the last one's where it is of another kind.
+KINDS = {
+    "parallel": ("gptj", _GPT, {"attn": "attn.out_proj", "mlp": "mlp.fc_out"}, {}),
+    "tuples, added in place": (
+        "falcon", {**_SIZES, "ffn_hidden_size": 48}, {"attn": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"}, {},
+    ),
+    "all tokens in one row": (
+        "opt", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}, {"attn": "self_attn.out_proj", "mlp": "fc2"}, {},
+    ),
+    "hybrid": (
+        "qwen3_5_text", _HYBRID, {"attn": "linear_attn.out_proj", "mlp": "mlp.down_proj"}, {"attn": "self_attn.o_proj"},
+    ),
+    "state space alone": (
+        "mamba", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, {"attn": "mixer.out_proj"}, {},
+    ),
+    "experts": ("mixtral", _EXPERTS, {"attn": "self_attn.o_proj", "mlp": "mlp"}, {}),
+    "norms behind": (
+        "olmo3", {**_SIZES, "num_key_value_heads": 2, "pad_token_id": 0},
+        {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_block_shows_what_writes_its_stream(kind: str) -> None:
+    family, settings, first, last = KINDS[kind]
+    layout = measure(build(family, settings))
+    points = [{name: sublayer.point for name, sublayer in block.items()} for block in layout.sublayers]
+    assert points == [first, {**first, **last}]
+    assert layout.d_model == 32
+    assert all(sublayer.multiplier == 1.0 for block in layout.sublayers for sublayer in block.values())
+
+
+def test_a_norm_behind_a_projection_and_a_mixture_without_one_are_told() -> None:
+    attn, mlp = (measure(build("olmo3", KINDS["norms behind"][1])).sublayers[0][kind] for kind in ("attn", "mlp"))
+    assert (attn.projection, attn.norm) == ("self_attn.o_proj", "post_attention_layernorm")
+    assert (mlp.projection, mlp.norm) == ("mlp.down_proj", "post_feedforward_layernorm")
+    assert measure(build("mixtral", _EXPERTS)).sublayers[0]["mlp"] == Sublayer("mlp")
+
+
+def test_a_shared_expert_is_a_projection_that_does_not_write_alone() -> None:
+    settings = {**_SIZES, "num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}  # fmt: skip
+    dense, mixture = (block["mlp"] for block in measure(build("glm4_moe", settings)).sublayers)
+    assert (dense.point, dense.projection, dense.alone) == ("mlp.down_proj", "mlp.down_proj", True)
+    assert (mixture.point, mixture.projection, mixture.alone) == ("mlp", "mlp.shared_experts.down_proj", False)
+
+
+def test_a_model_in_another_width_of_numbers_has_the_same_layout() -> None:
+    model = build("llama", {**_SIZES, "num_key_value_heads": 2})
+    assert measure(model) == measure(model.to(torch.bfloat16))
+
+
+def test_a_model_that_reads_later_tokens_is_refused() -> None:
+    with pytest.raises(LayoutError, match="BertLMHeadModel reads later tokens"):
+        measure(build("bert", _SIZES))
+
+
+def test_measuring_leaves_no_hook_and_no_changed_weight() -> None:
+    model = build("gpt_oss", {**_EXPERTS, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]})
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    layout = measure(model)
+    assert layout.sublayers[1]["mlp"].expert_bias == "mlp.experts.down_proj_bias"
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
