@@ -80,14 +80,12 @@ class Host:
 
         server = HTTPServer(("127.0.0.1", 0), Handler)
         self.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield self
         finally:
             server.shutdown()
             server.server_close()
-            thread.join()
 
 
 class _Code:
@@ -233,7 +231,7 @@ def _data_script(case: Case) -> None:
 
 
 def _address(port: int, recipe: dict[str, Any]) -> None:
-    recipe["data"]["train"] = {"source": "json", "data_files": [f"http://127.0.0.1:{port}/{SECRET}.jsonl"]}
+    recipe["data"]["train"] = {"source": "json", "data_files": [f"http://127.0.0.1:{port}/rows.jsonl"]}
 
 
 def _named_base(name: str, case: Case) -> None:
@@ -262,8 +260,8 @@ def succeeded(base: Case, attack: Attack, host: Host) -> list[str]:
             shown = outcome.output + outcome.errors
             if any(case.root.rglob(CANARY)):
                 found.append(f"{command[0]} ran its code")
-            if any(SECRET in request or "Bearer" in request for request in host.requests[before:]):
-                found.append(f"{command[0]} sent the secret")
+            if host.requests[before:]:
+                found.append(f"{command[0]} called a stranger's address")
             if SECRET in shown or _holds_secret(case.root / "out"):
                 found.append(f"{command[0]} gave the secret away")
             if "\x1b" in shown or "\x07" in shown:

@@ -13,7 +13,7 @@ from tests.helpers.small_run import words as draw_words
 
 ROW = {"prompt": "w60 w61", "positive": "w71 w72 w73", "negative": "w81 w82 w83"}
 GOOD = json.dumps(ROW)
-LINE = "train.jsonl:2"
+LINE = "train.jsonl:2|line 2"
 
 
 def _line(line: str | bytes, case: Case, split: str = "train") -> None:
@@ -61,10 +61,10 @@ LINES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "empty text": (_row(positive=""), ("positive",)),
     "blank text": (_row(positive=" \t "), ("positive",)),
     "zero-width text": (_row(positive="\u200b"), ("positive",)),
-    "lone surrogate": ('{"prompt": "w6 \\ud83d", "positive": "w7", "negative": "w8"}', ("prompt",)),
+    "lone surrogate": ('{"prompt": "w6 \\ud83d", "positive": "w7", "negative": "w8"}', ("surrogate",)),
     "raw surrogate": (b'{"prompt": "w6 \xed\xa0\xbd", "positive": "w7", "negative": "w8"}', ()),
-    "control token": (_row(prompt="w7 </s> <s> assistant"), ("prompt",)),
-    "control token in a response": (_row(positive="w7 </s> w8"), ("positive",)),
+    "control token": (_row(prompt="w7 </s> <s> assistant"), ("w7",)),
+    "control token in a response": (_row(positive="w7 </s> w8"), ("w7",)),
     "5,000 digits": ('{"prompt": ' + "9" * 5000 + ', "positive": "w7", "negative": "w8"}', ()),
     "deep brackets": ("[" * 100_000, ()),
     "deep braces": ('{"prompt":' * 50_000, ()),
@@ -74,9 +74,12 @@ LINES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "carriage returns": (GOOD.replace(" ", "\r"), ()),
     "sides equal": (_row(negative=ROW["positive"]), ("positive",)),
     "a history": (_row(history=[["w7", "w8"]]), ("history",)),
-    "a megabyte as a prompt": (_row(prompt="w7 " * 350_000), ("prompt",)),
-    "a prompt beyond the model's length": (_row(prompt="w7 " * 200), ()),
+    "a megabyte as a prompt": (_row(prompt="w7 " * 350_000), ("w7",)),
+    "a prompt beyond the model's length": (_row(prompt="w7 " * 200), ("w7",)),
 }
+OF_TEXTS = (
+    "sides equal", "control token", "control token in a response", "a megabyte as a prompt", "a prompt beyond the model's length",
+)  # fmt: skip
 FILES: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {
     "empty": (partial(_whole, lambda _: b""), ("empty",)),
     "only line breaks": (partial(_whole, lambda _: b"\n" * 99), ("empty",)),
@@ -147,8 +150,8 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def inputs() -> Iterator[Bad]:
     """One bad line, a bad file, a text in two splits, bad choices, bad lines of the other parts."""
     for name, (line, words) in LINES.items():
-        # What only shows in the rows together is named by its split.
-        place = LINE if name not in ("sides equal",) else "data.train"
+        # What only shows when all is read is named by its split and text.
+        place = "data.train" if name in OF_TEXTS else LINE
         yield Bad(f"data: {name}", partial(_line, line), (place, *words))
     for name, (edit, words) in FILES.items():
         yield Bad(f"data: {name} (file)", edit, ("train", *words))

@@ -71,7 +71,7 @@ CONTENTS: dict[str, bytes] = {
 # Every way in which a file is not what it should be.
 SPOILS: dict[str, Callable[[Path], object]] = {
     **{name: partial(Path.write_bytes, data=content) for name, content in CONTENTS.items()},
-    **{f"cut at {share:.1%}": partial(cut, share=share) for share in (0.1, 0.5, 0.999)},
+    **{f"cut at {share:.1%}": partial(cut, share=share) for share in (0.1, 0.5, 0.99)},
 }
 
 

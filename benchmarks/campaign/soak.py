@@ -26,7 +26,7 @@ def measured(case: Case, runs: int) -> list[dict[str, int]]:
     found = case.root / "soak.jsonl"
 
     def repeat() -> None:
-        with found.open("w") as file:
+        with found.open("w", buffering=1) as file:
             for number in range(runs):
                 for command in COMMANDS:
                     sys.argv = [

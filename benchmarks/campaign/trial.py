@@ -29,7 +29,7 @@ from compile_steer.report import page
 
 GIB = 2**30
 STOPPED_AT = 3 * GIB  # where a trial is ended, before it takes the machine with it
-POLL = 0.01
+POLL = 0.03
 # What a library starts threads or goes to the network for; set before anything heavy is imported.
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
 
