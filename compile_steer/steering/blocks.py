@@ -1,0 +1,258 @@
+"""The blocks of a model: finding them in one pass of the whole model, and running one again by itself.
+
+The blocks are the list of modules that the forward pass runs one after another, each on what the one before it gave.
+A block that was called once can be called again under hooks on the modules inside it, without the rest of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compile_steer.common.errors import LayoutError
+
+_TOKENS = 8
+# Of the norm of what comes out. In float32 a true writer leaves 1e-6 and the nearest false one 5e-2; in bf16 a true one 8e-3.
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
+_COARSE_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block that can be made again, with the output [2, tokens, d_model] that it gave."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reference: Tensor
+
+    def run(self, hidden: Tensor | None = None) -> Tensor:
+        """The output of the block under the hooks that are on now, on its own input or on `hidden`."""
+        args, kwargs = self.args, self.kwargs
+        if hidden is not None and args:
+            args = (hidden, *args[1:])
+        elif hidden is not None:
+            kwargs = {**kwargs, "hidden_states": hidden}
+        return stream(self.block(*args, **kwargs))
+
+    @property
+    def hidden(self) -> Tensor:
+        """The block's input."""
+        value = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(value, Tensor)
+        return value
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of a model's blocks, in order; `name` is the list's, `input_ids` [2, tokens] what the pass read."""
+
+    name: str
+    blocks: list[Call]
+    input_ids: Tensor
+
+
+def stream(output: Any) -> Tensor:
+    """The hidden state of a module's output: blocks and attention modules of some models return a tuple."""
+    first = output[0] if isinstance(output, tuple | list) else output
+    return first if isinstance(first, Tensor) else torch.empty(0)
+
+
+def record_blocks(model: PreTrainedModel) -> Calls:
+    """Run two rows that differ in their last token once, and find the list of blocks; checks that it is causal."""
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and all(any(True for _ in block.parameters()) for block in module)
+    }
+    owner = {block: (name, index) for name, blocks in lists.items() for index, block in enumerate(blocks)}
+    seen: dict[str, list[tuple[int, Call]]] = {}
+    with ExitStack() as stack:
+        for block in owner:
+
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                name, index = owner[module]
+                seen.setdefault(name, []).append((index, Call(module, args, kwargs, stream(output).clone())))
+
+            stack.callback(block.register_forward_hook(keep, with_kwargs=True).remove)
+        input_ids = _token_ids(model)
+        run_backbone(model, input_ids)
+    chains = {name: [call for _, call in calls] for name, calls in seen.items() if _is_chain(calls, len(lists[name]))}
+    if not chains:
+        raise LayoutError(
+            f"{type(model).__name__} has no list of residual blocks that run one after another, each on the output of the "
+            "one before it, so there is no stream to steer."
+        )
+    name = max(chains, key=lambda name: sum(p.numel() for block in lists[name] for p in block.parameters()))
+    blocks = chains[name]
+    last = blocks[-1].reference
+    if differ(last[0, :-1], last[1, :-1], last.dtype):
+        raise LayoutError(
+            f"{type(model).__name__} reads later tokens: changing the last one changes the hidden states before it. Only "
+            "causal language models (decoders) can be compiled."
+        )
+    return Calls(name, blocks, input_ids)
+
+
+def _token_ids(model: PreTrainedModel) -> Tensor:
+    """Two rows of token ids [2, 8] that differ in the last one, spread over the vocabulary."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.linspace(vocabulary * 0.1, vocabulary * 0.9, _TOKENS, device=model.device).long()
+    rows = torch.stack([ids, ids])
+    rows[1, -1] = rows[1, 0]
+    return rows
+
+
+def run_backbone(model: PreTrainedModel, input_ids: Tensor) -> Any:
+    """One pass of the whole model without a cache."""
+    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+
+
+def _is_chain(calls: Sequence[tuple[int, Call]], count: int) -> bool:
+    """True if every block was called once, in order, on what the block before it gave."""
+    if [index for index, _ in calls] != list(range(count)):
+        return False
+    blocks = [call for _, call in calls]
+    shapes = {call.reference.shape for call in blocks}
+    has_input = all(call.args or "hidden_states" in call.kwargs for call in blocks)
+    if len(shapes) != 1 or blocks[0].reference.dim() != 3 or not has_input:
+        return False
+    inputs = [call.args[0] if call.args else call.kwargs["hidden_states"] for call in blocks]
+    if not all(isinstance(value, Tensor) and value.shape == blocks[0].reference.shape for value in inputs):
+        return False
+    return all(torch.equal(after, before.reference) for before, after in zip(blocks, inputs[1:], strict=False))
+
+
+def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:
+    """The embeddings outside of the blocks to whose output an added constant moves the input of block 0 alike."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not name.startswith(f"{calls.name}.")
+    ]
+    first, found = calls.blocks[0], []
+    for name in names:
+        inputs: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())  # noqa: B023 - called within this turn
+            raise _Stopped
+
+        delta = delta_of(first.hidden)
+        with ExitStack() as stack:
+            module = model.get_submodule(name)
+            if module.weight.shape[1] != len(delta):
+                continue
+            stack.callback(module.register_forward_hook(lambda _m, _a, out, delta=delta: out + delta).remove)
+            stack.callback(first.block.register_forward_pre_hook(stop, with_kwargs=True).remove)
+            with suppress(_Stopped):
+                run_backbone(model, calls.input_ids)
+        if inputs and multiple(inputs[0] - first.hidden, delta) is not None:
+            found.append(name)
+    return tuple(found)
+
+
+class _Stopped(Exception):
+    """Ends a pass early."""
+
+
+# ------------------------------------------------------------------------------------ comparing
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The relative difference below which two tensors of that type are the same, to rounding."""
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
+def delta_of(reference: Tensor) -> Tensor:
+    """A fixed random constant [d_model] as large as a typical token of `reference` [..., d_model]."""
+    generator = torch.Generator().manual_seed(0)
+    # The median token: the first one's norm is hundreds of times that of the others in many models.
+    size = reference.reshape(-1, reference.shape[-1]).float().square().mean(dim=1).sqrt().median()
+    delta = torch.randn(reference.shape[-1], generator=generator).to(reference.device) * size.clamp(min=1e-6)
+    return delta.to(reference.dtype)
+
+
+def multiple(change: Tensor, delta: Tensor) -> float | None:
+    """m where `change` [..., d_model] is m times `delta` at every token, to rounding; else None."""
+    rows, direction = change.reshape(-1, len(delta)).double(), delta.double()
+    factors = (rows @ direction) / (direction @ direction)
+    m = float(factors.median())
+    # Tokens whose own size drowns the constant in rounding (the first one, in many models) have no say.
+    errors = (rows - m * direction).norm(dim=1) / direction.norm()
+    tolerance = tolerance_of(delta.dtype) * max(1.0, abs(m))
+    return m if abs(m) > 1e-3 and float(errors.quantile(0.75)) < tolerance else None
+
+
+def differ(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """True if two tensors of that type are further apart than its rounding."""
+    scale = right.float().norm().clamp(min=1e-12)
+    return float((left - right).float().norm() / scale) > tolerance_of(dtype) / 10
+
+
+# ---------------------------------------------------------------------------- running one again
+
+
+@contextmanager
+def shifted(module: nn.Module, delta: Tensor) -> Iterator[None]:
+    """Add `delta` to the module's output inside the block."""
+
+    def shift(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+    handle = module.register_forward_hook(shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def holding(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Hold the module's output at `value` inside the block."""
+
+    def hold(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        held = value.clone()  # some blocks add to it in place
+        return (held, *output[1:]) if isinstance(output, tuple) else held
+
+    handle = module.register_forward_hook(hold)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the modules of a block gave, and what they read, in one call; in the order in which they ran."""
+
+    outputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+def record_trace(call: Call) -> Trace:
+    """Run the block again and keep what its modules gave, without those that ran twice."""
+    trace, shared = Trace({}, {}), set[str]()
+    with ExitStack() as stack:
+        for name, module in call.block.named_modules():
+            # A LoRA wraps the Linear: its inner layers are not the module that stock code has there.
+            if name and not {"base_layer", "lora_A", "lora_B"} & set(name.split(".")):
+
+                def keep(_m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+                    if name in trace.outputs:  # two sublayers share it, so it is not the point of either
+                        shared.add(name)
+                    trace.outputs[name] = stream(output).clone()
+                    if args and isinstance(args[0], Tensor):
+                        trace.inputs[name] = args[0].clone()
+
+                stack.callback(module.register_forward_hook(keep).remove)
+        call.run()
+    for name in shared:
+        del trace.outputs[name]
+    return trace
