@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compile_steer.artifacts.files import read_json
-from compile_steer.models.libraries import quiet
+from compile_steer.models.libraries import read_config
 from compile_steer.models.older_readers import CONFIG
 from compile_steer.steering.patch import WeightPatch
 
@@ -42,9 +41,3 @@ def _converted(content: dict[str, Any], family: str) -> dict[str, Any]:
         if hasattr(target, key) and key not in (*names, "transformers_version", "dtype") and read.get(key) != value:
             new[key] = value
     return new
-
-
-def read_config(content: dict[str, Any]) -> PreTrainedConfig:
-    """The config that transformers reads from the content of a config.json."""
-    with quiet():
-        return type(AutoConfig.for_model(content["model_type"])).from_dict(deepcopy(content))

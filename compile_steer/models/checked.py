@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, CompileSteerError
-from compile_steer.models.libraries import library_errors
+from compile_steer.models.libraries import library_errors, read_config
 
 _REMEDY = "Get or make the model again."
 _SHOWN = 3  # names in a message
@@ -33,6 +33,7 @@ def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], Compil
     with library_errors(explain):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=read_config(folder),
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -52,7 +53,9 @@ def read_tokenizer(
     Where it has no padding token, its end-of-text token pads.
     """
     with library_errors(explain):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=model.config, trust_remote_code=False
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     require_rows(folder, model, tokenizer)

@@ -1,15 +1,28 @@
-"""The libraries that load models, made quiet, and their errors translated."""
+"""The libraries that load models, made quiet, their settings made neutral, and their errors translated."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.common import errors
 from compile_steer.common.errors import CompileSteerError
+
+# Settings of a config.json that choose no other numbers but other code (a hub id among them), or tuples as outputs.
+NEUTRAL: dict[str, Any] = {
+    "attn_implementation": None,
+    "experts_implementation": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
 
 
 @contextmanager
@@ -32,3 +45,16 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
+
+
+def read_config(source: Path | dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model's folder, or of the content of a config.json, with the `NEUTRAL` settings."""
+    config: PreTrainedConfig
+    with quiet():
+        if isinstance(source, Path):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **NEUTRAL)
+        else:
+            config = type(AutoConfig.for_model(source["model_type"])).from_dict(deepcopy(source), **NEUTRAL)
+    text = config.get_text_config()
+    text.return_dict, text.output_hidden_states = True, False
+    return config

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import Checkpoint
@@ -19,7 +19,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.checked import require_plain
-from compile_steer.models.libraries import library_errors
+from compile_steer.models.libraries import library_errors, read_config
 from compile_steer.models.load import folder_of
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
@@ -146,7 +146,7 @@ def _layout(folder: Path) -> tuple[Layout | None, str]:
     """What writes the stream of the model in a folder; None where it has no stream, and the reason."""
     # Measured on random weights: the folder's own may be what is looked into.
     with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     try:
         return Layout.of(model), ""
