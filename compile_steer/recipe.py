@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import date
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -21,8 +22,8 @@ from ruamel.yaml import YAML
 from compile_steer.artifacts.files import digest
 from compile_steer.common import reading
 from compile_steer.common.errors import RecipeError, brief
-from compile_steer.common.options import Section, Seed, explain_one
-from compile_steer.common.reading import Malformed
+from compile_steer.common.options import Section, Seed, dotted, explain_one
+from compile_steer.common.reading import Lines, Malformed, Yaml
 from compile_steer.data.section import Data
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions
@@ -122,12 +123,18 @@ class Recipe(Section):
         return digest(self.record)
 
     @staticmethod
-    def recall(record: dict[str, Any], folder: Path, source: str = "the recorded recipe") -> Recipe:
-        """Return the recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`."""
+    def recall(
+        record: dict[str, Any], folder: Path, source: str = "the recorded recipe", lines: Lines = MappingProxyType({})
+    ) -> Recipe:
+        """Return the recipe that an artifact carries, its paths relative to `folder`; raises `RecipeError`.
+
+        Args:
+            lines: where in `source` its keys are, for the error.
+        """
         try:
             return Recipe.model_validate({**record, "folder": folder.resolve()})
         except ValidationError as error:
-            raise RecipeError([f"{source}: {line}" for line in _explain(error, record)]) from error
+            raise RecipeError(_explain(error, record, source, lines)) from error
 
     def resolved(self) -> str:
         """Return the recipe with every default filled in, as YAML."""
@@ -138,11 +145,13 @@ class Recipe(Section):
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.to.set=value` changes; raises one `RecipeError` with every problem."""
-    _text, content = _read(path)
+    _text, (content, lines) = _read(path)
     _apply(content, changes)
     if "folder" in content:
         raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
-    return Recipe.recall(content, path.resolve().parent, path.name)
+    changed = [tuple(change.partition("=")[0].split(".")) for change in changes]  # these are not in the file
+    lines = {key: line for key, line in lines.items() if not any(key[: len(new)] == new for new in changed)}
+    return Recipe.recall(content, path.resolve().parent, path.name, lines)
 
 
 def rewritten(path: Path, changes: Sequence[str]) -> str:
@@ -157,20 +166,20 @@ def rewritten(path: Path, changes: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a recipe, and what it says."""
+def _read(path: Path) -> tuple[str, Yaml]:
+    """The text of a recipe, and what it says: a mapping."""
     try:
         text = reading.read_text(path, reading.MAX_YAML)
     except Malformed as error:
         raise RecipeError(f"recipe {path} cannot be read ({error}).") from error
     try:
-        content = reading.parse_yaml(text).content
+        yaml = reading.parse_yaml(text)
     except Malformed as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict):
-        found = "empty" if content is None else type(content).__name__
+    if not isinstance(yaml.content, dict):
+        found = "empty" if yaml.content is None else type(yaml.content).__name__
         raise RecipeError(f"recipe {path} is {found}; needed: keys and values (see recipes/ocean.yaml).")
-    return text, content
+    return text, yaml
 
 
 def _apply(content: dict[str, Any], changes: Sequence[str]) -> None:
@@ -220,39 +229,39 @@ RENAMED_KEYS = {
 }
 
 
-def _explain(error: ValidationError, content: Any) -> list[str]:
-    """Return one line a problem: the key, what was found, what was needed, and the new or the likely name."""
+def _explain(error: ValidationError, content: Any, source: str, numbers: Lines) -> list[str]:
+    """Return one line a problem: file and line, the key, what was found, what was needed, the new or the likely name."""
     lines = []
     for item in error.errors():
-        steps = [str(step) for step in item["loc"]]
-        where = ".".join(_path_in_file(item["loc"], content) + (steps[-1:] if item["type"] == "missing" else []))
-        if item["type"] == "extra_forbidden":
+        steps, kind = [str(step) for step in item["loc"]], item["type"]
+        path = _path_in_file(item["loc"], content)
+        place = f"{source}:{numbers[path]}" if path and path in numbers else source
+        where = dotted([*path, *(steps[-1:] if kind == "missing" else ())])
+        text = f"{explain_one(item, '')}."
+        if kind == "extra_forbidden":
             known = _keys(steps[:-1])
             similar = difflib.get_close_matches(steps[-1], known, n=1)
-            hint = f"; did you mean '{similar[0]}'?" if similar else f"; known here: {', '.join(sorted(known))}."
+            hint = f"did you mean '{similar[0]}'?" if similar else f"known here: {', '.join(sorted(known))}."
             renamed = RENAMED_KEYS.get(re.sub(r"\.\d+", "", where))  # keys of a list's entries without their number
-            lines.append(f"{where}: is now called {renamed}." if renamed else f"{where}: unknown key{hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing.")
-        elif item["type"] == "union_tag_invalid":
-            tag = item["ctx"]["tag"]
-            renamed = RENAMED_KEYS.get(f"{where}.kind={tag}")
+            text = f"is now called {renamed}." if renamed else f"unknown key; {hint}"
+        elif kind == "union_tag_invalid":
+            where, tag = f"{where}.kind", item["ctx"]["tag"]
+            renamed = RENAMED_KEYS.get(f"{where}={tag}")
             needed = f"it is now called {renamed}" if renamed else f"needed: {item['ctx']['expected_tags']}"
-            lines.append(f"{where}.kind: found '{tag}'; {needed}.")
-        else:
-            lines.append(f"{explain_one(item, where)}.")
+            text = f"found '{tag}'; {needed}."
+        lines.append(": ".join(part for part in (place, where, text) if part))
     return lines
 
 
-def _path_in_file(steps: Sequence[int | str], content: Any) -> list[str]:
+def _path_in_file(steps: Sequence[int | str], content: Any) -> tuple[int | str, ...]:
     """Return the steps that are in the file, without the tags by which sections of several kinds were chosen."""
-    path = []
+    path: list[int | str] = []
     for step in steps:
         inside = content if isinstance(content, dict) else range(len(content) if isinstance(content, list) else 0)
         if step in inside:
             content = content[step]
-            path.append(str(step))
-    return path
+            path.append(step)
+    return tuple(path)
 
 
 def _keys(steps: Sequence[str]) -> list[str]:

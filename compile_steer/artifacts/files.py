@@ -83,6 +83,16 @@ def load_json(path: Path, kind: type[_Record], name: str, remedy: str) -> _Recor
     return parse_record(content, kind, f"{path} is not a {name} of this version", remedy)
 
 
+def load_foreign_json(path: Path, kind: type[_Record], needed: str) -> _Record:
+    """Read a JSON file of another tool, whose keys that `kind` does not have mean nothing here; raises `ArtifactError`.
+
+    Args:
+        needed: what the file should be, for the error.
+    """
+    remedy = f"Needed: {needed}."
+    return parse_record(read_json(path, remedy), kind, f"{path} is something else", remedy, unknown="ignore")
+
+
 def parse_record(
     content: Any, kind: type[_Record], claim: str, remedy: str, unknown: Literal["forbid", "ignore"] = "forbid"
 ) -> _Record:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from compile_steer.common.errors import ArtifactError, brief, plain
+from compile_steer.common.reading import Malformed, read_json
 
 LOCK = ".compile_steer.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -157,8 +158,8 @@ def holder(path: Path) -> str:
 
 def _about(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes()[:10_000])
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path, 10_000)
+    except Malformed:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -9,13 +9,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from safetensors import safe_open
 
-from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.files import load_foreign_json
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors, several
 
@@ -152,6 +154,12 @@ class Checkpoint:
         return tensor
 
 
+@dataclass(frozen=True)
+class _Index:
+    metadata: dict[str, Any]
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files that transformers loads for the model in `folder`, each with the names of its tensors.
 
@@ -170,14 +178,10 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     indexed: dict[str, str] = {}
     if not single.is_file() and index.is_file():
-        content = read_json(index, "Get or make it again.")
-        indexed = content.get("weight_map", {})
-        names_files = isinstance(indexed, dict) and all(isinstance(name, str) for name in indexed.values())
-        if not (indexed and names_files and isinstance(content.get("metadata"), dict)):
-            raise ArtifactError(
-                f"{index} is no index of a model; needed: 'metadata', and 'weight_map' with the file of each tensor. "
-                "Get or make it again."
-            )
+        needed = (
+            "an index of a model with 'metadata', and 'weight_map' with the file of each tensor; get or make it again"
+        )
+        indexed = load_foreign_json(index, _Index, needed).weight_map
     elif not single.is_file():
         raise ArtifactError(_no_weights(folder))
     files: dict[Path, list[str]] = {}

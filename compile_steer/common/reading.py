@@ -11,9 +11,9 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic_core import from_json
 
@@ -50,10 +50,8 @@ def _opened(path: Path, limit: int) -> BinaryIO:
         status = path.stat()
         if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
             return path.open("rb")
-    except OSError as error:
-        raise Malformed(error.strerror or str(error)) from error
-    except ValueError as error:  # a NUL in the path
-        raise Malformed(str(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise Malformed(getattr(error, "strerror", None) or str(error)) from error
     if stat.S_ISDIR(status.st_mode):
         raise Malformed("it is a folder; needed: a file")
     if not stat.S_ISREG(status.st_mode):
@@ -96,13 +94,8 @@ def parse_json(text: str) -> Any:
         # Two parsers: the first knows the place of every error and limits the depth, the second lets the pairs be seen.
         from_json(text.encode(), allow_inf_nan=False)
         return _DECODER.decode(text)
-    except _Repeated as error:
-        raise Malformed(f"{_place(text, _repetition(text))}: the key {brief(error.args[0])} is given twice") from error
-    except _TooLarge as error:
-        number = str(error)
-        raise Malformed(
-            f"{_place(text, text.find(number))}: the number {number:.40} is too large for a float"
-        ) from error
+    except _Refused as error:
+        raise Malformed(_refusal(text)) from error
     except UnicodeEncodeError as error:  # of a str, as a command line may hold
         raise Malformed(f"{_place(text, error.start)}: half of a surrogate pair is no character") from error
     except (ValueError, RecursionError) as error:
@@ -126,24 +119,20 @@ def _reason(message: str, text: str) -> str:
     return f"line {place.replace(' column', ', column')}: {known.get(reason, reason)}" if reason else message
 
 
-class _Repeated(Exception):
-    """A key that an object has twice."""
-
-
-class _TooLarge(Exception):
-    """A number that no float holds."""
+class _Refused(Exception):
+    """JSON in which an object has a key twice, or a number is larger than any float."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise _Repeated(next(key for number, (key, _value) in enumerate(pairs) if key in dict(pairs[:number])))
+        raise _Refused
     return value
 
 
 def _finite(number: str) -> float:
     if math.isinf(value := float(number)):
-        raise _TooLarge(number)
+        raise _Refused
     return value
 
 
@@ -153,21 +142,27 @@ def _integer(number: str) -> int:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_int=_integer)
+_TOKEN = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}]|-?\d[-+.\deE]*')
 
 
-def _repetition(text: str) -> int:
-    """Where the first key stands that its object has already, in valid JSON."""
+def _refusal(text: str) -> str:
+    """Place and reason of the first thing for which `_DECODER` refuses a text that is valid JSON."""
     keys: list[set[str]] = []
-    for token in re.finditer(r'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}]', text):
+    for token in _TOKEN.finditer(text):
+        reason = ""
         if token[0] == "{":
             keys.append(set())
         elif token[0] == "}":
             keys.pop()
         elif token[2]:
-            if (key := json.loads(token[1])) in keys[-1]:
-                return token.start()
+            key = json.loads(token[1])
+            reason = f"the key {brief(key)} is given twice" if key in keys[-1] else ""
             keys[-1].add(key)
-    return 0
+        elif token[1] is None and math.isinf(float(token[0])):
+            reason = f"the number {token[0]:.40} is too large for a float"
+        if reason:
+            return f"{_place(text, token.start())}: {reason}"
+    raise AssertionError("the decoder refused what is in order")
 
 
 def read_json_lines(path: Path, limit: int = MAX_LINES) -> Iterator[tuple[int, Any]]:
@@ -177,9 +172,8 @@ def read_json_lines(path: Path, limit: int = MAX_LINES) -> Iterator[tuple[int, A
     """
     with _opened(path, limit) as file:
         number = 0
-        while line := file.readline(
-            _MAX_LINE + 1
-        ):  # bytes, which only a line feed divides: JSON text may contain U+2028
+        # Bytes, which only a line feed divides: JSON text may contain U+2028.
+        while line := file.readline(_MAX_LINE + 1):
             number += 1
             if len(line) > _MAX_LINE:
                 raise Malformed(f"line {number} has more than {_MAX_LINE:,} bytes")
@@ -191,11 +185,14 @@ def read_json_lines(path: Path, limit: int = MAX_LINES) -> Iterator[tuple[int, A
                     yield number, Malformed(str(error).removeprefix("line 1, "))
 
 
+Lines = Mapping[tuple[str | int, ...], int]  # of each key and entry, by the path to it
+
+
 class Yaml(NamedTuple):
-    """The content of a YAML text, and the line of each key and entry, by the path to it."""
+    """The content of a YAML text, and where it is."""
 
     content: Any
-    lines: dict[tuple[str | int, ...], int]
+    lines: Lines
 
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
@@ -257,15 +254,14 @@ class _YamlBuilder:
             elif not kind.startswith(("Stream", "Document")):
                 content = self._value(event, ())
         if self._problems:
-            raise Malformed("; ".join(several(self._problems)))
+            raise self._malformed()
         return Yaml(content, self._lines)
 
     def _problem(self, event: Any, text: str) -> None:
         self._problems.append(f"line {event.start_mark.line + 1}: {text}")
 
-    def _stop(self, event: Any, text: str) -> NoReturn:
-        self._problem(event, text)
-        raise Malformed("; ".join(several(self._problems)))
+    def _malformed(self) -> Malformed:
+        return Malformed("; ".join(several(self._problems)))
 
     def _value(self, event: Any, path: tuple[str | int, ...]) -> Any:
         self._lines[path] = event.start_mark.line + 1
@@ -274,7 +270,8 @@ class _YamlBuilder:
         if getattr(event, "tag", None):
             self._problem(event, f"the tag {brief(str(event.tag))}; leave tags out")
         if len(path) > _MAX_DEPTH:
-            self._stop(event, f"nested more than {_MAX_DEPTH} deep")
+            self._problem(event, f"nested more than {_MAX_DEPTH} deep")
+            raise self._malformed()
         kind = type(event).__name__
         if kind == "MappingStartEvent":
             return self._mapping(path)

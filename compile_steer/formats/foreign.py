@@ -9,17 +9,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from compile_steer.artifacts.files import parse_record, read_json
 from compile_steer.common.errors import ArtifactError
 from compile_steer.steering.sites import Point
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_Record = TypeVar("_Record")
 
 FileFormat = Literal["gguf", "svec", "safetensors", "caa", "persona", "hidden_directions", "axbench", "neuronpedia"]
 FolderFormat = Literal["saelens", "repsteer"]
@@ -105,12 +102,6 @@ def read_vectors(path: Path, format: Format | None, options: ImportOptions) -> F
     result = read(path, options)
     _require_fit(path, result, options)
     return result
-
-
-def read_foreign(path: Path, kind: type[_Record], needed: str) -> _Record:
-    """Read a JSON file of another tool, whose keys that `kind` does not have mean nothing here; raises `ArtifactError`."""
-    remedy = f"Needed: {needed}."
-    return parse_record(read_json(path, remedy), kind, f"{path} is something else", remedy, unknown="ignore")
 
 
 def _infer_format(path: Path, options: ImportOptions) -> Format:

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compile_steer.artifacts.files import parse_record, read_json
+from compile_steer.artifacts.files import load_foreign_json, read_json
 from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, several
 from compile_steer.steering.low_rank import LowRank
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,7 +50,6 @@ _MORE_THAN_LORA = {
 }
 # Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_LISTED = 8  # tensors in an error message: a wrong adapter has hundreds
 _MERGE = "Merge it with PEFT (merge_and_unload), save that, and use the checkpoint."
 
 
@@ -80,8 +79,7 @@ class AdapterConfig:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises `ArtifactError` where there is none, or one of another kind."""
-        path, needed = folder / ADAPTER_CONFIG, "Needed: an adapter's folder, as PEFT saves it."
-        return parse_record(read_json(path, needed), cls, f"{path} is no {cls.__name__}", needed, unknown="ignore")
+        return load_foreign_json(folder / ADAPTER_CONFIG, cls, f"the {cls.__name__} of an adapter that PEFT saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def read_lora(folder: Path) -> PlainLora:
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)[0]
     modules = sorted(name.removesuffix(_A) for name in tensors if name.endswith(_A))
     # The tensors that an unsupported setting adds are not reported again one by one.
-    problems = [*_unsupported_settings(settings)] or [*_unpaired_tensors(tensors, modules)]
+    problems = [*_unsupported_settings(settings)] or several([*_unpaired_tensors(tensors, modules)])
     if problems:
         raise ArtifactError([f"{folder}: {problem}" for problem in problems])
     edits, folded = {}, set()
@@ -155,13 +153,11 @@ def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iter
     """Every tensor that is not one of a pair of lora_A and lora_B."""
     pairs = {name + suffix for name in modules for suffix in (_A, _B)}
     unpaired = sorted(tensors.keys() ^ pairs)
-    for name in unpaired[:_LISTED]:
+    for name in unpaired:
         if name in pairs:
             yield f"{name} is missing; the other tensor of its pair is there."
         else:
             yield f"{name} is not one of a pair of lora_A and lora_B. {_MERGE}"
-    if len(unpaired) > _LISTED:
-        yield f"{len(unpaired) - _LISTED} more tensors like this."
     if not modules:
         yield "it holds no pair of lora_A and lora_B."
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_steer.artifacts.files import load_foreign_json
 from compile_steer.artifacts.tensors import open_tensors, read_tensors
 from compile_steer.common.errors import ArtifactError, library_errors
 from compile_steer.formats.foreign import (
@@ -29,7 +30,6 @@ from compile_steer.formats.foreign import (
     ForeignVectors,
     ImportOptions,
     layer_in_name,
-    read_foreign,
 )
 from compile_steer.steering.sites import POINTS, Site
 
@@ -110,7 +110,7 @@ class _Feature:
 
 def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read row `options.index` of the decoder, and other rows as controls; raises `ArtifactError`."""
-    config = read_foreign(path / SAELENS_CONFIG, _SaelensConfig, "a SAELens configuration")
+    config = load_foreign_json(path / SAELENS_CONFIG, _SaelensConfig, "a SAELens configuration")
     weights = path / _SAELENS_WEIGHTS
     if not weights.is_file():
         pickles = sorted(f for f in path.iterdir() if f.suffix.lower() in (*TORCH_SUFFIXES, *PICKLE_SUFFIXES))
@@ -133,7 +133,7 @@ def read_saelens(path: Path, options: ImportOptions) -> ForeignVectors:
 
 def read_neuronpedia(path: Path, _options: ImportOptions) -> ForeignVectors:
     """Read the feature's vector; raises `ArtifactError` if the file has none."""
-    content = read_foreign(path, _Feature, "a feature's JSON as Neuronpedia gives it")
+    content = load_foreign_json(path, _Feature, "a feature's JSON as Neuronpedia gives it")
     if not content.vector:
         raise ArtifactError(
             f"{path} holds no vector (Neuronpedia leaves it out of many features); save the feature's row from its "
@@ -198,8 +198,13 @@ def read_floats(path: Path) -> Tensor:
     # Of a tensor: one number with a stride of 0, say.
     if value is None or (isinstance(value, Tensor) and value.numel() * value.element_size() > size):
         raise ArtifactError(f"{path} claims more numbers than its {size:,} bytes can hold. Save the vector again.")
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    strided = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta  # meta: without numbers
+    if not isinstance(value, Tensor) or not strided or not value.is_floating_point():
+        kind = (
+            f"{value.layout} {value.dtype} on {value.device}"
+            if isinstance(value, Tensor)
+            else f"a {type(value).__name__}"
+        )
         raise ArtifactError(
             f"{path} holds {kind}; needed: one tensor of floats. Save vectors by block as a safetensors file whose tensors "
             "are named resid_post.K."

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compile_steer.artifacts.files import save_json, sha256
+from compile_steer.artifacts.files import load_foreign_json, save_json, sha256
 from compile_steer.artifacts.tensors import read_tensors
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors
@@ -39,7 +39,6 @@ from compile_steer.formats.foreign import (
     ImportOptions,
     LayerConvention,
     place_at_blocks,
-    read_foreign,
 )
 from compile_steer.formats.tensors import as_output
 from compile_steer.steering.sites import Site
@@ -108,7 +107,7 @@ class _Svec:
 
 def read_svec(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read a .svec; raises `ArtifactError` if it is damaged, another file, or has no layer convention."""
-    content = read_foreign(path, _Svec, "the .svec of activation-steering")
+    content = load_foreign_json(path, _Svec, "the .svec of activation-steering")
     by_number = {
         int(key): torch.tensor(values, dtype=torch.float64).float() for key, values in content.directions.items()
     }
@@ -151,7 +150,7 @@ class _Manifest:
 
 def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     """Read the direction of a repsteer folder; raises `ArtifactError`, also if a checksum does not match."""
-    hashes = read_foreign(path / _REPSTEER_CHECKSUMS, _Checksums, "repsteer's SHA-256 checksums").files
+    hashes = load_foreign_json(path / _REPSTEER_CHECKSUMS, _Checksums, "repsteer's SHA-256 checksums").files
     problems = []
     for name in (REPSTEER_MANIFEST, _REPSTEER_TENSORS):
         actual = sha256(path / name) if (path / name).is_file() else "no such file"
@@ -162,7 +161,7 @@ def read_repsteer(path: Path, _options: ImportOptions) -> ForeignVectors:
     if problems:
         raise ArtifactError([*problems, "Fetch the artifact again, or save it again where it was made."])
 
-    manifest = read_foreign(path / REPSTEER_MANIFEST, _Manifest, "repsteer's manifest of a vector")
+    manifest = load_foreign_json(path / REPSTEER_MANIFEST, _Manifest, "repsteer's manifest of a vector")
     tensors = read_tensors(path / _REPSTEER_TENSORS)[0]
     if (name := _REPSTEER_VECTORS[manifest.artifact_type]) not in tensors:
         raise ArtifactError(f"{path / _REPSTEER_TENSORS} has no tensor '{name}'.")

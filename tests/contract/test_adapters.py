@@ -187,7 +187,7 @@ def test_the_scale_of_an_adapter_is_read_into_its_factors(saved: Save, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is damaged"), ('{"r": null}', "is no LoraConfig .r: found None")]
+    ("content", "message"), [("{", "is damaged"), ('{"r": null}', "is something else .r: found None")]
 )
 def test_an_adapter_without_a_usable_config_is_refused(saved: Save, tmp_path: Path, content: str, message: str) -> None:
     path = adapter_of(tmp_path / "adapter", saved("llama")) / ADAPTER_CONFIG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,28 @@ def read(folder: Path, text: str = GOOD, *changes: str) -> Recipe:
 def problems(folder: Path, text: str = GOOD, *changes: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         read(folder, text, *changes)
-    return list(caught.value.problems)
+    return [re.sub(r"^tiny\.yaml:\d+:", "tiny.yaml:", problem) for problem in caught.value.problems]
+
+
+def test_a_problem_names_the_line_of_its_key_in_the_file(tmp_path: Path) -> None:
+    wrong = GOOD.replace("model: some", "modle: some").replace("max_words: 12", "max_words: x")
+    number = {word: 1 + wrong[: wrong.index(word)].count("\n") for word in ("modle", "max_words")}
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, wrong, "seed=-1")
+    assert [problem.split(" ")[:2] for problem in caught.value.problems] == [
+        ["tiny.yaml:", "model:"],
+        ["tiny.yaml:", "seed:"],
+        [f"tiny.yaml:{number['max_words']}:", "validate.score.max_words:"],
+        [f"tiny.yaml:{number['modle']}:", "modle:"],
+    ]
 
 
 def test_a_good_recipe_is_read_and_its_paths_are_relative_to_its_folder(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert found.validate_.coefficients == (-0.5, 1.0, 2.0)
     assert found.compile.closed_form.stages is not None
-    assert [(s.offset, s.projection, s.rank) for s in found.compile.closed_form.stages] == [
-        (0, "mlp", 1),
-        (1, "attn", 4),
-    ]
+    stages = [(stage.offset, stage.projection, stage.rank) for stage in found.compile.closed_form.stages]
+    assert stages == [(0, "mlp", 1), (1, "attn", 4)]
     with pytest.raises(RecipeError) as caught:
         found.data.read(found.folder)
     where = [line.split()[1] for line in caught.value.problems]
@@ -72,25 +84,19 @@ def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        (("model: some", "modle: some"), "tiny.yaml: modle: unknown key; did you mean 'model'?"),
-        (("validate:", "validat:"), "tiny.yaml: validat: unknown key; did you mean 'validate'?"),
-        (("  neutral:", "  nuetral:"), "tiny.yaml: data.nuetral: unknown key; did you mean 'neutral'?"),
+        (("model: some", "modle: some"), "modle: unknown key; did you mean 'model'?"),
+        (("validate:", "validat:"), "validat: unknown key; did you mean 'validate'?"),
+        (("  neutral:", "  nuetral:"), "data.nuetral: unknown key; did you mean 'neutral'?"),
         (
             ("learning_rate:", "learnin_rate:"),
-            "tiny.yaml: compile.distill.learnin_rate: unknown key; did you mean 'learning_rate'?",
+            "compile.distill.learnin_rate: unknown key; did you mean 'learning_rate'?",
         ),
-        (
-            ("max_words: 12", "max_wrds: 12"),
-            "tiny.yaml: validate.score.max_wrds: unknown key; did you mean 'max_words'?",
-        ),
-        (
-            ("offset: 0", "ofset: 0"),
-            "tiny.yaml: compile.closed_form.stages.0.ofset: unknown key; did you mean 'offset'?",
-        ),
+        (("max_words: 12", "max_wrds: 12"), "validate.score.max_wrds: unknown key; did you mean 'max_words'?"),
+        (("offset: 0", "ofset: 0"), "compile.closed_form.stages.0.ofset: unknown key; did you mean 'offset'?"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_likely_one(tmp_path: Path, wrong: tuple[str, str], line: str) -> None:
-    assert line in problems(tmp_path, GOOD.replace(*wrong, 1))
+    assert f"tiny.yaml: {line}" in problems(tmp_path, GOOD.replace(*wrong, 1))
 
 
 _PARTS = "score: {kind: all, all_of: [{kind: lowercase}, {kind: keywords, patterns: [sea]}]}"
@@ -219,13 +225,9 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_set_changes_nested_values_lists_and_sections_that_were_not_there(tmp_path: Path) -> None:
     changes = (
-        "seed=7",
-        "compile.distill.rank=3",
-        "compile.backends=[bias]",
-        "verify.gates.kl_remaining=.05",
-        "validate.layers=[3, 1]",
+        "seed=7 compile.distill.rank=3 compile.backends=[bias] verify.gates.kl_remaining=.05 validate.layers=[3,1]"
     )
-    found = read(tmp_path, GOOD, *changes)
+    found = read(tmp_path, GOOD, *changes.split())
     assert (found.seed, found.compile.distill.rank, found.compile.backends) == (7, 3, ("bias",))
     assert found.verify.gates.kl_remaining == 0.05
     assert found.validate_.layers == (3, 1)

@@ -150,5 +150,5 @@ validate:
     assert [line.split(":")[0] for line in lines] == ["data.validation", "data.test", "data.neutral", "data"]
     assert "'what is 2?' is in both train and calibration" in lines[-1]
     recipe.write_text(text.replace("split: nothing", "splt: nothing"))
-    with pytest.raises(RecipeError, match=r"mixed.yaml: data.test.splt: unknown key; did you mean 'split'\?"):
+    with pytest.raises(RecipeError, match=r"mixed.yaml:6: data.test.splt: unknown key; did you mean 'split'\?"):
         read_recipe(recipe)
