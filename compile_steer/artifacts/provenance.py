@@ -49,18 +49,18 @@ def artifact_sha256(folder: Path) -> str:
     return digest([list(file) for file in file_hashes(folder, without=REPORTS).items()])
 
 
-def weights_sha256(folder: Path) -> str:
-    """The hash by which reports name the folder: of everything that is loaded, without provenance and reports."""
-    return weights_hash(file_hashes(folder, without=_NOT_LOADED))
+def weights_sha256(folder: Path, hashes: Mapping[str, str] | None = None) -> str:
+    """The hash by which reports name the folder: of everything that is loaded, without provenance and reports.
+
+    Args:
+        hashes: the folder's `file_hashes` where they are known already.
+    """
+    return digest([list(file) for file in _loaded_files(folder, hashes).items()])
 
 
-def weights_hash(hashes: Mapping[str, str]) -> str:
-    """`weights_sha256` of a folder by its `file_hashes`."""
-    return digest([list(file) for file in loaded_files(hashes).items()])
-
-
-def loaded_files(hashes: Mapping[str, str]) -> dict[str, str]:
-    """Those of a folder's `file_hashes` that decide what is loaded."""
+def _loaded_files(folder: Path, hashes: Mapping[str, str] | None) -> dict[str, str]:
+    if hashes is None:
+        return file_hashes(folder, without=_NOT_LOADED)
     return {name: value for name, value in hashes.items() if name not in _NOT_LOADED}
 
 
@@ -158,26 +158,24 @@ class Provenance:
     def base_mismatch(self, folder: Path, model: str, revision: str) -> list[str]:
         """The problem, if `folder`, whose provenance this is, does not change that base; else an empty list."""
         different = other_revision(self.revision, revision)
-        if not different:
-            return []
-        return [
+        problem = (
             f"{folder} changes {self.model}, revision {self.revision}; the recipe's base is {model}, revision {revision}: "
             f"{different}. A task vector belongs to the base that it was made from."
-        ]
+        )
+        return [problem] if different else []
 
     def changed_files(self, folder: Path, hashes: Mapping[str, str] | None = None) -> Iterator[ChangedFile]:
         """Every file of `folder` that is not as it was written; none for old folders, which did not record their files.
 
-        Args:
-            hashes: the folder's `file_hashes` where they are known already.
+        `hashes` as in `weights_sha256`.
         """
-        actual = file_hashes(folder, without=_NOT_LOADED) if hashes is None else loaded_files(hashes)
-        for name in sorted(self.files_sha256.keys() | actual.keys()) if self.files_sha256 else ():
-            if self.files_sha256.get(name, "") != actual.get(name, ""):
-                yield ChangedFile(name, self.files_sha256.get(name, ""), actual.get(name, ""))
+        written, actual = self.files_sha256, _loaded_files(folder, hashes)
+        for name in sorted(written.keys() | actual.keys()) if written else ():
+            if written.get(name) != actual.get(name):
+                yield ChangedFile(name, written.get(name, ""), actual.get(name, ""))
 
     def edits(self, folder: Path, hashes: Mapping[str, str] | None = None) -> list[str]:
-        """One line for each change to `folder` since it was written, its record included; `hashes` as in `changed_files`."""
+        """One line for each change to `folder` since it was written, its record included; `hashes` as in `weights_sha256`."""
         lines = [f"{folder}: {change}." for change in self.changed_files(folder, hashes)]
         if was_edited(folder / PROVENANCE):
             lines.append(f"{folder / PROVENANCE} was edited after it was written, or lost its hash.")

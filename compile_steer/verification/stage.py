@@ -13,7 +13,7 @@ import torch
 
 from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
-from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_hash
+from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel
@@ -64,7 +64,7 @@ def verify_artifact(
     }
     bound_to = {
         **inputs,
-        "artifact": weights_hash(hashes),
+        "artifact": weights_sha256(folder, hashes),
         "program": program_sha256,
         "base": base.revision,
         "texts": digest([list(text.ids) for text in heldout]),
