@@ -1,6 +1,6 @@
 """The recipe: every setting of a run in one YAML file, checked as a whole before any work.
 
-YAML is read as `common.reading` says: `1e-5` is a number, and a key given twice is an error. Paths are relative to the
+YAML is read as `common.yaml` says: `1e-5` is a number, and a key given twice is an error. Paths are relative to the
 recipe's own folder.
 """
 
@@ -20,10 +20,10 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validat
 from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common import reading
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.options import Section, Seed, dotted, explain_one
-from compile_steer.common.reading import Lines, Malformed, Yaml
+from compile_steer.common.reading import Malformed, read_text
+from compile_steer.common.yaml import MAX_YAML, Lines, Yaml, parse_yaml
 from compile_steer.data.section import Data
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions
@@ -169,11 +169,11 @@ def rewritten(path: Path, changes: Sequence[str]) -> str:
 def _read(path: Path) -> tuple[str, Yaml]:
     """The text of a recipe, and what it says: a mapping."""
     try:
-        text = reading.read_text(path, reading.MAX_YAML)
+        text = read_text(path, MAX_YAML)
     except Malformed as error:
         raise RecipeError(f"recipe {path} cannot be read ({error}).") from error
     try:
-        yaml = reading.parse_yaml(text)
+        yaml = parse_yaml(text)
     except Malformed as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(yaml.content, dict):
@@ -194,7 +194,7 @@ def _apply(content: dict[str, Any], changes: Sequence[str]) -> None:
             )
             continue
         try:
-            value = reading.parse_yaml(text).content
+            value = parse_yaml(text).content
         except Malformed as error:
             problems.append(f"--set {brief(change)}: the value is not valid YAML ({error}).")
             continue

@@ -1,7 +1,7 @@
-"""The one reader each of JSON, JSONL and YAML: strict, because what is misread without a word gives a wrong result.
+"""The one reader each of text, JSON and JSONL: strict, because what is misread without a word gives a wrong result.
 
-A key that is given twice, NaN, a number that no float holds, half of a surrogate pair, an alias or a tag is an error here,
-with its line. Whatever is wrong raises `Malformed`; the caller knows which error of ours that is, and what to do about it.
+A key that is given twice, NaN, a number that no float holds, or half of a surrogate pair is an error here, with its line.
+Whatever is wrong raises `Malformed`; the caller knows which error of ours that is, and what to do about it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
-from compile_steer.common.errors import brief, several
+from compile_steer.common.errors import brief
 
 MAX_JSON = 64 * 2**20  # bytes; a tokenizer of 256,000 tokens has about half as many
-MAX_YAML = 2**18  # a recipe with every key has 6,000
 MAX_LINES = 2**28  # of a JSONL file, whose rows are kept: about a million of them
 _MAX_LINE = 2**22
-_MAX_DEPTH = 50  # of YAML; of JSON, pydantic's parser allows 200
 
 # Encodings by how a file begins. UTF-32 first: its mark begins as UTF-16's does.
 _MARKS = {
@@ -71,12 +69,12 @@ def _decoded(data: bytes, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         before = data[: error.start].decode()
         raise Malformed(
-            f"{_place(before, len(before), line)}: byte {data[error.start]:#x} is not UTF-8; the file may be Latin-1 or "
+            f"{place_in(before, len(before), line)}: byte {data[error.start]:#x} is not UTF-8; the file may be Latin-1 or "
             "Windows-1252 (iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW)"
         ) from error
 
 
-def _place(text: str, position: int, first: int = 1) -> str:
+def place_in(text: str, position: int, first: int = 1) -> str:
     """Line and column of a position in a text that begins in line `first`."""
     return f"line {first + text.count(chr(10), 0, position)}, column {position - text.rfind(chr(10), 0, position)}"
 
@@ -97,7 +95,7 @@ def parse_json(text: str) -> Any:
     except _Refused as error:
         raise Malformed(_refusal(text)) from error
     except UnicodeEncodeError as error:  # of a str, as a command line may hold
-        raise Malformed(f"{_place(text, error.start)}: half of a surrogate pair is no character") from error
+        raise Malformed(f"{place_in(text, error.start)}: half of a surrogate pair is no character") from error
     except (ValueError, RecursionError) as error:
         raise Malformed(_reason(str(error), text)) from error
 
@@ -161,7 +159,7 @@ def _refusal(text: str) -> str:
         elif token[1] is None and math.isinf(float(token[0])):
             reason = f"the number {token[0]:.40} is too large for a float"
         if reason:
-            return f"{_place(text, token.start())}: {reason}"
+            return f"{place_in(text, token.start())}: {reason}"
     raise AssertionError("the decoder refused what is in order")
 
 
@@ -183,139 +181,3 @@ def read_json_lines(path: Path, limit: int = MAX_LINES) -> Iterator[tuple[int, A
                     yield number, parse_json(text)
                 except Malformed as error:
                     yield number, Malformed(str(error).removeprefix("line 1, "))
-
-
-Lines = Mapping[tuple[str | int, ...], int]  # of each key and entry, by the path to it
-
-
-class Yaml(NamedTuple):
-    """The content of a YAML text, and where it is."""
-
-    content: Any
-    lines: Lines
-
-
-_NULLS = {"", "~", "null", "Null", "NULL"}
-_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-# Plain text that some version of YAML takes for a number: nobody can tell which is meant.
-_UNCLEAR = re.compile(
-    r"[-+]?(0[xob][0-9a-fA-F_]+|0[0-9_]+(\.[0-9_]*)?|[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?|\.(inf|nan)|\.Inf|\.NaN|\.INF|\.NAN)"
-    r"|=|<<"
-)
-
-
-def parse_yaml(text: str) -> Yaml:
-    """The content of one YAML document in version 1.2's core schema; raises `Malformed` with line and column.
-
-    Of plain scalars only null, true, false, and decimal numbers are more than text; a date is text. What versions of YAML
-    read in different ways (octal numbers, 1_000) must be quoted.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-    from ruamel.yaml.reader import ReaderError
-
-    try:
-        return _YamlBuilder(YAML(typ="safe", pure=True).parse(text)).document()
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Malformed(f"{place}{error.problem or error.context}") from error
-    except ReaderError as error:
-        character = f"the character {error.character:#x}"
-        raise Malformed(f"{_place(text, error.position)}: {character} is not allowed in YAML") from error
-    except Malformed:
-        raise
-    except (YAMLError, ValueError, OverflowError) as error:  # "\\UFFFFFFFF" is no character
-        raise Malformed(str(error)) from error
-
-
-class _YamlBuilder:
-    """Builds values from a parser's events; what nobody means to write in a recipe is refused."""
-
-    def __init__(self, events: Iterator[Any]) -> None:
-        self._events = events
-        self._lines: dict[tuple[str | int, ...], int] = {}
-        self._problems: list[str] = []
-
-    def document(self) -> Yaml:
-        """The only document of the text; raises `Malformed` with every problem that leaves the rest readable."""
-        content: Any = None
-        documents = 0
-        for event in self._events:
-            kind = type(event).__name__
-            if kind == "DocumentStartEvent":
-                documents += 1
-                if documents > 1:
-                    self._problem(event, "a second document begins; needed: one")
-                if event.version is not None:
-                    self._problem(event, "a directive %YAML; leave it out, version 1.2 is read")
-            elif not kind.startswith(("Stream", "Document")):
-                content = self._value(event, ())
-        if self._problems:
-            raise self._malformed()
-        return Yaml(content, self._lines)
-
-    def _problem(self, event: Any, text: str) -> None:
-        self._problems.append(f"line {event.start_mark.line + 1}: {text}")
-
-    def _malformed(self) -> Malformed:
-        return Malformed("; ".join(several(self._problems)))
-
-    def _value(self, event: Any, path: tuple[str | int, ...]) -> Any:
-        self._lines[path] = event.start_mark.line + 1
-        if event.anchor:
-            self._problem(event, f"the anchor or alias {brief(event.anchor)}; write the value out at each place")
-        if getattr(event, "tag", None):
-            self._problem(event, f"the tag {brief(str(event.tag))}; leave tags out")
-        if len(path) > _MAX_DEPTH:
-            self._problem(event, f"nested more than {_MAX_DEPTH} deep")
-            raise self._malformed()
-        kind = type(event).__name__
-        if kind == "MappingStartEvent":
-            return self._mapping(path)
-        if kind == "SequenceStartEvent":
-            entries: list[Any] = []
-            while type(entry := next(self._events)).__name__ != "SequenceEndEvent":
-                entries.append(self._value(entry, (*path, len(entries))))
-            return entries
-        return self._scalar(event) if kind == "ScalarEvent" else None
-
-    def _mapping(self, path: tuple[str | int, ...]) -> dict[str, Any]:
-        content: dict[str, Any] = {}
-        while type(event := next(self._events)).__name__ != "MappingEndEvent":
-            key = self._value(event, (*path, ""))
-            if not isinstance(key, str):
-                self._problem(event, f"the key {brief(key)} is no text; needed: a name, or quotes around it")
-                key = str(key)
-            if key in content:
-                first = self._lines[(*path, key)]
-                self._problem(event, f"the key {brief(key)} is given twice (first in line {first})")
-            value = self._value(next(self._events), (*path, key))
-            self._lines[(*path, key)] = event.start_mark.line + 1
-            content[key] = value
-        return content
-
-    def _scalar(self, event: Any) -> Any:
-        text: str = event.value
-        if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
-            self._problem(event, "a text holds NUL or half of a surrogate pair")
-        if event.style is not None:  # quoted, or a block
-            return text
-        if text in _NULLS:
-            return None
-        if text in _BOOLEANS:
-            return _BOOLEANS[text]
-        if len(text) <= 400 and _INTEGER.fullmatch(text):
-            return int(text)
-        if _FLOAT.fullmatch(text):
-            if math.isfinite(number := float(text)):
-                return number
-            self._problem(event, f"the number {text:.40} is too large for a float")
-        if _UNCLEAR.fullmatch(text):
-            self._problem(
-                event,
-                f"{text:.40} is read as a number or as text by different versions of YAML; quote it if it is text",
-            )
-        return text

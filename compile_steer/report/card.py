@@ -13,7 +13,8 @@ from types import MappingProxyType
 from compile_steer.artifacts.files import digest, edit_check, save_text
 from compile_steer.artifacts.provenance import CARD, PARITY, EngineRecord, Provenance, load_engine_records
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.reading import MAX_JSON, Malformed, parse_yaml, read_text
+from compile_steer.common.reading import MAX_JSON, Malformed, read_text
+from compile_steer.common.yaml import parse_yaml
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report.page import render
 from compile_steer.report.terminal import details

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from compile_steer.common.reading import Malformed, parse_json, parse_yaml, read_json, read_json_lines, read_text
+from compile_steer.common.reading import Malformed, parse_json, read_json, read_json_lines, read_text
+from compile_steer.common.yaml import parse_yaml
 
 JSON = [
     ("", "it is empty"),
