@@ -28,14 +28,7 @@ from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
-from compile_steer.lowering.training import (
-    BETAS,
-    gradient_steps,
-    held_out_split,
-    split_batches,
-    squared_error,
-    train,
-)
+from compile_steer.lowering.training import BETAS, gradient_steps, held_out_split, split_batches, squared_error, train
 from compile_steer.models.libraries import quiet
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout

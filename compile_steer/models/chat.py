@@ -26,16 +26,8 @@ if TYPE_CHECKING:
 DATE = "2026-01-01"
 SECONDS = 2.0  # of processor time that a template may take; a long conversation takes a hundredth of one
 # What a template is given besides the arguments of a recipe.
-RESERVED = (
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "strftime_now",
-    "raise_exception",
-    "namespace",
-    "dict",
-)
+_FUNCTIONS = ("strftime_now", "raise_exception", "namespace", "dict")
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *_FUNCTIONS)
 # The arguments by which templates of today are told not to think.
 _THINKING = ("enable_thinking", "thinking", "reasoning_effort")
 _TAG = r"(?:<\|?|\[)(/?)(think|thinking|thought|reason|reasoning|analysis|scratchpad)(?:\|?>|\])"
@@ -84,7 +76,7 @@ def configure(
         return
     head = _head(chat)
     if head and not template.startswith(head):
-        known = _ask(template, None, date=chat.date)["variables"]
+        known = _variables(template)
         unknown = [name for name in chat.arguments if name not in known]
         if unknown:
             others = ", ".join(name for name in known if name not in RESERVED)
@@ -168,9 +160,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str
     Raises `RecipeError` for whatever the template does instead.
     """
     special = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    answer = _answered(_chosen(tokenizer.chat_template, tokenizer.name_or_path, None), tuple(messages), special)
+    answer = _answer(_chosen(tokenizer.chat_template, tokenizer.name_or_path, None), tuple(messages), special)
     if "text" not in answer:
-        name = f" of '{tokenizer.name_or_path}'" if tokenizer.name_or_path else ""
+        name = tokenizer.name_or_path and f" of '{tokenizer.name_or_path}'"
         raise RecipeError(f"the chat template{name} refuses a conversation ({answer['problem']}).")
     return str(answer["text"])
 
@@ -183,13 +175,10 @@ def open_reasoning(tokenizer: PreTrainedTokenizerBase) -> str:
     tags = re.findall(_TAG, tail, re.IGNORECASE)
     if not tags or tags[-1][0]:
         return ""
-    known = _ask(tokenizer.chat_template, None)["variables"]
-    cures = [
-        f"chat_template: {{{name}: {'low' if 'effort' in name else 'false'}}}" for name in _THINKING if name in known
-    ]
-    cure = (
-        f"set {cures[0]} in the recipe" if cures else "use a template that closes it, or a prompt_format in the recipe"
-    )
+    known = _variables(tokenizer.chat_template)
+    cure = "use a template that closes it, or a prompt_format in the recipe"
+    if (switch := next((name for name in _THINKING if name in known), None)) is not None:
+        cure = f"set chat_template: {{{switch}: {'low' if 'effort' in switch else 'false'}}} in the recipe"
     return (
         f"the chat template ends every prompt inside <{tags[-1][1]}>: the model answers with reasoning, and that is what is "
         f"measured and steered. If the answer itself is meant, {cure}."
@@ -197,21 +186,24 @@ def open_reasoning(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _answered(
-    template: Any, messages: tuple[tuple[str, str], ...], special: tuple[tuple[str, str], ...]
+def _answer(
+    template: Any, messages: tuple[tuple[str, str], ...] | None, special: tuple[tuple[str, str], ...] = ()
 ) -> dict[str, Any]:
-    date = re.match(r"\{#- date: (\d{4}-\d\d-\d\d) -#\}", template)
-    content = [{"role": role, "content": content} for role, content in messages]
-    return _ask(template, content, date=date[1] if date else DATE, special=dict(special))
-
-
-def _ask(template: str, messages: Any, *, date: str = DATE, special: Any = None) -> dict[str, Any]:
-    answer = _WORKER.ask(
-        {"template": template, "messages": messages, "date": date, "special": special or {}, "seconds": SECONDS}
+    found = re.match(r"\{#- date: (\d{4}-\d\d-\d\d) -#\}", template)
+    date, content = (
+        found[1] if found else DATE,
+        messages and [{"role": role, "content": text} for role, text in messages],
     )
-    if "variables" not in answer and messages is None:
+    request = {"template": template, "messages": content, "date": date, "special": dict(special), "seconds": SECONDS}
+    return _WORKER.ask(request)
+
+
+def _variables(template: str) -> list[str]:
+    """The names that a template reads."""
+    answer = _answer(template, None)
+    if "variables" not in answer:
         raise RecipeError(f"the chat template cannot be read ({answer['problem']}).")
-    return answer
+    return list(answer["variables"])
 
 
 class _Worker:

@@ -23,23 +23,8 @@ from compile_steer.models.load import LoadedModel, frozen
 
 # Kinds of adapters that PEFT builds from their own two files. Others have it load tokenizers, models or more adapters from
 # places that the configuration names.
-_OWN_FILES = frozenset(
-    (
-        "LORA",
-        "ADALORA",
-        "IA3",
-        "LOHA",
-        "LOKR",
-        "OFT",
-        "BOFT",
-        "VERA",
-        "HRA",
-        "FOURIERFT",
-        "LN_TUNING",
-        "RANDLORA",
-        "MISS",
-    )
-)
+_LOW_RANK = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA", "MISS")
+_OWN_FILES = (*_LOW_RANK, "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING")
 _RANKS = ("r", "init_r", "target_r", "oft_block_size", "boft_block_size")
 ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -98,7 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> Encoded:
 def encode_checked(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Encoded, bool]:
     """Return what `encode` does, and whether the tokenizer makes the same tokens of the whole conversation at once."""
     has_template = tokenizer.chat_template is not None
-    start_ids = () if has_template else _traits(tokenizer, None).start  # a template writes its special tokens itself
+    start_ids = () if has_template else _traits(tokenizer, "")[0]  # a template writes its special tokens itself
     text, split = _as_plain_text(tokenizer, text)
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -155,45 +155,38 @@ def too_long(loaded: LoadedModel, text: Encoded, new_tokens: int, count: str = "
 
 
 @dataclass(frozen=True)
-class _Traits:
-    """What a tokenizer puts before every text, and the added tokens that a text from outside must not become."""
+class _Control:
+    """Added tokens that a text from outside must not become."""
 
-    start: tuple[int, ...]
-    in_prompts: frozenset[int]
-    in_responses: frozenset[int]
-    prompt_pattern: re.Pattern[str]
-    response_pattern: re.Pattern[str]
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+
+    @staticmethod
+    def of(tokens: Mapping[int, str]) -> _Control:
+        longest_first = sorted(tokens.values(), key=len, reverse=True)
+        return _Control(frozenset(tokens), re.compile("|".join(map(re.escape, longest_first)) or "(?!)"))
 
 
 @lru_cache(maxsize=4)
-def _traits(tokenizer: PreTrainedTokenizerBase, template: str | None) -> _Traits:
+def _traits(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[int, ...], _Control, _Control]:
+    """What a tokenizer puts before every text, and the control tokens of prompts and of responses."""
     # What a tokenizer puts behind every text, an end, would stand between prompt and response.
     alone, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)
+    # The unknown token, which no other token is for, controls nothing.
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = (tokenizer.unk_token, getattr(model, "unk_token", None))
     # A model says its reasoning and tool calls in added tokens that are not special. In a response they are what they are;
     # in a prompt they would be a part that only the template may write.
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    unknown = (
-        tokenizer.unk_token,
-        getattr(model, "unk_token", None),
-    )  # what no other token is for; it controls nothing
-    responses = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    responses = {n: content for n, content in responses.items() if content not in unknown and content.strip()}
-    prompts = responses | {
-        number: token.content
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.content in (template or "") and token.content.strip() and not token.content.isalnum()
-    }
-
-    def pattern(tokens: dict[int, str]) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(tokens.values(), key=len, reverse=True))) or "(?!)")
-
-    return _Traits(tuple(whole[:start]), frozenset(prompts), frozenset(responses), pattern(prompts), pattern(responses))
+    added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    responses = {n: token.content for n, token in added.items() if token.special and token.content not in unknown}
+    written = {n: t.content for n, t in added.items() if t.content in template and not t.content.isalnum()}
+    return tuple(whole[:start]), _Control.of(responses | written), _Control.of(responses)
 
 
 def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text, Callable[[str], list[int]]]:
     """Return a conversation, with what would be a control token marked, and the function that makes tokens of its parts."""
-    traits = _traits(tokenizer, tokenizer.chat_template)
+    _start, asked, said = _traits(tokenizer, str(tokenizer.chat_template or ""))
 
     def split(part: str) -> list[int]:
         return list(tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -204,29 +197,20 @@ def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text
         except ValueError as error:  # its plain text is the token again
             raise RecipeError(f"data: a text holds a control token of the model ({error}). Take it out.") from error
 
-    def convert(function: Callable[[str, re.Pattern[str], frozenset[int]], str]) -> Text:
-        asked, said = (traits.prompt_pattern, traits.in_prompts), (traits.response_pattern, traits.in_responses)
-        history = tuple((function(user, *asked), function(assistant, *said)) for user, assistant in text.history)
-        return Text(
-            function(text.prompt, *asked), function(text.response, *said), history, function(text.system, *asked)
-        )
-
-    found: list[str] = []
-
-    def look(part: str, _: re.Pattern[str], control: frozenset[int]) -> str:
-        found.extend([part] if part and not control.isdisjoint(split(part)) else [])
-        return part
-
-    def mark(part: str, pattern: re.Pattern[str], control: frozenset[int]) -> str:
-        marked = str(mark_control_tokens(part, pattern))
-        if not control.isdisjoint(split_marked(marked)):
+    def mark(part: str, control: _Control) -> str:
+        marked = str(mark_control_tokens(part, control.pattern))
+        if not control.ids.isdisjoint(split_marked(marked)):
             raise RecipeError(
                 f"data: the model's tokenizer reads a control token in the text {brief(part)}. Take it out."
             )
         return marked
 
-    convert(look)
-    return (convert(mark), split_marked) if found else (text, split)
+    parts = [(text.prompt, asked), (text.system, asked), (text.response, said)]
+    parts += [part for user, reply in text.history for part in ((user, asked), (reply, said))]
+    if all(control.ids.isdisjoint(split(part)) for part, control in parts if part):
+        return text, split
+    history = tuple((mark(user, asked), mark(reply, said)) for user, reply in text.history)
+    return Text(mark(text.prompt, asked), mark(text.response, said), history, mark(text.system, asked)), split_marked
 
 
 def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:
