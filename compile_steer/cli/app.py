@@ -54,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "co-load": programs.co_load,
     "show": artifacts.show,
     "reproduce": artifacts.reproduce,
+    "inspect": artifacts.inspect,
     "audit": artifacts.audit,
     "export": artifacts.export,
     "verify-engines": artifacts.verify_engines,

@@ -89,6 +89,22 @@ def audit(
     finish(as_json, changes, print_audit)
 
 
+def inspect(
+    model: Annotated[str, typer.Argument(help="A hub id in the cache, a local folder, a .gguf file.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Show what is measured on a model: its blocks, points and projections, and what compiles exactly there, by what.
+
+    Loads the model and runs eight tokens through it; nothing is written.
+    """
+    from compile_steer.cli.tables import print_inspection
+    from compile_steer.models.load import load
+    from compile_steer.tools.inspect_model import inspect_layout
+
+    finish(as_json, inspect_layout(load(model, dtype=dtype).layout), print_inspection)
+
+
 def push(
     path: Annotated[Path, typer.Argument(help="An adapter or merged folder.")],
     to: Annotated[str, typer.Option(help="The repository: OWNER/NAME.")],

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compile_steer.common.errors import brief
+from compile_steer.steering.sites import OPERATIONS
 
 if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder does not need
     from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.steering.program import Program
     from compile_steer.tools.audit import Audit, BakedDirection
     from compile_steer.tools.decompile import Decompiled
+    from compile_steer.tools.inspect_model import Inspection
     from compile_steer.tools.interference import Composition
     from compile_steer.tools.push import Upload
     from compile_steer.tools.report_links import Link
@@ -233,3 +235,39 @@ def print_task_vector(console: Console, task_vector: TaskVector) -> None:
     if task_vector.matrices:
         console.print(table)
     console.print(f"Written as {task_vector.form}: {task_vector.folder}", soft_wrap=True)
+
+
+def print_inspection(console: Console, inspection: Inspection) -> None:
+    """Print a row for every point of every kind of block, what compiles exactly there, and why the rest does not."""
+    from compile_steer.tools.inspect_model import bias_text, ranges
+
+    head = "tied to the head" if inspection.tied else "the head has its own"
+    title = (
+        f"{inspection.architecture}: {inspection.n_layers} blocks {inspection.blocks}, width {inspection.d_model}, "
+        f"embeddings {', '.join(inspection.embeddings) or 'not found'} ({head})"
+    )
+    columns = ("blocks", "point", "module", "written by", "times", "bias", *(f"{name} by" for name in OPERATIONS))
+    table = _table(title, columns, ())
+    reasons: dict[str, str] = {}
+    for kind in inspection.kinds:
+        for row in kind.points:
+            if row.exact is None:
+                table.add_row(ranges(kind.layers), row.point, "not there")
+                reasons[f"{row.point} of blocks {ranges(kind.layers)}"] = row.missing or ""
+                continue
+            exact = {operation: found.backend or "fit" for operation, found in row.exact.items()}
+            writer = "itself" if row.module and row.projection == row.module else row.projection or "-"
+            writer += ", then that norm" if row.norm else ""
+            names = (row.module or kind.kind, writer, f"{row.multiplier:.4g}")
+            bias = "-" if row.point == "resid_post" else bias_text(row.bias)
+            table.add_row(ranges(kind.layers), row.point, *names, bias, *exact.values())
+            if row.exact["add"].backend is None:
+                place = f"add at {row.point} of blocks {ranges(kind.layers)}"
+                reasons[place] = row.exact["add"].refusals["bias"]
+    console.print(table)
+    everywhere = inspection.everywhere
+    how = everywhere.backend or f"by fit: {everywhere.refusals['orthogonalise']}"
+    console.print(f"Ablation at the embeddings and all projections: {how}", soft_wrap=True)
+    console.print(f"By fit, at any of these points and any positions: {', '.join(inspection.fitted)}", soft_wrap=True)
+    for place, reason in reasons.items():
+        console.print(f"  {place}: {reason}", soft_wrap=True)
