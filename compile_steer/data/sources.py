@@ -203,6 +203,9 @@ def load_table(source: Dataset, folder: Path) -> Any:
 
     local = folder / source.source
     files = [name if "://" in name else str(folder / name) for name in source.data_files]
+    if not files and not local.is_dir() and source.source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        # The library would take whatever files of that format lie in the current folder.
+        raise RecipeError(f"{source}: the format '{source.source}' needs data_files, the names of its files.")
     bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -91,6 +91,7 @@ def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing
     [
         ({"split": "test"}, """data.neutral: 'csv' (split test) cannot be loaded (Unknown split "test". Should be one of"""),
         ({"data_files": ["gone.csv"]}, "gone.csv"),
+        ({"data_files": []}, "the format 'csv' needs data_files"),
         ({"source": "./no_such_folder", "data_files": []}, "cannot be loaded"),
         ({"columns": {}}, "has the columns note, query, reply, but no prompt, response. Name the column that holds each key: "
          "columns: {prompt: COLUMN, response: COLUMN}."),
