@@ -124,6 +124,8 @@ def read_lora(folder: Path) -> PlainLora:
             problems.append(f"{where}: the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}.")
         if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
             problems.append(f"{where}: it holds NaN or infinity.")
+        if not (tensors[module + _A].is_floating_point() and tensors[module + _B].is_floating_point()):
+            problems.append(f"{where}: the factors are no floats.")
         folded |= used
         edits[name] = LowRank(scale * B, A)
     if problems:

@@ -198,18 +198,14 @@ def read_floats(path: Path) -> Tensor:
     # Of a tensor: one number with a stride of 0, say.
     if value is None or (isinstance(value, Tensor) and value.numel() * value.element_size() > size):
         raise ArtifactError(f"{path} claims more numbers than its {size:,} bytes can hold. Save the vector again.")
-    strided = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta  # meta: without numbers
-    if not isinstance(value, Tensor) or not strided or not value.is_floating_point():
-        kind = (
-            f"{value.layout} {value.dtype} on {value.device}"
-            if isinstance(value, Tensor)
-            else f"a {type(value).__name__}"
-        )
-        raise ArtifactError(
-            f"{path} holds {kind}; needed: one tensor of floats. Save vectors by block as a safetensors file whose tensors "
-            "are named resid_post.K."
-        )
-    return value.detach()  # it may be a parameter, which would ask for gradients
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta  # meta: no numbers
+    if isinstance(value, Tensor) and dense and value.is_floating_point():
+        return value.detach()  # it may be a parameter, which would ask for gradients
+    kind = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+    raise ArtifactError(
+        f"{path} holds: {kind}; needed: one tensor of floats. Save vectors by block as a safetensors file whose tensors "
+        "are named resid_post.K."
+    )
 
 
 def wrong_shape(path: Path, tensor: Tensor, options: ImportOptions, needed: str) -> ArtifactError:

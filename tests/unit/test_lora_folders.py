@@ -122,7 +122,9 @@ def test_every_reason_is_reported_at_once(tmp_path: Path) -> None:
     assert "woven is {'into': 3}, a setting that is not supported" in message
 
 
-@pytest.mark.parametrize("spoil", ["half", "bias", "rank", "nan", "shape", "empty", "pickle", "config", "another kind"])
+@pytest.mark.parametrize(
+    "spoil", ["half", "bias", "rank", "nan", "integers", "shape", "empty", "pickle", "config", "another kind"]
+)
 def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
     folder = adapter(tmp_path / "theirs")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -133,8 +135,9 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
         tensors[f"{name}.bias"] = torch.ones(3)
     elif spoil == "rank":
         config.write_text(config.read_text(encoding="utf-8").replace('"r": 3', '"r": 4'), encoding="utf-8")
-    elif spoil == "nan":
-        tensors[f"{name}.lora_A.weight"][1, 2] = float("nan")
+    elif spoil in ("nan", "integers"):
+        A = tensors[f"{name}.lora_A.weight"]
+        tensors[f"{name}.lora_A.weight"] = {"nan": A * float("nan"), "integers": A.to(torch.int8)}[spoil]
     elif spoil == "shape":
         tensors[f"{name}.lora_A.weight"] = tensors[f"{name}.lora_A.weight"][:2].clone()
     elif spoil == "empty":
@@ -151,6 +154,7 @@ def test_damage_is_named(tmp_path: Path, spoil: str) -> None:
         "bias": rf"{DOWN}\.bias is not one of a pair",
         "rank": "the factors have rank 3, adapter_config.json says 4",
         "nan": f"{DOWN}: it holds NaN",
+        "integers": f"{DOWN}: the factors are no floats",
         "shape": rf"{DOWN}: lora_A is \[2, 48\], lora_B \[32, 3\]",
         "empty": "it holds no pair",
         "pickle": "a pickle, which can run code",

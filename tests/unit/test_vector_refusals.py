@@ -58,9 +58,10 @@ def test_every_file_of_another_width_depth_or_with_nan_is_refused_with_all_reaso
         (rows(9), "axbench", {"index": 2}, "does not say its block"),
         (rows(9), "axbench", {"layer": 2}, "has 9 rows, counted from 0; needed are extract.imported.index"),
         (rows(3), "axbench", {"layer": 2, "index": 1}, "has 3 rows.* 3 others as controls"),
-        (torch.arange(HIDDEN), "caa", {"layer": 1}, "holds torch.strided torch.int64"),
-        (deep.to_sparse(), "caa", {"layer": 1}, "holds torch.sparse_coo torch.float32"),
-        ({1: deep}, "caa", {"layer": 1}, r"holds a dict; .*safetensors file whose tensors are named resid_post\.K"),
+        (torch.arange(HIDDEN), "caa", {"layer": 1}, "holds: torch.strided torch.int64"),
+        (deep.to_sparse(), "caa", {"layer": 1}, "holds: torch.sparse_coo torch.float32"),
+        (deep.to("meta"), "caa", {"layer": 1}, "torch.float32 on meta; needed: one tensor of floats"),
+        ({1: deep}, "caa", {"layer": 1}, r"holds: dict; .*safetensors file whose tensors are named resid_post\.K"),
     ]
     for value, named, options, message in single:
         with pytest.raises(ArtifactError, match=message):
