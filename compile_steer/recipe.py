@@ -7,7 +7,6 @@ recipe's own folder.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -77,10 +76,6 @@ class Recipe(Section):
             raise ValueError(
                 f"needed: names of the template's own arguments, which {', '.join(map(repr, wrong))} cannot be"
             )
-        try:
-            json.dumps(arguments, allow_nan=False)
-        except ValueError as error:
-            raise ValueError("needed: finite numbers") from error
         return arguments
 
     @field_validator("prompt_format")

@@ -14,24 +14,12 @@ from typing import Any
 from compile_steer.artifacts.files import digest, read_json, sha256
 
 _JSON = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "chat_template.json",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "chat_template.json",
+)  # fmt: skip
 _OTHER = (
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "merges.txt",
-    "vocab.txt",
-    "tekken.json",
-)
+    "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "tekken.json",
+)  # fmt: skip
 # What a library writes about itself, and paths.
 _NO_SETTINGS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only"})
 

@@ -163,12 +163,8 @@ def _edits(programs: Sequence[Program], layout: Layout) -> list[tuple[Site, _Edi
             strength = torch.tensor([i.coefficient for i in group]).view(-1, 1, 1)
         # The point is defined on the stream: where the family scales a sublayer's output before adding it, the same
         # edit has to be made before that factor.
-        edits.append(
-            (
-                first.site,
-                _Edit(basis, shift / layout.stream_scale(first.site.layer, first.site.point), strength, first.scopes),
-            )
-        )
+        scale = layout.stream_scale(first.site.layer, first.site.point)
+        edits.append((first.site, _Edit(basis, shift / scale, strength, first.scopes)))
     # Stable: within one module, edits of the block's output come before those of the next block's input.
     return sorted(edits, key=lambda edit: edit[0].point == "resid_pre")
 
@@ -207,11 +203,11 @@ def steered(
         for site, edit in reversed(_edits(programs, layout)):
             module = layout.hook_module(site)
             if site == Site(0, "resid_pre"):
-                stack.callback(
-                    module.register_forward_pre_hook(_input_hook(edit, follow), with_kwargs=True, prepend=True).remove
-                )
+                hook = _input_hook(edit, follow)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             else:
-                stack.callback(module.register_forward_hook(_output_hook(edit, follow), prepend=True).remove)
+                handle = module.register_forward_hook(_output_hook(edit, follow), prepend=True)
+            stack.callback(handle.remove)
         yield
 
 

@@ -161,7 +161,8 @@ class Program:
         return self._map(lambda i: replace(i, enabled=on), index)
 
     def _map(self, change: Any, index: int | None) -> Program:
-        chosen = range(len(self.interventions)) if index is None else [range(len(self.interventions))[index]]
+        numbers = range(len(self.interventions))
+        chosen = numbers if index is None else [numbers[index]]  # an index that is not there raises
         return replace(
             self, interventions=tuple(change(i) if n in chosen else i for n, i in enumerate(self.interventions))
         )
@@ -234,27 +235,18 @@ class Program:
         """Read a program; raises `ArtifactError` for a missing, damaged or foreign file."""
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        header = parse_header(
-            metadata, "program", _Header, path, "Make the program again with 'compile-steer validate'."
-        )
+        header = parse_header(metadata, "program", _Header, path, "Make it again with 'compile-steer validate'.")
         missing = [entry.tensor for entry in header.interventions if entry.tensor not in tensors]
         if missing:
             lines = [f"{path}: tensor {brief(name)} is named by the program but not in the file." for name in missing]
             raise ArtifactError(several(lines))
         try:
-            interventions = tuple(
-                Intervention(
-                    Site(entry.layer, entry.point),
-                    entry.operation,
-                    tensors[entry.tensor],
-                    entry.coefficient,
-                    entry.positions,
-                    entry.projection,
-                    entry.enabled,
-                )
-                for entry in header.interventions
-            )
-            program = Program(interventions, header.model, header.revision)
+            interventions = []
+            for entry in header.interventions:
+                site, vector = Site(entry.layer, entry.point), tensors[entry.tensor]
+                strength = entry.coefficient, entry.positions, entry.projection, entry.enabled
+                interventions.append(Intervention(site, entry.operation, vector, *strength))
+            program = Program(tuple(interventions), header.model, header.revision)
             # The file may say more than the program, and artifacts record the hash of the file. No field: a program that
             # is scaled or added to another is another program.
             object.__setattr__(program, "_file_sha256", sha256(path))
