@@ -27,6 +27,7 @@ from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import ClosedFormOptions
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
+from compile_steer.models.tokens import Batch
 from compile_steer.steering.layout import Layout, OutputProjection
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.measure import ProjectionKind
@@ -35,6 +36,7 @@ from compile_steer.steering.program import Program
 
 _HELD_OUT_EVERY = 5  # one text in five chooses the ridge
 _CORRECTION_RANK = 8
+_DAMPINGS = (1e-3, 0.03, 0.1, 0.3, 1.0)  # of small norm weights, relative to the median one
 _CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
 Refine = Callable[[TeacherStudent, int, Advance], None]
@@ -90,9 +92,9 @@ def lower(
             if block >= saved["next"]:
                 for stage in (stage for stage in stages if stage.layer == block):
                     projection = loaded.layout.output_projection(block, stage.projection)
-                    # Without its own earlier edit, which the new one replaces.
-                    models.solved.pop(projection.name, None)
-                    models.solved[projection.name] = solve_stage(models, projection, stage.rank, advance)
+                    edit = solve_stage(models, projection, stage.rank, advance)
+                    if edit is not None:
+                        models.solved[projection.name] = edit
                 if refine is not None:
                     refine(models, block, advance)
                 factors = {module: (edit.B, edit.A) for module, edit in models.solved.items()}
@@ -147,14 +149,19 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int, advance: Advance) -> LowRank:
-    """The edit of one output projection that best corrects the current block's output."""
+def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int, advance: Advance) -> LowRank | None:
+    """The edit of one output projection that best corrects the current block's output, in the place of its earlier one.
+
+    None, where no edit does better than none on held-out texts.
+    """
     loaded, layout = models.loaded, models.loaded.layout
     _d_model, d_in = linear_shape(projection.module)
     gain = norm_weights(layout, projection)
     multiplier = layout.sublayer(projection.layer, projection.kind).multiplier
     fitter = RidgeFitter(d_in, layout.d_model, loaded.device)
     captured: list[tuple[Tensor, Tensor]] = []
+    # Without its own earlier edit, which the new one replaces.
+    earlier = models.solved.pop(projection.name, None)
 
     def capture(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         captured.append((args[0], output))
@@ -174,18 +181,44 @@ def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int,
                 missing = (activations.target - student)[real].float()
                 y, weight = regression_targets(missing, written, stream, multiplier, gain)
                 # 3. Add the tokens to the sums; the same texts are held out however many processes share them.
-                rows = torch.tensor(batch.rows, device=real.device).unsqueeze(1).expand_as(real)[real]
-                number = rows * distributed.count() + distributed.rank()
-                fitter.update(x, y, weight, number % _HELD_OUT_EVERY == 0)
+                fitter.update(x, y, weight, _is_held_out(batch).unsqueeze(1).expand_as(real)[real])
                 advance(len(batch.rows))
         finally:
             handle.remove()
     # 4. Solve over the texts of all processes.
-    edit = fitter.fit(rank)
-    # 5. In front of a norm the solution is in units of the norm's output; a weight near 0 lets nothing through.
-    if gain is not None:
-        edit = LowRank(edit.B / torch.where(gain.abs() < 1e-3, torch.inf, gain).double().unsqueeze(1), edit.A)
-    return LowRank(edit.B.float(), edit.A.float())
+    edit, helps = fitter.fit(rank)
+    if gain is None:
+        return LowRank(edit.B.float(), edit.A.float()) if helps else earlier
+    # 5. In front of a norm the solution is in units of the norm's output. Divided by a weight near 0 it would write many
+    #    times what the projection does, which changes the RMS that the regression took as given; how much of that the
+    #    stream bears is measured.
+    median = gain.abs().median()
+    damped = [gain / (gain.square() + (damping * median).square()) for damping in _DAMPINGS]
+    choices = [LowRank((edit.B * scale.double().unsqueeze(1)).float(), edit.A.float()) for scale in damped]
+    candidates = [None, earlier, *(choices if helps else [])]
+    return min(candidates, key=lambda candidate: _held_out_error(models, projection, candidate))
+
+
+def _is_held_out(batch: Batch) -> Tensor:
+    """Boolean [batch]: the texts that choose, by their number over all processes."""
+    rows = torch.tensor(batch.rows, device=batch.input_ids.device)
+    return (rows * distributed.count() + distributed.rank()) % _HELD_OUT_EVERY == 0
+
+
+def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: LowRank | None) -> float:
+    """Sum of ||h_steered - h_student||^2 / ||h_steered||^2 over the held-out texts, with `edit` in the projection."""
+    patch = WeightPatch(models.solved if edit is None else {**models.solved, projection.name: edit})
+    total = torch.zeros((), dtype=torch.float64, device=models.loaded.device)
+    with with_patch(models.loaded.model, patch), torch.no_grad():
+        for activations in models.batches:
+            held_out = activations.select(_is_held_out(activations.batch))
+            if held_out.batch.rows:
+                student = models.run_block(held_out.batch, held_out.student, projection.layer)[held_out.real].float()
+                target = held_out.target[held_out.real].float()
+                error = (target - student).square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
+                total += error.sum()
+    distributed.sum_over_all(total)
+    return float(total)
 
 
 def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:

@@ -80,12 +80,16 @@ class RidgeFitter:
         for statistics, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
             statistics.update(x[chosen], y[chosen], weight[chosen])
 
-    def fit(self, rank: int) -> LowRank:
-        """The edit of at most `rank`, in float64. Call once: it adds what every other process has streamed."""
+    def fit(self, rank: int) -> tuple[LowRank, bool]:
+        """The edit of at most `rank`, in float64, and whether it helps on tokens that it was not fitted to.
+
+        Call once: it adds what every other process has streamed.
+        """
         for part in (self.train, self.held_out):
             sum_over_all(part.G, part.C, part.yy)
         total = self.train + self.held_out
         if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
-            return solve(total, rank, RIDGES[-1])  # too few texts to choose by: the largest ridge is the safest
-        ridge = min(RIDGES, key=lambda ridge: self.held_out.error(solve(self.train, rank, ridge)))
-        return solve(total, rank, ridge)
+            return solve(total, rank, RIDGES[-1]), True  # too few texts to choose by: the largest ridge is the safest
+        errors = {ridge: self.held_out.error(solve(self.train, rank, ridge)) for ridge in RIDGES}
+        ridge = min(RIDGES, key=lambda ridge: errors[ridge])
+        return solve(total, rank, ridge), errors[ridge] < float(self.held_out.yy)

@@ -64,6 +64,11 @@ class ActivationBatch:
         """Boolean [batch, time]: tokens that are not padding."""
         return self.batch.roles != PAD
 
+    def select(self, chosen: Tensor) -> ActivationBatch:
+        """The texts where `chosen`, boolean [batch], is true."""
+        teacher, student = (None if hidden is None else hidden[chosen] for hidden in (self.teacher, self.student))
+        return ActivationBatch(self.batch.select(chosen), teacher, student, self.target[chosen])
+
 
 class TeacherStudent:
     """Both models at the boundary of one block, at first of the one that the program changes first.

@@ -57,6 +57,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.roles.to(device), self.rows)
 
+    def select(self, chosen: Tensor) -> Batch:
+        """The texts where `chosen`, boolean [batch], is true."""
+        rows = tuple(row for row, keep in zip(self.rows, chosen.tolist(), strict=True) if keep)
+        return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.roles[chosen], rows)
+
     @property
     def predicts_response(self) -> Tensor:
         """Boolean [batch, time]: positions whose next token belongs to a response."""

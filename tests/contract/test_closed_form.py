@@ -5,6 +5,8 @@ Random models are harder than trained ones: the inputs of a gated MLP's down pro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ from tests.helpers.fitting import (
     solve,
     stages_of,
 )
-from tests.helpers.tiny import HIDDEN, LAYERS, Padded, intervention, loaded, logits
+from tests.helpers.tiny import HIDDEN, LAYERS, Padded, build, intervention, loaded, logits
 
 # --------------------------------------------------------------------------------------- closed form
 
@@ -201,6 +203,21 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
         assert BACKENDS[name].refusal(canonical_program("llama", intervention()), loaded("llama").layout) is None
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_norm_weights_of_trained_models_do_not_spoil_the_edit_behind_them(family: str) -> None:
+    """Divided by a gain of .002 among others around 10, the edit would be many times what W writes: 1.0 and 1.2 were left."""
+    model, generator = build(family), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+                gains = 10 * torch.exp(0.4 * torch.randn(HIDDEN, generator=generator))
+                gains[3], gains[11], gains[20] = 0.002, 0.05, 50.0
+                weight.copy_(gains - 1 if family.startswith("gemma") else gains)
+    tiny = replace(loaded(family), model=model)
+    steering = canonical_program(family, replace(intervention(), coefficient=30.0))
+    assert remaining_kl(tiny, steering, solve(tiny, steering, stages_of(tiny, steering))) < 0.3
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
     """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
@@ -221,6 +238,7 @@ def test_a_stage_minimises_the_error_in_the_stream_behind_a_norm_and_a_multiplie
 ) -> None:
     """Each row of the solution is numpy's least squares, written down in the stream from the model's own activations."""
     monkeypatch.setattr("compile_steer.lowering.regression.RIDGES", (1e-7,))
+    monkeypatch.setattr("compile_steer.lowering.closed_form._DAMPINGS", (1e-7,))
     tiny, steering = loaded(family), canonical_program(family, intervention(layer=1))
     layout = tiny.layout
     projection = layout.output_projection(1, "mlp")
