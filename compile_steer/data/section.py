@@ -20,11 +20,8 @@ from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
 # The keys that a row of these parts must have, and those that it may have.
-_TEXT_KEYS = {
-    "neutral": (("prompt", "response"), ("history",)),
-    "heldout": (("prompt",), ("history",)),
-    "calibration": (("prompt",), ("history",)),
-}
+_PROMPT = (("prompt",), ("history",))
+_TEXT_KEYS = {"neutral": (("prompt", "response"), ("history",)), "heldout": _PROMPT, "calibration": _PROMPT}
 _PARTS = (*SPLITS, *_TEXT_KEYS)
 TEXTS = Path(__file__).parent / "texts"  # general texts and prompts, for a behaviour that brings none of its own
 
@@ -135,15 +132,15 @@ class _TwoTemplates(DataSection):
         return pair.positive == pair.negative
 
     def pair(self, row: Row) -> Pair:
-        def side(name: str, template: str, system: str) -> Text:
-            return Text(fill(template, prompt=row["prompt"]), row.get(name, ""), system=system)
+        def side(name: str) -> Text:
+            prompt = fill(getattr(self, f"{name}_template"), prompt=row["prompt"])
+            return Text(prompt, row.get(name, ""), system=getattr(self, f"{name}_system"))
 
-        positive = side("positive", self.positive_template, self.positive_system)
-        return Pair(positive, side("negative", self.negative_template, self.negative_system), row["prompt"])
+        return Pair(side("positive"), side("negative"), row["prompt"])
 
     def problems(self, rows: Rows) -> Iterator[str]:  # noqa: ARG002  (of the templates alone)
-        yield from template_problems("positive_template", self.positive_template, "{prompt}")
-        yield from template_problems("negative_template", self.negative_template, "{prompt}")
+        for name in ("positive_template", "negative_template"):
+            yield from template_problems(name, getattr(self, name), "{prompt}")
 
 
 class PairsData(_TwoTemplates):

@@ -158,9 +158,9 @@ class Reader:
         # A column that a key needs may be missing only if the key is optional and the recipe did not name the column.
         present = set(table.column_names)
         columns = {key: source.columns.get(key, key) for key in (*keys, *optional)}
-        lacking = {key: _names(column) - present for key, column in columns.items() if not _names(column) <= present}
-        missing = [key for key in lacking if key in keys or key in source.columns]
-        if missing:
+        named = {key: {column} if isinstance(column, str) else set(column) for key, column in columns.items()}
+        lacking = {key: names - present for key, names in named.items() if not names <= present}
+        if missing := [key for key in lacking if key in keys or key in source.columns]:
             names = ", ".join(sorted(set().union(*(lacking[key] for key in missing))))
             self.problems.append(
                 f"{label}: {source} has the columns {', '.join(sorted(present))}, but no {names}. Name the column that "
@@ -174,7 +174,6 @@ class Reader:
         if source.seed is not None:
             table = table.shuffle(seed=source.seed)
         table = table.select(range(min(len(table), source.limit or len(table))))
-        usable = {key: column for key, column in columns.items() if key not in lacking}
 
         def text(cell: Any) -> Any:
             # A column that holds only numbers is one of numbers, even if the columns beside it in a list hold texts.
@@ -184,16 +183,13 @@ class Reader:
         for n, row in enumerate(table):
             cells = {
                 key: row[column] if isinstance(column, str) else [text(row[name]) for name in column]
-                for key, column in usable.items()
+                for key, column in columns.items()
+                if key not in lacking
             }
             # An empty cell of an optional key is left out.
             cells = {key: cell for key, cell in cells.items() if key not in optional or cell is not None}
             located.append((f"{label}, row {n}", cells))
         return located
-
-
-def _names(column: str | tuple[str, ...]) -> set[str]:
-    return {column} if isinstance(column, str) else set(column)
 
 
 def load_table(source: Dataset, folder: Path) -> Any:

@@ -135,16 +135,12 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
     problems = []
     for s in stages:
         name = f"stage {s.projection} of block {s.layer}"
-        has_block = s.layer < layout.n_layers
-        has_matrix = has_block and s.projection in layout.projection_kinds(s.layer)
-        if not has_block:
+        if s.layer >= layout.n_layers:
             problems.append(f"{name}: the model has blocks 0 to {layout.n_layers - 1}.")
-        elif not has_matrix:
+        elif s.projection not in layout.projection_kinds(s.layer):
             problems.append(f"{name}: {layout.no_projection(s.layer, s.projection)}.")
-        if has_block and has_matrix:
-            shape = linear_shape(layout.output_projection(s.layer, s.projection).module)
-            if s.rank > min(shape):
-                problems.append(f"{name}: rank {s.rank} is above what its matrix ({shape[0]} x {shape[1]}) can have.")
+        elif s.rank > min(shape := linear_shape(layout.output_projection(s.layer, s.projection).module)):
+            problems.append(f"{name}: rank {s.rank} is above what its matrix ({shape[0]} x {shape[1]}) can have.")
     if problems:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 

@@ -163,11 +163,8 @@ def train(
         name: under which the state is saved and the curve is recorded.
         advance: called with the number of texts just seen.
     """
-    model, objective, on_policy = (
-        lowering.loaded.model,
-        OBJECTIVES[options.objective],
-        options.objective == "reverse_kl",
-    )
+    model, objective = lowering.loaded.model, OBJECTIVES[options.objective]
+    on_policy = options.objective == "reverse_kl"
     suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
     seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
     to_end = replace(suffix, recompute_every=options.recompute_every, dtype=DTYPES[options.precision])

@@ -78,16 +78,13 @@ def require_plain(folder: Path) -> None:
             f"{folder / 'config.json'}: transformers_weights names other files than the standard ones, which only some "
             "readers follow. Remove the key, and give the files their standard names."
         )
-    quantized = [part[key] for part in parts for key in _QUANTIZED if part.get(key) is not None]
+    by = next((part[key] for part in parts for key in _QUANTIZED if part.get(key) is not None), None)
     stored = {name: kind for name, (kind, _shape) in Checkpoint(folder).specs.items() if kind not in _FLOATS}
     packed = [f"{name} ({kind})" for name, kind in sorted(stored.items()) if not name.endswith(_NO_WEIGHTS)]
-    if quantized or packed:
-        method = quantized[0].get("quant_method", "") if quantized and isinstance(quantized[0], dict) else ""
-        found = (
-            f"by {method or 'its config.json'}"
-            if quantized
-            else f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
-        )
+    if by is not None or packed:
+        found = f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
+        if by is not None:
+            found = f"by {(by.get('quant_method') if isinstance(by, dict) else None) or 'its config.json'}"
         problems.append(
             f"{folder} is quantised, {found}: such weights cannot be steered or edited as they stand. Name the unquantised "
             "release, or a copy that the library that quantised it has de-quantised and saved."

@@ -59,6 +59,11 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     return model, tokenizer, problems
 
 
+def scales_rotations(file: Path) -> bool:
+    """Whether the file has factors of the rotary frequencies, as Llama 3's do."""
+    return any(tensor.name == ROPE_FACTORS for tensor in gguf.GGUFReader(file).tensors)
+
+
 def write_and_close(writer: gguf.GGUFWriter) -> None:
     """Write everything that was added to `writer`, and close its file."""
     writer.write_header_to_file()

@@ -25,14 +25,12 @@ from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
-from compile_steer.models.gguf import read_gguf
+from compile_steer.models.gguf import ROPE_FACTORS, read_gguf, scales_rotations
 from compile_steer.models.libraries import library_errors
 from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
-_CACHE_RECORD = (
-    "settings-2.sha256"  # another number where what is written changes, so that older folders are made again
-)
+_CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes: older folders are made again
 EMBEDDED = "smollm2-135m-instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,7 +79,7 @@ class LoadedModel:
 
 
 def load(
-    reference: str = "smollm2-135m-instruct",
+    reference: str = EMBEDDED,
     *,
     device: str = "auto",
     dtype: str = "float32",
@@ -119,15 +117,8 @@ def load(
     configure(tokenizer, reference, prompt_format, chat)
     template = tokenizer.chat_template if tokenizer.chat_template != own_template else None
     Layout.of(model)  # raises for an unknown family before anything runs
-    return LoadedModel(
-        frozen(model, target),
-        tokenizer,
-        reference,
-        source.revision,
-        str(source.folder),
-        template,
-        chat or ChatSettings(),
-    )
+    chat = chat or ChatSettings()
+    return LoadedModel(frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template, chat)
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -141,7 +132,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise RecipeError(f"device '{name}' cannot be used here ({reason}). Use cpu, or auto.") from error
@@ -232,6 +223,10 @@ def _dequantised(gguf: Path) -> Path:
         return folder  # made by this version, and not edited since; its tensors are part of its revision
     with library_errors(lambda reason: _not_loaded(str(gguf), reason)):
         model, tokenizer, problems = read_gguf(gguf, torch.float32)
+    if scales_rotations(gguf):
+        problems.append(
+            f"{ROPE_FACTORS} scales its rotations, which config.json cannot say; name the publisher's folder"
+        )
     if problems:
         raise ArtifactError([f"{gguf}: {problem}." for problem in several(problems)])
     # transformers reads no generation settings from a GGUF; without an end token, generation would not stop.

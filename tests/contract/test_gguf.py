@@ -114,7 +114,7 @@ def test_an_exact_bias_stays_exact_in_every_precision(
         assert torch.equal(stored.get_parameter(name), one.model.get_parameter(name))
 
 
-def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
+def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {
         "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
         "original_max_position_embeddings": 16,
@@ -129,6 +129,9 @@ def test_llama_3_rotates_as_slowly_when_it_is_read_back(tmp_path: Path) -> None:
     assert float(error / size) < 5e-3
     stored.model.rotary_emb.inv_freq = stored.model.rotary_emb.inv_freq * factors
     assert float((one.model(ids).logits - stored(ids).logits).norm() / size) > 0.05
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ArtifactError, match=r"rope_freqs\.weight scales its rotations, .* the publisher's folder"):
+        load(str(folder / GGUF_FILE), device="cpu")
 
 
 def rotated(x: Tensor, angles: Tensor, *, neighbours: bool) -> Tensor:

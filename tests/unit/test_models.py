@@ -115,7 +115,7 @@ def test_dequantised_model_that_was_edited_in_the_cache_is_made_again(
 def test_an_unknown_dtype_or_device_is_refused() -> None:
     with pytest.raises(RecipeError, match="dtype 'int8' is unknown; use float32, bfloat16, float16"):
         load("./anything", dtype="int8")
-    for name in ("gpu", "cuda:99"):
+    for name in ("gpu", "cuda:99", "meta"):
         with pytest.raises(RecipeError, match=f"device '{name}' cannot be used here"):
             choose_device(name)
     assert choose_device("cpu") == torch.device("cpu")
