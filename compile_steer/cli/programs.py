@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compile_steer.cli.options import Session, SeveralSession, command, within
+from compile_steer.common.errors import shell_word
 
 Convention = Annotated[
     str | None,
@@ -43,7 +44,7 @@ def import_(
     run = session.open()
     import_vector(run, recipe, text)
     summary = {"recipe": recipe, **describe_artifact(run.paths.directions)}
-    message = f"Recipe: {recipe}; next: compile-steer validate {recipe}"
+    message = f"Recipe: {recipe}; next: compile-steer validate {shell_word(recipe)}"
     session.finish(summary, lambda out, _summary: out.print(message))
 
 

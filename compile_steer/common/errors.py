@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import reprlib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -72,6 +73,12 @@ def brief(value: object) -> str:
 def plain(text: str) -> str:
     """Text from outside as a terminal may be given it: what would act on it is written as an escape, as `\\x1b`."""
     return _ACTS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shell_word(value: object) -> str:
+    """A value from outside as one word of a shell line that a person may copy: quoted, and no option of a command."""
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _cut(text: str, limit: int) -> str:

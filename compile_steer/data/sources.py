@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Discriminator, Field, StrictInt, Tag, TypeAdapter, ValidationError
 
 from compile_steer.artifacts.files import digest
-from compile_steer.common.errors import RecipeError, brief, require_library
+from compile_steer.common.errors import RecipeError, brief, library_errors, require_library
 from compile_steer.common.options import Section, Seed
 from compile_steer.common.reading import Malformed, read_json_lines
 
@@ -204,13 +204,12 @@ def load_table(source: Dataset, folder: Path) -> Any:
         raise RecipeError(f"{source}: the format '{source.source}' needs data_files, the names of its files.")
     bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(
-            str(local) if local.is_dir() else source.source, source.subset, data_files=files or None, split=source.split
-        )
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise RecipeError(f"{source} cannot be loaded ({reason}).") from error
-    finally:
-        if not bars_disabled:
-            datasets.enable_progress_bars()
+    path = str(local) if local.is_dir() else source.source
+    with library_errors(lambda reason: RecipeError(f"{source} cannot be loaded ({reason}).")):
+        try:
+            return datasets.load_dataset(path, source.subset, data_files=files or None, split=source.split)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None  # it says only that there was one
+        finally:
+            if not bars_disabled:
+                datasets.enable_progress_bars()

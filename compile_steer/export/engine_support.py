@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compile_steer.artifacts.provenance import EngineName, Provenance
+from compile_steer.common.errors import shell_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,35 +38,44 @@ _LOAD: dict[tuple[EngineName, Form], str] = {
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
         "\n"
-        'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(base, "{folder}")'
+        "base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        "model = PeftModel.from_pretrained(base, {folder!r})"
     ),
     ("transformers", "checkpoint"): (
-        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
+        "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
     ),
     ("transformers", "gguf"): (
         "from transformers import AutoModelForCausalLM, GgufConfig\n"
         "\n"
-        'model = AutoModelForCausalLM.from_pretrained("{folder}", gguf_file="{file}",\n'
+        "model = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r},\n"
         "                                             quantization_config=GgufConfig(dequantize=True))"
     ),
     ("vllm", "adapter"): "vllm serve {base} --enable-lora --lora-modules {name}={folder} --max-lora-rank {rank}",
     ("vllm", "checkpoint"): "vllm serve {folder}",
     ("vllm", "program"): (
         f"pip install {PLUGIN} && vllm serve {{base}}\n"
-        '"vllm_xargs": {{"apply_steering_vectors": TEXT OF {folder}/{file}}} in a request, or in Python\n'
-        'SamplingParams(extra_args={{"apply_steering_vectors": Path("{folder}/{file}").read_text()}})'
+        '"vllm_xargs": {{"apply_steering_vectors": TEXT OF {path}}} in a request, or in Python\n'
+        'SamplingParams(extra_args={{"apply_steering_vectors": Path({path!r}).read_text()}})'
     ),
-    ("llama.cpp", "adapter"): "llama-cli -m BASE.gguf --lora {folder}/{file}",
-    ("llama.cpp", "checkpoint"): "llama-cli -m {folder}/{file}",
+    ("llama.cpp", "adapter"): "llama-cli -m BASE.gguf --lora {path}",
+    ("llama.cpp", "checkpoint"): "llama-cli -m {path}",
     ("llama.cpp", "gguf"): "llama-cli -m {file}",
-    ("llama.cpp", "program"): "llama-cli -m BASE.gguf --control-vector {folder}/{file}",
+    ("llama.cpp", "program"): "llama-cli -m BASE.gguf --control-vector {path}",
 }
+
+
+class _Name(str):
+    """A name in a line to copy: as a Python literal where the line says `!r`, else as a word of the shell."""
+
+    def __format__(self, _spec: str) -> str:
+        return shell_word(str(self))
 
 
 def load_commands(engine: EngineName, form: Form, **names: object) -> tuple[str, ...]:
     """The lines that load a form in an engine; `names` fill in folder, file, base, name and rank where they occur."""
-    return tuple(_LOAD[engine, form].format(**names).split("\n"))
+    path = f"{names.get('folder')}/{names.get('file')}"
+    words = {key: _Name(name) for key, name in {**names, "path": path}.items()}
+    return tuple(line.format(**words) for line in _LOAD[engine, form].split("\n"))
 
 
 def reads_biases(engine: EngineName, family: str) -> bool:
@@ -114,7 +124,7 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
     if artifact.form == "patch":
         note = (
             "none of them loads this patch: it holds biases, whole weights or another architecture, which no stock adapter "
-            "format does. `compile-steer merge` writes the checkpoint that holds it"
+            "format does. 'compile-steer merge' writes the checkpoint that holds it"
         )
         end = " (with --artifact)." if artifact.recombined else "."
         return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
@@ -122,9 +132,7 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
     names = {"folder": "THIS_FOLDER", "base": base, "name": artifact.name, "rank": "RANK", "file": GGUF_FILE}
     if artifact.form.startswith("gguf-"):
         # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
-        dropped = (
-            "; it drops the biases that hold the steering, unless its config is given `mlp_bias` or `attention_bias`"
-        )
+        dropped = "; it drops the biases that hold the steering, unless its config is given mlp_bias or attention_bias"
         note = f"de-quantised{dropped if artifact.biases else ''}."
         return [
             EngineSupport("llama.cpp", load_commands("llama.cpp", "gguf", **names)),
@@ -140,14 +148,14 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
         commands = load_commands(engine, form, **names)
         if engine == "llama.cpp":
             exported = {"folder": "DIR", "file": "THIS_FOLDER.lora.gguf" if adapter else "THIS_FOLDER-f16.gguf"}
-            export = f"compile-steer export THIS_FOLDER --for llama.cpp {f'--base {base} ' if adapter else ''}--out DIR"
+            export = f"compile-steer export THIS_FOLDER --for llama.cpp {f'--base {shell_word(base)} ' if adapter else ''}--out DIR"
             commands = (export, *load_commands(engine, form, **exported))
         support.append(EngineSupport(title, commands if reads else (), note))
     return support
 
 
 _ADAPTER_NOTES: dict[EngineName, str] = {
-    "vllm": "a plain LoRA with alpha = rank: RANK is `r` of adapter_config.json.",
+    "vllm": "a plain LoRA with alpha = rank: RANK is r of adapter_config.json.",
     "llama.cpp": "for bases of the families that its writer knows; it says so where it does not.",
 }
 
@@ -155,8 +163,8 @@ _ADAPTER_NOTES: dict[EngineName, str] = {
 def _bias_note(artifact: Provenance, reads: bool) -> str:
     """Whether an engine that `reads` them or not adds the biases of a merged model that hold its steering."""
     family = artifact.architecture
-    untried = "" if family == "llama" else f"not tried with `{family}`."
+    untried = "" if family == "llama" else f"not tried with {family}."
     if not artifact.biases:
         return untried
-    holds = f"the steering is in biases of `{family}`, which its own code"
+    holds = f"the steering is in biases of {family}, which its own code"
     return f"{holds} adds{f'; {untried}' if untried else '.'}" if reads else f"cannot hold it: {holds} does not add."

@@ -21,7 +21,7 @@ from compile_steer.artifacts.files import digest, load_json, sha256, was_edited
 from compile_steer.artifacts.locks import for_child
 from compile_steer.artifacts.provenance import PARITY, REPORTS, Provenance, artifact_sha256, versions, weights_sha256
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, CannotLower, InternalError
+from compile_steer.common.errors import ArtifactError, CannotLower, InternalError, shell_word
 from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import write_merged
@@ -288,7 +288,10 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
             return TypeAdapter(list[Parity]).validate_json(process.stdout)
         except ValidationError:
             pass  # a crash: Python's own exit code for one is 1 too
-    again = f"The artifacts are complete; 'compile-steer verify {recipe} --out {out}' verifies them again."
+    again = (
+        "The artifacts are complete, and are verified again by: compile-steer verify "
+        f"{shell_word(recipe)} --out {shell_word(out)}"
+    )
     if process.returncode == 2:
         raise ArtifactError(f"the verification refused its input (see the error above). {again}")
     raise InternalError(f"the verification ended with exit code {process.returncode} and left no report. {again}")

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+from markupsafe import Markup
+from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest, edit_check, save_text
 from compile_steer.artifacts.provenance import CARD, PARITY, EngineRecord, Provenance, load_engine_records
@@ -16,11 +21,16 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.common.reading import MAX_JSON, Malformed, read_text
 from compile_steer.common.yaml import parse_yaml
 from compile_steer.export.engine_support import engine_support
-from compile_steer.report.page import render
+from compile_steer.report.render import render
 from compile_steer.report.terminal import details
 from compile_steer.validation.report import own_validation
 from compile_steer.verification.parity import Parity, own_parity
 
+_FILLED_IN = {
+    "base_model": "the base was a local model, and its id on the hub is not known here",
+    "license": "it is not known here, and what is made from a base model is bound by that model's licence",
+}
+"""Fields of the header that only a person knows, and why."""
 _SEAL = "\n<!-- SHA-256 of this card with its record and report: {} -->"
 
 
@@ -29,7 +39,7 @@ def model_card(
     validation: Path | None,
     parity: Parity | None = None,
     engine_records: Sequence[EngineRecord] = (),
-    header: Mapping[str, str] = MappingProxyType({}),
+    header: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Return the folder's README; by default as before it is verified.
 
@@ -45,7 +55,7 @@ def model_card(
         parity=parity,
         details=[] if parity is None else details(parity),
         engine_records=engine_records,
-        kept={"license": "", "base_model": "", **header},
+        header=Markup(_header(origin, header)),
         engines=engine_support(origin),
         interval=lambda i: f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]",
     )
@@ -89,7 +99,19 @@ def update_card(folder: Path, validation: Path) -> None:
     save_text(folder / CARD, model_card(origin, validation, own_parity(folder), load_engine_records(folder), header))
 
 
-def _read_header(path: Path) -> dict[str, str]:
+def _header(origin: Provenance, filled: Mapping[str, Any]) -> str:
+    """The YAML header, with a comment for each field that only a person knows and nobody filled in."""
+    library = "gguf" if origin.form.startswith("gguf") else "transformers" if origin.is_merged else "peft"
+    base = {"base_model": origin.model} if origin.revision.startswith("hub:") else {}
+    fields = {"library_name": library, **base, **filled, "tags": ["steering-vector", "compile-steer"]}
+    yaml, stream = YAML(), StringIO()
+    yaml.width = 4096
+    yaml.dump(fields, stream)
+    missing = (f"# {name}: fill in; {why}\n" for name, why in _FILLED_IN.items() if name not in fields)
+    return (stream.getvalue() + "".join(missing)).rstrip()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
     """Return the fields of a card's YAML header that only a person knows."""
     try:
         before, _dashes, rest = read_text(path, MAX_JSON).partition("---\n")
@@ -97,4 +119,5 @@ def _read_header(path: Path) -> dict[str, str]:
     except Malformed:
         header = None  # there is none, or somebody broke it: nothing can be kept
     fields = header if isinstance(header, dict) else {}
-    return {key: str(fields[key]) for key in ("license", "base_model") if fields.get(key) is not None}
+    kept = {key: fields[key] for key in _FILLED_IN if fields.get(key)}
+    return {key: list(map(str, value)) if isinstance(value, list) else str(value) for key, value in kept.items()}

@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from compile_steer.artifacts.files import save_text
+from compile_steer.common.errors import plain
+from compile_steer.report.render import render
 from compile_steer.report.terminal import details
 from compile_steer.validation.report import ValidationReport, block_name
 from compile_steer.verification.parity import Parity
@@ -16,21 +21,6 @@ from compile_steer.verification.parity import Parity
 if TYPE_CHECKING:
     from compile_steer.lowering.plan import Choice
     from compile_steer.recipe import Recipe
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill a template of this package; only HTML is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("compile_steer.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=select_autoescape(["html"]),
-    )
-    return environment.get_template(template).render(values)
 
 
 def write_page(
@@ -86,7 +76,7 @@ def _draw_controls(report: ValidationReport, panels: Sequence[Any]) -> None:
     }
     for row, values in enumerate(groups.values()):
         axes.plot(values, [row] * len(values), "o", alpha=0.6)
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), [_label(name) for name in groups])
     axes.axvline(0, color="grey", linewidth=0.7)
     axes.set(xlabel="change of log p(positive) - log p(negative), nats/token")
 
@@ -111,15 +101,21 @@ def _draw_losses(curves: Mapping[str, Mapping[str, Sequence[float]]], panels: Se
     """The loss of every step, a panel each."""
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         axes.plot(curve["loss"], linewidth=0.8)
-        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axes.set(title=_label(name), xlabel="step", ylabel="loss", yscale="log")
 
 
-def _svg(height: float, panels: int, draw: Callable[[Sequence[Any]], None]) -> str:
+def _label(name: str) -> str:
+    return shorten(plain(name), 60, placeholder="...")  # what is drawn must fit, and needs a glyph a character
+
+
+def _svg(height: float, panels: int, draw: Callable[[Sequence[Any]], None]) -> Markup:
     """A row of panels as inline SVG; `height` is in inches."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot, whose figures stay in memory until they are closed
 
     figure, stream = Figure(figsize=(8, height), layout="constrained"), StringIO()
-    draw(figure.subplots(1, panels, squeeze=False)[0])
-    figure.savefig(stream, format="svg", metadata={"Date": None})  # no date: the same run writes the same page
+    with rc_context({"text.parse_math": False}):  # a name with $ is no formula
+        draw(figure.subplots(1, panels, squeeze=False)[0])
+        figure.savefig(stream, format="svg", metadata={"Date": None})  # no date: the same run writes the same page
     text = stream.getvalue()
-    return text[text.index("<svg") :]  # without the XML header, which HTML cannot hold
+    return Markup(text[text.index("<svg") :])  # without the XML header, which HTML cannot hold

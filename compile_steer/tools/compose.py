@@ -13,7 +13,7 @@ from compile_steer.artifacts.files import digest, save_record, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, shell_word
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
@@ -123,8 +123,8 @@ def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) ->
         problems.append(f"{recipe.name}: {paths.program} does not exist. Make it with 'compile-steer validate'.")
     if not folder.is_dir():
         problems.append(
-            f"{recipe.name}: {folder} does not exist. Make it with 'compile-steer compile --out {paths.out} "
-            f"--set compile.backends=[{backend}]'."
+            f"{recipe.name}: {folder} does not exist. Make it with: compile-steer compile RECIPE "
+            f"--out {shell_word(paths.out)} --set {shell_word(f'compile.backends=[{backend}]')}"
         )
     if problems:
         raise ArtifactError(problems)

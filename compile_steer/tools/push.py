@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from compile_steer.artifacts.files import own_files, sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PARITY, Provenance
-from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.common.errors import ArtifactError, RecipeError, library_errors
 from compile_steer.common.progress import Progress
 from compile_steer.pipeline.artifacts import verify
 from compile_steer.pipeline.run import Run
@@ -25,8 +24,6 @@ from compile_steer.tools.reproduce import recalled_recipe
 from compile_steer.verification.parity import own_parity
 
 _TARGET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# The errors of whichever HTTP library the hub's client uses are the bases of its own.
-_HUB_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
 
 # Two machines sum in different orders; a figure that was changed by less says the same.
 _RELATIVE = 0.01
@@ -150,13 +147,9 @@ def send(upload: Upload, hub: HfApi) -> str:
     changed = [file.name for file in upload.files if sent[file.name] != file.sha256]
     if changed:
         raise ArtifactError(f"{upload.folder}: {', '.join(changed)} changed since it was listed; nothing was sent.")
-    try:
+    advice = "Log in with 'hf auth login', with a token that may write there."
+    with library_errors(lambda reason: ArtifactError(f"{upload.target} was not written ({reason}). {advice}")):
         # exist_ok: an artifact is sent again after its card was filled in.
         hub.create_repo(upload.target, private=upload.private, repo_type="model", exist_ok=True)
         commit = hub.create_commit(upload.target, operations, commit_message=f"compile_steer: {upload.folder.name}")
-    except _HUB_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(
-            f"{upload.target} was not written ({reason}). Log in with 'hf auth login', with a token that may write there."
-        ) from error
     return str(commit)

@@ -122,10 +122,10 @@ def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
     merged = Provenance.read(run.paths.merged("bias", "fp32"))
     assert (merged.architecture, merged.biases) == ("llama", 1)
     assert all(engine.commands for engine in engine_support(merged))
-    assert "biases of `llama`, which its own code adds." in card(run.paths.merged("bias", "fp32"))
+    assert "biases of llama, which its own code adds." in card(run.paths.merged("bias", "fp32"))
     transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="smollm3"))
     assert transformers.commands and vllm.commands
-    assert vllm.note.endswith("which its own code adds; not tried with `smollm3`.")
+    assert vllm.note.endswith("which its own code adds; not tried with smollm3.")
     assert (llama_cpp.commands, "cannot hold it" in llama_cpp.note) == ((), True)
     _transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="qwen3"))
     assert (vllm.commands, "cannot hold it" in vllm.note) == ((), True)
