@@ -26,8 +26,11 @@ _AT_FDCWD = -100
 _TEMPORARY = ".writing-"  # before the name of what is written
 _REPLACED = ".old"
 _PATIENCE = 2.0  # seconds that somebody who only clears a leftover away may take
-# Errors of the disk that a writer of any kind may meet.
-_DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Errors of the disk or the system that a writer of any kind may meet.
+_DISK_PROBLEMS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+    errno.EISDIR, errno.ENOTDIR,
+)  # fmt: skip
 
 
 @contextmanager
@@ -119,7 +122,8 @@ class _TemporaryPlace:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         reason = "" if error is None else self._disk_problem(error)
         refused = self._refused(reason) if reason else None
-        _clear(self.folder)
+        with suppress(OSError):  # no file can be opened any more, say: the next writer removes it
+            _clear(self.folder)
         _remove(self.folder, self.lock)
         if refused is not None:
             raise refused from error
@@ -138,13 +142,14 @@ class _TemporaryPlace:
         return os.strerror(number) if number in _DISK_PROBLEMS else ""
 
     def _refused(self, reason: str) -> ArtifactError:
-        files = self.folder.rglob("*") if self.folder.is_dir() else ()
-        written = sum(file.stat().st_size for file in files if file.is_file())
+        written = 0
+        with suppress(OSError):
+            written = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         there = next(parent for parent in self.path.absolute().parents if parent.exists())
         sizes = f"{written / 1e6:.1f} MB of it were written, {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
         return ArtifactError(
-            f"{self.path} cannot be written: {reason} ({sizes}). What was there before is as it was. Make room, or "
-            "choose another output folder; the same command goes on where it was."
+            f"{self.path} cannot be written: {reason} ({sizes}). What was there before is as it was. Make room, "
+            "remove what is in the way, or choose another output folder; the same command goes on where it was."
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,7 @@ def test_a_disk_that_refuses_a_file_is_said_and_leaves_the_old_one(
         (Exception("No space left on device (os error 28)"), ArtifactError),  # tokenizers
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), ArtifactError),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ArtifactError),
+        (OSError(errno.EMFILE, "Too many open files"), ArtifactError),
         (PermissionError(errno.EACCES, "Permission denied", "/a/base/model.safetensors"), PermissionError),
         (SafetensorError("Error while deserializing header: header too large"), SafetensorError),
         (RuntimeError("something else"), RuntimeError),
@@ -88,3 +91,35 @@ def test_a_temporary_that_is_deleted_midway_is_said(tmp_path: Path) -> None:
         new.unlink()
         (new.parent / LOCK).unlink()
         new.parent.rmdir()
+
+
+def test_a_folder_in_the_place_of_a_file_is_said_by_the_file_s_name(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a cannot be written: Is a directory"):
+        save_text(tmp_path / "a", "x")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_too_many_open_files_is_said_wherever_the_limit_is_met(tmp_path: Path, left: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 8, hard)
+    )
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for descriptor in opened[:left]:
+            os.close(descriptor)
+        message = ""
+        try:
+            save_text(tmp_path / "a", "x")
+        except ArtifactError as error:
+            message = str(error)
+    finally:
+        for descriptor in opened[left:]:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert f"{tmp_path}/a cannot be written: Too many open files" in message or (not message and left > 1)
