@@ -128,7 +128,7 @@ def figure_in_card(path: Path) -> None:
 
 def forged_report(path: Path) -> None:
     """A figure that is no gate, so that the verdict follows all the same; hash and card are made again."""
-    from compile_steer.verification.gates import checks
+    from compile_steer.verification.gates import judged
     from compile_steer.verification.options import Gates
     from compile_steer.verification.parity import Parity
 
@@ -137,5 +137,5 @@ def forged_report(path: Path) -> None:
     content["divergence"]["kl_base"] *= 1.5
     save_record(path, content)
     parity = Parity.load(path)
-    assert checks(parity, Gates.model_validate(parity.settings["verify"]["gates"])) == parity.checks
+    assert judged(parity, Gates.model_validate(parity.settings["verify"]["gates"])).checks == parity.checks
     update_card(path.parent, path.parents[2] / "vectors" / "tide.validation.json")

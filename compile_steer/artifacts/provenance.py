@@ -155,15 +155,6 @@ class Provenance:
         """Recipe, data and base alone, as a vector records them."""
         return Origin(self.recipe, self.recipe_sha256, self.data_sha256, self.revision, versions=self.versions)
 
-    def base_mismatch(self, folder: Path, model: str, revision: str) -> list[str]:
-        """The problem, if `folder`, whose provenance this is, does not change that base; else an empty list."""
-        different = other_revision(self.revision, revision)
-        problem = (
-            f"{folder} changes {self.model}, revision {self.revision}; the recipe's base is {model}, revision {revision}: "
-            f"{different}. A task vector belongs to the base that it was made from."
-        )
-        return [problem] if different else []
-
     def changed_files(self, folder: Path, hashes: Mapping[str, str] | None = None) -> Iterator[ChangedFile]:
         """Every file of `folder` that is not as it was written; none for old folders, which did not record their files.
 
@@ -173,13 +164,6 @@ class Provenance:
         for name in sorted(written.keys() | actual.keys()) if written else ():
             if written.get(name) != actual.get(name):
                 yield ChangedFile(name, written.get(name, ""), actual.get(name, ""))
-
-    def edits(self, folder: Path, hashes: Mapping[str, str] | None = None) -> list[str]:
-        """One line for each change to `folder` since it was written, its record included; `hashes` as in `weights_sha256`."""
-        lines = [f"{folder}: {change}." for change in self.changed_files(folder, hashes)]
-        if was_edited(folder / PROVENANCE):
-            lines.append(f"{folder / PROVENANCE} was edited after it was written, or lost its hash.")
-        return lines
 
     def write(self, folder: Path) -> None:
         """Record this provenance and the hashes of the files that `folder` holds; reports and card come later."""
@@ -196,13 +180,33 @@ class Provenance:
         return load_json(path, Provenance, "record of an artifact", "Compile (or merge) again.")
 
     @staticmethod
-    def read_unedited(folder: Path) -> Provenance:
-        """The provenance of a folder that is as it was written; raises `ArtifactError` for any other."""
-        provenance = Provenance.read(folder)
-        problems = provenance.edits(folder)
+    def read_unedited(
+        folder: Path,
+        base: tuple[str, str] | None = None,
+        program_sha256: str = "",
+        hashes: Mapping[str, str] | None = None,
+    ) -> Provenance:
+        """The provenance of a folder that is as it was written; raises `ArtifactError` with all that is wrong with any other.
+
+        Args:
+            base: name and revision of the model that it must be compiled for.
+            program_sha256: of the program that it must be compiled from.
+            hashes: the folder's `file_hashes` where they are known already.
+        """
+        origin = Provenance.read(folder)
+        problems = [f"{folder}: {change}." for change in origin.changed_files(folder, hashes)]
+        if was_edited(folder / PROVENANCE):
+            problems.append(f"{folder / PROVENANCE} was edited after it was written, or lost its hash.")
+        if program_sha256 and origin.program_sha256 != program_sha256:
+            hashed = f"SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]}"
+            problems.append(f"{folder} was compiled from another program ({hashed}).")
+        if base and (different := other_revision(origin.revision, base[1])):
+            compiled, here = f"{origin.model} at {origin.revision}", " at ".join(base)
+            problems.append(f"{folder} was compiled for {compiled}; the base here is {here}: {different}.")
         if problems:
-            raise ArtifactError([*problems, "Compile (or merge) again, or put back what was written."])
-        return provenance
+            remedy = "Compile (or merge) again, put back what was written, or name the recipe that made it."
+            raise ArtifactError([*problems, remedy])
+        return origin
 
     @staticmethod
     def is_current(folder: Path, inputs: str) -> bool:

@@ -22,8 +22,9 @@ from compile_steer.common.errors import ArtifactError, CannotLower
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.merged import merged_model
-from compile_steer.export.patched_config import patched_config
+from compile_steer.export.model_folder import patched_content
 from compile_steer.models.gguf import ROPE_FACTORS, write_and_close
+from compile_steer.models.libraries import read_config
 from compile_steer.models.load import LoadedModel, gguf_of
 from compile_steer.steering.patch import WeightPatch
 
@@ -98,7 +99,7 @@ class TensorNames:
 
 def gguf_refusals(patch: WeightPatch, loaded: LoadedModel) -> list[str]:
     """Why the base with `patch` cannot be written as GGUF; empty where it can. Nothing is computed."""
-    config = patched_config(loaded.source, patch)
+    config = read_config(patched_content(Path(loaded.source), patch))
     problems = config_refusals(config)
     if gguf_of(loaded.id) is None:  # a base that is a GGUF file itself has its tokenizer's fields copied
         try:

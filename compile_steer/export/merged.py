@@ -36,8 +36,7 @@ from compile_steer.artifacts.tensors import (
 )
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, several
-from compile_steer.export.model_folder import copy_side_files
-from compile_steer.export.patched_config import patched_content
+from compile_steer.export.model_folder import copy_side_files, patched_content
 from compile_steer.models.libraries import quiet, read_config
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.older_readers import CONFIG, with_older_rope, write_settings

@@ -1,4 +1,4 @@
-"""Which files of a model's folder travel with it into another, by an allow-list of their kinds, and how they are copied.
+"""What of a model's folder goes into a patched model's: its files by an allow-list of kinds, its config with the patch's keys.
 
 A base may come from anybody. What is on no list stays behind: code, pickles, links out of the folder, keys, hidden files, whole
 folders. README.md stays too, as its name is that of the model card that compile_steer writes.
@@ -11,10 +11,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import INDEX_FILE, SINGLE_FILE, checkpoint_files, misplaced
 from compile_steer.common.errors import ArtifactError, several
+from compile_steer.models.libraries import read_config
 from compile_steer.models.older_readers import CONFIG, TOKENIZER_CONFIG, write_settings
+from compile_steer.steering.patch import WeightPatch
 
 _TEMPLATES = r"chat_template\.(jinja|json)|additional_chat_templates/[\w-]+\.jinja"
 _KINDS = (
@@ -74,3 +79,27 @@ def copy_model(folder: Path, new: Path) -> None:
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, new / name)
     copy_side_files(folder, new)
+
+
+def patched_content(folder: Path, patch: WeightPatch) -> dict[str, Any]:
+    """The content of the base's config.json with the keys that the patch needs."""
+    content = read_json(folder / CONFIG, "Get or make it again.")
+    if patch.architecture:
+        content = _converted(content, patch.architecture)
+    return {**content, **dict.fromkeys(patch.config_flags, True)}
+
+
+def _converted(content: dict[str, Any], family: str) -> dict[str, Any]:
+    """The same computation in another family's words: every field that both have, but the family's own name."""
+    own, target = read_config(content), AutoConfig.for_model(family)
+    names = {"model_type": family, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]}
+    # Qwen2's query, key and value have biases without a flag; the target's flag stands for the output's too.
+    names["attention_bias"] = own.model_type == "qwen2"
+    only_own = {key for key in type(own)().to_dict() if not hasattr(target, key)}
+    new = {key: value for key, value in content.items() if key not in only_own} | names
+    # A field that the file leaves out has the family's own default, which may be another in the new family.
+    read = read_config(new).to_dict()
+    for key, value in own.to_dict().items():
+        if hasattr(target, key) and key not in (*names, "transformers_version", "dtype") and read.get(key) != value:
+            new[key] = value
+    return new

@@ -36,7 +36,7 @@ from compile_steer.validation.report import ValidationReport
 from compile_steer.verification.options import any_gguf
 from compile_steer.verification.parity import Parity
 from compile_steer.verification.reference import Reference
-from compile_steer.verification.stage import require_same_origin, verify_artifact
+from compile_steer.verification.stage import verify_artifact
 
 
 def compile_program(run: Run, force: bool = False) -> list[Path]:
@@ -118,15 +118,12 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
     chosen = {run.paths.adapter(name): name for name in run.plan.chosen}
     for folder in folders or chosen:
         with unchanged(folder, without=REPORTS):
-            provenance = Provenance.read_unedited(folder)
-            problems = provenance.base_mismatch(folder, model.id, model.revision)
-            # What a folder is named for may be another's content, exchanged as a whole, or of an earlier program.
+            program_sha256 = "" if folders else run.program_sha256
+            provenance = Provenance.read_unedited(folder, (model.id, model.revision), program_sha256)
+            # What a folder is named for may be another's content, exchanged as a whole.
             if not folders and provenance.backend != chosen[folder]:
-                problems.append(f"{folder} holds what {provenance.backend} compiled, not {chosen[folder]}.")
-            if not folders and provenance.program_sha256 != run.program_sha256:
-                problems.append(f"{folder} was compiled from another program than {run.paths.program}.")
-            if problems:
-                raise ArtifactError([*problems, "Run 'compile-steer compile' again."])
+                holds = f"{folder} holds what {provenance.backend} compiled, not {chosen[folder]}."
+                raise ArtifactError(f"{holds} Run 'compile-steer compile' again.")
             patches[folder] = read_patch(folder), provenance
     if any_gguf(forms):  # everything that keeps a patch from being a GGUF file, before any is written
         problems = [
@@ -177,7 +174,7 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
     origins: dict[Path, Provenance] = {}
     for folder in folders:
         try:
-            origins[folder] = require_same_origin(folder, run.model.id, run.model.revision, run.program_sha256)
+            origins[folder] = Provenance.read_unedited(folder, (run.model.id, run.model.revision), run.program_sha256)
         except ArtifactError as error:
             problems += error.problems
     if problems:

@@ -15,7 +15,7 @@ from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, shell_word
 from compile_steer.common.progress import Progress
-from compile_steer.export.adapter import read_patch, write_patch
+from compile_steer.export.adapter import patch_provenance, read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
 from compile_steer.models.load import LoadedModel, revision_of
 from compile_steer.pipeline.run import load_base, with_generated_pairs
@@ -25,7 +25,6 @@ from compile_steer.steering.passes import canonical
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.interference import JOINT, STACKED, Composition, Member, measure_interference, sum_programs
-from compile_steer.verification.stage import require_same_origin
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _read_member(recipe: Recipe, paths: RunPaths, backend: str, scale: float) ->
     if problems:
         raise ArtifactError(problems)
     program = Program.load(paths.program)
-    provenance = require_same_origin(folder, program.model, program.revision, sha256(paths.program))
+    provenance = Provenance.read_unedited(folder, (program.model, program.revision), program.sha256)
     if provenance.form != "adapter":
         raise CannotLower(
             f"{recipe.name}: {folder} is no PEFT adapter ({backend} makes a merged checkpoint), so it cannot be loaded "
@@ -154,10 +153,13 @@ def compose(run: CompositionRun) -> Composition:
     if refusal is not None:
         raise CannotLower(f"{run.backend}: all programs at once: {refusal}.")
     program.save(run.paths.program)  # its hash goes into the provenance of both adapters
+    program_sha256, members = sha256(run.paths.program), run.members
+    parents = {f"{member.name} x {member.scale:g}": artifact_sha256(member.adapter) for member in members}
+    settings = [run.recipes[0].part("compile", "dtype", "seed"), [member.data.hashes for member in members]]
     folders = {way: run.paths.composed(f"{run.backend}-{way}") for way in (STACKED, JOINT)}
     for way, folder in folders.items():
-        provenance = _provenance(run, way, program)
-        if not Provenance.is_current(folder, provenance.inputs):
+        inputs = digest([[parents, program_sha256, run.backend, way], settings])
+        if not Provenance.is_current(folder, inputs):
             started = time.perf_counter()
             if way == STACKED:  # the exact sum; ranks add up
                 patches = (member.scale * read_patch(member.adapter) for member in run.members)
@@ -170,7 +172,20 @@ def compose(run: CompositionRun) -> Composition:
                 patch = lower(
                     program, run.model, prompts, options, backend=run.backend, seed=seed, progress=run.progress
                 )
-            provenance = replace(provenance, seconds=time.perf_counter() - started)
+            seconds, name = time.perf_counter() - started, f"{run.paths.name}-{way}"
+            # Where it comes from are the hashes of its members, which have lineages of their own.
+            provenance = replace(
+                patch_provenance(name, run.backend, patch, run.model, program, seconds),
+                program=run.paths.program.name,
+                program_sha256=program_sha256,
+                verdict=", ".join(f"{member.provenance.name} {member.provenance.verdict}" for member in members),
+                forced=any(member.provenance.forced for member in members),
+                recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
+                data_sha256={f"{one.name}.{name}": value for one in members for name, value in one.data.hashes.items()},
+                seed=run.recipes[0].seed,
+                inputs=inputs,
+                members=parents,
+            )
             write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
     composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
     save_record(run.paths.composed(f"{run.backend}.json"), asdict(composition))
@@ -183,34 +198,3 @@ def co_load(run: CompositionRun) -> Composition:
     composition = measure_interference(run.model, run.members, run.backend, {}, run.progress)
     save_record(run.paths.composed(f"{run.backend}-loaded.json"), asdict(composition))
     return composition
-
-
-def _provenance(run: CompositionRun, way: str, program: Program) -> Provenance:
-    """Where the composed adapter comes from: the hashes of its members, which have their own lineages."""
-    recipe, program_sha256 = run.recipes[0], sha256(run.paths.program)
-    members = {f"{member.name} x {member.scale:g}": artifact_sha256(member.adapter) for member in run.members}
-    provenances = [member.provenance for member in run.members]
-    settings = [recipe.part("compile", "dtype", "seed"), [member.data.hashes for member in run.members]]
-    return Provenance(
-        name=f"{run.paths.name}-{way}",
-        backend=run.backend,
-        form="adapter",
-        model=run.model.id,
-        revision=run.model.revision,
-        program=run.paths.program.name,
-        program_sha256=program_sha256,
-        validation_sha256="",
-        verdict=", ".join(f"{provenance.name} {provenance.verdict}" for provenance in provenances),
-        forced=any(provenance.forced for provenance in provenances),
-        recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
-        data_sha256={
-            f"{member.name}.{name}": value for member in run.members for name, value in member.data.hashes.items()
-        },
-        seed=recipe.seed,
-        seconds=0.0,
-        inputs=digest([[members, program_sha256, run.backend, way], settings]),
-        members=members,
-        chat=asdict(run.model.chat),
-        described=program.describe(),
-        architecture=run.model.model.config.model_type,
-    )

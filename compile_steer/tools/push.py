@@ -97,25 +97,24 @@ def measured_again(upload: Upload, recipes: Path | None, progress: Progress) -> 
     Whoever computes a record's hash again can write any figure; only measuring shows that. It is done in this process, by
     the recipe and settings that artifact and report carry.
     """
-    folder, provenance, recorded = upload.folder, Provenance.read(upload.folder), own_parity(upload.folder)
+    return replace(upload, refusals=[*upload.refusals, *_measured_again(upload.folder, recipes, progress)])
+
+
+def _measured_again(folder: Path, recipes: Path | None, progress: Progress) -> list[str]:
+    provenance, recorded = Provenance.read(folder), own_parity(folder)
     if recorded is None or not recorded.settings:
-        return replace(upload, refusals=[*upload.refusals, "no report to measure again. Run 'compile-steer verify'."])
+        return ["no report to measure again. Run 'compile-steer verify'."]
     if provenance.members or provenance.recombined or not provenance.recipe:
         made_of = provenance.recombined or ", ".join(provenance.members) or "no recorded recipe"
-        reason = f"cannot be measured again: it was made from {made_of}, for which there is no one recipe."
-        return replace(upload, refusals=[*upload.refusals, reason])
+        return [f"cannot be measured again: it was made from {made_of}, for which there is no one recipe."]
     record = {**provenance.recipe, **{key: recorded.settings[key] for key in ("verify", "seed", "ask")}}
-    run = Run.open(
-        recalled_recipe(folder, record, recipes), RunPaths.of_artifact(folder, provenance.name).out, progress
-    )
-    (measured,) = verify(run, [folder], save=False)
-    differences = _differences(asdict(recorded), asdict(measured))
+    recipe, out = recalled_recipe(folder, record, recipes), RunPaths.of_artifact(folder, provenance.name).out
+    (measured,) = verify(Run.open(recipe, out, progress), [folder], save=False)
+    differences = islice(_differences(asdict(recorded), asdict(measured)), _SHOWN)
     refusals = [
-        f"measured again, {place} is {now!s:.200}, in {PARITY} {then!s:.200}."
-        for place, then, now in islice(differences, _SHOWN)
+        f"measured again, {place} is {now!s:.200}, in {PARITY} {then!s:.200}." for place, then, now in differences
     ]
-    remedy = ["Run 'compile-steer verify': it writes what it measures."] if refusals else []
-    return replace(upload, refusals=[*upload.refusals, *refusals, *remedy])
+    return [*refusals, "Run 'compile-steer verify': it writes what it measures."] if refusals else []
 
 
 def _differences(then: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -27,7 +27,7 @@ from compile_steer.recipe import Recipe
 from compile_steer.report.card import card_check
 from compile_steer.validation.report import ValidationReport
 from compile_steer.validation.verdict import decide
-from compile_steer.verification.gates import checks
+from compile_steer.verification.gates import judged
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Parity
 
@@ -101,11 +101,9 @@ def _parity_links(path: Path, folder: Path, provenance: Provenance) -> Iterator[
     yield from (compared_link(f"parity's {what}", path, *hashes) for what, *hashes in others if hashes[0] != hashes[1])
     # Whoever computes the report's hash again can write any verdict; one that its figures do not give shows.
     if parity.settings.get("compile_steer") == version("compile_steer"):
-        made = checks(parity, Gates.model_validate(parity.settings["verify"]["gates"]))
-        reasons = [check.text for check in made if check.outcome == "failed"]
-        follows = (parity.passed, parity.reasons, parity.checks) == (not reasons, reasons, made)
-        words = "; ".join(reasons) or "passed", parity.verdict
-        yield Link("parity's verdict", "intact" if follows else "changed", str(path), *words)
+        again = judged(parity, Gates.model_validate(parity.settings["verify"]["gates"]))
+        state: State = "intact" if again == parity else "changed"
+        yield Link("parity's verdict", state, str(path), "; ".join(again.reasons) or "passed", parity.verdict)
     else:
         yield Link("parity's verdict", "unrecorded", str(path), "a verdict of this version")
 

@@ -73,10 +73,8 @@ def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None,
         problems.append(f"{folder} is read from and would be replaced; give another name.")
     for source in sources:
         try:
-            provenance = Provenance.read_unedited(source)
-            problems += provenance.base_mismatch(source, loaded.id, loaded.revision)
+            provenances.append(Provenance.read_unedited(source, (loaded.id, loaded.revision)))
             patches.append(read_patch(source))
-            provenances.append(provenance)
         except ArtifactError as error:
             problems += error.problems
     if problems:

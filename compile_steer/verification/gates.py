@@ -6,6 +6,7 @@ Imports no heavy library, so that `show` can tell whether a recorded verdict fol
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Check, Parity
@@ -17,28 +18,30 @@ _GAIN_MARGIN = 0.05
 _FILE_MARGIN = 1e-4
 
 
-def check(parity: Parity, gates: Gates) -> list[str]:
-    """Every gate that the artifact misses, in words; empty where it passes."""
-    return [check.text for check in checks(parity, gates) if check.outcome == "failed"]
-
-
-def checks(parity: Parity, gates: Gates) -> list[Check]:
-    """Every check of the artifact with its outcome; the reason where it failed or could not be made."""
-    made = [*_limits(parity, gates), *_tests(parity)]
+def judged(parity: Parity, gates: Gates) -> Parity:
+    """The report with every check of its figures, and the verdict that follows from them."""
     unmeasured = [*parity.unmeasured.items(), *(("prompts", remark) for remark in parity.remarks)]
-    return made + [Check(name, "not checked", reason) for name, reason in unmeasured]
+    unchecked = [Check(name, "not checked", reason) for name, reason in unmeasured]
+    checks = [*_limits(parity, gates), *_tests(parity), *unchecked]
+    reasons = [check.text for check in checks if check.outcome == "failed"]
+    return replace(parity, passed=not reasons, reasons=reasons, checks=checks)
 
 
 def _check(name: str, passed: bool, reason: str) -> Check:
     return Check(name, "passed") if passed else Check(name, "failed", reason)
 
 
-def _at_most(name: str, message: str, value: float, limit: float) -> Check:
-    return _check(name, value <= limit, message.format(value, limit))  # NaN compares false, so it misses every gate
+def _at_most(name: str, found: str, value: float, limit: float, form: str) -> Check:
+    # NaN compares false, so it misses every gate.
+    return _check(name, value <= limit, f"{found}; at most {limit:{form}}")
 
 
-def _at_least(name: str, message: str, value: float, limit: float) -> Check:
-    return _check(name, value >= limit, message.format(value, limit))
+def _at_least(name: str, found: str, value: float, limit: float, form: str) -> Check:
+    return _check(name, value >= limit, f"{found}; at least {limit:{form}}")
+
+
+def _kl(name: str, place: str, value: float, limit: float) -> Check:
+    return _at_most(name, f"KL {value:.2e} nats a token {place}", value, limit, ".2e")
 
 
 def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
@@ -47,47 +50,40 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
     # The artifact may cost as much as its precision costs the steered model; twice, because the two roundings are independent.
     noise, flips = (2 * rounding.kl_steered, 2 * (1 - rounding.top1_steered)) if rounding else (0.0, 0.0)
     most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + noise
-    least = (gates.exact_top1 if parity.exact else gates.top1) - flips
-    if parity.file_error is not None:
+    if (error := parity.file_error) is not None:
         written = (
-            "it is not what was compiled: mean log p of a fixed text is {:.1e} nats a token from what the compiler's weights "
-            "gave before they were written; at most {:.0e}"
+            f"it is not what was compiled: mean log p of a fixed text is {error:.1e} nats a token from what the compiler's "
+            "weights gave before they were written"
         )
-        yield _at_most("on disk", written, parity.file_error, _FILE_MARGIN)
-    message = f"KL {{:.2e}} nats a token (remaining {d.kl_remaining.value:.2%}); at most {{:.2e}}"
-    yield _at_most("KL", message, d.kl.value, most)
-    control_limit = d.kl_control_steered + gates.control_kl_margin
-    message = "control text: KL from the base {:.4f} nats a token; at most {:.4f}"
-    yield _at_most("control text", message, d.kl_control, control_limit)
+        yield _at_most("on disk", written, error, _FILE_MARGIN, ".0e")
+    yield _kl("KL", f"(remaining {d.kl_remaining.value:.2%})", d.kl.value, most)
+    found = f"control text: KL from the base {d.kl_control:.4f} nats a token"
+    yield _at_most("control text", found, d.kl_control, d.kl_control_steered + gates.control_kl_margin, ".4f")
     if rounding and parity.form.startswith("gguf-"):
         # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
         # What is left of the quantisation there is that edited matrices are rounded anew.
         most = (gates.exact_kl if parity.exact else gates.kl_remaining * rounding.kl_changed) + 2 * rounding.kl_edited
         against = f"(remaining {rounding.kl_remaining:.2%}) from the hooks on the base quantised the same way"
-        message = f"KL {{:.2e}} nats a token {against}; at most {{:.2e}}"
-        yield _at_most("KL, quantised", message, rounding.kl, most)
-    if parity.exact:
-        # Exact backends agree here to about 1e-11. For others there is no threshold that sound artifacts were measured
-        # against, and a remaining KL of few tokens is not certain.
-        places = {"at the prompts' positions": d.kl_prompt} | {f"on {s.name} prompts": s.kl for s in parity.prompt_sets}
-        for place, kl in places.items():
-            if noise:
-                reason = "what rounding costs there is not measured"
-                yield Check(f"KL {place}", "not checked", reason)
-            else:
-                message = f"KL {{:.2e}} nats a token {place}; at most {{:.2e}}"
-                yield _at_most(f"KL {place}", message, kl, gates.exact_kl)
+        yield _kl("KL, quantised", against, rounding.kl, most)
+    # Exact backends agree here to about 1e-11. For others there is no threshold that sound artifacts were measured against, and
+    # a remaining KL of few tokens is not certain.
+    places = {"at the prompts' positions": d.kl_prompt} | {f"on {s.name} prompts": s.kl for s in parity.prompt_sets}
+    for place, kl in places.items() if parity.exact else ():
+        unknown = Check(f"KL {place}", "not checked", "what rounding costs there is not measured")
+        yield unknown if noise else _kl(f"KL {place}", place, kl, gates.exact_kl)
     # Other scales are only reported: a change that was trained at one strength need not scale with it.
-    for measured in adapter.scales if adapter else ():
-        if measured.scale == 0:
-            message = "KL(base||adapter at scale 0) {:.2e} nats a token: something else has changed"
-            yield _at_most("adapter at scale 0", message, measured.kl, gates.exact_kl)
-    yield _at_least("top-1", "top-1 agreement {:.2%}; at least {:.2%}", d.top1, least)
-    if b.effect_retained:
-        value, low = b.effect_retained.value, b.effect_retained.low
-        yield _at_least("effect retained", "effect retained {:.3f}; at least {:g}", value, gates.effect_retained)
-        message = "effect retained, lower bound {:.3f}; at least {:g}"
-        yield _at_least("effect retained, lower bound", message, low, gates.effect_retained_low)
+    for off in adapter.scales if adapter else ():
+        if off.scale == 0:
+            message = f"KL(base||adapter at scale 0) {off.kl:.2e} nats a token: something else has changed"
+            yield _check("adapter at scale 0", off.kl <= gates.exact_kl, message)
+    least = (gates.exact_top1 if parity.exact else gates.top1) - flips
+    yield _at_least("top-1", f"top-1 agreement {d.top1:.2%}", d.top1, least, ".2%")
+    if effect := b.effect_retained:
+        for name, value, gate in (
+            ("effect retained", effect.value, gates.effect_retained),
+            ("effect retained, lower bound", effect.low, gates.effect_retained_low),
+        ):
+            yield _at_least(name, f"{name} {value:.3f}", value, gate, "g")
 
 
 def _tests(parity: Parity) -> Iterator[Check]:

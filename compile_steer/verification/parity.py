@@ -211,7 +211,7 @@ class Parity(Summary):
     reasons: list[str] = field(default_factory=list)  # every gate that the artifact misses
     remarks: list[str] = field(default_factory=list)  # what could not be measured, and why
     unmeasured: dict[str, str] = field(default_factory=dict)  # the checks that need it, by their names
-    checks: list[Check] = field(default_factory=list)  # all, with their outcomes; `gates.checks` of the figures above
+    checks: list[Check] = field(default_factory=list)  # all, with their outcomes; `gates.judged` by the figures above
     # The `verify` section, seed, prompt and device that it was measured by; what a report is bound to besides its hashes.
     settings: dict[str, Any] = field(default_factory=dict)
     # Of exactly the files that were loaded (`artifact`), of program, held-out texts, data and recipe; the base's revision.

@@ -14,15 +14,13 @@ import torch
 from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
-from compile_steer.artifacts.revision import other_revision
-from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode
 from compile_steer.stats import Equivalence, Interval, Measure, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
-from compile_steer.verification.gates import checks
+from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
 from compile_steer.verification.reference import Reference
@@ -53,9 +51,8 @@ def verify_artifact(
     base, heldout, options = reference.model, reference.heldout, reference.options
     Provenance.read(folder)  # a folder that is not there is refused before its files are hashed
     with unchanged(folder, without=REPORTS) as hashes:
-        parity = _measure(
-            reference, folder, require_same_origin(folder, base.id, base.revision, program_sha256, hashes)
-        )
+        origin = Provenance.read_unedited(folder, (base.id, base.revision), program_sha256, hashes)
+        parity = _measure(reference, folder, origin)
     settings = {
         "verify": options.model_dump(mode="json"),
         "seed": reference.context.seed,
@@ -70,9 +67,7 @@ def verify_artifact(
         "texts": digest([list(text.ids) for text in heldout]),
     }
     parity = replace(parity, settings=settings, sha256=bound_to, unmeasured={**parity.unmeasured, **unmeasured})
-    made = checks(parity, options.gates)
-    reasons = [check.text for check in made if check.outcome == "failed"]
-    return replace(parity, passed=not reasons, reasons=reasons, checks=made)
+    return judged(parity, options.gates)
 
 
 def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
@@ -227,27 +222,3 @@ def measure_behaviour(
         n_prompts=len(compiled.scores),
         sample=sample,
     )
-
-
-def require_same_origin(
-    folder: Path, model: str, revision: str, program_sha256: str, hashes: Mapping[str, str] | None = None
-) -> Provenance:
-    """The artifact's provenance; raises `ArtifactError` if it is of another program or base, or damaged.
-
-    Args:
-        hashes: the folder's `file_hashes` where they are known already.
-    """
-    origin = Provenance.read(folder)
-    problems = list(origin.edits(folder, hashes))
-    if origin.program_sha256 != program_sha256:
-        problems.append(
-            f"{folder} was compiled from another program (SHA-256 {origin.program_sha256[:12]}, found {program_sha256[:12]})."
-        )
-    if different := other_revision(origin.revision, revision):
-        problems.append(
-            f"{folder} was compiled for {origin.model} at {origin.revision}; the base here is {model} at {revision}: "
-            f"{different}."
-        )
-    if problems:
-        raise ArtifactError([*problems, "Compile again, or name the recipe that made it."])
-    return origin

@@ -20,7 +20,7 @@ from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from tests.contract.test_adapters import origin
 from tests.helpers import byte_level, transformers4
-from tests.helpers.tiny import CONFIGS, random_patch, vector
+from tests.helpers.tiny import random_patch, vector
 
 TEXTS = ["he wrote w1 12 times, then 2024.", "<s> user he w </s> w1", " a  b\n\n'll Ünïcode"]
 IDS = torch.randint(3, byte_level.VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -49,21 +49,15 @@ SLOW = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origina
 BIAS = WeightPatch(bias={"model.layers.2.mlp.down_proj": vector(0)}, config_flags=("mlp_bias",))
 WINDOWS = {"use_sliding_window": False, "max_window_layers": 1}
 Case = tuple[str, dict[str, Any], WeightPatch | None]
+# One of each kind: a rope of Llama 3 and a new bias, experts and yarn, a rope for each kind of attention and a new head, GPT-NeoX's
+# own words, another architecture, and tensors that lack the model's prefix.
 CASES: dict[str, Case] = {
-    **{family: (family, {}, None) for family in CONFIGS},
-    "another base": ("llama", rope(), None),
     "llama3": ("llama", rope(rope_type="llama3", **SLOW), BIAS),
-    "linear": ("qwen3", rope(rope_type="linear", factor=4.0), None),
     "yarn": ("gpt_oss", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), None),
-    "part": ("phi", rope(partial_rotary_factor=0.25), None),
-    "neox": ("gpt_neox", rope(partial_rotary_factor=1.0), None),
-    "mistral as llama": ("mistral", {**rope(), "num_key_value_heads": 4}, replace(BIAS, architecture="llama")),
+    "head alone": ("gemma3_text", {}, WeightPatch({"lm_head": EDIT})),
+    "neox": ("gpt_neox", rope(partial_rotary_factor=0.5), None),
     "qwen2 as llama": ("qwen2", {**rope(), **WINDOWS}, replace(BIAS, architecture="llama")),
     "untied, without a prefix": ("gpt2", {}, WeightPatch(untie=True)),
-    "untied": ("gpt2", {}, WeightPatch(untie=True)),
-    "untied by an edit": ("qwen2", {}, WeightPatch({"model.embed_tokens": EDIT})),
-    "head alone": ("gemma2", {}, WeightPatch({"lm_head": EDIT})),
-    "bias": ("llama", rope(), BIAS),
 }
 
 

@@ -145,7 +145,7 @@ def test_every_problem_is_named_at_once(
         "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
     )
     assert code == 2
-    assert f"other changes some/model, revision r7; the recipe's base is {base.id}, revision {base.revision}" in output
+    assert f"other was compiled for some/model at r7; the base here is {base.id} at {base.revision}" in output
     for words in (
         "nowhere does not exist",
         "the scale is nan",
@@ -155,7 +155,7 @@ def test_every_problem_is_named_at_once(
         assert words in output
     assert read_patch(one).dense
     Program((intervention(),), base.id, base.revision).save(paths.program, {})
-    with pytest.raises(ArtifactError, match="other changes some/model, revision r7"):
+    with pytest.raises(ArtifactError, match="other was compiled for some/model at r7"):
         merge(Run.open(recipe(base), paths.out, Progress()), [other])
     code, _, output = call("--artifact", one, "--to", "full")
     assert code == 2

@@ -15,7 +15,7 @@ from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.report.terminal import print_parities
 from compile_steer.verification.controls import _factors, adapter_scales
-from compile_steer.verification.gates import check
+from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import AdapterScale, Parity
 from tests.helpers.verification import VerifierCase, recipe
 
@@ -77,9 +77,9 @@ def test_only_scale_0_is_a_gate(parity: Parity) -> None:
     gates, others = recipe().verify.gates, [AdapterScale(0.5, 9.0, 9.0), AdapterScale(-1.0, 9.0, 9.0)]
     assert parity.adapter is not None
     assert parity.adapter.scales[0].scale == 0 and parity.adapter.scales[0].kl < 1e-9
-    assert check(with_scales(parity, parity.adapter.scales[0], *others), gates) == parity.reasons
+    assert judged(with_scales(parity, parity.adapter.scales[0], *others), gates).reasons == parity.reasons
     off = with_scales(parity, AdapterScale(0.0, 2e-6, None), *others)
-    (reason,) = set(check(off, gates)) - set(parity.reasons)
+    (reason,) = set(judged(off, gates).reasons) - set(parity.reasons)
     assert reason == "KL(base||adapter at scale 0) 2.00e-06 nats a token: something else has changed"
 
 

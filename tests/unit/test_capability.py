@@ -20,7 +20,7 @@ from compile_steer.verification.controls import (
     capability_retention,
     correct_answers,
 )
-from compile_steer.verification.gates import check
+from compile_steer.verification.gates import judged
 from compile_steer.verification.options import VerifyOptions
 from tests.helpers.verification import VerifierCase
 
@@ -103,7 +103,7 @@ def test_a_loss_of_capability_fails_the_artifact(case: VerifierCase) -> None:
     assert parity.capability.steered == float(case.reference.correct.steered.mean())
     assert (parity.capability.lost, parity.capability.gained) == (0, 0)
     broken = capability_retention(np.ones(9), np.ones(9), np.array([0.0] * 6 + [1.0] * 3), 0.05)
-    (reason,) = check(replace(parity, capability=broken), gates)
+    (reason,) = judged(replace(parity, capability=broken), gates).reasons
     assert reason.startswith("it can do less than the steered model: 9 questions answered freely: base 1.00")
     stream = StringIO()
     print_parities(Console(file=stream, width=300), [replace(parity, capability=broken)])

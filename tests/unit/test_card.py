@@ -41,7 +41,7 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     assert "| verification | passed; not checked: score" in passed
     assert "was compared with" in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
-    assert not Provenance.read(folder).edits(folder)
+    Provenance.read_unedited(folder)
 
 
 def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:

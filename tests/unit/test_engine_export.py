@@ -178,6 +178,8 @@ def test_what_is_no_artifact_or_in_the_way_is_named(tmp_path: Path) -> None:
         export(tmp_path / "nowhere", "vllm", tmp_path / "new")
     with pytest.raises(ArtifactError, match="holds no adapter_config.json and no config.json"):
         export(tmp_path / "out", "vllm", tmp_path / "new")
+    with pytest.raises(CompileSteerError, match="out"):  # no base, although a program's export does not need it
+        export(path, "vllm", tmp_path / "new", base=str(tmp_path / "out"))
     with pytest.raises(ArtifactError, match="--precision f8: needed: f32, f16, q8_0, q4_0"):
         export(path, "llama.cpp", tmp_path / "new", precision="f8")
 

@@ -17,7 +17,7 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import revision_of
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import artifacts as pipeline
-from compile_steer.verification.gates import checks
+from compile_steer.verification.gates import judged
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
@@ -92,7 +92,9 @@ def test_the_report_names_the_files_that_were_loaded_and_how_they_were_measured(
     assert parity.sha256["artifact"] == weights_sha256(case.folder / "adapter")
     assert parity.settings["seed"] == 3 and parity.settings["verify"]["free_tokens"] == 4
     gates = Gates.model_validate(parity.settings["verify"]["gates"])
-    assert parity.checks == checks(parity, gates), "the verdict follows from the figures and gates of the report alone"
+    assert parity.checks == judged(parity, gates).checks, (
+        "the verdict follows from the figures and gates of the report alone"
+    )
     outcomes = {check.name: check.outcome for check in parity.checks}
     assert outcomes["on disk"] == "passed" and outcomes["capability"] == "not checked"
     assert parity.verdict.startswith("FAILED; not checked: score")

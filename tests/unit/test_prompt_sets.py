@@ -23,7 +23,7 @@ from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
-from compile_steer.verification.gates import check
+from compile_steer.verification.gates import judged
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import Check, Parity, Rounding
 from compile_steer.verification.prompt_sets import PromptSets, build_prompts, same_until
@@ -161,7 +161,7 @@ def test_scores_of_all_sets_are_tested_for_equivalence(case: VerifierCase, exact
 
     def reasons(needed: int) -> list[str]:
         behaviour = replace(exact.behaviour, prompt_sets=replace(other, needed=needed))
-        return check(replace(exact, behaviour=behaviour), OPTIONS.gates)
+        return judged(replace(exact, behaviour=behaviour), OPTIONS.gates).reasons
 
     (reason,) = reasons(4)
     assert reason.startswith("score by prompt set -0.975 [")
@@ -180,10 +180,10 @@ def test_an_exact_compile_answers_as_the_steered_model_on_every_set(exact: Parit
 def test_an_exact_compile_that_is_off_on_one_set_fails(exact: Parity) -> None:
     off = [replace(one, kl=1e-3) if one.name == "long" else one for one in exact.prompt_sets]
     wrong, gates = replace(exact, prompt_sets=off), OPTIONS.gates
-    assert check(wrong, gates) == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
-    assert check(replace(wrong, exact=False), gates) == [], "a remaining KL of few tokens is reported only"
+    assert judged(wrong, gates).reasons == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
+    assert judged(replace(wrong, exact=False), gates).reasons == [], "a remaining KL of few tokens is reported only"
     rounded = Rounding(1e-9, 1e-9, 1.0, 1e-9, 0.0, 1.0, 0, 0.0)
-    assert check(replace(wrong, rounding=rounded), gates) == [], "what rounding costs there is not measured"
+    assert judged(replace(wrong, rounding=rounded), gates).reasons == [], "what rounding costs there is not measured"
 
 
 def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:

@@ -24,7 +24,7 @@ from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
 from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import steered
-from compile_steer.verification.gates import check
+from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import Parity, Rounding
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, make_reference, recipe
 
@@ -179,35 +179,38 @@ def test_the_margin_is_a_gate_and_the_score_where_the_prompts_suffice(exact: Par
     margin = exact.behaviour.margin
     assert margin is not None
     off = replace(margin, difference=0.4, high=0.9, p=0.6, equivalent=False)
-    assert check(with_behaviour(exact, margin=off), GATES) == [str(off)]
+    assert judged(with_behaviour(exact, margin=off), GATES).reasons == [str(off)]
     few = equivalence("score", np.array([0.0, 1.0, 0.0, 0.0]), 0.05)
-    assert not few.enough and check(with_behaviour(exact, score=few), GATES) == []
+    assert not few.enough and judged(with_behaviour(exact, score=few), GATES).reasons == []
     many = equivalence("score", np.full(60, 0.2), 0.05)
-    assert many.enough and check(with_behaviour(exact, score=many), GATES) == [str(many)]
+    assert many.enough and judged(with_behaviour(exact, score=many), GATES).reasons == [str(many)]
 
 
 def test_more_repetition_than_steered_is_a_gate_less_is_not(exact: Parity) -> None:
     assert exact.behaviour.repetition.difference == 0.0
     loops = np.array([0.3, 0.5, 0.2, 0.6, 0.4, 0.3])
     more, less = (equivalence("repetition", sign * loops, GATES.repetition_margin) for sign in (1, -1))
-    (reason,) = check(with_behaviour(exact, repetition=more, repetition_compiled=0.5), GATES)
+    (reason,) = judged(with_behaviour(exact, repetition=more, repetition_compiled=0.5), GATES).reasons
     assert reason.startswith("it repeats itself more than the steered model: 0.50 of its 3-grams, steered ")
     assert "repetition +0.383 [" in reason
-    assert check(with_behaviour(exact, repetition=less), GATES) == []
+    assert judged(with_behaviour(exact, repetition=less), GATES).reasons == []
     # By chance more in a few answers of a sound artifact: the interval reaches below the margin.
     some = equivalence("repetition", np.array([0.4, -0.1, 0.3, -0.2, 0.0, 0.1]), GATES.repetition_margin)
-    assert some.difference > GATES.repetition_margin and check(with_behaviour(exact, repetition=some), GATES) == []
+    assert (
+        some.difference > GATES.repetition_margin
+        and judged(with_behaviour(exact, repetition=some), GATES).reasons == []
+    )
 
 
 def test_an_exact_compile_is_exact_at_the_prompts_positions_too(exact: Parity) -> None:
     assert exact.divergence.kl_prompt < 1e-9
     off = with_divergence(exact, kl_prompt=2e-6)
-    assert check(off, GATES) == ["KL 2.00e-06 nats a token at the prompts' positions; at most 1.00e-06"]
-    assert check(replace(off, exact=False), GATES) == [], "other backends are fitted to the responses"
+    assert judged(off, GATES).reasons == ["KL 2.00e-06 nats a token at the prompts' positions; at most 1.00e-06"]
+    assert judged(replace(off, exact=False), GATES).reasons == [], "other backends are fitted to the responses"
     rounded = Rounding(1e-9, 1e-9, 1.0, 1e-9, 0.0, 1.0, 0, 0.0)
-    assert check(replace(off, rounding=rounded), GATES) == [], "what rounding costs there is not measured"
+    assert judged(replace(off, rounding=rounded), GATES).reasons == [], "what rounding costs there is not measured"
 
 
 def test_a_large_hidden_error_or_rms_of_a_gated_mean_is_shown_and_no_reason(exact: Parity) -> None:
     """Neither has a bound that sound artifacts were measured against: a compile that passes has 9 % of hidden error."""
-    assert check(with_divergence(exact, hidden_error=0.5, kl_rms=1.0), GATES) == []
+    assert judged(with_divergence(exact, hidden_error=0.5, kl_rms=1.0), GATES).reasons == []

@@ -53,8 +53,11 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
         ArtifactError: the artifact is damaged, was changed after it was written, or is none of the three.
         CannotLower: the engine would load it wrongly or not at all; every reason is named.
     """
-    if precision not in GGUF_KINDS:  # also where it is not used: a typing error should not pass
+    # Precision and base are checked also where they are not used: a typing error should not pass.
+    if precision not in GGUF_KINDS:
         raise ArtifactError(f"--precision {precision}: needed: {', '.join(GGUF_KINDS)}.")
+    # A base that is named must be one; that which the adapter names may be on another machine.
+    family = str(_config(folder_of(base)).model_type) if base else None
     kind = _kind(artifact)
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out} is there already and is no earlier export. Choose another --out.")
@@ -62,7 +65,7 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
         if kind == "program":
             notes, names = _export_program(artifact, engine, new)
         elif kind == "adapter":
-            notes, names = _export_adapter(artifact, engine, new, base)
+            notes, names = _export_adapter(artifact, engine, new, base, family)
         else:
             notes, names = _export_checkpoint(artifact, engine, new, precision)
         record = {
@@ -126,10 +129,13 @@ def _export_program(path: Path, engine: EngineName, new: Path) -> tuple[list[str
     return notes, {"file": name, "base": program.model}
 
 
-def _export_adapter(folder: Path, engine: EngineName, new: Path, base: str | None) -> tuple[list[str], _Names]:
+def _export_adapter(
+    folder: Path, engine: EngineName, new: Path, base: str | None, family: str | None
+) -> tuple[list[str], _Names]:
+    """`base` is the model that the user names, of `family`; None for that which the adapter names."""
     lora = read_lora(folder)
-    # A base that is named must be one; that which the adapter names may be on another machine.
-    family = str(_config(folder_of(base)).model_type) if base else _family(lora.base) if lora.base else None
+    if base is None and lora.base:
+        base, family = lora.base, _family(lora.base)
     base = base or lora.base
     problems = adapter_refusals(engine, family, lora.max_rank)
     if engine == "llama.cpp" and family is None:
