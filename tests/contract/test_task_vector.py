@@ -29,9 +29,9 @@ from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 from compile_steer.tools.lineage import lineage
 from tests.contract.test_adapters import origin
-from tests.helpers.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts, tokenizer
+from tests.helpers.small_run import NAME, SmallRun, prepare
+from tests.helpers.tiny import Padded, intervention, loaded, logits, random_patch, relative_error, texts
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ocean.yaml"
 DOWN = "model.layers.1.mlp.down_proj"
 SETTINGS = [
     "compile.backends=[full, full_cut]",
@@ -49,20 +49,23 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """The tiny model with its tokenizer in a folder that a recipe can name."""
-    folder = tmp_path_factory.mktemp("base")
+    """The tiny model in a folder that the recipe of a small run beside it names."""
+    folder = Path(prepare(tmp_path_factory.mktemp("base")).read().model)
     loaded("llama").model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
     return load(str(folder), device="cpu")
+
+
+def recipe_file(base: LoadedModel) -> Path:
+    return SmallRun(Path(base.id).parent).recipe
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
-    return RunPaths(tmp_path / "out", "ocean")
+    return RunPaths(tmp_path / "out", NAME)
 
 
 def recipe(base: LoadedModel, *changes: str) -> Recipe:
-    return read_recipe(RECIPE, [f"model={base.id}", "device=cpu", *SETTINGS, *changes])
+    return read_recipe(recipe_file(base), [*SETTINGS, *changes])
 
 
 def dense(seed: int) -> WeightPatch:
@@ -82,7 +85,7 @@ def call(
     """Run `compile-steer task-vector`: exit code, standard output, standard error."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        line = ["compile-steer", "task-vector", RECIPE, "--set", f"model={base.id}", "--device", "cpu"]
+        line = ["compile-steer", "task-vector", recipe_file(base)]
         monkeypatch.setattr(sys, "argv", [*map(str, [*line, "--out", paths.out, *arguments])])
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -110,7 +113,7 @@ def test_scaled_and_added_and_cut_on_disk(
     assert torch.allclose(patch.dense[DOWN], whole)
     assert torch.equal(patch.low_rank[DOWN].A, read_patch(three).low_rank[DOWN].A)
     left = Provenance.read(paths.adapter("mix"))
-    assert left.recombined == "-1 x ocean-one + ocean-two + ocean-three"
+    assert left.recombined == "-1 x tide-one + tide-two + tide-three"
     assert left.parent.split() == [artifact_sha256(folder) for folder in (one, two, three)]
     assert (left.backend, left.verdict, left.validation_sha256, left.forced) == ("mix", "none", "", True)
     parts = [link for link in lineage(paths.adapter("mix")) if link.name == "part"]
@@ -141,15 +144,12 @@ def test_every_problem_is_named_at_once(
     one = write(paths, "one", dense(1), base)
     other = paths.adapter("other")
     write_patch(other, dense(2), base, replace(origin(base), model="some/model", revision="r7"), "add")
-    code, _, output = call(
-        "--artifact", one, "--add", other, "--add", "nowhere", "--scale", "nan", "--cut", "0", "--to", "one"
-    )
+    code, _, output = call("--artifact", one, "--add", other, "--add", "nowhere", "--scale", "0", "--to", "one")
     assert code == 2
     assert f"other was compiled for some/model at r7; the base here is {base.id} at {base.revision}" in output
     for words in (
         "nowhere does not exist",
-        "the scale is nan",
-        "to cut to is 0",
+        "the scale is 0",
         "one is read from and would be replaced",
     ):
         assert words in output
@@ -192,7 +192,7 @@ def test_the_walk_trains_once_for_both_backends_and_again_never(
     assert len(trained) == 1, "the whole was kept, the cut made from it"
 
     assert [folder.name for folder in artifacts(run)] == [
-        "ocean-full-fp32", "ocean-full_cut", "ocean-full_cut-fp32",
+        "tide-full-fp32", "tide-full_cut", "tide-full_cut-fp32",
     ]  # fmt: skip
     merge(run)
     batch = Padded.of(texts(), "right")
