@@ -154,7 +154,7 @@ def test_every_problem_is_reported_at_once(case: CompositionCase) -> None:
     for expected in (
         "2 scales for 6 recipes",
         "a scale of 0 is no program",
-        r"no-adapter-closed_form does not exist. Make it with 'compile-steer compile",
+        r"no-adapter-closed_form does not exist. Make it with: compile-steer compile",
         "fine and foreign: the program was made for 'another/model', revision hub:1",
         "stale-closed_form was compiled from another program",
         "shift: ",
