@@ -208,5 +208,6 @@ def prepared(root: Path, base: Case, start: float) -> Setting:
     with fresh_case(base) as case:
         folder = root / "states"
         sound = kills.undisturbed(case, folder)
+        assert sound.code in (0, 1), f"the undisturbed run ended with {sound.code}"
         shutil.copytree(case.root / "out", base.finished, symlinks=True)
     return Setting(base, sound, folder, start)

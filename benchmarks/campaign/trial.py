@@ -7,6 +7,7 @@ A fork runs what `python -m compile_steer` runs, in a process group, folder, and
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import resource
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 
 import compile_steer
 from compile_steer import __main__ as entry
+from compile_steer.pipeline import artifacts
 from compile_steer.report import page
 
 GIB = 2**30
@@ -32,6 +34,8 @@ STOPPED_AT = 3 * GIB  # where a trial is ended, before it takes the machine with
 POLL = 0.03
 # What a library starts threads or goes to the network for; set before anything heavy is imported.
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+
+_ENCODINGS = tuple(f"encodings.{name}" for name in ("utf_8_sig", "utf_16", "utf_32", "cp1252", "latin_1", "idna"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,15 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(compile_steer.__path__, "compile_steer."):
         if not module.name.startswith("compile_steer.tools.serving.workers"):
             importlib.import_module(module.name)
-    for name in ("peft", "matplotlib.pyplot", "datasets", "transformers.models.llama.modeling_llama", "scipy.stats"):
+    # Of the last ones nobody but root may read the files here.
+    for name in (
+        "peft",
+        "matplotlib.pyplot",
+        "datasets",
+        "transformers.models.llama.modeling_llama",
+        "scipy.stats",
+        *_ENCODINGS,
+    ):
         importlib.import_module(name)
 
 
@@ -148,16 +160,16 @@ def _redirect(output: int, errors: int, answers: str) -> None:
 
 
 def _behave_as_command(arguments: Sequence[str], prepare: Callable[[], object] = lambda: None) -> NoReturn:
-    """What an interpreter does with `-m compile_steer`; the verification in a fresh process becomes a fork too."""
+    """What an interpreter does with `-m compile_steer`."""
     sys.argv = ["compile-steer", *arguments]
     code: Any = 1
     try:
-        from compile_steer.pipeline import artifacts
-
         temporary = Path("tmp").resolve()
         temporary.mkdir(exist_ok=True)
         tempfile.tempdir = str(temporary)
-        artifacts.subprocess = SimpleNamespace(**{**vars(subprocess), "run": _run_in_fork})  # type: ignore[assignment, attr-defined]
+        if "run" in arguments[:1]:
+            spare = _Spare(prepare)
+            artifacts.subprocess = SimpleNamespace(**{**vars(subprocess), "run": spare.run})  # type: ignore[assignment, attr-defined]
         prepare()
         entry.main()
         code = 0
@@ -173,17 +185,37 @@ def _behave_as_command(arguments: Sequence[str], prepare: Callable[[], object] =
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _run_in_fork(command: Sequence[str], **_options: object) -> SimpleNamespace:
-    """In the place of `subprocess.run` for `python -m compile_steer ...` with standard output captured."""
-    with tempfile.TemporaryFile() as file:
-        sys.stdout.flush()
-        process = os.fork()
-        if process == 0:
-            os.dup2(file.fileno(), 1)
-            _behave_as_command(command[command.index("compile_steer") + 1 :])
-        status = os.waitpid(process, 0)[1]
-        file.seek(0)
-        return SimpleNamespace(returncode=os.waitstatus_to_exitcode(status), stdout=file.read())
+class _Spare:
+    """In the place of the process that verifies: a fork made before the command has begun, which knows nothing of it."""
+
+    def __init__(self, prepare: Callable[[], object]) -> None:
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        reader, self.writer = os.pipe()
+        self.process = os.fork()
+        if self.process == 0:
+            os.close(self.writer)
+            with os.fdopen(reader) as pipe:
+                message = pipe.read()
+            if not message:
+                os._exit(0)
+            arguments, environment = json.loads(message)
+            os.environ.update(environment)
+
+            def redirect() -> None:
+                prepare()
+                os.dup2(self.output.fileno(), 1)
+
+            _behave_as_command(arguments, redirect)
+        os.close(reader)
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], **_options: object) -> SimpleNamespace:
+        """In the place of `subprocess.run` for `python -m compile_steer ...` with standard output captured."""
+        arguments = command[command.index("compile_steer") + 1 :]
+        with os.fdopen(self.writer, "w") as pipe:
+            pipe.write(json.dumps([arguments, dict(env)]))
+        status = os.waitpid(self.process, 0)[1]
+        self.output.seek(0)
+        return SimpleNamespace(returncode=os.waitstatus_to_exitcode(status), stdout=self.output.read())
 
 
 def _kill_group(process: int) -> None:
