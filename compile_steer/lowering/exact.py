@@ -128,8 +128,7 @@ def orthogonalise_refusal(program: Program, layout: Layout) -> str | None:
         if "all" not in i.scopes:
             return f"weights act at every position, not at {i.positions} alone"
         if i.site == _EMBEDDINGS:
-            can_hold = i.operation == "ablate"
-            return None if can_hold else "embeddings can lose a direction, but a clamp's shift has no bias there"
+            return _embeddings_refusal(i, layout)
         if i.site.point in ("resid_pre", "resid_post"):
             return (
                 "the stream there is a sum of what many output projections write; ablate at every one of them "
@@ -142,6 +141,14 @@ def orthogonalise_refusal(program: Program, layout: Layout) -> str | None:
         return experts or (_shift_refusal(i, layout) if i.operation == "clamp" else None)
 
     return first_refusal(program, layout, refusal)
+
+
+def _embeddings_refusal(intervention: Intervention, layout: Layout) -> str | None:
+    """Why the embeddings cannot hold an edit of what enters block 0, or None."""
+    if not layout.embeddings:
+        return "what enters block 0 is not a sum of embeddings alone"
+    can_hold = intervention.operation == "ablate"
+    return None if can_hold else "embeddings can lose a direction, but a clamp's shift has no bias there"
 
 
 def orthogonalise_adapter_refusal(program: Program, layout: Layout) -> str | None:

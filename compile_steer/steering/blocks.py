@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compile_steer.common.errors import LayoutError
+from compile_steer.common.errors import LayoutError, library_errors
 
 _TOKENS = 8
 # Of the norm of what comes out. In float32 a true writer leaves 1e-6 and the nearest false one 5e-2; in bf16 a true one 8e-3.
@@ -39,7 +39,9 @@ class Call:
             args = (hidden, *args[1:])
         elif hidden is not None:
             kwargs = {**kwargs, "hidden_states": hidden}
-        return stream(self.block(*args, **kwargs))
+        name = type(self.block).__name__
+        with library_errors(lambda reason: LayoutError(f"a {name} cannot be run by itself ({reason}).")):
+            return stream(self.block(*args, **kwargs))
 
     @property
     def hidden(self) -> Tensor:
@@ -64,6 +66,13 @@ def stream(output: Any) -> Tensor:
     return first if isinstance(first, Tensor) else torch.empty(0)
 
 
+def with_first(output: Any, hidden: Tensor) -> Any:
+    """A module's output with `hidden` in the place of its hidden state."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 def record_blocks(model: PreTrainedModel) -> Calls:
     """Run two rows that differ in their last token once, and find the list of blocks; checks that it is causal."""
     lists = {
@@ -82,7 +91,9 @@ def record_blocks(model: PreTrainedModel) -> Calls:
 
             stack.callback(block.register_forward_hook(keep, with_kwargs=True).remove)
         input_ids = _token_ids(model)
-        run_backbone(model, input_ids)
+        name = type(model).__name__
+        with library_errors(lambda reason: LayoutError(f"{name} does not run on token ids alone ({reason}).")):
+            run_backbone(model, input_ids)
     chains = {name: [call for _, call in calls] for name, calls in seen.items() if _is_chain(calls, len(lists[name]))}
     if not chains:
         raise LayoutError(
@@ -102,7 +113,12 @@ def record_blocks(model: PreTrainedModel) -> Calls:
 
 def _token_ids(model: PreTrainedModel) -> Tensor:
     """Two rows of token ids [2, 8] that differ in the last one, spread over the vocabulary."""
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise LayoutError(
+            f"{type(model).__name__} has no one table of token embeddings, so it does not read texts alone."
+        )
+    vocabulary = len(weight)
     ids = torch.linspace(vocabulary * 0.1, vocabulary * 0.9, _TOKENS, device=model.device).long()
     rows = torch.stack([ids, ids])
     rows[1, -1] = rows[1, 0]
@@ -130,32 +146,50 @@ def _is_chain(calls: Sequence[tuple[int, Call]], count: int) -> bool:
 
 
 def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:
-    """The embeddings outside of the blocks to whose output an added constant moves the input of block 0 alike."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and not name.startswith(f"{calls.name}.")
-    ]
-    first, found = calls.blocks[0], []
-    for name in names:
-        inputs: list[Tensor] = []
+    """The embeddings that make the input of block 0 by their sum; none where something else is in it too.
 
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append((args[0] if args else kwargs["hidden_states"]).clone())  # noqa: B023 - called within this turn
-            raise _Stopped
+    One is among them if a constant that is added to its output moves that input alike.
+    """
+    first = calls.blocks[0]
+    delta, found = delta_of(first.hidden), []
+    for name, module in model.named_modules():
+        inside = name.startswith(f"{calls.name}.")
+        if isinstance(module, nn.Embedding) and not inside and module.weight.shape[1] == len(delta):
+            with shifted(module, delta):
+                change = _first_input(model, calls) - first.hidden
+            if multiple(change, delta) is not None:
+                found.append(name)
+    with ExitStack() as stack:
+        for name in found:
+            stack.enter_context(_silenced(model.get_submodule(name)))
+        # Sines of the position, say, are in no matrix that could be edited.
+        rest = _first_input(model, calls)
+    return tuple(found) if not bool(rest.any()) else ()
 
-        delta = delta_of(first.hidden)
-        with ExitStack() as stack:
-            module = model.get_submodule(name)
-            if module.weight.shape[1] != len(delta):
-                continue
-            stack.callback(module.register_forward_hook(lambda _m, _a, out, delta=delta: out + delta).remove)
-            stack.callback(first.block.register_forward_pre_hook(stop, with_kwargs=True).remove)
-            with suppress(_Stopped):
-                run_backbone(model, calls.input_ids)
-        if inputs and multiple(inputs[0] - first.hidden, delta) is not None:
-            found.append(name)
-    return tuple(found)
+
+def _first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
+    """The input of block 0 under the hooks that are on now."""
+    inputs: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+        raise _Stopped
+
+    handle = calls.blocks[0].block.register_forward_pre_hook(stop, with_kwargs=True)
+    with suppress(_Stopped):
+        run_backbone(model, calls.input_ids)
+    handle.remove()
+    return inputs[0]
+
+
+@contextmanager
+def _silenced(module: nn.Module) -> Iterator[None]:
+    """The module gives zeros inside the block."""
+    handle = module.register_forward_hook(lambda _m, _a, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Stopped(Exception):
@@ -204,7 +238,7 @@ def shifted(module: nn.Module, delta: Tensor) -> Iterator[None]:
     """Add `delta` to the module's output inside the block."""
 
     def shift(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+        return with_first(output, stream(output) + delta)
 
     handle = module.register_forward_hook(shift)
     try:
@@ -218,8 +252,7 @@ def holding(module: nn.Module, value: Tensor) -> Iterator[None]:
     """Hold the module's output at `value` inside the block."""
 
     def hold(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        held = value.clone()  # some blocks add to it in place
-        return (held, *output[1:]) if isinstance(output, tuple) else held
+        return with_first(output, value.clone())  # some blocks add to it in place
 
     handle = module.register_forward_hook(hold)
     try:

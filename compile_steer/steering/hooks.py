@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.common.errors import ArtifactError
+from compile_steer.steering.blocks import stream, with_first
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Scope, Site
@@ -196,8 +197,9 @@ def steered(
         p.require(p.model, p.revision, layout.d_model, layout.n_layers)
     follow = _Roles(roles)
     with ExitStack() as stack:
-        handle = layout.backbone.register_forward_pre_hook(follow.observe, with_kwargs=True)
-        stack.callback(handle.remove)
+        # Both: the backbone alone is run too, and some models run a part of their backbone past its own call.
+        for module in dict.fromkeys((layout.model, layout.backbone)):
+            stack.callback(module.register_forward_pre_hook(follow.observe, with_kwargs=True).remove)
         # Prepended, so that transformers' own capture of hidden states sees the steered ones; in reverse,
         # so that they still run in the program's order.
         for site, edit in reversed(_edits(programs, layout)):
@@ -222,10 +224,10 @@ def _input_hook(edit: _Edit, roles: _Roles) -> Any:
 
 def _output_hook(edit: _Edit, roles: _Roles) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = stream(output)
         # Some models hand their MLP all tokens in one row.
         batch = hidden.view(*roles.shape, -1) if hidden.dim() == 2 else hidden
         edited = edit(batch, roles).view_as(hidden)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited  # blocks of some families return a tuple
+        return with_first(output, edited)
 
     return hook

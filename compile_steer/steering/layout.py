@@ -128,7 +128,10 @@ class Layout:
         what = {"attn": "attention", "mlp": "MLP"}[kind]
         if found is None:
             return f"block {layer} has no {kind}_out that one module writes"
-        return f"the {what} of {self.model.config.model_type} is {found.reason or EXPERTS}"
+        name = f"the {what} of {self.model.config.model_type}"
+        if kind == "attn" and not found.reason:
+            return f"no one matrix writes what {name} adds to the stream"
+        return f"{name} is {found.reason or EXPERTS}"
 
     def output_projection(self, layer: int, kind: ProjectionKind) -> OutputProjection:
         """The attention's or the MLP's projection of a block; raises `LayoutError` for a mixture of experts."""

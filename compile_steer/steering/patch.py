@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -137,20 +138,33 @@ def with_patch(model: nn.Module, patch: WeightPatch) -> Iterator[None]:
     modules = dict(layout.model.named_modules())
     with ExitStack() as stack:
         for name, edit in patch.low_rank.items():
-            stack.callback(modules[name].register_forward_hook(partial(_add_low_rank, edit)).remove)
+            is_table = isinstance(modules[name], nn.Embedding)
+            hook: Any = partial(_add_rows, edit.B, edit.A) if is_table else partial(_add_low_rank, edit)
+            stack.callback(modules[name].register_forward_hook(hook, with_kwargs=is_table).remove)
         for name, bias in patch.bias.items():
             # Where the name is a parameter's (a mixture of experts), the whole mixture's output is shifted.
             module = modules[name] if name in modules else modules[name.rpartition(".")[0]]
             stack.callback(module.register_forward_hook(partial(_add_bias, bias)).remove)
         for name, delta in patch.dense.items():
-            stack.callback(modules[name].register_forward_hook(partial(_add_dense, delta)).remove)
+            is_table = isinstance(modules[name], nn.Embedding)
+            hook = partial(_add_rows, delta, None) if is_table else partial(_add_dense, delta)
+            stack.callback(modules[name].register_forward_hook(hook, with_kwargs=is_table).remove)
         yield
 
 
-def _add_low_rank(edit: LowRank, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_rows(
+    rows: Tensor, A: Tensor | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """What the embedding gives for a table of these rows (times A): [tokens, d_model], or [tokens, r] and [r, d_model]."""
+    # By the embedding's own code, which may scale rows or look up other ones than its input says.
+    other = copy(module)
+    other._parameters = {"weight": nn.Parameter(rows.to(output), requires_grad=False)}
+    change: Tensor = other.forward(*args, **kwargs)
+    return output + (change if A is None else change @ A.to(output))
+
+
+def _add_low_rank(edit: LowRank, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     x = args[0]
-    if isinstance(module, nn.Embedding):  # its weight is [tokens, d_model], and x holds token ids
-        return output + edit.B.to(output)[x] @ edit.A.to(output)
     # A x first: r numbers a token; B A would be a whole matrix.
     return output + (x @ edit.A.to(x).T) @ edit.B.to(x).T
 
@@ -160,6 +174,4 @@ def _add_bias(bias: Tensor, _module: nn.Module, _args: tuple[Any, ...], output: 
 
 
 def _add_dense(delta: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    if isinstance(module, nn.Embedding):
-        return output + delta.to(output)[args[0]]
     return output + args[0] @ transpose_conv1d(module, delta.to(output)).T

@@ -9,7 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compile_steer.common.errors import LayoutError
+from compile_steer.lowering.exact import orthogonalise, orthogonalise_refusal
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.layout import Layout
 from compile_steer.steering.measure import Sublayer, measure
+from compile_steer.steering.patch import with_patch
+from compile_steer.steering.program import Intervention, Program, ablate_everywhere
+from compile_steer.steering.sites import Point, Site
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -99,3 +105,39 @@ def test_measuring_leaves_no_hook_and_no_changed_weight() -> None:
     assert layout.sublayers[1]["mlp"].expert_bias == "mlp.experts.down_proj_bias"
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+_OPT = {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
+
+
+@pytest.mark.parametrize("point", ["mlp_out", "resid_post"])
+def test_positions_are_followed_where_the_decoder_is_run_past_its_backbone(point: Point) -> None:
+    model = build("opt", _OPT)
+    ids = torch.arange(10, 18).view(2, 4)
+    last = Program((Intervention(Site(1, point), "add", torch.eye(32)[3], positions="last_prompt"),), "", "")
+    base = model(input_ids=ids).logits
+    with steered(model, last):
+        changed = model(input_ids=ids).logits
+    assert torch.equal(changed[:, :-1], base[:, :-1])
+    assert not torch.allclose(changed[:, -1], base[:, -1])
+
+
+def test_an_ablation_everywhere_is_exact_only_where_embeddings_alone_enter_block_0() -> None:
+    settings = {"vocab_size": 97, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    everywhere = Program(ablate_everywhere(torch.eye(32)[0], 2), "", "")
+    sines, learned = Layout.of(build("xglm", settings)), Layout.of(build("opt", _OPT))
+    assert (sines.embeddings, len(learned.embeddings)) == ((), 2)
+    assert "not a sum of embeddings alone" in (orthogonalise_refusal(everywhere, sines) or "")
+    ids = torch.arange(10, 18).view(2, 4)
+    with steered(learned.model, everywhere):
+        hooks = learned.model(input_ids=ids).logits
+    with with_patch(learned.model, orthogonalise(everywhere, learned)):
+        assert torch.allclose(learned.model(input_ids=ids).logits, hooks, atol=1e-4)
+
+
+def test_blocks_that_return_lists_are_measured_and_steered() -> None:
+    model = build("openai-gpt", _GPT)
+    program = Program((Intervention(Site(0, "resid_post"), "add", torch.randn(32)),), "", "")
+    ids = torch.arange(10, 18).view(2, 4)
+    with steered(model, program):
+        assert not torch.allclose(model(input_ids=ids).logits, build("openai-gpt", _GPT)(input_ids=ids).logits)
