@@ -105,7 +105,7 @@ def main() -> None:
     for name in TYPES:
         families.append(examine(name))
         print(f"{name:<28} {families[-1].status}", flush=True)
-    record = Record("FAMILIES", "Every model type", "python -m benchmarks.families")
+    record: Record[Family] = Record("FAMILIES", "Every model type", "python -m benchmarks.families")
     record.save(*page(families))
 
 
