@@ -20,6 +20,7 @@ from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
 from compile_steer.models.libraries import library_errors
 from compile_steer.models.load import LoadedModel, frozen
+from compile_steer.steering.layout import Layout
 
 # Kinds of adapters that PEFT builds from their own two files. Others have it load tokenizers, models or more adapters from
 # places that the configuration names.
@@ -45,6 +46,7 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     else:
         model = read_model(folder, base.model.dtype, explain)
         tokenizer = read_tokenizer(folder, model, explain)
+    Layout.share(base.model, model)
     # An artifact carries the template that its base was used with, or all of them.
     chat = base.chat if isinstance(tokenizer.chat_template, dict) else replace(base.chat, name=None)
     configure(tokenizer, str(folder), chat=chat)
@@ -115,6 +117,7 @@ def fresh_copy(base: LoadedModel) -> LoadedModel:
     """Another copy of `base`, loaded from its source."""
     folder = Path(base.source)
     model = read_model(folder, base.model.dtype, _not_loaded(folder))
+    Layout.share(base.model, model)
     return replace(base, model=frozen(model, base.device))
 
 

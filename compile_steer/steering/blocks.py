@@ -103,6 +103,11 @@ def record_blocks(model: PreTrainedModel) -> Calls:
     name = max(chains, key=lambda name: sum(p.numel() for block in lists[name] for p in block.parameters()))
     blocks = chains[name]
     last = blocks[-1].reference
+    if not bool(torch.isfinite(last).all()):
+        raise LayoutError(
+            f"{type(model).__name__} in {str(last.dtype).removeprefix('torch.')} computes NaN or infinity on {_TOKENS} tokens. "
+            "Load it in float32; if it is so there, the weights are damaged."
+        )
     if differ(last[0, :-1], last[1, :-1], last.dtype):
         raise LayoutError(
             f"{type(model).__name__} reads later tokens: changing the last one changes the hidden states before it. Only "
@@ -142,7 +147,9 @@ def _is_chain(calls: Sequence[tuple[int, Call]], count: int) -> bool:
     inputs = [call.args[0] if call.args else call.kwargs["hidden_states"] for call in blocks]
     if not all(isinstance(value, Tensor) and value.shape == blocks[0].reference.shape for value in inputs):
         return False
-    return all(torch.equal(after, before.reference) for before, after in zip(blocks, inputs[1:], strict=False))
+    # NaN where a weight has overflowed: said below, with its own reason.
+    pairs = zip(blocks, inputs[1:], strict=False)
+    return all(torch.equal(after.nan_to_num(), before.reference.nan_to_num()) for before, after in pairs)
 
 
 def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:

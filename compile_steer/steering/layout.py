@@ -69,11 +69,18 @@ class Layout:
         inner: PreTrainedModel = model if unwrap is None else unwrap()
         measured = _BY_MODEL.get(inner)
         if measured is None:
-            key = type(inner), json.dumps(inner.config.to_dict(), sort_keys=True, default=str)
+            key = _key(inner)
             if key not in _BY_CONFIG:
                 _BY_CONFIG[key] = measure(inner)
             measured = _BY_MODEL[inner] = _BY_CONFIG[key]
         return Layout(inner, measured)
+
+    @staticmethod
+    def share(base: PreTrainedModel, edited: PreTrainedModel) -> None:
+        """Give a model the layout of the base that it was made from, where both run the same code."""
+        # Not measured again: an edit moves no module, and one that has overflowed is for the verifier to name.
+        if type(base) is type(edited):
+            _BY_MODEL[edited] = Layout.of(base).measured
 
     @property
     def backbone(self) -> nn.Module:
@@ -207,10 +214,16 @@ class Layout:
         return self.sublayer(layer, "attn" if point == "attn_out" else "mlp").multiplier
 
 
+def _key(model: PreTrainedModel) -> tuple[type, str]:
+    """What decides the layout: the class and the config, but for the width of the numbers."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in ("dtype", "torch_dtype")}
+    return type(model), json.dumps(settings, sort_keys=True, default=str)
+
+
 def _bias_flags(layout: Layout) -> dict[ProjectionKind, str]:
     """The config flags that make stock code build a bias on the output projections, tried without memory."""
     config = layout.model.config
-    key = type(layout.model), json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = _key(layout.model)
     if key not in _FLAGS:
         found: dict[ProjectionKind, str] = {}
         names = {p.kind: p.name for p in reversed(list(layout.output_projections.values()))}

@@ -98,6 +98,14 @@ def test_a_model_that_reads_later_tokens_is_refused() -> None:
         measure(build("bert", _SIZES))
 
 
+def test_a_model_that_computes_nan_is_refused_with_that_reason() -> None:
+    model = build("llama", {**_SIZES, "num_key_value_heads": 2})
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(3e38)
+    with pytest.raises(LayoutError, match="LlamaForCausalLM in float32 computes NaN or infinity on 8 tokens"):
+        measure(model)
+
+
 def test_measuring_leaves_no_hook_and_no_changed_weight() -> None:
     model = build("gpt_oss", {**_EXPERTS, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]})
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

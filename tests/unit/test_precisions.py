@@ -200,6 +200,7 @@ def walk_of(case: VerifierCase, forms: list[Form], out: Path) -> Run:
 def test_a_gguf_form_is_merged_once_and_belongs_to_its_chain(bytewise: VerifierCase, tmp_path: Path) -> None:
     run = walk_of(bytewise, ["adapter", "gguf-q8_0", "merged-fp16"], tmp_path)
     adapter = bytewise.adapter()
+    bytewise.program.save(run.paths.program)
     shutil.copytree(adapter, run.paths.adapter("closed_form"))
     folders = merge(run, [run.paths.adapter("closed_form")])
     assert [folder.name for folder in folders] == ["tiny-closed_form-gguf-q8_0", "tiny-closed_form-fp16"]
