@@ -25,6 +25,7 @@ ON_A_RECIPE = {
 }
 ON_AN_ARTIFACT = {
     "show": ["BAD"],
+    "inspect": ["BAD"],
     "reproduce": ["BAD"],
     "audit": ["BAD", "BAD"],
     "export": ["BAD", "--for", "vllm", "--out", "OUT"],
