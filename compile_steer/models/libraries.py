@@ -35,7 +35,7 @@ def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and all warnings inside the block."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -44,7 +44,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:  # not where a block around this one has silenced them
+            transformers_logging.enable_progress_bar()
 
 
 def read_config(source: Path | dict[str, Any]) -> PreTrainedConfig:

@@ -30,7 +30,7 @@ def test_an_open_run_has_its_generated_pairs_and_replaces_a_damaged_report(tmp_p
     assert run.generated_pairs().splits["train"].kept == len(run.data.train) > 0
     assert "w50" in run.data.train[0].positive.prompt
     run.paths.generation_report.write_text('{"splits": []}')
-    with pytest.raises(ArtifactError, match="Make it with 'compile-steer generate-pairs'"):
+    with pytest.raises(ArtifactError, match="Run 'compile-steer generate-pairs'"):
         run.generated_pairs()
     again = Run.open(run.recipe, run.paths.out, Progress())
     assert again.data == run.data

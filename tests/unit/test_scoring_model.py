@@ -262,9 +262,9 @@ def test_scorers_that_cannot_score_texts_are_skipped_with_a_reason(
 
 
 def test_data_that_cannot_be_scored_are_refused_before_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GRADER_KEY", raising=False)
-    with pytest.raises(RecipeError, match="GRADER_KEY is not set"):
-        checked(**_JUDGE, api_key_env="GRADER_KEY")
+    monkeypatch.delenv("GRADER_API_KEY", raising=False)
+    with pytest.raises(RecipeError, match="GRADER_API_KEY is not set"):
+        checked(**_JUDGE, api_key_env="GRADER_API_KEY")
     with pytest.raises(RecipeError, match="not multiple-choice questions"):
         checked([*SIDES, ("more", "than asked")], kind="choice")
 
