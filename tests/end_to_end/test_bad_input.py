@@ -165,7 +165,7 @@ def test_output_folder_that_cannot_be_written_is_reported(
     # A file where a folder must be: what a read-only place is to every user, root included.
     (tmp_path / "out").write_text("in the way")
     code, message = call(capsys, monkeypatch, "extract", RECIPE, "--out", tmp_path / "out", "--set", "extract.pairs=4")
-    assert code == 2 and "Nothing half-written is left" in message
+    assert code == 2 and "cannot be written to" in message and "another output folder" in message
 
 
 def test_full_disk_leaves_no_file(
@@ -197,4 +197,6 @@ def test_stopped_run_leaves_nothing_half_written(tmp_path: Path, number: signal.
     _out, message = process.communicate()
     if number == signal.SIGINT:
         assert process.returncode == 2 and "stopped" in message and "Traceback" not in message
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ocean.directions.safetensors"]
+    # A killed process leaves its lock, which nobody holds any more.
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".compile_steer.lock"]
+    assert left == ["ocean.directions.safetensors"]
