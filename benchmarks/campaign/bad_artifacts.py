@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "decompile": ("decompile", RECIPE, "--out", "out", "--artifact", FOREIGN),
 }
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-A = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
-B = A.replace("lora_A", "lora_B")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"r": "8"},
     {"r": 0},
@@ -53,23 +52,27 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"trainable_token_indices": [1, 2]},
 )
 Tensors = dict[str, Tensor]
-WEIGHT_EDITS: dict[str, Callable[[Tensors], object]] = {
-    "nothing": lambda t: t.clear(),
-    "A without B": lambda t: t.pop(B),
-    "B without A": lambda t: t.pop(A),
-    "ranks that differ": lambda t: t.update({A: torch.cat([t[A], t[A]])}),
-    "a width that differs": lambda t: t.update({A: t[A][:, :-1]}),
-    "a height that differs": lambda t: t.update({B: t[B][:-1]}),
-    "a vector as A": lambda t: t.update({A: t[A][0]}),
-    "NaN": lambda t: t[A].view(-1).__setitem__(3, float("nan")),
-    "infinity": lambda t: t[B].view(-1).__setitem__(3, float("inf")),
-    "integers": lambda t: t.update({A: t[A].to(torch.int8), B: t[B].to(torch.int8)}),
-    "a block too many": lambda t: t.update({name.replace("layers.2", "layers.9"): t[name].clone() for name in (A, B)}),
-    "an unknown module": lambda t: t.update({name.replace("down_proj", "magic"): t.pop(name) for name in (A, B)}),
-    "an unknown suffix": lambda t: t.update({A.replace("lora_A", "lora_C"): torch.ones(2, 48)}),
-    "a magnitude of DoRA": lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
-    "a whole matrix beside": lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
-    "names without meaning": lambda t: t.update({f"x{n}": t.pop(name) for n, name in enumerate(list(t))}),
+_BLOCK = re.compile(r"\.layers\.\d+\.")
+# Of the tensors and the names of one pair of factors among them.
+WEIGHT_EDITS: dict[str, Callable[[Tensors, str, str], object]] = {
+    "nothing": lambda t, _a, _b: t.clear(),
+    "A without B": lambda t, _a, b: t.pop(b),
+    "B without A": lambda t, a, _b: t.pop(a),
+    "ranks that differ": lambda t, a, _b: t.update({a: torch.cat([t[a], t[a]])}),
+    "a width that differs": lambda t, a, _b: t.update({a: t[a][:, :-1]}),
+    "a height that differs": lambda t, _a, b: t.update({b: t[b][:-1]}),
+    "a vector as A": lambda t, a, _b: t.update({a: t[a][0]}),
+    "NaN": lambda t, a, _b: t[a].view(-1).__setitem__(3, float("nan")),
+    "infinity": lambda t, _a, b: t[b].view(-1).__setitem__(3, float("inf")),
+    "integers": lambda t, a, b: t.update({a: t[a].to(torch.int8), b: t[b].to(torch.int8)}),
+    "a block too many": lambda t, a, b: t.update({_BLOCK.sub(".layers.9.", name): t[name].clone() for name in (a, b)}),
+    "an unknown module": lambda t, a, b: t.update({name.replace("down_proj", "magic"): t.pop(name) for name in (a, b)}),
+    "an unknown suffix": lambda t, a, _b: t.update({a.replace("lora_A", "lora_C"): torch.ones(2, 48)}),
+    "a magnitude of DoRA": lambda t, a, _b: t.update(
+        {a.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}
+    ),
+    "a whole matrix beside": lambda t, _a, _b: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+    "names without meaning": lambda t, _a, _b: t.update({f"x{n}": t.pop(name) for n, name in enumerate(list(t))}),
 }
 BROKEN = {"a list": "[]", "a number": "7", "brackets": "[" * 50_000, "r twice": '{"r": 2, "r": 8, "peft_type": "LORA"}'}
 BIAS, CLOSED, SUMMED = f"adapters/{NAME}-bias", f"adapters/{NAME}-closed_form", f"merged/{NAME}-bias-fp32"
@@ -114,8 +117,12 @@ def _setting(settings: dict[str, Any], folder: Path) -> None:
     edit_json(folder / CONFIG, lambda found: found.update(settings))
 
 
-def _weights(change: Callable[[Tensors], object], folder: Path) -> None:
-    edit_tensors(folder / WEIGHTS, change)
+def _weights(change: Callable[[Tensors, str, str], object], folder: Path) -> None:
+    def apply(tensors: Tensors) -> None:
+        a = next(name for name in sorted(tensors) if name.endswith("down_proj.lora_A.weight"))
+        change(tensors, a, a.replace("lora_A", "lora_B"))
+
+    edit_tensors(folder / WEIGHTS, apply)
 
 
 # What cannot be seen without the base, which an export for vLLM needs not.

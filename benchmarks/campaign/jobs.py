@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.campaign import attacks, bad_input, disk, kills, soak, together, trial
-from benchmarks.campaign.case import Case
+from benchmarks.campaign.case import EXTRACT, Case, prepare
 from benchmarks.tampering import TAMPERINGS, unnoticed
 from tests.helpers import small_run
 
@@ -203,11 +203,18 @@ def guarded(job: Job, setting: Setting) -> list[Finding]:
         return [Finding("campaign", f"{name} itself ({os.getpid()})", f"{type(error).__name__}: {error}")]
 
 
-def prepared(root: Path, base: Case, start: float) -> Setting:
-    """Watch the undisturbed run, and keep it as the finished one."""
+def prepared(root: Path, timed: bool = True) -> Setting:
+    """Make the case, watch the undisturbed run, and keep it as the finished one; `timed`: measure a start too."""
+    base = prepare(root / "base")
     with fresh_case(base) as case:
         folder = root / "states"
         sound = kills.undisturbed(case, folder)
         assert sound.code in (0, 1), f"the undisturbed run ended with {sound.code}"
         shutil.copytree(case.root / "out", base.finished, symlinks=True)
+        start = 0.0
+        if timed:
+            kills.clear(case)
+            start = trial.run_process(EXTRACT, case.root).seconds
+            kills.clear(case)
+            start -= trial.run(EXTRACT, case.root).seconds
     return Setting(base, sound, folder, start)
