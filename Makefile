@@ -60,7 +60,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.seeds a c d e
 
-# What breaks other tools, tried on this one: docs/RELIABILITY.md, in about half an hour. A sample of it is among the tests.
+# What breaks other tools, tried on this one: docs/RELIABILITY.md, in about half an hour.
 campaign: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.campaign
 
