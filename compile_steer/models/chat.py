@@ -216,7 +216,8 @@ class _Worker:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the worker's answer; a 'problem' where the template took too much time, or ended the process."""
         with self._lock:
-            process = self._process or _start()
+            # It may have been killed from outside since the last request (for memory, say).
+            process = self._process if self._process is not None and self._process.poll() is None else _start()
             self._process = None  # if this is interrupted, a late answer is not taken for that of the next request
             assert process.stdin is not None
             assert process.stdout is not None

@@ -79,6 +79,15 @@ def test_an_interrupted_request_does_not_answer_the_next(monkeypatch: pytest.Mon
     assert "two" in render(with_template(CHAT_TEMPLATE), [("user", "two")])
 
 
+def test_a_worker_that_was_killed_between_two_requests_is_started_again() -> None:
+    render(with_template(CHAT_TEMPLATE), [("user", "before")])
+    process = chat._WORKER._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert "after" in render(with_template(CHAT_TEMPLATE), [("user", "after")])
+
+
 PARTS = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}: "
 
 
