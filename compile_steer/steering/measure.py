@@ -96,7 +96,7 @@ def measure(model: PreTrainedModel) -> Measured:
     try:
         with torch.no_grad():
             calls = record_blocks(model)
-            kinds: dict[tuple[object, ...], _Found] = {}
+            kinds: dict[tuple[object, ...], _Kind] = {}
             sublayers = []
             for call in calls.blocks:
                 signature = tuple((name, type(m).__name__) for name, m in call.block.named_modules())
@@ -109,14 +109,14 @@ def measure(model: PreTrainedModel) -> Measured:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Kind:
     """The sublayers of a kind of block, and the names of all modules that write the stream after each has been read."""
 
     sublayers: Mapping[ProjectionKind, Sublayer]
     late: Sequence[str]
 
 
-def _sublayers(call: Call) -> _Found:
+def _sublayers(call: Call) -> _Kind:
     """The sublayers of one block, by the two tests of this module's docstring."""
     if differ(call.run(), call.reference, call.reference.dtype):
         raise LayoutError(f"a {type(call.block).__name__} does not give the same output when it is run again.")
@@ -133,13 +133,13 @@ def _sublayers(call: Call) -> _Found:
         # All that writes beside it: neither what it lies in nor what lies in it.
         beside = [other for other in writers if not _within(other, name) and not _within(name, other)]
         mixing[name] = _mixes_tokens(call, trace, name, beside)
-    found: dict[ProjectionKind, Sublayer] = {}
+    sublayers: dict[ProjectionKind, Sublayer] = {}
     for kind in KINDS:
         chosen = [name for name in leaves if mixing[name] == (kind == "attn")]
         sublayer = _sublayer(call, trace, chosen, writers) if chosen else None
         if sublayer is not None:
-            found[kind] = sublayer
-    return _Found(found, list(late))
+            sublayers[kind] = sublayer
+    return _Kind(sublayers, list(late))
 
 
 def _within(name: str, outer: str) -> bool:
@@ -197,7 +197,12 @@ def _sublayer(call: Call, trace: Trace, leaves: Sequence[str], writers: Mapping[
         return None
     point = max(points, key=len)  # the innermost
     modules = {name: call.block.get_submodule(name) for name in leaves}
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    linears = [
+        name
+        for name, module in modules.items()
+        # A matrix whose output is scaled in another way than the point's is not written through like it.
+        if isinstance(module, nn.Linear | Conv1D) and abs(writers[name] - writers[point]) < 1e-2 * abs(writers[point])
+    ]
     sublayer = Sublayer(point, multiplier=writers[point])
     if linears:
         # Beside experts a shared one may write through a matrix of its own.
@@ -251,15 +256,22 @@ def _constants(config: Any) -> list[float]:
     return [1.0, *(value for value in values if isinstance(value, float) and value)]
 
 
-def _proved(call: Call, found: _Found, constants: Sequence[float]) -> dict[ProjectionKind, Sublayer]:
+def _proved(call: Call, block_kind: _Kind, constants: Sequence[float]) -> dict[ProjectionKind, Sublayer]:
     """Those of the sublayers, found on another block of the same kind, that pass the test on this one."""
     passed: dict[ProjectionKind, Sublayer] = {}
     trace = record_trace(call)
     tolerance = tolerance_of(call.reference.dtype)
-    for kind, sublayer in found.sublayers.items():
-        factor = _factor(call, trace, sublayer.point, () if sublayer.point in found.late else found.late)
-        if factor is not None:
-            # Exactly as the config has it, not as rounding left it.
-            near = min(constants, key=lambda value: abs(value - factor))
-            passed[kind] = replace(sublayer, multiplier=near if abs(near - factor) < tolerance * abs(near) else factor)
+    for kind, sublayer in block_kind.sublayers.items():
+        held = () if sublayer.point in block_kind.late else block_kind.late
+        factor = _factor(call, trace, sublayer.point, held)
+        if factor is None:
+            continue
+        # Behind a norm it is the norm that writes; a shared expert's matrix is not the point itself, so it is tried too.
+        if sublayer.projection not in (None, sublayer.point) and sublayer.norm is None:
+            written = _factor(call, trace, sublayer.projection, held)
+            if written is None or abs(written - factor) > tolerance * abs(factor):
+                sublayer = replace(sublayer, projection=None)
+        # Exactly as the config has it, not as rounding left it.
+        near = min(constants, key=lambda value: abs(value - factor))
+        passed[kind] = replace(sublayer, multiplier=near if abs(near - factor) < tolerance * abs(near) else factor)
     return passed

@@ -149,3 +149,13 @@ def test_blocks_that_return_lists_are_measured_and_steered() -> None:
     ids = torch.arange(10, 18).view(2, 4)
     with steered(model, program):
         assert not torch.allclose(model(input_ids=ids).logits, build("openai-gpt", _GPT)(input_ids=ids).logits)
+
+
+def test_a_matrix_that_is_written_with_another_factor_than_its_point_is_no_projection() -> None:
+    settings = {**_SIZES, "num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}  # fmt: skip
+    model = build("glm4_moe", settings)
+    shared: Any = model.get_submodule("model.layers.1.mlp.shared_experts")
+    shared.register_forward_hook(lambda _module, _args, output: output / 2)
+    mixture = measure(model).sublayers[1]["mlp"]
+    assert (mixture.point, mixture.multiplier, mixture.projection) == ("mlp", 1.0, None)
