@@ -276,25 +276,23 @@ def _holds_secret(folder: Path) -> bool:
     return any(SECRET.encode() in path.read_bytes() or path.is_symlink() for path in files)
 
 
+def plant_modules(folder: Path) -> None:
+    """Write modules with names of libraries, ours and Python's, each of which leaves a file when it is imported."""
+    names = "secrets uuid json enum signal __future__ typing tokenize readline torch typer rich yaml numpy pydantic safetensors"
+    for name in names.split():
+        (folder / f"{name}.py").write_text(f"open({CANARY + '-' + name!r}, 'a').close()\nraise ImportError\n")
+
+
+def modules_that_ran(folder: Path) -> list[str]:
+    """The names of the planted modules that were imported from that folder."""
+    return sorted(path.name.removeprefix(f"{CANARY}-") for path in folder.glob(f"{CANARY}-*"))
+
+
 def modules_of_the_folder(folder: Path) -> list[str]:
     """Start the command by `python -m` in a folder that holds modules of libraries' names; returns those that ran."""
-    names = (
-        "secrets",
-        "uuid",
-        "torch",
-        "typer",
-        "yaml",
-        "numpy",
-        "tokenize",
-        "safetensors",
-        "rich",
-        "pydantic",
-        "readline",
-    )
-    for name in names:
-        (folder / f"{name}.py").write_text(f"open({CANARY + '-' + name!r}, 'a').close()\nraise ImportError\n")
+    plant_modules(folder)
     root = str(Path(trial.__file__).resolve().parents[2])
     for arguments in (("--help",), ("show", "nothing"), ("run", "nothing.yaml")):
         command = [sys.executable, "-m", "compile_steer", *arguments]
         subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": root}, check=False, capture_output=True)
-    return sorted(path.name.removeprefix(f"{CANARY}-") for path in folder.glob(f"{CANARY}-*"))
+    return modules_that_ran(folder)

@@ -31,7 +31,8 @@ def lines(found: Sequence[Finding], minutes: float, start: float) -> list[str]:
     failed = [one for one in found if one.problem]
     inputs = [one for one in found if one.row == "inputs"]
     skipped = sorted({one.name for one in found if one.row == "skipped"})
-    slowest, largest = (max(inputs, key=lambda one, f=field: getattr(one, f)) for field in ("seconds", "peak"))  # type: ignore[misc]
+    slowest = max(inputs, key=lambda finding: finding.seconds)
+    largest = max(inputs, key=lambda finding: finding.peak)
     (points,) = (one.name for one in found if one.row == "points")
     text = prose(
         "campaign: how",

@@ -15,20 +15,12 @@ import compile_steer as cs
 from compile_steer.artifacts.locks import locked
 from compile_steer.models.text import Text
 from tests.helpers import tiny
-from tests.helpers.small_run import words
+from tests.helpers.small_run import SETTINGS, words
 
-SCORE = {"kind": "keywords", "patterns": [r"\bw[89]\d"]}
+SCORE = SETTINGS["validate"]["score"]
+NOT_OPTIONS = ("score", "other_behaviour")  # the recipe's own keys
 VALIDATE: dict[str, Any] = {
-    "layers": [1],
-    "coefficients": [2.5],
-    "sweep_pairs": 4,
-    "sweep_neutral": 4,
-    "sweep_prompts": 4,
-    "control_pairs": 4,
-    "prompts": 8,
-    "few_shot": 0,
-    "dose_prompts": 2,
-    "max_new_tokens": 4,
+    **{key: value for key, value in SETTINGS["validate"].items() if key not in NOT_OPTIONS},
     "random_directions": 20,
     "max_repetition": 0.99,
 }

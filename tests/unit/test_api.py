@@ -16,9 +16,9 @@ from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from tests.helpers import tiny
-from tests.helpers.small_run import words
+from tests.helpers.small_run import SETTINGS, words
 
-SCORE = {"kind": "keywords", "patterns": [r"\bw[89]\d"]}
+SCORE = SETTINGS["validate"]["score"]
 VALIDATE: dict[str, Any] = {
     "layers": [1],
     "coefficients": [2.5],
@@ -137,7 +137,7 @@ def test_a_program_that_was_loaded_is_the_one_of_its_file(validation: Any, tmp_p
 def test_wrong_values_are_refused_with_what_was_needed(model: LoadedModel, data: cs.Behaviour, validation: Any) -> None:
     pairs = cs.Pairs.from_list([("a", "b", "c")])
     with pytest.raises(RecipeError, match=r"found Pairs; needed: Behaviour, which Pairs\.to_behaviour\(\) returns"):
-        cs.extract(model, pairs)  # type: ignore[arg-type]
+        cs.extract(model, pairs)  # type: ignore[arg-type]  # a wrong type on purpose
     with pytest.raises(RecipeError, match="backend 'closedform' is unknown; use auto, bias"):
         cs.compile(model, validation.program, [], backend="closedform")
     with pytest.raises(RecipeError, match="needed: a list of prompts"):

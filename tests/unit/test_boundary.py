@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.campaign.attacks import modules_that_ran, plant_modules
 from compile_steer.__main__ import main
 from compile_steer.common.errors import ArtifactError, InternalError, RecipeError
 
@@ -166,6 +167,13 @@ def test_full_disk_under_standard_output(tmp_path: Path) -> None:
     assert done.returncode == 2 and "error: File too large" in done.stderr and done.stderr.count("\n") == 1
 
 
+def _catches(number: signal.Signals, process: int) -> bool:
+    """Whether the process has a handler for that signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"))
+    assert caught is not None
+    return int(caught[1], 16) >> (number - 1) & 1 == 1
+
+
 @pytest.mark.parametrize(
     ("number", "delay"), [(signal.SIGINT, 0.02), (signal.SIGTERM, 0.06), (signal.SIGHUP, 0.1), (signal.SIGINT, 0.25)]
 )
@@ -173,8 +181,7 @@ def test_stop_at_any_moment_of_the_start_prints_no_traceback(number: signal.Sign
     process = subprocess.Popen(
         [*COMMAND, "audit", "nothing", "nothing"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    maps = Path(f"/proc/{process.pid}/status")
-    while int(re.search(r"SigCgt:\s*(\w+)", maps.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1 == 0:  # type: ignore[index]
+    while not _catches(signal.SIGTERM, process.pid):
         time.sleep(0.002)  # before our handlers stand, Python's own are at work
     time.sleep(delay)
     process.send_signal(number)
@@ -183,21 +190,7 @@ def test_stop_at_any_moment_of_the_start_prints_no_traceback(number: signal.Sign
 
 
 def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
-    names = (
-        "secrets",
-        "torch",
-        "json",
-        "enum",
-        "signal",
-        "__future__",
-        "typing",
-        "typer",
-        "rich",
-        "pydantic",
-        "safetensors",
-    )
-    for name in names:
-        (tmp_path / f"{name}.py").write_text(f"open('ran-{name}', 'w')\n")
+    plant_modules(tmp_path)
     done = _shell('"$@" show missing.safetensors', tmp_path)
     assert done.returncode == 2 and "does not exist" in done.stderr
-    assert list(tmp_path.glob("ran-*")) == []
+    assert modules_that_ran(tmp_path) == []
