@@ -172,8 +172,8 @@ def _read(path: Path) -> tuple[str, Yaml]:
     except Malformed as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(yaml.content, dict):
-        found = "empty" if yaml.content is None else type(yaml.content).__name__
-        raise RecipeError(f"recipe {path} is {found}; needed: keys and values (see recipes/ocean.yaml).")
+        kind = "empty" if yaml.content is None else type(yaml.content).__name__
+        raise RecipeError(f"recipe {path} is {kind}; needed: keys and values (see recipes/ocean.yaml).")
     return text, yaml
 
 

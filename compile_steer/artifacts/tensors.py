@@ -193,14 +193,14 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
             continue
         with open_tensors(file, "np") as content:
             files[file] = list(content.keys())
-    found: dict[str, Path] = {}
+    holders: dict[str, Path] = {}
     for file, names in files.items():
-        problems += [f"{name} lies in both {found[name]} and {file}." for name in names if name in found]
-        found |= dict.fromkeys(names, file)
+        problems += [f"{name} lies in both {holders[name]} and {file}." for name in names if name in holders]
+        holders |= dict.fromkeys(names, file)
     problems += [
         f"{index} names {name} in {file}, which does not hold it."
         for name, file in indexed.items()
-        if folder / file in files and found.get(name) != folder / file
+        if folder / file in files and holders.get(name) != folder / file
     ]
     if problems:
         raise ArtifactError([*several(problems), f"Get or make the model in {folder} again."])

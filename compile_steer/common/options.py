@@ -73,5 +73,5 @@ def explain_one(item: ErrorDetails, where: str) -> str:
     message = item["msg"].removeprefix("Value error, ").removesuffix(".")  # our own are whole sentences
     # A rule between several keys names them itself: its input is the whole section.
     between_keys = item["type"] == "value_error" and isinstance(item["input"], dict)
-    found = "" if between_keys else f"found {brief(item['input'])}; "
-    return f"{place}{found}{message[0].lower()}{message[1:]}"
+    value = "" if between_keys else f"found {brief(item['input'])}; "
+    return f"{place}{value}{message[0].lower()}{message[1:]}"

@@ -74,8 +74,8 @@ def checked_row(where: str, row: Any, keys: Sequence[str], optional: Sequence[st
     """Return the row with its keys in order; or None, and add a line to `problems` for everything wrong with it."""
     present = set(row) if isinstance(row, Mapping) else None
     if present is None or not set(keys) <= present <= {*keys, *optional}:
-        found = type(row).__name__ if present is None else brief(sorted(map(str, present)))
-        problems.append(f"{where}: found {found}; needed the keys {', '.join(keys)}.")
+        kind = type(row).__name__ if present is None else brief(sorted(map(str, present)))
+        problems.append(f"{where}: found {kind}; needed the keys {', '.join(keys)}.")
         return None
     invalid: dict[str, list[str]] = {}
     for key in row:

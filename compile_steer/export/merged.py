@@ -130,15 +130,15 @@ class MergedCheckpoint:
                 self._parameters[name] = parameter
             else:
                 self._unused.add(name)
-        found = {*self._parameters.values(), *joined}
-        tied = {name for pair in self.model.all_tied_weights_keys.items() if found & {*pair} for name in pair}
+        present = {*self._parameters.values(), *joined}
+        tied = {name for pair in self.model.all_tied_weights_keys.items() if present & {*pair} for name in pair}
         problems = [
             f"the patch edits {parameter}, which {self.folder} holds in other pieces ({joined[parameter]} ...)."
             for parameter in sorted(self._edits.keys() & joined.keys())
         ]
         names = {parameter: name for name, parameter in self._parameters.items()}
         lacking = []
-        for parameter in sorted(parameters.keys() - found - tied):
+        for parameter in sorted(parameters.keys() - present - tied):
             beside = names.get(self._copies.get(parameter, f"{parameter.removesuffix('bias')}weight"))
             if beside is None or not (parameter in self._copies or (has_new_biases and parameter.endswith(".bias"))):
                 lacking.append(parameter)

@@ -40,8 +40,8 @@ def side_files(folder: Path) -> list[str]:
 
     Raises `ArtifactError` where one of them is a link to outside of the folder.
     """
-    found = [file for pattern in ("*", "additional_chat_templates/*") for file in folder.glob(pattern)]
-    names = {str(file.relative_to(folder)) for file in found if file.is_file() or file.is_symlink()}
+    files = [file for pattern in ("*", "additional_chat_templates/*") for file in folder.glob(pattern)]
+    names = {str(file.relative_to(folder)) for file in files if file.is_file() or file.is_symlink()}
     allowed = sorted(name for name in names if _ALLOWED.fullmatch(name))
     problems = [f"{problem}." for name in allowed if (problem := misplaced(folder / name, folder))]
     if problems:

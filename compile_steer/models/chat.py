@@ -189,11 +189,9 @@ def open_reasoning(tokenizer: PreTrainedTokenizerBase) -> str:
 def _answer(
     template: Any, messages: tuple[tuple[str, str], ...] | None, special: tuple[tuple[str, str], ...] = ()
 ) -> dict[str, Any]:
-    found = re.match(r"\{#- date: (\d{4}-\d\d-\d\d) -#\}", template)
-    date, content = (
-        found[1] if found else DATE,
-        messages and [{"role": role, "content": text} for role, text in messages],
-    )
+    dated = re.match(r"\{#- date: (\d{4}-\d\d-\d\d) -#\}", template)
+    date = dated[1] if dated else DATE
+    content = messages and [{"role": role, "content": text} for role, text in messages]
     request = {"template": template, "messages": content, "date": date, "special": dict(special), "seconds": SECONDS}
     return _WORKER.ask(request)
 

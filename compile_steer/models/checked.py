@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.common.errors import ArtifactError, CompileSteerError
-from compile_steer.models.libraries import library_errors, read_config
+from compile_steer.models.libraries import quiet_library_errors, read_config
 
 _REMEDY = "Get or make the model again."
 _SHOWN = 3  # names in a message
@@ -30,7 +30,7 @@ def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], Compil
     Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
     """
     require_plain(folder)
-    with library_errors(explain):
+    with quiet_library_errors(explain):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=read_config(folder),
@@ -52,7 +52,7 @@ def read_tokenizer(
 
     Where it has no padding token, its end-of-text token pads.
     """
-    with library_errors(explain):
+    with quiet_library_errors(explain):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=model.config, trust_remote_code=False
         )
@@ -82,11 +82,11 @@ def require_plain(folder: Path) -> None:
     stored = {name: kind for name, (kind, _shape) in Checkpoint(folder).specs.items() if kind not in _FLOATS}
     packed = [f"{name} ({kind})" for name, kind in sorted(stored.items()) if not name.endswith(_NO_WEIGHTS)]
     if by is not None or packed:
-        found = f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
+        how = f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
         if by is not None:
-            found = f"by {(by.get('quant_method') if isinstance(by, dict) else None) or 'its config.json'}"
+            how = f"by {(by.get('quant_method') if isinstance(by, dict) else None) or 'its config.json'}"
         problems.append(
-            f"{folder} is quantised, {found}: such weights cannot be steered or edited as they stand. Name the unquantised "
+            f"{folder} is quantised, {how}: such weights cannot be steered or edited as they stand. Name the unquantised "
             "release, or a copy that the library that quantised it has de-quantised and saved."
         )
     if problems:
@@ -134,15 +134,15 @@ def require_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     files = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*token*.json")) if beyond else ""
     # A token that no file names is the library's own default for the family: no text means it.
     named = (token for token in beyond if json.dumps(token) in files or json.dumps(token, ensure_ascii=False) in files)
-    found = [f"{token!r} is {beyond[token]}" for token in named]
+    beyond_rows = [f"{token!r} is {beyond[token]}" for token in named]
     for settings in (model.config, model.generation_config, tokenizer):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(settings, name, None)
             numbers = value if isinstance(value, list | tuple) else [value]
-            found += [f"{name} is {number}" for number in numbers if isinstance(number, int) and number >= rows]
-    if found:
+            beyond_rows += [f"{name} is {number}" for number in numbers if isinstance(number, int) and number >= rows]
+    if beyond_rows:
         raise ArtifactError(
-            f"{folder}: the embeddings have {rows} rows, for tokens 0 to {rows - 1}; {_listed(set(found))}. Name other tokens in "
+            f"{folder}: the embeddings have {rows} rows, for tokens 0 to {rows - 1}; {_listed(set(beyond_rows))}. Name other tokens in "
             "tokenizer_config.json and generation_config.json, or give the model the rows: "
             "model.resize_token_embeddings(len(tokenizer))."
         )

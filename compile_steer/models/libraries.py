@@ -12,8 +12,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from compile_steer.common import errors
-from compile_steer.common.errors import CompileSteerError
+from compile_steer.common.errors import CompileSteerError, library_errors
 
 # Settings of a config.json that choose no other numbers but other code (a hub id among them), or tuples as outputs.
 NEUTRAL: dict[str, Any] = {
@@ -26,9 +25,9 @@ NEUTRAL: dict[str, Any] = {
 
 
 @contextmanager
-def library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
+def quiet_library_errors(explain: Callable[[str], CompileSteerError]) -> Iterator[None]:
     """Silence the libraries that load models, and raise `explain(reason)` where they fail on a file or name."""
-    with errors.library_errors(explain), quiet():
+    with library_errors(explain), quiet():
         yield
 
 

@@ -26,7 +26,7 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError,
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import ROPE_FACTORS, read_gguf, scales_rotations
-from compile_steer.models.libraries import library_errors
+from compile_steer.models.libraries import quiet_library_errors
 from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
@@ -191,7 +191,7 @@ def _find(reference: str) -> _Source:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
         # No .bin files: they are pickles, which can run code, and often the same weights again.
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        with library_errors(lambda reason: _not_loaded(reference, reason)):
+        with quiet_library_errors(lambda reason: _not_loaded(reference, reason)):
             path = Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=not _hub_reachable()))
         return _Source(path, commit=path.name)  # the hub's cache names a snapshot's folder by its commit
     if not (path / "config.json").is_file():
@@ -221,7 +221,7 @@ def _dequantised(gguf: Path) -> Path:
     record = folder / _CACHE_RECORD
     if record.is_file() and record.read_text(encoding="utf-8") == _settings_bytes(folder):
         return folder  # made by this version, and not edited since; its tensors are part of its revision
-    with library_errors(lambda reason: _not_loaded(str(gguf), reason)):
+    with quiet_library_errors(lambda reason: _not_loaded(str(gguf), reason)):
         model, tokenizer, problems = read_gguf(gguf, torch.float32)
     if scales_rotations(gguf):
         problems.append(
@@ -236,7 +236,7 @@ def _dequantised(gguf: Path) -> Path:
     unwritten = f"{folder} cannot be written; $COMPILE_STEER_CACHE names another place for de-quantised models"
     with (
         new_folder(folder, wait=True) as temporary,
-        library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")),
+        quiet_library_errors(lambda reason: ArtifactError(f"{unwritten} ({reason}).")),
     ):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -18,7 +18,7 @@ from compile_steer.common.errors import ArtifactError, brief
 from compile_steer.models.chat import configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
-from compile_steer.models.libraries import library_errors
+from compile_steer.models.libraries import quiet_library_errors
 from compile_steer.models.load import LoadedModel, frozen
 from compile_steer.steering.layout import Layout
 
@@ -39,7 +39,7 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
         return replace(reload_adapters({ADAPTER: folder}, base), id=str(folder), source=str(folder))
     explain = _not_loaded(folder)
     if (file := gguf_in(folder)) is not None:
-        with library_errors(explain):
+        with quiet_library_errors(explain):
             model, tokenizer, problems = read_gguf(file, base.model.dtype)
         if problems:
             raise ArtifactError([f"{file}: {problem}." for problem in problems] + ["Merge again."])
@@ -59,7 +59,7 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
     for name, folder in folders.items():
         require_own_files(folder)
         plain = fresh_copy(base).model if model is None else None
-        with library_errors(_not_loaded(folder)):
+        with quiet_library_errors(_not_loaded(folder)):
             if plain is not None:
                 model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name)
             else:
@@ -81,9 +81,9 @@ def require_own_files(folder: Path) -> None:
     config = read_json(path, "Needed: a PEFT adapter's folder.")
     kind = str(config.get("peft_type", "")).rpartition(".")[2]
     if kind not in _OWN_FILES or config.get("megatron_config") is not None:
-        found = f"peft_type {brief(kind)}" if kind not in _OWN_FILES else "a megatron_config"
+        setting = f"peft_type {brief(kind)}" if kind not in _OWN_FILES else "a megatron_config"
         raise ArtifactError(
-            f"{path} has {found}, which loads more than this folder. Needed: {', '.join(sorted(_OWN_FILES))}."
+            f"{path} has {setting}, which loads more than this folder. Needed: {', '.join(sorted(_OWN_FILES))}."
         )
     with open_tensors(weights, "np") as file:  # a pickle beside it is never read
         widest = max((size for name in file.keys() for size in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118

@@ -191,7 +191,7 @@ def _traits(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[in
 
 def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text, Callable[[str], list[int]]]:
     """Return a conversation, with what would be a control token marked, and the function that makes tokens of its parts."""
-    _start, asked, said = _traits(tokenizer, str(tokenizer.chat_template or ""))
+    _start, in_prompt, in_response = _traits(tokenizer, str(tokenizer.chat_template or ""))
 
     def split(part: str) -> list[int]:
         return list(tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -210,12 +210,14 @@ def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text
             )
         return marked
 
-    parts = [(text.prompt, asked), (text.system, asked), (text.response, said)]
-    parts += [part for user, reply in text.history for part in ((user, asked), (reply, said))]
+    parts = [(text.prompt, in_prompt), (text.system, in_prompt), (text.response, in_response)]
+    parts += [part for user, reply in text.history for part in ((user, in_prompt), (reply, in_response))]
     if all(control.ids.isdisjoint(split(part)) for part, control in parts if part):
         return text, split
-    history = tuple((mark(user, asked), mark(reply, said)) for user, reply in text.history)
-    return Text(mark(text.prompt, asked), mark(text.response, said), history, mark(text.system, asked)), split_marked
+    history = tuple((mark(user, in_prompt), mark(reply, in_response)) for user, reply in text.history)
+    return Text(
+        mark(text.prompt, in_prompt), mark(text.response, in_response), history, mark(text.system, in_prompt)
+    ), split_marked
 
 
 def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:

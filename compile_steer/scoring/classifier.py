@@ -99,7 +99,7 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from compile_steer.models.libraries import library_errors
+    from compile_steer.models.libraries import quiet_library_errors
 
     folder = Path(reference).expanduser()
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
             f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."
         )
     problem = f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier"
-    with library_errors(lambda reason: RecipeError(f"{problem} ({reason}).")):
+    with quiet_library_errors(lambda reason: RecipeError(f"{problem} ({reason}).")):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -158,20 +158,20 @@ def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:
     One is among them if a constant that is added to its output moves that input alike.
     """
     first = calls.blocks[0]
-    delta, found = delta_of(first.hidden), []
+    delta, names = delta_of(first.hidden), []
     for name, module in model.named_modules():
         inside = name.startswith(f"{calls.name}.")
         if isinstance(module, nn.Embedding) and not inside and module.weight.shape[1] == len(delta):
             with shifted(module, delta):
                 change = _first_input(model, calls) - first.hidden
             if multiple(change, delta) is not None:
-                found.append(name)
+                names.append(name)
     with ExitStack() as stack:
-        for name in found:
+        for name in names:
             stack.enter_context(_silenced(model.get_submodule(name)))
         # Sines of the position, say, are in no matrix that could be edited.
         rest = _first_input(model, calls)
-    return tuple(found) if not bool(rest.any()) else ()
+    return tuple(names) if not bool(rest.any()) else ()
 
 
 def _first_input(model: PreTrainedModel, calls: Calls) -> Tensor:

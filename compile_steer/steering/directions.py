@@ -175,15 +175,15 @@ class Directions:
         vectors, shuffled, projections = tensors["directions"], tensors["shuffled"], tensors.get("projections")
         # Of the real directions, or of these and then each control's.
         every = (1 + len(shuffled), *vectors.shape)
-        found = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         needed = {
             "directions": vectors.shape[:2],
             "shuffled": (len(shuffled), *vectors.shape),
             "projections": every[:-1],
         }
-        wrong = [name for name, shape in found.items() if tuple(shape) != tuple(needed.get(name, every))]
+        wrong = [name for name, shape in shapes.items() if tuple(shape) != tuple(needed.get(name, every))]
         if wrong or vectors.ndim != 2 or not all(tensor.is_floating_point() for tensor in tensors.values()):
-            listed = ", ".join(f"{brief(name)} {list(shape)}" for name, shape in found.items())
+            listed = ", ".join(f"{brief(name)} {list(shape)}" for name, shape in shapes.items())
             raise ArtifactError(
                 f"{path}: the shapes or types of its tensors do not fit each other ({listed}). {remedy}"
             )

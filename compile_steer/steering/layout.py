@@ -115,14 +115,14 @@ class Layout:
     def sublayer(self, layer: int, kind: ProjectionKind) -> Sublayer:
         """What writes the stream in that sublayer of a block; raises `LayoutError` where nothing was found."""
         self._require_block(layer)
-        found = self.measured.sublayers[layer].get(kind)
-        if found is None:
+        sublayer = self.measured.sublayers[layer].get(kind)
+        if sublayer is None:
             name = "moves information between tokens" if kind == "attn" else "reads each token alone"
             raise LayoutError(
                 f"block {layer} of this {self.model.config.model_type} has no {kind}_out: no one module that {name} adds "
                 "to the stream by a constant factor. Use the point resid_post."
             )
-        return found
+        return sublayer
 
     def projection_kinds(self, layer: int) -> tuple[ProjectionKind, ...]:
         """The sublayers of a block that a matrix writes: a mixture of experts has none but a shared expert's."""
@@ -131,21 +131,20 @@ class Layout:
 
     def no_projection(self, layer: int, kind: ProjectionKind) -> str:
         """Why no output projection of that kind is in the block."""
-        found = self.measured.sublayers[layer].get(kind)
-        what = {"attn": "attention", "mlp": "MLP"}[kind]
-        if found is None:
+        sublayer = self.measured.sublayers[layer].get(kind)
+        if sublayer is None:
             return f"block {layer} has no {kind}_out that one module writes"
-        name = f"the {what} of {self.model.config.model_type}"
-        if kind == "attn" and not found.reason:
+        name = f"the {'attention' if kind == 'attn' else 'MLP'} of {self.model.config.model_type}"
+        if kind == "attn" and not sublayer.reason:
             return f"no one matrix writes what {name} adds to the stream"
-        return f"{name} is {found.reason or EXPERTS}"
+        return f"{name} is {sublayer.reason or EXPERTS}"
 
     def output_projection(self, layer: int, kind: ProjectionKind) -> OutputProjection:
         """The attention's or the MLP's projection of a block; raises `LayoutError` for a mixture of experts."""
-        found = self.sublayer(layer, kind)
-        if found.projection is None:
+        projection = self.sublayer(layer, kind).projection
+        if projection is None:
             raise LayoutError(f"{self.no_projection(layer, kind)}.")
-        name = f"{self.measured.blocks}.{layer}.{found.projection}"
+        name = f"{self.measured.blocks}.{layer}.{projection}"
         return OutputProjection(layer, kind, name, self.model.get_submodule(name))
 
     @property
@@ -193,8 +192,8 @@ class Layout:
 
     def expert_bias(self, layer: int) -> str | None:
         """The full name of the parameter that shifts what a mixture of experts writes, or None."""
-        found = self.measured.sublayers[layer].get("mlp")
-        relative = None if found is None else found.expert_bias
+        mlp = self.measured.sublayers[layer].get("mlp")
+        relative = None if mlp is None else mlp.expert_bias
         return None if relative is None else f"{self.measured.blocks}.{layer}.{relative}"
 
     def bias_flag(self, layer: int, kind: ProjectionKind) -> str | None:
@@ -225,7 +224,7 @@ def _bias_flags(layout: Layout) -> dict[ProjectionKind, str]:
     config = layout.model.config
     key = _key(layout.model)
     if key not in _FLAGS:
-        found: dict[ProjectionKind, str] = {}
+        flags: dict[ProjectionKind, str] = {}
         names = {p.kind: p.name for p in reversed(list(layout.output_projections.values()))}
         before = {name for name, _ in layout.model.named_parameters()}
         for flag in (name for name, value in config.to_dict().items() if "bias" in name and value is False):
@@ -235,6 +234,6 @@ def _bias_flags(layout: Layout) -> dict[ProjectionKind, str]:
                 added = {name for name, _ in type(layout.model)(changed).named_parameters()} - before
             # New biases start at zero; any other new weight would change what the model computes.
             if all(name.endswith("bias") for name in added):
-                found = {kind: flag for kind, name in names.items() if f"{name}.bias" in added} | found
-        _FLAGS[key] = found
+                flags = {kind: flag for kind, name in names.items() if f"{name}.bias" in added} | flags
+        _FLAGS[key] = flags
     return _FLAGS[key]

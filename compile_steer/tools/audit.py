@@ -19,7 +19,7 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.checked import require_plain
-from compile_steer.models.libraries import library_errors, read_config
+from compile_steer.models.libraries import quiet_library_errors, read_config
 from compile_steer.models.load import folder_of
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
@@ -145,7 +145,7 @@ def audit(base: str, other: str, program: Program | None, threshold: float, prog
 def _layout(folder: Path) -> tuple[Layout | None, str]:
     """What writes the stream of the model in a folder; None where it has no stream, and the reason."""
     # Measured on random weights: the folder's own may be what is looked into.
-    with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
+    with quiet_library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
         config = read_config(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     try:

@@ -181,7 +181,9 @@ def compose(run: CompositionRun) -> Composition:
                 verdict=", ".join(f"{member.provenance.name} {member.provenance.verdict}" for member in members),
                 forced=any(member.provenance.forced for member in members),
                 recipe_sha256=digest([recipe.hash for recipe in run.recipes]),
-                data_sha256={f"{one.name}.{name}": value for one in members for name, value in one.data.hashes.items()},
+                data_sha256={
+                    f"{member.name}.{name}": value for member in members for name, value in member.data.hashes.items()
+                },
                 seed=run.recipes[0].seed,
                 inputs=inputs,
                 members=parents,

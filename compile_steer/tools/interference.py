@@ -109,7 +109,7 @@ class Composition:
 
 def sum_programs(members: Sequence[Member], scales: Sequence[float]) -> Program:
     """Every member's program at its scale, one after the other."""
-    return reduce(operator.add, (scale * one.program for one, scale in zip(members, scales, strict=True)))
+    return reduce(operator.add, (scale * member.program for member, scale in zip(members, scales, strict=True)))
 
 
 Condition = Program | Mapping[str, float] | None  # a program's hooks, adapters by name with their scales, or the base
@@ -127,9 +127,9 @@ def measure_interference(
     Raises:
         RecipeError: no prompt, or no test pair, is left that no compile saw.
     """
-    pairs, scales = unseen_pairs(base, members), tuple(one.scale for one in members)
+    pairs, scales = unseen_pairs(base, members), tuple(member.scale for member in members)
     names = [f"member{n}" for n in range(len(members))]  # not the recipes' names: PEFT takes no dot in one
-    own = {name: one.adapter for name, one in zip(names, members, strict=True)}
+    own = {name: member.adapter for name, member in zip(names, members, strict=True)}
     adapted = reload_adapters({**own, **folders}, base)
     texts = unseen_texts(base, members, progress)
 
@@ -173,7 +173,7 @@ def measure_interference(
     columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
 
     # The strictest of the members' gates hold for all.
-    gates = [one.options.gates for one in members]
+    gates = [member.options.gates for member in members]
     remaining, exact = min(gate.kl_remaining for gate in gates), min(gate.exact_kl for gate in gates)
     reasons = [
         f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {remaining * fit.kl_base + exact:.2e}"
@@ -181,7 +181,7 @@ def measure_interference(
         if not fit.kl <= remaining * fit.kl_base + exact
     ]
     return Composition(
-        names=[one.name for one in members],
+        names=[member.name for member in members],
         scales=list(scales),
         backend=backend,
         matrix=_matrix(members, pairs, columns, under, list(artifacts), progress),
@@ -191,7 +191,7 @@ def measure_interference(
         states=_state_interference(plain, hooked[: 1 + len(scales)], loaded[1 : 1 + len(scales)], states),
         n_tokens=plain.shape[0],
         sha256={name: sha256(folder) for name, folder in folders.items()}
-        | {"texts": digest([list(one.ids) for one in texts]), "base": base.revision},
+        | {"texts": digest([list(text.ids) for text in texts]), "base": base.revision},
         passed=not reasons,
         reasons=reasons,
     )
@@ -199,15 +199,15 @@ def measure_interference(
 
 def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progress) -> list[Encoded]:
     """Every member's held-out prompts that no compile has seen, continued by the model under the hooks of all."""
-    program = sum_programs(members, [one.scale for one in members])
-    seen = {text.prompt for one in members for text in one.data.calibration}
+    program = sum_programs(members, [member.scale for member in members])
+    seen = {text.prompt for member in members for text in member.data.calibration}
     texts: list[Encoded] = []
     with progress.phase("reference: the model under all hooks", len(members)) as advance:
-        for one in members:
-            prompts = [text for text in one.data.heldout if text.prompt not in seen][: one.options.heldout]
+        for member in members:
+            prompts = [text for text in member.data.heldout if text.prompt not in seen][: member.options.heldout]
             seen |= {text.prompt for text in prompts}  # members may share their files
             if prompts:
-                limit, seed = one.options.max_new_tokens, one.seed + 1
+                limit, seed = member.options.max_new_tokens, member.seed + 1
                 texts += continue_prompts(base, prompts, program, max_new_tokens=limit, temperature=1.0, seed=seed)
             advance(1)
     if not texts:
@@ -217,11 +217,11 @@ def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progres
 
 def unseen_pairs(base: LoadedModel, members: Sequence[Member]) -> list[list[Encoded]]:
     """Both sides of every member's own test pairs whose prompt no compile has seen; raises `RecipeError` if one has none."""
-    seen, encoded = {text.prompt for one in members for text in one.data.calibration}, []
-    for one in members:
-        pairs = [pair for pair in one.data.test if pair.prompt not in seen][: one.options.pairs]
+    seen, encoded = {text.prompt for member in members for text in member.data.calibration}, []
+    for member in members:
+        pairs = [pair for pair in member.data.test if pair.prompt not in seen][: member.options.pairs]
         if not pairs:
-            raise RecipeError(f"data.test: every prompt of {one.name} is among a recipe's calibration prompts.")
+            raise RecipeError(f"data.test: every prompt of {member.name} is among a recipe's calibration prompts.")
         encoded.append(encode_pairs(base, pairs))
     return encoded
 

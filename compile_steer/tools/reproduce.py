@@ -230,8 +230,10 @@ def _compare_inputs(original: _Original, origin: Origin) -> Iterator[Comparison]
         # Generated pairs are generated again; the rows' problems are raised when the data are read.
         if link.state != "missing" and link.name not in (*generated, "data"):  # a data set is no file: later
             yield compare_hashes(link.name, link.expected, link.actual)
-    found = revision_of(recipe.model)
-    yield compare_hashes("base", origin.revision, found if other_revision(origin.revision, found) else origin.revision)
+    revision = revision_of(recipe.model)
+    yield compare_hashes(
+        "base", origin.revision, revision if other_revision(origin.revision, revision) else origin.revision
+    )
 
 
 def _replay_compile(

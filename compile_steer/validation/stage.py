@@ -242,8 +242,8 @@ def _answer(
     # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
     history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
     try:
-        asked = [encode(model.tokenizer, Text(prompt, history=history)) for prompt in prompts]
-        require_room(model, asked, options.max_new_tokens)
+        encoded = [encode(model.tokenizer, Text(prompt, history=history)) for prompt in prompts]
+        require_room(model, encoded, options.max_new_tokens)
     except RecipeError:
         history = ()  # the chat template cannot have earlier turns, or the model has too few positions for them
     if history:

@@ -31,13 +31,13 @@ def _check(name: str, passed: bool, reason: str) -> Check:
     return Check(name, "passed") if passed else Check(name, "failed", reason)
 
 
-def _at_most(name: str, found: str, value: float, limit: float, form: str) -> Check:
+def _at_most(name: str, text: str, value: float, limit: float, form: str) -> Check:
     # NaN compares false, so it misses every gate.
-    return _check(name, value <= limit, f"{found}; at most {limit:{form}}")
+    return _check(name, value <= limit, f"{text}; at most {limit:{form}}")
 
 
-def _at_least(name: str, found: str, value: float, limit: float, form: str) -> Check:
-    return _check(name, value >= limit, f"{found}; at least {limit:{form}}")
+def _at_least(name: str, text: str, value: float, limit: float, form: str) -> Check:
+    return _check(name, value >= limit, f"{text}; at least {limit:{form}}")
 
 
 def _kl(name: str, place: str, value: float, limit: float) -> Check:
@@ -57,8 +57,8 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
         )
         yield _at_most("on disk", written, error, _FILE_MARGIN, ".0e")
     yield _kl("KL", f"(remaining {d.kl_remaining.value:.2%})", d.kl.value, most)
-    found = f"control text: KL from the base {d.kl_control:.4f} nats a token"
-    yield _at_most("control text", found, d.kl_control, d.kl_control_steered + gates.control_kl_margin, ".4f")
+    text = f"control text: KL from the base {d.kl_control:.4f} nats a token"
+    yield _at_most("control text", text, d.kl_control, d.kl_control_steered + gates.control_kl_margin, ".4f")
     if rounding and parity.form.startswith("gguf-"):
         # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
         # What is left of the quantisation there is that edited matrices are rounded anew.

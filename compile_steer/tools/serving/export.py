@@ -21,7 +21,7 @@ from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, 
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.export.model_folder import copy_model
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
-from compile_steer.models.libraries import library_errors, read_config
+from compile_steer.models.libraries import quiet_library_errors, read_config
 from compile_steer.models.load import folder_of, load
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -177,5 +177,5 @@ def _family(model: str) -> str | None:
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    with library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
+    with quiet_library_errors(lambda reason: ArtifactError(f"{folder} is no model of transformers ({reason}).")):
         return read_config(folder)
