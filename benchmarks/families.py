@@ -205,7 +205,7 @@ def _prove(family: Family, model: PreTrainedModel, layout: Layout) -> None:
     handle.remove()
     family.errors["hooks"] = _error(hooks, by_hand, base)
     sublayer = layout.measured.sublayers[layer].get("mlp")
-    if sublayer is not None:
+    if sublayer is not None and sublayer.last:
         family.errors["mlp_out"] = _error(under(at("mlp_out")), by_hand, base)
     points: tuple[Point, ...] = ("resid_post", "mlp_out", "attn_out")
     for point in points:

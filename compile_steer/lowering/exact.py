@@ -73,6 +73,9 @@ def _shift_refusal(intervention: Intervention, layout: Layout) -> str | None:
         return "no output projection lies below block 0"
     if _is_normalised(layout, layer, kind):
         return f"{family} normalises what its output projections write, so a bias is not a shift of the stream"
+    sublayer = layout.measured.sublayers[layer].get(kind)
+    if sublayer is not None and not sublayer.last and intervention.site.point in ("resid_pre", "resid_post"):
+        return f"another sublayer of the block reads what its {kind} writes, so a bias there shifts more than the block's output"
     if kind in layout.projection_kinds(layer):
         legal = layout.bias_flag(layer, kind) is not None
         reason = f"needs a bias on {layout.output_projection(layer, kind).name}; {family} has none"

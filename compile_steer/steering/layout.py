@@ -214,9 +214,12 @@ class Layout:
 
 
 def _key(model: PreTrainedModel) -> tuple[type, str]:
-    """What decides the layout: the class and the config, but for the width of the numbers."""
+    """What decides the layout: the class, the config but for the width of the numbers, and scales among the weights."""
     settings = {key: value for key, value in model.config.to_dict().items() if key not in ("dtype", "torch_dtype")}
-    return type(model), json.dumps(settings, sort_keys=True, default=str)
+    scales = {
+        name: float(value) for name, value in model.state_dict().items() if value.numel() == 1 and not value.is_meta
+    }
+    return type(model), json.dumps([settings, scales], sort_keys=True, default=str)
 
 
 def _bias_flags(layout: Layout) -> dict[ProjectionKind, str]:

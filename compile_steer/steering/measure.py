@@ -5,7 +5,7 @@ at every token. Three things are read off by a few tokens:
 
 1. The blocks: the list of modules that the forward pass runs one after another, each on what the one before it gave.
 2. Of each kind of block, the modules that write the stream. Those after which nothing reads the stream any more pass at
-   once; those that a later sublayer reads pass when that sublayer is held at what it gave before.
+   once; those that a later sublayer reads pass when that sublayer is held at what it gave before, and so on backwards.
 3. For every block, that the modules found on its kind pass the test there as well.
 
 What does not pass is not assumed: the point is then missing from the layout, with the reason.
@@ -55,6 +55,7 @@ class Sublayer:
         multiplier: the constant that the block multiplies the output by (1 in most models).
         alone: nothing but the projection writes the point (a shared expert does beside the routed ones).
         expert_bias: the parameter [n_experts, d_model] of a mixture that is added to every token with weights that sum to 1.
+        last: nothing else in the block reads the stream after it, so that a shift there is one of the block's output.
         reason: why there is no projection.
     """
 
@@ -64,6 +65,7 @@ class Sublayer:
     multiplier: float = 1.0
     alone: bool = True
     expert_bias: str | None = None
+    last: bool = True
     reason: str = ""
 
 
@@ -110,10 +112,10 @@ def measure(model: PreTrainedModel) -> Measured:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The sublayers of a kind of block, and the names of all modules that write the stream after each has been read."""
+    """The sublayers of a kind of block, and the modules behind each that read what it wrote, which its test holds."""
 
     sublayers: Mapping[ProjectionKind, Sublayer]
-    late: Sequence[str]
+    held: Mapping[ProjectionKind, Sequence[str]]
 
 
 def _sublayers(call: Call) -> _Kind:
@@ -123,23 +125,28 @@ def _sublayers(call: Call) -> _Kind:
     trace, delta = record_trace(call), delta_of(call.reference)
     size = call.reference.numel()
     candidates = [n for n, out in trace.outputs.items() if out.shape[-1:] == delta.shape and out.numel() == size]
-    late = {name: m for name in candidates if (m := _factor(call, trace, name)) is not None}
-    rest = [name for name in candidates if name not in late]
-    early = {name: m for name in rest if (m := _factor(call, trace, name, list(late))) is not None}
-    leaves = _distinct(trace, [*_leaves(late), *_leaves(early)])
-    writers = {**late, **early}
+    rounds: list[dict[str, float]] = []  # the last sublayer's writers first
+    writers: dict[str, float] = {}
+    while found := {n: m for n in candidates if n not in writers and (m := _factor(call, trace, n, list(writers)))}:
+        rounds.append(found)
+        writers |= found
+    leaves = _distinct(trace, [leaf for found in rounds for leaf in _leaves(found)])
     mixing = {}
     for name in leaves:
         # All that writes beside it: neither what it lies in nor what lies in it.
         beside = [other for other in writers if not _within(other, name) and not _within(name, other)]
         mixing[name] = _mixes_tokens(call, trace, name, beside)
     sublayers: dict[ProjectionKind, Sublayer] = {}
+    held: dict[ProjectionKind, list[str]] = {}
     for kind in KINDS:
-        chosen = [name for name in leaves if mixing[name] == (kind == "attn")]
-        sublayer = _sublayer(call, trace, chosen, writers) if chosen else None
-        if sublayer is not None:
-            sublayers[kind] = sublayer
-    return _Kind(sublayers, list(late))
+        # Where two are of a kind (Gemma 4 adds its per-layer inputs behind the MLP), it is the one that comes first.
+        for number, found in enumerate(rounds):
+            chosen = [name for name in leaves if name in found and mixing[name] == (kind == "attn")]
+            sublayer = _sublayer(call, trace, chosen, writers) if chosen else None
+            if sublayer is not None:
+                sublayers[kind] = replace(sublayer, last=number == 0)
+                held[kind] = [name for later in rounds[:number] for name in later]
+    return _Kind(sublayers, held)
 
 
 def _within(name: str, outer: str) -> bool:
@@ -262,7 +269,7 @@ def _proved(call: Call, block_kind: _Kind, constants: Sequence[float]) -> dict[P
     trace = record_trace(call)
     tolerance = tolerance_of(call.reference.dtype)
     for kind, sublayer in block_kind.sublayers.items():
-        held = () if sublayer.point in block_kind.late else block_kind.late
+        held = block_kind.held[kind]
         factor = _factor(call, trace, sublayer.point, held)
         if factor is None:
             continue

@@ -60,6 +60,12 @@ KINDS = {
         "olmo3", {**_SIZES, "num_key_value_heads": 2, "pad_token_id": 0},
         {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}, {},
     ),
+    "inputs by block behind the MLP": (
+        "gemma4_text",
+        {**_SIZES, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+         "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2},
+        {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}, {},
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +84,15 @@ def test_a_norm_behind_a_projection_and_a_mixture_without_one_are_told() -> None
     assert (attn.projection, attn.norm) == ("self_attn.o_proj", "post_attention_layernorm")
     assert (mlp.projection, mlp.norm) == ("mlp.down_proj", "post_feedforward_layernorm")
     assert measure(build("mixtral", _EXPERTS)).sublayers[0]["mlp"] == Sublayer("mlp")
+
+
+def test_scales_among_the_weights_are_measured_and_a_sublayer_that_is_read_within_its_block_is_told() -> None:
+    model = build(*KINDS["inputs by block behind the MLP"][:2])
+    assert not Layout.of(model).measured.sublayers[1]["mlp"].last
+    assert measure(build("llama", {**_SIZES, "num_key_value_heads": 2})).sublayers[1]["mlp"].last
+    other = build(*KINDS["inputs by block behind the MLP"][:2])
+    other.get_buffer("model.layers.1.layer_scalar").fill_(0.5)  # which no config says
+    assert [round(block["mlp"].multiplier, 5) for block in Layout.of(other).measured.sublayers] == [1.0, 0.5]
 
 
 def test_a_shared_expert_is_a_projection_that_does_not_write_alone() -> None:
