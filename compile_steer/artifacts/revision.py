@@ -12,27 +12,58 @@ from pathlib import Path
 from typing import Any
 
 from compile_steer.artifacts.files import digest, read_json, sha256
+from compile_steer.artifacts.tensors import misplaced
+from compile_steer.common.errors import ArtifactError, several
+from compile_steer.common.reading import MAX_JSON, Malformed, read_text
 
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "chat_template.json",
 )  # fmt: skip
-_OTHER = (
-    "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "tekken.json",
-)  # fmt: skip
+_TEXTS = ("*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt")
+_OTHERS = ("*.model", "*.tiktoken", "tekken.json")
+_REMEDY = "Get or make it again."
 # What a library writes about itself, and paths.
 _NO_SETTINGS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only"})
 
 
-def settings_sha256(folder: Path) -> str:
-    """SHA-256 of a model folder's settings, whatever the order and spacing of its JSON; raises `ArtifactError` for damaged JSON."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the model in `folder` by file: the content of each JSON file, the SHA-256 of each other one.
+
+    No library reads them before this has. Raises `ArtifactError` with every file that is damaged, or a link out of the folder.
+    """
+    files = [folder / name for name in _JSON]
+    files += [file for pattern in (*_TEXTS, *_OTHERS) for file in folder.glob(pattern) if not file.is_dir()]
     settings: dict[str, Any] = {}
-    for name in _JSON:
-        if (folder / name).is_file():
-            content = read_json(folder / name, "Get or make it again.")
-            settings[name] = {key: value for key, value in content.items() if key not in _NO_SETTINGS}
-    for pattern in _OTHER:
-        settings |= {str(file.relative_to(folder)): sha256(file) for file in folder.glob(pattern) if file.is_file()}
+    problems: list[str] = []
+    for file in files:
+        name = str(file.relative_to(folder))
+        if not file.exists() and not file.is_symlink():
+            continue
+        if problem := misplaced(file, folder):
+            problems.append(f"{problem}.")
+            continue
+        try:
+            if name in _JSON:
+                settings[name] = read_json(file, _REMEDY)
+                continue
+            if file.suffix in (".jinja", ".txt"):
+                read_text(file, MAX_JSON)
+            settings[name] = sha256(file)
+        except ArtifactError as error:
+            problems += error.problems
+        except Malformed as error:
+            problems.append(f"{file} is damaged or cannot be read ({error}). {_REMEDY}")
+    if problems:
+        raise ArtifactError(several(problems))
+    return settings
+
+
+def settings_sha256(folder: Path) -> str:
+    """SHA-256 of a model folder's settings, whatever the order and spacing of its JSON; raises as `read_settings`."""
+    settings = read_settings(folder)
+    for name in settings.keys() & set(_JSON):
+        settings[name] = {key: value for key, value in settings[name].items() if key not in _NO_SETTINGS}
     return digest(settings)
 
 

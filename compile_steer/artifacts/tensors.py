@@ -20,6 +20,7 @@ from safetensors import safe_open
 from compile_steer.artifacts.files import load_foreign_json
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors, several
+from compile_steer.common.reading import MAX_JSON, Malformed, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,22 @@ def open_tensors(path: Path, framework: str) -> Iterator[Any]:
         yield file
 
 
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The type and shape of each tensor of a safetensors file; raises `ArtifactError` where it cannot be one.
+
+    The library, which checks places and sizes, takes one of two tensors of the same name without a word.
+    """
+    with open_tensors(path, "np"), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > MAX_JSON:
+                raise Malformed(f"its header has {length:,} bytes; at most {MAX_JSON:,} are read")
+            header = parse_json(file.read(length).decode())
+        except Malformed as error:
+            raise ArtifactError(f"{path} is damaged: its header cannot be read ({error}). Make it again.") from error
+    return {name: info for name, info in header.items() if name != "__metadata__"}
+
+
 class Checkpoint:
     """The tensors of a model `folder` by name, as transformers would load them."""
 
@@ -138,12 +155,8 @@ class Checkpoint:
     @cached_property
     def specs(self) -> Mapping[str, tuple[str, list[int]]]:
         """The type, such as 'F32', 'BF16' or 'F8_E4M3', and the shape in which each tensor is stored; raises as `files`."""
-        specs: dict[str, tuple[str, list[int]]] = {}
-        for file in sorted(set(self.files.values())):
-            with open_tensors(file, "np") as content:
-                headers = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-                specs |= {name: (header.get_dtype(), header.get_shape()) for name, header in headers.items()}
-        return specs
+        files = sorted(set(self.files.values()))
+        return {name: (info["dtype"], info["shape"]) for file in files for name, info in read_header(file).items()}
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""
@@ -178,6 +191,8 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     indexed: dict[str, str] = {}
     if not single.is_file() and index.is_file():
+        if problem := misplaced(index, folder):
+            raise ArtifactError(f"{problem}.")
         needed = (
             "an index of a model with 'metadata', and 'weight_map' with the file of each tensor; get or make it again"
         )
@@ -191,8 +206,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
         if problem := misplaced(file, folder):
             problems.append(problem if not indexed else f"{problem} ({INDEX_FILE} names it).")
             continue
-        with open_tensors(file, "np") as content:
-            files[file] = list(content.keys())
+        files[file] = sorted(read_header(file))
     holders: dict[str, Path] = {}
     for file, names in files.items():
         problems += [f"{name} lies in both {holders[name]} and {file}." for name in names if name in holders]
@@ -214,10 +228,10 @@ def misplaced(file: Path, folder: Path) -> str:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not file.is_relative_to(folder) or ".." in file.parts[len(folder.parts) :]:
         return f"{file} lies outside of {folder}"
-    if not file.is_file():
-        return f"{file} does not exist"
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
         return f"{file} is a link to {target}, outside of the folder. Copy the file there instead"
+    if not file.is_file():
+        return f"{file} {'is not a file' if file.exists() else 'does not exist'}"
     return ""
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -37,7 +37,7 @@ from compile_steer.artifacts.tensors import (
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.export.model_folder import copy_side_files, patched_content
-from compile_steer.models.libraries import quiet, read_config
+from compile_steer.models.libraries import quiet, read_config, without_weights
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.older_readers import CONFIG, with_older_rope, write_settings
 from compile_steer.steering.low_rank import LowRank, weight_delta
@@ -97,14 +97,14 @@ class MergedCheckpoint:
         self.folder = folder
         self._base = Checkpoint(folder)
         self._content = patched_content(folder, patch)
-        self.model = _without_weights(read_config(self._content))
+        self.model = without_weights(read_config(self._content))
         self._edits = _edits(patch, self.model)
         # Two modules that share a matrix get one each where the patch changes what one of them computes.
         shared = self.model.all_tied_weights_keys
         self._copies = shared if patch.untie or self._edits.keys() & {*shared, *shared.values()} else {}
         if self._copies:
             self._content["tie_word_embeddings"] = False
-            self.model = _without_weights(read_config(self._content))
+            self.model = without_weights(read_config(self._content))
         self.files = {file: list(names) for file, names in checkpoint_files(folder).items()}
         self._added: dict[str, str] = {}  # name -> the tensor beside which it is saved
         self._parameters: dict[str, str] = {}  # name -> parameter of the model
@@ -263,9 +263,3 @@ def _edits(patch: WeightPatch, model: nn.Module) -> dict[str, list[_Edit]]:
     if problems:
         raise ArtifactError(several(problems))
     return edits
-
-
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config` on torch's meta device: modules, names and shapes."""
-    with torch.device("meta"), quiet():
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from compile_steer.artifacts.files import read_json
+from compile_steer.artifacts.revision import read_settings
 from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.common.errors import ArtifactError, CompileSteerError
+from compile_steer.common.errors import ArtifactError, CompileSteerError, brief
+from compile_steer.models.claims import require_counts, require_numbers
 from compile_steer.models.libraries import quiet_library_errors, read_config
 
 _REMEDY = "Get or make the model again."
@@ -29,11 +32,13 @@ def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], Compil
 
     Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
     """
-    require_plain(folder)
-    with quiet_library_errors(explain):
+    shapes = {name: shape for name, (_kind, shape) in require_plain(folder).items()}
+    with quiet_library_errors(lambda reason: explain(f"config.json or generation_config.json: {reason}")):
+        config = read_config(folder)
+        require_numbers(folder / "config.json", config, shapes)
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=read_config(folder),
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -52,22 +57,45 @@ def read_tokenizer(
 
     Where it has no padding token, its end-of-text token pads.
     """
-    with quiet_library_errors(explain):
+    with quiet_library_errors(lambda reason: explain(f"tokenizer.json or tokenizer_config.json: {reason}")):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=model.config, trust_remote_code=False
         )
+        if (folder / "tokenizer.json").is_file() and type(tokenizer) is not TokenizersBackend:
+            # Many classes build the steps that split and normalise text anew; all other readers take those of the file.
+            tokens = {
+                name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")
+            }
+            tokenizer = TokenizersBackend.from_pretrained(folder, **tokens)
+        ids = tokenizer("x y")["input_ids"]
+    drops = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if not ids or drops:
+        reason = f"leaves out merges at random (dropout {drops})" if drops else "makes no tokens of a text"
+        raise ArtifactError(f"{folder / 'tokenizer.json'}: its model {reason}. Get it from the publisher again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     require_rows(folder, model, tokenizer)
     return tokenizer
 
 
-def require_plain(folder: Path) -> None:
-    """Raise `ArtifactError` unless `folder` is one whole model of floating-point weights: no adapter, nothing quantised."""
-    config = read_json(folder / "config.json", _REMEDY)
+def require_plain(folder: Path) -> Mapping[str, tuple[str, list[int]]]:
+    """The type and shape of each tensor in `folder`, where it is one whole model of floating-point weights.
+
+    Raises `ArtifactError` for an adapter beside it, anything quantised, and settings that are damaged or of another model.
+    """
+    settings, specs = read_settings(folder), Checkpoint(folder).specs
+    config = settings["config.json"] if "config.json" in settings else read_json(folder / "config.json", _REMEDY)
     nested = config.get("text_config")
     parts = [config, nested] if isinstance(nested, dict) else [config]
     problems = []
+    if not isinstance(config.get("model_type"), str):
+        problems.append(
+            f"{folder / 'config.json'}: model_type is {brief(config.get('model_type'))}; needed: the name of its family."
+        )
+    for part in parts:
+        rows, pad = part.get("vocab_size"), part.get("pad_token_id")
+        if isinstance(rows, int) and isinstance(pad, int) and pad >= rows:
+            problems.append(f"{folder / 'config.json'}: pad_token_id is {pad}; needed: below vocab_size, {rows}.")
     if (folder / "adapter_config.json").exists():
         problems.append(
             f"{folder} holds an adapter (adapter_config.json) beside the model, and transformers would load both. Merge it first "
@@ -79,7 +107,7 @@ def require_plain(folder: Path) -> None:
             "readers follow. Remove the key, and give the files their standard names."
         )
     by = next((part[key] for part in parts for key in _QUANTIZED if part.get(key) is not None), None)
-    stored = {name: kind for name, (kind, _shape) in Checkpoint(folder).specs.items() if kind not in _FLOATS}
+    stored = {name: kind for name, (kind, _shape) in specs.items() if kind not in _FLOATS}
     packed = [f"{name} ({kind})" for name, kind in sorted(stored.items()) if not name.endswith(_NO_WEIGHTS)]
     if by is not None or packed:
         how = f"as {_listed(packed)} {'is' if len(packed) == 1 else 'are'}"
@@ -91,6 +119,8 @@ def require_plain(folder: Path) -> None:
         )
     if problems:
         raise ArtifactError(problems)
+    require_counts(folder / "config.json", config, {name: shape for name, (_kind, shape) in specs.items()})
+    return specs
 
 
 def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:

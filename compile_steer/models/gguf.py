@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from compile_steer.models.claims import require_counts, require_numbers
+
 ROPE_FACTORS = "rope_freqs.weight"  # [d_head / 2], the divisors of the rotary frequencies
+_INTEGERS = {kind for kind in gguf.GGUFValueType if "INT" in kind.name}
 _ARCHITECTURES = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -24,11 +27,15 @@ def gguf_in(folder: Path) -> Path | None:
 def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """Return the model with de-quantised weights, its tokenizer, and every tensor that only file or model has.
 
-    Raises what transformers and gguf raise for a file or family that they cannot read.
+    Raises `ArtifactError` for a file that claims what its tensors are not, else what transformers and gguf raise.
     """
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     reader = gguf.GGUFReader(file)
-    names = {tensor.name for tensor in reader.tensors}
+    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    names = shapes.keys()
+    numbers = {name: field.contents() for name, field in reader.fields.items() if field.types[0] in _INTEGERS}
+    require_counts(file, numbers, shapes)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    require_numbers(file, config, shapes)
     # The file records the width of a head, but transformers does not read it for every family.
     width = reader.get_field(f"{config.model_type}.attention.key_length")
     if width is not None:

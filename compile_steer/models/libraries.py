@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compile_steer.common.errors import CompileSteerError, library_errors
@@ -58,3 +59,9 @@ def read_config(source: Path | dict[str, Any]) -> PreTrainedConfig:
     text = config.get_text_config()
     text.return_dict, text.output_hidden_states = True, False
     return config
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `config` on torch's meta device: modules, names and shapes."""
+    with torch.device("meta"), quiet():
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))

@@ -149,7 +149,19 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "unknown rope": (config(rope_parameters={"rope_type": "magic", "rope_theta": 1e4}), "cannot be loaded"),
     "damaged tokenizer": (text("tokenizer.json", '{"model": 3}'), "cannot be loaded"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
-    "damaged generation": (text("generation_config.json", "{"), "generation_config.json|cannot be loaded"),
+    "damaged generation": (text("generation_config.json", "{"), r"generation_config\.json .*line 1, column 1"),
+    "list of settings": (text("tokenizer_config.json", "[]"), r"tokenizer_config\.json .*found list"),
+    "settings no JSON": (text("tokenizer_config.json", "{'a'}"), r"tokenizer_config\.json .*line 1, column 2"),
+    "cut tokenizer": (text("tokenizer.json", '{"model": 3,\n'), r"tokenizer\.json .*line 2"),
+    "key twice": (
+        text("special_tokens_map.json", '{"a": 1, "a": 2}'),
+        r"special_tokens_map\.json .*'a' is given twice",
+    ),
+    "template in Latin-1": (
+        lambda folder: (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\ncaf\xe9"),
+        r"chat_template\.jinja .*line 2, column 4: byte 0xe9 is not UTF-8",
+    ),
+    "folder for a file": (lambda folder: (folder / "added_tokens.json").mkdir(), r"added_tokens\.json is not a file"),
 }
 
 

@@ -117,6 +117,25 @@ def single_file_is_a_link(folder: Path) -> None:
     (folder / SINGLE_FILE).symlink_to("../b.safetensors")
 
 
+def with_header(file: Path, header: str) -> None:
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+
+
+def name_twice(folder: Path) -> None:
+    tensor = '"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    with_header(folder / SECOND, f"{{{tensor}, {tensor}}}")
+
+
+def long_header(folder: Path) -> None:
+    tensor = '"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    with_header(folder / SECOND, f"{{{tensor}{' ' * 70_000_000}}}")
+
+
+def index_is_a_link(folder: Path) -> None:
+    (folder / INDEX_FILE).rename(folder.parent / "index.json")
+    (folder / INDEX_FILE).symlink_to("../index.json")
+
+
 def index_text(text: str) -> Callable[[Path], None]:
     return lambda folder: _write_text(folder / INDEX_FILE, text)
 
@@ -148,6 +167,9 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: write(folder, {"a": FIRST, "b": FIRST}, {}), f"names b in {FIRST}, which does not hold it"),
     (lambda folder: write(folder, {"a": FIRST, "b": SECOND, "c": SECOND}, {}), "names c in"),
     (lambda folder: save_file({"a": torch.ones(2), "b": torch.ones(3)}, folder / SECOND), "a lies in both"),
+    (name_twice, f"{SECOND} is damaged: its header cannot be read .line 1, column .*: the key 'b' is given twice"),
+    (long_header, f"{SECOND} is damaged: its header cannot be read .its header has 70,000,0"),
+    (index_is_a_link, "index.json is a link to .*outside of the folder"),
     (index_text("["), "is damaged"),
     (index_text("[]"), "needed: a JSON object"),
     (index_text("{}"), "metadata: missing; weight_map: missing"),

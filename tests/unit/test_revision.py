@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compile_steer.artifacts.revision import join_revision, other_revision
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, CompileSteerError
 from compile_steer.models.load import load, revision_of
 from compile_steer.steering.program import Program
 from tests.helpers.tiny import build, chat_tokenizer, intervention
@@ -150,3 +150,28 @@ def test_value_is_hashed_and_not_its_place_in_the_file(tmp_path: Path) -> None:
         save_file({key: torch.tensor([float(ord(key))]) for key in order}, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
     assert revision_of(str(tmp_path / "a")) == revision_of(str(tmp_path / "b"))
+
+
+LINKED = ("tokenizer.json", "config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_link_out_of_the_folder_is_refused_and_its_text_not_shown(tmp_path: Path, original: Path, name: str) -> None:
+    shutil.copytree(original, tmp_path / "m")
+    (tmp_path / "secret").write_text("hunter2 {{ hunter2 }}", encoding="utf-8")
+    file = tmp_path / "m" / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(CompileSteerError, match=rf"{name} is a link to .*secret, outside of the folder") as refused:
+        load(str(tmp_path / "m"), device="cpu")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_snapshot_of_the_hub_is_loaded_by_its_links(tmp_path: Path, original: Path) -> None:
+    shutil.copytree(original, tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    for file in original.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert load(str(snapshot), device="cpu").revision == load(str(original), device="cpu").revision
