@@ -24,6 +24,7 @@ class Question:
     prompt: str  # the whole user prompt, choices included
     letters: tuple[str, ...]
     answer: int  # index of the right letter
+    choices: tuple[str, ...] = ()  # what the letters stand for, where it is known
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.reading import read_json_lines
 from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, repeated_prompts
-from compile_steer.data.section import TEXTS, text_of
-from compile_steer.data.sources import MAX_LINES, Reader, Row, checked_row
+from compile_steer.data.section import TEXTS
+from compile_steer.data.sources import MAX_LINES, Reader, Row, checked_row, text_of
 from compile_steer.models.text import Pair, Text
 
 KEYS = ("prompt", "positive", "negative")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.options import Section
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, normalized, repeated_prompts
-from compile_steer.data.sources import MAX_LINES, Reader, Row, Source
+from compile_steer.data.sources import MAX_LINES, Reader, Row, Source, text_of
+from compile_steer.data.templates import fill, template_problems
 from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
@@ -70,7 +70,8 @@ class DataSection(Section, ABC):
         """
         reader = Reader(folder)
         rows = {name: reader.rows(*self._row_args(name)) for name in _PARTS}
-        splits, texts = ({name: rows[name] for name in names} for names in (SPLITS, _TEXT_KEYS))
+        splits = {name: self.arranged(rows[name]) for name in SPLITS}
+        texts = {name: rows[name] for name in _TEXT_KEYS}
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
         repeated, unusable = list(repeated_prompts(prompts)), list(self.problems(splits))
@@ -97,6 +98,10 @@ class DataSection(Section, ABC):
         """The arguments of `Reader.rows` for a part."""
         source: Source | None = getattr(self, name)
         return name, source or TEXTS / f"{name}.jsonl", *_TEXT_KEYS.get(name, (self.keys, self.optional))
+
+    def arranged(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return the rows of a split as they are used."""
+        return rows
 
     def subject(self, row: Row) -> str:
         """Return what must differ between any two rows."""
@@ -217,7 +222,11 @@ class ChoicesData(DataSection):
     question_template: str = Field(
         "{question}\n{choices}\nAnswer with the letter only.", description="how a question and its choices are asked"
     )
+    balance_letters: bool = Field(False, description="turn the choices so that each letter is right equally often")
     keys = ("question", "choices", "answer")
+
+    def arranged(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return [_turned(row, n) for n, row in enumerate(rows)] if self.balance_letters else rows
 
     def subject(self, row: Row) -> str:
         # The same question with its choices in another order is still the same question.
@@ -238,7 +247,7 @@ class ChoicesData(DataSection):
             if len(set(right)) == 1:
                 yield (
                     f"data.{name}: the right answer is {right[0]} in every row ({len(right)}), so that the letter alone "
-                    "separates right from wrong. Change the order of the choices from row to row."
+                    "separates right from wrong. Set data.balance_letters: true, or change the choices' order."
                 )
 
     def pair(self, row: Row) -> Pair:
@@ -257,7 +266,7 @@ class ChoicesData(DataSection):
         letters = tuple(ascii_uppercase[: len(row["choices"])])
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
         prompt = fill(self.question_template, question=row["question"], choices=choices)
-        return Question(prompt, letters, _answer(row) or 0)  # a row without an answer was refused before
+        return Question(prompt, letters, _answer(row) or 0, tuple(row["choices"]))  # one without an answer was refused
 
 
 def _kind(value: Any) -> str:
@@ -274,17 +283,12 @@ Data = Annotated[
 ]
 
 
-def template_problems(key: str, template: str, *placeholders: str) -> Iterator[str]:
-    """Yield a line for each placeholder that the template does not contain exactly once."""
-    for placeholder in placeholders:
-        if template.count(placeholder) != 1:
-            yield f"data.{key} '{template}' must contain {placeholder} exactly once."
-
-
-def fill(template: str, **values: str) -> str:
-    """Return the template with its placeholders replaced; braces in a value, and other braces, stay text."""
-    # In one pass: a value that contains another placeholder must not be filled again.
-    return re.sub(r"\{([^{}]*)\}", lambda match: values.get(match[1], match[0]), template)
+def _turned(row: Row, n: int) -> Row:
+    """Return the row with its choices in a cycle, the right one at place `n` of it; as it is if it has no answer."""
+    right, choices = _answer(row), row["choices"]
+    by = (right or 0) - n % len(choices)
+    turned = {**row, "choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
+    return row if right is None else turned
 
 
 def _answer(row: Row) -> int | None:
@@ -293,8 +297,3 @@ def _answer(row: Row) -> int | None:
     if isinstance(answer, int):
         return answer if 0 <= answer < len(choices) else None
     return choices.index(answer.strip()) if answer.strip() in choices else None
-
-
-def text_of(row: Row) -> Text:
-    """Return the text of a row with a prompt, and with a response and earlier turns if it has them."""
-    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))

@@ -12,6 +12,7 @@ from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, library_errors, require_library
 from compile_steer.common.options import Section, Seed
 from compile_steer.common.reading import Malformed, read_json_lines
+from compile_steer.models.text import Text
 
 MAX_CHOICES = 26  # as many as there are letters
 MAX_ROWS = 500_000  # of a file: all are kept in memory
@@ -213,3 +214,8 @@ def load_table(source: Dataset, folder: Path) -> Any:
         finally:
             if not bars_disabled:
                 datasets.enable_progress_bars()
+
+
+def text_of(row: Row) -> Text:
+    """Return the text of a row with a prompt, and with a response and earlier turns if it has them."""
+    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))

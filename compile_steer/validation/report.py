@@ -60,6 +60,22 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Confound:
+    """Something else than the behaviour that tells the two sides apart, or that the direction moves."""
+
+    what: str
+    evidence: str  # on the pairs that the direction is found from
+    cure: str
+    on_test: str = ""  # what steering does to test pairs with it and against it
+    auroc: Interval | None = None  # of the two sides, by this alone
+    p_value: float | None = None  # of a permutation test over all that was tried
+
+    def __str__(self) -> str:
+        on_test = self.on_test and f"; {self.on_test}"
+        return f"confounded with {self.what}: {self.evidence}{on_test}. {self.cure}"
+
+
+@dataclass(frozen=True)
 class Separability:
     """How well the direction separates held-out pairs (Braun et al. 2505.22637)."""
 
@@ -147,6 +163,7 @@ class ValidationReport(Summary):
     inputs: str = ""  # fingerprint of what the report depends on
     verdict: Verdict = "inconclusive"
     reasons: list[str] = field(default_factory=list)
+    confounds: list[Confound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -16,13 +16,14 @@ from compile_steer.models.tokens import encode, require_room
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
 from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
-from compile_steer.steering.directions import Directions
+from compile_steer.steering.directions import FROM_LABELS, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
+from compile_steer.validation.confounds import Feature, find_confounds, on_direction
 from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
-from compile_steer.validation.report import Coherence, Scores, SweepPoint, ValidationReport
+from compile_steer.validation.report import Coherence, Confound, Scores, SweepPoint, ValidationReport
 from compile_steer.validation.sweep import candidates, sweep
 from compile_steer.validation.verdict import decide, remarks
 
@@ -75,6 +76,7 @@ def validate(
     # Choose the program on validation data.
     evaluator = ContrastEvaluator(model, data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral])
     power = _power(context, options, evaluator.base_margins, score)
+    suspects = _confounds(context, options, directions, score, readout)
     chosen = sweep(context, options, layers, program_at, evaluator, score)
     layer, coefficient = chosen.best.layer, chosen.best.coefficient
     program = program_at(layer, coefficient)
@@ -118,10 +120,28 @@ def validate(
         samples=samples,
         n_pairs=len(test),
         n_prompts=len(answers["base"].texts),
+        confounds=on_direction(suspects, data, test, effects),
     )
     verdict, reasons = decide(report, options)
     report = replace(report, verdict=verdict, reasons=reasons, notes=[*context.notes, *remarks(report)])
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
+
+
+def _confounds(
+    context: Context, options: ValidateOptions, directions: Directions, score: Score, readout: Readout
+) -> list[tuple[Feature, Confound]]:
+    """What else the pairs of the directions differ in, noted before the sweep begins."""
+    data = context.data
+    # A vector of another tool was not made of these pairs; of prompts alone, their instruction is what is wanted.
+    own = directions.controls == FROM_LABELS and readout == "response_mean"
+    asked = [side.prompt.replace(pair.prompt, "") + side.system for pair in data.train for side in [pair.positive]]
+    can_score = not any(part.unfit_for_data_texts for part in options.score.parts)
+    suspects = find_confounds(
+        data, data.train if own else (), score if can_score else None, " ".join([options.instruction, *asked])
+    )
+    for _feature, confound in suspects:
+        context.progress.note(str(confound))
+    return suspects
 
 
 def _require_pairs(data: Behaviour) -> None:

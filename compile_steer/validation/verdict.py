@@ -161,7 +161,7 @@ def _doubts(report: ValidationReport) -> Iterator[str]:
 def remarks(report: ValidationReport) -> list[str]:
     """What does not affect the verdict: is steering better than prompting, what was not controlled, and the corrections."""
     s = report.scores
-    notes = []
+    notes = list(map(str, report.confounds))
     for baseline, mean, over in (
         ("asking for it in the prompt", s.instructed, s.over_instructed),
         ("showing examples before the prompt", s.few_shot, s.over_few_shot),

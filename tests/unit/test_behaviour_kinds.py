@@ -11,7 +11,8 @@ import pytest
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.encoding import check_texts
-from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, fill
+from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData
+from compile_steer.data.templates import fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
 from tests.helpers.tiny import chat_tokenizer, loaded, tokenizer
@@ -59,7 +60,7 @@ def test_a_question_becomes_a_prompt_with_letters_and_a_pair_of_letters(tmp_path
     assert (pair.prompt, pair.positive) == (prompt, Text(prompt, "B"))
     assert pair.negative.prompt == prompt
     assert pair.negative.response in {"A", "C"}
-    assert data.questions[prompt] == Question(prompt, ("A", "B", "C"), 1)
+    assert data.questions[prompt] == Question(prompt, ("A", "B", "C"), 1, ("none", " both", "{question}"))
     assert len(data.questions) == 36
     assert data.train[7].positive.response == "C"
 
@@ -74,6 +75,18 @@ def test_a_wrong_letter_is_any_of_them_and_the_same_one_every_time(tmp_path: Pat
     rows["train"].reverse()
     again = {pair.prompt: pair for pair in read(tmp_path, ChoicesData, rows).train}
     assert [again[pair.prompt] for pair in data.train] == list(data.train)
+
+
+def test_balanced_letters_turn_the_choices_and_keep_the_right_one(tmp_path: Path) -> None:
+    rows = quiz()
+    for row in rows["train"]:  # the answer is always A, by number or by text
+        row["answer"] = 0 if row["question"].endswith("0?") else row["choices"][0]
+    assert any("Set data.balance_letters: true" in line for line in problems(tmp_path, ChoicesData, rows))
+    data = read(tmp_path, ChoicesData, rows, balance_letters=True)
+    assert [pair.positive.response for pair in data.train] == list("ABCDEABCDEAB")
+    asked = [data.questions[pair.prompt] for pair in data.train]
+    assert [question.choices[question.answer] for question in asked] == [f"p{n}" for n in range(12)]
+    assert asked[1].choices == ("t1", "p1", "q1", "r1", "s1") and "B. p1" in asked[1].prompt
 
 
 def test_what_no_question_can_be_made_of_is_reported_at_once(tmp_path: Path) -> None:
