@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.record import ROOT, prose, table
 from benchmarks.seeds.ifeval import EXCLUDE, FORMAT, INCLUDE, Answers, Row, by_kind, follows, read
+from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.extraction.pair_methods import ExtractedDirections
@@ -24,7 +25,7 @@ from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CalibrationOptions, CompileOptions
 from compile_steer.models.forward import median_norms, read_activations
-from compile_steer.models.load import EMBEDDED, LoadedModel, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.base import Reply

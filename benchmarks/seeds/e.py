@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.record import ROOT, table
+from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Question
 from compile_steer.extraction import choices
 from compile_steer.extraction.choices import Item
-from compile_steer.models.load import EMBEDDED, LoadedModel, load
+from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe

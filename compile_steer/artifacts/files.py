@@ -16,6 +16,7 @@ from compile_steer.common import reading
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.common.options import explain
 from compile_steer.common.reading import Malformed
+from compile_steer.common.yaml import parse_yaml
 
 _Record = TypeVar("_Record")
 _Artifact = TypeVar("_Artifact")
@@ -72,6 +73,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged (found {type(content).__name__}, needed: a JSON object). {remedy}")
     return content
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """The fields of the YAML header of a Markdown file, a model card; none where there is no file or no valid header."""
+    try:
+        before, _dashes, rest = reading.read_text(path, reading.MAX_JSON).partition("---\n")
+        header = parse_yaml(rest.partition("\n---\n")[0]).content if not before else None
+    except Malformed:
+        header = None
+    return header if isinstance(header, dict) else {}
 
 
 def load_json(path: Path, kind: type[_Record], name: str, remedy: str) -> _Record:

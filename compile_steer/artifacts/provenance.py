@@ -141,6 +141,7 @@ class Provenance:
     chat: dict[str, Any] = field(default_factory=dict)  # what the chat template was given: arguments, name, date
     described: str = ""  # the program in words
     architecture: str = ""  # the family whose stock code loads the result
+    license: str = ""  # of the base, as its own files name it
     biases: int = 0  # the number of modules that were given a bias
     fingerprint: list[float] = field(default_factory=list)  # `models.logprobs.fingerprint` in memory before writing
     files_sha256: dict[str, str] = field(default_factory=dict, compare=False)  # not known before it is written

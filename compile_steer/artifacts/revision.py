@@ -16,6 +16,7 @@ from compile_steer.artifacts.tensors import misplaced
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.common.reading import MAX_JSON, Malformed, read_text
 
+EMBEDDED = "smollm2-135m-instruct"
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "chat_template.json",
@@ -25,6 +26,11 @@ _OTHERS = ("*.model", "*.tiktoken", "tekken.json")
 _REMEDY = "Get or make it again."
 # What a library writes about itself, and paths.
 _NO_SETTINGS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only"})
+
+
+def is_gguf(model: str) -> bool:
+    """True of a name that stands for a GGUF file, which transformers, PEFT and vLLM cannot load by that name."""
+    return model == EMBEDDED or model.endswith(".gguf")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

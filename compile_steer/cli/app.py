@@ -57,6 +57,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": artifacts.inspect,
     "audit": artifacts.audit,
     "export": artifacts.export,
+    "base": artifacts.base,
     "verify-engines": artifacts.verify_engines,
     "push": artifacts.push,
     "glossary": glossary,

@@ -140,6 +140,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the files: a new one, or an earlier export.")],
     base: Base = None,
     precision: Annotated[str, typer.Option(help="Of a checkpoint for llama.cpp: f32, f16, q8_0 or q4_0.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Export also what failed its verification.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write what a serving engine loads, in the form that it loads right; or say why it would not, and what to do.
@@ -150,8 +151,23 @@ def export(
     from compile_steer.cli.tables import print_export
     from compile_steer.tools.serving.export import export
 
-    exported = export(artifact, engine, out, base, precision)
+    exported = export(artifact, engine, out, base, precision, force)
     finish(as_json, exported, print_export)
+
+
+def base(
+    model: Annotated[str, typer.Argument(help="smollm2-135m-instruct (embedded), a .gguf file, a hub id, a folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write a model as the plain folder that transformers, PEFT and vLLM load, and that its adapters go on.
+
+    Of a GGUF file the weights are de-quantised to float32: exactly those that programs and adapters were made on.
+    """
+    from compile_steer.cli.tables import print_export
+    from compile_steer.tools.serving.export import export_base
+
+    finish(as_json, export_base(model, out), print_export)
 
 
 def verify_engines(

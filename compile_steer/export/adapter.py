@@ -54,7 +54,7 @@ def write_patch(
     with new_folder(folder) as new:
         if is_adapter(patch, loaded):
             modules = [loaded.layout.model.get_submodule(name) for name in patch.low_rank]
-            write_lora(new, patch.low_rank, loaded.id, any(isinstance(module, Conv1D) for module in modules))
+            write_lora(new, patch.low_rank, loaded.loadable, any(isinstance(module, Conv1D) for module in modules))
         else:
             _write_patch_file(new / PATCH_FILE, patch)
         if curves:
@@ -173,5 +173,6 @@ def patch_provenance(
         chat=asdict(loaded.chat),
         described=program.describe(),
         architecture=patch.architecture or str(loaded.model.config.model_type),
+        license=loaded.license,
         biases=len(patch.bias),
     )

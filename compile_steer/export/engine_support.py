@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compile_steer.artifacts.provenance import EngineName, Provenance
+from compile_steer.artifacts.revision import is_gguf
 from compile_steer.common.errors import shell_word
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
         )
         end = " (with --artifact)." if artifact.recombined else "."
         return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
-    base = artifact.model if artifact.revision.startswith("hub:") else "PATH OR ID OF THE BASE"
+    from_gguf = is_gguf(artifact.model)
+    base = artifact.model if artifact.revision.startswith("hub:") else "BASE" if from_gguf else "PATH OR ID OF THE BASE"
     names = {"folder": "THIS_FOLDER", "base": base, "name": artifact.name, "rank": "RANK", "file": GGUF_FILE}
     if artifact.form.startswith("gguf-"):
         # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
@@ -141,6 +143,10 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
     adapter = artifact.form == "adapter"
     form: Form = "adapter" if adapter else "checkpoint"
     support = [EngineSupport("transformers", load_commands("transformers", form, **names))]
+    if adapter and from_gguf:
+        note = "it is a GGUF file, which neither takes an adapter in transformers nor in vLLM. BASE is its weights as a folder."
+        write = f"compile-steer base {shell_word(artifact.model)} --out BASE"
+        support.insert(0, EngineSupport("The base", (write,), note))
     titles: dict[EngineName, str] = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
     for engine, title in titles.items():
         reads = adapter or not artifact.biases or reads_biases(engine, artifact.architecture)

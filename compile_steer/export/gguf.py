@@ -50,7 +50,10 @@ def config_refusals(config: PreTrainedConfig) -> list[str]:
     """Every reason why llama.cpp would not compute what transformers does from this config; empty where it would."""
     family = config.model_type
     if family not in _ARCHITECTURES:
-        return [f"GGUF files are written for {', '.join(sorted(_ARCHITECTURES))}; this model is of family {family}."]
+        return [
+            f"GGUF files are written for {', '.join(sorted(_ARCHITECTURES))}; this model is of family {family}. If llama.cpp "
+            "knows it, its own script converts a merged folder: python convert_hf_to_gguf.py FOLDER --outtype f16."
+        ]
     problems = []
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ("default", "llama3") or (rope == "llama3" and family != "llama"):

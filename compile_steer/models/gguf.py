@@ -66,6 +66,12 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     return model, tokenizer, problems
 
 
+def license_in(file: Path) -> object:
+    """What the file says of its licence; None where it says nothing."""
+    field = gguf.GGUFReader(file).get_field("general.license")
+    return None if field is None else field.contents()
+
+
 def scales_rotations(file: Path) -> bool:
     """Whether the file has factors of the rotary frequencies, as Llama 3's do."""
     return any(tensor.name == ROPE_FACTORS for tensor in gguf.GGUFReader(file).tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +19,20 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from compile_steer.artifacts.files import digest, own_files, sha256
-from compile_steer.artifacts.revision import join_revision, settings_sha256
+from compile_steer.artifacts.files import digest, own_files, read_front_matter, sha256
+from compile_steer.artifacts.revision import EMBEDDED, is_gguf, join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
-from compile_steer.models.gguf import ROPE_FACTORS, read_gguf, scales_rotations
+from compile_steer.models.gguf import ROPE_FACTORS, license_in, read_gguf, scales_rotations
 from compile_steer.models.libraries import quiet_library_errors
 from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
 _CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes: older folders are made again
-EMBEDDED = "smollm2-135m-instruct"
+_LICENSE = r"[A-Za-z0-9][\w.+-]{0,63}"  # an id of the hub's list, not a text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +46,7 @@ class LoadedModel:
         source: the folder that it was loaded from, and can be loaded from again.
         prompt_template: the chat template that a recipe's keys made; None where the model's own is used.
         chat: what the chat template was given.
+        license: as `ModelSource` says.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class LoadedModel:
     source: str
     prompt_template: str | None = None
     chat: ChatSettings = field(default_factory=ChatSettings)
+    license: str = ""
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")
@@ -62,6 +65,11 @@ class LoadedModel:
     @property
     def layout(self) -> Layout:
         return Layout.of(self.model)
+
+    @property
+    def loadable(self) -> str:
+        """As `ModelSource` says; a model that was never on a disk has its name alone."""
+        return self.id if self.revision.startswith("hub:") or not self.source else str(Path(self.source).resolve())
 
     @property
     def pad_id(self) -> int:
@@ -103,7 +111,7 @@ def load(
     if dtype not in DTYPES:
         raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
     target = choose_device(device)
-    source = _find(reference)
+    source = find_model(reference)
 
     def explain(reason: str) -> RecipeError:
         remedy = "Compare its config.json and its tokenizer's files with the publisher's, or get it again."
@@ -118,7 +126,8 @@ def load(
     template = tokenizer.chat_template if tokenizer.chat_template != own_template else None
     Layout.of(model)  # raises for an unknown family before anything runs
     chat = chat or ChatSettings()
-    return LoadedModel(frozen(model, target), tokenizer, reference, source.revision, str(source.folder), template, chat)
+    revision, folder = source.revision, str(source.folder)
+    return LoadedModel(frozen(model, target), tokenizer, reference, revision, folder, template, chat, source.license)
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -141,12 +150,12 @@ def choose_device(name: str) -> torch.device:
 
 def folder_of(reference: str) -> Path:
     """The local folder of a model, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
-    return _find(reference).folder
+    return find_model(reference).folder
 
 
 def revision_of(reference: str) -> str:
     """The revision of a model without loading it; raises `RecipeError` if it is not there."""
-    return _find(reference).revision
+    return find_model(reference).revision
 
 
 def gguf_of(reference: str) -> Path | None:
@@ -161,13 +170,14 @@ def gguf_of(reference: str) -> Path | None:
             )
         return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     path = Path(reference).expanduser()
-    return path if path.suffix == ".gguf" else None
+    return path if is_gguf(reference) else None
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A model's local folder, and where it comes from: a commit of the hub, or a GGUF file; else neither."""
+class ModelSource:
+    """A model's name and local folder, and where it comes from: a commit of the hub, or a GGUF file; else neither."""
 
+    reference: str
     folder: Path
     commit: str = ""
     gguf: Path | None = None
@@ -178,14 +188,27 @@ class _Source:
         settings = settings_sha256(self.folder) if self.gguf is None else sha256(self.gguf)
         return join_revision(Checkpoint(self.folder).sha256, settings, self.commit)
 
+    @property
+    def loadable(self) -> str:
+        """What transformers, PEFT and vLLM load it by: its id on the hub, or the full path of its folder."""
+        return self.reference if self.commit else str(self.folder.resolve())
 
-def _find(reference: str) -> _Source:
+    @property
+    def license(self) -> str:
+        """An id as the hub has them, from the GGUF file or the card in the folder; '' where neither names one."""
+        named = (
+            read_front_matter(self.folder / "README.md").get("license") if self.gguf is None else license_in(self.gguf)
+        )
+        return named if isinstance(named, str) and re.fullmatch(_LICENSE, named) else ""
+
+
+def find_model(reference: str) -> ModelSource:
     """Where a model is, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
     path = Path(reference).expanduser()
     if (gguf := gguf_of(reference)) is not None:
         if not gguf.is_file():
             raise RecipeError(f"model '{reference}': no such file.")
-        return _Source(_dequantised(gguf), gguf=gguf)
+        return ModelSource(reference, _dequantised(gguf), gguf=gguf)
     if not path.is_dir():
         if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
             raise RecipeError(f"model '{reference}': no such folder; needed: a folder with config.json and weights.")
@@ -193,10 +216,10 @@ def _find(reference: str) -> _Source:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         with quiet_library_errors(lambda reason: _not_loaded(reference, reason)):
             path = Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=not _hub_reachable()))
-        return _Source(path, commit=path.name)  # the hub's cache names a snapshot's folder by its commit
+        return ModelSource(reference, path, commit=path.name)  # the hub's cache names a snapshot's folder by its commit
     if not (path / "config.json").is_file():
         raise RecipeError(f"model '{reference}': {path} has no config.json, so it is not a transformers model folder.")
-    return _Source(path)
+    return ModelSource(reference, path)
 
 
 def _hub_reachable() -> bool:

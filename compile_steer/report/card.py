@@ -15,11 +15,9 @@ from typing import Any
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
-from compile_steer.artifacts.files import digest, edit_check, save_text
+from compile_steer.artifacts.files import digest, edit_check, read_front_matter, save_text
 from compile_steer.artifacts.provenance import CARD, PARITY, EngineRecord, Provenance, load_engine_records
 from compile_steer.common.errors import ArtifactError
-from compile_steer.common.reading import MAX_JSON, Malformed, read_text
-from compile_steer.common.yaml import parse_yaml
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report.render import render
 from compile_steer.report.terminal import details
@@ -103,7 +101,8 @@ def _header(origin: Provenance, filled: Mapping[str, Any]) -> str:
     """The YAML header, with a comment for each field that only a person knows and nobody filled in."""
     library = "gguf" if origin.form.startswith("gguf") else "transformers" if origin.is_merged else "peft"
     base = {"base_model": origin.model} if origin.revision.startswith("hub:") else {}
-    fields = {"library_name": library, **base, **filled, "tags": ["steering-vector", "compile-steer"]}
+    known = {"license": origin.license} if origin.license else {}
+    fields = {"library_name": library, **base, **known, **filled, "tags": ["steering-vector", "compile-steer"]}
     yaml, stream = YAML(), StringIO()
     yaml.width = 4096
     yaml.dump(fields, stream)
@@ -113,11 +112,6 @@ def _header(origin: Provenance, filled: Mapping[str, Any]) -> str:
 
 def _read_header(path: Path) -> dict[str, Any]:
     """Return the fields of a card's YAML header that only a person knows."""
-    try:
-        before, _dashes, rest = read_text(path, MAX_JSON).partition("---\n")
-        header = parse_yaml(rest.partition("\n---\n")[0]).content if not before else None
-    except Malformed:
-        header = None  # there is none, or somebody broke it: nothing can be kept
-    fields = header if isinstance(header, dict) else {}
+    fields = read_front_matter(path)  # where somebody broke it, nothing can be kept
     kept = {key: fields[key] for key in _FILLED_IN if fields.get(key)}
     return {key: list(map(str, value)) if isinstance(value, list) else str(value) for key, value in kept.items()}

@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from compile_steer.artifacts.files import own_files, sha256
+from compile_steer.artifacts.files import own_files, read_front_matter, sha256
 from compile_steer.artifacts.paths import RunPaths
-from compile_steer.artifacts.provenance import PARITY, Provenance
+from compile_steer.artifacts.provenance import CARD, PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError, library_errors
 from compile_steer.common.progress import Progress
 from compile_steer.pipeline.artifacts import verify
@@ -87,7 +87,8 @@ def prepare(folder: Path, target: str, private: bool, recipes: Path | None = Non
     if not provenance.revision.startswith("hub:"):
         local = f"the base is named as '{provenance.model}' in the files, a local model"
         notes.append(f"{local}; name its id in the card (base_model).")
-    notes.append("fill in the licence in the card's header before it is public: the base's licence binds it.")
+    licence = "fill in the licence in the card's header before it is public: the base's licence binds it."
+    notes += [licence] * (not read_front_matter(folder / CARD).get("license"))
     return Upload(folder, target, private, files, refusals, notes)
 
 

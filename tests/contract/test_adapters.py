@@ -120,7 +120,7 @@ def test_adapters_are_plain_lora_of_one_rank_with_the_scale_baked_in(
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (written, written)
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
-    assert (config["base_model_name_or_path"], config["fan_in_fan_out"]) == ("tiny-llama", False)
+    assert (config["base_model_name_or_path"], config["fan_in_fan_out"]) == (saved("llama").source, False)
     for rich in ("use_rslora", "use_dora", "lora_bias", "alpha_pattern", "rank_pattern", "modules_to_save"):
         assert not config[rich]
     tensors, _metadata = read_tensors(folder / ADAPTER_WEIGHTS)

@@ -29,6 +29,7 @@ ON_AN_ARTIFACT = {
     "reproduce": ["BAD"],
     "audit": ["BAD", "BAD"],
     "export": ["BAD", "--for", "vllm", "--out", "OUT"],
+    "base": ["BAD", "--out", "OUT"],
     "verify-engines": ["BAD", "--engine", "llama.cpp"],
     "push": ["BAD", "--to", "a/b"],
 }

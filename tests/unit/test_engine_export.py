@@ -83,12 +83,13 @@ def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
     one = byte_level.saved("llama", tmp_path / "base")
     patch = random_patch(one)
     write_patch(tmp_path / "ours", patch, one, origin(one), "")
-    with pytest.raises(CannotLower, match=r"its base 'tiny-llama' is not at hand.*--base"):
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CannotLower, match=r"its base '.*base' is not at hand.*--base"):
         export(tmp_path / "ours", "llama.cpp", tmp_path / "out")
     with pytest.raises(CompileSteerError, match=r"out'?: .*no config\.json"):
         (tmp_path / "out").mkdir()
         export(tmp_path / "ours", "vllm", tmp_path / "out", base=str(tmp_path / "out"))
-    exported = export(tmp_path / "ours", "llama.cpp", tmp_path / "out", base=one.source)
+    exported = export(tmp_path / "ours", "llama.cpp", tmp_path / "out", base=str(moved))
     reader = gguf.GGUFReader(tmp_path / "out" / "ours.lora.gguf")
     found = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
     edit = patch.low_rank["model.layers.2.mlp.down_proj"]

@@ -98,7 +98,8 @@ def measure_forms(
         try:
             if engine.name == "vllm" and artifact.is_file() and PLUGIN not in engine.versions:
                 raise EngineError(f"{PLUGIN} is not installed in {engine.folder}. Run 'make engines ENGINE=vllm'.")
-            exported[name] = export(artifact, engine.name, folder / f"form-{len(exported)}", base.source, precision)
+            out = folder / f"form-{len(exported)}"
+            exported[name] = export(artifact, engine.name, out, base.source, precision, force=True)  # to be measured
         except CompileSteerError as error:
             records.append(EngineRecord(engine.name, name, problem=" ".join(error.problems)))
     if not exported:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from compile_steer.artifacts.files import own_files, save_record, sha256
-from compile_steer.artifacts.provenance import PROVENANCE, EngineName, Provenance, artifact_sha256, versions
+from compile_steer.artifacts.provenance import CARD, PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
@@ -21,11 +21,13 @@ from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, 
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.export.model_folder import copy_model
 from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
+from compile_steer.models.checked import require_plain
 from compile_steer.models.libraries import quiet_library_errors, read_config
-from compile_steer.models.load import folder_of, load
+from compile_steer.models.load import find_model, folder_of, load
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_vllm_lens
+from compile_steer.verification.parity import own_parity
 
 RECORD = "export.json"
 
@@ -42,32 +44,67 @@ class Exported:
     load: tuple[str, ...]
 
 
-def export(artifact: Path, engine: EngineName, out: Path, base: str | None = None, precision: str = "f16") -> Exported:
+def export_base(model: str, out: Path) -> Exported:
+    """Write a model to `out` as a plain folder, a GGUF file's weights de-quantised: what adapters are loaded on.
+
+    Raises `RecipeError` where it is not there, `ArtifactError` where it is no whole model or something is at `out`.
+    """
+    source = find_model(model)
+    _config(source.folder)
+    require_plain(source.folder)
+    _require_free(out)
+    with new_folder(out) as new:
+        copy_model(source.folder, new)
+        if source.license:
+            (new / CARD).write_text(f"---\nlicense: {source.license}\n---\n", encoding="utf-8")
+    notes = [f"licence: {source.license}" if source.license else "its licence is not named in its files"]
+    return Exported(
+        "transformers",
+        "checkpoint",
+        out,
+        own_files(out),
+        notes,
+        load_commands("transformers", "checkpoint", folder=out),
+    )
+
+
+def export(
+    artifact: Path,
+    engine: EngineName,
+    out: Path,
+    base: str | None = None,
+    precision: str = "f16",
+    force: bool = False,
+) -> Exported:
     """Write to the folder `out` what `engine` loads of an adapter, a checkpoint or a program; whole or not at all.
 
     Args:
         base: the adapter's base model, where the adapter does not name it.
         precision: of a checkpoint for llama.cpp, one of `GGUF_KINDS`.
+        force: export also what failed its verification.
 
     Raises:
         ArtifactError: the artifact is damaged, was changed after it was written, or is none of the three.
-        CannotLower: the engine would load it wrongly or not at all; every reason is named.
+        CannotLower: it failed its verification, or the engine would load it wrongly or not at all; every reason is named.
     """
     # Precision and base are checked also where they are not used: a typing error should not pass.
     if precision not in GGUF_KINDS:
         raise ArtifactError(f"--precision {precision}: needed: {', '.join(GGUF_KINDS)}.")
     # A base that is named must be one; that which the adapter names may be on another machine.
-    family = str(_config(folder_of(base)).model_type) if base else None
+    if base:
+        _config(folder_of(base))
     kind = _kind(artifact)
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} is there already and is no earlier export. Choose another --out.")
+    verified = _verification(artifact, force)
+    if not (out / RECORD).is_file():
+        _require_free(out)
     with new_folder(out) as new:  # a refusal leaves what was at `out`
         if kind == "program":
             notes, names = _export_program(artifact, engine, new)
         elif kind == "adapter":
-            notes, names = _export_adapter(artifact, engine, new, base, family)
+            notes, names = _export_adapter(artifact, engine, new, base)
         else:
             notes, names = _export_checkpoint(artifact, engine, new, precision)
+        notes += verified
         record = {
             "engine": engine,
             "kind": kind,
@@ -79,6 +116,28 @@ def export(artifact: Path, engine: EngineName, out: Path, base: str | None = Non
         }
         save_record(new / RECORD, record)
     return Exported(engine, kind, out, own_files(out), notes, load_commands(engine, kind, folder=out, **names))
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} is there already and is no earlier export. Choose another --out.")
+
+
+def _verification(artifact: Path, force: bool) -> list[str]:
+    """What is to be noted of the verification of an artifact of ours; raises `CannotLower` where it failed, without `force`."""
+    if not (artifact / PROVENANCE).is_file():
+        return []
+    parity = own_parity(artifact)
+    if parity is None:
+        return ["not verified: 'compile-steer verify' compares it with the steered model"]
+    if parity.passed:
+        return []
+    if not force:
+        raise CannotLower(
+            [f"{artifact} failed its verification: {reason}." for reason in parity.reasons]
+            + ["Compile it in another way, or export it all the same with --force."]
+        )
+    return [f"it FAILED its verification: {'; '.join(parity.reasons)}"]
 
 
 _Names = dict[str, object]  # what the commands that load the files name
@@ -125,18 +184,14 @@ def _export_program(path: Path, engine: EngineName, new: Path) -> tuple[list[str
     else:
         name = f"{path.stem}.control.gguf"
         # llama.cpp does not read the family, so a guess does no harm where the base is not at hand.
-        notes = write_gguf(new / name, program, _family(program.model) or "llama")
-    return notes, {"file": name, "base": program.model}
+        notes = write_gguf(new / name, program, _at_hand(program.model)[1] or "llama")
+    return notes, {"file": name, "base": _at_hand(program.model)[0]}
 
 
-def _export_adapter(
-    folder: Path, engine: EngineName, new: Path, base: str | None, family: str | None
-) -> tuple[list[str], _Names]:
-    """`base` is the model that the user names, of `family`; None for that which the adapter names."""
+def _export_adapter(folder: Path, engine: EngineName, new: Path, named: str | None) -> tuple[list[str], _Names]:
+    """`named` is the base that the user names; None for that which the adapter names."""
     lora = read_lora(folder)
-    if base is None and lora.base:
-        base, family = lora.base, _family(lora.base)
-    base = base or lora.base
+    base, family = _at_hand(named or lora.base)
     problems = adapter_refusals(engine, family, lora.max_rank)
     if engine == "llama.cpp" and family is None:
         problems.append(
@@ -168,12 +223,13 @@ def _export_checkpoint(folder: Path, engine: EngineName, new: Path, precision: s
     return [], {}
 
 
-def _family(model: str) -> str | None:
-    """The model's family; None where the model is not at hand."""
+def _at_hand(model: str) -> tuple[str, str | None]:
+    """What other tools load the model by, and its family; the name as it is and None where it is not at hand."""
     try:
-        return str(_config(folder_of(model)).model_type)
+        source = find_model(model)
+        return source.loadable, str(_config(source.folder).model_type)
     except CompileSteerError:
-        return None
+        return model, None
 
 
 def _config(folder: Path) -> PreTrainedConfig:
