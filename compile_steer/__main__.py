@@ -71,7 +71,7 @@ def _run() -> int:
 
 def _end(error: BaseException) -> int:
     """Return the exit code for what a command raised, after telling the user."""
-    from compile_steer.common.errors import CompileSteerError
+    from compile_steer.common.errors import CompileSteerError, disk_remedy
 
     if _stops or isinstance(error, (_Stopped, KeyboardInterrupt)):  # whatever a library made of the stop
         _tell(["stopped. Nothing half-written is left; the same command goes on where it was."])
@@ -87,7 +87,8 @@ def _end(error: BaseException) -> int:
         _tell([f"there is not enough memory for this ({_first_line(error)}). Use {needed}."])
     elif isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        _tell([f"{error.strerror or error}{where}. Nothing half-written is left; free space or choose another --out."])
+        cure = f"Nothing half-written is left. {disk_remedy(error.errno)}, or name another place."
+        _tell([f"{error.strerror or error}{where}. {cure}"])
     else:
         _tell([_internal(error)])
         return 3

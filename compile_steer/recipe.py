@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validat
 from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.paths import real_path
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.options import Section, Seed, dotted, explain_one
 from compile_steer.common.reading import Malformed, read_text
@@ -127,7 +128,7 @@ class Recipe(Section):
             lines: where in `source` its keys are, for the error.
         """
         try:
-            return Recipe.model_validate({**record, "folder": folder.resolve()})
+            return Recipe.model_validate({**record, "folder": real_path(folder)})
         except ValidationError as error:
             raise RecipeError(_explain(error, record, source, lines)) from error
 
@@ -146,7 +147,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError("folder: unknown key; paths are relative to the recipe's own folder.")
     changed = [tuple(change.partition("=")[0].split(".")) for change in changes]  # these are not in the file
     lines = {key: line for key, line in lines.items() if not any(key[: len(new)] == new for new in changed)}
-    return Recipe.recall(content, path.resolve().parent, path.name, lines)
+    return Recipe.recall(content, real_path(path).parent, path.name, lines)
 
 
 def rewritten(path: Path, changes: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ LINES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "unknown key": (_row(postive="w7"), ("postive",)),
     "null value": (_row(positive=None), ("positive",)),
     "number value": (_row(prompt=7), ("prompt",)),
-    "NaN value": (GOOD.replace('"w60 w61"', "NaN"), ("prompt",)),
+    "NaN value": (GOOD.replace('"w60 w61"', "NaN"), ("column 12",)),
     "list value": (_row(prompt=["w7"]), ("prompt",)),
     "object value": (_row(negative={"text": "w7"}), ("negative",)),
     "boolean value": (_row(negative=True), ("negative",)),
@@ -63,8 +63,8 @@ LINES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "zero-width text": (_row(positive="\u200b"), ("positive",)),
     "lone surrogate": ('{"prompt": "w6 \\ud83d", "positive": "w7", "negative": "w8"}', ("surrogate",)),
     "raw surrogate": (b'{"prompt": "w6 \xed\xa0\xbd", "positive": "w7", "negative": "w8"}', ()),
-    "control token": (_row(prompt="w7 </s> <s> assistant"), ("w7",)),
-    "control token in a response": (_row(positive="w7 </s> w8"), ("w7",)),
+    "control token": (_row(prompt="w7 </s> <s> assistant"), ("prompt", "w7")),
+    "control token in a response": (_row(positive="w7 </s> w8"), ("positive", "w7")),
     "5,000 digits": ('{"prompt": ' + "9" * 5000 + ', "positive": "w7", "negative": "w8"}', ()),
     "deep brackets": ("[" * 100_000, ()),
     "deep braces": ('{"prompt":' * 50_000, ()),
@@ -74,12 +74,9 @@ LINES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "carriage returns": (GOOD.replace(" ", "\r"), ()),
     "sides equal": (_row(negative=ROW["positive"]), ("positive",)),
     "a history": (_row(history=[["w7", "w8"]]), ("history",)),
-    "a megabyte as a prompt": (_row(prompt="w7 " * 350_000), ("w7",)),
-    "a prompt beyond the model's length": (_row(prompt="w7 " * 200), ("w7",)),
+    "a megabyte as a prompt": (_row(prompt="w7 " * 350_000), ("prompt", "w7")),
+    "a prompt beyond the model's length": (_row(prompt="w7 " * 200), ("prompt", "w7")),
 }
-OF_TEXTS = (
-    "sides equal", "control token", "control token in a response", "a megabyte as a prompt", "a prompt beyond the model's length",
-)  # fmt: skip
 FILES: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {
     "empty": (partial(_whole, lambda _: b""), ("empty",)),
     "only line breaks": (partial(_whole, lambda _: b"\n" * 99), ("empty",)),
@@ -150,9 +147,7 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def inputs() -> Iterator[Bad]:
     """One bad line, a bad file, a text in two splits, bad choices, bad lines of the other parts."""
     for name, (line, words) in LINES.items():
-        # What only shows when all is read is named by its split and text.
-        place = "data.train" if name in OF_TEXTS else LINE
-        yield Bad(f"data: {name}", partial(_line, line), (place, *words))
+        yield Bad(f"data: {name}", partial(_line, line), (LINE, *words))
     for name, (edit, words) in FILES.items():
         yield Bad(f"data: {name} (file)", edit, ("train", *words))
     for source, target, key in (

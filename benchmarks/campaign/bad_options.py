@@ -11,7 +11,7 @@ ADAPTER = f"finished/adapters/{NAME}-closed_form"
 # The command, and words of its message.
 LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("rnu {recipe}", ("rnu",)),
-    ("run", ("RECIPE",)),
+    ("run", ("'recipe'",)),
     ("run {recipe} {recipe}", ()),
     ("run {recipe} --fast", ("--fast",)),
     ("run {recipe} --out", ("--out",)),

@@ -26,7 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from compile_steer.common.errors import ArtifactError, brief, plain
+from compile_steer.artifacts.paths import real_path
+from compile_steer.common.errors import ArtifactError, brief, disk_remedy, plain
 from compile_steer.common.reading import Malformed, read_json
 
 LOCK = ".compile_steer.lock"
@@ -82,7 +83,7 @@ def locked(folder: Path) -> Iterator[None]:
         ArtifactError: another process, or thread, writes to the folder; it cannot be written to; or it was deleted,
             or replaced, inside the block.
     """
-    path = folder.resolve() / LOCK
+    path = real_path(folder) / LOCK
     if _held.get(path) == threading.get_ident() or _is_parents(path):
         yield
         return
@@ -95,8 +96,9 @@ def locked(folder: Path) -> Iterator[None]:
                 _sign(descriptor, path)
                 _held[path] = threading.get_ident()
         except OSError as error:
+            reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error
             raise ArtifactError(
-                f"{folder} cannot be written to ({error.strerror or error}). Make room, or choose another output folder."
+                f"{folder} cannot be written to ({reason}). {disk_remedy(error.errno)}, or choose another output folder."
             ) from error
         yield
     finally:
@@ -167,7 +169,7 @@ def _about(path: Path) -> dict[str, Any]:
 def require_in_place(path: Path) -> None:
     """Raise `ArtifactError` where `path` is to be written into a locked output folder that was deleted since."""
     for lock in list(_held):
-        if lock.parent in path.resolve().parents and not lock.exists():
+        if lock.parent in real_path(path).parents and not lock.exists():
             raise _deleted(lock.parent)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from compile_steer.common.errors import ArtifactError, brief
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path without links and `..`. A link that leads to itself stays; Path.resolve raises RuntimeError for it."""
+    return Path(os.path.realpath(path))
+
+
 def require_inside(folder: Path, recorded: Path, what: str) -> None:
     """Raise `ArtifactError` where a path that an artifact records leads out of `folder`, by `..`, from the root or by a link."""
-    target = (folder / recorded).resolve()
-    if not target.is_relative_to(folder.resolve()):
+    target = real_path(folder / recorded)
+    if not target.is_relative_to(real_path(folder)):
         raise ArtifactError(
             f"{what}: the artifact records {brief(str(recorded))}, which lies outside of {folder}. It is not read, unless you "
             "name a folder above it (--recipes)."
@@ -44,7 +50,7 @@ class RunPaths:
     @staticmethod
     def of_artifact(path: Path, name: str) -> RunPaths:
         """The paths of the run that left the artifact at `path`, two folders below its output folder."""
-        return RunPaths(path.resolve().parent.parent, name)
+        return RunPaths(real_path(path).parent.parent, name)
 
     def pairs(self, split: str) -> Path:
         """The pairs of a split that the model generated, as JSONL."""

@@ -78,6 +78,11 @@ def join_revision(tensors: str, settings: str, commit: str = "") -> str:
     return f"{f'hub:{commit}+' if commit else ''}sha256:{tensors}+settings:{settings}"
 
 
+def identity_of(revision: str) -> str:
+    """The part of a revision that decides what is computed: a snapshot of the hub and its copy have the same."""
+    return revision[max(revision.find("sha256:"), 0) :]
+
+
 def other_revision(recorded: str, found: str) -> str:
     """How a model of revision `found` differs from the recorded one, in words; '' where it is the same.
 

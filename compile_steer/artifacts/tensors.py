@@ -18,6 +18,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from compile_steer.artifacts.files import load_foreign_json
+from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common.errors import ArtifactError, library_errors, several
 from compile_steer.common.reading import MAX_JSON, Malformed, parse_json
@@ -223,7 +224,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
 
 def misplaced(file: Path, folder: Path) -> str:
     """Why `file` cannot be a part of the model in `folder`; '' where it can."""
-    home, target = folder.resolve(), file.resolve()
+    home, target = real_path(folder), real_path(file)
     # The hub's cache keeps a snapshot's files as links to blobs beside the snapshots.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not file.is_relative_to(folder) or ".." in file.parts[len(folder.parts) :]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compile_steer.artifacts.locks import LOCK, NoLocksError, require_in_place, try_lock
-from compile_steer.common.errors import ArtifactError, CompileSteerError
+from compile_steer.common.errors import ArtifactError, CompileSteerError, disk_remedy
 
 # Values of Linux's renameat2(2), which Python does not wrap.
 _RENAME_EXCHANGE = 2
@@ -27,9 +27,9 @@ _TEMPORARY = ".writing-"  # before the name of what is written
 _REPLACED = ".old"
 _PATIENCE = 2.0  # seconds that somebody who only clears a leftover away may take
 # Errors of the disk or the system that a writer of any kind may meet.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_PROBLEMS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.EISDIR, errno.ENOTDIR,
+    *_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EISDIR, errno.ENOTDIR,
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class _TemporaryPlace:
             remove_leftovers(self.path.parent)
             self._take()
         except OSError as error:
-            raise self._refused(str(error.strerror or error)) from error
+            raise self._refused(error.errno) from error
         return self.folder / self.path.name
 
     def _take(self) -> None:
@@ -120,36 +120,39 @@ class _TemporaryPlace:
         _clear(self.folder)
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        reason = "" if error is None else self._disk_problem(error)
-        refused = self._refused(reason) if reason else None
+        number = None if error is None else self._disk_problem(error)
+        refused = self._refused(number) if number is not None else None
         with suppress(OSError):  # no file can be opened any more, say: the next writer removes it
             _clear(self.folder)
         _remove(self.folder, self.lock)
         if refused is not None:
             raise refused from error
 
-    def _disk_problem(self, error: BaseException) -> str:
-        """What keeps a library from writing here, from the error that it raised; '' where that is about something else."""
+    def _disk_problem(self, error: BaseException) -> int | None:
+        """The system's number of what keeps a library from writing here; None where its error is about something else."""
         if not self.folder.is_dir():
-            return "its folder was deleted meanwhile"
+            return errno.ESTALE
         if isinstance(error, CompileSteerError):
-            return ""  # it says already what is wrong
+            return None  # it says already what is wrong
         # safetensors and tokenizers quote the system's error number; torch names its own source file alone.
         quoted = re.search(r"\(os error (\d+)\)", str(error))
         number = int(quoted[1]) if quoted else errno.ENOSPC if "inline_container.cc" in str(error) else None
         if isinstance(error, OSError) and str(error.filename or self.folder).startswith(str(self.path.parent)):
             number = error.errno
-        return os.strerror(number) if number in _DISK_PROBLEMS else ""
+        return number if number in _DISK_PROBLEMS else None
 
-    def _refused(self, reason: str) -> ArtifactError:
+    def _refused(self, number: int | None) -> ArtifactError:
         written = 0
         with suppress(OSError):
             written = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         there = next(parent for parent in self.path.absolute().parents if parent.exists())
-        sizes = f"{written / 1e6:.1f} MB of it were written, {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+        reason = "its folder was deleted meanwhile" if number == errno.ESTALE else os.strerror(number or errno.EIO)
+        if number in _FULL:
+            free = shutil.disk_usage(there).free / 1e6
+            reason += f" ({written / 1e6:.1f} MB of it were written, {free:.1f} MB are free)"
         return ArtifactError(
-            f"{self.path} cannot be written: {reason} ({sizes}). What was there before is as it was. Make room, "
-            "remove what is in the way, or choose another output folder; the same command goes on where it was."
+            f"{self.path} cannot be written: {reason}. What was there before is as it was. {disk_remedy(number)}, or choose "
+            "another output folder; the same command goes on where it was."
         )
 
 

@@ -6,6 +6,7 @@ command line prints the message and exits with code 2; a check that ran and fail
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
 import reprlib
@@ -53,6 +54,18 @@ class EngineError(CompileSteerError):
 
 class InternalError(Exception):
     """Something of ours went wrong that no input should be able to cause: exit code 3."""
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP), "Remove what is in the way"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+}
+
+
+def disk_remedy(number: int | None) -> str:
+    """What to do about an error of the disk or the system, by its number: the beginning of a sentence."""
+    return _REMEDIES.get(number or 0, "Make it writable")
 
 
 def several(problems: Sequence[str], shown: int = 5) -> list[str]:

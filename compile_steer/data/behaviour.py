@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compile_steer.common.errors import brief
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compile_steer.models.load import LoadedModel
 
 SPLITS = ("train", "validation", "test")
+SIDES = ("positive", "negative")  # of a pair, and the keys of its responses in a row
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Behaviour:
         questions: by prompt, where the data are multiple choice.
         checks: by prompt, the constraints that a response must satisfy.
         other_behaviour: another behaviour's pairs, for a control of the validation.
+        places: where the rows of each part were read ("train.jsonl:2"), in their order; of what was not read none.
     """
 
     train: tuple[Pair, ...]
@@ -60,6 +62,7 @@ class Behaviour:
     questions: Mapping[str, Question] = field(default_factory=dict)
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
     other_behaviour: tuple[Pair, ...] = ()
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         parts = (*SPLITS, "neutral", "heldout", "calibration")
@@ -95,14 +98,36 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def repeated_prompts(prompts: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield a line for each prompt that occurs twice, within a part of the data or in two parts."""
-    first: dict[str, str] = {}
+def repeated_prompts(
+    prompts: Mapping[str, Sequence[str]], places: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Iterator[str]:
+    """Yield a line for each prompt that occurs twice, within a part of the data or in two parts, with its places."""
+    yield from shared_texts("prompt", prompts, places)
     for name, part in prompts.items():
-        for prompt in part:
-            other = first.setdefault(normalized(prompt), name)
+        found: dict[str, list[str]] = {}
+        for prompt, place in zip(part, places.get(name, [""] * len(part)), strict=True):
+            found.setdefault(normalized(prompt), []).append(place)
+        for key, within in sorted(found.items()):
+            if len(within) > 1:
+                yield f"data.{name}: the prompt {brief(key)} occurs {len(within)} times{_listed(within)}."
+
+
+def shared_texts(
+    kind: str, texts: Mapping[str, Sequence[str]], places: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Iterator[str]:
+    """Yield a line for each text that is in two parts of the data; `kind` is what the texts are."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, part in texts.items():
+        found = {
+            normalized(text): (text, place)
+            for text, place in zip(part, places.get(name, [""] * len(part)), strict=True)
+        }
+        for key, (text, place) in found.items():
+            other, earlier = first.setdefault(key, (name, place))
             if other != name:
-                yield f"data: the prompt {brief(prompt)} is in both {other} and {name}; the splits must not overlap."
-        for key, count in sorted(Counter(map(normalized, part)).items()):
-            if count > 1:
-                yield f"data.{name}: the prompt {brief(key)} occurs {count} times."
+                both = f"in both {other} and {name}{_listed((earlier, place))}"
+                yield f"data: the {kind} {brief(text)} is {both}; the splits must not overlap."
+
+
+def _listed(places: Sequence[str]) -> str:
+    return f" ({', '.join(places[:3])}{', ...' * (len(places) > 3)})" if places[0] else ""

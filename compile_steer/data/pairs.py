@@ -144,13 +144,17 @@ class Pairs(Sequence[Pair]):
         return Behaviour(**values, hashes={name: digest([asdict(v) for v in part]) for name, part in values.items()})
 
 
-def read_pairs(key: str, path: Path) -> list[Pair]:
-    """Read pairs that are no split of the recipe's data; raises `RecipeError` with lines that name the recipe's `key`."""
+def read_pairs(key: str, path: Path) -> dict[str, Pair]:
+    """Return pairs that are no split of the recipe's data by their places ("x.jsonl:2"); raises `RecipeError`.
+
+    Args:
+        key: the recipe's, which names the file in the error.
+    """
     reader = Reader(path.parent, section="")
     rows = reader.rows(key, Path(path.name), KEYS)
     if reader.problems:
         raise RecipeError(reader.problems)
-    return [_pair(row) for row in rows]
+    return {row.place: _pair(row) for row in rows}
 
 
 def pairs_sha256(pairs: Sequence[Pair]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,7 +14,7 @@ from pydantic import Discriminator, Field, Tag
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.options import Section
-from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question, normalized, repeated_prompts
+from compile_steer.data.behaviour import SIDES, SPLITS, Behaviour, Check, Question, repeated_prompts, shared_texts
 from compile_steer.data.sources import MAX_LINES, Reader, Row, Source, text_of
 from compile_steer.data.templates import fill, template_problems
 from compile_steer.models.text import Pair, Text
@@ -74,12 +75,13 @@ class DataSection(Section, ABC):
         texts = {name: rows[name] for name in _TEXT_KEYS}
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
-        repeated, unusable = list(repeated_prompts(prompts)), list(self.problems(splits))
+        places = {name: [row.place for row in part] for name, part in rows.items()}
+        repeated, unusable = list(repeated_prompts(prompts, places)), list(self.problems(splits))
         if problems := [*reader.problems, *several(repeated, MAX_LINES), *several(unusable, MAX_LINES)]:
             raise RecipeError(problems)
         parts: dict[str, Any] = {name: tuple(map(self.pair, part)) for name, part in splits.items()}
         parts |= {name: tuple(map(text_of, part)) for name, part in texts.items()}
-        return Behaviour(**parts, hashes=reader.hashes, **self.labels(splits))
+        return Behaviour(**parts, hashes=reader.hashes, places=places, **self.labels(splits))
 
     @property
     def files(self) -> dict[str, Path]:
@@ -133,7 +135,7 @@ class _TwoTemplates(DataSection):
     @property
     def same_prompt(self) -> bool:
         """True if both sides have the same prompt."""
-        pair = self.pair({"prompt": "{prompt}"})
+        pair = self.pair(Row(prompt="{prompt}"))
         return pair.positive == pair.negative
 
     def pair(self, row: Row) -> Pair:
@@ -155,17 +157,15 @@ class PairsData(_TwoTemplates):
     keys = ("prompt", "positive", "negative")
 
     def problems(self, rows: Rows) -> Iterator[str]:
-        first: dict[str, str] = {}
-        for name in SPLITS:
-            for text in sorted({normalized(row[side]) for row in rows[name] for side in ("positive", "negative")}):
-                other = first.setdefault(text, name)
-                if other != name:
-                    yield f"data: the response {brief(text)} is in both {other} and {name}; the splits must not overlap."
+        sides = {name: [(row[side], row.place) for row in rows[name] for side in SIDES] for name in SPLITS}
+        texts, places = ({name: [found[n] for found in part] for name, part in sides.items()} for n in (0, 1))
+        yield from shared_texts("response", texts, places)
         yield from super().problems(rows)
         for name in SPLITS:
-            same = [row["prompt"] for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
+            same = [row for row in rows[name] if row["positive"].strip() == row["negative"].strip()]
             if same and self.same_prompt:
-                yield f"data.{name}: positive and negative are the same text for {brief(same[0])} ({len(same)} pairs)."
+                example = f"{brief(same[0]['prompt'])} ({same[0].place}; {len(same)} pairs)"
+                yield f"data.{name}: positive and negative are the same text for {example}."
 
 
 class GeneratedData(_TwoTemplates):
@@ -240,7 +240,7 @@ class ChoicesData(DataSection):
                 row = rows[name][answers.index(None)]
                 yield (
                     f"data.{name}: the answer of {answers.count(None)} of {len(answers)} rows is none of its choices, for "
-                    f"example {brief(row['answer'])} of {brief(row['choices'])} (question "
+                    f"example {brief(row['answer'])} of {brief(row['choices'])} ({row.place}, question "
                     f"{brief(row['question'])}). Needed: a number from 0 to {len(row['choices']) - 1}, or the text of a choice."
                 )
             right = [ascii_uppercase[answer] for answer in answers if answer is not None]
@@ -287,7 +287,8 @@ def _turned(row: Row, n: int) -> Row:
     """Return the row with its choices in a cycle, the right one at place `n` of it; as it is if it has no answer."""
     right, choices = _answer(row), row["choices"]
     by = (right or 0) - n % len(choices)
-    turned = {**row, "choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
+    turned = copy(row)  # with its place
+    turned |= {"choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
     return row if right is None else turned
 
 

@@ -41,7 +41,14 @@ Source = Annotated[
     Annotated[Path, Tag("file")] | Annotated[Dataset, Tag("dataset")],
     Discriminator(lambda value: "dataset" if isinstance(value, dict | Dataset) else "file"),
 ]
-Row = dict[str, Any]
+
+
+class Row(dict[str, Any]):
+    """The values of a row by their keys; `place` is where it was read, "train.jsonl:2" or "data.train, row 2"."""
+
+    place = ""
+
+
 # Something to see (U+200B and the like are characters of no width), and no NUL, which ends a text in what is written in C.
 _Text = Annotated[str, Field(strict=True, pattern=r"^[^\x00]*[^\s\x00\p{Cf}][^\x00]*$")]
 
@@ -86,7 +93,11 @@ def checked_row(where: str, row: Any, keys: Sequence[str], optional: Sequence[st
         except ValidationError:
             invalid.setdefault(needed, []).append(key)
     problems += [f"{where}: {', '.join(names)} must be {needed}." for needed, names in invalid.items()]
-    return None if invalid else {key: row[key] for key in (*keys, *optional) if key in row}
+    if invalid:
+        return None
+    checked = Row({key: row[key] for key in (*keys, *optional) if key in row})
+    checked.place = where
+    return checked
 
 
 class Reader:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from compile_steer.artifacts.files import digest, load_json, reuse_or_make, save_record, save_text
-from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.paths import RunPaths, real_path
+from compile_steer.artifacts.revision import identity_of
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
@@ -78,8 +79,8 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
     prompts = {name: [asdict(pair) for pair in data.split(name)] for name in SPLITS}
     checks = {prompt: [asdict(check) for check in checks] for prompt, checks in data.checks.items()}
     # How many pairs are needed does not change what is generated.
-    settings = [options.model_dump(exclude={"min_pairs"}), scorer.model_dump(mode="json")]
-    identity = [model.id, model.revision, str(model.model.dtype), context.seed]
+    settings = [options.model_dump(exclude={"min_pairs"}), scorer.model_dump(mode="json"), scorer.revision]
+    identity = [identity_of(model.revision), str(model.model.dtype), context.seed]
     inputs = digest([prompts, checks, settings, identity])
 
     def kept(path: Path) -> GenerationReport | None:
@@ -107,9 +108,9 @@ def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviou
     """
     reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
     splits: dict[str, Any] = {}
-    hashes, problems = dict(data.hashes), list[str]()
+    hashes, places, problems = dict(data.hashes), dict(data.places), list[str]()
     for name in SPLITS:
-        path = paths.pairs(name).resolve()
+        path = real_path(paths.pairs(name))
         # Where no pair was kept the file is empty, which the number of pairs explains better than the reader.
         rows = reader.rows(name, path, KEYS) if path.stat().st_size else []
         prompts = {pair.prompt: pair for pair in data.split(name)}
@@ -135,9 +136,10 @@ def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviou
                 "Change the prompts' wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
             )
         hashes |= {name: digest(rows), prompts_key(name): data.hashes[name]}
+        places |= {name: [row.place for _pair, row in known]}
     if reader.problems or problems:
         raise RecipeError([*reader.problems, *problems])
-    return replace(data, **splits, hashes=hashes)
+    return replace(data, **splits, hashes=hashes, places=places)
 
 
 def generate_pairs(
@@ -167,7 +169,7 @@ def generate_pairs(
                     dropped[problem] += 1
                     examples.setdefault(problem, f"{pair.prompt} -> {text}")
                 else:
-                    rows.append({"prompt": pair.prompt, "positive": positive.text, "negative": negative.text})
+                    rows.append(Row(prompt=pair.prompt, positive=positive.text, negative=negative.text))
             # No response may be in two splits.
             earlier |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
             kept[name] = rows

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.revision import read_settings
 from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.common.errors import ArtifactError, CompileSteerError, brief
+from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, brief
 from compile_steer.models.claims import require_counts, require_numbers
 from compile_steer.models.libraries import quiet_library_errors, read_config
 
@@ -27,8 +27,10 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NO_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids", ".inv_freq")
 
 
-def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], CompileSteerError]) -> PreTrainedModel:
-    """The model in `folder`, with every weight from its files.
+def read_model(
+    folder: Path, dtype: torch.dtype, explain: Callable[[str], CompileSteerError], kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model in `folder`, with every weight from its files; `kind` is the class of transformers that loads it.
 
     Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
     """
@@ -36,7 +38,7 @@ def read_model(folder: Path, dtype: torch.dtype, explain: Callable[[str], Compil
     with quiet_library_errors(lambda reason: explain(f"config.json or generation_config.json: {reason}")):
         config = read_config(folder)
         require_numbers(folder / "config.json", config, shapes)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -55,7 +57,7 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, whose every token `model` has a row for; raises as `read_model`.
 
-    Where it has no padding token, its end-of-text token pads.
+    Where it has no padding token, its end-of-text token pads; raises `LayoutError` where it has neither.
     """
     with quiet_library_errors(lambda reason: explain(f"tokenizer.json or tokenizer_config.json: {reason}")):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -73,6 +75,8 @@ def read_tokenizer(
         reason = f"leaves out merges at random (dropout {drops})" if drops else "makes no tokens of a text"
         raise ArtifactError(f"{folder / 'tokenizer.json'}: its model {reason}. Get it from the publisher again.")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise LayoutError(f"the tokenizer of '{folder}' has neither a padding nor an end-of-text token.")
         tokenizer.pad_token = tokenizer.eos_token
     require_rows(folder, model, tokenizer)
     return tokenizer
@@ -165,7 +169,7 @@ def require_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     # A token that no file names is the library's own default for the family: no text means it.
     named = (token for token in beyond if json.dumps(token) in files or json.dumps(token, ensure_ascii=False) in files)
     beyond_rows = [f"{token!r} is {beyond[token]}" for token in named]
-    for settings in (model.config, model.generation_config, tokenizer):
+    for settings in (model.config, getattr(model, "generation_config", None), tokenizer):  # of a classifier none
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(settings, name, None)
             numbers = value if isinstance(value, list | tuple) else [value]

@@ -23,7 +23,7 @@ from compile_steer.artifacts.files import digest, own_files, read_front_matter, 
 from compile_steer.artifacts.revision import EMBEDDED, is_gguf, join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
-from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError, several
+from compile_steer.common.errors import ArtifactError, RecipeError, several
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import ROPE_FACTORS, license_in, read_gguf, scales_rotations
@@ -119,8 +119,6 @@ def load(
 
     model = read_model(source.folder, DTYPES[dtype], explain)
     tokenizer = read_tokenizer(source.folder, model, explain)
-    if tokenizer.pad_token_id is None:
-        raise LayoutError(f"the tokenizer of '{reference}' has neither a padding nor an end-of-text token.")
     own_template = tokenizer.chat_template
     configure(tokenizer, reference, prompt_format, chat)
     template = tokenizer.chat_template if tokenizer.chat_template != own_template else None

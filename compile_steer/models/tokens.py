@@ -197,16 +197,19 @@ def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text
         return list(tokenizer(part, add_special_tokens=False)["input_ids"])
 
     def split_marked(part: str) -> list[int]:
-        try:
-            return list(encode_marked_chat(tokenizer, part))
-        except ValueError as error:  # its plain text is the token again
-            raise RecipeError(f"data: a text holds a control token of the model ({error}). Take it out.") from error
+        return list(encode_marked_chat(tokenizer, part))
 
-    def mark(part: str, control: _Control) -> str:
+    def mark(key: str, part: str, control: _Control) -> str:
         marked = str(mark_control_tokens(part, control.pattern))
-        if not control.ids.isdisjoint(split_marked(marked)):
+        try:
+            plain = control.ids.isdisjoint(split_marked(marked))
+        except ValueError:  # its plain text is the token again
+            plain = False
+        if not plain:
+            written = control.pattern.search(part)
+            token = f"the control token {written[0]}" if written else "a control token"
             raise RecipeError(
-                f"data: the model's tokenizer reads a control token in the text {brief(part)}. Take it out."
+                f"data: {key}: the model's tokenizer reads {token} in the text {brief(part)}. Take it out."
             )
         return marked
 
@@ -214,10 +217,11 @@ def _as_plain_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[Text
     parts += [part for user, reply in text.history for part in ((user, in_prompt), (reply, in_response))]
     if all(control.ids.isdisjoint(split(part)) for part, control in parts if part):
         return text, split
-    history = tuple((mark(user, in_prompt), mark(reply, in_response)) for user, reply in text.history)
-    return Text(
-        mark(text.prompt, in_prompt), mark(text.response, in_response), history, mark(text.system, in_prompt)
-    ), split_marked
+    history = tuple(
+        (mark("history", user, in_prompt), mark("history", reply, in_response)) for user, reply in text.history
+    )
+    prompt, system = mark("prompt", text.prompt, in_prompt), mark("system", text.system, in_prompt)
+    return Text(prompt, mark("response", text.response, in_response), history, system), split_marked
 
 
 def batches(loaded: LoadedModel, encoded: Sequence[Encoded], *, max_tokens: int = 4096) -> Iterator[Batch]:

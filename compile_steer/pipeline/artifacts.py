@@ -48,22 +48,26 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             distributed.require_alone(name)
     # One file of state cannot hold the place of several processes.
     work = run.paths.work if distributed.count() == 1 else None
-    made_by = digest([run.program_sha256, versions(), str(run.model.device)])
-    resume = ResumeFiles(work, run.inputs("data", "compile", after=made_by))
     model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
+    made_by = digest([run.program_sha256, versions(), str(model.device)])
+    resume = ResumeFiles(work, run.inputs("data", "compile", after=made_by))
     lowering = Lowering(run.plan.program, model, data.calibration, run.recipe.compile, seed, run.progress, resume)
     for name, folder in folders.items():
         depends = digest([run.program_sha256, report_sha256, verdict, force, name])
         inputs = run.inputs("data", "compile", after=depends)
-        if Provenance.is_current(folder, inputs):
-            lowering.patches[name] = read_patch(folder)
-            continue
-        if BACKENDS[name].fitted:
-            _ = lowering.regression_texts  # written before the clock starts: every backend is given them
-        started = time.perf_counter()
-        lowering.curves.clear()
-        patch = lowering.patches[name] = BACKENDS[name].lower(lowering)
-        seconds = time.perf_counter() - started
+        kept = Provenance.read(folder) if Provenance.is_current(folder, inputs) else None
+        if kept is not None:
+            patch, seconds, curves = read_patch(folder), kept.seconds, _curves(folder)
+        else:
+            if BACKENDS[name].fitted:
+                _ = lowering.regression_texts  # written before the clock starts: every backend is given them
+            started = time.perf_counter()
+            lowering.curves.clear()
+            patch, curves = BACKENDS[name].lower(lowering), lowering.curves
+            seconds = time.perf_counter() - started
+        lowering.patches[name] = patch
+        if kept is not None and kept.model == model.id:
+            continue  # other files name a base that is called otherwise now, and are written again
         provenance = replace(
             patch_provenance(run.recipe.name, name, patch, model, run.plan.program, seconds),
             program=run.paths.program.name,
@@ -79,7 +83,7 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         )
         if distributed.rank() == 0:
             card = model_card(provenance, run.paths.validation)
-            write_patch(folder, patch, model, provenance, card, lowering.curves)
+            write_patch(folder, patch, model, provenance, card, curves)
     resume.clear()
     return list(folders.values())
 
@@ -238,22 +242,24 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     parities = verify_in_fresh_process(recipe, run.paths.out, changes)
     require_of_this_run(run, parities)
     result = replace(result, parities=parities, page=run.paths.report)
-    curves: dict[str, dict[str, list[float]]] = {}
-    for name in run.plan.chosen:  # the losses that training left beside the weights
-        path = run.paths.adapter(name) / CURVES
-        if path.is_file():
-            losses = load_json(path, dict[str, dict[str, list[float]]], "record of losses", "Compile again.")
-            curves |= {f"{name}, {part}": curve for part, curve in losses.items()}
+    trained = {name: _curves(run.paths.adapter(name)) for name in run.plan.chosen}
+    curves = {f"{name}, {part}": curve for name, parts in trained.items() for part, curve in parts.items()}
     program = run.program.describe()
     write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, curves)
     yield result
 
 
+def _curves(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The losses that training left beside a patch's weights; none where nothing was trained."""
+    path, kind = folder / CURVES, dict[str, dict[str, list[float]]]
+    return load_json(path, kind, "record of losses", "Compile again.") if path.is_file() else {}
+
+
 def require_of_this_run(run: Run, parities: Sequence[Parity]) -> None:
     """Raise `ArtifactError` unless the reports are of exactly what this run made, by this run's recipe, data and base."""
     run.require_unchanged()
-    expected = [{**run.bonds, "artifact": weights_sha256(folder)} for folder in artifacts(run)]
-    expected = [{**bonds, "program": run.program_sha256, "base": run.model.revision} for bonds in expected]
+    bonds = {**run.bonds, "program": run.program_sha256, "base": run.model.revision}
+    expected = [{**bonds, "artifact": weights_sha256(folder)} for folder in artifacts(run)]
     measured = [{key: value for key, value in parity.sha256.items() if key != "texts"} for parity in parities]
     if measured != expected:
         pairs = zip_longest(expected, measured, fillvalue=dict[str, str]())

@@ -14,6 +14,7 @@ from pathlib import Path
 from compile_steer.artifacts.files import digest, reuse_or_make, save_text, sha256, was_edited
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Origin, versions
+from compile_steer.artifacts.revision import identity_of
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Progress
@@ -52,7 +53,8 @@ class Run:
         data, path = recipe.data.read(recipe.folder), recipe.validate_.other_behaviour
         if path is not None:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
-            data = replace(data, other_behaviour=tuple(pairs))
+            places = {**data.places, "other_behaviour": list(pairs)}
+            data = replace(data, other_behaviour=tuple(pairs.values()), places=places)
         model = load_base(recipe)
         notes = check_texts(model, data, answer_lengths(recipe))
         if recipe.data.generation is not None:
@@ -77,7 +79,8 @@ class Run:
     def inputs(self, *sections: str, after: str = "") -> str:
         """Fingerprint of what a stage depends on: recipe sections, data, model, seed, libraries, the artifact before it."""
         model = self.model
-        identity = [model.id, model.revision, self.recipe.dtype, self.recipe.seed, self.recipe.prompt_format]
+        # Not the name: a copy, or another path to it, is the same model.
+        identity = [identity_of(model.revision), self.recipe.dtype, self.recipe.seed, self.recipe.prompt_format]
         if model.chat != ChatSettings():
             identity.append(self.recipe.part(*CHAT_KEYS))
         # What another version computed is made again: it may have computed something else.
@@ -110,6 +113,7 @@ class Run:
         files = {
             "other_behaviour": pairs_sha256(self.data.other_behaviour),
             "imported": self.recipe.extract.imported_sha256(self.recipe.folder),
+            "classifier": self.recipe.validate_.score.revision,
         }
         hashes = {**self.data.hashes, **{name: value for name, value in files.items() if value}}
         revision = self.model.revision
@@ -128,7 +132,7 @@ class Run:
         """Return the directions of every block, from the training pairs."""
         distributed.require_alone("extraction")
         options, positions = self.recipe.extract, self.recipe.validate_.positions
-        sibling = "" if options.model is None else revision_of(options.model)
+        sibling = "" if options.model is None else identity_of(revision_of(options.model))
         trained_at = positions if options.method == "trained" else ""  # other methods do not depend on them
         imported = options.imported_sha256(self.recipe.folder)
         inputs = self.inputs("data", "extract", after=f"{imported} {trained_at} {sibling}")
@@ -152,7 +156,8 @@ class Run:
         choose_layers(recipe.validate_, self.model.layout.n_layers)
         directions = self.extract()
         directions_sha256 = sha256(paths.directions)
-        after = digest([directions_sha256, [asdict(pair) for pair in self.data.other_behaviour]])
+        scorer = recipe.validate_.score.revision
+        after = digest([directions_sha256, [asdict(pair) for pair in self.data.other_behaviour], scorer])
         inputs = self.inputs("data", "extract", "validate", "ask", "too_high", after=after)
 
         def kept(path: Path) -> ValidationReport | None:

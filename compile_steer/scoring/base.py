@@ -56,6 +56,11 @@ class ScorerBase(Section, ABC):
         return True
 
     @property
+    def revision(self) -> str:
+        """Of the local model that scores, '' where there is none: the recipe has its path alone. Raises `ArtifactError`."""
+        return "".join(part.revision for part in self.parts if part is not self)
+
+    @property
     def parts(self) -> tuple[ScorerBase, ...]:
         """The scorers that a reply must satisfy; one but for `all`."""
         return (self,)

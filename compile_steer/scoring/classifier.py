@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -45,6 +46,12 @@ class Classifier(ScorerBase):
                 "model and label belong together: the classifier, and which of its labels is the behaviour"
             )
         return self
+
+    @cached_property
+    def revision(self) -> str:
+        from compile_steer.models.load import revision_of
+
+        return revision_of(self.model) if self.model and Path(self.model).expanduser().is_dir() else ""
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         if self.model is None or self.label is None:
@@ -95,24 +102,30 @@ def _trained(pairs: Sequence[Pair]) -> Probability:
 
 
 def _pretrained(reference: str, label: str, device: torch.device) -> Probability:
-    """Raises `RecipeError` if the model is missing or has no such label."""
+    """Raises `RecipeError` if the model is missing or has no such label, and as `read_model` and `read_tokenizer`."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    from compile_steer.models.libraries import quiet_library_errors
+    from compile_steer.models.checked import read_model, read_tokenizer
 
     folder = Path(reference).expanduser()
     if not folder.is_dir():
         raise RecipeError(
             f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."
         )
-    problem = f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier"
-    with quiet_library_errors(lambda reason: RecipeError(f"{problem} ({reason}).")):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+
+    def explain(reason: str) -> RecipeError:
+        problem = f"validate.score classifier: model '{reference}' cannot be loaded as a sequence classifier"
+        return RecipeError(f"{problem} ({reason}).")
+
+    # In float32 whatever the file holds: it is small, and half precision may order two texts otherwise.
+    model: Any = read_model(folder, torch.float32, explain, AutoModelForSequenceClassification)
+    tokenizer = read_tokenizer(folder, model, explain)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which decoders find a text's last token
+    limit = min(
+        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    )
+    several = model.config.problem_type == "multi_label_classification"  # each label has a probability of its own
     labels = {str(name): int(index) for index, name in model.config.id2label.items()}
     if label not in labels:
         raise RecipeError(
@@ -123,10 +136,12 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
     def probability(texts: Sequence[str]) -> np.ndarray:
         batches = []
         for start in range(0, len(texts), 32):
-            inputs = tokenizer(list(texts[start : start + 32]), padding=True, truncation=True, return_tensors="pt")
+            batch = list(texts[start : start + 32])
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=limit, return_tensors="pt")
             with torch.no_grad():
                 logits = model(**inputs.to(device)).logits.float()
-            batches.append(logits.softmax(dim=-1)[:, labels[label]].cpu().numpy())
+            rated = logits.sigmoid() if several else logits.softmax(dim=-1)
+            batches.append(rated[:, labels[label]].cpu().numpy())
         return np.concatenate(batches)
 
     return probability

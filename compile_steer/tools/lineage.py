@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from compile_steer.artifacts.files import digest, edit_check
-from compile_steer.artifacts.paths import RunPaths, require_inside
+from compile_steer.artifacts.paths import RunPaths, real_path, require_inside
 from compile_steer.artifacts.provenance import (
     PROVENANCE,
     Origin,
@@ -50,7 +50,7 @@ def lineage(path: Path, recipes: Path | None = None) -> Iterator[Link]:
     Raises:
         ArtifactError: the artifact itself cannot be read, or is not one of ours.
     """
-    path = artifact_root(path.resolve())
+    path = artifact_root(real_path(path))
     if path.is_dir() or path.suffix != ".json":
         yield from (_folder_links if path.is_dir() else _vector_links)(path, recipes)
         return
@@ -211,7 +211,7 @@ def recipe_folder(path: Path, recipe: dict[str, Any]) -> Path | None:
     Where the recipe lay is not recorded, as it holds for one machine only. The data's hashes tell whether they are the same.
     """
     files = Recipe.recall(recipe, path.parent).data.files.values()
-    for parent in path.resolve().parents:
+    for parent in real_path(path).parents:
         for folder in (parent, parent / "recipes"):
             if any((folder / file).is_file() for file in files):
                 return folder
@@ -230,15 +230,17 @@ def data_hashes(recipe: Recipe, paths: RunPaths) -> tuple[dict[str, str], list[s
         reader = Reader(paths.out)
         for name in SPLITS:
             if paths.pairs(name).is_file():
-                reader.rows(name, paths.pairs(name).resolve(), PairsData.keys)
+                reader.rows(name, real_path(paths.pairs(name)), PairsData.keys)
         hashes, problems = {**hashes, **reader.hashes}, [*problems, *reader.problems]
     if imported := recipe.extract.imported_sha256(recipe.folder):
         hashes["imported"] = imported
+    if scorer := recipe.validate_.score.revision:
+        hashes["classifier"] = scorer
     other = recipe.validate_.other_behaviour
     if other is not None and (recipe.folder / other).is_file():
         try:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / other)
-            hashes["other_behaviour"] = pairs_sha256(tuple(pairs))
+            hashes["other_behaviour"] = pairs_sha256(tuple(pairs.values()))
         except RecipeError as error:
             problems += error.problems
     return hashes, problems

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from compile_steer.artifacts.files import edit_check, sha256, was_edited
 from compile_steer.artifacts.locks import locked
-from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.paths import RunPaths, real_path
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError
@@ -129,7 +129,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ArtifactError(f"{to} is not an empty folder; a replay keeps nothing of an earlier run.")
-    original = _read(path.resolve(), recipes)
+    original = _read(real_path(path), recipes)
     # What an edited record says of recipe, data and base is not what the artifact was made from.
     if original.provenance is not None and was_edited(path / PROVENANCE):
         return Reproduction(path, tolerance, {}, [compare_hashes("record", *edit_check(path / PROVENANCE))])

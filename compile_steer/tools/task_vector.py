@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.artifacts.files import digest
+from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.provenance import Provenance, artifact_sha256
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import is_adapter, read_patch, write_patch
@@ -69,7 +70,7 @@ def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None,
     if Path(name).name != name or name in BACKENDS:
         problems.append(f"'{name}' cannot be the new name: a word without slashes that is no backend's is needed.")
     # Written to a temporary folder and exchanged, but the parents' hashes would be of folders that are gone.
-    if folder.resolve() in [source.resolve() for source in sources]:
+    if real_path(folder) in [real_path(source) for source in sources]:
         problems.append(f"{folder} is read from and would be replaced; give another name.")
     for source in sources:
         try:

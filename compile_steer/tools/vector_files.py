@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compile_steer.artifacts.files import save_text
+from compile_steer.artifacts.paths import real_path
 from compile_steer.common.errors import CannotLower, RecipeError
 from compile_steer.formats import vectors as vector_formats
 from compile_steer.formats.foreign import LayerConvention
@@ -39,7 +40,7 @@ def import_changes(
         except ValueError as error:
             raise RecipeError(f"--joint {joint}: needed: all, or blocks as 4,5,6.") from error
     # Not resolved: a hub's cache has links with names, and the names tell the format.
-    section = {"file": os.path.relpath(file.absolute(), recipe.resolve().parent), **settings, "joint": blocks}
+    section = {"file": os.path.relpath(file.absolute(), real_path(recipe).parent), **settings, "joint": blocks}
     imported = {key: value for key, value in section.items() if value is not None}
     return [f"name={json.dumps(name)}", f"extract={json.dumps({'method': 'imported', 'imported': imported})}"]
 

@@ -99,7 +99,7 @@ def validate(
     with progress.phase("test: other coefficients, all answers", 1):
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
         settings = sweep_coefficients(few, program, coefficient, limit)
-        answers, samples, points = _answer(context, options, score, program, random, settings, ask, too_high)
+        answers, samples, points, note = _answer(context, options, score, program, random, settings, ask, too_high)
 
     report = ValidationReport(
         name=name,
@@ -123,7 +123,7 @@ def validate(
         confounds=on_direction(suspects, data, test, effects),
     )
     verdict, reasons = decide(report, options)
-    report = replace(report, verdict=verdict, reasons=reasons, notes=[*context.notes, *remarks(report)])
+    report = replace(report, verdict=verdict, reasons=reasons, notes=[*context.notes, *note, *remarks(report)])
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
 
 
@@ -234,11 +234,11 @@ def _answer(
     points: Sequence[tuple[Program, SweepPoint]],
     ask: str,
     too_high: float,
-) -> tuple[dict[str, Answers], dict[str, str], list[SweepPoint]]:
+) -> tuple[dict[str, Answers], dict[str, str], list[SweepPoint], list[str]]:
     """Answer the test prompts under every condition, a few of them along the sweep, and the recipe's own question.
 
-    Returns the answers by condition (without those that the recipe or the template lacks), the samples, and the points
-    with their scores.
+    Returns the answers by condition (without those that the recipe or the template lacks), the samples, the points with
+    their scores, and a remark on a baseline that the recipe asks for but the model cannot have.
     """
     model, data = context.model, context.data
     prompts = [pair.prompt for pair in data.test[: options.prompts]]
@@ -260,13 +260,19 @@ def _answer(
         answers["instructed"] = instructed
 
     # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
-    history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
+    history, remark = (
+        tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot]),
+        list[str](),
+    )
     try:
         encoded = [encode(model.tokenizer, Text(prompt, history=history)) for prompt in prompts]
         require_room(model, encoded, options.max_new_tokens)
-    except RecipeError:
-        history = ()  # the chat template cannot have earlier turns, or the model has too few positions for them
-    if history:
+    except RecipeError as error:  # the chat template cannot have earlier turns, or the model has too few positions
+        shown = f"showing {len(history)} examples before the prompt (validate.few_shot)"
+        remark = [
+            f"{shown} was not measured, so steering is not compared with it: {error.problems[0].removeprefix('data: ')}"
+        ]
+    if history and not remark:
         request = Request(prompts, ask=lambda prompt: Text(prompt, history=history))
         (answers["few_shot"],) = answer(model, [request], score, options.max_new_tokens, data.questions)
 
@@ -276,4 +282,4 @@ def _answer(
         for (_program, point), a in zip(points, rest[len(sampled) :], strict=True)
     ]
     own = float(base.scores[: len(few)].mean()), float(base.repetition[: len(few)].mean())
-    return answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)]
+    return answers, samples, [*measured, SweepPoint(0.0, 0.0, 1.0, *own)], remark

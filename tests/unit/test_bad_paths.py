@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import compile_steer
 from compile_steer.__main__ import main
 from compile_steer.cli.app import app
 from compile_steer.tools.serving import runner
@@ -42,7 +43,17 @@ BESIDE_A_RECIPE = (
     ["extract", "RECIPE", "--set", "model=BAD", "--out", "OUT"],
     ["extract", "RECIPE", "--set", "data.train=BAD", "--out", "OUT"],
 )
-KINDS = ("missing", "empty folder", "junk", "folder of junk", "link to nothing", "below a file", "not UTF-8 \udcff")
+KINDS = (
+    "missing",
+    "empty folder",
+    "junk",
+    "folder of junk",
+    "link to nothing",
+    "link to itself",
+    "below a file",
+    "not UTF-8 \udcff",
+)
+PACKAGE = Path(compile_steer.__path__[0])
 NAMES = ("compile_steer.json", "config.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
 
 
@@ -59,6 +70,8 @@ def bad_path(folder: Path, kind: str) -> Path:
         path.mkdir()
     elif kind == "link to nothing":
         path.symlink_to("nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
     elif kind == "below a file":
         path.write_text("in the way")
         path /= "bad below"
@@ -117,3 +130,8 @@ def test_path_beside_a_recipe_that_cannot_be_used_is_named(
     values = {"RECIPE": str(run.recipe), "OUT": str(run.paths.out)}
     words = [values.get(word, word).replace("BAD", str(path)) for word in arguments]
     assert path.name.rstrip(" \udcff") in ended(words, tmp_path, monkeypatch, capsys)
+
+
+def test_no_path_is_resolved_by_the_call_that_raises_for_a_link_to_itself() -> None:
+    for source in PACKAGE.rglob("*.py"):
+        assert ".resolve()" not in source.read_text(encoding="utf-8"), f"{source}: use artifacts.paths.real_path"

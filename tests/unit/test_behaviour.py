@@ -105,22 +105,28 @@ def test_a_prompt_in_two_files_is_refused_whatever_its_case_and_spaces(tmp_path:
     rows = good()
     rows[other][0]["prompt"] = "TRAIN \t 1"
     (line,) = problems(write(tmp_path, rows))
-    assert line == f"data: the prompt 'TRAIN \\t 1' is in both train and {other}; the splits must not overlap."
+    places = f"(train.jsonl:2, {other}.jsonl:1); the splits must not overlap."
+    assert line == f"data: the prompt 'TRAIN \\t 1' is in both train and {other} {places}"
 
 
 def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["heldout"] += [{"prompt": "Heldout 0"}, {"prompt": "heldout  0"}]
     (line,) = problems(write(tmp_path, rows))
-    assert line == "data.heldout: the prompt 'heldout 0' occurs 3 times."
+    assert (
+        line
+        == "data.heldout: the prompt 'heldout 0' occurs 3 times (heldout.jsonl:1, heldout.jsonl:4, heldout.jsonl:5)."
+    )
 
 
 def test_a_response_of_one_split_in_another_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["test"][1] = pair("another prompt", positive="Train 0 high")
     (line,) = problems(write(tmp_path, rows))
-    assert "train" in line
-    assert "test" in line
+    assert (
+        line
+        == "data: the response 'Train 0 high' is in both train and test (train.jsonl:1, test.jsonl:2); the splits must not overlap."
+    )
 
 
 def test_sides_that_are_equal_are_refused_unless_the_templates_tell_them_apart(tmp_path: Path) -> None:
@@ -128,7 +134,7 @@ def test_sides_that_are_equal_are_refused_unless_the_templates_tell_them_apart(t
     rows["train"] = [pair("a", "same", "same "), pair("b")]
     files = write(tmp_path, rows)
     (line,) = problems(files, positive="{prompt}")
-    assert line == "data.train: positive and negative are the same text for 'a' (1 pairs)."
+    assert line == "data.train: positive and negative are the same text for 'a' (train.jsonl:1; 1 pairs)."
     assert read_behaviour(files, "{prompt} Sing.", "{prompt}").train[0].positive.response == "same"
 
 

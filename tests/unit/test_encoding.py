@@ -94,7 +94,7 @@ def test_a_control_token_in_disguise_is_refused(text: Text) -> None:
 
 
 def test_a_control_token_that_has_no_plain_text_is_refused() -> None:
-    with pytest.raises(RecipeError, match="a control token"):
+    with pytest.raises(RecipeError, match="prompt: the model's tokenizer reads the control token </s> in the text 'w7"):
         encode(word_tokenizer(), Text("w7 </s> w8"))
 
 
@@ -156,7 +156,7 @@ def test_all_that_is_wrong_with_the_texts_is_said_at_once_with_their_places() ->
         check_texts(one, data, {"neutral": 4, "heldout": 8})
     assert [problem[:60] for problem in caught.value.problems] == [
         "data.test: the two sides of 1 of 2 pairs are the same tokens for this model"[:60],
-        "data.neutral: 70 tokens and up to 4 that follow do not fit into the model's 64 positions"[:60],
+        "data.neutral: prompt: 70 tokens and up to 4 that follow do not fit into the model's 64 positions"[:60],
         "data.heldout: a system prompt needs a model with a chat template"[:60],
     ]
     huge = Text("w20 " * 350_000, "w21 " * 350_000)

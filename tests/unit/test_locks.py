@@ -245,6 +245,11 @@ def test_a_place_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"cannot be written.*File exists"):
         save_text(tmp_path / "file" / "a", "")
-    with pytest.raises(ArtifactError, match=r"cannot be written.*File exists"):
+    with pytest.raises(
+        ArtifactError, match=r"file cannot be written to \(it is no folder\)\. Remove what is in the way"
+    ):
         locked(tmp_path / "file").__enter__()
-    assert names(tmp_path) == ["file"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ArtifactError, match=r"loop cannot be written to \(it is no folder\)"):
+        locked(tmp_path / "loop").__enter__()
+    assert sorted(names(tmp_path)) == ["file", "loop"]

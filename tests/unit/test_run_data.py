@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS, Context
 from compile_steer.models.text import Pair, Text
+from compile_steer.pipeline.artifacts import compile_program
 from compile_steer.pipeline.run import Run
-from compile_steer.recipe import Recipe
+from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.tools.lineage import data_hashes
 from tests.helpers.generation import N_PROMPTS, generated, generating_model, generating_recipe, read_rows
+from tests.helpers.small_run import SmallRun
 
 
 @pytest.fixture
@@ -80,3 +85,55 @@ def test_pairs_that_the_model_cannot_tell_apart_are_refused_before_any_work(tmp_
     with pytest.raises(RecipeError, match="data.kind pairs: its rows have their responses"):
         run.generated_pairs()
     assert not run.paths.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "row", "said"),
+    [
+        ("train", {"prompt": "w9 " * 99}, r"train.jsonl:2: prompt: \d+ tokens do not fit"),
+        ("test", {"positive": "w9 " * 99}, r"test.jsonl:2: prompt and positive: \d+ tokens"),
+        (
+            "validation",
+            {"negative": "w9 </s>"},
+            "validation.jsonl:2: negative: .* reads the control token </s> in the text 'w9",
+        ),
+        ("train", {"prompt": "w9 <s>"}, "train.jsonl:2: prompt: .* reads the control token <s>"),
+        ("neutral", {"response": "</s> w9"}, "neutral.jsonl:2: response: .* reads the control token </s>"),
+        ("heldout", {"prompt": "w9 </s>"}, "heldout.jsonl:2: prompt: .* reads the control token </s>"),
+        (
+            "other_behaviour",
+            {"positive": "w9 </s>"},
+            "other_behaviour.jsonl:2: positive: .* reads the control token </s>",
+        ),
+    ],
+)
+def test_what_the_model_cannot_read_is_named_by_file_line_and_key(
+    split: str, row: dict[str, str], said: str, run: SmallRun
+) -> None:
+    path = run.recipe.parent / "data" / f"{split}.jsonl"
+    rows = read_rows(path)
+    rows[1] |= row
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(RecipeError, match=f"^{said}"):
+        run.open()
+
+
+def test_another_path_to_the_same_model_makes_nothing_again(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(Path(str(run.read().model)), run.root / "moved")
+    monkeypatch.chdir(run.root)
+    again = Run.open(read_recipe(run.recipe, ["model=./moved/"]), run.paths.out, Progress())
+    assert again.model.id != run.read().model
+    for name in ("run.extract", "run.validate", "artifacts.Lowering.regression_texts"):
+        monkeypatch.setattr(f"compile_steer.pipeline.{name}", None)  # whoever calls it fails
+    files = [run.paths.directions, run.paths.program, run.paths.validation]
+    files += [
+        run.paths.adapter("closed_form") / "adapter_model.safetensors",
+        run.paths.adapter("bias") / "patch.safetensors",
+    ]
+    before = [sha256(file) for file in files]
+    again.validate()
+    folders = compile_program(again, force=True)
+    assert [sha256(file) for file in files] == before
+    # What names the base names it as it is called now.
+    assert [Provenance.read_unedited(folder).model for folder in folders] == ["./moved/"] * 2
+    assert json.loads((folders[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == "./moved/"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Question
@@ -16,11 +15,10 @@ from compile_steer.models.text import Text
 from compile_steer.models.tokens import encode
 from compile_steer.recipe import read_recipe
 from compile_steer.scoring.base import Reply, ScorerBase
-from compile_steer.scoring.classifier import Classifier
 from compile_steer.scoring.model_based import perplexities
 from compile_steer.stats import auroc
 from tests.helpers.scoring import behaviour, discrimination, make_replies, make_scorer
-from tests.helpers.tiny import VOCAB, loaded, tokenizer
+from tests.helpers.tiny import loaded, tokenizer
 
 MODEL = loaded("gemma2")
 NONE = behaviour(())
@@ -123,49 +121,6 @@ def test_a_classifier_needs_responses() -> None:
         make_scorer(kind="classifier").bind(MODEL, behaviour(HELD_OUT, [("", "")]))
     with pytest.raises(RecipeError, match="data.validation has prompts without"):
         make_scorer(kind="classifier").bind(MODEL, behaviour([("", "")], SEA))
-
-
-@pytest.fixture
-def sequence_classifier(tmp_path: Path) -> Path:
-    """A folder with a tiny classifier that reads one thing: whether 'w9' is there."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, id2label={0: "land", 1: "sea"}, label2id={"land": 0, "sea": 1},
-    )  # fmt: skip
-    model = BertForSequenceClassification(config)
-    rows = torch.randint(6, VOCAB, (160, 6))
-    rows[rows == 9] = 10
-    rows[:80, 2] = 9
-    labels = torch.tensor([1] * 80 + [0] * 80)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(input_ids=rows, labels=labels).loss.backward()
-        optimizer.step()
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_a_sequence_classifier_s_folder_scores_by_one_of_its_labels(sequence_classifier: Path) -> None:
-    sides = [("w20 w9 w30", "w20 w40 w30"), ("w9 w50", "w51 w50 w60 w61"), ("w8 w8 w9", "w8 w8 w70")]
-    sea = make_scorer(kind="classifier", model=str(sequence_classifier), label="sea")
-    rated = sea.bind(MODEL, behaviour(sides))(make_replies("w33 w9 w12 w70", "w33 w13"))
-    assert rated[0] > 0.8 and rated[1] < 0.2
-    land = Classifier(kind="classifier", model=str(sequence_classifier), label="land")
-    with pytest.raises(RecipeError, match=r"cannot tell .* AUROC 0\.0"):
-        land.bind(MODEL, behaviour(sides))
-    with pytest.raises(RecipeError, match="has no label 'river'; it has land, sea"):
-        make_scorer(kind="classifier", model=str(sequence_classifier), label="river").bind(MODEL, behaviour(sides))
-    with pytest.raises(RecipeError, match="is no folder"):
-        make_scorer(kind="classifier", model="some/model", label="sea").bind(MODEL, behaviour(sides))
-    (sequence_classifier / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match="cannot be loaded as a sequence classifier"):
-        sea.bind(MODEL, behaviour(sides))
-
-
-# ------------------------------------------------------------------------------------- several at once
 
 
 def test_all_is_the_minimum_of_its_parts() -> None:

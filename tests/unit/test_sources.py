@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rows(folder: Path, keys: tuple[str, ...] = ("prompt", "response"), **changes: Any) -> list[dict[str, Any]]:
+def rows(folder: Path, keys: tuple[str, ...] = ("prompt", "response"), **changes: Any) -> Sequence[dict[str, Any]]:
     reader = Reader(folder)
     rows_read = reader.rows("neutral", source(**changes), keys, ("history",))
     if reader.problems:

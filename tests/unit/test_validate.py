@@ -17,7 +17,7 @@ from compile_steer.validation.controls import StreamStatistics
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.report import ValidationReport
 from tests.helpers.tiny import HIDDEN, LAYERS
-from tests.helpers.validation import behaviour, chat_model, toward_w40, usual_validation, validated, words
+from tests.helpers.validation import behaviour, chat_model, pairs, toward_w40, usual_validation, validated, words
 
 
 def test_the_chosen_program_is_measured_on_test_data() -> None:
@@ -109,7 +109,7 @@ def test_another_behaviour_s_pairs_give_a_control(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     rows = [{"prompt": words(s, 3), "positive": f"w77 {words(s + 9, 3)}", "negative": "w12 w13"} for s in range(7)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    other = tuple(read_pairs("validate.other_behaviour", path))
+    other = tuple(read_pairs("validate.other_behaviour", path).values())
     report = validated(toward_w40(), replace(behaviour(), other_behaviour=other)).report
     assert report.controls.other_behaviour is not None and report.controls.other_behaviour < report.controls.effect
     path.write_text('{"prompt": "w8"}')
@@ -133,3 +133,12 @@ def test_the_power_analysis_is_printed_before_the_sweep() -> None:
         notes[0].startswith("log-likelihood margin: a change of 0.1 nats/token needs ") and "there are 12" in notes[0]
     )
     assert notes[1].startswith("score: a change of 0.2 needs ") and "there are 8" in notes[1]
+
+
+def test_a_baseline_that_does_not_fit_the_model_is_said_to_be_missing() -> None:
+    report = validated(toward_w40(), replace(behaviour(), train=pairs(100, 40)), few_shot=40).report
+    assert report.scores.few_shot is None
+    (note,) = [note for note in report.notes if "validate.few_shot" in note]
+    assert note.startswith("showing 40 examples before the prompt (validate.few_shot) was not measured")
+    assert "do not fit into the model's 64 positions" in note
+    assert not any("validate.few_shot" in note for note in usual_validation().report.notes)
