@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compile_steer.data.behaviour import Behaviour
     from compile_steer.data.pairs import Pairs
     from compile_steer.models.load import load
+    from compile_steer.report.recommendation import recommend
     from compile_steer.steering.directions import Directions
     from compile_steer.steering.program import Intervention, Program
     from compile_steer.steering.sites import Site
@@ -25,6 +26,7 @@ _MODULES = {
     "Behaviour": "data.behaviour",
     "Pairs": "data.pairs",
     "load": "models.load",
+    "recommend": "report.recommendation",
     "Directions": "steering.directions",
     "Intervention": "steering.program",
     "Program": "steering.program",
@@ -43,6 +45,7 @@ __all__ = [
     "extract",
     "load",
     "merge",
+    "recommend",
     "steered",
     "validate",
     "verify",

@@ -105,21 +105,23 @@ def run(
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
     from compile_steer.pipeline.artifacts import run_stages
-    from compile_steer.report.terminal import print_parities, print_plan, print_samples, print_validation
+    from compile_steer.report import terminal
 
     recipe, out = session.recipe, session.console
     out.print(f"\n1  Is the direction worth compiling? ({recipe.model})", style="bold blue")
     opened = session.open()
     for result in run_stages(opened, session.path, session.changes, force):
-        if result.page is not None:  # the last result; each holds those before it
-            print_parities(out, result.parities)
-            print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
+        if result.recommendation is not None:  # the last result; each holds those before it
+            terminal.print_parities(out, result.parities)
+            terminal.print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
+            terminal.print_recommendation(out, result.recommendation)
             out.print(f"\nArtifacts in {opened.paths.out}/, the whole run as a page in {result.page}")
         elif result.merged:
             out.print("\n3  Is what is on disk the steered model? (a fresh process)", style="bold blue")
         elif result.plan:
             out.print("\n2  Into weights", style="bold blue")
-            print_plan(out, opened.program.describe(), result.plan)
+            terminal.print_plan(out, opened.program.describe(), result.plan)
         else:
-            print_validation(out, result.validation)
-    session.finish({"validation": result.validation, "parities": result.parities}, passed=result.passed)
+            terminal.print_validation(out, result.validation)
+    values = {"validation": result.validation, "parities": result.parities, "recommendation": result.recommendation}
+    session.finish(values, passed=result.passed)

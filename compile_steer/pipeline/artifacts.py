@@ -30,6 +30,7 @@ from compile_steer.lowering.plan import BACKENDS, Choice
 from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card
 from compile_steer.report.page import write_page
+from compile_steer.report.recommendation import Recommendation, recommend
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.validation.report import ValidationReport
@@ -211,12 +212,13 @@ def _other_inputs(run: Run, origin: Provenance) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has come to so far: `plan` is empty until the validation has passed, `page` None until the end."""
+    """What a run has come to so far: `plan` is empty until the validation has passed, the last two None until the end."""
 
     validation: ValidationReport
     plan: Sequence[Choice] = ()
     merged: Sequence[Path] = ()
     parities: Sequence[Parity] = ()
+    recommendation: Recommendation | None = None
     page: Path | None = None
 
     @property
@@ -241,11 +243,12 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     yield result
     parities = verify_in_fresh_process(recipe, run.paths.out, changes)
     require_of_this_run(run, parities)
-    result = replace(result, parities=parities, page=run.paths.report)
+    shipped = recommend(parities, artifacts(run), verdict=result.validation.verdict)
+    result = replace(result, parities=parities, recommendation=shipped, page=run.paths.report)
     trained = {name: _curves(run.paths.adapter(name)) for name in run.plan.chosen}
     curves = {f"{name}, {part}": curve for name, parts in trained.items() for part, curve in parts.items()}
     program = run.program.describe()
-    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, curves)
+    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves)
     yield result
 
 

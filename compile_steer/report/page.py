@@ -21,6 +21,7 @@ from compile_steer.verification.parity import Parity
 if TYPE_CHECKING:
     from compile_steer.lowering.plan import Choice
     from compile_steer.recipe import Recipe
+    from compile_steer.report.recommendation import Recommendation
 
 
 def write_page(
@@ -30,6 +31,7 @@ def write_page(
     choices: Sequence[Choice],
     report: ValidationReport,
     parities: Sequence[Parity],
+    recommendation: Recommendation,
     curves: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> None:
     """Write the page atomically; `curves` holds the losses of each thing that was trained."""
@@ -40,6 +42,7 @@ def write_page(
         choices=choices,
         report=report,
         parities=parities,
+        recommendation=recommendation,
         details=details,
         charts=[
             _svg(2.8, 2, partial(_draw_sweep, report)),

@@ -16,6 +16,7 @@ from compile_steer.verification.parity import Parity, PromptSet
 if TYPE_CHECKING:
     from compile_steer.extraction.generate_pairs import GenerationReport
     from compile_steer.lowering.plan import Choice
+    from compile_steer.report.recommendation import Recommendation
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
@@ -114,6 +115,14 @@ def print_parities(console: Console, parities: Sequence[Parity]) -> None:
         for check in p.unchecked:
             name = (f"{p.backend} {p.form}, not checked: {check.name}", "yellow")
             console.print(Text.assemble("  ", name, f": {check.text}"))
+
+
+def print_recommendation(console: Console, recommendation: Recommendation) -> None:
+    """Print which artifact to ship and why, and a line for each other one."""
+    style = "bold green" if recommendation.artifact else "bold red"
+    console.print(Text.assemble("\n", (str(recommendation), style)))
+    for line in recommendation.others:
+        console.print(f"  {line}")
 
 
 def _prompt_set_table(parities: Sequence[Parity]) -> Table:

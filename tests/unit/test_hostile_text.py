@@ -21,6 +21,7 @@ from compile_steer.export.engine_support import _LOAD, engine_support, load_comm
 from compile_steer.lowering.plan import Choice
 from compile_steer.report.card import model_card, update_card
 from compile_steer.report.page import write_page
+from compile_steer.report.recommendation import Recommendation
 from compile_steer.validation.report import ValidationReport
 from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
@@ -97,6 +98,7 @@ def page(run: SmallRun, path: Path, text: str) -> _Page:
         choices,
         report,
         [parity],
+        Recommendation(text, Path(text), text, [text]),
         {name: {"loss": [2.0, 1.0]} for name in (text, "$x_{$ --></svg><b>")},
     )
     return _Page(path.read_text(encoding="utf-8"))

@@ -23,6 +23,11 @@ def test_run_with_json_prints_nothing_but_json_on_standard_output(run: SmallRun)
     summary = json.loads(process.stdout)
     reports = {(parity["backend"], parity["form"]) for parity in summary["parities"]}
     assert reports == {("bias", "merged-fp32"), ("closed_form", "adapter"), ("closed_form", "merged-fp32")}
+    shipped = summary["recommendation"]
+    passed = [f"{parity['backend']} {parity['form']}" for parity in summary["parities"] if parity["passed"]]
+    failed_validation = summary["validation"]["verdict"] == "fail"
+    assert shipped["artifact"] in (passed if passed and not failed_validation else [""])
+    assert "<strong>Ship " in run.paths.report.read_text(encoding="utf-8")
     assert process.returncode == (0 if all(parity["passed"] for parity in summary["parities"]) else 1)
     assert "verifying artifacts from disk" in process.stderr  # the progress of the process that verifies
 
