@@ -5,6 +5,8 @@ Serving engines read few of a LoRA's settings, and some of them ignore the other
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from compile_steer.artifacts.files import load_foreign_json, read_json
 from compile_steer.artifacts.tensors import read_tensors
-from compile_steer.common.errors import ArtifactError, several
+from compile_steer.common.errors import ArtifactError, brief, several
+from compile_steer.models.adapter_patterns import require_quick_patterns
 from compile_steer.steering.low_rank import LowRank
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,14 +29,24 @@ PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Settings that training or PEFT's bookkeeping reads, and on which the saved adapter does not depend.
 # fmt: off
 _IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "target_modules", "task_type", "velora_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "task_type", "velora_config",
 }
 # fmt: on
 # Settings that `read_lora` reads. ('bias' says which of the base's biases were trained; they would be tensors.)
-_READ = {"use_rslora", "alpha_pattern", "rank_pattern", "lora_alpha", "init_lora_weights", "bias"}
+_READ = {
+    "use_rslora",
+    "alpha_pattern",
+    "rank_pattern",
+    "lora_alpha",
+    "init_lora_weights",
+    "bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+}  # fmt: skip
 _MORE_THAN_LORA = {
     "use_dora": "DoRA scales every row of the sum of weight and adapter",
     "lora_bias": "the adapter has biases",
@@ -50,6 +63,12 @@ _MORE_THAN_LORA = {
 }
 # Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 _BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# PEFT's prefix, once, and a name that a module of torch can have.
+_NAME = re.compile(r"base_model\.model\.((?!base_model\.)[\w-]+(?:\.[\w-]+)*)")
+_LEFT_OUT = (
+    "but target_modules, exclude_modules and layers_to_transform leave it out: PEFT would ignore them. Name it there, or take its "
+    "tensors out."
+)
 _MERGE = "Merge it with PEFT (merge_and_unload), save that, and use the checkpoint."
 
 
@@ -92,6 +111,10 @@ class LoraConfig(AdapterConfig):
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     fan_in_fan_out: bool | None = False
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
 
 
 def read_lora(folder: Path) -> PlainLora:
@@ -111,25 +134,30 @@ def read_lora(folder: Path) -> PlainLora:
     problems = [*_unsupported_settings(settings)] or several([*_unpaired_tensors(tensors, modules)])
     if problems:
         raise ArtifactError([f"{folder}: {problem}" for problem in problems])
+    names = [module.removeprefix(PREFIX) for module in modules]
+    require_quick_patterns(folder / ADAPTER_CONFIG, settings, names)
     edits, folded = {}, set()
-    for module in modules:
-        name = module.removeprefix(PREFIX)
-        A, B = tensors[module + _A].float(), tensors[module + _B].float()
+    problems = [f"{folder}: {name} has factors, {_LEFT_OUT}" for name in _left_out(names, config)]
+    for module, name in zip(modules, names, strict=True):
+        where, held = f"{folder}: {name}", (tensors[module + _A], tensors[module + _B])
+        if not all(factor.is_floating_point() for factor in held):
+            problems.append(f"{where}: the factors are no floats.")
+            continue
+        A, B = (factor.float() for factor in held)
         rank, scale, used = _scale(name, config)
-        where = f"{folder}: {name}"
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not (A.numel() and B.numel()):
             shapes = f"lora_A is {list(A.shape)}, lora_B {list(B.shape)}"
             problems.append(f"{where}: {shapes}; needed: [r, d_in] and [d_out, r].")
         elif A.shape[0] != rank:
             problems.append(f"{where}: the factors have rank {A.shape[0]}, {ADAPTER_CONFIG} says {rank}.")
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-            problems.append(f"{where}: it holds NaN or infinity.")
-        if not (tensors[module + _A].is_floating_point() and tensors[module + _B].is_floating_point()):
-            problems.append(f"{where}: the factors are no floats.")
+        # No entry of the scaled B, of A or of B A is larger than this. (NaN comes first in max, or it would be lost.)
+        size = max(abs(scale), 1.0) * math.prod(max(float(factor.double().norm()), 1.0) for factor in (B, A))
+        if not size < torch.finfo(torch.float32).max:
+            problems.append(f"{where}: it holds NaN or infinity, or what float32 cannot hold once it is multiplied.")
         folded |= used
         edits[name] = LowRank(scale * B, A)
     if problems:
-        raise ArtifactError(problems)
+        raise ArtifactError(several(problems))
     return PlainLora(edits, tuple(sorted(folded)), config.base_model_name_or_path or "", bool(config.fan_in_fan_out))
 
 
@@ -143,6 +171,8 @@ def _unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {value}: {_MORE_THAN_LORA[key]}. {_MERGE}"
         elif value and key not in _IGNORED | _READ | _MORE_THAN_LORA.keys():
             yield f"{key} is {value}, a setting that is not supported. {_MERGE}"
+    if not config.get("target_modules"):
+        yield "target_modules names no modules; needed: the names of those that have factors."
     start = config.get("init_lora_weights", True)
     if start not in _BASE_UNCHANGED:
         yield (
@@ -154,6 +184,9 @@ def _unsupported_settings(config: Mapping[str, Any]) -> Iterator[str]:
 def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iterator[str]:
     """Every tensor that is not one of a pair of lora_A and lora_B."""
     pairs = {name + suffix for name in modules for suffix in (_A, _B)}
+    for name in modules:
+        if not _NAME.fullmatch(name):
+            yield f"{brief(name)} is not {PREFIX} and the name of a module: PEFT would ignore its factors."
     unpaired = sorted(tensors.keys() ^ pairs)
     for name in unpaired:
         if name in pairs:
@@ -162,6 +195,15 @@ def _unpaired_tensors(tensors: Mapping[str, Tensor], modules: list[str]) -> Iter
             yield f"{name} is not one of a pair of lora_A and lora_B. {_MERGE}"
     if not modules:
         yield "it holds no pair of lora_A and lora_B."
+
+
+def _left_out(names: list[str], config: LoraConfig) -> list[str]:
+    """The modules that PEFT, by its own rule, would not adapt; it would ignore their tensors without an error."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if str(config.target_modules).lower() == "all-linear":
+        return []
+    return [name for name in names if not check_target_module_exists(config, name)]
 
 
 def _scale(name: str, config: LoraConfig) -> tuple[int, float, set[str]]:

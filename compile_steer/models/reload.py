@@ -11,10 +11,12 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
+from torch import nn
 
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.tensors import open_tensors
 from compile_steer.common.errors import ArtifactError, brief
+from compile_steer.models.adapter_patterns import require_quick_patterns
 from compile_steer.models.chat import configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
@@ -22,11 +24,6 @@ from compile_steer.models.libraries import quiet_library_errors
 from compile_steer.models.load import LoadedModel, frozen
 from compile_steer.steering.layout import Layout
 
-# Kinds of adapters that PEFT builds from their own two files. Others have it load tokenizers, models or more adapters from
-# places that the configuration names.
-_LOW_RANK = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA", "MISS")
-_OWN_FILES = (*_LOW_RANK, "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING")
-_RANKS = ("r", "init_r", "target_r", "oft_block_size", "boft_block_size")
 ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
 
 
@@ -57,7 +54,7 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
     """Load adapters, by name, on one fresh copy of `base`; raises as `reload`. `set_adapter_scales` activates some."""
     model: Any = None
     for name, folder in folders.items():
-        require_own_files(folder)
+        require_own_files(folder, base.model)
         plain = fresh_copy(base).model if model is None else None
         with quiet_library_errors(_not_loaded(folder)):
             if plain is not None:
@@ -75,22 +72,24 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
     return LoadedModel(frozen(model, base.device), base.tokenizer, "adapters", "", base.source, chat=base.chat)
 
 
-def require_own_files(folder: Path) -> None:
-    """Raise `ArtifactError` for an adapter that PEFT could not build from safetensors alone, or that claims huge ranks."""
+def require_own_files(folder: Path, model: nn.Module) -> None:
+    """Raise `ArtifactError` for an adapter that PEFT could not put on `model` from its own two files, or not in sane time.
+
+    Other kinds than LoRA have PEFT load tokenizers, models or more adapters from places that the configuration names.
+    """
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     config = read_json(path, "Needed: a PEFT adapter's folder.")
     kind = str(config.get("peft_type", "")).rpartition(".")[2]
-    if kind not in _OWN_FILES or config.get("megatron_config") is not None:
-        setting = f"peft_type {brief(kind)}" if kind not in _OWN_FILES else "a megatron_config"
-        raise ArtifactError(
-            f"{path} has {setting}, which loads more than this folder. Needed: {', '.join(sorted(_OWN_FILES))}."
-        )
+    if kind != "LORA" or config.get("megatron_config") is not None:
+        setting = f"peft_type {brief(kind)}" if kind != "LORA" else "a megatron_config"
+        raise ArtifactError(f"{path} has {setting}, which loads more than this folder. Needed: LORA.")
     with open_tensors(weights, "np") as file:  # a pickle beside it is never read
         widest = max((size for name in file.keys() for size in file.get_slice(name).get_shape()), default=0)  # noqa: SIM118
     patterns = config.get("rank_pattern")
-    ranks = [config.get(key) for key in _RANKS] + (list(patterns.values()) if isinstance(patterns, dict) else [])
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
     if any(isinstance(rank, int) and rank > widest for rank in ranks):
         raise ArtifactError(f"{path} claims a rank that no tensor of {weights.name} has; the widest is {widest} wide.")
+    require_quick_patterns(path, config, [name for name, _module in model.named_modules()])
 
 
 def set_adapter_scales(adapters: LoadedModel, scales: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ it was not fitted to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour
+from compile_steer.export.adapter import PATCH_FILE, read_patch
+from compile_steer.export.merged import merged_model
+from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.forward import run_blocks
-from compile_steer.models.load import LoadedModel
+from compile_steer.models.load import LoadedModel, frozen
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import Batch, batches, encode
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import PAD
+from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 
@@ -67,10 +71,26 @@ class Decompiled:
 def decompile_artifact(run: Run, folder: Path) -> Decompiled:
     """Decompile the adapter or checkpoint at `folder`, and leave the program and its report in the run's folder."""
     distributed.require_alone("decompilation")
-    decompiled = decompile(run.model, reload(folder, run.model), run.data, run.progress)
+    decompiled = decompile(run.model, _fine_tuned(folder, run.model), run.data, run.progress)
     decompiled.program.save(run.paths.decompiled)
     save_record(run.paths.decompiled.with_suffix(".json"), decompiled.summary())
     return decompiled
+
+
+def _fine_tuned(folder: Path, base: LoadedModel) -> LoadedModel:
+    """The checkpoint at `folder`, or `base` with the adapter or patch there merged in; raises `ArtifactError`."""
+    if not any((folder / name).is_file() for name in (PATCH_FILE, ADAPTER_CONFIG)):
+        return reload(folder, base)
+    # Read as audit and export read it: PEFT ignores what it does not know, and starts what is missing at random.
+    patch = read_patch(folder)
+    try:
+        model = merged_model(base.source, patch)
+    except ArtifactError as error:
+        raise ArtifactError([f"{folder}: {problem}" for problem in error.problems]) from error
+    for parameter in model.parameters():  # not the buffers, which are kept in fp32
+        parameter.data = parameter.data.to(base.model.dtype)
+    Layout.share(base.model, model)
+    return replace(base, model=frozen(model, base.device), id=str(folder), source=str(folder))
 
 
 def decompile(base: LoadedModel, other: LoadedModel, behaviour: Behaviour, progress: Progress) -> Decompiled:

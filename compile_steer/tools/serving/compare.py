@@ -20,7 +20,7 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError, Engine
 from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf import write_gguf_file
-from compile_steer.formats.lora import ADAPTER_CONFIG, AdapterConfig, LoraConfig
+from compile_steer.formats.lora import ADAPTER_CONFIG, AdapterConfig, LoraConfig, read_lora
 from compile_steer.models.load import LoadedModel, folder_of, load
 from compile_steer.models.logprobs import reference_logprobs, reference_tokens
 from compile_steer.models.reload import reload, require_own_files
@@ -49,6 +49,8 @@ def compare_engines(
     Raises:
         ArtifactError: the artifact cannot be read, or does not name its base.
     """
+    if (artifact / ADAPTER_CONFIG).is_file():
+        read_lora(artifact)  # what is no plain LoRA is the input's fault, not an engine's
     loaded = load(base or recorded_base(artifact), device="cpu")
     sequences, records = reference_tokens(loaded), []  # token ids: engines need not split text alike
     with progress.phase("running the engines", len(engines)) as advance:
@@ -139,7 +141,7 @@ def expected_logprobs(
     if files is not None and (artifact / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
-        require_own_files(artifact)
+        require_own_files(artifact, rounded.model)
         with library_errors(lambda reason: ArtifactError(f"{artifact} cannot be loaded by PEFT ({reason}).")):
             adapted = PeftModel.from_pretrained(rounded.model, str(artifact)).eval()
         return plain, reference_logprobs(adapted, sequences)

@@ -6,6 +6,7 @@ adapters become plain LoRA, and what an engine does not read is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from compile_steer.artifacts.files import own_files, save_record, sha256
 from compile_steer.artifacts.provenance import CARD, PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
-from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, several
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
 from compile_steer.export.model_folder import copy_model
-from compile_steer.formats.lora import ADAPTER_CONFIG, read_lora
+from compile_steer.formats.lora import ADAPTER_CONFIG, PlainLora, read_lora
 from compile_steer.models.checked import require_plain
-from compile_steer.models.libraries import quiet_library_errors, read_config
+from compile_steer.models.libraries import quiet_library_errors, read_config, without_weights
 from compile_steer.models.load import find_model, folder_of, load
+from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.tools.vector_files import block_vectors, write_gguf, write_vllm_lens
@@ -199,16 +201,35 @@ def _export_adapter(folder: Path, engine: EngineName, new: Path, named: str | No
         )
     if problems:
         raise CannotLower([f"{folder}: {problem}" for problem in problems])
+    if family is not None and (misfits := several(list(_misfits(lora, folder_of(named or lora.base))))):
+        raise ArtifactError(
+            [f"{folder}: {problem}. Name the base that it was made for (--base)." for problem in misfits]
+        )
     notes = [f"{', '.join(lora.folded)} folded into B: alpha is the rank now"] if lora.folded else []
     if engine == "llama.cpp":
         name = f"{folder.name}.lora.gguf"
-        write_lora_gguf(new / name, WeightPatch(lora.edits), _config(folder_of(base)))
+        write_lora_gguf(new / name, WeightPatch(lora.edits), _config(folder_of(named or lora.base)))
         return notes, {"file": name}
     write_lora(new, lora.edits, base, lora.transposed)
     rank = read_lora(new).max_rank
     if {edit.rank for edit in lora.edits.values()} != {rank}:
         notes.append(f"all ranks are {rank} now, padded with zeros")
     return notes, {"base": base or "BASE", "name": "NAME", "rank": rank}
+
+
+def _misfits(lora: PlainLora, base: Path) -> Iterator[str]:
+    """Every edit that the base at hand has no matrix of that shape for; an engine would ignore it, or fail."""
+    modules = dict(without_weights(_config(base)).named_modules(remove_duplicate=False))
+    # Older adapters may name matrices as the files do, where the library has joined or renamed them since.
+    specs = Checkpoint(base).specs
+    for name, edit in lora.edits.items():
+        found = getattr(modules.get(name), "weight", None)
+        held = specs[f"{name}.weight"][1] if found is None and f"{name}.weight" in specs else None
+        if found is not None:
+            held = list(linear_shape(modules[name])) if found.ndim == 2 else list(found.shape)
+        needed = [len(edit.B), edit.A.shape[1]]
+        if held != needed:
+            yield f"{name}: the adapter's change is {needed}, the base {'has none' if held is None else held}"
 
 
 def _export_checkpoint(folder: Path, engine: EngineName, new: Path, precision: str) -> tuple[list[str], _Names]:
