@@ -31,6 +31,7 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *_FUNCTIO
 # The arguments by which templates of today are told not to think.
 _THINKING = ("enable_thinking", "thinking", "reasoning_effort")
 _TAG = r"(?:<\|?|\[)(/?)(think|thinking|thought|reason|reasoning|analysis|scratchpad)(?:\|?>|\])"
+CURE = 'Give it one in the recipe, prompt_format: "User: {prompt}\\nAssistant:\\n".'
 _PROBE = "Is 7319 a prime number?"
 
 

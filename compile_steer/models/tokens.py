@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from compile_steer.common.errors import RecipeError, brief
-from compile_steer.models.chat import render
+from compile_steer.models.chat import CURE, render
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, PROMPT, RESPONSE
@@ -76,9 +76,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
     """
     if tokenizer.chat_template is None:
         if text.history:
-            raise RecipeError("data: a conversation of several turns needs a model with a chat template.")
+            raise RecipeError(f"data: a conversation of several turns needs a model with a chat template. {CURE}")
         if text.system:
-            raise RecipeError("data: a system prompt needs a model with a chat template; ask in the prompt instead.")
+            raise RecipeError(f"data: a system prompt needs a model with a chat template. {CURE}")
         return text.prompt
     messages = [("system", text.system)] if text.system else []
     for user, assistant in text.history:

@@ -25,7 +25,7 @@ from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.extraction.stage import extract
 from compile_steer.lowering.plan import Plan, plan
-from compile_steer.models.chat import ChatSettings
+from compile_steer.models.chat import CURE, ChatSettings
 from compile_steer.models.load import LoadedModel, load, revision_of
 from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.steering.directions import Directions
@@ -56,6 +56,11 @@ class Run:
             places = {**data.places, "other_behaviour": list(pairs)}
             data = replace(data, other_behaviour=tuple(pairs.values()), places=places)
         model = load_base(recipe)
+        if model.tokenizer.chat_template is None:
+            progress.note(
+                f"the model '{model.id}' has no chat template: a prompt is given to it as it is, and the response follows at "
+                f"once. {CURE}"
+            )
         notes = check_texts(model, data, answer_lengths(recipe))
         if recipe.data.generation is not None:
             data = with_generated_pairs(recipe, model, data, paths, progress)

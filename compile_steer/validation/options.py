@@ -61,7 +61,12 @@ class ValidateOptions(Section):
     max_new_tokens: int = Field(40, ge=4, le=100_000, description="length of an answer")
     random_directions: int = Field(20, ge=20, le=1000, description="random control directions of the same strength")
     max_perplexity_ratio: float = Field(1.5, gt=1, description="perplexity limit: on control text, over the base's")
-    max_repetition: float = Field(0.2, gt=0, lt=1, description="largest fraction of an answer's 3-grams that repeat")
+    max_repetition: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="largest fraction of an answer's 3-grams that repeat; where the base repeats itself more, that is the limit",
+    )
     min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
     instruction: str = Field("", description="a request for the behaviour in the prompt, as a baseline")
     few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt, as a baseline")
@@ -101,3 +106,8 @@ class ValidateOptions(Section):
         }:
             raise ValueError("a choice is made at the prompt's last token, which positions 'response' do not steer")
         return self
+
+
+def repetition_limit(options: ValidateOptions, base: float) -> float:
+    """The largest repetition of steered answers: a base that repeats itself more than is allowed is not steering's fault."""
+    return max(options.max_repetition, base)

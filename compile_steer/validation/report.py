@@ -35,6 +35,12 @@ class GridPoint:
     evaluations: int | None = None  # that a solver needed to find the coefficient
     skipped: str = ""  # why it was not measured
 
+    def __str__(self) -> str:
+        figures = {"margin {:+.3f}": self.margin, "perplexity x{:.2f}": self.perplexity_ratio}
+        figures |= {"score {:.2f}": self.score, "repetition {:.3f}": self.repetition}
+        measured = ", ".join(form.format(value) for form, value in figures.items() if value is not None)
+        return f"layer {block_name(self.layer)}, coefficient {self.coefficient:.3g}: {self.skipped or measured}"
+
 
 @dataclass(frozen=True)
 class Rung:

@@ -14,12 +14,12 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
 from compile_steer.scoring.answers import Request, answer
 from compile_steer.scoring.base import Score
-from compile_steer.stats import sign_flip
+from compile_steer.stats import decisive, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
 from compile_steer.validation.evaluator import ContrastEvaluator
-from compile_steer.validation.options import SolverTarget, ValidateOptions
+from compile_steer.validation.options import SolverTarget, ValidateOptions, repetition_limit
 from compile_steer.validation.report import GridPoint, Rung, block_name
 
 ProgramAt = Callable[[int, float], Program]
@@ -98,6 +98,7 @@ def sweep(
     program_at: ProgramAt,
     evaluator: ContrastEvaluator,
     score: Score,
+    base_repetition: float = 0.0,
 ) -> Sweep:
     """Measure every grid point by margin and perplexity and the best layers by generation, and choose one.
 
@@ -105,6 +106,9 @@ def sweep(
 
     Args:
         evaluator: the sweep's validation pairs and control texts.
+        base_repetition: of the base's answers to the sweep's prompts.
+
+    Raises `RecipeError` where no point is coherent; what was measured is noted before.
     """
     from scipy.stats import false_discovery_control
 
@@ -142,7 +146,12 @@ def sweep(
                 means = float(answered.scores.mean()), float(answered.repetition.mean())
                 grid[n] = replace(grid[n], score=means[0], repetition=means[1])
             advance(1)
-    best = _choose(grid, options)
+    try:
+        best = _choose(grid, options, repetition_limit(options, base_repetition))
+    except RecipeError:
+        for point in grid:  # whoever is to choose other coefficients must see what these did
+            context.progress.note(str(point))
+        raise
     # Steerability (Tan et al. 2407.12404): the slope of a pair's effect over the coefficient, by least squares through
     # the origin, where the effect is 0 by definition.
     at_best = {c: rows for (layer, c), rows in effects.items() if layer == best.layer}
@@ -237,7 +246,8 @@ class _Layer:
                     continue
                 ratio, reason = self.ratio(c), ""
                 if not ratio <= limit:  # NaN too
-                    beyond, reason = c, f"perplexity of control text x{ratio:.2f}, beyond x{limit:.2f}"
+                    beyond = c
+                    reason = "perplexity of control text x{}, beyond x{}".format(*decisive(ratio, limit, ".2f"))
                 points[c] = GridPoint(self._number, c, perplexity_ratio=ratio, skipped=reason)
         return [points[c] for c in dict.fromkeys(coefficients)]  # in the recipe's order, each once
 
@@ -266,9 +276,9 @@ class _Layer:
         return [c for c in largest if c is not None]
 
 
-def _choose(grid: Sequence[GridPoint], options: ValidateOptions) -> GridPoint:
+def _choose(grid: Sequence[GridPoint], options: ValidateOptions, limit: float) -> GridPoint:
     # Only the points that were answered have a repetition.
-    coherent = [p for p in grid if p.repetition is not None and p.repetition <= options.max_repetition]
+    coherent = [p for p in grid if p.repetition is not None and p.repetition <= limit]
     if coherent:
         return max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))
     mildest = min(grid, key=lambda point: point.perplexity_ratio or math.inf)
@@ -276,9 +286,12 @@ def _choose(grid: Sequence[GridPoint], options: ValidateOptions) -> GridPoint:
         raise RecipeError(
             f"validate: no layer has a usable coefficient: {mildest.skipped} (layer {block_name(mildest.layer)})."
         )
-    repeats = "too much" if mildest.repetition is None else format(mildest.repetition, ".2f")
+    ratio = decisive(mildest.perplexity_ratio, options.max_perplexity_ratio, ".2f")[0]
+    repeats = (
+        "was not answered" if mildest.repetition is None else f"repeats {decisive(mildest.repetition, limit, '.2f')[0]}"
+    )
     raise RecipeError(
         f"validate: no point of the sweep is coherent. The mildest (layer {block_name(mildest.layer)}, coefficient "
-        f"{mildest.coefficient:g}) multiplies the perplexity of control text by {mildest.perplexity_ratio:.2f} and repeats "
-        f"{repeats}; allowed are {options.max_perplexity_ratio:g} and {options.max_repetition:g}. Try smaller coefficients."
+        f"{mildest.coefficient:g}) multiplies the perplexity of control text by {ratio} and {repeats}; allowed are "
+        f"{options.max_perplexity_ratio:g} and {limit:.3g}. Try smaller coefficients."
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compile_steer.stats import LEVEL
+from compile_steer.stats import LEVEL, decisive
 from compile_steer.steering.directions import FROM_LABELS
-from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.options import ValidateOptions, repetition_limit
 from compile_steer.validation.report import ValidationReport, Verdict
 
 # Below the usual 5 %, because the candidate was chosen from a whole sweep.
@@ -91,19 +91,21 @@ def _failures(report: ValidationReport) -> Iterator[str]:
 def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[str]:
     coherence = report.coherence
     if coherence.perplexity_ratio > options.max_perplexity_ratio:
+        ratio = decisive(coherence.perplexity_ratio, options.max_perplexity_ratio, ".2f")[0]
         yield (
-            f"the perplexity of control text rises {coherence.perplexity_ratio:.2f}-fold (at most "
+            f"the perplexity of control text rises {ratio}-fold (at most "
             f"{options.max_perplexity_ratio:g}): use a smaller coefficient" + _crossing(report)
         )
-    # A base that repeats itself more than allowed is not steering's fault.
-    if coherence.repetition_steered > max(options.max_repetition, coherence.repetition_base):
+    limit = repetition_limit(options, coherence.repetition_base)
+    if coherence.repetition_steered > limit:
+        shown, base = decisive(coherence.repetition_steered, limit, ".2f")[0], coherence.repetition_base
         yield (
-            f"the steered model repeats itself: {coherence.repetition_steered:.2f} of its 3-grams (base "
-            f"{coherence.repetition_base:.2f}, at most {options.max_repetition:g}); use a smaller coefficient"
+            f"the steered model repeats itself: {shown} of its 3-grams (base {decisive(base, limit, '.2f')[0]}, at most "
+            f"{limit:.3g}); use a smaller coefficient"
         )
     if report.scores.steered < options.min_score:
         yield (
-            f"the score on test prompts is {report.scores.steered:.2f}, below {options.min_score:g}; use a larger "
+            f"the score on test prompts is {decisive(report.scores.steered, options.min_score, '.2f')[0]}, below {options.min_score:g}; use a larger "
             "coefficient" + _crossing(report)
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from compile_steer.stats import decisive
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Check, Parity
 
@@ -32,16 +33,18 @@ def _check(name: str, passed: bool, reason: str) -> Check:
 
 
 def _at_most(name: str, text: str, value: float, limit: float, form: str) -> Check:
-    # NaN compares false, so it misses every gate.
-    return _check(name, value <= limit, f"{text}; at most {limit:{form}}")
+    # `text` has {} in the place of the value. NaN compares false, so it misses every gate.
+    shown, bound = decisive(value, limit, form)
+    return _check(name, value <= limit, f"{text.replace('{}', shown)}; at most {bound}")
 
 
 def _at_least(name: str, text: str, value: float, limit: float, form: str) -> Check:
-    return _check(name, value >= limit, f"{text}; at least {limit:{form}}")
+    shown, bound = decisive(value, limit, form)
+    return _check(name, value >= limit, f"{text.replace('{}', shown)}; at least {bound}")
 
 
 def _kl(name: str, place: str, value: float, limit: float) -> Check:
-    return _at_most(name, f"KL {value:.2e} nats a token {place}", value, limit, ".2e")
+    return _at_most(name, f"KL {{}} nats a token {place}", value, limit, ".2e")
 
 
 def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
@@ -52,12 +55,12 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
     most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + noise
     if (error := parity.file_error) is not None:
         written = (
-            f"it is not what was compiled: mean log p of a fixed text is {error:.1e} nats a token from what the compiler's "
+            "it is not what was compiled: mean log p of a fixed text is {} nats a token from what the compiler's "
             "weights gave before they were written"
         )
-        yield _at_most("on disk", written, error, _FILE_MARGIN, ".0e")
+        yield _at_most("on disk", written, error, _FILE_MARGIN, ".1e")
     yield _kl("KL", f"(remaining {d.kl_remaining.value:.2%})", d.kl.value, most)
-    text = f"control text: KL from the base {d.kl_control:.4f} nats a token"
+    text = "control text: KL from the base {} nats a token"
     yield _at_most("control text", text, d.kl_control, d.kl_control_steered + gates.control_kl_margin, ".4f")
     if rounding and parity.form.startswith("gguf-"):
         # Quantising may cost more than a wrong compile does, so the compile is measured on the base quantised the same way.
@@ -77,13 +80,13 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
             message = f"KL(base||adapter at scale 0) {off.kl:.2e} nats a token: something else has changed"
             yield _check("adapter at scale 0", off.kl <= gates.exact_kl, message)
     least = (gates.exact_top1 if parity.exact else gates.top1) - flips
-    yield _at_least("top-1", f"top-1 agreement {d.top1:.2%}", d.top1, least, ".2%")
+    yield _at_least("top-1", "top-1 agreement {}", d.top1, least, ".2%")
     if effect := b.effect_retained:
         for name, value, gate in (
             ("effect retained", effect.value, gates.effect_retained),
             ("effect retained, lower bound", effect.low, gates.effect_retained_low),
         ):
-            yield _at_least(name, f"{name} {value:.3f}", value, gate, "g")
+            yield _at_least(name, f"{name} {{}}", value, gate, ".3f")
 
 
 def _tests(parity: Parity) -> Iterator[Check]:
@@ -91,7 +94,8 @@ def _tests(parity: Parity) -> Iterator[Check]:
     b, adapter, gain = parity.behaviour, parity.adapter, parity.divergence.gain
     message = "the artifact's tokenizer splits held-out prompts differently from the base's"
     yield _check("tokenizer", parity.same_tokens, message)
-    message = f"the gain is {gain:.3f} of the steered model's change; needed 1 +- {_GAIN_MARGIN:g}"
+    shown = decisive(gain, 1 + _GAIN_MARGIN if gain > 1 else 1 - _GAIN_MARGIN, ".3f")[0]
+    message = f"the gain is {shown} of the steered model's change; needed 1 +- {_GAIN_MARGIN:g}"
     yield _check("gain", abs(gain - 1) <= _GAIN_MARGIN, message)
     message = "the steered model's log-likelihood margin does not differ from the base's: there is no effect to retain"
     yield _check("effect", b.effect_retained is not None, message)

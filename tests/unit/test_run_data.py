@@ -20,13 +20,22 @@ from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.tools.lineage import data_hashes
 from tests.helpers.generation import N_PROMPTS, generated, generating_model, generating_recipe, read_rows
-from tests.helpers.small_run import SmallRun
+from tests.helpers.small_run import SmallRun, prepare
+from tests.helpers.verification import RecordedNotes
 
 
 @pytest.fixture
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = generating_model()
     monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_args, **_options: model)
+
+
+def test_a_base_without_a_chat_template_is_said_before_any_work(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    notes = RecordedNotes()
+    Run.open(run.read(), run.paths.out, notes)
+    assert "has no chat template" in notes.texts[0] and 'prompt_format: "User: {prompt}' in notes.texts[0]
 
 
 @pytest.mark.usefixtures("_tiny_model")

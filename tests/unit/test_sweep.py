@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import compile_steer.validation.stage
 import compile_steer.validation.sweep
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
+from compile_steer.scoring.answers import Answers
+from compile_steer.stats import decisive
 from compile_steer.steering.directions import EVERY_BLOCK
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
@@ -18,6 +24,7 @@ from compile_steer.validation.report import block_name
 from compile_steer.validation.sweep import candidates, measure_grid, search_layers
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, context, options, program_at, recipe, toward_w40, validated
+from tests.helpers.verification import RecordedNotes
 
 
 def sweep_evaluator() -> ContrastEvaluator:
@@ -34,6 +41,48 @@ class Rising(ContrastEvaluator):
 
 def rising() -> ContrastEvaluator:
     return Rising(chat_model(), behaviour().validation[:6], behaviour().neutral[:4])
+
+
+def repeating(monkeypatch: pytest.MonkeyPatch, steered: float, base: float) -> None:
+    """Answers of the sweep and of the base that repeat themselves so much."""
+    for module, amount in ((compile_steer.validation.sweep, steered), (compile_steer.validation.stage, base)):
+
+        def answered(*args: Any, real: Any = module.answer, amount: float = amount) -> list[Answers]:
+            return [replace(one, repetition=np.full(len(one.texts), amount)) for one in real(*args)]
+
+        monkeypatch.setattr(module, "answer", answered)
+
+
+def test_what_repeats_less_than_the_base_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeating(monkeypatch, steered=0.31, base=0.40)
+    report = validated(toward_w40(), max_repetition=0.2).report
+    assert {point.repetition for point in report.grid} == {0.31}
+    assert not any("repeats itself" in reason for reason in report.reasons)
+
+
+def test_a_sweep_that_fails_shows_its_points_and_the_digits_that_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    repeating(monkeypatch, steered=0.204, base=0.1)
+    notes = RecordedNotes()
+    with pytest.raises(RecipeError, match=r"and repeats 0\.204; allowed are 20 and 0\.2\. Try smaller"):
+        validated(toward_w40(), progress=notes, max_repetition=0.2)
+    points = [line for line in notes.texts if line.startswith("layer ")]
+    assert len(points) == 4 and all("repetition 0.204" in point and "perplexity x" in point for point in points)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "form", "shown"),
+    [
+        (0.204, 0.2, ".2f", ("0.204", "0.2")),
+        (0.2, 0.2, ".2f", ("0.20", "0.2")),
+        (0.9, 0.2, ".2f", ("0.90", "0.2")),
+        (1.30004, 1.3, ".2f", ("1.30004", "1.3")),
+        (0.949_96, 0.95, ".2%", ("94.996%", "95.000%")),
+        (1.0001e-6, 1e-6, ".2e", ("1.0001e-06", "1.0000e-06")),
+        (math.nan, 0.5, ".2f", ("nan", "0.5")),
+    ],
+)
+def test_the_digits_that_decide_are_shown(value: float, limit: float, form: str, shown: tuple[str, str]) -> None:
+    assert decisive(value, limit, form) == shown
 
 
 def test_a_layer_stops_beyond_the_perplexity_limit_with_a_reason() -> None:
