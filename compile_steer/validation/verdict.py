@@ -104,8 +104,9 @@ def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator
             f"{limit:.3g}); use a smaller coefficient"
         )
     if report.scores.steered < options.min_score:
+        score = decisive(report.scores.steered, options.min_score, ".2f")[0]
         yield (
-            f"the score on test prompts is {decisive(report.scores.steered, options.min_score, '.2f')[0]}, below {options.min_score:g}; use a larger "
+            f"the score on test prompts is {score}, below {options.min_score:g}; use a larger "
             "coefficient" + _crossing(report)
         )
 
