@@ -55,6 +55,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 continue
             if file.suffix in (".jinja", ".txt"):
                 read_text(file, MAX_JSON)
+            elif (size := file.stat().st_size) > MAX_JSON:
+                raise Malformed(f"it has {size:,} bytes; at most {MAX_JSON:,} are read")
             settings[name] = sha256(file)
         except ArtifactError as error:
             problems += error.problems

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from compile_steer.artifacts.files import load_foreign_json
 from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.writing import new_file
-from compile_steer.common.errors import ArtifactError, library_errors, several
+from compile_steer.common.errors import ArtifactError, brief, library_errors, several
 from compile_steer.common.reading import MAX_JSON, Malformed, parse_json
 
 if TYPE_CHECKING:
@@ -224,14 +224,17 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
 
 def misplaced(file: Path, folder: Path) -> str:
     """Why `file` cannot be a part of the model in `folder`; '' where it can."""
-    home, target = real_path(folder), real_path(file)
+    try:
+        home, target, is_file = real_path(folder), real_path(file), file.is_file()
+    except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+        return f"{brief(str(file))} is no name of a file ({getattr(error, 'strerror', None) or error})"
     # The hub's cache keeps a snapshot's files as links to blobs beside the snapshots.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not file.is_relative_to(folder) or ".." in file.parts[len(folder.parts) :]:
         return f"{file} lies outside of {folder}"
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
         return f"{file} is a link to {target}, outside of the folder. Copy the file there instead"
-    if not file.is_file():
+    if not is_file:
         return f"{file} {'is not a file' if file.exists() else 'does not exist'}"
     return ""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _SHOWN = 3  # names in a message
 _QUANTIZED = "quantization_config", "compression_config"
 # Types of weights that can be edited. Integers are also masks and positions of older checkpoints, which are not loaded.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_TOKENIZERS = r"(?!Auto)\w*Tokenizer(Fast)?|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
 _NO_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids", ".inv_freq")
 
 
@@ -37,7 +39,7 @@ def read_model(
     shapes = {name: shape for name, (_kind, shape) in require_plain(folder).items()}
     with quiet_library_errors(lambda reason: explain(f"config.json or generation_config.json: {reason}")):
         config = read_config(folder)
-        require_numbers(folder / "config.json", config, shapes)
+        require_numbers(folder / "config.json", config, shapes, kind)
         model, loading = kind.from_pretrained(
             folder,
             config=config,
@@ -96,6 +98,7 @@ def require_plain(folder: Path) -> Mapping[str, tuple[str, list[int]]]:
         problems.append(
             f"{folder / 'config.json'}: model_type is {brief(config.get('model_type'))}; needed: the name of its family."
         )
+    problems += _unusable_names(folder, settings)
     for part in parts:
         rows, pad = part.get("vocab_size"), part.get("pad_token_id")
         if isinstance(rows, int) and isinstance(pad, int) and pad >= rows:
@@ -127,6 +130,21 @@ def require_plain(folder: Path) -> Mapping[str, tuple[str, list[int]]]:
     return specs
 
 
+def _unusable_names(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """What the settings name as tokens and as the tokenizer's class, where that is neither."""
+    for file in ("config.json", "generation_config.json"):
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = settings.get(file, {}).get(key)
+            numbers = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+                yield f"{folder / file}: {key} is {brief(value)}; needed: the number of a token."
+    for file in ("config.json", "tokenizer_config.json"):
+        name = settings.get(file, {}).get("tokenizer_class")
+        # The library would load whatever class of its own has that name.
+        if name is not None and not re.fullmatch(_TOKENIZERS, str(name)):
+            yield f"{folder / file}: tokenizer_class is {brief(name)}; needed: the name of a tokenizer's class."
+
+
 def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
     """Raise `ArtifactError` unless every weight of `model` comes from a file of `folder`, and none is left over.
 
@@ -155,7 +173,8 @@ def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, A
             "use the one, some the other. Set tie_word_embeddings to false, or remove the head's tensor."
         )
     # In the type that was asked for: float16 cannot hold all that bfloat16 can.
-    infinite = [name for name, value in model.named_parameters() if not _finite(value)]
+    rotations = [(name, value) for name, value in model.named_buffers() if "inv_freq" in name]  # as config.json says
+    infinite = [name for name, value in (*model.named_parameters(), *rotations) if not _finite(value)]
     if infinite:
         dtype = str(model.dtype).removeprefix("torch.")
         raise ArtifactError(f"{folder}: NaN or infinity, in {dtype}, in {_listed(infinite)}. {_REMEDY}")

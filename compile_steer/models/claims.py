@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from compile_steer.common.errors import ArtifactError, brief, several
 from compile_steer.models.libraries import without_weights
 
 Shapes = Mapping[str, Sequence[int]]
 # What a library builds one after another, in config.json and in a GGUF's fields; `max_window_layers` builds nothing.
-_COUNTS = re.compile(r"(?!max_).*(layer|block|expert|depth)s?(_count)?")
+_COUNTS = re.compile(r"(?!max_).*(layer|block|expert|depth|label)s?(_count)?")
 # Far beyond what differs between a model and its files in earnest, where the message names the tensors instead.
 _SPARE_COUNT, _SPARE_NUMBERS = 100, 2**26
+_LABELS = 10**4  # a language model has none, but their names are built
 
 
 def require_counts(file: Path, settings: Mapping[str, Any], shapes: Shapes) -> None:
@@ -30,18 +31,18 @@ def require_counts(file: Path, settings: Mapping[str, Any], shapes: Shapes) -> N
     blocks = min(max(numbers, default=-1) + 1, len(shapes))
     experts = max([blocks, *(shape[0] for shape in shapes.values() if len(shape) > 2)])  # all of them in one tensor
     problems = [
-        f"{file}: {name} is {brief(value)}, but the names and shapes of the tensors are of {most} at most."
+        f"{file}: {name} is {brief(value)}; needed: at most {2 * most + _SPARE_COUNT:,}, by the tensors' names and shapes."
         for name, value in _integers(settings)
-        for most in (experts if "expert" in name else blocks,)
+        for most in (experts if "expert" in name else _LABELS if "label" in name else blocks,)
         if value > 2 * most + _SPARE_COUNT and _COUNTS.fullmatch(name.rpartition(".")[2])
     ]
     if problems:
         raise ArtifactError([*several(problems), "Settings and weights are not of one model. Get it again."])
 
 
-def require_numbers(file: Path, config: PreTrainedConfig, shapes: Shapes) -> None:
-    """Raise `ArtifactError` where `config`, read from `file`, describes a model much larger than its tensors."""
-    model = without_weights(config)
+def require_numbers(file: Path, config: PreTrainedConfig, shapes: Shapes, kind: Any = AutoModelForCausalLM) -> None:
+    """Raise `ArtifactError` where `config`, read from `file`, describes a model much larger than its tensors; `kind` loads it."""
+    model = without_weights(config, kind)
     needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     stored, widest = (
         sum(map(math.prod, shapes.values())),

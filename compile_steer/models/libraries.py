@@ -56,12 +56,14 @@ def read_config(source: Path | dict[str, Any]) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **NEUTRAL)
         else:
             config = type(AutoConfig.for_model(source["model_type"])).from_dict(deepcopy(source), **NEUTRAL)
-    text = config.get_text_config()
+    text: Any = config.get_text_config()
     text.return_dict, text.output_hidden_states = True, False
+    for part in (config, text):  # also where the file names its private spelling
+        part._attn_implementation = part._experts_implementation = None
     return config
 
 
-def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config` on torch's meta device: modules, names and shapes."""
+def without_weights(config: PreTrainedConfig, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model of `config` on torch's meta device: modules, names and shapes; `kind` is the class that makes it."""
     with torch.device("meta"), quiet():
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        return cast(PreTrainedModel, kind.from_config(config, trust_remote_code=False))

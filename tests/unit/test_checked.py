@@ -133,13 +133,19 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "distributed": (text("shard-00000-model-00001-of-00001.safetensors", ""), "a part of a distributed checkpoint"),
     "token without a row": (with_token(97), "97 rows, for tokens 0 to 96; '<extra>' is 97"),
     "pad without a row": (config(pad_token_id=97), "Padding_idx must be within|pad_token_id"),
+    "end that is a text": (
+        edited("generation_config.json", eos_token_id="</s>"),
+        r"generation_config\.json: eos_.*'</s>'",
+    ),
+    "end that is true": (edited("generation_config.json", eos_token_id=[True]), r"eos_token_id is \[True\]; needed"),
+    "rotations by zero": (
+        config(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "infinity, .* in .*inv_freq",
+    ),
     "end without a row": (edited("generation_config.json", eos_token_id=[2, 500]), "eos_token_id is 500"),
     "config no object": (text("config.json", "[]"), "needed: a JSON object"),
     "config no JSON": (text("config.json", "{"), "config.json"),
-    "word for a number": (
-        config(num_hidden_layers="four"),
-        "num_hidden_layers.* Compare its config.json",
-    ),
+    "word for a number": (config(num_hidden_layers="four"), "num_hidden_layers.* Compare its config.json"),
     "list for a number": (config(rms_norm_eps=[1]), "cannot be loaded .*rms_norm_eps"),
     "null": (config(hidden_size=None), "cannot be loaded"),
     "zero": (config(num_attention_heads=0), "cannot be loaded|other shapes|needed"),
@@ -214,6 +220,7 @@ def test_config_chooses_neither_attention_code_nor_form_of_outputs(
     shutil.copytree(saved_llama, tmp_path / "m")
     outputs = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
     config(attn_implementation=kernel, experts_implementation=kernel, **outputs)(tmp_path / "m")
+    config(_attn_implementation=kernel, _attn_implementation_internal=kernel)(tmp_path / "m")
     plain, base = load(str(saved_llama), device="cpu"), load(str(tmp_path / "m"), device="cpu")
     expected = reference_logprobs(plain.model, [[5, 6, 7, 8]])
     for loaded in (base, reload(tmp_path / "m", base), fresh_copy(base)):

@@ -136,6 +136,15 @@ def index_is_a_link(folder: Path) -> None:
     (folder / INDEX_FILE).symlink_to("../index.json")
 
 
+def named(file: str) -> Callable[[Path], None]:
+    return lambda folder: _write_text(folder / INDEX_FILE, json.dumps({"metadata": {}, "weight_map": {"a": file}}))
+
+
+def circle(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(SECOND)
+
+
 def index_text(text: str) -> Callable[[Path], None]:
     return lambda folder: _write_text(folder / INDEX_FILE, text)
 
@@ -169,6 +178,9 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: save_file({"a": torch.ones(2), "b": torch.ones(3)}, folder / SECOND), "a lies in both"),
     (name_twice, f"{SECOND} is damaged: its header cannot be read .line 1, column .*: the key 'b' is given twice"),
     (long_header, f"{SECOND} is damaged: its header cannot be read .its header has 70,000,0"),
+    (named("x\0y"), "is no name of a file .embedded null byte.* names it"),
+    (named("x" * 5000), "is no name of a file .File name too long"),
+    (circle, f"{SECOND}' is no name of a file|{SECOND} does not exist"),
     (index_is_a_link, "index.json is a link to .*outside of the folder"),
     (index_text("["), "is damaged"),
     (index_text("[]"), "needed: a JSON object"),

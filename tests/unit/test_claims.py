@@ -17,11 +17,11 @@ from tests.helpers.tiny import saved
 
 HUGE = 10**6
 LIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "blocks": ("llama", {"num_hidden_layers": HUGE}, "num_hidden_layers is 1000000, but .* of 4 at most"),
+    "blocks": ("llama", {"num_hidden_layers": HUGE}, "num_hidden_layers is 1000000; needed: at most 108,"),
     "blocks of a part": ("llama", {"text_config": {"num_hidden_layers": HUGE}}, r"text_config\.num_hidden_layers is"),
     "blocks by another name": ("gpt2", {"n_layer": HUGE}, "n_layer is 1000000"),
     "kinds of attention": ("gemma3_text", {"num_hidden_layers": HUGE, "layer_types": None}, "num_hidden_layers is"),
-    "experts": ("gpt_oss", {"num_local_experts": HUGE}, "num_local_experts is 1000000, but .* of 5 at most"),
+    "experts": ("gpt_oss", {"num_local_experts": HUGE}, "num_local_experts is 1000000; needed: at most 110,"),
     "vocabulary": ("llama", {"vocab_size": 10**8}, r"numbers, its tensors hold .* more than 97 \(vocab_size 1000000"),
     "width": ("llama", {"hidden_size": 10**7, "head_dim": 12}, r"\(hidden_size 10000000\)"),
     "width of the MLP": ("llama", {"intermediate_size": 10**7}, r"\(intermediate_size 10000000\)"),
@@ -33,6 +33,7 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9}},
         "numbers",
     ),
+    "labels": ("llama", {"num_labels": 10**9}, "num_labels is 1000000000"),
     "padding": ("llama", {"pad_token_id": 5000}, "pad_token_id is 5000; needed: below vocab_size, 97"),
     "family": ("llama", {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
 }
@@ -46,7 +47,7 @@ def test_sizes_that_the_files_do_not_hold_are_refused_before_they_are_built(
     saved(family, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
-    monkeypatch.setattr("compile_steer.models.checked.AutoModelForCausalLM", None)  # nothing is asked to build it
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", None)  # nothing is asked to build it
     with pytest.raises(ArtifactError, match=rf"config\.json.*{problem}"):
         load(str(tmp_path), device="cpu")
 
@@ -55,7 +56,7 @@ def test_sizes_that_the_files_do_not_hold_are_refused_before_they_are_built(
     ("settings", "problem"),
     [
         ({}, "describes a model of .* numbers, its tensors hold 256"),
-        ({"block_count": HUGE}, r"llama\.block_count is 1000000, but .* of 1 at most"),
+        ({"block_count": HUGE}, r"llama\.block_count is 1000000; needed: at most 102,"),
         ({"block_count": 1, "embedding_length": 10**6, "feed_forward_length": 10**6}, "hidden_size 1000000"),
         ({"block_count": 1, "vocab_size": 10**9, "embedding_length": 32}, "vocab_size 1000000000"),
     ],

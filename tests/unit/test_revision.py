@@ -175,3 +175,11 @@ def test_snapshot_of_the_hub_is_loaded_by_its_links(tmp_path: Path, original: Pa
     for file in original.iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     assert load(str(snapshot), device="cpu").revision == load(str(original), device="cpu").revision
+
+
+def test_file_that_claims_a_terabyte_is_not_read(tmp_path: Path, original: Path) -> None:
+    shutil.copytree(original, tmp_path / "m")
+    with (tmp_path / "m" / "tokenizer.model").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model .*it has 1,000,000,000,000 bytes; at most"):
+        revision_of(str(tmp_path / "m"))

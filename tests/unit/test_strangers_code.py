@@ -113,3 +113,11 @@ def test_pickle_beside_an_adapter_is_not_read(adapter: Path) -> None:
     (adapter / "adapter_model.bin").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors does not exist"):
         reload(adapter, loaded("llama"))
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoModelForSpeechSeq2Seq", "Trainer", "os.system", 7])
+def test_only_a_tokenizer_is_loaded_as_one(model: Path, name: object) -> None:
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": name}))
+    with pytest.raises(ArtifactError, match="tokenizer_class is .*needed: the name of a tokenizer's class"):
+        load(str(model), device="cpu")
