@@ -35,6 +35,7 @@ from benchmarks.tampering_changes import (
 from compile_steer.artifacts.provenance import PARITY
 from compile_steer.cli.app import app
 from compile_steer.common.errors import CompileSteerError
+from tests.helpers.small_run import SmallRun
 
 NAME = "tide"
 ADAPTER, PATCH = f"adapters/{NAME}-closed_form", f"adapters/{NAME}-bias"
@@ -241,7 +242,8 @@ def unnoticed(tampering: Tampering, root: Path) -> str:
     arguments = {
         "merge": [str(recipe), "--out", str(out), *([] if flags else ["--artifact", artifact])],
         "verify": [str(recipe), "--out", str(out), "--artifact", artifact],
-        "push": [artifact, "--to", "somebody/tide", *flags],
+        "push": [artifact, "--to", "somebody/tide", "--model", SmallRun(root).read().model, *flags],
+        "reproduce": [artifact, "--model", SmallRun(root).read().model],
         "export": [artifact, "--for", "transformers", "--out", str(root / "exported")],
     }.get(command, [artifact])
     result = CliRunner().invoke(app, [command, *arguments])

@@ -13,13 +13,15 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def require_inside(folder: Path, recorded: Path, what: str) -> None:
+def require_inside(
+    folder: Path, recorded: Path, what: str, consent: str = "name a folder above it (--recipes)"
+) -> None:
     """Raise `ArtifactError` where a path that an artifact records leads out of `folder`, by `..`, from the root or by a link."""
     target = real_path(folder / recorded)
     if not target.is_relative_to(real_path(folder)):
         raise ArtifactError(
             f"{what}: the artifact records {brief(str(recorded))}, which lies outside of {folder}. It is not read, unless you "
-            "name a folder above it (--recipes)."
+            f"{consent}."
         )
 
 

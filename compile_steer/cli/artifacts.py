@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compile_steer.artifacts.provenance import EngineName
-from compile_steer.cli.options import Json, Recipes, console, finish, progress_bars, within
+from compile_steer.cli.options import Json, Recipes, RecordedModel, console, finish, progress_bars, within
 
 Base = Annotated[
     str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
@@ -44,6 +44,7 @@ def reproduce(
     path: Annotated[Path, typer.Argument(help="An adapter, patch, merged folder, vector or directions.")],
     to: Annotated[Path | None, typer.Option(help="Empty folder for what is made. [default: a temporary one]")] = None,
     recipes: Recipes = None,
+    model: RecordedModel = None,
     tolerance: Annotated[
         float, typer.Option(callback=within(0, 1), help="Largest relative difference at which numbers agree.")
     ] = 1e-3,
@@ -59,7 +60,7 @@ def reproduce(
 
     with TemporaryDirectory(prefix="compile-steer-") as temporary:
         # Temporary only where --to names no folder: what was made is then deleted with it.
-        reproduction = reproduce(artifact_root(path), to or Path(temporary), recipes, tolerance, progress_bars())
+        reproduction = reproduce(artifact_root(path), to or Path(temporary), recipes, tolerance, progress_bars(), model)
     summary = reproduction.summary()
     finish(as_json, summary, lambda out, _summary: print_reproduction(out, reproduction), reproduction.agrees)
 
@@ -112,6 +113,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public. [default: private]")] = False,
     force: Annotated[bool, typer.Option("--force", help="Send what failed, or was never verified.")] = False,
     recipes: Recipes = None,
+    model: RecordedModel = None,
     as_json: Json = False,
 ) -> None:
     """List what sending an artifact to a hub would do, and with --yes verify it again and do it.
@@ -127,7 +129,7 @@ def push(
 
     upload = prepare(artifact_root(path), to, private=not public, recipes=recipes)
     if yes and not upload.refusals:
-        upload = measured_again(upload, recipes, progress_bars())
+        upload = measured_again(upload, recipes, progress_bars(), model)
     refused = bool(upload.refusals) and not force
     sent = send(upload, HfApi()) if yes and not refused else None
     summary = {**asdict(upload), "sent": sent}

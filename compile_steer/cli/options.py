@@ -54,11 +54,28 @@ Artifacts = Annotated[
 # The output folder that the running command has locked.
 _OUTPUT = ExitStack()
 
+
+def existing_folder(path: Path | None) -> Path | None:
+    """A callback of an option that refuses a path where no folder is: nothing would be found there, and nothing said."""
+    if path is not None and not path.is_dir():
+        raise typer.BadParameter(f"{path} is no folder.")
+    return path
+
+
 Recipes = Annotated[
     Path | None,
     typer.Option(
+        callback=existing_folder,
         help="Folder that the recorded recipe's data paths are relative to. "
-        "[default: the nearest one at or above the artifact, or its recipes/, that has them]"
+        "[default: the nearest one at or above the artifact, or its recipes/, that has them]",
+    ),
+]
+RecordedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The base, where the recorded recipe names a path outside of the current folder and the recipes'. "
+        "[default: as recorded]",
     ),
 ]
 

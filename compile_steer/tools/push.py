@@ -92,16 +92,16 @@ def prepare(folder: Path, target: str, private: bool, recipes: Path | None = Non
     return Upload(folder, target, private, files, refusals, notes)
 
 
-def measured_again(upload: Upload, recipes: Path | None, progress: Progress) -> Upload:
+def measured_again(upload: Upload, recipes: Path | None, progress: Progress, model: str | None = None) -> Upload:
     """The upload with a refusal for everything that its report says and that does not come out again.
 
     Whoever computes a record's hash again can write any figure; only measuring shows that. It is done in this process, by
     the recipe and settings that artifact and report carry.
     """
-    return replace(upload, refusals=[*upload.refusals, *_measured_again(upload.folder, recipes, progress)])
+    return replace(upload, refusals=[*upload.refusals, *_measured_again(upload.folder, recipes, progress, model)])
 
 
-def _measured_again(folder: Path, recipes: Path | None, progress: Progress) -> list[str]:
+def _measured_again(folder: Path, recipes: Path | None, progress: Progress, model: str | None) -> list[str]:
     provenance, recorded = Provenance.read(folder), own_parity(folder)
     if recorded is None or not recorded.settings:
         return ["no report to measure again. Run 'compile-steer verify'."]
@@ -109,7 +109,7 @@ def _measured_again(folder: Path, recipes: Path | None, progress: Progress) -> l
         made_of = provenance.recombined or ", ".join(provenance.members) or "no recorded recipe"
         return [f"cannot be measured again: it was made from {made_of}, for which there is no one recipe."]
     record = {**provenance.recipe, **{key: recorded.settings[key] for key in ("verify", "seed", "ask")}}
-    recipe, out = recalled_recipe(folder, record, recipes), RunPaths.of_artifact(folder, provenance.name).out
+    recipe, out = recalled_recipe(folder, record, recipes, model), RunPaths.of_artifact(folder, provenance.name).out
     (measured,) = verify(Run.open(recipe, out, progress), [folder], save=False)
     differences = islice(_differences(asdict(recorded), asdict(measured)), _SHOWN)
     refusals = [

@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 from compile_steer.artifacts.files import edit_check, sha256, was_edited
 from compile_steer.artifacts.locks import locked
-from compile_steer.artifacts.paths import RunPaths, real_path
+from compile_steer.artifacts.paths import RunPaths, real_path, require_inside
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
 from compile_steer.artifacts.revision import other_revision
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, shell_word
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS
 from compile_steer.models.load import revision_of
@@ -72,6 +72,7 @@ class _Original:
     origin: Origin
     provenance: Provenance | None
     recipes: Path | None
+    model: str | None
 
     @property
     def paths(self) -> RunPaths:
@@ -92,14 +93,15 @@ class _Original:
 
     def recipe(self, origin: Origin) -> Recipe:
         """The recipe in `origin`, its paths relative to where the data are; raises `ArtifactError`."""
-        return recalled_recipe(self.path, origin.recipe, self.recipes)
+        return recalled_recipe(self.path, origin.recipe, self.recipes, self.model)
 
 
-def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None) -> Recipe:
+def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None, model: str | None) -> Recipe:
     """The recipe that the artifact at `path` carries, to be run again; raises `ArtifactError`.
 
     Args:
         recipes: what its paths are relative to; None: found from where the artifact lies.
+        model: the base that the user names; None: the recorded one, where that is no path out of the folders in use.
     """
     folder = recipes or recipe_folder(path, record)
     if folder is None:
@@ -111,10 +113,19 @@ def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None) ->
     for part in recipe.validate_.score.parts:
         if isinstance(part, Judge):
             require_confirmed(part.base_url, own=False)
+    if model is not None:
+        return recipe.model_copy(update={"model": model})
+    local = Path(recipe.model).expanduser()
+    if (local.exists() or recipe.model.startswith((".", "/", "~"))) and not real_path(local).is_relative_to(
+        real_path(folder)
+    ):
+        require_inside(Path.cwd(), local, "model", f"name the model (--model {shell_word(recipe.model)})")
     return recipe
 
 
-def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, progress: Progress) -> Reproduction:
+def reproduce(
+    path: Path, to: Path, recipes: Path | None, tolerance: float, progress: Progress, model: str | None = None
+) -> Reproduction:
     """Run the recorded recipe from its data on, in the empty folder `to`, up to the artifact at `path`.
 
     Stops before any work where recipe, data or base are not those that were recorded.
@@ -122,6 +133,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     Args:
         recipes: what the paths in the recorded recipe are relative to; None: found from where the artifact lies.
         tolerance: largest relative difference at which numbers agree.
+        model: the base, where it is not where the recipe says.
 
     Raises:
         ArtifactError: the artifact cannot be read, recorded no recipe, or is arithmetic on others; `to` is not empty.
@@ -129,7 +141,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ArtifactError(f"{to} is not an empty folder; a replay keeps nothing of an earlier run.")
-    original = _read(real_path(path), recipes)
+    original = _read(real_path(path), recipes, model)
     # What an edited record says of recipe, data and base is not what the artifact was made from.
     if original.provenance is not None and was_edited(path / PROVENANCE):
         return Reproduction(path, tolerance, {}, [compare_hashes("record", *edit_check(path / PROVENANCE))])
@@ -146,7 +158,7 @@ def reproduce(path: Path, to: Path, recipes: Path | None, tolerance: float, prog
     return Reproduction(path, tolerance, changed, links)
 
 
-def _read(path: Path, recipes: Path | None) -> _Original:
+def _read(path: Path, recipes: Path | None, model: str | None) -> _Original:
     if path.suffix == ".json":
         raise ArtifactError(
             f"{path} is a report; name what it is about: a vector, directions, an adapter or merged folder."
@@ -164,12 +176,13 @@ def _read(path: Path, recipes: Path | None) -> _Original:
             f"{path} recorded no recipe: it is older than that, or was not made by 'compile-steer validate' or 'compile'. "
             "Run its recipe into another folder, and compare."
         )
-    return _Original(path, origin, provenance, recipes)
+    return _Original(path, origin, provenance, recipes, model)
 
 
 def _replay(original: _Original, to: Path, tolerance: float, progress: Progress) -> Iterator[list[Comparison]]:
     """Make each artifact up to the original again, a step at a time; the caller stops where inputs differ."""
     own, origin, provenance = original.origin, original.vector_origin, original.provenance
+    original.recipe(own)  # what must not be followed is said before anything is made
     if origin is not None:
         yield from _replay_vector(original, origin, to, tolerance, progress)
     elif provenance is not None:

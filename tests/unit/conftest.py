@@ -16,8 +16,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 @pytest.fixture
-def run(original: SmallRun, tmp_path: Path) -> SmallRun:
-    """A copy to spoil; the model stays where the recipe names it."""
+def run(original: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
+    """A copy to spoil; the model stays where the recipe names it, which is in the current folder."""
+    monkeypatch.chdir(original.root)
     for part in ("recipes", "runs"):
         shutil.copytree(original.root / part, tmp_path / part)
     return SmallRun(tmp_path)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from compile_steer.artifacts.paths import RunPaths, require_inside
+from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError
 from compile_steer.tools.lineage import recorded_recipe
+from compile_steer.tools.reproduce import recalled_recipe
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -53,6 +56,31 @@ def test_paths_that_lead_elsewhere_are_not_followed(section: str, change: dict[s
     record = {**RECIPE, section: {**RECIPE.get(section, {}), **change}}
     with pytest.raises(ArtifactError, match="the artifact records"):
         recorded_recipe(record, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["/etc", "..", "~", "./link", "data/../../x", "../gone.gguf"])
+def test_a_recorded_model_is_loaded_from_the_current_folder_alone(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "here" / "link").symlink_to("/etc")
+    (tmp_path / "here" / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    record = {**RECIPE, "model": model}
+    with pytest.raises(ArtifactError, match=r"model: the artifact records .*outside.*\(--model \S+\)"):
+        recalled_recipe(tmp_path / "a", record, tmp_path / "here" / "data", None)
+    assert recalled_recipe(tmp_path / "a", record, tmp_path / "here", "mine").model == "mine"
+    for allowed in ("data", str(tmp_path / "here" / "data"), "owner/name", "smollm2-135m-instruct"):
+        recipe = recalled_recipe(tmp_path / "a", {**record, "model": allowed}, tmp_path / "here", None)
+        assert recipe.model == allowed
+
+
+@pytest.mark.parametrize("command", [["show"], ["reproduce"], ["push", "--to", "a/b"]])
+def test_recipes_names_a_folder(command: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*command, str(tmp_path), "--recipes", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2
+    assert "nowhere is no folder" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "a/b", "a\0b"])

@@ -198,7 +198,8 @@ def test_a_base_that_is_gone_is_refused(run: SmallRun, tmp_path: Path, monkeypat
         again(run.paths.program, tmp_path)
 
 
-def test_generated_pairs_are_generated_again(tmp_path: Path) -> None:
+def test_generated_pairs_are_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     one = generating_model()
     for part in (one.model, one.tokenizer):
         part.save_pretrained(tmp_path / "model")
