@@ -232,15 +232,12 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
 
     `run` was read from `recipe` with `changes`, as the process that verifies will read it.
     """
-    result = RunResult(run.validate())
-    yield result
+    yield (result := RunResult(run.validate()))
     if result.validation.verdict == "fail" and not force:
         return
-    result = replace(result, plan=run.plan.choices)
-    yield result
+    yield (result := replace(result, plan=run.plan.choices))
     compile_program(run, force)
-    result = replace(result, merged=merge(run))
-    yield result
+    yield (result := replace(result, merged=merge(run)))
     parities = verify_in_fresh_process(recipe, run.paths.out, changes)
     require_of_this_run(run, parities)
     shipped = recommend(parities, artifacts(run), verdict=result.validation.verdict)

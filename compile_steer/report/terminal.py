@@ -39,7 +39,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         )
     console.print(table)
     verdict = (report.verdict.upper(), f"bold {_COLOURS[report.verdict]}")
-    console.print(Text.assemble(("Verdict on test data: ", "bold"), verdict))
+    console.print(Text.assemble(("Verdict on test data: ", "bold"), verdict, f"; {report.headline}"))
     for line in [*(f"- {reason}" for reason in report.reasons), *report.notes]:
         console.print(f"  {line}")
     s = report.separability

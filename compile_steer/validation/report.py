@@ -177,10 +177,28 @@ class ValidationReport(Summary):
         """The chosen layer in words."""
         return block_name(self.layer)
 
+    @property
+    def price(self) -> str:
+        """What steering was measured to cost, in words."""
+        c = self.coherence
+        costs = [f"perplexity of control text x{c.perplexity_ratio:.2f}"]
+        if c.repetition_steered - c.repetition_base >= 0.01:
+            costs.append(f"{100 * (c.repetition_steered - c.repetition_base):.0f} points more repeated 3-grams")
+        if c.ended_base - c.ended_steered >= 0.01:
+            costs.append(f"{100 * (c.ended_base - c.ended_steered):.0f} points fewer answers that end by themselves")
+        return ", ".join(costs)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line: what is gained, at what price, and what it may be confounded with."""
+        s = self.scores
+        doubt = [f"confounded with {', '.join(confound.what for confound in self.confounds)}"] * bool(self.confounds)
+        return "; ".join([f"score {s.base:.2f} to {s.steered:.2f}", f"price: {self.price}", *doubt])
+
     def summary_rows(self) -> list[tuple[str, str]]:
         s = self.scores
         return [
-            ("verdict", self.verdict),
+            ("verdict", f"{self.verdict}: {self.headline}"),
             *(("", reason) for reason in self.reasons),
             ("block, coefficient", f"{self.where}, {self.coefficient:g}"),
             ("log-likelihood margin", f"{self.margin} nats/token on {self.n_pairs} test pairs"),

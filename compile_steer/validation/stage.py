@@ -75,9 +75,9 @@ def validate(
     other = other_directions(context, options, directions)
     # Choose the program on validation data.
     evaluator = ContrastEvaluator(model, data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral])
-    power, base_repetition = _power(context, options, evaluator.base_margins, score)
+    power, base = _power(context, options, evaluator.base_margins, score)
     suspects = _confounds(context, options, directions, score, readout)
-    chosen = sweep(context, options, layers, program_at, evaluator, score, base_repetition)
+    chosen = sweep(context, options, layers, program_at, evaluator, score, base)
     layer, coefficient = chosen.best.layer, chosen.best.coefficient
     program = program_at(layer, coefficient)
     # Its effect and its cost on all test pairs and control texts.
@@ -156,8 +156,8 @@ def _require_pairs(data: Behaviour) -> None:
 
 def _power(
     context: Context, options: ValidateOptions, base_margins: np.ndarray, score: Score
-) -> tuple[list[PowerAnalysis], float]:
-    """How many pairs and prompts the minimum effects need, printed before the sweep; and how much the base repeats itself."""
+) -> tuple[list[PowerAnalysis], Answers]:
+    """How many pairs and prompts the minimum effects need, printed before the sweep; and the base's answers."""
     data, minimum = context.data, options.minimum_effect
     prompts = [pair.prompt for pair in data.validation[: options.sweep_prompts]]
     with context.progress.phase("base: answers to validation prompts", 1):
@@ -176,7 +176,7 @@ def _power(
     ]
     for analysis in analyses:
         context.progress.note(str(analysis))
-    return analyses, float(base.repetition.mean())
+    return analyses, base
 
 
 def _rows(

@@ -12,9 +12,9 @@ import numpy as np
 from compile_steer.common.errors import LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
-from compile_steer.scoring.answers import Request, answer
+from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score
-from compile_steer.stats import decisive, sign_flip
+from compile_steer.stats import LEVEL, decisive, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
@@ -98,17 +98,17 @@ def sweep(
     program_at: ProgramAt,
     evaluator: ContrastEvaluator,
     score: Score,
-    base_repetition: float = 0.0,
+    base: Answers,
 ) -> Sweep:
     """Measure every grid point by margin and perplexity and the best layers by generation, and choose one.
 
-    Chosen is the coherent point with the highest generation score; the margin decides between equal scores.
+    Chosen is the coherent point with the highest generation score; of several, the one that costs the least perplexity, or
+    the one with the largest margin if none scores more than the base. Raises `RecipeError` where no point is coherent; what
+    was measured is noted before.
 
     Args:
         evaluator: the sweep's validation pairs and control texts.
-        base_repetition: of the base's answers to the sweep's prompts.
-
-    Raises `RecipeError` where no point is coherent; what was measured is noted before.
+        base: the base's answers to the sweep's prompts.
     """
     from scipy.stats import false_discovery_control
 
@@ -147,7 +147,7 @@ def sweep(
                 grid[n] = replace(grid[n], score=means[0], repetition=means[1])
             advance(1)
     try:
-        best = _choose(grid, options, repetition_limit(options, base_repetition))
+        best = _choose(grid, options, float(base.scores.mean()), float(base.repetition.mean()))
     except RecipeError:
         for point in grid:  # whoever is to choose other coefficients must see what these did
             context.progress.note(str(point))
@@ -276,11 +276,16 @@ class _Layer:
         return [c for c in largest if c is not None]
 
 
-def _choose(grid: Sequence[GridPoint], options: ValidateOptions, limit: float) -> GridPoint:
-    # Only the points that were answered have a repetition.
+def _choose(grid: Sequence[GridPoint], options: ValidateOptions, base_score: float, repetition: float) -> GridPoint:
+    limit = repetition_limit(options, repetition)
+    # Only points that were answered have one.
     coherent = [p for p in grid if p.repetition is not None and p.repetition <= limit]
     if coherent:
-        return max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))
+        best = max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))
+        if (best.score or 0.0) > base_score:
+            equal = [p for p in coherent if p.score == best.score and (p is best or (p.p_value or 1.0) <= LEVEL)]
+            best = min(equal, key=lambda point: point.perplexity_ratio or math.inf)
+        return best
     mildest = min(grid, key=lambda point: point.perplexity_ratio or math.inf)
     if mildest.perplexity_ratio is None:
         raise RecipeError(

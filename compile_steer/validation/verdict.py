@@ -8,25 +8,98 @@ more than random directions do. benchmarks/calibration.py measures how often thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
-from compile_steer.stats import LEVEL, decisive
-from compile_steer.steering.directions import FROM_LABELS
+from compile_steer.stats import LEVEL, Interval, decisive
+from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validation.options import ValidateOptions, repetition_limit
-from compile_steer.validation.report import ValidationReport, Verdict
+from compile_steer.validation.report import SweepPoint, ValidationReport, Verdict
 
 # Below the usual 5 %, because the candidate was chosen from a whole sweep.
 _BEYOND_RANDOM = 0.002
 _BEYOND_SHUFFLED = 0.02
+_POWER_WIDTH = (1.96 + 0.84) / 1.96  # half the width of a 95 % interval at which a test has 80 % power
 _SEPARATES = 0.8  # AUROC from which the direction is said to separate the pairs
 
 
+class _Reason(NamedTuple):
+    """Something against a pass, and what to do about it; `move` is how that changes the coefficient, if it does."""
+
+    text: str
+    advice: str
+    move: Literal["", "smaller", "larger"] = ""
+
+
 def decide(report: ValidationReport, options: ValidateOptions) -> tuple[Verdict, list[str]]:
-    """Return the verdict and all reasons for it; failures come first."""
-    failures, doubts = [*_failures(report), *_incoherence(report, options)], list(_doubts(report))
-    if failures:
-        return "fail", failures + doubts
-    return ("inconclusive", doubts) if doubts else ("pass", _evidence(report))
+    """Return the verdict and all reasons for it; failures come first, and one line of advice last."""
+    failures, doubts = [*_failures(report, options), *_incoherence(report, options)], list(_doubts(report, options))
+    if not failures and not doubts:
+        return "pass", _evidence(report)
+    against = failures + doubts
+    return "fail" if failures else "inconclusive", [
+        *(r.text for r in against),
+        f"advice: {_advice(against, report, options)}",
+    ]
+
+
+def _advice(against: list[_Reason], report: ValidationReport, options: ValidateOptions) -> str:
+    """What to do about the first reason, unless another one asks for the opposite."""
+    first = against[0]
+    if first.move and {"smaller", "larger"} <= {reason.move for reason in against}:
+        return (
+            f"no coefficient of this block does both, {report.coefficient:.3g} is too large and too small: "
+            f"{_other_layers(report, options)}"
+        )
+    return first.advice
+
+
+def _other_layers(report: ValidationReport, options: ValidateOptions) -> str:
+    tried = len({point.layer for point in report.grid})
+    if options.layers == "search" or report.layer == EVERY_BLOCK:
+        return f"use more training pairs, or another read-out (extract.readout); the sweep ended with {tried} block(s)"
+    return f"search all blocks (validate.layers: search), the sweep tried {tried}"
+
+
+def _within_limits(report: ValidationReport, options: ValidateOptions) -> list[SweepPoint]:
+    """The coherent points of the coefficient sweep with the sign of the chosen coefficient, the smallest first."""
+    sign = 1 if report.coefficient > 0 else -1
+    points = [
+        point
+        for point in report.coefficient_sweep.points
+        if point.coefficient * sign > 0
+        and point.perplexity_ratio <= options.max_perplexity_ratio
+        and point.repetition <= repetition_limit(options, report.coherence.repetition_base)
+    ]
+    return sorted(points, key=lambda point: abs(point.coefficient))
+
+
+def _smaller(report: ValidationReport, options: ValidateOptions) -> str:
+    below = [p for p in _within_limits(report, options) if abs(p.coefficient) < abs(report.coefficient)]
+    if not below:
+        return f"use a coefficient far below {report.coefficient:.3g}, none of the coefficient sweep is coherent"
+    best = below[-1]
+    return (
+        f"use coefficient {best.coefficient:.3g}, where the perplexity of control text is x{best.perplexity_ratio:.2f} and "
+        f"the score {best.score:.2f}"
+    )
+
+
+def _larger(report: ValidationReport, options: ValidateOptions) -> str:
+    needed = max(options.min_score, report.scores.steered)
+    above = [p for p in _within_limits(report, options) if abs(p.coefficient) > abs(report.coefficient)]
+    better = [point for point in above if point.score >= needed and point.score > report.scores.base]
+    if not better:
+        return f"no larger coefficient is coherent and scores more than {needed:.2f}: {_other_layers(report, options)}"
+    return f"use coefficient {better[0].coefficient:.3g}, where the score is {better[0].score:.2f}"
+
+
+def _more(samples: str, effect: Interval, n: int) -> str:
+    """How many samples would show an effect of this size with the usual power, from the width of its interval."""
+    wide = (effect.high - effect.low) / 2
+    needed = math.ceil(n * (wide / effect.value * _POWER_WIDTH) ** 2) if effect.value > 0 else 2 * n
+    return f"add test {samples}: {max(needed, n + 1)} would show an effect of this size, there are {n}"
 
 
 def _evidence(report: ValidationReport) -> list[str]:
@@ -51,63 +124,71 @@ def _evidence(report: ValidationReport) -> list[str]:
     ]
 
 
-def _failures(report: ValidationReport) -> Iterator[str]:
+def _failures(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:
     c, s = report.controls, report.scores
     if report.margin.high <= 0:  # no control is needed then
-        yield (
-            f"the direction moves the pairs the wrong way: {report.margin} nats/token; negate the coefficients, or check "
-            "whether the pairs' sides are swapped"
+        yield _Reason(
+            f"the direction moves the pairs the wrong way: {report.margin} nats/token",
+            f"negate the coefficients (here {-report.coefficient:.3g}), or check whether the pairs' sides are swapped",
         )
         return
     if c.p_value > LEVEL:
         area = report.separability.auroc
         but = f"the direction separates the pairs (AUROC {area:.2f}), but " if area >= _SEPARATES else ""
-        yield (
+        yield _Reason(
             f"{but}a random direction of the same strength changes the margin as much: effect {c.effect:.3f}, random up to "
-            f"{max(c.random):.3f} (p = {c.p_value:.3f}); try other layers (validate.layers: search), more pairs, or another "
-            "read-out"
+            f"{max(c.random):.3f} (p = {c.p_value:.3f})",
+            _other_layers(report, options),
         )
     if c.shuffled and c.effect <= max(c.shuffled):
-        advice = (
-            "the pairs do not carry the behaviour; make their sides differ in it alone, or add pairs"
+        finding, advice = (
+            (
+                "the pairs do not carry the behaviour",
+                "make the sides of the pairs differ in the behaviour alone, or add pairs",
+            )
             if c.shuffled_kind == FROM_LABELS
-            else "the file's vector has no effect of its own on these pairs; try other layers, another row or another file"
+            else ("the file's vector has no effect of its own on these pairs", "try another row or another file")
         )
-        yield (
-            f"directions {c.shuffled_kind} have as large an effect ({max(c.shuffled):.3f}, this one {c.effect:.3f}): {advice}"
-        )
+        size = f"({max(c.shuffled):.3f}, this one {c.effect:.3f})"
+        yield _Reason(f"directions {c.shuffled_kind} have as large an effect {size}: {finding}", advice)
     if c.other_behaviour is not None and c.effect <= c.other_behaviour:
-        yield (
+        yield _Reason(
             f"another behaviour's direction moves these pairs as much ({c.other_behaviour:.3f}, this one {c.effect:.3f}): the "
-            "effect is not specific to this behaviour; check what the two sets of pairs have in common (length, style)"
+            "effect is not specific to this behaviour",
+            "check what the two sets of pairs have in common (length, style)",
         )
     if s.effect.value > 0 and s.over_random.value <= 0:
-        yield (
+        yield _Reason(
             f"random directions of the same strength score as well: {s.random:.2f}, steered {s.steered:.2f}, base "
-            f"{s.base:.2f}; the scorer responds to the damage: make it stricter, or use a smaller coefficient"
+            f"{s.base:.2f}; the scorer responds to the damage",
+            "make the scorer stricter",
         )
 
 
-def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[str]:
+def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:
     coherence = report.coherence
     if coherence.perplexity_ratio > options.max_perplexity_ratio:
         ratio = decisive(coherence.perplexity_ratio, options.max_perplexity_ratio, ".2f")[0]
-        yield (
-            f"the perplexity of control text rises {ratio}-fold (at most "
-            f"{options.max_perplexity_ratio:g}): use a smaller coefficient" + _crossing(report)
+        yield _Reason(
+            f"the perplexity of control text rises {ratio}-fold (at most {options.max_perplexity_ratio:g})"
+            + _crossing(report),
+            _smaller(report, options),
+            "smaller",
         )
     limit = repetition_limit(options, coherence.repetition_base)
     if coherence.repetition_steered > limit:
-        shown, base = decisive(coherence.repetition_steered, limit, ".2f")[0], coherence.repetition_base
-        yield (
-            f"the steered model repeats itself: {shown} of its 3-grams (base {decisive(base, limit, '.2f')[0]}, at most "
-            f"{limit:.3g}); use a smaller coefficient"
+        shown, base = (decisive(x, limit, ".2f")[0] for x in (coherence.repetition_steered, coherence.repetition_base))
+        yield _Reason(
+            f"the steered model repeats itself: {shown} of its 3-grams (base {base}, at most {limit:.3g})",
+            _smaller(report, options),
+            "smaller",
         )
     if report.scores.steered < options.min_score:
         score = decisive(report.scores.steered, options.min_score, ".2f")[0]
-        yield (
-            f"the score on test prompts is {score}, below {options.min_score:g}; use a larger "
-            "coefficient" + _crossing(report)
+        yield _Reason(
+            f"the score on test prompts is {score}, below {options.min_score:g}" + _crossing(report),
+            _larger(report, options),
+            "larger",
         )
 
 
@@ -117,47 +198,50 @@ def _crossing(report: ValidationReport) -> str:
     return "" if crossing is None else f" (the perplexity limit is crossed at {crossing:.3g})"
 
 
-def _doubts(report: ValidationReport) -> Iterator[str]:
+def _doubts(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:
     c, s = report.controls, report.scores
     # Bonferroni over pairs and answers: either is enough. Beyond first order random directions spread far, most of all
     # those that do damage: one of 20 that moves the pairs by -1.1 nats/token hides +0.9 from a test of outliers while no
     # answer under any of them shows the behaviour.
     by_chance = min(1.0, 2 * min(c.p_random, s.p_over_random))
     if report.margin.high > 0 and report.p_margin > LEVEL:
-        yield (
+        yield _Reason(
             f"the effect may be chance on {report.n_pairs} pairs: {report.margin} nats/token (sign-flip p = "
-            f"{report.p_margin:.3f}); add test pairs"
+            f"{report.p_margin:.3f})",
+            _more("pairs", report.margin, report.n_pairs),
         )
     if c.p_value <= LEVEL and by_chance > _BEYOND_RANDOM:
-        yield (
+        yield _Reason(
             f"the effect is first among {len(c.random)} random directions ({c.effect:.3f}, up to {max(c.random):.3f}), but not "
             f"clearly: one in {1 / c.p_random:.0f} would do as much to the pairs, the answers differ from theirs with p = "
-            f"{s.p_over_random:.3f}, and the sweep chose among several; try other layers (validate.layers: search), more "
-            "pairs or more prompts"
+            f"{s.p_over_random:.3f}, and the sweep chose among several",
+            _other_layers(report, options),
         )
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
-        yield (
+        yield _Reason(
             f"the effect is not clearly larger than that of {len(c.shuffled)} directions {c.shuffled_kind} ({c.effect:.3f}, up "
-            f"to {max(c.shuffled):.3f}, p = {c.p_shuffled:.3f}); add pairs, or more of these directions (extract.shuffled: 20)"
+            f"to {max(c.shuffled):.3f}, p = {c.p_shuffled:.3f})",
+            f"add training pairs, or compare with more of these directions (extract.shuffled: {2 * len(c.shuffled)})",
         )
     if c.opposite >= 0 and report.margin.high > 0:
-        yield (
-            f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): the effect is not linear in the direction"
-        )
+        text = f"the opposite sign moves the pairs the same way ({c.opposite:.3f}): the effect is not linear in the direction"
+        yield _Reason(text, _smaller(report, options), "smaller")
     if s.p_value > LEVEL:
-        advice = (
-            "the base scores too high to gain: make the scorer stricter"
-            if s.base > 0.9
-            else "add prompts or coefficient"
-        )
-        yield (
+        text = (
             f"the answers do not change significantly: score {s.base:.2f} to {s.steered:.2f} ({s.effect}, p = "
-            f"{s.p_value:.3f}) on {report.n_prompts} prompts; {advice}{_crossing(report) if s.base <= 0.9 else ''}"
+            f"{s.p_value:.3f}) on {report.n_prompts} prompts"
         )
+        if s.base > 0.9:
+            yield _Reason(text, f"make the scorer stricter, the base scores {s.base:.2f} already")
+        elif s.effect.value > 0:
+            yield _Reason(text, _more("prompts", s.effect, report.n_prompts))
+        else:
+            yield _Reason(text + _crossing(report), _larger(report, options), "larger")
     elif s.over_random.value > 0 and s.p_over_random > LEVEL:
-        yield (
+        yield _Reason(
             f"the answers do not differ significantly from those under random directions of the same strength: "
-            f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f}); add prompts"
+            f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f})",
+            _more("prompts", s.over_random, report.n_prompts),
         )
 
 

@@ -20,10 +20,10 @@ def test_reports_begin_with_their_verdict_and_show_their_figures_as_a_table(run:
     assert name == "Parity" and first.split() == ["verdict", *parity.verdict.split()]
     assert f"{parity.divergence.n_tokens} held-out tokens" in repr(parity)
     report = ValidationReport.load(run.paths.validation)
-    assert repr(report).splitlines()[1].split() == ["verdict", report.verdict]
+    assert repr(report).splitlines()[1].split() == ["verdict", *f"{report.verdict}: {report.headline}".split()]
     assert all(reason in repr(report) for reason in report.reasons)
     table = report._repr_html_()
-    assert table.startswith("<table>") and f">{report.verdict}<" in table
+    assert table.startswith("<table>") and f">{report.verdict}: score " in table
 
 
 def test_a_table_shows_markup_of_the_data_as_text(run: SmallRun) -> None:

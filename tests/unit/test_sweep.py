@@ -20,8 +20,8 @@ from compile_steer.steering.directions import EVERY_BLOCK
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
 from compile_steer.validation.evaluator import ContrastEvaluator
-from compile_steer.validation.report import block_name
-from compile_steer.validation.sweep import candidates, measure_grid, search_layers
+from compile_steer.validation.report import GridPoint, block_name
+from compile_steer.validation.sweep import _choose, candidates, measure_grid, search_layers
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import behaviour, chat_model, context, options, program_at, recipe, toward_w40, validated
 from tests.helpers.verification import RecordedNotes
@@ -178,3 +178,16 @@ def test_a_joint_program_is_one_candidate_at_every_block() -> None:
     assert [i.site.layer for i in program.interventions] == list(range(LAYERS))
     with pytest.raises(RecipeError, match="act at every block at once"):
         candidates(recipe().validate_, toward_w40(joint=True))
+
+
+def point(coefficient: float, score: float, ratio: float, margin: float, p_value: float = 0.01) -> GridPoint:
+    return GridPoint(2, coefficient, margin, ratio, p_value=p_value, score=score, repetition=0.0)
+
+
+def test_of_points_with_the_same_score_the_cheapest_is_chosen_if_it_reaches_the_effect() -> None:
+    weak, cheap, strong = point(1.0, 0.25, 1.02, 0.2), point(1.5, 0.75, 1.1, 0.5), point(2.5, 0.75, 1.4, 0.9)
+    assert _choose([weak, cheap, strong], options(), base_score=0.0, repetition=0.0) is cheap
+    assert _choose([weak, replace(cheap, p_value=0.3), strong], options(), base_score=0.0, repetition=0.0) is strong
+    # Where nothing scores more than the base, there is no effect yet that a cheaper point could reach.
+    assert _choose([weak, cheap, strong], options(), base_score=0.75, repetition=0.0) is strong
+    assert _choose([weak, replace(strong, repetition=0.99), cheap], options(), base_score=0.0, repetition=0.0) is cheap

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from io import StringIO
 from typing import Any
 
 import pytest
 
+from compile_steer.common.terminal import Terminal
+from compile_steer.report.terminal import print_validation
 from compile_steer.stats import Interval
-from compile_steer.validation.report import ValidationReport
+from compile_steer.validation.report import Confound, SweepPoint, ValidationReport
 from compile_steer.validation.verdict import decide, remarks
 from tests.helpers.validation import options, usual_validation
 
@@ -121,6 +124,84 @@ def test_pairs_or_answers_must_be_outliers_with_bonferroni(
 def test_a_score_below_the_minimum_fails() -> None:
     verdict, reasons = decide(good(), options(min_score=0.6))
     assert verdict == "fail" and "below 0.6" in reasons[0]
+
+
+def with_points(report: ValidationReport, *points: tuple[float, float, float]) -> ValidationReport:
+    """The report with a coefficient sweep of (coefficient, perplexity ratio, score); 2.5 is chosen."""
+    measured = [SweepPoint(c, 0.1, ratio, score, 0.0) for c, ratio, score in points]
+    sweep = replace(report.coefficient_sweep, points=measured, crossing=None, negative_crossing=None)
+    return replace(report, coefficient=2.5, coefficient_sweep=sweep)
+
+
+POINTS = ((-2.5, 1.2, 0.0), (0.6, 1.1, 0.1), (1.2, 1.3, 0.3), (2.5, 1.4, 0.45), (3.1, 1.45, 0.7), (5.0, 9.0, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "settings", "advice"),
+    [
+        (
+            "coherence",
+            {"perplexity_ratio": 1.7},
+            {},
+            "use coefficient 1.2, where the perplexity of control text is x1.30",
+        ),
+        ("scores", {}, {"min_score": 0.6}, "use coefficient 3.1, where the score is 0.70"),
+        (
+            "scores",
+            {},
+            {"min_score": 0.8},
+            "no larger coefficient is coherent and scores more than 0.80: search all blocks",
+        ),
+        # Too much and too little at once: one line, and neither a smaller nor a larger coefficient.
+        (
+            "coherence",
+            {"perplexity_ratio": 1.7},
+            {"min_score": 0.6},
+            "no coefficient of this block does both, 2.5 is too large and too small: search all blocks",
+        ),
+        ("controls", {"p_value": 2 / 21}, {}, "search all blocks (validate.layers: search), the sweep tried 2"),
+        ("controls", {"p_value": 2 / 21}, {"layers": "search"}, "use more training pairs, or another read-out"),
+        (
+            "scores",
+            {"p_value": 0.25, "effect": Interval(0.1, -0.1, 0.3)},
+            {},
+            "add test prompts: 66 would show an effect of this size, there are 8",
+        ),
+        (
+            "scores",
+            {"p_value": 1.0, "effect": Interval(0.0, 0.0, 0.0)},
+            {},
+            "use coefficient 3.1, where the score is 0.70",
+        ),
+        ("controls", {"p_shuffled": 0.2}, {}, "extract.shuffled: 12"),
+        ("", {"margin": Interval(-0.2, -0.3, -0.1)}, {}, "negate the coefficients (here -2.5)"),
+    ],
+)
+def test_there_is_one_line_of_advice_with_a_number(
+    part: str, changes: dict[str, Any], settings: dict[str, Any], advice: str
+) -> None:
+    report = with_points(good(), *POINTS)
+    changes = {part: replace(getattr(report, part), **changes)} if part else changes
+    chosen = options(max_perplexity_ratio=1.5, **settings)
+    verdict, reasons = decide(replace(report, **changes), chosen)
+    assert verdict != "pass" and [reason.startswith("advice: ") for reason in reasons].count(True) == 1
+    assert reasons[-1].startswith(f"advice: {advice}") or advice in reasons[-1], reasons
+    assert not any("use a " in reason or "; add " in reason or "; try" in reason for reason in reasons[:-1])
+
+
+def test_the_first_line_names_the_price_and_what_the_effect_is_confounded_with() -> None:
+    report = good()
+    coherence = replace(report.coherence, repetition_base=0.01, ended_base=0.5, ended_steered=0.25)
+    confounds = [Confound("the answer A", "30 of 40", "Swap.")]
+    report = replace(report, coherence=coherence, confounds=confounds, verdict="pass")
+    assert report.headline == (
+        "score 0.05 to 0.45; price: perplexity of control text x1.10, 4 points more repeated 3-grams, 25 points fewer "
+        "answers that end by themselves; confounded with the answer A"
+    )
+    stream = StringIO()
+    print_validation(Terminal(file=stream, width=400), report)
+    assert f"Verdict on test data: PASS; {report.headline}" in stream.getvalue()
+    assert report.headline in repr(report)
 
 
 def test_reports_are_json() -> None:
