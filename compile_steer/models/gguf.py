@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -17,6 +18,15 @@ from compile_steer.models.claims import require_counts, require_numbers
 ROPE_FACTORS = "rope_freqs.weight"  # [d_head / 2], the divisors of the rotary frequencies
 _INTEGERS = {kind for kind in gguf.GGUFValueType if "INT" in kind.name}
 _ARCHITECTURES = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+class _WholeReader(gguf.GGUFReader):
+    """A reader that stops where the file ends; the library's own goes on, through as many values as an array claims."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data):,}, within what is to be at byte {int(offset):,}")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def gguf_in(folder: Path) -> Path | None:
@@ -29,7 +39,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
 
     Raises `ArtifactError` for a file that claims what its tensors are not, else what transformers and gguf raise.
     """
-    reader = gguf.GGUFReader(file)
+    reader = _WholeReader(file)
     shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
     names = shapes.keys()
     numbers = {name: field.contents() for name, field in reader.fields.items() if field.types[0] in _INTEGERS}

@@ -242,7 +242,8 @@ def _dequantised(gguf: Path) -> Path:
     record = folder / _CACHE_RECORD
     if record.is_file() and record.read_text(encoding="utf-8") == _settings_bytes(folder):
         return folder  # made by this version, and not edited since; its tensors are part of its revision
-    with quiet_library_errors(lambda reason: _not_loaded(str(gguf), reason)):
+    remedy = "Get the file again, or name the folder of the publisher."
+    with quiet_library_errors(lambda reason: RecipeError(f"model '{gguf}' cannot be loaded ({reason}). {remedy}")):
         model, tokenizer, problems = read_gguf(gguf, torch.float32)
     if scales_rotations(gguf):
         problems.append(

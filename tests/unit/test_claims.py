@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from compile_steer.common.errors import ArtifactError
+from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.models.load import load
 from tests.helpers.tiny import saved
 
@@ -74,6 +74,18 @@ def test_gguf_that_claims_what_it_does_not_hold_is_refused(
     with pytest.raises(ArtifactError, match=rf"base\.gguf.*{problem}"):
         load(str(tmp_path / "base.gguf"), device="cpu")
     assert not list(tmp_path.glob("cache/models/*"))
+
+
+def test_array_of_a_gguf_that_is_longer_than_the_file_ends_with_it(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_array("x", [7] * 4096)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        step()
+    content = (tmp_path / "base.gguf").read_bytes()
+    claimed = content.replace((4096).to_bytes(8, "little"), (2**40).to_bytes(8, "little"))
+    (tmp_path / "base.gguf").write_bytes(claimed)
+    with pytest.raises(RecipeError, match=rf"base\.gguf.*it ends at byte {len(content):,}, within"):
+        load(str(tmp_path / "base.gguf"), device="cpu")
 
 
 @pytest.mark.parametrize("changes", [{"max_window_layers": HUGE}, {"max_position_embeddings": 10**9}])
