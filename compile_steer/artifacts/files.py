@@ -155,6 +155,8 @@ def sha256(path: Path) -> str:
         return digest(f"link to {path.readlink()}")
     if path.is_dir():
         return digest([[name, sha256(path / name)] for name in own_files(path)])
+    if path.exists() and not path.is_file():  # a pipe, say, which would be waited for
+        return digest("no regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

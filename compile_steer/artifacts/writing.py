@@ -127,6 +127,9 @@ class _TemporaryPlace:
         _remove(self.folder, self.lock)
         if refused is not None:
             raise refused from error
+        inner, real = str(self.folder / self.path.name), str(self.path)
+        if isinstance(error, CompileSteerError) and inner in str(error):  # a reader of it will find nothing there
+            raise type(error)([problem.replace(inner, real) for problem in error.problems]) from error
 
     def _disk_problem(self, error: BaseException) -> int | None:
         """The system's number of what keeps a library from writing here; None where its error is about something else."""
@@ -137,8 +140,11 @@ class _TemporaryPlace:
         # safetensors and tokenizers quote the system's error number; torch names its own source file alone.
         quoted = re.search(r"\(os error (\d+)\)", str(error))
         number = int(quoted[1]) if quoted else errno.ENOSPC if "inline_container.cc" in str(error) else None
-        if isinstance(error, OSError) and str(error.filename or self.folder).startswith(str(self.path.parent)):
-            number = error.errno
+        if isinstance(error, OSError):
+            # Of a copy the second name is what was written. numpy counts what it wrote, and gives no number.
+            names = [str(name) for name in (error.filename, error.filename2) if name is not None] or [str(self.folder)]
+            if any(name.startswith(str(self.path.parent)) for name in names):
+                number = errno.ENOSPC if error.errno is None and "requested and" in str(error) else error.errno
         return number if number in _DISK_PROBLEMS else None
 
     def _refused(self, number: int | None) -> ArtifactError:
