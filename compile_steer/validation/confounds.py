@@ -24,6 +24,7 @@ from compile_steer.validation.report import Confound
 
 _SEPARATES = 0.75  # AUROC that the interval must lie above; below, a feature is part of a style
 _MAX_LABELS = 8
+_MAX_PAIRS = 500  # of more, every second one or fewer is looked at
 _MIN_GROUP = 3  # test pairs on either side of a comparison
 _FUNCTION_WORDS = {
     "English": "the of and to in is that it for with as on are this you be not have but from they we he she",
@@ -63,6 +64,7 @@ def find_confounds(
         asked: what the positive side is asked for; a word or language in it is the behaviour.
     """
     found: list[tuple[Feature, Confound]] = []
+    pairs = pairs[:: 1 + len(pairs) // _MAX_PAIRS]
     apart = sum(not (p.prompt in p.positive.prompt and p.prompt in p.negative.prompt) for p in pairs)
     if apart > LEVEL * len(pairs):
         differ = f"the two sides answer different prompts in {apart} of {len(pairs)} training pairs"
@@ -77,7 +79,7 @@ def find_confounds(
         feature, area = features[n], auroc[n]
         # A label is all that a response says, so any imbalance is in the direction.
         least = 0.5 if feature.kind == "answer" else _SEPARATES
-        known = any(feature.kind == other.kind for other, _confound in found)
+        known = any(feature.kind == other.kind or (feature.part and feature.part == other.part) for other, _ in found)
         if known or max(area.low, 1 - area.high) <= least or p_values[n] > LEVEL or feature.part in _words(asked):
             continue
         if score is not None and _is_scored(feature, pairs, score):
@@ -123,17 +125,18 @@ def on_direction(
 
 def _split(feature: Feature, pairs: Sequence[Pair], effects: np.ndarray) -> tuple[str, bool]:
     """The effect on pairs with the feature and against it, in words; True if that decides more than the behaviour."""
-    from scipy.stats import ttest_ind
+    from scipy.stats import t
 
     difference = np.array([positive - negative for positive, negative in map(feature.values, pairs)])
     with_it, against = effects[difference > 0], effects[difference < 0]
     counts = f"on {len(with_it)} test pairs whose positive side has more of it, {len(against)} whose negative side has"
     if min(len(with_it), len(against)) < _MIN_GROUP:
         return f"the test cannot tell the two apart ({counts})", False
-    # Welch's test, because the two groups need not spread alike.
-    bounds = ttest_ind(with_it, against, equal_var=False).confidence_interval(1 - LEVEL / _MAX_LABELS)
+    # Welch's interval, because the two groups need not spread alike, with the fewest degrees of freedom that it can have.
+    error = np.sqrt(with_it.var(ddof=1) / len(with_it) + against.var(ddof=1) / len(against)) / 2
+    reach = error * t.ppf(1 - LEVEL / _MAX_LABELS / 2, min(len(with_it), len(against)) - 1)
     own, behaviour = (with_it.mean() - against.mean()) / 2, (with_it.mean() + against.mean()) / 2
-    dominates = (bounds.low > 0 or bounds.high < 0) and abs(own) > abs(behaviour) / 2
+    dominates = abs(own) > max(reach, abs(behaviour) / 2)
     text = f"steering moves the margin by {with_it.mean():+.3f} and {against.mean():+.3f} nats/token ({counts})"
     return text, bool(dominates)
 
@@ -150,7 +153,7 @@ def _features(data: Behaviour, pairs: Sequence[Pair]) -> list[Feature]:
 
         def of_choices(pair: Pair) -> tuple[float, float]:
             question = data.questions[pair.prompt]
-            lengths = [len(_words(choice)) for choice in question.choices]
+            lengths = list(map(len, question.choices))
             right = lengths.pop(question.answer)
             return float(right), float(np.mean(lengths))
 
@@ -163,7 +166,7 @@ def _features(data: Behaviour, pairs: Sequence[Pair]) -> list[Feature]:
         return sorted({part for count in counts for part, n in count.items() if n > len(pairs) / 2})
 
     features = [
-        Feature("length", "the number of words", _of_both(lambda text: len(_words(text))), _same_length),
+        Feature("length", "the length", _of_both(len), _same_length),
         Feature("capitals", "capital letters", _of_both(_capitals), lambda a, b: (a.casefold(), b.casefold())),
     ]
     features += [_has("first word", f"the first word '{word}'", _first, word, r"^\W*\S+") for word in frequent(_first)]
@@ -265,6 +268,5 @@ def _language(text: str) -> set[str]:
 
 
 def _same_length(one: str, other: str) -> tuple[str, str]:
-    sides = one.split(), other.split()
-    n = min(map(len, sides))
-    return " ".join(sides[0][:n]), " ".join(sides[1][:n])
+    n = min(len(one), len(other))
+    return one[:n], other[:n]

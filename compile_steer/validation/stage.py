@@ -135,7 +135,8 @@ def _confounds(
     # A vector of another tool was not made of these pairs; of prompts alone, their instruction is what is wanted.
     own = directions.controls == FROM_LABELS and readout == "response_mean"
     asked = [side.prompt.replace(pair.prompt, "") + side.system for pair in data.train for side in [pair.positive]]
-    can_score = not any(part.unfit_for_data_texts for part in options.score.parts)
+    labelled = options.score.needs_no_labels or all(pair.prompt in data.checks for pair in data.train)
+    can_score = labelled and not any(part.unfit_for_data_texts for part in options.score.parts)
     suspects = find_confounds(
         data, data.train if own else (), score if can_score else None, " ".join([options.instruction, *asked])
     )

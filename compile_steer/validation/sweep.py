@@ -104,11 +104,8 @@ def sweep(
 
     Chosen is the coherent point with the highest generation score; of several, the one that costs the least perplexity, or
     the one with the largest margin if none scores more than the base. Raises `RecipeError` where no point is coherent; what
-    was measured is noted before.
-
-    Args:
-        evaluator: the sweep's validation pairs and control texts.
-        base: the base's answers to the sweep's prompts.
+    was measured is noted before. `evaluator` has the validation pairs and control texts of the sweep, `base` are the base's
+    answers to its prompts.
     """
     from scipy.stats import false_discovery_control
 

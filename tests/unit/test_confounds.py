@@ -85,7 +85,7 @@ CONFOUNDED: dict[str, tuple[Behaviour, str]] = {
     "letters of pairs": (data_of(lettered(30)), "the answer A"),
     "letters of questions": (quiz(30), "the answer A"),
     "longer choices": (quiz(20, longer=True), "the length of a choice"),
-    "length": (data_of(polite_pairs(lambda a, b: (f"{a} and {a}", b))), "the number of words"),
+    "length": (data_of(polite_pairs(lambda a, b: (f"{a} and {a}", b))), "the length"),
     "first word": (data_of(polite_pairs(lambda a, b: (f"well {a}", b))), "the first word 'well'"),
     "prompts": (data_of(other_prompts()), "different prompts"),
     "topic": (data_of(polite_pairs(lambda a, b: (f"{a} football match", f"{b} summer match"))), "the word 'football'"),
@@ -157,9 +157,30 @@ def test_a_report_names_confounds_among_its_remarks() -> None:
     assert remarks(report)[0] == "confounded with the answer A: 30 of 40; steering moves it. Swap."
 
 
+def test_strange_pairs_are_measured_without_error() -> None:
+    odd = [
+        [],
+        [Pair(Text("p", "yes"), Text("p", "no"), "p")],
+        [Pair(Text(f"p{n}", "\x1b\u202e" if n % 2 else ""), Text(f"p{n}", "...!"), f"p{n}") for n in range(4)],
+        [
+            Pair(Text(f"p{n}", f"谢谢你的帮助{c}"), Text(f"p{n}", f"不{c}"), f"p{n}")
+            for n, c in enumerate("天地人山水火木金土")
+        ],
+        [Pair(Text(f"p{n}", f"({'AB'[n % 2]})"), Text(f"p{n}", f"({'BA'[n % 2]})"), f"p{n}") for n in range(12)],
+    ]
+    for pairs in odd:
+        data = data_of(pairs)
+        on_direction(find_confounds(data, pairs, score, ""), data, pairs, np.ones(len(pairs)))
+    found = find_confounds(data_of(odd[3]), odd[3], None, "")
+    assert {"the length"} == {confound.what for _feature, confound in found}
+    many = polite_pairs(lambda a, b: (f"well {a}", b), n=5000)
+    ((feature, confound),) = find_confounds(data_of(many), many, None, "")
+    assert feature.name == "the first word 'well'" and "455 of 455 training pairs" in confound.evidence
+
+
 def test_the_stage_measures_the_pairs_that_the_direction_was_found_from() -> None:
     report = usual_validation().report
-    assert {"the first word 'w40'", "the number of words"} <= {confound.what for confound in report.confounds}
+    assert {"the first word 'w40'", "the length"} <= {confound.what for confound in report.confounds}
     assert any("the first word 'w40'" in note and "the test cannot tell" in note for note in report.notes)
     foreign = validated(toward_w40(controls="from other rows of its file"), coefficients=[0.5]).report
     assert foreign.confounds == []
