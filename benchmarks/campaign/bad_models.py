@@ -75,6 +75,8 @@ CONFIG: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({"num_hidden_layers": 0}, NOTHING),
     ({"num_hidden_layers": None}, ("num_hidden_layers",)),
     ({"num_hidden_layers": 10**9}, NOTHING),
+    ({"text_config": {"num_hidden_layers": 10**9}}, ("text_config.num_hidden_layers",)),
+    ({"num_labels": 10**9}, ("num_labels",)),
     ({"hidden_size": 36}, NOTHING),
     ({"hidden_size": "32"}, ("hidden_size",)),
     ({"hidden_size": 2**40}, NOTHING),
@@ -88,6 +90,7 @@ CONFIG: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({"head_dim": "12"}, ("head_dim",)),
     ({"vocab_size": 50}, NOTHING),
     ({"vocab_size": 200}, NOTHING),
+    ({"vocab_size": 10**9}, ("vocab_size",)),
     ({"vocab_size": "97"}, ("vocab_size",)),
     ({"rms_norm_eps": "tiny"}, ("rms_norm_eps",)),
     ({"rms_norm_eps": None}, ("rms_norm_eps",)),
@@ -101,6 +104,7 @@ CONFIG: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({"mlp_bias": True}, ("bias",)),
     ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, ("magic",)),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, ("rope_theta|config.json",)),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("inv_freq",)),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, NOTHING),
     ({"rope_parameters": 7}, ("rope_parameters",)),
     ({"dtype": "float7"}, ("float7",)),
@@ -174,6 +178,10 @@ TOKENIZERS: dict[str, tuple[Callable[[Case], object], tuple[str, ...]]] = {
     "an unknown normalizer": (partial(_tokenizer, lambda t: t.update(normalizer={"type": "Magic"})), ("tokenizer",)),
     "no vocabulary": (partial(_tokenizer, lambda t: t["model"].update(vocab={})), NOTHING),
     "vocabulary of a wrong type": (partial(_tokenizer, lambda t: t["model"].update(vocab=[1])), ("tokenizer",)),
+    "dropout": (
+        partial(_tokenizer, lambda t: t.update(model={"type": "BPE", "vocab": {"x": 6}, "merges": [], "dropout": 0.5})),
+        ("tokenizer.json",),
+    ),
     "no model": (partial(_tokenizer, lambda t: t.pop("model")), ("tokenizer",)),
     "code of its own": (
         lambda case: edit_json(
