@@ -50,6 +50,14 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"layer_replication": [[0, 4], [2, 4]]},
     {"target_parameters": ["model.layers.2.mlp.up_proj.weight"]},
     {"trainable_token_indices": [1, 2]},
+    {"target_modules": ["q_proj"]},
+    {"target_modules": None},
+    {"target_modules": "(([a-z]|[a-z_.0-9])+)+X"},
+    {"rank_pattern": {"(([a-z]|[a-z_.0-9])+)+X": 8}},
+    {"exclude_modules": ".*"},
+    {"init_lora_weights": "loftq"},
+    {"lora_alpha": 1e300},
+    {"base_model_name_or_path": ["x"]},
 )
 Tensors = dict[str, Tensor]
 _BLOCK = re.compile(r"\.layers\.\d+\.")
@@ -72,6 +80,10 @@ WEIGHT_EDITS: dict[str, Callable[[Tensors, str, str], object]] = {
         {a.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}
     ),
     "a whole matrix beside": lambda t, _a, _b: t.update({"base_model.model.lm_head.weight": torch.ones(97, 32)}),
+    "names without PEFT's prefix": lambda t, _a, _b: t.update(
+        {name.removeprefix("base_model.model."): t.pop(name) for name in list(t)}
+    ),
+    "PEFT's prefix twice": lambda t, _a, _b: t.update({f"base_model.model.{name}": t.pop(name) for name in list(t)}),
     "names without meaning": lambda t, _a, _b: t.update({f"x{n}": t.pop(name) for n, name in enumerate(list(t))}),
 }
 BROKEN = {"a list": "[]", "a number": "7", "brackets": "[" * 50_000, "r twice": '{"r": 2, "r": 8, "peft_type": "LORA"}'}
