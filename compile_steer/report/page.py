@@ -45,7 +45,7 @@ def write_page(
         recommendation=recommendation,
         details=details,
         charts=[
-            _svg(2.8, 2, partial(_draw_sweep, report)),
+            _svg(2.8, 3, partial(_draw_sweep, report)),
             _svg(1.9, 1, partial(_draw_controls, report)),
             _svg(2.4, 3, partial(_draw_coefficients, report)),
         ],
@@ -55,8 +55,8 @@ def write_page(
 
 
 def _draw_sweep(report: ValidationReport, panels: Sequence[Any]) -> None:
-    """Log-likelihood margin and perplexity over the coefficient, one line per layer."""
-    left, right = panels
+    """Margin and perplexity over the coefficient, a line per layer; score over perplexity, with the frontier and the choice."""
+    left, right, prices = panels
     for layer in sorted({point.layer for point in report.grid}):
         points = sorted((p for p in report.grid if p.layer == layer and not p.skipped), key=lambda p: p.coefficient)
         coefficients = [p.coefficient for p in points]
@@ -65,6 +65,12 @@ def _draw_sweep(report: ValidationReport, panels: Sequence[Any]) -> None:
     left.set(xlabel="coefficient", ylabel="margin, nats/token")
     right.set(xlabel="coefficient", ylabel="perplexity of control text, x base")
     left.legend(title="block", fontsize=7, title_fontsize=7)
+    chosen = [p for p in report.grid if (p.layer, p.coefficient) == (report.layer, report.coefficient)]
+    styles = {"o": [p for p in report.grid if p.score is not None], "-": report.frontier}
+    for style, points in styles.items():
+        prices.plot([p.perplexity_ratio for p in points], [p.score for p in points], style, color="grey")
+    prices.plot([p.perplexity_ratio for p in chosen], [p.score for p in chosen], "o", color="green", markersize=9)
+    prices.set(xlabel="perplexity, x base", ylabel="score, validation prompts")
 
 
 def _draw_controls(report: ValidationReport, panels: Sequence[Any]) -> None:

@@ -23,7 +23,8 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 def print_validation(console: Console, report: ValidationReport) -> None:
     """Print the sweep, and the verdict with its reasons."""
-    table = Table(title="Sweep on validation data", title_justify="left")
+    title = "Sweep on validation data (*: no point of lower perplexity scores as much; green: chosen)"
+    table = Table(title=title, title_justify="left")
     for heading in ("layer", "coefficient", "margin, nats/token", "perplexity", "score", "repetition"):
         table.add_column(heading, justify="right")
     for point in report.grid:
@@ -33,7 +34,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
             f"{point.coefficient:.3g}",
             "skipped" if point.margin is None else f"{point.margin:+.3f}",
             "" if point.perplexity_ratio is None else f"x{point.perplexity_ratio:.2f}",
-            "" if point.score is None else f"{point.score:.2f}",
+            "" if point.score is None else f"{point.score:.2f}{' *' if point in report.frontier else ''}",
             "" if point.repetition is None else f"{point.repetition:.2f}",
             style="bold green" if chosen else "",
         )

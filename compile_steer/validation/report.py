@@ -178,6 +178,17 @@ class ValidationReport(Summary):
         return block_name(self.layer)
 
     @property
+    def frontier(self) -> list[GridPoint]:
+        """The points of the sweep that score more than every one of lower perplexity, the cheapest first."""
+        answered = [(p.perplexity_ratio or 0.0, -p.score, p) for p in self.grid if p.score is not None]
+        points, best = list[GridPoint](), -1.0
+        for _ratio, negative, point in sorted(answered, key=lambda entry: entry[:2]):
+            if -negative > best:
+                points.append(point)
+                best = -negative
+        return points
+
+    @property
     def price(self) -> str:
         """What steering was measured to cost, in words."""
         c = self.coherence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import compile_steer.validation.stage
 import compile_steer.validation.sweep
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
+from compile_steer.common.terminal import Terminal
+from compile_steer.report.terminal import print_validation
 from compile_steer.scoring.answers import Answers
 from compile_steer.stats import decisive
 from compile_steer.steering.directions import EVERY_BLOCK
@@ -23,7 +26,17 @@ from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.report import GridPoint, block_name
 from compile_steer.validation.sweep import _choose, candidates, measure_grid, search_layers
 from tests.helpers.tiny import HIDDEN, LAYERS
-from tests.helpers.validation import behaviour, chat_model, context, options, program_at, recipe, toward_w40, validated
+from tests.helpers.validation import (
+    behaviour,
+    chat_model,
+    context,
+    options,
+    program_at,
+    recipe,
+    toward_w40,
+    usual_validation,
+    validated,
+)
 from tests.helpers.verification import RecordedNotes
 
 
@@ -191,3 +204,19 @@ def test_of_points_with_the_same_score_the_cheapest_is_chosen_if_it_reaches_the_
     # Where nothing scores more than the base, there is no effect yet that a cheaper point could reach.
     assert _choose([weak, cheap, strong], options(), base_score=0.75, repetition=0.0) is strong
     assert _choose([weak, replace(strong, repetition=0.99), cheap], options(), base_score=0.0, repetition=0.0) is cheap
+
+
+def test_the_frontier_holds_the_points_that_no_cheaper_one_reaches() -> None:
+    skipped = GridPoint(3, 4.0, perplexity_ratio=9.0, skipped="beyond")
+    grid = [
+        point(2.5, 0.75, 1.4, 0.9),
+        point(1.0, 0.25, 1.02, 0.2),
+        point(1.5, 0.75, 1.1, 0.5),
+        point(1.2, 0.2, 1.05, 0.3),
+    ]
+    report = replace(usual_validation().report, grid=[*grid, skipped], layer=2, coefficient=1.5)
+    assert report.frontier == [grid[1], grid[2]]
+    stream = StringIO()
+    print_validation(Terminal(file=stream, width=200), report)
+    scores = [line.split("│")[5].strip() for line in stream.getvalue().splitlines() if line.startswith("│")]
+    assert scores == ["0.75", "0.25 *", "0.75 *", "0.20", ""]
