@@ -63,7 +63,13 @@ def _open_streams() -> None:
 
 def _run() -> int:
     from compile_steer.cli.app import app
+    from compile_steer.common.errors import RecipeError
 
+    empty = [word for word in sys.argv[1:] if not word or (word.startswith("--") and word.find("=") == len(word) - 1)]
+    if empty:
+        raise RecipeError(
+            f"an argument is empty ({empty[0] or repr('')}): the shell may have a variable that is not set."
+        )
     code = app(prog_name="compile-steer", standalone_mode=False)
     sys.stdout.flush()  # here, where a full disk or a closed pipe is still an error that can be told
     return code if isinstance(code, int) else 0
@@ -110,7 +116,9 @@ def _tell(problems: Sequence[str]) -> None:
     more = len(problems) - _MOST_PROBLEMS
     lines = [*problems[:_MOST_PROBLEMS], *([f"{more} more problems."] if more > 0 else [])]
     with suppress(OSError, ValueError):  # nobody reads the error stream
-        print(*(f"error: {plain(line)}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        # One line a problem: a name with a line break cannot pretend to be another message.
+        told = (plain(line).replace("\n", "\\n") for line in lines)
+        print(*(f"error: {line}" for line in told), sep="\n", file=sys.stderr, flush=True)
 
 
 def _tell_usage(error: BaseException) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from io import StringIO
 from pathlib import Path
@@ -19,15 +19,17 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validat
 from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest
-from compile_steer.artifacts.paths import real_path
+from compile_steer.artifacts.paths import home_path, real_path
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.options import Section, Seed, dotted, explain_one
 from compile_steer.common.reading import Malformed, read_text
 from compile_steer.common.yaml import MAX_YAML, Lines, Yaml, parse_yaml
 from compile_steer.data.section import Data
+from compile_steer.data.sources import Dataset
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.chat import DATE, RESERVED, ChatSettings
+from compile_steer.scoring.classifier import Classifier
 from compile_steer.steering.sites import parse_positions
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.verification.options import VerifyOptions
@@ -38,7 +40,9 @@ CHAT_KEYS = ("chat_template", "chat_template_name", "chat_template_date")
 class Recipe(Section):
     """One run. `folder` is where the file lies; everything else is in the file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the run's folder and artifacts")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="of the run's folder and artifacts"
+    )
     model: str = Field(description="smollm2-135m-instruct (embedded), a hub id, a local folder, or a .gguf file")
     prompt_format: str | None = Field(
         None, description="how a prompt is put to the model in the place of its chat template (a base model has none)"
@@ -112,6 +116,22 @@ class Recipe(Section):
     def record(self) -> dict[str, Any]:
         """The recipe with every default, as the JSON that artifacts carry; `recall` is the way back."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def named_paths(self) -> Iterator[tuple[str, str]]:
+        """The keys and values of the files, folders and addresses that the recipe names, but for the models."""
+        for part in type(self.data).model_fields:
+            source = getattr(self.data, part)
+            if isinstance(source, Path):
+                yield f"data.{part}", str(source)
+            elif isinstance(source, Dataset):
+                yield from ((f"data.{part}.data_files", name) for name in source.data_files)
+                if (self.folder / source.source).exists():
+                    yield f"data.{part}", source.source
+        others: list[tuple[str, Path | str | None]] = [("extract.imported.file", self.extract.imported.file)]
+        others += [("validate.other_behaviour", self.validate_.other_behaviour)]
+        parts = self.validate_.score.parts
+        others += [("validate.score.model", part.model) for part in parts if isinstance(part, Classifier)]
+        yield from ((key, str(home_path(str(path)))) for key, path in others if path is not None)
 
     @property
     def hash(self) -> str:

@@ -13,6 +13,11 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def home_path(path: str) -> Path:
+    """The path with a leading `~` replaced. That of a user who is not known stays; Path.expanduser raises RuntimeError for it."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (as said)
+
+
 def require_inside(
     folder: Path, recorded: Path, what: str, consent: str = "name a folder above it (--recipes)"
 ) -> None:

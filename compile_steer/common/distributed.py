@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from compile_steer.common.errors import RecipeError
+from compile_steer.common.errors import RecipeError, brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ def join() -> None:
 
         if not dist.is_initialized():
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(_number("LOCAL_RANK", 0))
             # Both backends: sums on GPUs travel by NCCL, and what is on the CPU by gloo.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -38,12 +38,26 @@ def leave() -> None:
 
 def rank() -> int:
     """Return this process's number, 0 in a single process. Only rank 0 writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    number = _number("RANK", 0)
+    if number >= count():  # nothing would be written, by nobody
+        raise RecipeError(
+            f"the environment variable RANK is {number}, of {count()} processes (WORLD_SIZE); unset both, or use torchrun."
+        )
+    return number
 
 
 def count() -> int:
     """Return how many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1, least=1)
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """An environment variable that torchrun sets; raises `RecipeError` where something else has set it."""
+    value = os.environ.get(name, str(default))
+    if not value.isascii() or not value.isdecimal() or len(value) > 9 or int(value) < least:
+        needed = f"a number from {least} on, as torchrun sets it, or none"
+        raise RecipeError(f"the environment variable {name} is {brief(value)}; needed: {needed}.")
+    return int(value)
 
 
 def require_alone(task: str) -> None:

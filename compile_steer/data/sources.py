@@ -23,7 +23,9 @@ _MAX_BAD = 10_000  # rows, after which a file is something else, and is read no 
 class Dataset(Section):
     """One split of a data set that `datasets.load_dataset` can load; code that comes with it is never run."""
 
-    source: str = Field(description="a format ('csv', 'json', 'parquet'), a hub id, or a folder beside the recipe")
+    source: str = Field(
+        min_length=1, description="a format ('csv', 'json', 'parquet'), a hub id, or a folder beside the recipe"
+    )
     data_files: tuple[str, ...] = Field((), description="the files of a format, beside the recipe or as URLs")
     subset: str | None = Field(None, description="which of the data set's configurations")
     split: str = Field("train", description="or a part of one: 'train[:60%]'")
@@ -34,7 +36,8 @@ class Dataset(Section):
     seed: Seed | None = Field(None, description="of the order in which rows are drawn; None: as they are stored")
 
     def __str__(self) -> str:
-        return f"'{self.source}' (split {self.split})"
+        files = "".join(f"{name}, " for name in self.data_files[:3])
+        return f"'{self.source}' ({files}split {self.split})"
 
 
 Source = Annotated[
@@ -214,6 +217,7 @@ def load_table(source: Dataset, folder: Path) -> Any:
     if not files and not local.is_dir() and source.source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
         # The library would take whatever files of that format lie in the current folder.
         raise RecipeError(f"{source}: the format '{source.source}' needs data_files, the names of its files.")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, below
     bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     path = str(local) if local.is_dir() else source.source

@@ -20,10 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.artifacts.files import digest, own_files, read_front_matter, sha256
+from compile_steer.artifacts.paths import home_path, real_path
 from compile_steer.artifacts.revision import EMBEDDED, is_gguf, join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
-from compile_steer.common.errors import ArtifactError, RecipeError, several
+from compile_steer.common.errors import ArtifactError, RecipeError, brief, several
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import ROPE_FACTORS, license_in, read_gguf, scales_rotations
@@ -69,7 +70,7 @@ class LoadedModel:
     @property
     def loadable(self) -> str:
         """As `ModelSource` says; a model that was never on a disk has its name alone."""
-        return self.id if self.revision.startswith("hub:") or not self.source else str(Path(self.source).resolve())
+        return self.id if self.revision.startswith("hub:") or not self.source else str(real_path(Path(self.source)))
 
     @property
     def pad_id(self) -> int:
@@ -167,7 +168,7 @@ def gguf_of(reference: str) -> Path | None:
                 "machine without a network)."
             )
         return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = Path(reference).expanduser()
+    path = home_path(reference)
     return path if is_gguf(reference) else None
 
 
@@ -189,7 +190,7 @@ class ModelSource:
     @property
     def loadable(self) -> str:
         """What transformers, PEFT and vLLM load it by: its id on the hub, or the full path of its folder."""
-        return self.reference if self.commit else str(self.folder.resolve())
+        return self.reference if self.commit else str(real_path(self.folder))
 
     @property
     def license(self) -> str:
@@ -202,7 +203,7 @@ class ModelSource:
 
 def find_model(reference: str) -> ModelSource:
     """Where a model is, fetched if it is a hub id that is not in the cache; raises `RecipeError`."""
-    path = Path(reference).expanduser()
+    path = home_path(reference)
     if (gguf := gguf_of(reference)) is not None:
         if not gguf.is_file():
             raise RecipeError(f"model '{reference}': no such file.")
@@ -232,8 +233,11 @@ def _hub_reachable() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer."""
-    return Path(os.environ.get("COMPILE_STEER_CACHE", "~/.cache/compile_steer")).expanduser()
+    """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer; raises `RecipeError` without a home."""
+    named = os.environ.get("COMPILE_STEER_CACHE") or "~/.cache/compile_steer"
+    if str(folder := home_path(named)).startswith("~"):
+        raise RecipeError(f"the folder for models {brief(named)} is in the home of nobody; set $COMPILE_STEER_CACHE to another.")
+    return folder
 
 
 def _dequantised(gguf: Path) -> Path:

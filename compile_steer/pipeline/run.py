@@ -10,20 +10,22 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 from compile_steer.artifacts.files import digest, reuse_or_make, save_text, sha256, was_edited
-from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.paths import RunPaths, home_path, real_path
 from compile_steer.artifacts.provenance import Origin, versions
 from compile_steer.artifacts.revision import identity_of
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.common.progress import Progress
-from compile_steer.data.behaviour import Behaviour, Context
+from compile_steer.data.behaviour import SPLITS, Behaviour, Context
 from compile_steer.data.encoding import check_texts
 from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.export.gguf import gguf_refusals
 from compile_steer.extraction.generate_pairs import GenerationReport, kept_pairs
 from compile_steer.extraction.stage import extract
+from compile_steer.lowering.options import BackendName
 from compile_steer.lowering.plan import Plan, plan
 from compile_steer.models.chat import CURE, ChatSettings
 from compile_steer.models.load import LoadedModel, load, revision_of
@@ -50,6 +52,7 @@ class Run:
     def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
         """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
         paths = RunPaths(out, recipe.name)
+        require_apart(recipe, paths)
         data, path = recipe.data.read(recipe.folder), recipe.validate_.other_behaviour
         if path is not None:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
@@ -224,6 +227,30 @@ class Run:
         if problems:
             raise CannotLower([*problems, "Leave the gguf forms out of verify.forms."])
         return plan(self.program, model.layout, self.recipe.compile.backends)
+
+
+def require_apart(recipe: Recipe, paths: RunPaths) -> None:
+    """Raise `RecipeError` where the run would write over a file or folder that it reads."""
+    written = [paths.directions, paths.program, paths.validation, paths.prompts, paths.report, paths.work]
+    written += [
+        paths.place(backend, form) for backend in get_args(BackendName) for form in ("adapter", *recipe.verify.forms)
+    ]
+    if recipe.data.generation is not None:
+        written += [paths.generation_report, *map(paths.pairs, SPLITS)]
+    places = set(map(real_path, written))
+    read = [(key, recipe.folder / path) for key, path in recipe.named_paths()]
+    read += [
+        (key, home_path(name))
+        for key, name in (("model", recipe.model), ("extract.model", recipe.extract.model))
+        if name
+    ]
+    problems = [
+        f"{key}: {path} is where the run itself writes; choose another output folder (--out), another name, or move the file."
+        for key, path in read
+        if places & {real_path(path), *real_path(path).parents}
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def load_base(recipe: Recipe) -> LoadedModel:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from compile_steer.artifacts.paths import home_path
 from compile_steer.common.errors import RecipeError
 from compile_steer.scoring.base import Reply, Score, ScorerBase
 from compile_steer.stats import auroc
@@ -51,7 +51,7 @@ class Classifier(ScorerBase):
     def revision(self) -> str:
         from compile_steer.models.load import revision_of
 
-        return revision_of(self.model) if self.model and Path(self.model).expanduser().is_dir() else ""
+        return revision_of(self.model) if self.model and home_path(self.model).is_dir() else ""
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         if self.model is None or self.label is None:
@@ -108,7 +108,7 @@ def _pretrained(reference: str, label: str, device: torch.device) -> Probability
 
     from compile_steer.models.checked import read_model, read_tokenizer
 
-    folder = Path(reference).expanduser()
+    folder = home_path(reference)
     if not folder.is_dir():
         raise RecipeError(
             f"validate.score classifier: model '{reference}' is no folder; needed: one with config.json and weights."

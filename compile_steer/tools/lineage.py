@@ -25,10 +25,9 @@ from compile_steer.common.errors import ArtifactError, CompileSteerError, Recipe
 from compile_steer.data.behaviour import SPLITS, prompts_key
 from compile_steer.data.pairs import pairs_sha256, read_pairs
 from compile_steer.data.section import PairsData
-from compile_steer.data.sources import Dataset, Reader
+from compile_steer.data.sources import Reader
 from compile_steer.lowering.options import BackendName
 from compile_steer.recipe import Recipe
-from compile_steer.scoring.classifier import Classifier
 from compile_steer.tools.report_links import (
     Link,
     check_link,
@@ -188,19 +187,9 @@ def recorded_recipe(record: dict[str, Any], folder: Path) -> Recipe:
     An artifact may be a stranger's: what it names is read only where the user looks for data, and nothing is fetched.
     """
     recipe = Recipe.recall(record, folder)
-    named: dict[str, Path | str | None] = {f"data.{part}": path for part, path in recipe.data.files.items()}
-    for part in type(recipe.data).model_fields:
-        source = getattr(recipe.data, part)
-        if isinstance(source, Dataset):
-            named |= {f"data.{part}.data_files": name for name in source.data_files}
-            named |= {f"data.{part}": source.source} if (folder / source.source).exists() else {}
-    named["extract.imported.file"] = recipe.extract.imported.file
-    named["validate.other_behaviour"] = recipe.validate_.other_behaviour
-    classifiers = [part for part in recipe.validate_.score.parts if isinstance(part, Classifier)]
-    named |= {f"validate.score.model {number}": part.model for number, part in enumerate(classifiers)}
-    for key, path in ((key, path) for key, path in named.items() if path is not None):
-        if "://" in str(path):
-            raise ArtifactError(f"{key}: the artifact records the address {brief(str(path))}, which is not contacted.")
+    for key, path in recipe.named_paths():
+        if "://" in path:
+            raise ArtifactError(f"{key}: the artifact records the address {brief(path)}, which is not contacted.")
         require_inside(folder, Path(path), key)
     return recipe
 

@@ -50,6 +50,7 @@ KINDS = (
     "folder of junk",
     "link to nothing",
     "link to itself",
+    "home of nobody",
     "below a file",
     "not UTF-8 \udcff",
 )
@@ -72,6 +73,8 @@ def bad_path(folder: Path, kind: str) -> Path:
         path.symlink_to("nowhere")
     elif kind == "link to itself":
         path.symlink_to(path.name)
+    elif kind == "home of nobody":
+        path = Path("~nobody at all/bad home of nobody")
     elif kind == "below a file":
         path.write_text("in the way")
         path /= "bad below"
@@ -132,6 +135,7 @@ def test_path_beside_a_recipe_that_cannot_be_used_is_named(
     assert path.name.rstrip(" \udcff") in ended(words, tmp_path, monkeypatch, capsys)
 
 
-def test_no_path_is_resolved_by_the_call_that_raises_for_a_link_to_itself() -> None:
+def test_no_path_goes_through_calls_that_raise_for_links_to_themselves_and_unknown_users() -> None:
     for source in PACKAGE.rglob("*.py"):
-        assert ".resolve()" not in source.read_text(encoding="utf-8"), f"{source}: use artifacts.paths.real_path"
+        text = source.read_text(encoding="utf-8")
+        assert ".resolve()" not in text and ".expanduser()" not in text, f"{source}: use artifacts.paths"

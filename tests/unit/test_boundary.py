@@ -194,3 +194,24 @@ def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     done = _shell('"$@" show missing.safetensors', tmp_path)
     assert done.returncode == 2 and "does not exist" in done.stderr
     assert modules_that_ran(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", ""], ["run", "a.yaml", "--out", ""], ["run", "a.yaml", "--out="], ["show", ""]]
+)
+def test_an_empty_argument_is_refused_because_a_path_without_a_name_is_the_current_folder(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compile-steer", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "error: an argument is empty" in capsys.readouterr().err
+
+
+def test_a_name_with_a_line_break_is_no_message_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compile-steer", "show", "a\nerror: b"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("error: a\\nerror: b ")

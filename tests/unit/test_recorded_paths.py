@@ -42,11 +42,13 @@ _CLASSIFIER = {"kind": "classifier", "model": "/home", "label": "x"}
         ("data", {"heldout": "data/link.jsonl"}),
         ("data", {"train": {"source": "json", "data_files": ["/etc/passwd"]}}),
         ("data", {"train": {"source": "json", "data_files": ["../x.json"]}}),
+        ("data", {"train": {"source": "json", "data_files": ["/etc/passwd", "data/a.json"]}}),
         ("data", {"train": {"source": "json", "data_files": ["http://169.254.169.254/x"]}}),
         ("data", {"train": {"source": "/etc"}}),
         ("extract", {"method": "imported", "imported": {"file": "/etc/passwd"}}),
         ("validate", {"other_behaviour": "../x.jsonl"}),
         ("validate", {"score": _CLASSIFIER}),
+        ("validate", {"score": {**_CLASSIFIER, "model": "~/secret"}}),
         ("validate", {"score": {"kind": "all", "all_of": [_KEYWORDS, _CLASSIFIER]}}),
     ],
 )

@@ -11,12 +11,13 @@ import pytest
 from compile_steer.artifacts.files import sha256
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS, Context
 from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline.artifacts import compile_program
-from compile_steer.pipeline.run import Run
+from compile_steer.pipeline.run import Run, require_apart
 from compile_steer.recipe import Recipe, read_recipe
 from compile_steer.tools.lineage import data_hashes
 from tests.helpers.generation import N_PROMPTS, generated, generating_model, generating_recipe, read_rows
@@ -145,4 +146,65 @@ def test_another_path_to_the_same_model_makes_nothing_again(run: SmallRun, monke
     assert [sha256(file) for file in files] == before
     # What names the base names it as it is called now.
     assert [Provenance.read_unedited(folder).model for folder in folders] == ["./moved/"] * 2
-    assert json.loads((folders[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == "./moved/"
+    assert json.loads((folders[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        run.root / "moved"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["validate.other_behaviour=../runs/tide/vectors/tide.prompts.jsonl"],
+            "validate.other_behaviour: .*tide.prompts.jsonl",
+        ),
+        (["model=OUT/merged/tide-bias-fp32/"], "model: .*tide-bias-fp32"),
+        (
+            ["extract={method: imported, imported: {file: ../runs/tide/vectors/tide.safetensors}}"],
+            "extract.imported.file: .*",
+        ),
+        (
+            ["data.kind=generated", "data.positive_template='{prompt} w9'", "data.test=OUT/data/tide.test.jsonl"],
+            "data.test: .*",
+        ),
+        (["data.train={source: json, data_files: [a.json, OUT/tide.html]}"], "data.train.data_files: .*tide.html"),
+        (["validate.score={kind: classifier, model: OUT/adapters/tide-distill, label: x}"], "validate.score.model: .*"),
+    ],
+)
+def test_a_run_that_would_write_over_what_it_reads_is_refused(changes: list[str], said: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipes" / "tide.yaml"
+    recipe.parent.mkdir()
+    data = {split: f"{split}.jsonl" for split in SPLITS}
+    score = {"kind": "keywords", "patterns": ["x"]}
+    recipe.write_text(json.dumps({"name": "tide", "model": "m", "data": data, "validate": {"score": score}}))
+    out = tmp_path / "recipes" / ".." / "runs" / "tide"
+    changed = read_recipe(recipe, [change.replace("OUT", str(tmp_path / "runs" / "tide")) for change in changes])
+    with pytest.raises(RecipeError, match=f"^{said} is where the run itself writes"):
+        require_apart(changed, RunPaths(out, "tide"))
+    require_apart(changed, RunPaths(tmp_path / "runs" / "other", "tide"))
+    require_apart(changed, RunPaths(out, "ebb"))
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["two", "", "-1", "1.5", "\u0663", "9" * 5000])
+def test_environment_variables_of_torchrun_that_are_no_numbers_are_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RecipeError, match=f"the environment variable {variable} is"):
+        distributed.rank() if variable == "RANK" else distributed.count()
+
+
+@pytest.mark.parametrize(("rank", "count"), [("1", None), ("0", "0"), ("2", "2")])
+def test_a_rank_that_no_process_has_is_refused(rank: str, count: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if count is not None:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(RecipeError, match="the environment variable"):
+        distributed.rank()
+
+
+def test_a_name_that_no_disk_can_hold_is_refused_before_any_work(run: SmallRun) -> None:
+    with pytest.raises(RecipeError, match=r"name: found 'x.*at most 100 characters"):
+        read_recipe(run.recipe, [f"name={'x' * 101}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.sources import Dataset, Reader
@@ -90,7 +91,7 @@ def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"split": "test"}, """data.neutral: 'csv' (split test) cannot be loaded (Unknown split "test". Should be one of"""),
+        ({"split": "test"}, """data.neutral: 'csv' (table.csv, split test) cannot be loaded (Unknown split "test". Should be one of"""),
         ({"data_files": ["gone.csv"]}, "gone.csv"),
         ({"data_files": []}, "the format 'csv' needs data_files"),
         ({"source": "./no_such_folder", "data_files": []}, "cannot be loaded"),
@@ -100,7 +101,7 @@ def test_an_optional_column_is_taken_where_it_is_and_its_empty_cells_are_nothing
         ({"columns": {"prompt": "query", "response": "reply", "promt": "note"}}, "data.neutral.columns: promt unknown; known "
          "here: prompt, response, history."),
         ({"columns": {"prompt": "query", "response": "reply", "history": "talk"}}, "but no talk"),
-        ({"limit": 11}, "found 10 rows in 'csv' (split train); limit asks for 11"),
+        ({"limit": 11}, "found 10 rows in 'csv' (table.csv, split train); limit asks for 11"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_explained(folder: Path, changes: dict[str, Any], words: str) -> None:
@@ -154,3 +155,17 @@ validate:
     recipe.write_text(text.replace("split: nothing", "splt: nothing"))
     with pytest.raises(RecipeError, match=r"mixed.yaml:6: data.test.splt: unknown key; did you mean 'split'\?"):
         read_recipe(recipe)
+
+
+def test_a_source_without_a_name_is_not_whatever_lies_beside_the_recipe(folder: Path) -> None:
+    write_rows = "".join(json.dumps({"prompt": q, "response": "w7"}) + "\n" for q in TABLE["query"])
+    (folder / "train.jsonl").write_text(write_rows)
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        rows(folder, source="", data_files=[])
+
+
+def test_what_a_library_logs_of_a_file_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "broken.csv").write_bytes(b"query,reply\ncaf\xe9,x\n")
+    with pytest.raises(RecipeError, match=r"'csv' \(broken.csv, split train\) cannot be loaded"):
+        rows(folder, data_files=["broken.csv"])
+    assert caplog.text == ""
