@@ -40,9 +40,7 @@ CHAT_KEYS = ("chat_template", "chat_template_name", "chat_template_date")
 class Recipe(Section):
     """One run. `folder` is where the file lies; everything else is in the file."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="of the run's folder and artifacts"
-    )
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="of the run's folder and artifacts")
     model: str = Field(description="smollm2-135m-instruct (embedded), a hub id, a local folder, or a .gguf file")
     prompt_format: str | None = Field(
         None, description="how a prompt is put to the model in the place of its chat template (a base model has none)"
@@ -127,11 +125,10 @@ class Recipe(Section):
                 yield from ((f"data.{part}.data_files", name) for name in source.data_files)
                 if (self.folder / source.source).exists():
                     yield f"data.{part}", source.source
-        others: list[tuple[str, Path | str | None]] = [("extract.imported.file", self.extract.imported.file)]
-        others += [("validate.other_behaviour", self.validate_.other_behaviour)]
-        parts = self.validate_.score.parts
-        others += [("validate.score.model", part.model) for part in parts if isinstance(part, Classifier)]
-        yield from ((key, str(home_path(str(path)))) for key, path in others if path is not None)
+        classifiers = [part.model for part in self.validate_.score.parts if isinstance(part, Classifier)]
+        keys = ("extract.imported.file", "validate.other_behaviour", *["validate.score.model"] * len(classifiers))
+        paths = (self.extract.imported.file, self.validate_.other_behaviour, *classifiers)
+        yield from ((key, str(home_path(str(path)))) for key, path in zip(keys, paths, strict=True) if path is not None)
 
     @property
     def hash(self) -> str:

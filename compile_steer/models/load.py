@@ -236,7 +236,9 @@ def cache_folder() -> Path:
     """Where de-quantised models are kept: $COMPILE_STEER_CACHE, or ~/.cache/compile_steer; raises `RecipeError` without a home."""
     named = os.environ.get("COMPILE_STEER_CACHE") or "~/.cache/compile_steer"
     if str(folder := home_path(named)).startswith("~"):
-        raise RecipeError(f"the folder for models {brief(named)} is in the home of nobody; set $COMPILE_STEER_CACHE to another.")
+        raise RecipeError(
+            f"the folder for models {brief(named)} is in the home of nobody; set $COMPILE_STEER_CACHE to another."
+        )
     return folder
 
 

@@ -15,6 +15,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS, Context
+from compile_steer.models.load import cache_folder
 from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline.artifacts import compile_program
 from compile_steer.pipeline.run import Run, require_apart
@@ -206,5 +207,14 @@ def test_a_rank_that_no_process_has_is_refused(rank: str, count: str | None, mon
 
 
 def test_a_name_that_no_disk_can_hold_is_refused_before_any_work(run: SmallRun) -> None:
-    with pytest.raises(RecipeError, match=r"name: found 'x.*at most 100 characters"):
+    with pytest.raises(RecipeError, match=r"name: found 'x.*should match pattern .*0,99"):
         read_recipe(run.recipe, [f"name={'x' * 101}"])
+
+
+@pytest.mark.parametrize("value", ["~nobody at all/cache", "~nobody at all"])
+def test_a_cache_in_the_home_of_nobody_is_no_folder_here(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", value)
+    with pytest.raises(RecipeError, match="COMPILE_STEER_CACHE"):
+        cache_folder()
+    monkeypatch.setenv("COMPILE_STEER_CACHE", "")
+    assert cache_folder() == Path.home() / ".cache" / "compile_steer"
