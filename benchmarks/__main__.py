@@ -25,7 +25,7 @@ from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.generate import neutral_generation
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import CHUNK_TOKENS
+from compile_steer.models.logprobs import chunks
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import batches
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
@@ -97,8 +97,8 @@ def closed_form_cost(lowering: Lowering) -> Iterator[Row]:
         for batch in batches(lowering.loaded, lowering.regression_texts):
             with torch.no_grad():
                 hidden = run_blocks(model, batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()]
-                for start in range(0, len(hidden), CHUNK_TOKENS):
-                    lm_head(model, hidden[start : start + CHUNK_TOKENS])
+                for part in chunks(len(hidden), model):
+                    lm_head(model, hidden[part])
 
     writing = timed(lambda: lowering.regression_texts)[1]
     plain, solving = medians(REPEATS, forward, lambda: closed_form.lower(lowering))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Bytes of an element, by safetensors' names of types.
+_PIECE = 2**24  # bytes that are read at once
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -142,15 +143,21 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the tensors in order of their names, however they are spread over files; raises as `checkpoint_files`."""
-        import torch
+        from safetensors.torch import _TYPES
 
         total = hashlib.sha256()
         with ExitStack() as stack:
-            opened = {file: stack.enter_context(open_tensors(file, "pt")) for file in set(self.files.values())}
+            opened = {file: stack.enter_context(file.open("rb")) for file in set(self.files.values())}
+            headers = {file: read_header(file) for file in opened}
             for name in sorted(self.files):
-                tensor = opened[self.files[name]].get_tensor(name)
-                total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                file, info = self.files[name], headers[self.files[name]][name]
+                total.update(f"{name} {_TYPES[info['dtype']]} {info['shape']}\n".encode())
+                # Read, not mapped: pages of a mapped file count as memory of this process.
+                stream, (start, stop) = opened[file], info["data_offsets"]
+                stream.seek(0)
+                stream.seek(8 + int.from_bytes(stream.read(8), "little") + start)
+                for size in range(start, stop, _PIECE):
+                    total.update(stream.read(min(_PIECE, stop - size)))
         return total.hexdigest()
 
     @cached_property

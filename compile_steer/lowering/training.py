@@ -59,7 +59,7 @@ def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Backward:
     def backward(model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
         # Chunk by chunk up to the states, so that n x vocabulary logits never exist; then once through the student.
         leaf, total = student.detach().requires_grad_(), 0.0
-        for part in chunks(leaf.shape[0]):
+        for part in chunks(leaf.shape[0], model):
             with torch.no_grad():
                 log_p = log_softmax(lm_head(model, teacher[part]))
             loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / leaf.shape[0]

@@ -131,6 +131,11 @@ def load(
 
 def frozen(model: Any, device: torch.device) -> Any:
     """`model` on `device`, in evaluation mode, without gradients."""
+    head = model.get_output_embeddings()
+    if head is not None and model.dtype != torch.float32:
+        # The first step of an answer hands the head a slice, for which torch 2.13 copies the matrix to float32 on a CPU:
+        # for a vocabulary of 262,144 that is 1.3 GB and 60 s in the place of 0.4 s.
+        head.register_forward_pre_hook(lambda _head, args: (args[0].contiguous(), *args[1:]))
     return model.to(device).eval().requires_grad_(False)
 
 

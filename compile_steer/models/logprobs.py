@@ -20,9 +20,11 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
 from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
-CHUNK_TOKENS = 128
+# Logits exist for a chunk of tokens: at most so many, and so many bytes in float32. A vocabulary of 262,144 has 24 to a chunk.
+_CHUNK_TOKENS, _CHUNK_BYTES = 128, 24 * 2**20
 # Texts of several kinds. What a model computes on them identifies it in another process, file or engine.
 REFERENCE_TEXTS = (
     "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
@@ -66,7 +68,7 @@ def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_
     """Compare two models' next-token distributions at final hidden states [n, d_model], chunk by chunk."""
     kl, same_top1 = [], []
     with torch.no_grad():
-        for part in chunks(len(hidden_p)):
+        for part in chunks(len(hidden_p), model_p):
             # In float64: the rounding of float32 log-probabilities alone gives a KL of about 1e-7 nats a token, more
             # than that of an exact compile.
             log_p = torch.log_softmax(lm_head(model_p, hidden_p[part]).double(), dim=-1)
@@ -86,8 +88,10 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def chunks(n: int, size: int = CHUNK_TOKENS) -> Iterator[slice]:
-    """Slices of at most `size` that cover n tokens."""
+def chunks(n: int, model: nn.Module) -> Iterator[slice]:
+    """Slices that cover n tokens, each of so few that their logits by `model` take little memory."""
+    vocabulary = Layout.of(model).model.get_output_embeddings().weight.shape[0]
+    size = max(1, min(_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocabulary)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
@@ -111,7 +115,7 @@ def token_logprobs(model: nn.Module, states: Tensor, targets: Tensor, rows: Tens
     shared = rows is not None
     rows = torch.arange(len(states), device=states.device) if rows is None else rows
     result = torch.empty(len(targets), device=states.device)
-    for part in chunks(len(states)):
+    for part in chunks(len(states), model):
         here = ((rows >= part.start) & (rows < part.stop)).nonzero()[:, 0]
         inputs = (states[part], targets[here], rows[here] - part.start)
         # With gradients, a chunk's logits are computed again in the backward pass rather than kept.

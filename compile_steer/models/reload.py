@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
@@ -47,7 +49,9 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
     # An artifact carries the template that its base was used with, or all of them.
     chat = base.chat if isinstance(tokenizer.chat_template, dict) else replace(base.chat, name=None)
     configure(tokenizer, str(folder), chat=chat)
-    return LoadedModel(frozen(model, base.device), tokenizer, str(folder), "", str(folder), chat=base.chat)
+    model = frozen(model, base.device)
+    share_equal(model, base.model)
+    return LoadedModel(model, tokenizer, str(folder), "", str(folder), chat=base.chat)
 
 
 def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedModel:
@@ -112,12 +116,34 @@ def adapter_scaled(adapter: LoadedModel, scale: float) -> Iterator[None]:
         set_adapter_scales(adapter, {ADAPTER: 1.0})
 
 
+def share_equal(model: Any, other: Any) -> None:
+    """Give `model` the memory of every parameter that `other` has by the same name and with equal values.
+
+    From here on neither may be written to in place.
+    """
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    for name, own in model.named_parameters(remove_duplicate=False):
+        same = theirs.get(name)
+        if same is not None and same.dtype == own.dtype and torch.equal(same, own):
+            own.data = same.data
+
+
+def shallow_copy(base: LoadedModel) -> LoadedModel:
+    """`base` with parameters of its own that share their memory with the base's: give them other tensors, never write to them."""
+    own = {id(value): nn.Parameter(value.data, requires_grad=False) for value in base.model.parameters()}
+    model = copy.deepcopy(base.model, own)
+    Layout.share(base.model, model)
+    return replace(base, model=model)
+
+
 def fresh_copy(base: LoadedModel) -> LoadedModel:
-    """Another copy of `base`, loaded from its source."""
+    """Another copy of `base`, loaded from its source; what is equal is in memory once, see `share_equal`."""
     folder = Path(base.source)
     model = read_model(folder, base.model.dtype, _not_loaded(folder))
     Layout.share(base.model, model)
-    return replace(base, model=frozen(model, base.device))
+    model = frozen(model, base.device)
+    share_equal(model, base.model)
+    return replace(base, model=model)
 
 
 def _not_loaded(folder: Path) -> Callable[[str], ArtifactError]:

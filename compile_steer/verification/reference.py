@@ -25,7 +25,7 @@ from compile_steer.models.logprobs import (
     final_states,
     logprob_margins,
 )
-from compile_steer.models.reload import fresh_copy
+from compile_steer.models.reload import shallow_copy
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import ScorerBase
@@ -118,10 +118,10 @@ class Reference:
         key, rounding = stored
         if self._quantized is None or self._quantized[0] != key:  # made once for all artifacts of a form
             self._quantized = None  # it is a model's size: freed before the next is made
-            rounded = fresh_copy(self.model)
+            rounded = shallow_copy(self.model)
             with torch.no_grad():
                 for name, parameter in rounded.model.named_parameters():
-                    parameter.copy_(rounding(name, parameter))
+                    parameter.data = rounding(name, parameter).to(parameter, copy=False)
             context = replace(self.context, model=rounded)
             self._quantized = key, Reference(context, self.program, self.options, self._scorer, self.ask, self)
         return self._quantized[1]

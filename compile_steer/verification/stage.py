@@ -16,7 +16,7 @@ from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
-from compile_steer.models.reload import reload
+from compile_steer.models.reload import reload, share_equal
 from compile_steer.models.tokens import encode
 from compile_steer.stats import Equivalence, Interval, Measure, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
@@ -83,6 +83,10 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     # Quantising costs so much by itself that what a GGUF file changes is measured from the base quantised the same way. A
     # cast to half precision costs little beside a compile.
     quantized = reference.quantized(origin.form, folder)
+    if quantized:
+        share_equal(
+            artifact.model, quantized.model.model
+        )  # all but the edited matrices, which are as large as the base
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
     # Measure, in the order of the report's sections.

@@ -69,7 +69,7 @@ def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(
     case: VerifierCase, adapter: LoadedModel
 ) -> None:
     norm = next(module for name, module in adapter.model.named_modules() if name.endswith("layers.2.input_layernorm"))
-    norm.weight.data.mul_(1.3)
+    norm.weight.data = 1.3 * norm.weight  # what equals the base is in its memory
     assert adapter_scales(case.reference, adapter)[0].kl > 1e-4
 
 

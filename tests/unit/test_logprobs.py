@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch.nn import functional
 
 from compile_steer.models.forward import lm_head
 from compile_steer.models.logprobs import (
-    CHUNK_TOKENS,
     TokenDivergence,
     chunks,
     divergence,
@@ -56,7 +57,7 @@ def test_kl_of_half_precision_logits_is_computed_in_single() -> None:
 def test_two_models_are_compared_chunk_by_chunk_over_all_tokens() -> None:
     llama, granite = loaded("llama").model, loaded("granite").model
     generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(CHUNK_TOKENS + 37, HIDDEN, generator=generator) for _ in range(2))
+    p, q = (torch.randn(128 + 37, HIDDEN, generator=generator) for _ in range(2))
     divergences = divergence(llama, p, granite, q)
     log_p, log_q = log_softmax(lm_head(llama, p)), log_softmax(lm_head(granite, q))
     expected = functional.kl_div(log_q.double(), log_p.double(), reduction="none", log_target=True).sum(dim=-1)
@@ -73,10 +74,25 @@ def test_the_summaries_of_a_divergence_are_those_of_its_tokens() -> None:
     assert TokenDivergence(torch.arange(101.0), torch.ones(101, dtype=torch.bool)).p99 == pytest.approx(99.0)
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(0, []), (5, [5]), (8, [8]), (19, [8, 8, 3])])
-def test_chunks_cover_every_token_once(n: int, sizes: list[int]) -> None:
-    parts = [list(range(n))[part] for part in chunks(n, 8)]
-    assert [len(part) for part in parts] == sizes
+@pytest.mark.parametrize(
+    ("vocabulary", "n", "sizes"),
+    [
+        (VOCAB, 0, []),
+        (VOCAB, 5, [5]),
+        (49_152, 128, [128]),
+        (49_152, 300, [128, 128, 44]),
+        (262_144, 57, [24, 24, 9]),
+        (10**8, 2, [1, 1]),
+    ],
+)
+def test_chunks_cover_every_token_once_and_have_a_fixed_number_of_bytes(
+    vocabulary: int, n: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("llama").model
+    head = SimpleNamespace(weight=torch.empty(vocabulary, 8, device="meta"))
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+    parts = [list(range(n))[part] for part in chunks(n, model)]
+    assert [len(part) for part in parts] == sizes and all(4 * vocabulary * size <= 2**25 for size in sizes if size > 1)
     assert [token for part in parts for token in part] == list(range(n))
 
 
@@ -126,7 +142,7 @@ def test_a_margin_is_positive_minus_negative_of_each_pair_under_the_plain_prompt
 
 
 def test_token_log_probabilities_over_chunks_with_shared_states_and_gradients() -> None:
-    model, n = loaded("llama").model, CHUNK_TOKENS + 9
+    model, n = loaded("llama").model, 128 + 9
     states = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.arange(n) % VOCAB
     plain = log_softmax(lm_head(model, states)).gather(1, targets[:, None])[:, 0]
