@@ -75,7 +75,8 @@ def find_confounds(
         return found
     values = np.array([[feature.values(pair) for feature in features] for pair in pairs]).transpose(2, 0, 1)
     auroc, p_values = _separation(values)
-    for n in sorted(range(len(features)), key=lambda n: -abs(auroc[n].value - 0.5)):
+    # Of two labels the positive one comes first.
+    for n in sorted(range(len(features)), key=lambda n: (-round(abs(auroc[n].value - 0.5), 9), -auroc[n].value)):
         feature, area = features[n], auroc[n]
         # A label is all that a response says, so any imbalance is in the direction.
         least = 0.5 if feature.kind == "answer" else _SEPARATES
@@ -86,8 +87,9 @@ def find_confounds(
             continue
         with_more, against = ("positive", values[0] > values[1]), ("negative", values[0] < values[1])
         side, more = with_more if area.value > 0.5 else against
+        has = "alone has it" if set(np.unique(values[:, :, n])) <= {0.0, 1.0} else "has more of it"
         evidence = (
-            f"the {side} side has more of it in {more[:, n].sum()} of {len(pairs)} training pairs (AUROC {area}, permutation "
+            f"the {side} side {has} in {more[:, n].sum()} of {len(pairs)} training pairs (AUROC {area}, permutation "
             f"p = {p_values[n]:.4f})"
         )
         found.append((feature, Confound(feature.name, evidence, _cure(feature, data), auroc=area, p_value=p_values[n])))

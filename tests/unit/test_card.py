@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from compile_steer.artifacts.files import save_record
+from compile_steer.artifacts.files import save_record, sha256
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.engine_support import engine_support
 from compile_steer.pipeline.artifacts import verify
 from compile_steer.report.card import model_card, update_card
-from compile_steer.validation.report import ValidationReport
+from compile_steer.validation.report import Confound, ValidationReport
 from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
 
@@ -53,6 +53,13 @@ def test_the_verdict_has_its_numbers_and_intervals(run: SmallRun) -> None:
         assert all(f"- {reason}" in text for reason in report.reasons)
         assert "fail, **compiled with --force in spite of it**" in text
         assert "## Limits" in text
+
+
+def test_a_card_names_what_the_direction_is_confounded_with(run: SmallRun, tmp_path: Path) -> None:
+    confound, path = Confound("the answer A", "30 of 40", "Swap."), tmp_path / "report.json"
+    replace(ValidationReport.load(run.paths.validation), confounds=[confound]).save(path)
+    origin = replace(Provenance.read(run.paths.adapter("bias")), validation_sha256=sha256(path))
+    assert "- confounded with the answer A: 30 of 40. Swap." in model_card(origin, path)
 
 
 @pytest.mark.parametrize("case", ["another's parity", "edited parity", "other weights"])

@@ -140,7 +140,9 @@ def test_what_the_direction_does_to_a_letter_is_measured_on_test_pairs() -> None
     toward_a = np.array([2.0 if pair.positive.response == "A" else -1.8 for pair in data.test])
     toward_a += np.random.default_rng(0).normal(0, 0.3, 40)
     (confound,) = on_direction(find_confounds(data, data.train, None, ""), data, data.test, toward_a)
-    assert "30 of 40 training pairs" in str(confound) and "balance_letters: true" in str(confound)
+    assert "A: the positive side alone has it in 30 of 40 training pairs" in str(
+        confound
+    ) and "balance_letters: true" in str(confound)
     assert "on 30 test pairs whose positive side has more of it, 10" in confound.on_test
     balanced = quiz(20)
     assert not find_confounds(balanced, balanced.train, None, "")
