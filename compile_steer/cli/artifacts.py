@@ -160,16 +160,18 @@ def export(
 def base(
     model: Annotated[str, typer.Argument(help="smollm2-135m-instruct (embedded), a .gguf file, a hub id, a folder.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Of FP8 or MXFP4: write it in bfloat16.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as the plain folder that transformers, PEFT and vLLM load, and that its adapters go on.
 
-    Of a GGUF file the weights are de-quantised to float32: exactly those that programs and adapters were made on.
+    Of a GGUF file the weights are de-quantised to float32: exactly those that programs and adapters were made on. With
+    --dequantize FP8 and MXFP4 checkpoints become plain ones, which can be steered and compiled.
     """
     from compile_steer.cli.tables import print_export
     from compile_steer.tools.serving.export import export_base
 
-    finish(as_json, export_base(model, out), print_export)
+    finish(as_json, export_base(model, out, dequantize), print_export)
 
 
 def verify_engines(

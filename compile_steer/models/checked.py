@@ -16,12 +16,13 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from compile_steer.artifacts.files import read_json
 from compile_steer.artifacts.revision import read_settings
 from compile_steer.artifacts.tensors import Checkpoint
-from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, brief
+from compile_steer.common.errors import ArtifactError, CompileSteerError, LayoutError, brief, shell_word
 from compile_steer.models.claims import require_counts, require_numbers
 from compile_steer.models.libraries import quiet_library_errors, read_config
 
 _REMEDY = "Get or make the model again."
 _SHOWN = 3  # names in a message
+DEQUANTISED_HERE = "fp8", "mxfp4"  # by `models.dequantise`
 _QUANTIZED = "quantization_config", "compression_config"
 # Types of weights that can be edited. Integers are also masks and positions of older checkpoints, which are not loaded.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -122,7 +123,12 @@ def require_plain(folder: Path) -> Mapping[str, tuple[str, list[int]]]:
             how = f"by {(by.get('quant_method') if isinstance(by, dict) else None) or 'its config.json'}"
         problems.append(
             f"{folder} is quantised, {how}: such weights cannot be steered or edited as they stand. Name the unquantised "
-            "release, or a copy that the library that quantised it has de-quantised and saved."
+            "release, or a copy that the library that quantised it has de-quantised and saved"
+            + (
+                f": compile-steer base {shell_word(folder)} --dequantize --out DIR."
+                if how[3:] in DEQUANTISED_HERE
+                else "."
+            )
         )
     if problems:
         raise ArtifactError(problems)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from compile_steer.artifacts.files import own_files, save_record, sha256
+from compile_steer.artifacts.files import own_files, read_json, save_record, sha256
 from compile_steer.artifacts.provenance import CARD, PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
@@ -20,11 +20,13 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
-from compile_steer.export.model_folder import copy_model
+from compile_steer.export.model_folder import copy_model, copy_side_files
 from compile_steer.formats.lora import ADAPTER_CONFIG, PlainLora, read_lora
 from compile_steer.models.checked import require_plain
+from compile_steer.models.dequantise import read_dequantised
 from compile_steer.models.libraries import quiet_library_errors, read_config, without_weights
 from compile_steer.models.load import find_model, folder_of, load
+from compile_steer.models.older_readers import CONFIG, with_older_rope, write_settings
 from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
@@ -46,17 +48,29 @@ class Exported:
     load: tuple[str, ...]
 
 
-def export_base(model: str, out: Path) -> Exported:
+def export_base(model: str, out: Path, dequantize: bool = False) -> Exported:
     """Write a model to `out` as a plain folder, a GGUF file's weights de-quantised: what adapters are loaded on.
+
+    Args:
+        dequantize: the model's folder is of FP8 or MXFP4 weights, which are written in bfloat16.
 
     Raises `RecipeError` where it is not there, `ArtifactError` where it is no whole model or something is at `out`.
     """
     source = find_model(model)
     _config(source.folder)
-    require_plain(source.folder)
+    plain = read_dequantised(source.folder) if dequantize else None
+    if plain is None:
+        require_plain(source.folder)
     _require_free(out)
     with new_folder(out) as new:
-        copy_model(source.folder, new)
+        if plain is None:
+            copy_model(source.folder, new)
+        else:
+            copy_side_files(source.folder, new)
+            with quiet_library_errors(lambda reason: ArtifactError(f"{out} cannot be written ({reason}).")):
+                plain.save_pretrained(new)
+            content = read_json(new / CONFIG, "")
+            write_settings(new / CONFIG, with_older_rope({**content, "torch_dtype": content["dtype"]}))
         if source.license:
             (new / CARD).write_text(f"---\nlicense: {source.license}\n---\n", encoding="utf-8")
     notes = [f"licence: {source.license}" if source.license else "its licence is not named in its files"]

@@ -1,0 +1,57 @@
+"""Models of few bits as plain checkpoints, where transformers itself can de-quantise them without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+
+from compile_steer.artifacts.files import read_json
+from compile_steer.common.errors import ArtifactError, brief
+from compile_steer.models.checked import DEQUANTISED_HERE, require_loaded
+from compile_steer.models.libraries import quiet_library_errors
+
+_CONFIGS = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+
+
+def read_dequantised(folder: Path) -> PreTrainedModel:
+    """The model in `folder` with its weights de-quantised to bfloat16.
+
+    Raises `ArtifactError` where it is quantised in another way or not at all, or its files are not one whole model.
+    """
+    config = read_json(folder / "config.json", "Needed: a quantised model.").get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in _CONFIGS:
+        how = f"quantised by {brief(method)}" if config is not None else "not quantised"
+        raise ArtifactError(
+            f"{folder} is {how}; needed: {' or '.join(DEQUANTISED_HERE)}, which transformers de-quantises on any machine. Of "
+            "other kinds name the unquantised release, or have the library that quantised it write a de-quantised copy."
+        )
+    known = {"modules_to_not_convert", "weight_block_size"} & config.keys()
+
+    def explain(reason: str) -> ArtifactError:
+        return ArtifactError(
+            f"{folder} cannot be de-quantised by transformers ({reason}). Get it from the publisher again."
+        )
+
+    with quiet_library_errors(explain):
+        settings = _CONFIGS[method](dequantize=True, **{key: config[key] for key in known})
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=settings,
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by their names
+            output_loading_info=True,
+        )
+    # Where a scale is missing the library keeps the codes as they are.
+    if codes := [
+        name for name, value in model.named_parameters() if value.dtype not in (torch.bfloat16, torch.float32)
+    ]:
+        raise explain(f"{len(codes)} weights have no scale, the first {codes[0]}")
+    loaded: PreTrainedModel = model
+    require_loaded(folder, loaded, loading)
+    model._weight_conversions = None  # saving would quantise again what it has de-quantised
+    return loaded
