@@ -22,7 +22,7 @@ def read_dequantised(folder: Path) -> PreTrainedModel:
     """
     config = read_json(folder / "config.json", "Needed: a quantised model.").get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
-    if method not in _CONFIGS:
+    if not isinstance(config, dict) or method not in _CONFIGS:
         how = f"quantised by {brief(method)}" if config is not None else "not quantised"
         raise ArtifactError(
             f"{folder} is {how}; needed: {' or '.join(DEQUANTISED_HERE)}, which transformers de-quantises on any machine. Of "
