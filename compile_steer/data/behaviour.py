@@ -126,7 +126,10 @@ def shared_texts(
             other, earlier = first.setdefault(key, (name, place))
             if other != name:
                 both = f"in both {other} and {name}{_listed((earlier, place))}"
-                yield f"data: the {kind} {brief(text)} is {both}; the splits must not overlap."
+                letter = " Answers to multiple choice are read by data.kind: choices." * (
+                    kind == "response" and len(key) < 9
+                )
+                yield f"data: the {kind} {brief(text)} is {both}; the splits must not overlap.{letter}"
 
 
 def _listed(places: Sequence[str]) -> str:

@@ -95,11 +95,13 @@ def _larger(report: ValidationReport, options: ValidateOptions) -> str:
     return f"use coefficient {better[0].coefficient:.3g}, where the score is {better[0].score:.2f}"
 
 
-def _more(samples: str, effect: Interval, n: int) -> str:
-    """How many samples would show an effect of this size with the usual power, from the width of its interval."""
+def _more(samples: str, effect: Interval, n: int, otherwise: str) -> str:
+    """Say how many samples would show an effect of this size, by the width of its interval; `otherwise` if it is far too small."""
     wide = (effect.high - effect.low) / 2
-    needed = math.ceil(n * (wide / effect.value * _POWER_WIDTH) ** 2) if effect.value > 0 else 2 * n
-    return f"add test {samples}: {max(needed, n + 1)} would show an effect of this size, there are {n}"
+    if wide * _POWER_WIDTH >= 10 * effect.value:
+        return otherwise
+    needed = max(math.ceil(n * (wide / effect.value * _POWER_WIDTH) ** 2), n + 1)
+    return f"add test {samples}: {needed:,} would show an effect of this size, there are {n}"
 
 
 def _evidence(report: ValidationReport) -> list[str]:
@@ -208,7 +210,7 @@ def _doubts(report: ValidationReport, options: ValidateOptions) -> Iterator[_Rea
         yield _Reason(
             f"the effect may be chance on {report.n_pairs} pairs: {report.margin} nats/token (sign-flip p = "
             f"{report.p_margin:.3f})",
-            _more("pairs", report.margin, report.n_pairs),
+            _more("pairs", report.margin, report.n_pairs, _larger(report, options)),
         )
     if c.p_value <= LEVEL and by_chance > _BEYOND_RANDOM:
         yield _Reason(
@@ -233,15 +235,13 @@ def _doubts(report: ValidationReport, options: ValidateOptions) -> Iterator[_Rea
         )
         if s.base > 0.9:
             yield _Reason(text, f"make the scorer stricter, the base scores {s.base:.2f} already")
-        elif s.effect.value > 0:
-            yield _Reason(text, _more("prompts", s.effect, report.n_prompts))
         else:
-            yield _Reason(text + _crossing(report), _larger(report, options), "larger")
+            yield _Reason(text, _more("prompts", s.effect, report.n_prompts, _larger(report, options)))
     elif s.over_random.value > 0 and s.p_over_random > LEVEL:
         yield _Reason(
             f"the answers do not differ significantly from those under random directions of the same strength: "
             f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f})",
-            _more("prompts", s.over_random, report.n_prompts),
+            _more("prompts", s.over_random, report.n_prompts, _larger(report, options)),
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.encoding import check_texts
-from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData
+from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, PairsData
 from compile_steer.data.templates import fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
@@ -87,6 +87,12 @@ def test_balanced_letters_turn_the_choices_and_keep_the_right_one(tmp_path: Path
     asked = [data.questions[pair.prompt] for pair in data.train]
     assert [question.choices[question.answer] for question in asked] == [f"p{n}" for n in range(12)]
     assert asked[1].choices == ("t1", "p1", "q1", "r1", "s1") and "B. p1" in asked[1].prompt
+
+
+def test_letters_as_responses_of_pairs_are_referred_to_choices(tmp_path: Path) -> None:
+    rows = {name: [{"prompt": f"{name}?", "positive": "(A)", "negative": "(B)"}] for name in SPLITS}
+    lines = problems(tmp_path, PairsData, rows)
+    assert lines and all(line.endswith("Answers to multiple choice are read by data.kind: choices.") for line in lines)
 
 
 def test_what_no_question_can_be_made_of_is_reported_at_once(tmp_path: Path) -> None:
