@@ -21,13 +21,12 @@ POWER = 0.8
 # Where the samples suffice, equivalence is a gate: with 80 % power one perfect artifact in five would fail it by chance.
 EQUIVALENCE_POWER = 0.95
 
-Measure = Literal["log-likelihood margin", "score", "score by prompt set", "repetition", "capability"]
+Measure = Literal["log-likelihood margin", "score", "repetition", "capability"]
 Test = Literal["difference", "equivalence"]
 # (unit, what a sample is, whether a sample counts 0 or 1, mostly)
 _MEASURES: dict[Measure, tuple[str, str, bool]] = {
     "log-likelihood margin": (" nats/token", "pairs", False),
     "score": ("", "prompts", True),
-    "score by prompt set": ("", "prompts", True),
     "repetition": (" of 3-grams", "prompts", False),
     "capability": ("", "questions", True),
 }
@@ -163,38 +162,48 @@ def outlier_p(effect: float, others: Sequence[float]) -> float:
 class Equivalence:
     """Two one-sided tests (TOST) of paired differences, compiled minus steered, in nats per token or points of a score.
 
-    That no difference was detected proves nothing; equivalence is shown where the 90 % interval of the mean difference
-    lies inside +-`margin` (Schuirmann 1987).
+    That no difference was detected proves nothing; equivalence is shown where the interval of the mean difference lies
+    inside +-`margin` (Schuirmann 1987). Its coverage is 1 - 2 `level`: 90 % of a single test.
     """
 
     measure: Measure
     margin: float
     difference: float  # mean
-    low: float  # of its 90 % interval
+    low: float  # of its interval
     high: float
     p: float  # the larger p-value of the two tests
     spread: float  # standard deviation of a difference
     n: int
     needed: int  # samples that would show the margin with 95 % power if there is no difference
     equivalent: bool
+    level: float = LEVEL  # of each of the two tests
 
     @property
     def enough(self) -> bool:
         """True if the test has the power to show the margin."""
         return self.n >= self.needed
 
+    @property
+    def different(self) -> bool:
+        """True if the whole interval lies outside of the margin: the opposite of equivalence is shown."""
+        return self.low >= self.margin or self.high <= -self.margin
+
     def __str__(self) -> str:
         unit, samples, _counted = _MEASURES[self.measure]
-        beyond = self.low >= self.margin or self.high <= -self.margin
         result = "equivalent" if self.equivalent else "not equivalent"
-        if not self.equivalent and not self.enough and not beyond:
+        if not self.equivalent and not self.enough and not self.different:
             result = f"underpowered: needs {self.needed:,} {samples}, there are {self.n}"
-        interval = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        coverage = "" if self.level == LEVEL else f"; {1 - 2 * self.level:.2%}"
+        interval = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}{coverage}]"
         return f"{self.measure} {interval} of +-{self.margin:.3g}{unit}, {result}"
 
 
-def equivalence(measure: Measure, differences: np.ndarray, margin: float) -> Equivalence:
-    """Test paired differences [n] against +-`margin`, both in nats per token or points.
+def equivalence(
+    measure: Measure, differences: np.ndarray, margin: float, level: float = LEVEL, seen: float | None = None
+) -> Equivalence:
+    """Test paired differences [n] against +-`margin`, both in nats per token or points, each of the two tests at `level`.
+    `seen` is how many independent samples the differences rest on: so few that a change of a whole point in a fraction
+    `margin` of all could have stayed unseen show nothing. Left out it is n, and counts only if no two differences differ.
 
     Raises:
         ValueError: fewer than two differences, one that is not finite, or a margin that is not above 0.
@@ -203,23 +212,26 @@ def equivalence(measure: Measure, differences: np.ndarray, margin: float) -> Equ
 
     if len(differences) < 2 or not np.isfinite(differences).all():
         raise ValueError(f"found {len(differences)} differences, {differences}; needed: two or more, all finite.")
-    mean, counted = float(differences.mean()), _MEASURES[measure][2]
+    n, mean, counted = len(differences), float(differences.mean()), _MEASURES[measure][2]
     spread = 0.0 if np.ptp(differences) == 0 else float(differences.std(ddof=1))
+    needed = equivalence_sample_size(spread, margin, counted=counted, level=level)
     if spread == 0:  # all differences are the same: there is no t statistic
-        unseen = (1 - min(margin, 1.0)) ** len(differences) if counted else 0.0
-        low, high, p = mean, mean, unseen if abs(mean) < margin else 1.0
+        seen = n if seen is None else seen
+        low, high, p = mean, mean, float(abs(mean) >= margin)
     else:
-        bounds = ttest_1samp(differences, 0.0).confidence_interval(1 - 2 * LEVEL)
+        bounds = ttest_1samp(differences, 0.0).confidence_interval(1 - 2 * level)
         low, high = float(bounds.low), float(bounds.high)
         above = ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = ttest_1samp(differences, margin, alternative="less").pvalue
         p = float(max(above, below))
-    needed = equivalence_sample_size(spread, margin, counted=counted)
-    return Equivalence(measure, margin, mean, low, high, p, spread, len(differences), needed, p < LEVEL)
+    if counted and seen is not None:
+        p = max(p, (1 - min(margin, 1.0)) ** seen)
+        needed = max(needed, math.ceil(equivalence_sample_size(0.0, margin, counted=True, level=level) * n / seen))
+    return Equivalence(measure, margin, mean, low, high, p, spread, n, needed, p < level, level)
 
 
-def equivalence_sample_size(spread: float, margin: float, *, counted: bool = False) -> int:
-    """Return the least number of paired differences with which TOST shows `margin` at 5 % with 95 % power.
+def equivalence_sample_size(spread: float, margin: float, *, counted: bool = False, level: float = LEVEL) -> int:
+    """Return the least number of paired differences with which TOST shows `margin` at `level` with 95 % power.
 
     It assumes no true difference. The power of both tests at once is at least 2 P(T > t) - 1 with T noncentral t, exact
     except for the case where both fail.
@@ -227,7 +239,7 @@ def equivalence_sample_size(spread: float, margin: float, *, counted: bool = Fal
     Args:
         spread: standard deviation of a difference.
         counted: a difference is a whole point or none. If none was seen (`spread` 0), it takes as many samples as would
-            have shown one with 95 % if they were a fraction `margin` of all: (1 - margin)^n below 5 %.
+            have shown one if they were a fraction `margin` of all: (1 - margin)^n below `level`.
 
     Raises:
         ValueError: a margin that is not above 0, or a spread that is negative or not finite.
@@ -239,11 +251,11 @@ def equivalence_sample_size(spread: float, margin: float, *, counted: bool = Fal
             f"found margin {margin} and spread {spread}; needed: a margin above 0, a spread of at least 0."
         )
     if spread == 0:
-        return max(2, math.ceil(math.log(LEVEL) / math.log1p(-margin))) if counted and margin < 1 else 2
+        return max(2, math.ceil(math.log(level) / math.log1p(-margin))) if counted and margin < 1 else 2
     # The normal approximation is always too small, so the search for the exact number only goes upwards.
-    z = float(norm.ppf(1 - LEVEL) + norm.ppf((1 + EQUIVALENCE_POWER) / 2))
+    z = float(norm.ppf(1 - level) + norm.ppf((1 + EQUIVALENCE_POWER) / 2))
     n = max(2, math.ceil((z * spread / margin) ** 2))
-    while 2 * float(nct.sf(t.ppf(1 - LEVEL, n - 1), n - 1, margin * math.sqrt(n) / spread)) - 1 < EQUIVALENCE_POWER:
+    while 2 * float(nct.sf(t.ppf(1 - level, n - 1), n - 1, margin * math.sqrt(n) / spread)) - 1 < EQUIVALENCE_POWER:
         n += 1
     return n
 
@@ -275,13 +287,13 @@ class PowerAnalysis:
 
 
 def power_analysis(
-    test: Test, measure: Measure, effect: float, spread: float, available: int, assumption: str
+    test: Test, measure: Measure, effect: float, spread: float, available: int, assumption: str, level: float = LEVEL
 ) -> PowerAnalysis:
-    """Plan a two-sided paired test of means, n = ((z_.975 + z_.8) spread / effect)^2, or a test of equivalence."""
+    """Plan a two-sided paired test of means, n = ((z_.975 + z_.8) spread / effect)^2, or one of equivalence at `level`."""
     from scipy.stats import norm
 
     if test == "equivalence":
-        needed = equivalence_sample_size(spread, effect, counted=_MEASURES[measure][2])
+        needed = equivalence_sample_size(spread, effect, counted=_MEASURES[measure][2], level=level)
         return PowerAnalysis(measure, test, effect, spread, assumption, needed, available)
     z = float(norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER))
     needed, detectable = max(2, math.ceil((z * spread / effect) ** 2)), z * spread / math.sqrt(available)

@@ -187,6 +187,17 @@ def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Progr
     return FinalStates(torch.cat(response), torch.cat(prompt), torch.cat(texts))
 
 
+def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:
+    """Log p of the last response of each text, [n] in nats, from the texts' final states; those of earlier turns are given."""
+    result = np.zeros(len(encoded))
+    with torch.no_grad():
+        for row, text in enumerate(encoded):
+            targets = torch.tensor(text.ids[text.n_prompt :], device=states.response.device)
+            of_text = states.response[(states.texts == row).to(states.response.device)]
+            result[row] = token_logprobs(model, of_text[len(of_text) - len(targets) :], targets).double().sum()
+    return result
+
+
 def reference_tokens(loaded: LoadedModel) -> list[list[int]]:
     """The reference texts as token ids."""
     return [loaded.tokenizer(text)["input_ids"] for text in REFERENCE_TEXTS]

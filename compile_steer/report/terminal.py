@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compile_steer.validation.report import ValidationReport, block_name
-from compile_steer.verification.parity import Parity, PromptSet
+from compile_steer.verification.parity import BehaviourMatch, Parity, PromptSet
 
 if TYPE_CHECKING:
     from compile_steer.extraction.generate_pairs import GenerationReport
@@ -128,7 +128,8 @@ def print_recommendation(console: Console, recommendation: Recommendation) -> No
 
 def _prompt_set_table(parities: Sequence[Parity]) -> Table:
     """How much of the steered model's answers each model writes by itself, on every prompt set."""
-    sets, scored = parities[0].prompt_sets, parities[0].behaviour.prompt_sets is not None
+    sets = parities[0].prompt_sets
+    scored = any(prompts.greedy.score is not None for prompts in sets)
     title = (
         "Free answers, greedy, sampled: fraction of tokens before the first that differs from steered (remaining KL)"
     )
@@ -159,6 +160,7 @@ def details(p: Parity) -> list[tuple[str, str]]:
             f"states: gain {d.gain:.3f}, relative error {d.hidden_error:.1e}",
         ),
         ("compiled minus steered [90 %]", "; ".join(map(str, b.tests))),
+        ("score", score_basis(b)),
         ("repeated 3-grams", f"{b.repetition_compiled:.2f} (steered {b.repetition_steered:.2f})"),
     ]
     if p.file_error is not None:
@@ -175,6 +177,14 @@ def details(p: Parity) -> list[tuple[str, str]]:
         lines.append((f"adapter on {c.n_pairs} test pairs", effects))
         lines.append(("adapter scale against program scale", ", ".join(map(str, c.scales))))
     return lines
+
+
+def score_basis(b: BehaviourMatch) -> str:
+    """Return what the test of the score rests on."""
+    greedy = f"by each model's own greedy answers to {b.n_prompts} test prompts"
+    if b.sampled is None:
+        return f"{greedy}; no sampled answers were weighted"
+    return f"{greedy}, because {b.sampled.rejected} ({b.sampled})" if b.sampled.rejected else f"by {b.sampled}"
 
 
 def print_samples(

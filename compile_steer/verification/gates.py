@@ -101,13 +101,10 @@ def _tests(parity: Parity) -> Iterator[Check]:
     yield _check("effect", b.effect_retained is not None, message)
     if b.margin:
         yield _check(b.margin.measure, b.margin.equivalent, str(b.margin))
-    for test in (b.score, b.prompt_sets):
-        if test and (test.enough or test.equivalent):
-            yield _check(test.measure, test.equivalent, str(test))
-        elif test:  # scores of so few prompts that no artifact could show equivalence are no reason
-            yield Check(test.measure, "not checked", str(test))
-    if b.prompt_sets is None:
-        yield Check("score by prompt set", "not checked", "the scorer knows only the data's prompts")
+    if b.score.enough or b.score.equivalent or b.score.different:
+        yield _check("score", b.score.equivalent, str(b.score))
+    else:  # scores of so few answers that no artifact could show equivalence are no reason
+        yield Check("score", "not checked", str(b.score))
     more = f"{b.repetition_compiled:.2f} of its 3-grams, steered {b.repetition_steered:.2f}; {b.repetition}"
     # The whole interval must lie above the margin: answers that differ repeat more or less by chance.
     message = f"it repeats itself more than the steered model: {more}"

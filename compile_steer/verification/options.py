@@ -54,6 +54,12 @@ class VerifyOptions(Section):
     pairs: int = Field(40, ge=8, description="test pairs, for the effect retained")
     neutral: int = Field(30, ge=8, description="control texts, for the KL from the base")
     prompts: int = Field(32, ge=8, description="test prompts answered in full")
+    samples_per_prompt: int = Field(
+        8,
+        ge=1,
+        le=1000,
+        description="sampled answers of the steered model to a prompt, at most, that scores are compared on",
+    )
     prompts_per_set: int = Field(
         2, ge=1, description="prompts of each set: held-out, off-topic, multi-turn; answered freely too"
     )

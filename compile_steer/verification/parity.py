@@ -43,10 +43,32 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class SampledScore:
+    """Answers of the steered model, sampled at temperature 1, that tell the compiled model's expected score by their weights.
+
+    A weight is p_compiled / p_steered of an answer.
+    """
+
+    n_prompts: int
+    n_samples: int  # answers that it took until the test of the score had an outcome, or all
+    score_steered: float  # mean
+    effective: float  # (sum of weights)^2 / sum of their squares
+    mean_weight: float
+    rejected: str  # why the weights are no basis for a test; empty if they are
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_samples} answers that the steered model sampled to {self.n_prompts} prompts (mean score "
+            f"{self.score_steered:.2f}), weighted: {self.effective:.1f} effective, mean weight {self.mean_weight:.3f}"
+        )
+
+
+@dataclass(frozen=True)
 class BehaviourMatch:
     """Behaviour on the test pairs and in greedy answers to the test prompts; tests are of compiled minus steered.
 
-    Of a GGUF file, base and steered margins are of the base quantised the same way; scores are full precision's.
+    `score` tests expected scores by `sampled`; where that is None or rejected, the scores of the greedy answers. Of a GGUF
+    file, base and steered margins are of the base quantised the same way; scores are full precision's.
     """
 
     # (compiled - base) / (steered - base) of the mean log-likelihood margin log p(positive) - log p(negative), with its 95 %
@@ -57,18 +79,19 @@ class BehaviourMatch:
     score_base: float  # means of the answers' scores
     score_steered: float
     score_compiled: float
-    prompt_sets: Equivalence | None  # scores on all prompt sets, greedy and sampled averaged; None where not scored
     repetition: Equivalence  # fraction of an answer's 3-grams that are repeats; only more repetition is a fault
     repetition_steered: float
     repetition_compiled: float
     n_pairs: int
     n_prompts: int
     sample: str  # the compiled model's answer to the recipe's `ask`
+    sampled: SampledScore | None = None  # None where no sampled answer can be scored
+    prompt_sets: dict[str, Any] | None = None  # a test that reports of earlier versions have
 
     @property
     def tests(self) -> list[Equivalence]:
         """The equivalence tests that were made."""
-        return [t for t in (self.margin, self.score, self.prompt_sets, self.repetition) if t is not None]
+        return [t for t in (self.margin, self.score, self.repetition) if t is not None]
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,6 @@ class _Run:
     states: dict[PromptSetName, Tensor]  # final states [n, d_model] that predict the steered model's sampled answers
     scores: dict[Decoding, np.ndarray]  # of its own answers, [n_prompts]; empty where they cannot be scored
 
-    @property
-    def mean_scores(self) -> np.ndarray | None:
-        """[n_prompts], greedy and sampled averaged."""
-        return np.mean(list(self.scores.values()), axis=0) if self.scores else None
-
 
 class PromptSets:
     """Base and steered model on every prompt set, run once; `remarks` say which sets are missing and why.
@@ -129,10 +124,9 @@ class PromptSets:
         self._parts = {name: slice(end - len(sets[name]), end) for name, end in zip(sets, ends, strict=True)}
         self._steered = self._run(base, program)
         self._base = self._run(base, None)
-        self.base_scores, self.steered_scores = self._base.mean_scores, self._steered.mean_scores
 
-    def compare(self, artifact: LoadedModel) -> tuple[list[PromptSet], np.ndarray | None]:
-        """The artifact on every set, and the scores of its answers, [n_prompts]; None where they cannot be scored."""
+    def compare(self, artifact: LoadedModel) -> list[PromptSet]:
+        """The artifact on every set."""
         compiled, base, steered = self._run(artifact, None), self._base, self._steered
         results = []
         for name, part in self._parts.items():
@@ -153,7 +147,7 @@ class PromptSets:
                     sampled=_free_answers(compiled, steered, base, "sampled", part),
                 )
             )
-        return results, compiled.mean_scores
+        return results
 
     def _run(self, model: LoadedModel, program: Program | None) -> _Run:
         """Answer every prompt, and read the steered model's sampled answers; the steered model comes first."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.data.behaviour import Context
+from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import (
@@ -26,15 +26,18 @@ from compile_steer.models.logprobs import (
     logprob_margins,
 )
 from compile_steer.models.reload import shallow_copy
+from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import ScorerBase
-from compile_steer.stats import Measure, PowerAnalysis, power_analysis
+from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
 from compile_steer.verification.controls import correct_answers
 from compile_steer.verification.options import VerifyOptions
+from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
+from compile_steer.verification.sampled_score import SampledScores, looks
 
 T = TypeVar("T")
 
@@ -106,10 +109,23 @@ class Reference:
             advance(1)
             score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
             self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
+            self.sampled_scores = self.sample_scores(self._data)
             advance(1)
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
             context.progress.note(str(plan))
+
+    def sample_scores(self, data: Behaviour) -> SampledScores | None:
+        """Sampled answers to the test prompts, and to the held-out ones where these can be scored; None with too few."""
+        # A multiple-choice question is answered with a letter, not with a text.
+        own = [pair.prompt for pair in data.test[: self.options.prompts] if pair.prompt not in data.questions]
+        prompts, known, states = [Text(prompt) for prompt in own], list[Encoded](), None
+        if self._scorer.needs_no_labels:
+            prompts = [*data.heldout[: self.options.heldout], *prompts]
+            known, states = self.heldout, self.states.steered
+        if len(prompts) < 2:
+            return None
+        return SampledScores(self.context, self.program, self.options, self._score, prompts, known, states)
 
     def quantized(self, form: str, folder: Path) -> Reference | None:
         """The reference of the base rounded as the artifact at `folder` is stored; None where that keeps all bits."""
@@ -185,34 +201,45 @@ class Reference:
         def fraction(base: np.ndarray, steered: np.ndarray) -> float:
             return gates.effect_margin * abs(float((steered - base).mean()))
 
-        def points(base: np.ndarray, steered: np.ndarray) -> float:
-            # Where steering does not move the score there is no effect to take a fraction of.
-            return min(gates.score_margin, fraction(base, steered)) or gates.score_margin
-
         margins: dict[Measure, float] = {}
         if effect := fraction(*self.margins):
             margins["log-likelihood margin"] = effect
-        margins["score"] = points(*(answers.scores for answers in self.answers))
-        sets = self.prompt_sets
-        if sets.base_scores is not None and sets.steered_scores is not None:
-            margins["score by prompt set"] = points(sets.base_scores, sets.steered_scores)
+        # Where steering does not move the score there is no effect to take a fraction of.
+        moved = fraction(*(answers.scores for answers in self.answers))
+        margins["score"] = min(gates.score_margin, moved) or gates.score_margin
         return margins
 
     def planned_tests(self) -> list[PowerAnalysis]:
         """What the equivalence tests can be expected to show, from the reference alone."""
-        scores = {"score": self.answers.steered.scores, "score by prompt set": self.prompt_sets.steered_scores}
         effects, allowed = self.margins.steered - self.margins.base, self.options.gates.kl_remaining
         plans = []
         for measure, margin in self.equivalence_margins.items():
-            values = scores.get(measure)
-            if values is None:
+            level = LEVEL
+            if measure != "score":
                 values, left = effects, math.sqrt(allowed)  # KL grows with the square of the error
                 spread = left * float(np.sqrt(np.square(values).mean()))
                 assumed = (
                     f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows"
                 )
-            else:
+            elif self.sampled_scores is None:
+                values = self.answers.steered.scores
                 spread = math.sqrt(2) * float(values.std(ddof=1))  # of a difference: two variances add up
                 assumed = "assuming that answers of compiled and steered model are independent"
-            plans.append(power_analysis("equivalence", measure, margin, spread, len(values), assumed))
+            else:
+                values, samples = self.sampled_scores.scores, self.options.samples_per_prompt
+                # Log weights are sums over many tokens, so about normal; with a mean of -KL their variance is twice the KL.
+                kl = allowed * float(self.kl_base.kl.sum()) / len(self.heldout)
+                spread = float(values.std(ddof=1)) * math.sqrt(math.expm1(min(2 * kl, 100.0)) / samples)
+                assumed = f"{samples} sampled answers to each, assuming weights that spread as a remaining KL of {allowed:.0%} allows"
+                *_looks, (_rounds, level) = looks(samples)
+            plans.append(power_analysis("equivalence", measure, margin, spread, len(values), assumed, level))
         return plans
+
+    def compare_score(
+        self, artifact: LoadedModel, states: FinalStates
+    ) -> tuple[SampledScore | None, Equivalence | None]:
+        """`SampledScores.compare` with the artifact, whose final states on the held-out texts are `states`."""
+        if self.sampled_scores is None:
+            return None, None
+        known = states if self._scorer.needs_no_labels else None
+        return self.sampled_scores.compare(artifact, known, self.equivalence_margins["score"])

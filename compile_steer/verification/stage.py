@@ -18,7 +18,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.models.tokens import encode
-from compile_steer.stats import Equivalence, Interval, Measure, bootstrap_effect_retained, bootstrap_ratio, equivalence
+from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
 from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
@@ -91,7 +91,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
 
     # Measure, in the order of the report's sections.
     margins = reference.margins_of(artifact)
-    sets, set_scores = reference.prompt_sets.compare(artifact)
+    sets = reference.prompt_sets.compare(artifact)
     capability = None
     if options.capability:
         correct = correct_answers(artifact, options.capability)
@@ -112,7 +112,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         ),
         file_error=file_error,
         divergence=measure_divergence(reference, against, artifact, states),
-        behaviour=measure_behaviour(reference, against, artifact, margins, set_scores),
+        behaviour=measure_behaviour(reference, against, artifact, margins, states),
         prompt_sets=sets,
         capability=capability,
         adapter=adapter_controls(reference, artifact, margins) if origin.form == "adapter" else None,
@@ -194,32 +194,27 @@ def measure_behaviour(
     against: Reference,
     artifact: LoadedModel,
     margins: np.ndarray,
-    set_scores: np.ndarray | None,
+    states: FinalStates,
 ) -> BehaviourMatch:
-    """Behaviour on the test pairs, the test prompts and the prompt sets; `against` as in `measure_divergence`, for the margins.
+    """Behaviour on the test pairs and prompts; `states` and `against` as in `measure_divergence`, the latter for the margins.
 
     Args:
         margins: the artifact's log-likelihood margins, [n_pairs].
-        set_scores: scores of its answers to the prompt sets, [n_prompts]; None where they cannot be scored.
     """
     base, steered = reference.answers
     ((compiled, sample),) = reference.answers_of(artifact, None)
-    limits = {**reference.equivalence_margins, "repetition": reference.options.gates.repetition_margin}
-
-    def test(measure: Measure, measured: np.ndarray | None, steered: np.ndarray | None) -> Equivalence | None:
-        if measured is None or steered is None or measure not in limits:
-            return None
-        return equivalence(measure, measured - steered, limits[measure])
-
+    limits, gates = reference.equivalence_margins, reference.options.gates
+    within = limits.get("log-likelihood margin")
+    sampled, score = reference.compare_score(artifact, states)
     return BehaviourMatch(
         effect_retained=bootstrap_effect_retained(*against.margins, margins, seed=reference.context.seed),
-        margin=test("log-likelihood margin", margins, against.margins.steered),
-        score=equivalence("score", compiled.scores - steered.scores, limits["score"]),
+        margin=equivalence("log-likelihood margin", margins - against.margins.steered, within) if within else None,
+        score=score or equivalence("score", compiled.scores - steered.scores, limits["score"]),
+        sampled=sampled,
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(compiled.scores.mean()),
-        prompt_sets=test("score by prompt set", set_scores, reference.prompt_sets.steered_scores),
-        repetition=equivalence("repetition", compiled.repetition - steered.repetition, limits["repetition"]),
+        repetition=equivalence("repetition", compiled.repetition - steered.repetition, gates.repetition_margin),
         repetition_steered=float(steered.repetition.mean()),
         repetition_compiled=float(compiled.repetition.mean()),
         n_pairs=len(margins),

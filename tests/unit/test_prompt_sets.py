@@ -20,7 +20,6 @@ from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import print_parities
-from compile_steer.stats import equivalence
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
 from compile_steer.verification.gates import judged
@@ -97,9 +96,7 @@ def test_answers_are_the_same_up_to_the_first_token_that_differs(tokens: list[in
 
 def test_the_base_itself_leaves_all_of_the_divergence(case: VerifierCase) -> None:
     sets = prompt_sets(case)
-    measured, scores = sets.compare(case.base)
-    assert scores is not None and sets.base_scores is not None and scores.tolist() == sets.base_scores.tolist()
-    for one in measured:
+    for one in (measured := sets.compare(case.base)):
         assert one.kl_remaining == pytest.approx(1.0)
         assert one.greedy.same == one.greedy.same_base and one.sampled.same == one.sampled.same_base
     assert min(one.greedy.same_base for one in measured) < 1
@@ -108,7 +105,7 @@ def test_the_base_itself_leaves_all_of_the_divergence(case: VerifierCase) -> Non
 def test_figures_of_long_prompts_match_a_measurement_without_a_cache(case: VerifierCase) -> None:
     sets = prompt_sets(case)
     adapter = reload(case.adapter("figures"), case.base)
-    (long,) = [one for one in sets.compare(adapter)[0] if one.name == "long"]
+    (long,) = [one for one in sets.compare(adapter) if one.name == "long"]
 
     def answers(model: LoadedModel, program: Program | None) -> list[Encoded]:
         prompts = [[prompt] for prompt in sets.prompts["long"]]
@@ -131,7 +128,7 @@ def test_figures_of_long_prompts_match_a_measurement_without_a_cache(case: Verif
 
 def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
     sets, adapter = prompt_sets(case), reload(case.adapter("scored"), case.base)
-    measured, scores = sets.compare(adapter)
+    measured = sets.compare(adapter)
     expected = {}
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         short = [prompt for name, prompts in sets.prompts.items() if name != "long" for prompt in prompts]
@@ -140,33 +137,14 @@ def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
         answers += [continue_prompts(adapter, [one], **settings)[0] for one in sets.prompts["long"]]
         texts = [re.sub(r"w4\b", "", response_text(adapter, one)) for one in answers]
         expected[decoding] = np.array([float("w4" in text) for text in texts])
-    assert scores is not None
-    np.testing.assert_array_equal(scores, (expected["greedy"] + expected["sampled"]) / 2)
-    assert 0 < scores.mean() < 1, "or it would show nothing"
+    assert 0 < expected["sampled"].mean() < 1, "or it would show nothing"
     assert [one.greedy.score for one in measured] == [expected["greedy"][2 * n : 2 * n + 2].mean() for n in range(4)]
     assert [one.sampled.score for one in measured] == [expected["sampled"][2 * n : 2 * n + 2].mean() for n in range(4)]
 
 
 def test_a_scorer_of_the_data_s_own_prompts_scores_no_other(case: VerifierCase) -> None:
     sets = prompt_sets(case, scored=False)
-    measured, scores = sets.compare(case.base)
-    assert scores is None and sets.base_scores is None and measured[0].greedy.score is None
-
-
-def test_scores_of_all_sets_are_tested_for_equivalence(case: VerifierCase, exact: Parity) -> None:
-    test = exact.behaviour.prompt_sets
-    assert test is not None and test.n == 8 and test in exact.behaviour.tests
-    assert test.difference == 0 and not test.enough and exact.passed
-    other = equivalence("score by prompt set", np.array([-1.0, -1.0, -0.9, -1.0]), 0.05)
-
-    def reasons(needed: int) -> list[str]:
-        behaviour = replace(exact.behaviour, prompt_sets=replace(other, needed=needed))
-        return judged(replace(exact, behaviour=behaviour), OPTIONS.gates).reasons
-
-    (reason,) = reasons(4)
-    assert reason.startswith("score by prompt set -0.975 [")
-    assert reasons(5) == [], "too few to have shown it"
-    assert any(one.measure == "score by prompt set" and one.available == 8 for one in case.reference.planned_tests())
+    assert sets.compare(case.base)[0].greedy.score is None
 
 
 def test_an_exact_compile_answers_as_the_steered_model_on_every_set(exact: Parity, tmp_path: Path) -> None:
@@ -200,7 +178,9 @@ def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:
     assert "not checked: prompt sets: no long prompts" in stream.getvalue()
 
 
-@pytest.mark.parametrize("change", [{"prompts_per_set": 0}, {"long": -1}, {"long_tokens": 15}, {"free_tokens": 3}])
+@pytest.mark.parametrize(
+    "change", [{"prompts_per_set": 0}, {"samples_per_prompt": 0}, {"long": -1}, {"long_tokens": 15}, {"free_tokens": 3}]
+)
 def test_settings_that_measure_nothing_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="greater than or equal"):
         VerifyOptions(**change)
