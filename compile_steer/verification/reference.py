@@ -40,6 +40,8 @@ from compile_steer.verification.prompt_sets import PromptSets
 from compile_steer.verification.sampled_score import SampledScores, looks
 
 T = TypeVar("T")
+# Of log weights, in a plan: beyond it no number of answers that anybody would take suffices.
+_LARGEST_VARIANCE = 10.0
 
 
 class Both(NamedTuple, Generic[T]):
@@ -229,7 +231,7 @@ class Reference:
                 values, samples = self.sampled_scores.scores, self.options.samples_per_prompt
                 # Log weights are sums over many tokens, so about normal; with a mean of -KL their variance is twice the KL.
                 kl = allowed * float(self.kl_base.kl.sum()) / len(self.heldout)
-                spread = float(values.std(ddof=1)) * math.sqrt(math.expm1(min(2 * kl, 100.0)) / samples)
+                spread = float(values.std(ddof=1)) * math.sqrt(math.expm1(min(2 * kl, _LARGEST_VARIANCE)) / samples)
                 assumed = f"{samples} sampled answers to each, assuming weights that spread as a remaining KL of {allowed:.0%} allows"
                 *_looks, (_rounds, level) = looks(samples)
             plans.append(power_analysis("equivalence", measure, margin, spread, len(values), assumed, level))

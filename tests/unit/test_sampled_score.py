@@ -160,6 +160,12 @@ def test_only_the_last_answer_counts_and_its_end_does(case: VerifierCase) -> Non
         assert value == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_gate_that_lets_everything_pass_plans_more_answers_than_there_are(case: VerifierCase) -> None:
+    reference = make_reference(case.base, case.program, gates={"kl_remaining": 1e6}, **SETTINGS)
+    (plan,) = [plan for plan in reference.planned_tests() if plan.measure == "score"]
+    assert 1e4 < plan.needed < 1e8 and "too few" in str(plan)
+
+
 def test_an_exact_compile_takes_one_answer_a_prompt_and_has_no_interval(case: VerifierCase, exact: Parity) -> None:
     b = exact.behaviour
     assert b.sampled is not None and not b.sampled.rejected and b.score.equivalent and exact.passed
