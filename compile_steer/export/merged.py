@@ -108,7 +108,9 @@ class MergedCheckpoint:
         self.files = {file: list(names) for file, names in checkpoint_files(folder).items()}
         self._added: dict[str, str] = {}  # name -> the tensor beside which it is saved
         self._parameters: dict[str, str] = {}  # name -> parameter of the model
-        self._unused: set[str] = set()  # what the model does not load
+        self._unused: set[str] = (
+            set()
+        )  # what the model does not load, and the other towers: both are kept byte for byte
         self._match(has_new_biases=bool(patch.config_flags or patch.architecture), exactly=bool(patch.architecture))
 
     def _match(self, *, has_new_biases: bool, exactly: bool) -> None:
@@ -157,6 +159,13 @@ class MergedCheckpoint:
             problems.append(f"{type(self.model).__name__} has no place for {shown} of the base at {self.folder}.")
         if problems:
             raise ArtifactError(several(problems))
+        text = self.model.get_decoder()
+        if text is not self.model.base_model:  # a wrapper: the text model lies beside towers for images or sound
+            own = {id(value) for part in (text, self.model.get_output_embeddings()) for value in part.parameters()}
+            towers = {
+                name for name, value in self.model.named_parameters() if id(value) not in own
+            } - self._edits.keys()
+            self._unused |= {name for name, parameter in self._parameters.items() if parameter in towers}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor: in fp32 where the patch changes or adds it, else as it was saved."""
