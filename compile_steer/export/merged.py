@@ -159,13 +159,8 @@ class MergedCheckpoint:
             problems.append(f"{type(self.model).__name__} has no place for {shown} of the base at {self.folder}.")
         if problems:
             raise ArtifactError(several(problems))
-        text = self.model.get_decoder()
-        if text is not self.model.base_model:  # a wrapper: the text model lies beside towers for images or sound
-            own = {id(value) for part in (text, self.model.get_output_embeddings()) for value in part.parameters()}
-            towers = {
-                name for name, value in self.model.named_parameters() if id(value) not in own
-            } - self._edits.keys()
-            self._unused |= {name for name, parameter in self._parameters.items() if parameter in towers}
+        towers = _towers(self.model) - self._edits.keys()
+        self._unused |= {name for name, parameter in self._parameters.items() if parameter in towers}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor: in fp32 where the patch changes or adds it, else as it was saved."""
