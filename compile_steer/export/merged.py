@@ -267,3 +267,11 @@ def _edits(patch: WeightPatch, model: nn.Module) -> dict[str, list[_Edit]]:
     if problems:
         raise ArtifactError(several(problems))
     return edits
+
+
+def _towers(model: PreTrainedModel) -> set[str]:
+    """The parameters of a wrapper beside its text model and head: towers for images and sound, and what leads from them."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    own = {id(value) for part in parts if part is not None for value in part.parameters()}
+    is_wrapper = model.config.get_text_config() is not model.config
+    return {name for name, value in model.named_parameters() if id(value) not in own} if is_wrapper else set()
