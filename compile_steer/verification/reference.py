@@ -216,7 +216,7 @@ class Reference:
         effects, allowed = self.margins.steered - self.margins.base, self.options.gates.kl_remaining
         plans = []
         for measure, margin in self.equivalence_margins.items():
-            level = LEVEL
+            level, samples = LEVEL, 1
             if measure != "score":
                 values, left = effects, math.sqrt(allowed)  # KL grows with the square of the error
                 spread = left * float(np.sqrt(np.square(values).mean()))
@@ -234,7 +234,10 @@ class Reference:
                 spread = float(values.std(ddof=1)) * math.sqrt(math.expm1(min(2 * kl, _LARGEST_VARIANCE)) / samples)
                 assumed = f"{samples} sampled answers to each, assuming weights that spread as a remaining KL of {allowed:.0%} allows"
                 *_looks, (_rounds, level) = looks(samples)
-            plans.append(power_analysis("equivalence", measure, margin, spread, len(values), assumed, level))
+            plan = power_analysis("equivalence", measure, margin, spread, len(values), assumed, level)
+            if spread == 0 and samples > 1:  # scores that are all alike: it is the number of answers that counts
+                plan = replace(plan, needed=max(2, math.ceil(plan.needed / samples)))
+            plans.append(plan)
         return plans
 
     def compare_score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_a_gate_that_lets_everything_pass_plans_more_answers_than_there_are(case
     reference = make_reference(case.base, case.program, gates={"kl_remaining": 1e6}, **SETTINGS)
     (plan,) = [plan for plan in reference.planned_tests() if plan.measure == "score"]
     assert 1e4 < plan.needed < 1e8 and "too few" in str(plan)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_scores_that_are_all_alike_are_planned_by_their_answers(case: VerifierCase, samples: int) -> None:
+    reference = make_reference(case.base, case.program, samples_per_prompt=samples, **SETTINGS)
+    assert reference.sampled_scores is not None
+    reference.sampled_scores.scores.fill(1.0)
+    (plan,) = [plan for plan in reference.planned_tests() if plan.measure == "score"]
+    rare = math.log(list(looks(samples))[-1][1]) / math.log1p(-plan.effect)
+    assert plan.needed == math.ceil(math.ceil(rare) / samples)
 
 
 def test_an_exact_compile_takes_one_answer_a_prompt_and_has_no_interval(case: VerifierCase, exact: Parity) -> None:
