@@ -189,8 +189,10 @@ def solve_stage(
             for _batch, _real, x, written, stream, missing in _run_student(models, projection)
         ]
         solved = behind_norm(edit, gain, tokens, penalty)
-        own = sum(float(part.written.square().sum()) for part in tokens)
-        times = (sum(float((part.read @ solved.B.T).square().sum()) for part in tokens) / own) ** 0.5
+        own = torch.stack([part.written.square().sum() for part in tokens]).sum()
+        moved = torch.stack([(part.read @ solved.B.T).square().sum() for part in tokens]).sum()
+        distributed.sum_over_all(own, moved)
+        times = float(moved / own) ** 0.5
         if times < _DROWNED:
             candidates.append(solved)
         else:
