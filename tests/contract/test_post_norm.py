@@ -66,10 +66,8 @@ def test_what_is_written_behind_a_norm_is_the_best_there_is() -> None:
     gain = 10 * torch.exp(torch.randn(HIDDEN))
     gain[3], gain[11] = 0.01, -0.1
     A = torch.randn(2, 20)
-    tokens = Behind(
-        *(torch.randn(200, n) for n in (2, HIDDEN)), gain * torch.randn(HIDDEN) / 2, torch.randn(200, HIDDEN)
-    )
-    tokens = replace(tokens, read=tokens.read + 2, missing=tokens.missing.expand(200, -1))
+    missing = (gain * torch.randn(HIDDEN) / 2).expand(200, -1)
+    tokens = Behind(torch.randn(200, 2) + 2, torch.randn(200, HIDDEN), missing, torch.randn(200, HIDDEN))
     start = LowRank(gain.unsqueeze(1) * torch.randn(HIDDEN, 2) / 10, A)
     edit = behind_norm(start, gain, [tokens], 1e-3)
     least = loss(tokens, gain, edit, 1e-3)
