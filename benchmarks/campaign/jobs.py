@@ -50,9 +50,12 @@ Job = Callable[[Setting], list[Finding]]
 
 @contextmanager
 def fresh_case(base: Case) -> Iterator[Case]:
-    """A copy of what a run reads."""
+    """A copy of what a run reads, with one model for all: its adapters name the full path of their base."""
     with tempfile.TemporaryDirectory() as parent:
-        yield base.copy(Path(parent).resolve() / "case", finished=False)
+        case = base.copy(Path(parent).resolve() / "case", finished=False)
+        shutil.rmtree(case.model)
+        case.model.symlink_to(base.model)
+        yield case
 
 
 def inputs(part: slice, count: int | None, setting: Setting) -> list[Finding]:

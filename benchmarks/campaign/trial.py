@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import compile_steer
 from compile_steer import __main__ as entry
-from compile_steer.pipeline import artifacts
+from compile_steer.pipeline import stages
 from compile_steer.report import page
 
 GIB = 2**30
@@ -169,7 +169,7 @@ def _behave_as_command(arguments: Sequence[str], prepare: Callable[[], object] =
         tempfile.tempdir = str(temporary)
         if "run" in arguments[:1]:
             spare = _Spare(prepare)
-            artifacts.subprocess = SimpleNamespace(**{**vars(subprocess), "run": spare.run})  # type: ignore[assignment, attr-defined]  # a stand-in for the module, in this fork alone
+            stages.subprocess = SimpleNamespace(**{**vars(subprocess), "run": spare.run})  # type: ignore[assignment, attr-defined]  # a stand-in for the module, in this fork alone
         prepare()
         entry.main()
         code = 0

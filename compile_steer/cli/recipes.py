@@ -104,7 +104,7 @@ def run(
     What is there already and was made from the same inputs is kept, so that a stopped run goes on where it was.
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
-    from compile_steer.pipeline.artifacts import run_stages
+    from compile_steer.pipeline.stages import run_stages
     from compile_steer.report import terminal
 
     recipe, out = session.recipe, session.console

@@ -17,12 +17,12 @@ from typing import Any
 
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.artifacts.files import parse_header
+from compile_steer.artifacts.files import load_json, parse_header
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.tensors import read_tensors, write_tensors
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, brief, several
-from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, read_lora
+from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterConfig, read_lora
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import fingerprint
 from compile_steer.steering.low_rank import LowRank
@@ -176,3 +176,14 @@ def patch_provenance(
         license=loaded.license,
         biases=len(patch.bias),
     )
+
+
+def read_curves(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """The losses that training left beside a patch's weights; none where nothing was trained."""
+    path, kind = folder / CURVES, dict[str, dict[str, list[float]]]
+    return load_json(path, kind, "record of losses", "Compile again.") if path.is_file() else {}
+
+
+def base_named_in(folder: Path) -> str | None:
+    """The base that a stock adapter names; None of other patches, which need ours to be loaded."""
+    return AdapterConfig.read(folder).base_model_name_or_path if (folder / ADAPTER_CONFIG).is_file() else None

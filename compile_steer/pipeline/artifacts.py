@@ -5,32 +5,23 @@ An artifact that is there and was made from the same inputs is kept. Verificatio
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from compile_steer.artifacts.contents import unchanged
-from compile_steer.artifacts.files import digest, load_json, sha256, was_edited
-from compile_steer.artifacts.locks import for_child
-from compile_steer.artifacts.provenance import PARITY, REPORTS, Provenance, artifact_sha256, versions, weights_sha256
+from compile_steer.artifacts.files import digest, sha256, was_edited
+from compile_steer.artifacts.provenance import PARITY, REPORTS, Provenance, artifact_sha256, versions
 from compile_steer.common import distributed
-from compile_steer.common.errors import ArtifactError, CannotLower, InternalError, shell_word
-from compile_steer.export.adapter import CURVES, patch_provenance, read_patch, write_patch
+from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.export.adapter import base_named_in, patch_provenance, read_curves, read_patch, write_patch
 from compile_steer.export.gguf import gguf_refusals, write_gguf
 from compile_steer.export.merged import write_merged
 from compile_steer.lowering.job import Lowering, ResumeFiles
-from compile_steer.lowering.plan import BACKENDS, Choice
+from compile_steer.lowering.plan import BACKENDS
 from compile_steer.pipeline.run import Run
 from compile_steer.report.card import model_card, update_card
-from compile_steer.report.page import write_page
-from compile_steer.report.recommendation import Recommendation, recommend
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
 from compile_steer.validation.report import ValidationReport
@@ -58,7 +49,7 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
         inputs = run.inputs("data", "compile", after=depends)
         kept = Provenance.read(folder) if Provenance.is_current(folder, inputs) else None
         if kept is not None:
-            patch, seconds, curves = read_patch(folder), kept.seconds, _curves(folder)
+            patch, seconds, curves = read_patch(folder), kept.seconds, read_curves(folder)
         else:
             if BACKENDS[name].fitted:
                 _ = lowering.regression_texts  # written before the clock starts: every backend is given them
@@ -67,8 +58,8 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             patch, curves = BACKENDS[name].lower(lowering), lowering.curves
             seconds = time.perf_counter() - started
         lowering.patches[name] = patch
-        if kept is not None and kept.model == model.id:
-            continue  # other files name a base that is called otherwise now, and are written again
+        if kept is not None and kept.model == model.id and base_named_in(folder) in (None, model.loadable):
+            continue  # other files name a base that is called otherwise now, or lies elsewhere, and are written again
         provenance = replace(
             patch_provenance(run.recipe.name, name, patch, model, run.plan.program, seconds),
             program=run.paths.program.name,
@@ -208,93 +199,3 @@ def _other_inputs(run: Run, origin: Provenance) -> dict[str, str]:
     if not others or origin.members:  # a composition's members have data of their own
         return {}
     return {"its own data": f"measured on other data than it was compiled with: {', '.join(others)} changed since"}
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run has come to so far: `plan` is empty until the validation has passed, the last two None until the end."""
-
-    validation: ValidationReport
-    plan: Sequence[Choice] = ()
-    merged: Sequence[Path] = ()
-    parities: Sequence[Parity] = ()
-    recommendation: Recommendation | None = None
-    page: Path | None = None
-
-    @property
-    def passed(self) -> bool:
-        """True at the end of a run whose artifacts are all the steered model."""
-        return self.page is not None and all(parity.passed for parity in self.parities)
-
-
-def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> Iterator[RunResult]:
-    """Run every stage in order and yield the result after each; ends early where the validation fails without `force`.
-
-    `run` was read from `recipe` with `changes`, as the process that verifies will read it.
-    """
-    yield (result := RunResult(run.validate()))
-    if result.validation.verdict == "fail" and not force:
-        return
-    yield (result := replace(result, plan=run.plan.choices))
-    compile_program(run, force)
-    yield (result := replace(result, merged=merge(run)))
-    parities = verify_in_fresh_process(recipe, run.paths.out, changes)
-    require_of_this_run(run, parities)
-    shipped = recommend(parities, artifacts(run), verdict=result.validation.verdict)
-    result = replace(result, parities=parities, recommendation=shipped, page=run.paths.report)
-    trained = {name: _curves(run.paths.adapter(name)) for name in run.plan.chosen}
-    curves = {f"{name}, {part}": curve for name, parts in trained.items() for part, curve in parts.items()}
-    program = run.program.describe()
-    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves)
-    yield result
-
-
-def _curves(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The losses that training left beside a patch's weights; none where nothing was trained."""
-    path, kind = folder / CURVES, dict[str, dict[str, list[float]]]
-    return load_json(path, kind, "record of losses", "Compile again.") if path.is_file() else {}
-
-
-def require_of_this_run(run: Run, parities: Sequence[Parity]) -> None:
-    """Raise `ArtifactError` unless the reports are of exactly what this run made, by this run's recipe, data and base."""
-    run.require_unchanged()
-    bonds = {**run.bonds, "program": run.program_sha256, "base": run.model.revision}
-    expected = [{**bonds, "artifact": weights_sha256(folder)} for folder in artifacts(run)]
-    measured = [{key: value for key, value in parity.sha256.items() if key != "texts"} for parity in parities]
-    if measured != expected:
-        pairs = zip_longest(expected, measured, fillvalue=dict[str, str]())
-        others = {key for ours, theirs in pairs for key in ours | theirs if ours.get(key) != theirs.get(key)}
-        raise ArtifactError(
-            f"what was verified is not what this run made: {', '.join(sorted(others))} changed in between. Let nothing "
-            "write to the recipe, its data or the output folder, and run this again."
-        )
-
-
-def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> list[Parity]:
-    """Run `compile-steer verify` in its own interpreter and return the reports that this very process made.
-
-    Nothing that the compiler did to its model in memory can reach it: it sees only what is on disk. Its reports come
-    through a pipe, so those of an earlier run are never taken for its own.
-
-    Raises:
-        InternalError: the process crashed, or was killed. ArtifactError: it refused its input.
-    """
-    # -P: no module of the folder that the user stands in is imported in place of a library's.
-    command = [sys.executable, "-P", "-m", "compile_steer", "verify", str(recipe), "--out", str(out), "--json"]
-    command += [f"--set={change}" for change in changes]
-    package = str(Path(__file__).parents[2])  # also where the package is not installed
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, **for_child(), "PYTHONPATH": paths}
-    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment)
-    if process.returncode in (0, 1):
-        try:
-            return TypeAdapter(list[Parity]).validate_json(process.stdout)
-        except ValidationError:
-            pass  # a crash: Python's own exit code for one is 1 too
-    again = (
-        "The artifacts are complete, and are verified again by: compile-steer verify "
-        f"{shell_word(recipe)} --out {shell_word(out)}"
-    )
-    if process.returncode == 2:
-        raise ArtifactError(f"the verification refused its input (see the error above). {again}")
-    raise InternalError(f"the verification ended with exit code {process.returncode} and left no report. {again}")

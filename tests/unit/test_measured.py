@@ -17,6 +17,7 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.models.load import revision_of
 from compile_steer.models.reload import reload
 from compile_steer.pipeline import artifacts as pipeline
+from compile_steer.pipeline.stages import require_of_this_run
 from compile_steer.verification.gates import judged
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Parity
@@ -159,13 +160,11 @@ def test_a_run_takes_no_report_of_anything_else(run: SmallRun, key: str) -> None
         replace(base, sha256={**base.sha256, "artifact": weights_sha256(folder)})
         for folder in pipeline.artifacts(opened)
     ]
-    pipeline.require_of_this_run(opened, reports)
+    require_of_this_run(opened, reports)
     with pytest.raises(ArtifactError, match=f"not what this run made: {key} changed"):
-        pipeline.require_of_this_run(
-            opened, [*reports[:-1], replace(base, sha256={**reports[-1].sha256, key: "other"})]
-        )
+        require_of_this_run(opened, [*reports[:-1], replace(base, sha256={**reports[-1].sha256, key: "other"})])
     with pytest.raises(ArtifactError, match="not what this run made"):
-        pipeline.require_of_this_run(opened, reports[:-1])
+        require_of_this_run(opened, reports[:-1])
 
 
 def test_a_base_or_program_that_changes_meanwhile_leaves_no_report(

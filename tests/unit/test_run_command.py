@@ -12,7 +12,7 @@ import pytest
 from compile_steer.__main__ import main
 from compile_steer.artifacts.provenance import PARITY
 from compile_steer.common.errors import ArtifactError, InternalError
-from compile_steer.pipeline.artifacts import verify_in_fresh_process
+from compile_steer.pipeline.stages import verify_in_fresh_process
 from tests.helpers.small_run import SmallRun
 
 

@@ -150,6 +150,15 @@ def test_another_path_to_the_same_model_makes_nothing_again(run: SmallRun, monke
     assert json.loads((folders[1] / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         run.root / "moved"
     )
+    # Moved once more, by the same name from another folder.
+    (run.root / "elsewhere").mkdir()
+    shutil.move(run.root / "moved", run.root / "elsewhere" / "moved")
+    monkeypatch.chdir(run.root / "elsewhere")
+    (_bias, adapter) = compile_program(
+        Run.open(read_recipe(run.recipe, ["model=./moved/"]), run.paths.out, Progress()), force=True
+    )
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(run.root / "elsewhere" / "moved")
 
 
 @pytest.mark.parametrize(
