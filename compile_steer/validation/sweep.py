@@ -10,11 +10,12 @@ from functools import partial
 import numpy as np
 
 from compile_steer.common.errors import LayoutError, RecipeError
+from compile_steer.common.figures import decisive
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score
-from compile_steer.stats import LEVEL, decisive, sign_flip
+from compile_steer.stats import LEVEL, sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from compile_steer.stats import LEVEL, Interval, decisive
+from compile_steer.common.figures import decisive
+from compile_steer.stats import LEVEL, Interval
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validation.options import ValidateOptions, repetition_limit
 from compile_steer.validation.report import SweepPoint, ValidationReport, Verdict

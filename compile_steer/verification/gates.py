@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from compile_steer.stats import decisive
+from compile_steer.common.figures import decisive
 from compile_steer.verification.options import Gates
 from compile_steer.verification.parity import Check, Parity
 

@@ -16,7 +16,8 @@ from compile_steer.lowering.post_norm import Behind, behind_norm
 from compile_steer.lowering.teacher_student import measure_sensitivity
 from compile_steer.steering.low_rank import LowRank
 from tests.helpers.fitting import CALIBRATION, canonical_program, remaining_kl, solve, stages_of
-from tests.helpers.tiny import HIDDEN, LAYERS, intervention, lifelike, loaded
+from tests.helpers.lifelike import lifelike
+from tests.helpers.tiny import HIDDEN, LAYERS, intervention, loaded
 
 
 def undamped(start: LowRank, gain: Tensor, _tokens: object, _penalty: float) -> LowRank:

@@ -151,7 +151,8 @@ def test_card_has_the_same_structure_whatever_the_texts_are(original: SmallRun, 
     header, tokens = _parsed(card(original, text, form, revision="hub:1", model=text))
     _header, expected = _parsed(card(original, HARMLESS, form, revision="hub:1", model=HARMLESS))
     assert list(_shape(tokens)) == list(_shape(expected))
-    assert header["base_model"] == text and set(header) == {"library_name", "base_model", "tags"}
+    assert header["base_model"] == header["license"] == text
+    assert set(header) == {"library_name", "base_model", "license", "tags"}
     kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
     assert not kinds & {"link_open", "image", "html_inline", "s_open"}
     assert [token.content.split(":")[0] for token in tokens if token.type == "html_block"] == [

@@ -14,11 +14,11 @@ import torch
 import compile_steer.validation.stage
 import compile_steer.validation.sweep
 from compile_steer.common.errors import RecipeError
+from compile_steer.common.figures import decisive
 from compile_steer.common.progress import Progress
 from compile_steer.common.terminal import Terminal
 from compile_steer.report.terminal import print_validation
 from compile_steer.scoring.answers import Answers
-from compile_steer.stats import decisive
 from compile_steer.steering.directions import EVERY_BLOCK
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import climb, solve
