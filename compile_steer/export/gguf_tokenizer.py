@@ -13,6 +13,7 @@ import gguf
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import CannotLower
+from compile_steer.models.gguf import WholeReader
 from compile_steer.models.load import LoadedModel, gguf_of
 
 _FIELDS = "tokenizer."
@@ -47,7 +48,7 @@ def tokenizer_fields(loaded: LoadedModel, vocabulary: int) -> list[Field]:
     if source is None:
         fields = _bpe_fields(loaded.tokenizer, vocabulary)
     else:
-        stored = gguf.GGUFReader(source).fields.values()
+        stored = WholeReader(source).fields.values()
         fields = [
             Field(field.name, field.contents(), *field.types) for field in stored if field.name.startswith(_FIELDS)
         ]

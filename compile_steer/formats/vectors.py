@@ -54,10 +54,10 @@ _REPSTEER_VECTORS = {"direction": "direction", "sae_feature": "decoder_direction
 
 def read_gguf(path: Path, options: ImportOptions) -> ForeignVectors:
     """Read a control vector; raises `ArtifactError` if it is damaged, another file, or has no layer convention."""
-    import gguf
+    from compile_steer.models.gguf import WholeReader
 
     with library_errors(lambda reason: ArtifactError(f"{path} is damaged or not a GGUF file ({reason}).")):
-        reader = gguf.GGUFReader(path)
+        reader = WholeReader(path)
         fields = [reader.get_field(key) for key in ("general.architecture", f"{_ARCHITECTURE}.model_hint")]
         architecture, made_for = ("" if field is None else str(field.contents()) for field in fields)
         tensors = [(tensor.name, tensor.tensor_type, np.array(tensor.data)) for tensor in reader.tensors]

@@ -20,7 +20,7 @@ _INTEGERS = {kind for kind in gguf.GGUFValueType if "INT" in kind.name}
 _ARCHITECTURES = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
-class _WholeReader(gguf.GGUFReader):
+class WholeReader(gguf.GGUFReader):
     """A reader that stops where the file ends; the library's own goes on, through as many values as an array claims."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -39,7 +39,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
 
     Raises `ArtifactError` for a file that claims what its tensors are not, else what transformers and gguf raise.
     """
-    reader = _WholeReader(file)
+    reader = WholeReader(file)
     shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
     names = shapes.keys()
     numbers = {name: field.contents() for name, field in reader.fields.items() if field.types[0] in _INTEGERS}
@@ -78,13 +78,13 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
 
 def license_in(file: Path) -> object:
     """What the file says of its licence; None where it says nothing."""
-    field = gguf.GGUFReader(file).get_field("general.license")
+    field = WholeReader(file).get_field("general.license")
     return None if field is None else field.contents()
 
 
 def scales_rotations(file: Path) -> bool:
     """Whether the file has factors of the rotary frequencies, as Llama 3's do."""
-    return any(tensor.name == ROPE_FACTORS for tensor in gguf.GGUFReader(file).tensors)
+    return any(tensor.name == ROPE_FACTORS for tensor in WholeReader(file).tensors)
 
 
 def write_and_close(writer: gguf.GGUFWriter) -> None:
@@ -97,7 +97,7 @@ def write_and_close(writer: gguf.GGUFWriter) -> None:
 
 def stored_types(file: Path, model: Any) -> dict[str, gguf.GGMLQuantizationType]:
     """The type in which the file stores each parameter of `model`, a model of its family, by the model's names."""
-    reader = gguf.GGUFReader(file)
+    reader = WholeReader(file)
     types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
     return {parameter: types[name] for parameter, name in _stored_names(reader, model).items() if name in types}
 
@@ -106,11 +106,11 @@ def gguf_tensors(file: Path) -> dict[str, Tensor]:
     """The file's tensors, de-quantised to fp32, by the file's names."""
     return {
         tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in gguf.GGUFReader(file).tensors
+        for tensor in WholeReader(file).tensors
     }
 
 
-def _stored_names(reader: gguf.GGUFReader, model: Any) -> dict[str, str]:
+def _stored_names(reader: WholeReader, model: Any) -> dict[str, str]:
     """The file's name for each parameter of the model, where the family has one."""
     field = reader.get_field("general.architecture")
     kind = _ARCHITECTURES.get("" if field is None else str(field.contents()))

@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+import regex
 from pydantic import Field, field_validator, model_validator
 
-from compile_steer.common.errors import RecipeError, require_library
+from compile_steer.common.errors import RecipeError, brief, require_library
 from compile_steer.scoring.base import Reply, Score, ScorerBase
 
 if TYPE_CHECKING:
     from compile_steer.data.behaviour import Behaviour, Check
     from compile_steer.models.load import LoadedModel
+
+_SECONDS = 1.0  # that a pattern may take on one reply; a recipe may be a stranger's
 
 
 class TextScorer(ScorerBase):
@@ -46,17 +49,26 @@ class Keywords(TextScorer):
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ValueError(f"'{pattern}' is not a regular expression ({error})") from error
         return patterns
 
     def score(self, text: str) -> float:
         # Models write both apostrophes, recipes the plain one.
         plain = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-        present = any(re.search(pattern, plain, re.IGNORECASE) for pattern in self.patterns)
-        excluded = any(re.search(pattern, plain, re.IGNORECASE) for pattern in self.absent)
-        return float(present and not excluded)
+        present = any(_occurs(pattern, plain) for pattern in self.patterns)
+        return float(present and not any(_occurs(pattern, plain) for pattern in self.absent))
+
+
+def _occurs(pattern: str, text: str) -> bool:
+    try:
+        return regex.search(pattern, text, regex.IGNORECASE, timeout=_SECONDS) is not None
+    except TimeoutError as error:
+        raise RecipeError(
+            f"validate.score: the pattern {brief(pattern)} takes more than {_SECONDS:g} s on a reply of {len(text)} characters. "
+            "Write it without repetitions of repetitions."
+        ) from error
 
 
 class Lowercase(TextScorer):

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.formats.foreign import ImportOptions
+from compile_steer.formats.vectors import read_gguf
 from compile_steer.models.load import load
 from tests.helpers.tiny import saved
 
@@ -86,6 +88,8 @@ def test_array_of_a_gguf_that_is_longer_than_the_file_ends_with_it(tmp_path: Pat
     (tmp_path / "base.gguf").write_bytes(claimed)
     with pytest.raises(RecipeError, match=rf"base\.gguf.*it ends at byte {len(content):,}, within"):
         load(str(tmp_path / "base.gguf"), device="cpu")
+    with pytest.raises(ArtifactError, match=rf"base\.gguf.*it ends at byte {len(content):,}, within"):
+        read_gguf(tmp_path / "base.gguf", ImportOptions(2, 8, 0, torch.Generator()))
 
 
 @pytest.mark.parametrize("changes", [{"max_window_layers": HUGE}, {"max_position_embeddings": 10**9}])

@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from compile_steer.common.errors import RecipeError
 from compile_steer.scoring.options import Scorer
 from compile_steer.scoring.text import Keywords, Length, Lowercase, Repetition, repetition
 
 
 def keywords(*patterns: str, absent: tuple[str, ...] = ()) -> Keywords:
     return Keywords(kind="keywords", patterns=patterns, absent=absent)
+
+
+def test_a_pattern_without_end_is_an_error() -> None:
+    with pytest.raises(
+        RecipeError, match=r"the pattern '\(a\|aa\)\+\$' takes more than 1 s on a reply of 61 characters"
+    ):
+        keywords("(a|aa)+$").score("a" * 60 + "!")
 
 
 @pytest.mark.parametrize(
