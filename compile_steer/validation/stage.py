@@ -94,13 +94,11 @@ def validate(
     unrelated = None if other is None else stream.like(program, program_at(layer, coefficient, other))
     few = ContrastEvaluator(model, test[: options.control_pairs])
     controls = measure_controls(few, program, random, shuffled, directions.controls, unrelated, progress)
-
     # The same program at other coefficients, and the answers under every condition.
     with progress.phase("test: other coefficients, all answers", 1):
         few = ContrastEvaluator(model, test[: options.dose_prompts], data.neutral[: options.dose_prompts])
         settings = sweep_coefficients(few, program, coefficient, limit)
         answers, samples, points, note = _answer(context, options, score, program, random, settings, ask, too_high)
-
     report = ValidationReport(
         name=name,
         layer=layer,

@@ -57,6 +57,7 @@ SMALL: dict[str, Any] = {
         "prompts": 8,
         "max_new_tokens": 24,
         "prompts_per_set": 1,
+        "samples_per_prompt": 2,
         "free_tokens": 4,
         "long": 1,
         "long_tokens": 100,
