@@ -38,6 +38,7 @@ from compile_steer.steering.program import Program
 _HELD_OUT_EVERY = 5  # one text in five chooses the ridge
 _CORRECTION_RANK = 8
 _DROWNED = 10.0  # times what the projection writes; where all is well it is below 1 (Gemma 3, two fifths of the MLP's norm added)
+_ROUNDING = 1e-5  # of the largest part of a solution, in float32
 _CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
 Refine = Callable[[TeacherStudent, int, Advance], None]
@@ -181,6 +182,10 @@ def solve_stage(
     edit = LowRank(edit.B.float(), edit.A.float())
     if gain is None:
         return edit if helps else earlier
+    # What is rounding alone in a solution of lower rank would be read, as large as it takes, by the next step.
+    sizes = edit.B.norm(dim=0) * edit.A.norm(dim=1)
+    real_parts = sizes > _ROUNDING * sizes.max()
+    edit = LowRank(edit.B[:, real_parts], edit.A[real_parts])
     # 4. Where a norm follows, solve what is written again, for the regression takes the norm's scale as given.
     candidates = [None, earlier]
     if helps:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from compile_steer.artifacts.files import edit_check, sha256, was_edited
 from compile_steer.artifacts.locks import locked
-from compile_steer.artifacts.paths import RunPaths, real_path, require_inside
+from compile_steer.artifacts.paths import RunPaths, home_path, real_path, require_inside
 from compile_steer.artifacts.provenance import PROVENANCE, Origin, Provenance, versions
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError, shell_word
@@ -115,7 +115,7 @@ def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None, mo
             require_confirmed(part.base_url, own=False)
     if model is not None:
         return recipe.model_copy(update={"model": model})
-    local = Path(recipe.model).expanduser()
+    local = home_path(recipe.model)
     if (local.exists() or recipe.model.startswith((".", "/", "~"))) and not real_path(local).is_relative_to(
         real_path(folder)
     ):

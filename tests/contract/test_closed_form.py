@@ -111,11 +111,11 @@ def test_a_constant_shift_of_a_block_gives_a_patch_of_rank_one_whatever_rank_is_
     patch = solve(tiny, steering, [Stage(1, "mlp", 8)])
     ((name, edit),) = patch.low_rank.items()
     assert name == tiny.layout.output_projection(1, "mlp").name
-    assert (tuple(edit.B.shape), tuple(edit.A.shape)) == ((32, 8), (8, 48))
+    rank = 1 if tiny.layout.norm(1, "mlp") else 8  # in front of a norm, what is rounding alone is left out
+    assert (tuple(edit.B.shape), tuple(edit.A.shape)) == ((32, rank), (rank, 48))
     assert (edit.B.dtype, edit.A.dtype) == (torch.float32, torch.float32)
     sizes = torch.linalg.svdvals(edit.B @ edit.A)
-    # Behind a norm the shift changes the norm's scale, token by token, which the other directions make up for.
-    assert float(sizes[1] / sizes[0]) < (0.1 if tiny.layout.norm(1, "mlp") else 1e-3)
+    assert float(sizes[1] / sizes[0]) < 1e-3
 
 
 def test_solving_leaves_the_model_as_it_was() -> None:
