@@ -24,6 +24,8 @@ from compile_steer.verification.gates import judged
 from compile_steer.verification.options import VerifyOptions
 from tests.helpers.verification import VerifierCase
 
+SETTINGS = {"capability": 3}
+
 NUMBER = Question("What is 3 times 4?", ("12", "twelve"))
 CHOICE = Question("Is fire hot?", ("no",), ("yes", "no"))
 
@@ -77,11 +79,6 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
     # A bare handful shows nothing, and is not held against it.
     one = capability_retention(np.ones(4), np.ones(4), np.array([1.0, 1.0, 1.0, 0.0]), 0.05)
     assert not one.test.equivalent and not one.test.enough and not one.worse
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("case"), capability=3)
 
 
 def test_questions_are_answered_greedily_as_a_user_asks_them(

@@ -39,11 +39,6 @@ from tests.helpers.tiny import FFN, HIDDEN
 from tests.helpers.verification import VerifierCase, behaviour, recipe
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("case"))
-
-
 def halves(case: VerifierCase, name: str, patch: WeightPatch) -> Path:
     folder = case.folder / name
     write_merged(folder, patch, case.base, "fp16", case.origin("merged-fp16", "bias"), "")

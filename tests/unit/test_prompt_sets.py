@@ -34,16 +34,6 @@ OPTIONS = recipe(**SETTINGS).verify
 NAMES = ["held-out", "off-topic", "multi-turn", "long"]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("case"), **SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def exact(case: VerifierCase) -> Parity:
-    return case.parity_of(case.merged())
-
-
 def prompt_sets(case: VerifierCase, scored: bool = True) -> PromptSets:
     score = recipe().validate_.score.bind(case.base, behaviour()) if scored else None
     return PromptSets(case.base, case.program, behaviour(), OPTIONS, 5, score)

@@ -30,16 +30,6 @@ SETTINGS: dict[str, Any] = {"prompts_per_set": 2, "long": 0, "free_tokens": 4}
 LAST = list(looks(8))[-1][1]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("case"), **SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def exact(case: VerifierCase) -> Parity:
-    return case.parity_of(case.merged())
-
-
 def spoiled(case: VerifierCase, factor: float) -> LoadedModel:
     """The exact compile with its bias times `factor`."""
     folder = case.merged(f"times {factor}")

@@ -31,16 +31,6 @@ from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, m
 GATES = recipe().verify.gates
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> VerifierCase:
-    return VerifierCase.of(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(scope="module")
-def exact(case: VerifierCase) -> Parity:
-    return case.parity_of(case.merged())
-
-
 def with_behaviour(parity: Parity, **changes: Any) -> Parity:
     return replace(parity, behaviour=replace(parity.behaviour, **changes))
 
