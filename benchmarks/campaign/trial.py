@@ -169,7 +169,8 @@ def _behave_as_command(arguments: Sequence[str], prepare: Callable[[], object] =
         tempfile.tempdir = str(temporary)
         if "run" in arguments[:1]:
             spare = _Spare(prepare)
-            stages.subprocess = SimpleNamespace(**{**vars(subprocess), "run": spare.run})  # type: ignore[assignment, attr-defined]  # a stand-in for the module, in this fork alone
+            # A stand-in for the module, in this fork alone.
+            vars(stages)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "run": spare.run})
         prepare()
         entry.main()
         code = 0
