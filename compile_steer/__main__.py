@@ -117,8 +117,8 @@ def _tell(problems: Sequence[str]) -> None:
     lines = [*problems[:_MOST_PROBLEMS], *([f"{more} more problems."] if more > 0 else [])]
     with suppress(OSError, ValueError):  # nobody reads the error stream
         # One line a problem: a name with a line break cannot pretend to be another message.
-        told = (plain(line).replace("\n", "\\n") for line in lines)
-        print(*(f"error: {line}" for line in told), sep="\n", file=sys.stderr, flush=True)
+        shown = (plain(line).replace("\n", "\\n") for line in lines)
+        print(*(f"error: {line}" for line in shown), sep="\n", file=sys.stderr, flush=True)
 
 
 def _tell_usage(error: BaseException) -> None:

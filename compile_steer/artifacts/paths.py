@@ -18,14 +18,12 @@ def home_path(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111  (as said)
 
 
-def require_inside(
-    folder: Path, recorded: Path, what: str, consent: str = "name a folder above it (--recipes)"
-) -> None:
+def require_inside(folder: Path, recorded: Path, key: str, consent: str = "name a folder above it (--recipes)") -> None:
     """Raise `ArtifactError` where a path that an artifact records leads out of `folder`, by `..`, from the root or by a link."""
     target = real_path(folder / recorded)
     if not target.is_relative_to(real_path(folder)):
         raise ArtifactError(
-            f"{what}: the artifact records {brief(str(recorded))}, which lies outside of {folder}. It is not read, unless you "
+            f"{key}: the artifact records {brief(str(recorded))}, which lies outside of {folder}. It is not read, unless you "
             f"{consent}."
         )
 

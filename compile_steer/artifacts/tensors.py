@@ -26,8 +26,8 @@ from compile_steer.common.reading import MAX_JSON, Malformed, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bytes of an element, by safetensors' names of types.
 _PIECE = 2**24  # bytes that are read at once
+# Bytes of an element, by safetensors' names of types.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 

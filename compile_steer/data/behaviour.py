@@ -104,10 +104,10 @@ def repeated_prompts(
     """Yield a line for each prompt that occurs twice, within a part of the data or in two parts, with its places."""
     yield from shared_texts("prompt", prompts, places)
     for name, part in prompts.items():
-        found: dict[str, list[str]] = {}
+        occurrences: dict[str, list[str]] = {}
         for prompt, place in zip(part, places.get(name, [""] * len(part)), strict=True):
-            found.setdefault(normalized(prompt), []).append(place)
-        for key, within in sorted(found.items()):
+            occurrences.setdefault(normalized(prompt), []).append(place)
+        for key, within in sorted(occurrences.items()):
             if len(within) > 1:
                 yield f"data.{name}: the prompt {brief(key)} occurs {len(within)} times{_listed(within)}."
 
@@ -118,11 +118,11 @@ def shared_texts(
     """Yield a line for each text that is in two parts of the data; `kind` is what the texts are."""
     first: dict[str, tuple[str, str]] = {}
     for name, part in texts.items():
-        found = {
+        distinct = {
             normalized(text): (text, place)
             for text, place in zip(part, places.get(name, [""] * len(part)), strict=True)
         }
-        for key, (text, place) in found.items():
+        for key, (text, place) in distinct.items():
             other, earlier = first.setdefault(key, (name, place))
             if other != name:
                 both = f"in both {other} and {name}{_listed((earlier, place))}"

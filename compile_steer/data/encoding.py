@@ -44,7 +44,11 @@ def check_texts(
         problems += several(list(dict.fromkeys(wrong)))
         if not wrong and name in pairs:
             sides = zip(pairs[name], rows, encoded[::2], encoded[1::2], strict=True)
-            same = [(pair, row) for pair, row, one, other in sides if one == other and pair.positive.response]
+            same = [
+                (pair, row)
+                for pair, row, positive, negative in sides
+                if positive == negative and pair.positive.response
+            ]
             if same:
                 pair, row = same[0]
                 place = "" if row == section else f"{row}, "

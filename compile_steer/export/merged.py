@@ -108,9 +108,8 @@ class MergedCheckpoint:
         self.files = {file: list(names) for file, names in checkpoint_files(folder).items()}
         self._added: dict[str, str] = {}  # name -> the tensor beside which it is saved
         self._parameters: dict[str, str] = {}  # name -> parameter of the model
-        self._unused: set[str] = (
-            set()
-        )  # what the model does not load, and the other towers: both are kept byte for byte
+        # What the model does not load, and the other towers: both are kept byte for byte.
+        self._unused: set[str] = set()
         self._match(has_new_biases=bool(patch.config_flags or patch.architecture), exactly=bool(patch.architecture))
 
     def _match(self, *, has_new_biases: bool, exactly: bool) -> None:

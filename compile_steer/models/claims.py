@@ -44,10 +44,8 @@ def require_numbers(file: Path, config: PreTrainedConfig, shapes: Shapes, kind: 
     """Raise `ArtifactError` where `config`, read from `file`, describes a model much larger than its tensors; `kind` loads it."""
     model = without_weights(config, kind)
     needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    stored, widest = (
-        sum(map(math.prod, shapes.values())),
-        max((max(shape, default=1) for shape in shapes.values()), default=0),
-    )
+    stored = sum(map(math.prod, shapes.values()))
+    widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
     if needed > 2 * stored + _SPARE_NUMBERS:
         sizes = [f"{name} {value}" for name, value in _integers(config.to_dict()) if value > max(widest, 64)]
         raise ArtifactError(

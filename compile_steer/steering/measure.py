@@ -127,10 +127,10 @@ def _sublayers(call: Call) -> _Kind:
     candidates = [n for n, out in trace.outputs.items() if out.shape[-1:] == delta.shape and out.numel() == size]
     rounds: list[dict[str, float]] = []  # the last sublayer's writers first
     writers: dict[str, float] = {}
-    while found := {n: m for n in candidates if n not in writers and (m := _factor(call, trace, n, list(writers)))}:
-        rounds.append(found)
-        writers |= found
-    leaves = _distinct(trace, [leaf for found in rounds for leaf in _leaves(found)])
+    while passed := {n: m for n in candidates if n not in writers and (m := _factor(call, trace, n, list(writers)))}:
+        rounds.append(passed)
+        writers |= passed
+    leaves = _distinct(trace, [leaf for passed in rounds for leaf in _leaves(passed)])
     mixing = {}
     for name in leaves:
         # All that writes beside it: neither what it lies in nor what lies in it.
@@ -140,8 +140,8 @@ def _sublayers(call: Call) -> _Kind:
     held: dict[ProjectionKind, list[str]] = {}
     for kind in KINDS:
         # Where two are of a kind (Gemma 4 adds its per-layer inputs behind the MLP), it is the one that comes first.
-        for number, found in enumerate(rounds):
-            chosen = [name for name in leaves if name in found and mixing[name] == (kind == "attn")]
+        for number, passed in enumerate(rounds):
+            chosen = [name for name in leaves if name in passed and mixing[name] == (kind == "attn")]
             sublayer = _sublayer(call, trace, chosen, writers) if chosen else None
             if sublayer is not None:
                 sublayers[kind] = replace(sublayer, last=number == 0)

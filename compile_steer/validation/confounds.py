@@ -55,24 +55,24 @@ class Feature:
 
 
 def find_confounds(
-    data: Behaviour, pairs: Sequence[Pair], score: Score | None, asked: str
+    data: Behaviour, pairs: Sequence[Pair], score: Score | None, instructions: str
 ) -> list[tuple[Feature, Confound]]:
     """Return what the sides of `pairs` differ in besides the behaviour, the plainest of each kind.
 
     Args:
         score: of given texts; None where they cannot be scored, and no feature is taken for the behaviour.
-        asked: what the positive side is asked for; a word or language in it is the behaviour.
+        instructions: what the positive side is asked for; a word or language in it is the behaviour.
     """
-    found: list[tuple[Feature, Confound]] = []
+    suspects: list[tuple[Feature, Confound]] = []
     pairs = pairs[:: 1 + len(pairs) // _MAX_PAIRS]
     apart = sum(not (p.prompt in p.positive.prompt and p.prompt in p.negative.prompt) for p in pairs)
     if apart > LEVEL * len(pairs):
         differ = f"the two sides answer different prompts in {apart} of {len(pairs)} training pairs"
         cure = "Give both sides of a pair the same prompt; an instruction for one of them goes into its template."
-        found.append((Feature("prompts", "", lambda _pair: (0.0, 0.0)), Confound("different prompts", differ, cure)))
+        suspects.append((Feature("prompts", "", lambda _pair: (0.0, 0.0)), Confound("different prompts", differ, cure)))
     features = _features(data, pairs)
     if len(pairs) < 2 or not features:
-        return found
+        return suspects
     values = np.array([[feature.values(pair) for feature in features] for pair in pairs]).transpose(2, 0, 1)
     auroc, p_values = _separation(values)
     # Of two labels the positive one comes first.
@@ -80,8 +80,15 @@ def find_confounds(
         feature, area = features[n], auroc[n]
         # A label is all that a response says, so any imbalance is in the direction.
         least = 0.5 if feature.kind == "answer" else _SEPARATES
-        known = any(feature.kind == other.kind or (feature.part and feature.part == other.part) for other, _ in found)
-        if known or max(area.low, 1 - area.high) <= least or p_values[n] > LEVEL or feature.part in _words(asked):
+        known = any(
+            feature.kind == other.kind or (feature.part and feature.part == other.part) for other, _ in suspects
+        )
+        if (
+            known
+            or max(area.low, 1 - area.high) <= least
+            or p_values[n] > LEVEL
+            or feature.part in _words(instructions)
+        ):
             continue
         if score is not None and _is_scored(feature, pairs, score):
             continue
@@ -92,8 +99,10 @@ def find_confounds(
             f"the {side} side {has} in {more[:, n].sum()} of {len(pairs)} training pairs (AUROC {area}, permutation "
             f"p = {p_values[n]:.4f})"
         )
-        found.append((feature, Confound(feature.name, evidence, _cure(feature, data), auroc=area, p_value=p_values[n])))
-    return found
+        suspects.append(
+            (feature, Confound(feature.name, evidence, _cure(feature, data), auroc=area, p_value=p_values[n]))
+        )
+    return suspects
 
 
 def _cure(feature: Feature, data: Behaviour) -> str:
@@ -105,7 +114,7 @@ def _cure(feature: Feature, data: Behaviour) -> str:
 
 
 def on_direction(
-    found: Sequence[tuple[Feature, Confound]], data: Behaviour, pairs: Sequence[Pair], effects: np.ndarray
+    suspects: Sequence[tuple[Feature, Confound]], data: Behaviour, pairs: Sequence[Pair], effects: np.ndarray
 ) -> list[Confound]:
     """Add to each confound what steering does with it and against it, and the labels that it moves, right or wrong.
 
@@ -113,9 +122,9 @@ def on_direction(
         pairs: the test pairs, n of them.
         effects: [n] change of each one's log-likelihood margin, nats per token.
     """
-    result = [replace(confound, on_test=_split(feature, pairs, effects)[0]) for feature, confound in found]
+    result = [replace(confound, on_test=_split(feature, pairs, effects)[0]) for feature, confound in suspects]
     labels = [feature for feature in _features(data, pairs) if feature.kind == "answer"]
-    if not any(feature.kind == "answer" for feature, _confound in found):
+    if not any(feature.kind == "answer" for feature, _confound in suspects):
         for feature in labels:
             on_test, dominates = _split(feature, pairs, effects)
             if dominates:  # of two labels the other one moves as much the other way
@@ -149,8 +158,8 @@ def _features(data: Behaviour, pairs: Sequence[Pair]) -> list[Feature]:
     distinct = sorted({label for both in plain for label in both})
     if data.questions or (len(distinct) <= min(_MAX_LABELS, len(pairs)) and all(0 < len(x) <= 12 for x in distinct)):
         answers = [_has("answer", f"the answer {x}", lambda text: {_label(text)}, x) for x in distinct]
-        asked = [data.questions[pair.prompt] for pair in pairs if pair.prompt in data.questions]
-        if len(asked) < len(pairs) or not all(question.choices for question in asked):
+        questions = [data.questions[pair.prompt] for pair in pairs if pair.prompt in data.questions]
+        if len(questions) < len(pairs) or not all(question.choices for question in questions):
             return answers
 
         def of_choices(pair: Pair) -> tuple[float, float]:

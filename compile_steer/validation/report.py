@@ -69,7 +69,7 @@ class Controls:
 class Confound:
     """Something else than the behaviour that tells the two sides apart, or that the direction moves."""
 
-    what: str
+    name: str
     evidence: str  # on the pairs that the direction is found from
     cure: str
     on_test: str = ""  # what steering does to test pairs with it and against it
@@ -78,7 +78,7 @@ class Confound:
 
     def __str__(self) -> str:
         on_test = self.on_test and f"; {self.on_test}"
-        return f"confounded with {self.what}: {self.evidence}{on_test}. {self.cure}"
+        return f"confounded with {self.name}: {self.evidence}{on_test}. {self.cure}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class ValidationReport(Summary):
     def headline(self) -> str:
         """The verdict in one line: what is gained, at what price, and what it may be confounded with."""
         s = self.scores
-        doubt = [f"confounded with {', '.join(confound.what for confound in self.confounds)}"] * bool(self.confounds)
+        doubt = [f"confounded with {', '.join(confound.name for confound in self.confounds)}"] * bool(self.confounds)
         return "; ".join([f"score {s.base:.2f} to {s.steered:.2f}", f"price: {self.price}", *doubt])
 
     def summary_rows(self) -> list[tuple[str, str]]:

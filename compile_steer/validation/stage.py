@@ -132,12 +132,11 @@ def _confounds(
     data = context.data
     # A vector of another tool was not made of these pairs; of prompts alone, their instruction is what is wanted.
     own = directions.controls == FROM_LABELS and readout == "response_mean"
-    asked = [side.prompt.replace(pair.prompt, "") + side.system for pair in data.train for side in [pair.positive]]
+    instructions = [options.instruction]
+    instructions += [pair.positive.prompt.replace(pair.prompt, "") + pair.positive.system for pair in data.train]
     labelled = options.score.needs_no_labels or all(pair.prompt in data.checks for pair in data.train)
     can_score = labelled and not any(part.unfit_for_data_texts for part in options.score.parts)
-    suspects = find_confounds(
-        data, data.train if own else (), score if can_score else None, " ".join([options.instruction, *asked])
-    )
+    suspects = find_confounds(data, data.train if own else (), score if can_score else None, " ".join(instructions))
     for _feature, confound in suspects:
         context.progress.note(str(confound))
     return suspects
@@ -261,10 +260,8 @@ def _answer(
         answers["instructed"] = instructed
 
     # Examples as earlier turns, in batches of their own: a batch is as long as its longest row.
-    history, remark = (
-        tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot]),
-        list[str](),
-    )
+    history = tuple((pair.prompt, pair.positive.response) for pair in data.train[: options.few_shot])
+    remark = list[str]()
     try:
         encoded = [encode(model.tokenizer, Text(prompt, history=history)) for prompt in prompts]
         require_room(model, encoded, options.max_new_tokens)

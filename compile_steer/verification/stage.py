@@ -83,10 +83,8 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     # Quantising costs so much by itself that what a GGUF file changes is measured from the base quantised the same way. A
     # cast to half precision costs little beside a compile.
     quantized = reference.quantized(origin.form, folder)
-    if quantized:
-        share_equal(
-            artifact.model, quantized.model.model
-        )  # all but the edited matrices, which are as large as the base
+    if quantized:  # all but the edited matrices, which are as large as the base
+        share_equal(artifact.model, quantized.model.model)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
     # Measure, in the order of the report's sections.

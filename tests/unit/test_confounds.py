@@ -103,7 +103,7 @@ CONFOUNDED: dict[str, tuple[Behaviour, str]] = {
 def test_a_confounded_data_set_is_named_with_its_figure_and_cure(name: str) -> None:
     data, what = CONFOUNDED[name]
     found = [confound for _feature, confound in find_confounds(data, data.train, score, "")]
-    named = [confound for confound in found if confound.what == what]
+    named = [confound for confound in found if confound.name == what]
     assert named, [str(confound) for confound in found]
     assert " of 40 training pairs" in named[0].evidence and named[0].cure.endswith(".")
 
@@ -129,7 +129,7 @@ def test_recipes_raise_no_false_alarm(name: str) -> None:
 def test_what_the_scorer_sees_or_the_positive_side_is_asked_for_is_the_behaviour() -> None:
     data = data_of(polite_pairs(lambda a, b: (f"{a.rsplit(' ', 1)[0]} please", b)))
     (seen,) = find_confounds(data, data.train, None, "")
-    assert seen[1].what == "the word 'please'"
+    assert seen[1].name == "the word 'please'"
     assert not find_confounds(data, data.train, score, "")
     data, _what = CONFOUNDED["first word"]
     assert not find_confounds(data, data.train, score, "Begin with Well.")
@@ -149,7 +149,7 @@ def test_what_the_direction_does_to_a_letter_is_measured_on_test_pairs() -> None
     signs = np.array([1.0 if pair.positive.response == "A" else -1.0 for pair in balanced.test])
     noise = np.random.default_rng(0).normal(0, 0.3, 40)
     (moved,) = on_direction([], balanced, balanced.test, 0.1 + signs + noise)
-    assert moved.what == "the answer A" and "steering moves it whichever answer is right" in str(moved)
+    assert moved.name == "the answer A" and "steering moves it whichever answer is right" in str(moved)
     assert not on_direction([], balanced, balanced.test, 1.0 + 0.2 * signs + noise)
 
 
@@ -174,7 +174,7 @@ def test_strange_pairs_are_measured_without_error() -> None:
         data = data_of(pairs)
         on_direction(find_confounds(data, pairs, score, ""), data, pairs, np.ones(len(pairs)))
     found = find_confounds(data_of(odd[3]), odd[3], None, "")
-    assert {"the length"} == {confound.what for _feature, confound in found}
+    assert {"the length"} == {confound.name for _feature, confound in found}
     many = polite_pairs(lambda a, b: (f"well {a}", b), n=5000)
     ((feature, confound),) = find_confounds(data_of(many), many, None, "")
     assert feature.name == "the first word 'well'" and "455 of 455 training pairs" in confound.evidence
@@ -182,7 +182,7 @@ def test_strange_pairs_are_measured_without_error() -> None:
 
 def test_the_stage_measures_the_pairs_that_the_direction_was_found_from() -> None:
     report = usual_validation().report
-    assert {"the first word 'w40'", "the length"} <= {confound.what for confound in report.confounds}
+    assert {"the first word 'w40'", "the length"} <= {confound.name for confound in report.confounds}
     assert any("the first word 'w40'" in note and "the test cannot tell" in note for note in report.notes)
     foreign = validated(toward_w40(controls="from other rows of its file"), coefficients=[0.5]).report
     assert foreign.confounds == []

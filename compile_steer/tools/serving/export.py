@@ -237,10 +237,10 @@ def _misfits(lora: PlainLora, base: Path) -> Iterator[str]:
     # Older adapters may name matrices as the files do, where the library has joined or renamed them since.
     specs = Checkpoint(base).specs
     for name, edit in lora.edits.items():
-        found = getattr(modules.get(name), "weight", None)
-        held = specs[f"{name}.weight"][1] if found is None and f"{name}.weight" in specs else None
-        if found is not None:
-            held = list(linear_shape(modules[name])) if found.ndim == 2 else list(found.shape)
+        weight = getattr(modules.get(name), "weight", None)
+        held = specs[f"{name}.weight"][1] if weight is None and f"{name}.weight" in specs else None
+        if weight is not None:
+            held = list(linear_shape(modules[name])) if weight.ndim == 2 else list(weight.shape)
         needed = [len(edit.B), edit.A.shape[1]]
         if held != needed:
             yield f"{name}: the adapter's change is {needed}, the base {'has none' if held is None else held}"
