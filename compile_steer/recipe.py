@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.paths import home_path, real_path
+from compile_steer.budget import Budget, with_budget
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.options import Section, Seed, dotted, explain_one
 from compile_steer.common.reading import Malformed, read_text
@@ -49,9 +50,7 @@ class Recipe(Section):
         {}, description="arguments of the model's chat template, for example {enable_thinking: false}"
     )
     chat_template_name: str | None = Field(None, description="which chat template, of a model that has several")
-    chat_template_date: date = Field(
-        date.fromisoformat(DATE), description="the date that a chat template is told which prints one"
-    )
+    chat_template_date: date = Field(date.fromisoformat(DATE), description="the date that a chat template prints")
     seed: Seed = Field(0, description="of everything random")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
@@ -59,6 +58,7 @@ class Recipe(Section):
     too_high: float = Field(
         4.0, gt=1, description="multiple of the chosen coefficient for the answer that shows what too much does"
     )
+    budget: Budget = Field("standard", description="how much is measured: the defaults of the keys that are left out")
     data: Data
     extract: ExtractOptions = ExtractOptions()
     validate_: ValidateOptions = Field(alias="validate")
@@ -70,6 +70,8 @@ class Recipe(Section):
     def chat(self) -> ChatSettings:
         """How the model's chat template is used."""
         return ChatSettings(self.chat_template, self.chat_template_name, self.chat_template_date.isoformat())
+
+    _budget = model_validator(mode="before")(with_budget)
 
     @field_validator("chat_template")
     @classmethod
