@@ -1,15 +1,9 @@
-"""Controls beside the main comparison: short questions with one right answer, and what an adapter does by itself.
-
-Multiple choice misses what steering and compiling break first: a model that still ranks the right letter first may no
-longer say it, so the questions are answered freely. They are few and our own: they show damage, not ability.
-"""
+"""Controls beside the main comparison: what plain questions lose, and what an adapter does by itself."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +12,10 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import binomtest
 from torch import Tensor
 
-from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import ADAPTER, adapter_scaled
-from compile_steer.models.text import Text
 from compile_steer.stats import equivalence
-from compile_steer.steering.program import Program
 from compile_steer.verification.parity import AdapterControls, AdapterScale, Capability
 
 if TYPE_CHECKING:
@@ -35,65 +26,6 @@ _CONTROL_PAIRS = 8
 _RANDOM_ADAPTERS = 3
 _SCALES = (0.0, 0.5, 1.0, -1.0)
 _SCALE_TEXTS = 4
-_ANSWER_TOKENS = 12  # the longest right answer has five words
-_YES_NO = ("yes", "no")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and its right answers: one of them as whole words anywhere in the reply, in any case.
-
-    Where the answer is one of several words, `choices`, it must be the first of them in the reply.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-
-    def is_right(self, reply: str) -> bool:
-        words = "|".join(re.escape(word) for word in self.choices or self.answers)
-        first = re.search(rf"(?<!\w)({words})(?!\w)", reply, re.IGNORECASE)
-        return first is not None and first[1].lower() in {answer.lower() for answer in self.answers}
-
-
-# Four kinds in turn, so that the first few are of every kind: arithmetic, copying, capitals, facts.
-QUESTIONS = (
-    Question("What is 2 + 3? Answer with a number.", ("5", "five")),
-    Question("Repeat this word and nothing else: lantern", ("lantern",)),
-    Question("What is the capital of France?", ("Paris",)),
-    Question("Is fire hot? Answer yes or no.", ("yes",), _YES_NO),
-    Question("What is 10 - 4? Answer with a number.", ("6", "six")),
-    Question("Write the word 'purple' once.", ("purple",)),
-    Question("What is the capital of Japan?", ("Tokyo",)),
-    Question("Do cats have wings? Answer yes or no.", ("no",), _YES_NO),
-    Question("What is 3 times 4? Answer with a number.", ("12", "twelve")),
-    Question("Repeat these words exactly: red green blue", ("red green blue", "red, green, blue")),
-    Question("What is the capital of Italy?", ("Rome",)),
-    Question("Is Monday a day of the week? Answer yes or no.", ("yes",), _YES_NO),
-    Question("Which number comes next: 7, 8, 9?", ("10", "ten")),
-    Question("Copy this number: 4815", ("4815", "4,815")),
-    Question("What is the capital of Germany?", ("Berlin",)),
-    Question("Is the sun colder than ice? Answer yes or no.", ("no",), _YES_NO),
-    Question("What is half of 20? Answer with a number.", ("10", "ten")),
-    Question("Say 'good morning' and nothing else.", ("good morning",)),
-    Question("What is the capital of Spain?", ("Madrid",)),
-    Question("Can fish swim? Answer yes or no.", ("yes",), _YES_NO),
-    Question("How many days are there in one week?", ("7", "seven")),
-    Question("What is the last word of this line: we sailed to Norway", ("Norway",)),
-    Question("What is the capital of Egypt?", ("Cairo",)),
-    Question("Is a mouse larger than an elephant? Answer yes or no.", ("no",), _YES_NO),
-)
-
-
-def correct_answers(model: LoadedModel, count: int, program: Program | None = None) -> np.ndarray:
-    """Which of the first `count` questions are answered correctly, greedily, under `program` if given: [count], 1 or 0."""
-    if not count:
-        return np.zeros(0)
-    questions = QUESTIONS[:count]
-    prompts = [Text(question.prompt) for question in questions]
-    answers = continue_prompts(model, prompts, program, max_new_tokens=_ANSWER_TOKENS)
-    right = [q.is_right(response_text(model, answer)) for q, answer in zip(questions, answers, strict=True)]
-    return np.array(right, dtype=float)
 
 
 def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, margin: float) -> Capability:

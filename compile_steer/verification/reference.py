@@ -30,9 +30,9 @@ from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import ScorerBase
+from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
-from compile_steer.verification.controls import correct_answers
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.precision import rounding_of
@@ -192,7 +192,7 @@ class Reference:
     @cached_property
     def correct(self) -> Both[np.ndarray]:
         """Which capability questions are answered correctly, [n] 1 or 0."""
-        return self._both(lambda program: correct_answers(self.model, self.options.capability, program))
+        return self._both(lambda program: correct_answers(self.model, QUESTIONS[: self.options.capability], program))
 
     @cached_property
     def equivalence_margins(self) -> dict[Measure, float]:

@@ -18,8 +18,9 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.models.tokens import encode
+from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
-from compile_steer.verification.controls import adapter_controls, capability_retention, correct_answers
+from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
@@ -92,7 +93,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     sets = reference.prompt_sets.compare(artifact)
     capability = None
     if options.capability:
-        correct = correct_answers(artifact, options.capability)
+        correct = correct_answers(artifact, QUESTIONS[: options.capability])
         capability = capability_retention(*against.correct, correct, options.gates.score_margin)
     file_error, unmeasured = _measure_file(artifact, base, origin, rounded=quantized is not None)
     if not origin.files_sha256:

@@ -13,21 +13,23 @@ from scipy.stats import binom
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.text import Text
 from compile_steer.report.terminal import print_parities
-from compile_steer.verification.controls import (
-    _ANSWER_TOKENS,
+from compile_steer.scoring.questions import (
+    ANSWER_TOKENS,
     QUESTIONS,
-    Question,
-    capability_retention,
+    PlainQuestion,
+    answer_texts,
     correct_answers,
+    right_answers,
 )
+from compile_steer.verification.controls import capability_retention
 from compile_steer.verification.gates import judged
 from compile_steer.verification.options import VerifyOptions
 from tests.helpers.verification import VerifierCase
 
 SETTINGS = {"capability": 3}
 
-NUMBER = Question("What is 3 times 4?", ("12", "twelve"))
-CHOICE = Question("Is fire hot?", ("no",), ("yes", "no"))
+NUMBER = PlainQuestion("What is 3 times 4?", ("12", "twelve"))
+CHOICE = PlainQuestion("Is fire hot?", ("no",), ("yes", "no"))
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,33 @@ CHOICE = Question("Is fire hot?", ("no",), ("yes", "no"))
         (QUESTIONS[9], "red blue green", False),
     ],
 )
-def test_a_reply_is_right_if_the_answer_is_said_as_whole_words(question: Question, reply: str, right: bool) -> None:
+def test_a_reply_is_right_if_the_answer_is_said_as_whole_words(
+    question: PlainQuestion, reply: str, right: bool
+) -> None:
     assert question.is_right(reply) is right
 
 
-def test_the_questions_are_24_of_four_kinds_in_turn_and_do_not_answer_themselves() -> None:
-    assert len({question.prompt for question in QUESTIONS}) == len(QUESTIONS) == 24
+def test_the_questions_are_48_of_four_kinds_in_turn_and_do_not_answer_themselves() -> None:
+    assert len({question.prompt for question in QUESTIONS}) == len(QUESTIONS) == 48
     assert all(question.choices == ("yes", "no") for question in QUESTIONS[3::4]) and not any(
         question.choices for question in QUESTIONS[0::4]
     )
     assert all("capital" in question.prompt for question in QUESTIONS[2::4])
-    assert sorted(question.answers[0] for question in QUESTIONS[3::4]) == ["no"] * 3 + ["yes"] * 3, (
+    assert sorted(question.answers[0] for question in QUESTIONS[3::4]) == ["no"] * 6 + ["yes"] * 6, (
         "always yes is half right"
     )
     for question in (*QUESTIONS[0::4], *QUESTIONS[2::4]):
         assert not question.is_right(question.prompt), "to repeat the question is no answer"
+
+
+def test_the_likelihood_of_the_right_answer_is_its_part_among_wrong_ones() -> None:
+    for question in QUESTIONS:
+        right, *wrong = answer_texts(question)
+        assert question.is_right(right.response) and not any(question.is_right(text.response) for text in wrong)
+        assert len(wrong) == len({text.response for text in wrong}) == (1 if question.choices else 5)
+    first, fourth = QUESTIONS[0], QUESTIONS[3]
+    logprobs = np.log([0.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.6, 0.2])
+    assert right_answers(logprobs, (first, fourth)) == pytest.approx([0.5, 0.75])
 
 
 def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
@@ -81,16 +95,13 @@ def test_lost_and_gained_are_counted_and_tested_in_pairs() -> None:
     assert not one.test.equivalent and not one.test.enough and not one.worse
 
 
-def test_questions_are_answered_greedily_as_a_user_asks_them(
-    case: VerifierCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_questions_are_answered_greedily_as_a_user_asks_them(case: VerifierCase) -> None:
     """The tiny model knows none of it: what it says is made the answer of two questions, steered and not."""
     for at, program in ((0, None), (2, case.program)):
-        answers = continue_prompts(case.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=_ANSWER_TOKENS)
+        answers = continue_prompts(case.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=ANSWER_TOKENS)
         word = response_text(case.base, answers[0]).split()[-1]
         items = tuple(replace(one, answers=(word,), choices=()) if n == at else one for n, one in enumerate(QUESTIONS))
-        monkeypatch.setattr("compile_steer.verification.controls.QUESTIONS", items)
-        result = correct_answers(case.base, 3, program)
+        result = correct_answers(case.base, items[:3], program)
         assert result.shape == (3,) and result[at] == 1.0 and set(result) <= {0.0, 1.0}
 
 
@@ -108,7 +119,7 @@ def test_a_loss_of_capability_fails_the_artifact(case: VerifierCase) -> None:
 
 
 def test_0_asks_no_questions_and_1_is_refused() -> None:
-    assert VerifyOptions(capability=0).capability == 0 and VerifyOptions().capability == len(QUESTIONS)
+    assert VerifyOptions(capability=0).capability == 0 and VerifyOptions().capability == 24
     for count in (1, 25, -1):
         with pytest.raises(ValueError, match="capability"):
             VerifyOptions(capability=count)
