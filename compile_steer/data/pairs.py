@@ -13,10 +13,10 @@ from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.reading import read_json_lines
 from compile_steer.data.behaviour import SPLITS, Behaviour, normalized, repeated_prompts
 from compile_steer.data.section import TEXTS
+from compile_steer.data.shapes import PAIR, known_shape
 from compile_steer.data.sources import MAX_LINES, Reader, Row, checked_row, text_of
 from compile_steer.models.text import Pair, Text
 
-KEYS = ("prompt", "positive", "negative")
 Located = tuple[str, Any]  # where a row was found ("row 3", "pairs.jsonl:4"), and the row
 
 
@@ -24,7 +24,9 @@ Located = tuple[str, Any]  # where a row was found ("row 3", "pairs.jsonl:4"), a
 class Pairs(Sequence[Pair]):
     """Contrast pairs: for each prompt a response that shows the behaviour and one that does not.
 
-    Make them with `from_list`, `from_jsonl` or `from_dataset`. These raise one `RecipeError` with the problems of all
+    Make them with `from_list`, `from_file` or `from_dataset`. Rows may have the keys prompt, positive and negative, or a
+    shape that other tools use: chosen and rejected, lists of chat messages, questions of contrastive activation addition.
+    These raise one `RecipeError` with the problems of all
     rows: fields that are missing or no text, prompts that occur twice (whatever their case and spacing), and pairs
     whose two sides are the same.
 
@@ -38,14 +40,14 @@ class Pairs(Sequence[Pair]):
 
     @staticmethod
     def from_list(rows: Iterable[Pair | Mapping[str, str] | Sequence[str]]) -> Pairs:
-        """Make pairs of (prompt, positive, negative) tuples, of dicts with these keys, or of `Pair` values."""
+        """Make pairs of (prompt, positive, negative) tuples, of dicts, or of `Pair` values."""
         return _checked([(f"row {n}", row) for n, row in enumerate(rows)], [])
 
     @staticmethod
-    def from_jsonl(path: str | Path) -> Pairs:
-        """Read a JSONL file of objects with the keys prompt, positive and negative."""
+    def from_file(path: str | Path) -> Pairs:
+        """Read a .jsonl, .json, .csv or .parquet file of rows with prompt, positive and negative, or of a known shape."""
         reader, bad = Reader(Path(), section=""), list[str]()
-        located = list(reader.lines("pairs", Path(path), KEYS, bad))
+        located = list(reader.located("pairs", Path(path), PAIR, (), bad))
         return _checked(located, [*reader.problems, *bad])
 
     @staticmethod
@@ -57,10 +59,12 @@ class Pairs(Sequence[Pair]):
         negative: str = "negative",
     ) -> Pairs:
         """Make pairs of the named columns of a `datasets.Dataset`, or of anything that yields a mapping for each row."""
-        columns = dict(zip(KEYS, (prompt, positive, negative), strict=True))
+        columns = dict(zip(PAIR, (prompt, positive, negative), strict=True))
         located, problems = list[Located](), list[str]()
         for n, row in enumerate(dataset):
-            if set(columns.values()) <= set(row):
+            if shape := known_shape(row, tuple(columns.values())):
+                located.append((f"row {n}", {key: row[key] for key in shape}))
+            elif set(columns.values()) <= set(row):
                 located.append((f"row {n}", {key: row[column] for key, column in columns.items()}))
             else:
                 problems.append(f"row {n}: found the columns {sorted(row)}; needed {', '.join(columns.values())}.")
@@ -151,7 +155,7 @@ def read_pairs(key: str, path: Path) -> dict[str, Pair]:
         key: the recipe's, which names the file in the error.
     """
     reader = Reader(path.parent, section="")
-    rows = reader.rows(key, Path(path.name), KEYS)
+    rows = reader.rows(key, Path(path.name), PAIR)
     if reader.problems:
         raise RecipeError(reader.problems)
     return {row.place: _pair(row) for row in rows}
@@ -171,10 +175,10 @@ def _checked(located: Iterable[Located], problems: list[str]) -> Pairs:
     pairs: list[Pair] = []
     first: dict[str, str] = {}
     for where, row in located:
-        if isinstance(row, tuple | list) and len(row) == len(KEYS):
-            row = dict(zip(KEYS, row, strict=True))
+        if isinstance(row, tuple | list) and len(row) == len(PAIR):
+            row = dict(zip(PAIR, row, strict=True))
         if not isinstance(row, Pair):
-            checked = checked_row(where, row, KEYS, (), problems)
+            checked = checked_row(where, row, PAIR, (), problems)
             if checked is None:
                 continue
             row = _pair(checked)

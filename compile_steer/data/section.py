@@ -14,15 +14,25 @@ from pydantic import Discriminator, Field, Tag
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, several
 from compile_steer.common.options import Section
-from compile_steer.data.behaviour import SIDES, SPLITS, Behaviour, Check, Question, repeated_prompts, shared_texts
+from compile_steer.data.behaviour import (
+    SIDES,
+    SPLITS,
+    Behaviour,
+    Check,
+    Question,
+    normalized,
+    repeated_prompts,
+    shared_texts,
+)
+from compile_steer.data.shapes import PAIR, QUESTION, right_choice
 from compile_steer.data.sources import MAX_LINES, Reader, Row, Source, text_of
 from compile_steer.data.templates import fill, template_problems
 from compile_steer.models.text import Pair, Text
 
 Rows = Mapping[str, Sequence[Row]]
 # The keys that a row of these parts must have, and those that it may have.
-_PROMPT = (("prompt",), ("history",))
-_TEXT_KEYS = {"neutral": (("prompt", "response"), ("history",)), "heldout": _PROMPT, "calibration": _PROMPT}
+_PROMPT = (("prompt",), ("history", "system"))
+_TEXT_KEYS = {"neutral": (("prompt", "response"), _PROMPT[1]), "heldout": _PROMPT, "calibration": _PROMPT}
 _PARTS = (*SPLITS, *_TEXT_KEYS)
 TEXTS = Path(__file__).parent / "texts"  # general texts and prompts, for a behaviour that brings none of its own
 
@@ -72,8 +82,17 @@ class DataSection(Section, ABC):
         reader = Reader(folder)
         rows = {name: reader.rows(*self._row_args(name)) for name in _PARTS}
         splits = {name: self.arranged(rows[name]) for name in SPLITS}
-        texts = {name: rows[name] for name in _TEXT_KEYS}
         prompts = {name: [self.subject(row) for row in part] for name, part in splits.items()}
+        # Of the package's own texts those are left out whose prompt the recipe's data have.
+        named = [
+            *prompts.values(),
+            *([row["prompt"] for row in rows[name]] for name in _TEXT_KEYS if getattr(self, name)),
+        ]
+        taken = {normalized(prompt) for part in named for prompt in part}
+        for name in _TEXT_KEYS:
+            if getattr(self, name) is None:
+                rows[name] = [row for row in rows[name] if normalized(row["prompt"]) not in taken]
+        texts = {name: rows[name] for name in _TEXT_KEYS}
         prompts |= {name: [row["prompt"] for row in part] for name, part in texts.items()}
         places = {name: [row.place for row in part] for name, part in rows.items()}
         repeated, unusable = list(repeated_prompts(prompts, places)), list(self.problems(splits))
@@ -154,7 +173,7 @@ class PairsData(_TwoTemplates):
     """Rows {"prompt", "positive", "negative"}; no response may be in two splits."""
 
     kind: Literal["pairs"] = "pairs"
-    keys = ("prompt", "positive", "negative")
+    keys = PAIR
 
     def problems(self, rows: Rows) -> Iterator[str]:
         sides = {name: [(row[side], row.place) for row in rows[name] for side in SIDES] for name in SPLITS}
@@ -223,7 +242,7 @@ class ChoicesData(DataSection):
         "{question}\n{choices}\nAnswer with the letter only.", description="how a question and its choices are asked"
     )
     balance_letters: bool = Field(False, description="turn the choices so that each letter is right equally often")
-    keys = ("question", "choices", "answer")
+    keys = QUESTION
 
     def arranged(self, rows: Sequence[Row]) -> Sequence[Row]:
         return [_turned(row, n) for n, row in enumerate(rows)] if self.balance_letters else rows
@@ -235,7 +254,7 @@ class ChoicesData(DataSection):
     def problems(self, rows: Rows) -> Iterator[str]:
         yield from template_problems("question_template", self.question_template, "{question}", "{choices}")
         for name in SPLITS:
-            answers = [_answer(row) for row in rows[name]]
+            answers = [right_choice(row) for row in rows[name]]
             if None in answers:
                 row = rows[name][answers.index(None)]
                 yield (
@@ -266,7 +285,9 @@ class ChoicesData(DataSection):
         letters = tuple(ascii_uppercase[: len(row["choices"])])
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
         prompt = fill(self.question_template, question=row["question"], choices=choices)
-        return Question(prompt, letters, _answer(row) or 0, tuple(row["choices"]))  # one without an answer was refused
+        return Question(
+            prompt, letters, right_choice(row) or 0, tuple(row["choices"])
+        )  # one without an answer was refused
 
 
 def _kind(value: Any) -> str:
@@ -285,16 +306,8 @@ Data = Annotated[
 
 def _turned(row: Row, n: int) -> Row:
     """Return the row with its choices in a cycle, the right one at place `n` of it; as it is if it has no answer."""
-    right, choices = _answer(row), row["choices"]
+    right, choices = right_choice(row), row["choices"]
     by = (right or 0) - n % len(choices)
     turned = copy(row)  # with its place
     turned |= {"choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
     return row if right is None else turned
-
-
-def _answer(row: Row) -> int | None:
-    """Return the index of the right choice; None if there is no such choice."""
-    answer, choices = row["answer"], [choice.strip() for choice in row["choices"]]
-    if isinstance(answer, int):
-        return answer if 0 <= answer < len(choices) else None
-    return choices.index(answer.strip()) if answer.strip() in choices else None

@@ -1,4 +1,4 @@
-"""Read rows from a JSONL file, or from whatever the library `datasets` can load, and check every field."""
+"""Read rows from a JSONL or JSON file, or from whatever the library `datasets` can load, and check every field."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pydantic import AfterValidator, Discriminator, Field, StrictInt, Tag, TypeA
 from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import RecipeError, brief, library_errors, require_library
 from compile_steer.common.options import Section, Seed
-from compile_steer.common.reading import Malformed, read_json_lines
+from compile_steer.common.reading import MAX_JSON, Malformed, parse_json, read_json_lines, read_text
+from compile_steer.data.shapes import known_shape, reshaped
 from compile_steer.models.text import Text
 
 MAX_CHOICES = 26  # as many as there are letters
 MAX_ROWS = 500_000  # of a file: all are kept in memory
 MAX_LINES = 10  # lines about bad rows of one source; one wrong column would fill the screen
+TABLES = (".csv", ".parquet")  # files that `datasets` reads
 _MAX_BAD = 10_000  # rows, after which a file is something else, and is read no further
 
 
@@ -70,7 +72,7 @@ def _distinct(choices: list[str]) -> list[str]:
 _Choices = Annotated[list[_Text], Field(min_length=2, max_length=MAX_CHOICES), AfterValidator(_distinct)]
 _TEXT = (TypeAdapter[Any](_Text), "text that is not empty and holds no NUL")
 _FIELDS: dict[str, tuple[TypeAdapter[Any], str]] = {
-    **dict.fromkeys(("prompt", "positive", "negative", "response", "question", "instruction"), _TEXT),
+    **dict.fromkeys(("prompt", "positive", "negative", "response", "question", "instruction", "system"), _TEXT),
     "history": (
         TypeAdapter(list[tuple[_Text, _Text]]),
         "a list of [user, assistant] pairs of texts that are not empty",
@@ -82,7 +84,16 @@ _FIELDS: dict[str, tuple[TypeAdapter[Any], str]] = {
 
 
 def checked_row(where: str, row: Any, keys: Sequence[str], optional: Sequence[str], problems: list[str]) -> Row | None:
-    """Return the row with its keys in order; or None, and add a line to `problems` for everything wrong with it."""
+    """Return the row with its keys in order; or None, and add a line to `problems` for everything wrong with it.
+
+    A row of another known shape (see `shapes`) is brought to these keys first.
+    """
+    if isinstance(row, Mapping):
+        try:
+            row = reshaped(row, keys)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            return None
     present = set(row) if isinstance(row, Mapping) else None
     if present is None or not set(keys) <= present <= {*keys, *optional}:
         kind = type(row).__name__ if present is None else brief(sorted(map(str, present)))
@@ -124,11 +135,7 @@ class Reader:
         other columns of a data set are ignored.
         """
         bad: list[str] = []
-        located: Iterable[tuple[str, Any]]
-        if isinstance(source, Path):
-            located = self.lines(name, self._folder / source, keys, bad)
-        else:
-            located = self._table(name, source, keys, optional)
+        located = self.located(name, source, keys, optional, bad)
         rows = [row for where, value in located if (row := checked_row(where, value, keys, optional, bad)) is not None]
         self.problems += bad[:MAX_LINES]
         if len(bad) > MAX_LINES:
@@ -137,16 +144,26 @@ class Reader:
         self.hashes[name] = digest(rows)
         return rows
 
-    def lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Any]]:
-        """Yield ("FILE:LINE", value) of each line of a JSONL file; lines that are no JSON are added to `bad`."""
+    def located(
+        self, name: str, source: Path | Dataset, keys: Sequence[str], optional: Sequence[str], bad: list[str]
+    ) -> Iterable[tuple[str, Any]]:
+        """Return each row of a source with its place; lines of a file that are no JSON are added to `bad`."""
+        if isinstance(source, Path) and source.suffix not in TABLES:
+            return self._lines(name, self._folder / source, keys, bad)
+        if isinstance(source, Path):
+            source = Dataset(source=source.suffix[1:], data_files=(str(source),))
+        return self._table(name, source, keys, optional)
+
+    def _lines(self, name: str, path: Path, keys: Sequence[str], bad: list[str]) -> Iterator[tuple[str, Any]]:
+        """Yield each row of a JSON or JSONL file with its place; lines that are no JSON are added to `bad`."""
         count = 0
         try:
-            for number, value in read_json_lines(path):
+            for place, value in _placed(path):
                 count += 1
                 if isinstance(value, Malformed):
-                    bad.append(f"{path.name}:{number}: not JSON ({value}).")
+                    bad.append(f"{place}: not JSON ({value}).")
                 else:
-                    yield f"{path.name}:{number}", value
+                    yield place, value
                 if len(bad) > _MAX_BAD:
                     return
                 if count > MAX_ROWS:
@@ -172,10 +189,11 @@ class Reader:
             return []
         # A column that a key needs may be missing only if the key is optional and the recipe did not name the column.
         present = set(table.column_names)
-        columns = {key: source.columns.get(key, key) for key in (*keys, *optional)}
+        shape = () if source.columns else known_shape(present, keys)
+        columns = {name: source.columns.get(name, name) for name in shape or (*keys, *optional)}
         named = {key: {column} if isinstance(column, str) else set(column) for key, column in columns.items()}
         lacking = {key: names - present for key, names in named.items() if not names <= present}
-        if missing := [key for key in lacking if key in keys or key in source.columns]:
+        if missing := [key for key in lacking if key not in optional or key in source.columns]:
             names = ", ".join(sorted(set().union(*(lacking[key] for key in missing))))
             self.problems.append(
                 f"{label}: {source} has the columns {', '.join(sorted(present))}, but no {names}. Name the column that "
@@ -207,6 +225,14 @@ class Reader:
         return located
 
 
+def _placed(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("FILE:LINE", value or `Malformed`) of each line of a JSONL file, ("FILE, row N", value) of a list in JSON."""
+    if path.suffix == ".json" and (text := read_text(path, MAX_JSON)).lstrip().startswith("["):
+        yield from ((f"{path.name}, row {n}", value) for n, value in enumerate(parse_json(text)))
+    else:
+        yield from ((f"{path.name}:{number}", value) for number, value in read_json_lines(path))
+
+
 def load_table(source: Dataset, folder: Path) -> Any:
     """Return the `datasets.Dataset`; raises `RecipeError` for everything that keeps it from being loaded."""
     require_library("datasets", "data", str(source), "A JSONL file needs no library.")
@@ -232,5 +258,6 @@ def load_table(source: Dataset, folder: Path) -> Any:
 
 
 def text_of(row: Row) -> Text:
-    """Return the text of a row with a prompt, and with a response and earlier turns if it has them."""
-    return Text(row["prompt"], row.get("response", ""), tuple((user, reply) for user, reply in row.get("history", [])))
+    """Return the text of a row with a prompt, and with a response, earlier turns and a system prompt if it has them."""
+    history = tuple((user, reply) for user, reply in row.get("history", []))
+    return Text(row["prompt"], row.get("response", ""), history, row.get("system", ""))

@@ -20,8 +20,8 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
 from compile_steer.data.behaviour import SPLITS, Behaviour, Context, normalized, prompts_key
-from compile_steer.data.pairs import KEYS
 from compile_steer.data.section import GenerateOptions
+from compile_steer.data.shapes import PAIR
 from compile_steer.data.sources import Reader, Row
 from compile_steer.models.text import Pair
 from compile_steer.scoring.base import Reply, Score, ScorerBase
@@ -112,7 +112,7 @@ def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviou
     for name in SPLITS:
         path = real_path(paths.pairs(name))
         # Where no pair was kept the file is empty, which the number of pairs explains better than the reader.
-        rows = reader.rows(name, path, KEYS) if path.stat().st_size else []
+        rows = reader.rows(name, path, PAIR) if path.stat().st_size else []
         prompts = {pair.prompt: pair for pair in data.split(name)}
         unknown = [row["prompt"] for row in rows if row["prompt"] not in prompts]
         if unknown:

@@ -109,6 +109,17 @@ def test_a_prompt_in_two_files_is_refused_whatever_its_case_and_spaces(tmp_path:
     assert line == f"data: the prompt 'TRAIN \\t 1' is in both train and {other} {places}"
 
 
+def test_the_packages_own_texts_leave_out_what_the_recipe_asks(tmp_path: Path) -> None:
+    rows = good()
+    del rows["heldout"], rows["calibration"]
+    plain = read_behaviour(write(tmp_path, rows), "{prompt} Sing.", "{prompt}")
+    rows["train"][0]["prompt"] = plain.heldout[3].prompt.upper()
+    rows["neutral"][0]["prompt"] = plain.calibration[5].prompt
+    data = read_behaviour(write(tmp_path, rows), "{prompt} Sing.", "{prompt}")
+    assert data.heldout == plain.heldout[:3] + plain.heldout[4:]
+    assert data.calibration == plain.calibration[:5] + plain.calibration[6:]
+
+
 def test_a_prompt_twice_in_one_file_is_refused(tmp_path: Path) -> None:
     rows = good()
     rows["heldout"] += [{"prompt": "Heldout 0"}, {"prompt": "heldout  0"}]

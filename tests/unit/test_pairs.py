@@ -33,7 +33,7 @@ def test_tuples_dicts_and_pairs_make_the_same_pairs(tmp_path: Path) -> None:
     dicts = [{"prompt": prompt, "positive": high, "negative": low} for prompt, high, low in ROWS]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in dicts))
     assert pairs[3] == Pair(Text("prompt 3", "high 3"), Text("prompt 3", "low 3"), "prompt 3")
-    assert Pairs.from_list(dicts) == Pairs.from_list(list(pairs)) == Pairs.from_jsonl(tmp_path / "pairs.jsonl") == pairs
+    assert Pairs.from_list(dicts) == Pairs.from_list(list(pairs)) == Pairs.from_file(tmp_path / "pairs.jsonl") == pairs
 
 
 def test_pairs_are_a_sequence() -> None:
@@ -102,13 +102,13 @@ def test_problems_of_a_file_name_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "positive": "b", "negative": "c"}\n\n{"prompt": "d"}\nnot json\n')
     with pytest.raises(RecipeError) as caught:
-        Pairs.from_jsonl(path)
+        Pairs.from_file(path)
     assert caught.value.problems == (
         "pairs.jsonl:4: not JSON (column 2: expected ident).",
         "pairs.jsonl:3: found ['prompt']; needed the keys prompt, positive, negative.",
     )
     with pytest.raises(RecipeError, match="nowhere.jsonl cannot be read"):
-        Pairs.from_jsonl(tmp_path / "nowhere.jsonl")
+        Pairs.from_file(tmp_path / "nowhere.jsonl")
 
 
 # ------------------------------------------------------------------------------------------- splits
