@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from compile_steer.artifacts.writing import new_file
-from compile_steer.common import reading
+from compile_steer.common import distributed, reading
 from compile_steer.common.errors import ArtifactError, several
 from compile_steer.common.options import explain
 from compile_steer.common.reading import Malformed
@@ -139,10 +139,14 @@ def reuse_or_make(path: Path, load: Callable[[Path], _Artifact | None], make: Ca
     Args:
         load: reads the artifact; None, or an `ArtifactError`, if it is damaged or was made from other inputs.
     """
-    try:
-        kept = load(path) if path.exists() else None
-    except ArtifactError:
-        kept = None  # of an older version, say: made again, and replaced as a whole
+
+    def read() -> _Artifact | None:
+        try:
+            return load(path) if path.exists() else None
+        except ArtifactError:
+            return None  # of an older version, say: made again, and replaced as a whole
+
+    kept = distributed.first(read)  # one process decides for all
     return make() if kept is None else kept
 
 

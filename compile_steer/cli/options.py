@@ -105,7 +105,10 @@ def finish(as_json: bool, value: Any, show: Show = lambda _console, _value: None
         from pydantic_core import to_jsonable_python
 
         print(json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2))  # JSON has no NaN
-    if not passed:
+    distributed.leave()
+    if (
+        not passed and distributed.rank() == 0
+    ):  # launchers stop all processes where one fails, and rank 0 has more to say
         raise typer.Exit(1)
 
 
@@ -136,9 +139,13 @@ class Session:
         """Return the same with changes of the recipe before the user's own; the output folder follows its name."""
         return Session(recipe=self.path, out=self._out, changes=[*changes, *self.changes], as_json=self.as_json)
 
-    def open(self) -> Run:
+    def open(self, *, shared: bool = False) -> Run:
+        """Open the run; of several processes only where the command has them share its work."""
+        if not shared:
+            distributed.require_alone("this command")
         out = self._out or Path("runs") / self.recipe.name
         hold_output(out)  # before the seconds that libraries and model take to load
+        distributed.join()
         from compile_steer.pipeline.run import Run
 
         return Run.open(self.recipe, out, progress_bars())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compile_steer.cli.options import Artifacts, Force, Session, command
-from compile_steer.common import distributed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +23,7 @@ def generate_pairs(session: Session) -> None:
     """
     from compile_steer.report.terminal import print_generation
 
-    run = session.open()
+    run = session.open(shared=True)
     folder = run.paths.generation_report.parent
     session.finish(run.generated_pairs(), lambda out, report: print_generation(out, report, folder))
 
@@ -34,7 +33,7 @@ def extract(session: Session) -> None:
     """Read a direction from contrast pairs, at every block of the model in one pass."""
     from compile_steer.tools.describe import describe_artifact
 
-    run = session.open()
+    run = session.open(shared=True)
     run.extract()
     path = run.paths.directions
     session.finish(describe_artifact(path), lambda out, _summary: out.print(f"Directions: {path}"))
@@ -48,7 +47,7 @@ def validate(session: Session) -> None:
     """
     from compile_steer.report.terminal import print_validation
 
-    report = session.open().validate()
+    report = session.open(shared=True).validate()
     session.finish(report, print_validation, report.verdict == "pass")
 
 
@@ -58,12 +57,10 @@ def compile_(session: Session, *, force: Force = False) -> None:
     from compile_steer.pipeline.artifacts import compile_program
     from compile_steer.report.terminal import print_plan
 
-    distributed.join()
-    run = session.open()
+    run = session.open(shared=True)
     if not session.as_json:
         print_plan(session.console, run.program.describe(), run.plan.choices)
     folders = compile_program(run, force)
-    distributed.leave()
     session.finish(folders, _print_paths)
 
 
@@ -72,7 +69,7 @@ def merge(session: Session, *, artifact: Artifacts = None) -> None:
     """Write stock checkpoints with the compiled weights summed in (float32 sum, one cast)."""
     from compile_steer.pipeline import artifacts
 
-    session.finish(artifacts.merge(session.open(), artifact or ()), _print_paths)
+    session.finish(artifacts.merge(session.open(shared=True), artifact or ()), _print_paths)
 
 
 def _print_paths(out: Console, paths: Sequence[Path]) -> None:
@@ -88,7 +85,7 @@ def verify(session: Session, *, artifact: Artifacts = None) -> None:
     from compile_steer.pipeline import artifacts
     from compile_steer.report.terminal import print_parities
 
-    run = session.open()
+    run = session.open(shared=True)
     parities = artifacts.verify(run, artifact or artifacts.artifacts(run))
     session.finish(parities, print_parities, all(parity.passed for parity in parities))
 
@@ -109,7 +106,7 @@ def run(
 
     recipe, out = session.recipe, session.console
     out.print(f"\n1  Is the direction worth compiling? ({recipe.model})", style="bold blue")
-    opened = session.open()
+    opened = session.open(shared=True)
     for result in run_stages(opened, session.path, session.changes, force):
         if result.recommendation is not None:  # the last result; each holds those before it
             terminal.print_parities(out, result.parities)

@@ -88,13 +88,16 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
         return report if report.inputs == inputs and all(paths.pairs(name).is_file() for name in SPLITS) else None
 
     def make() -> GenerationReport:
-        distributed.require_alone("generating pairs")
         rows, splits = generate_pairs(context, options, scorer)
-        # The report marks that all files belong together, so it is removed first and written last.
-        paths.generation_report.unlink(missing_ok=True)
-        for name, part in rows.items():
-            save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-        save_record(paths.generation_report, asdict(GenerationReport(splits, inputs)))
+
+        def save() -> None:
+            # The report marks that all files belong together, so it is removed first and written last.
+            paths.generation_report.unlink(missing_ok=True)
+            for name, part in rows.items():
+                save_text(paths.pairs(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+            save_record(paths.generation_report, asdict(GenerationReport(splits, inputs)))
+
+        distributed.first(save)
         return GenerationReport(splits, inputs)
 
     reuse_or_make(paths.generation_report, kept, make)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from compile_steer.common.distributed import require_alone
 from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.data.behaviour import Context
 from compile_steer.extraction.choices import from_choices
@@ -44,6 +45,7 @@ def extract(context: Context, options: ExtractOptions, *, positions: str = "all"
         context, source = replace(context, model=model), Source(model.id, model.revision)
     match options.method:
         case "trained":
+            require_alone("extract.method trained")
             trained = trained_directions(context, options, positions)
             return replace(trained, model=target.id, revision=target.revision, source=source)
         case "imported":

@@ -6,7 +6,7 @@ the reduced-rank ridge solution of y ~ dW x over calibration tokens. Each stage 
 over. For a constant shift at every position the target of the first stage is one vector, so its solution has rank 1
 whatever rank is asked for.
 
-Under several processes each has a share of the texts; only the sums are exchanged, once a stage.
+Under several processes each has a share of every batch's texts; only the sums are exchanged, once a stage.
 
 Memory: d_in^2 + d_in * d_model for the sums, and the hidden states of `TeacherStudent`.
 """
@@ -176,9 +176,9 @@ def solve_stage(
     for batch, real, x, written, stream, missing in _run_student(models, projection):
         # 1. What is still missing in the stream, as a change of the projection's output.
         y, weight = regression_targets(missing, written, stream, multiplier, gain)
-        # 2. Add the tokens to the sums; the same texts are held out however many processes share them.
+        # 2. Add the tokens to the sums.
         fitter.update(x, y, weight, _is_held_out(batch).unsqueeze(1).expand_as(real)[real])
-        advance(len(batch.rows))
+        advance(len(batch.rows) * distributed.count())
     # 3. Solve over the texts of all processes.
     edit, penalty, helps = fitter.fit(rank)
     edit = LowRank(edit.B.float(), edit.A.float())
@@ -248,15 +248,13 @@ def _helps(models: TeacherStudent, texts: Sequence[Encoded], max_tokens: int) ->
     suffix = SuffixModel(models.loaded, models.program, models.program.first_layer)
     held_out = suffix.batches(texts[::_HELD_OUT_EVERY], max_tokens)
     patches = models.patch, WeightPatch()
-    kl = torch.tensor([suffix.mean_kl(held_out, patch) for patch in patches], device=models.loaded.device)
-    distributed.sum_over_all(kl)
-    return bool(kl[0] < kl[1])
+    helped, unhelped = (suffix.mean_kl(held_out, patch) for patch in patches)
+    return helped < unhelped
 
 
 def _is_held_out(batch: Batch) -> Tensor:
-    """Boolean [batch]: the texts that choose, by their number over all processes."""
-    rows = torch.tensor(batch.rows, device=batch.input_ids.device)
-    return (rows * distributed.count() + distributed.rank()) % _HELD_OUT_EVERY == 0
+    """Boolean [batch]: the texts that choose."""
+    return torch.tensor(batch.rows, device=batch.input_ids.device) % _HELD_OUT_EVERY == 0
 
 
 def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: LowRank | None) -> float:

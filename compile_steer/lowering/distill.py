@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
+from compile_steer.common.distributed import require_alone, sum_over_all
 from compile_steer.common.errors import require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering import closed_form
@@ -41,6 +42,7 @@ def lower(lowering: Lowering) -> WeightPatch:
     options, layout, first = lowering.options.distill, lowering.loaded.layout, lowering.program.first_layer
     require_rank(layout, first, options.rank, "compile.distill.rank")
     if options.objective == "likelihood":
+        require_alone("compile.distill.objective likelihood")
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
     random_start = options.start == "random"
     start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
@@ -155,7 +157,8 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     def backward(step: int) -> float:
         if step % len(seen) == 0:
             random.Random(seed + step).shuffle(seen)
-        loss = errors(seen[step % len(seen)]).mean()
+        activations = seen[step % len(seen)]
+        loss = errors(activations).sum() / activations.batch.n_tokens
         loss.backward()
         return float(loss.detach())
 
@@ -167,8 +170,9 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     held_out_errors = []
     for patch in (before, after):
         with with_patch(loaded.model, patch), torch.no_grad():
-            parts = [errors(activations) for activations in held_out]
-        held_out_errors.append(float(sum(part.sum() for part in parts) / sum(len(part) for part in parts)))
+            total = torch.stack([errors(activations).sum() for activations in held_out]).sum()
+        sum_over_all(total)
+        held_out_errors.append(float(total) / sum(activations.batch.n_tokens for activations in held_out))
     if held_out_errors[1] < held_out_errors[0]:
         models.solved.update({name: edit.detach() for name, edit in trained.items()})
     return {"loss": losses, "held_out_error": held_out_errors}

@@ -48,13 +48,16 @@ class SavedState:
     note: Callable[[str], None]
 
     def save(self, state: Any) -> None:
-        """Replace the state."""
-        if self.path is not None:
+        """Replace the state; all processes have the same, and rank 0 writes it."""
+        if self.path is not None and distributed.rank() == 0:
             with new_file(self.path) as temporary:
                 torch.save({"made_from": self.made_from, "sha256": content_sha256(state), "state": state}, temporary)
 
     def load(self) -> Any:
         """The state, on the CPU; None where there is none, or where it was made from something else or is damaged."""
+        return distributed.first(self._load)
+
+    def _load(self) -> Any:
         if self.path is None or not self.path.is_file():
             return None
         with suppress(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
@@ -116,7 +119,7 @@ def content_sha256(*values: Any) -> str:
 
 @dataclass(frozen=True)
 class Lowering:
-    """One program to lower. Under several processes each writes, and has, its share of the texts.
+    """One program to lower.
 
     Attributes:
         program: in canonical form.
@@ -163,16 +166,14 @@ class Lowering:
             )
         # By length, because a batch is padded to its longest prompt.
         by_length = sorted(self.prompts[start:stop], key=lambda t: len(t.prompt) + sum(map(len, sum(t.history, ()))))
-        share = distributed.share([encode(self.loaded.tokenizer, text) for text in by_length])
+        encoded = [encode(self.loaded.tokenizer, text) for text in by_length]
         # Sampling is slow, and a resumed run must have the same texts.
-        state = self.state(label, share, self.options.calibration, start)
+        state = self.state(label, encoded, self.options.calibration, start)
         saved = state.load()
         if saved is not None:
             return [Encoded(**text) for text in saved]
-        with self.progress.phase(f"steered model writes {label}", len(share)) as advance:
-            # Another sample in every process: a large prime keeps their seeds apart, which count up by texts.
-            seed = self.seed + start + 104729 * distributed.rank()
-            texts = self.sample(share, self.program, seed, advance)
+        with self.progress.phase(f"steered model writes {label}", len(encoded)) as advance:
+            texts = self.sample(encoded, self.program, self.seed + start, advance)
         state.save([asdict(text) for text in texts])
         return texts
 

@@ -30,21 +30,19 @@ class Backend:
         adapter_refusal: why the result cannot be exported as a stock PEFT adapter, or None.
         lower: the work.
         fitted: it learns from texts of the steered model; the others are exact.
-        distributed: it can run in several processes, each with its share of the texts.
     """
 
     refusal: Refusal
     adapter_refusal: Refusal
     lower: Callable[[Lowering], WeightPatch]
     fitted: bool = True
-    distributed: bool = False
 
 
 def _exact(refusal: Refusal, adapter_refusal: Refusal, patch: Callable[[Program, Layout], WeightPatch]) -> Backend:
     def lower(lowering: Lowering) -> WeightPatch:
         return patch(lowering.program, lowering.loaded.layout)
 
-    return Backend(refusal, adapter_refusal, lower, fitted=False, distributed=True)
+    return Backend(refusal, adapter_refusal, lower, fitted=False)
 
 
 def _fitted(lower: Callable[[Lowering], WeightPatch], adapter_refusal: str | None = None, **kind: bool) -> Backend:
@@ -57,7 +55,7 @@ BACKENDS: dict[str, Backend] = {
     "bias": _exact(exact.bias_refusal, lambda *_: exact.NO_ADAPTER_BIAS, exact.bias_patch),
     "orthogonalise": _exact(exact.orthogonalise_refusal, exact.orthogonalise_adapter_refusal, exact.orthogonalise),
     "retarget": _exact(exact.convert_refusal, lambda *_: exact.NO_ADAPTER_BIAS, exact.convert_architecture),
-    "closed_form": _fitted(closed_form.lower, distributed=True),
+    "closed_form": _fitted(closed_form.lower),
     "distill": _fitted(distill.lower),
     "full": _fitted(full.lower, "its changes have full rank: merged checkpoint only, or full_cut"),
     "full_cut": _fitted(full.lower_cut),

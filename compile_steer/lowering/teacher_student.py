@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compile_steer.common.distributed import sum_over_all
+from compile_steer.common.distributed import count, sum_over_all
 from compile_steer.common.progress import Advance
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence
+from compile_steer.models.logprobs import own_divergence
 from compile_steer.models.tokens import Batch, Encoded, batches
 from compile_steer.steering.hooks import PAD, steered
 from compile_steer.steering.low_rank import LowRank
@@ -40,10 +40,14 @@ def run_batch(
 
 
 def _with_prefix(
-    loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, first: int
+    loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, first: int, *, shared: bool = True
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """The texts in batches on the model's device, with the input of block `first` (None for block 0)."""
-    for batch in batches(loaded, texts, max_tokens=max_tokens):
+    """The texts in batches on the model's device, with the input of block `first` (None for block 0).
+
+    Of each batch a process has its own rows if `shared`, so that batches hold the same texts however many processes there are.
+    """
+    for whole in batches(loaded, texts, max_tokens=max_tokens):
+        batch = whole.own() if shared else whole
         with torch.no_grad():
             hidden = run_batch(loaded, batch, stop=first) if first else None
         yield batch, hidden
@@ -95,7 +99,7 @@ class TeacherStudent:
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
             # Both models share the hidden state here, so that it is held once.
             self.batches.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
-            advance(len(batch.rows))
+            advance(len(batch.rows) * count())
 
     @property
     def patch(self) -> WeightPatch:
@@ -131,7 +135,8 @@ def measure_sensitivity(
     squares = {block: torch.zeros(loaded.layout.d_model, device=loaded.device) for block in blocks}
     sample = texts[:: max(1, sum(len(text.ids) for text in texts) // _SENSITIVITY_TOKENS)]
     generator = torch.Generator().manual_seed(seed)
-    for batch, hidden in _with_prefix(loaded, sample, _SENSITIVITY_TOKENS // 4, min(blocks)):
+    # All of it in every process: it is small, and the random signs are drawn for whole batches.
+    for batch, hidden in _with_prefix(loaded, sample, _SENSITIVITY_TOKENS // 4, min(blocks), shared=False):
         outputs: dict[int, Tensor] = {}
 
         def keep(block: int, outputs: dict[int, Tensor], _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -153,7 +158,6 @@ def measure_sensitivity(
             # An error counts relative to ||h||, for the blocks above see the stream normalised.
             relative = gradient[real].float() * outputs[block].detach()[real].float().norm(dim=1, keepdim=True)
             squares[block] += relative.square().sum(dim=0)
-    sum_over_all(*squares.values())
     return {
         block: (square / square.mean().clamp(min=1e-30)).sqrt().clamp(min=1e-3) for block, square in squares.items()
     }
@@ -215,11 +219,11 @@ class SuffixModel:
 
     def mean_kl(self, batches: Sequence[TeacherBatch], patch: WeightPatch) -> float:
         """Mean KL(teacher || student) over the real tokens, nats a token; the suffix must reach the end."""
-        total = count = 0.0
+        total, n_tokens = torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             with with_patch(self.loaded.model, patch), torch.no_grad():
                 student = self.student(batch)
-            kl = divergence(self.loaded.model, batch.teacher, self.loaded.model, student).kl
-            total += float(kl.sum())
-            count += len(kl)
-        return total / count
+            total += own_divergence(self.loaded.model, batch.teacher, self.loaded.model, student).kl.sum()
+            n_tokens += batch.batch.n_tokens
+        sum_over_all(total)
+        return float(total) / n_tokens

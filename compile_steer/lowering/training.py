@@ -21,13 +21,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from compile_steer.common.distributed import sum_over_all
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.job import Lowering, SavedState
 from compile_steer.lowering.options import TrainingOptions
 from compile_steer.lowering.teacher_student import SuffixModel, TeacherBatch
 from compile_steer.models.forward import lm_head
 from compile_steer.models.load import DTYPES
-from compile_steer.models.logprobs import chunks, divergence, log_softmax
+from compile_steer.models.logprobs import chunks, log_softmax, own_divergence
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
@@ -39,9 +40,9 @@ BETAS = (0.9, 0.99)
 _HELD_OUT_EVERY = 6  # one batch in six decides whether the training helped
 
 
-# (model, teacher, student, weight) -> the mean loss of states [n_tokens, d_model]; adds `weight` times its gradient to
-# what the student's states were computed from.
-Backward = Callable[[nn.Module, Tensor, Tensor, float], float]
+# (model, teacher, student, n, weight) -> the summed loss of states [n_tokens, d_model] over n, the tokens of all processes;
+# adds `weight` times its gradient to what the student's states were computed from.
+Backward = Callable[[nn.Module, Tensor, Tensor, int, float], float]
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -56,13 +57,14 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Backward:
     """The mean of `per_token(log_p, log_q)` [n]."""
 
-    def backward(model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
+    def backward(model: nn.Module, teacher: Tensor, student: Tensor, n: int, weight: float) -> float:
         # Chunk by chunk up to the states, so that n x vocabulary logits never exist; then once through the student.
         leaf, total = student.detach().requires_grad_(), 0.0
+        leaf.grad = torch.zeros_like(leaf)  # of a process that has no token of the batch
         for part in chunks(leaf.shape[0], model):
             with torch.no_grad():
                 log_p = log_softmax(lm_head(model, teacher[part]))
-            loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / leaf.shape[0]
+            loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / n
             (weight * loss).backward()
             total += float(loss.detach())
         student.backward(leaf.grad)
@@ -77,8 +79,8 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - target).square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
 
 
-def _hidden(_model: nn.Module, teacher: Tensor, student: Tensor, weight: float) -> float:
-    loss = squared_error(student, teacher).mean()
+def _hidden(_model: nn.Module, teacher: Tensor, student: Tensor, n: int, weight: float) -> float:
+    loss = squared_error(student, teacher).sum() / n
     (weight * loss).backward()
     return float(loss.detach())
 
@@ -104,13 +106,14 @@ def gradient_steps(
     The rate is each group's own, warmed up linearly over a tenth of the steps, then decayed to zero by a cosine.
 
     Args:
-        backward: accumulates the gradient of the numbered step and returns its loss.
+        backward: accumulates the gradient of the numbered step and returns its loss; the parts of all processes are summed.
         max_norm: to which the norm of the whole gradient is clipped.
     """
     warm = max(1, steps // 10)
     for step in range(first, steps):
         optimizer.zero_grad()
-        loss = backward(step)
+        loss = torch.tensor(backward(step), dtype=torch.float64)
+        sum_over_all(loss, *(p.grad for p in _parameters(optimizer) if p.grad is not None))
         if max_norm is not None:
             nn.utils.clip_grad_norm_(_parameters(optimizer), max_norm)
         shape = (step + 1) / warm
@@ -119,7 +122,7 @@ def gradient_steps(
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * shape
         optimizer.step()
-        yield loss
+        yield float(loss)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -166,7 +169,7 @@ def train(
     model, objective = lowering.loaded.model, OBJECTIVES[options.objective]
     on_policy = options.objective == "reverse_kl"
     suffix, held_out, seen = split_batches(lowering, texts, patch, options.batch_tokens)
-    seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
+    seen_texts = [texts[row] for batch in seen for row in batch.batch.whole.rows]
     to_end = replace(suffix, recompute_every=options.recompute_every, dtype=DTYPES[options.precision])
     student = to_end
     if options.objective == "hidden":
@@ -200,14 +203,16 @@ def train(
         with with_patch(model, patch), torch.enable_grad():
             for n in range(options.accumulate):
                 batch = batches[(step % epoch_steps * options.accumulate + n) % len(batches)]
-                mean = objective(model, batch.teacher, student.student(batch), 1.0 / options.accumulate)
+                n_tokens = batch.batch.n_tokens
+                mean = objective(model, batch.teacher, student.student(batch), n_tokens, 1.0 / options.accumulate)
                 loss += mean / options.accumulate
             if control:
                 # The gradient of what KL(base || student) exceeds KL(base || steered) by.
                 batch, allowed = control[step % len(control)]
                 states = to_end.student(batch)
-                if divergence(model, batch.teacher, model, states.detach()).mean > allowed:
-                    OBJECTIVES["forward_kl"](model, batch.teacher, states, options.base_kl_weight)
+                if _mean_kl(model, batch, states.detach()) > allowed:
+                    n_tokens = batch.batch.n_tokens
+                    OBJECTIVES["forward_kl"](model, batch.teacher, states, n_tokens, options.base_kl_weight)
         return loss
 
     for loss in gradient_steps(optimizer, backward, steps, first=first, max_norm=1.0):
@@ -255,5 +260,12 @@ def _base_texts(
     # 7907: a seed apart from those of the epochs, multiples of 7919.
     for batch in base.batches(lowering.sample(texts, None, seed=lowering.seed + 7907), options.batch_tokens):
         hooked = suffix.run_teacher(batch.batch, batch.prefix)
-        control.append((batch, divergence(model, batch.teacher, model, hooked.teacher).mean))
+        control.append((batch, _mean_kl(model, batch, hooked.teacher)))
     return control
+
+
+def _mean_kl(model: nn.Module, batch: TeacherBatch, states: Tensor) -> float:
+    """Mean KL(teacher || states) over the tokens of a batch in all processes, nats a token."""
+    total = own_divergence(model, batch.teacher, model, states).kl.sum()
+    sum_over_all(total)
+    return float(total) / batch.batch.n_tokens

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from compile_steer.common import distributed
 from compile_steer.common.errors import LayoutError
 from compile_steer.common.progress import Advance
 from compile_steer.models.load import LoadedModel
@@ -135,14 +136,16 @@ def read_activations(
     Raises `LayoutError` where an activation is NaN or infinite.
     """
     layout = loaded.layout
-    result = torch.empty(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
-    for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in texts]):
+    result = torch.zeros(len(texts), layout.n_layers if through is None else through + 1, layout.d_model)
+    own = distributed.share(range(len(texts)))
+    for batch in batches(loaded, [encode(loaded.tokenizer, texts[row]) for row in own]):
         chosen = (batch.roles == (RESPONSE if readout == "response_mean" else LAST_PROMPT)).float()
         weights = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1.0)  # [batch, time], each row sums to 1
-        rows = torch.tensor(batch.rows)
+        rows = torch.tensor(own)[list(batch.rows)]
         for layer, hidden in enumerate(capture(layout, batch, point, through)):
             result[rows, layer] = torch.einsum("bt,btd->bd", weights, hidden.float()).cpu()
-        advance(len(batch.rows))
+        advance(len(batch.rows) * distributed.count())
+    distributed.sum_over_all(result)  # of every text, one process has what is not 0
     finite = torch.isfinite(result).all(dim=(0, 2))
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
@@ -156,8 +159,9 @@ def read_activations(
 def median_norms(loaded: LoadedModel, texts: Sequence[Text], point: Point) -> Tensor:
     """[n_layers] median norm of the activations at `point` of every block, over all tokens of `texts`."""
     norms: list[Tensor] = []
-    for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in texts]):
+    for batch in batches(loaded, [encode(loaded.tokenizer, text) for text in distributed.share(texts)]):
         states = capture(loaded.layout, batch, point)
         norms.append(torch.stack([hidden[batch.roles != PAD].float().norm(dim=-1).cpu() for hidden in states]))
     # The median, because the first token's norm is a hundred times the others' in many models.
+    norms = [norm for part in distributed.gather(norms) for norm in part]
     return torch.cat(norms, dim=1).median(dim=1).values

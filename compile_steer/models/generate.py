@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, LogitsProcessor
 
+from compile_steer.common import distributed
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode, pad, require_room
@@ -31,6 +32,8 @@ def continue_prompts(
 ) -> list[Encoded]:
     """Continue each prompt; returns prompt and continuation, cut after the end-of-turn token.
 
+    Several processes continue their shares, with the random numbers that each prompt would have in one process.
+
     Args:
         prompts: conversations; a response after the last prompt is ignored.
         program: steers the model: one program for all prompts, one per prompt, or None.
@@ -39,24 +42,47 @@ def continue_prompts(
     """
     texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
-    # Padded on the left, so that every prompt ends where generation begins.
-    batch = pad(encoded, range(len(encoded)), loaded.pad_id, left=True).to(loaded.device)
     require_room(loaded, encoded, max_new_tokens)
     ends = _end_tokens(loaded)
-    torch.manual_seed(seed)
-    with neutral_generation(loaded, temperature), steered(loaded.model, program, roles=batch.roles), torch.no_grad():
-        output = loaded.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens,
-            past_key_values=copy.deepcopy(cache),
-        )
-    continued = []
-    for row, prompt in enumerate(encoded):
-        new = output[row, batch.input_ids.shape[1] :].tolist()
-        stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
-        continued.append(replace(prompt, ids=(*prompt.ids, *new[:stop])))
-    return continued
+
+    def continue_share(own: list[int]) -> list[tuple[int, ...]]:
+        # Padded on the left, so that every prompt ends where generation begins.
+        batch = pad(encoded, own, loaded.pad_id, left=True).to(loaded.device)
+        programs = program if program is None or isinstance(program, Program) else [program[row] for row in own]
+        draws = [_Draws(len(encoded), own, temperature)] if temperature > 0 and distributed.count() > 1 else []
+        torch.manual_seed(seed)
+        with (
+            neutral_generation(loaded, 0.0 if draws else temperature),
+            steered(loaded.model, programs, roles=batch.roles),
+            torch.no_grad(),
+        ):
+            output: Tensor = loaded.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                past_key_values=copy.deepcopy(cache),
+                logits_processor=draws,
+            )
+        continued = []
+        for new in output[:, batch.input_ids.shape[1] :].tolist():
+            stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
+            continued.append(tuple(new[:stop]))
+        return continued
+
+    written = distributed.spread(range(len(encoded)), continue_share)
+    return [replace(text, ids=(*text.ids, *new)) for text, new in zip(encoded, written, strict=True)]
+
+
+class _Draws(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Sampling of some rows of a batch, as `torch.multinomial` samples them when it is given all rows."""
+
+    def __init__(self, n: int, own: Sequence[int], temperature: float) -> None:
+        self._n, self._own, self._temperature = n, list(own), temperature
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        """[rows, vocab] scores whose largest is at the token that is drawn."""
+        noise = torch.empty(self._n, scores.shape[1], dtype=scores.dtype, device=scores.device).exponential_(1)
+        return torch.softmax(scores / self._temperature, dim=-1) / noise[self._own]
 
 
 @contextmanager

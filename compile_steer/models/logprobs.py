@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from compile_steer.common import distributed
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
@@ -65,8 +66,17 @@ class TokenDivergence:
 
 
 def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_q: Tensor) -> TokenDivergence:
+    """`own_divergence` of states that every process has: each compares a part of the tokens."""
+    size = -(-len(hidden_p) // distributed.count())
+    part = slice(size * distributed.rank(), size * (distributed.rank() + 1)) if distributed.count() > 1 else slice(None)
+    own = own_divergence(model_p, hidden_p[part], model_q, hidden_q[part])
+    cpu = own.kl.device
+    return TokenDivergence(distributed.concatenate([own.kl], cpu), distributed.concatenate([own.same_top1], cpu))
+
+
+def own_divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_q: Tensor) -> TokenDivergence:
     """Compare two models' next-token distributions at final hidden states [n, d_model], chunk by chunk."""
-    kl, same_top1 = [], []
+    kl, same_top1 = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
     with torch.no_grad():
         for part in chunks(len(hidden_p), model_p):
             # In float64: the rounding of float32 log-probabilities alone gives a KL of about 1e-7 nats a token, more
@@ -134,14 +144,16 @@ def response_logprobs(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
 
 def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
     """Mean log-probability of each text's response tokens, [n] in nats a token, steered by `program` if given."""
-    result = np.zeros(len(encoded))
+    result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
     with torch.no_grad():
-        for batch in batches(loaded, encoded):
+        for batch in batches(loaded, [encoded[row] for row in own]):
             with steered(loaded.model, program, roles=batch.roles):
                 hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
             sums = response_logprobs(loaded.model, batch, hidden)
-            result[list(batch.rows)] = (sums / batch.predicts_response.sum(dim=1).clamp(min=1)).cpu().numpy()
-    return result
+            means = sums / batch.predicts_response.sum(dim=1).clamp(min=1)
+            result[[own[row] for row in batch.rows]] = means.double().cpu()
+    distributed.sum_over_all(result)
+    return result.numpy()
 
 
 def encode_pairs(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -177,25 +189,29 @@ class FinalStates:
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
     response, prompt, texts = [], [], []
-    for batch in batches(loaded, encoded):
+    own = distributed.share(range(len(encoded)))
+    for batch in batches(loaded, [encoded[row] for row in own]):
         with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
             final = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
         predicts = batch.predicts_response
         response.append(final[predicts])
-        texts.append(torch.tensor(batch.rows)[predicts.nonzero()[:, 0].cpu()])
+        texts.append(torch.tensor(own)[list(batch.rows)][predicts.nonzero()[:, 0].cpu()])
         prompt.append(final[~predicts & (batch.roles != PAD)])
-    return FinalStates(torch.cat(response), torch.cat(prompt), torch.cat(texts))
+    at = loaded.device
+    joined = distributed.concatenate(response, at), distributed.concatenate(prompt, at)
+    return FinalStates(*joined, distributed.concatenate(texts, torch.device("cpu")))
 
 
 def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:
     """Log p of the last response of each text, [n] in nats, from the texts' final states; those of earlier turns are given."""
-    result = np.zeros(len(encoded))
+    result = torch.zeros(len(encoded), dtype=torch.float64)
     with torch.no_grad():
-        for row, text in enumerate(encoded):
+        for row, text in distributed.share(list(enumerate(encoded))):
             targets = torch.tensor(text.ids[text.n_prompt :], device=states.response.device)
             of_text = states.response[(states.texts == row).to(states.response.device)]
             result[row] = token_logprobs(model, of_text[len(of_text) - len(targets) :], targets).double().sum()
-    return result
+    distributed.sum_over_all(result)
+    return result.numpy()
 
 
 def reference_tokens(loaded: LoadedModel) -> list[list[int]]:

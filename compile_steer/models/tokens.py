@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.models.chat import CURE, render
 from compile_steer.models.load import LoadedModel
@@ -53,14 +54,38 @@ class Batch:
     attention_mask: Tensor
     roles: Tensor
     rows: tuple[int, ...]
+    own_of: Batch | None = None  # the batch that these rows of one process are of
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.roles.to(device), self.rows)
+        tensors = self.input_ids.to(device), self.attention_mask.to(device), self.roles.to(device)
+        return Batch(*tensors, self.rows, self.own_of)
 
     def select(self, chosen: Tensor) -> Batch:
         """The texts where `chosen`, boolean [batch], is true."""
         rows = tuple(row for row, keep in zip(self.rows, chosen.tolist(), strict=True) if keep)
         return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.roles[chosen], rows)
+
+    @property
+    def whole(self) -> Batch:
+        """The batch with the rows of all processes."""
+        return self.own_of or self
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens of all processes."""
+        return int((self.whole.roles != PAD).sum())
+
+    def own(self) -> Batch:
+        """The rows of this process, padded as before; where it has none, a row whose tokens count as padding.
+
+        So every process runs every batch: a sharded model needs all of them at each block.
+        """
+        if distributed.count() == 1:
+            return self
+        rows = torch.tensor(distributed.share(range(len(self.rows))) or [0])
+        roles = self.roles[rows] if distributed.rank() < len(self.rows) else torch.full_like(self.roles[:1], PAD)
+        texts = tuple(self.rows[row] for row in rows.tolist())
+        return Batch(self.input_ids[rows], self.attention_mask[rows], roles, texts, self)
 
     @property
     def predicts_response(self) -> Tensor:

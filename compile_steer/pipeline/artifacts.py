@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from compile_steer.artifacts.contents import unchanged
@@ -35,19 +36,14 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
     """Lower the program with every chosen backend; returns the folders of the patches."""
     verdict, report_sha256 = _verdict(run, force)
     folders = {name: run.paths.adapter(name) for name in run.plan.chosen}
-    for name in folders:
-        if not BACKENDS[name].distributed:
-            distributed.require_alone(name)
-    # One file of state cannot hold the place of several processes.
-    work = run.paths.work if distributed.count() == 1 else None
     model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
     made_by = digest([run.program_sha256, versions(), str(model.device)])
-    resume = ResumeFiles(work, run.inputs("data", "compile", after=made_by))
+    resume = ResumeFiles(run.paths.work, run.inputs("data", "compile", after=made_by))
     lowering = Lowering(run.plan.program, model, data.calibration, run.recipe.compile, seed, run.progress, resume)
     for name, folder in folders.items():
         depends = digest([run.program_sha256, report_sha256, verdict, force, name])
         inputs = run.inputs("data", "compile", after=depends)
-        kept = Provenance.read(folder) if Provenance.is_current(folder, inputs) else None
+        kept = distributed.first(partial(_kept, folder, inputs))
         if kept is not None:
             patch, seconds, curves = read_patch(folder), kept.seconds, read_curves(folder)
         else:
@@ -73,11 +69,15 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             inputs=inputs,
             recipe=origin.recipe,
         )
-        if distributed.rank() == 0:
-            card = model_card(provenance, run.paths.validation)
-            write_patch(folder, patch, model, provenance, card, curves)
-    resume.clear()
+        card = model_card(provenance, run.paths.validation)
+        distributed.first(partial(write_patch, folder, patch, model, provenance, card, curves))
+    distributed.first(resume.clear)
     return list(folders.values())
+
+
+def _kept(folder: Path, inputs: str) -> Provenance | None:
+    """The provenance of the artifact at `folder`, if it was made from the same inputs."""
+    return Provenance.read(folder) if Provenance.is_current(folder, inputs) else None
 
 
 def _verdict(run: Run, force: bool) -> tuple[str, str]:
@@ -108,7 +108,10 @@ def merge(run: Run, folders: Sequence[Path] = ()) -> list[Path]:
     Raises:
         ArtifactError: a folder holds no patch, or one of another base. CannotLower: a GGUF file cannot hold one.
     """
-    distributed.require_alone("merging")
+    return distributed.first(lambda: _merge(run, folders))
+
+
+def _merge(run: Run, folders: Sequence[Path]) -> list[Path]:
     model, forms = run.model, [form for form in run.recipe.verify.forms if form != "adapter"]
     patches: dict[Path, tuple[WeightPatch, Provenance]] = {}
     chosen = {run.paths.adapter(name): name for name in run.plan.chosen}
@@ -165,7 +168,6 @@ def make_reference(run: Run, program: Program | None = None) -> Reference:
 
 def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]:
     """Compare what is on disk with the steered model; with `save` a parity.json is left beside each artifact."""
-    distributed.require_alone("verification")
     problems: list[str] = []
     origins: dict[Path, Provenance] = {}
     for folder in folders:
@@ -186,10 +188,14 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
             run.require_unchanged()  # every artifact reads the base from disk once more
             parities[folder] = parity
             if save:
-                parity.save(folder / PARITY)
-                update_card(folder, run.paths.validation)
+                distributed.first(partial(_save_parity, folder, parity, run.paths.validation))
             advance(1)
     return [parities[folder] for folder in folders]
+
+
+def _save_parity(folder: Path, parity: Parity, validation: Path) -> None:
+    parity.save(folder / PARITY)
+    update_card(folder, validation)
 
 
 def _other_inputs(run: Run, origin: Provenance) -> dict[str, str]:

@@ -138,7 +138,6 @@ class Run:
 
     def extract(self) -> Directions:
         """Return the directions of every block, from the training pairs."""
-        distributed.require_alone("extraction")
         options, positions = self.recipe.extract, self.recipe.validate_.positions
         sibling = "" if options.model is None else identity_of(revision_of(options.model))
         trained_at = positions if options.method == "trained" else ""  # other methods do not depend on them
@@ -152,7 +151,7 @@ class Run:
         def make() -> Directions:
             directions = extract(self.context, options.located(self.recipe.folder), positions=positions)
             directions = replace(directions, inputs=inputs)
-            directions.save(self.paths.directions, self.origin().header())
+            distributed.first(lambda: directions.save(self.paths.directions, self.origin().header()))
             return directions
 
         return reuse_or_make(self.paths.directions, kept, make)
@@ -189,13 +188,17 @@ class Run:
                 too_high=recipe.too_high,
                 name=recipe.name,
             )
-            result.program.save(paths.program, self.origin(directions_sha256).header())
-            rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
-            save_text(paths.prompts, "".join(rows))
-            program_hash, prompts_sha256 = sha256(paths.program), sha256(paths.prompts)
-            report = replace(result.report, program_hash=program_hash, prompts_sha256=prompts_sha256, inputs=inputs)
-            report.save(paths.validation)  # last: it marks that program and rows belong together
-            return report
+
+            def save() -> ValidationReport:
+                result.program.save(paths.program, self.origin(directions_sha256).header())
+                rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+                save_text(paths.prompts, "".join(rows))
+                program_hash, prompts_sha256 = sha256(paths.program), sha256(paths.prompts)
+                report = replace(result.report, program_hash=program_hash, prompts_sha256=prompts_sha256, inputs=inputs)
+                report.save(paths.validation)  # last: it marks that program and rows belong together
+                return report
+
+            return distributed.first(save)
 
         report = reuse_or_make(paths.validation, kept, make)
         for name in ("program", "program_sha256", "plan"):  # another program may lie there now

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compile_steer.artifacts.locks import for_child
 from compile_steer.artifacts.provenance import weights_sha256
+from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, InternalError, shell_word
 from compile_steer.export.adapter import read_curves
 from compile_steer.lowering.plan import Choice
@@ -60,7 +61,8 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     trained = {name: read_curves(run.paths.adapter(name)) for name in run.plan.chosen}
     curves = {f"{name}, {part}": curve for name, parts in trained.items() for part, curve in parts.items()}
     program = run.program.describe()
-    write_page(run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves)
+    page = run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves
+    distributed.first(lambda: write_page(*page))
     yield result
 
 
@@ -93,11 +95,12 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
     command += [f"--set={change}" for change in changes]
     package = str(Path(__file__).parents[2])  # also where the package is not installed
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, **for_child(), "PYTHONPATH": paths}
+    environment = {**os.environ, **for_child(), **distributed.for_children(), "PYTHONPATH": paths}
     process = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment)
+    output = distributed.gather(process.stdout)[0]  # the process of rank 0 prints
     if process.returncode in (0, 1):
         try:
-            return TypeAdapter(list[Parity]).validate_json(process.stdout)
+            return TypeAdapter(list[Parity]).validate_json(output)
         except ValidationError:
             pass  # a crash: Python's own exit code for one is 1 too
     again = (

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from compile_steer.common import distributed
 from compile_steer.data.behaviour import Question
 from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.generate import continue_prompts, ended, response_text
@@ -129,6 +130,7 @@ def _choose(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None) -> 
     """Answer multiple-choice questions with their most likely letter."""
     letters = {row.question.letters for row in rows if row.question is not None}
     tokens = {some: letter_tokens(loaded.tokenizer, some) for some in letters}
+    rows = distributed.share(rows)
     encoded = [encode(loaded.tokenizer, row.text) for row in rows]
     replies: dict[int, Reply] = {}
     for batch in batches(loaded, encoded):
@@ -142,4 +144,4 @@ def _choose(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None) -> 
             assert row.question is not None
             best = int(values[tokens[row.question.letters]].argmax())
             replies[row.index] = Reply(row.prompt, row.question.letters[best], True)
-    return replies
+    return {index: reply for part in distributed.gather(replies) for index, reply in part.items()}

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from compile_steer.artifacts.files import digest, parse_record
+from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError, brief, library_errors, plain, require_library
 from compile_steer.common.reading import Malformed, read_json_lines
 from compile_steer.scoring.base import Reply, Score, ScorerBase
@@ -76,7 +77,7 @@ class Judge(ScorerBase):
         settings = self.model_dump(include={"base_url", "model", "prompt", "scale", "answer_tokens"}, mode="json")
         ledger = Ledger(cache_folder() / "judged" / f"{digest(settings)[:16]}.jsonl", settings)
         client = open_client(self.base_url, key, self.timeout, self.retries)
-        return partial(self._scores, client, ledger)
+        return lambda replies: distributed.first(lambda: self._scores(client, ledger, replies))
 
     @property
     def needs_no_labels(self) -> bool:

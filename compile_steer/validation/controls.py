@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
@@ -45,7 +46,7 @@ class StreamStatistics:
         scopes = frozenset().union(*(i.scopes for i in program.interventions))
         last = max(max(i.site.layer, i.site.changes_from) for i in program.interventions)
         sums, count, norms = None, 0, []
-        encoded = [encode(loaded.tokenizer, text) for text in texts]
+        encoded = [encode(loaded.tokenizer, text) for text in distributed.share(texts)]
         # Small batches: the activations of all blocks are held at once.
         for batch in batches(loaded, encoded, max_tokens=2048):
             steered, real = in_scope(batch.roles, scopes), batch.roles != PAD
@@ -56,9 +57,14 @@ class StreamStatistics:
             sums = total if sums is None else sums + total
             count += int(steered.sum())
             norms.append(torch.stack([states[real].float().norm(dim=-1) for states in after]).cpu())
-        if sums is None or count == 0:
+        if sums is None:  # no text, or none of this process
+            sums = torch.zeros(last + 1, loaded.layout.d_model, dtype=torch.float64)
+        total = torch.tensor(count)
+        distributed.sum_over_all(sums, total)
+        if not total:
             raise RecipeError("data.neutral has no text at the steered positions.")
-        return StreamStatistics((sums / count).float(), torch.cat(norms, dim=1).median(dim=1).values)
+        norms = [norm for part in distributed.gather(norms) for norm in part]
+        return StreamStatistics((sums / total).float(), torch.cat(norms, dim=1).median(dim=1).values)
 
     def displacement(self, intervention: Intervention) -> float:
         """The mean displacement along the intervention's own direction at coefficient 1."""

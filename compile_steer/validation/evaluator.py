@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compile_steer.common import distributed
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence, encode_pairs, margins, token_logprobs
+from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, token_logprobs
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.steering.hooks import PAD, RESPONSE, steered
@@ -66,7 +67,11 @@ class PrefixCache:
 
     def __init__(self, loaded: LoadedModel, encoded: Sequence[Encoded]) -> None:
         self._loaded, self._n, self._layer = loaded, len(encoded), 0
-        packed = pack(loaded.layout, encoded, loaded.pad_id, loaded.model.dtype) if encoded else []
+        # Neighbours in lexicographic order share the most tokens, so that a process has some of them in a row.
+        size, order = -(-len(encoded) // distributed.count()), sorted(range(len(encoded)), key=lambda i: encoded[i].ids)
+        self._own = sorted(order[size * distributed.rank() :][:size]) if distributed.count() > 1 else sorted(order)
+        own = [encoded[row] for row in self._own]
+        packed = pack(loaded.layout, own, loaded.pad_id, loaded.model.dtype) if own else []
         self._batches = [PackedBatch(*(x.to(loaded.device) for x in vars(batch).values())) for batch in packed]
         self._hidden: list[Tensor | None] = [None] * len(packed)
 
@@ -89,7 +94,7 @@ class PrefixCache:
                 raise ValueError(f"the cached states at block {self._layer} are above {program.describe()}")
         # Rows of one batch share the pattern of hooks; programs of several shapes run one by one.
         same_shape = len({None if program is None else program.shape for program in programs}) == 1
-        result = np.zeros((len(programs), self._n))
+        result = torch.zeros(len(programs), self._n, dtype=torch.float64)
         for index, batch in enumerate(self._batches):
             width = max(1, _BATCH_TOKENS // batch.roles.numel()) if same_shape else 1
             for start in range(0, len(programs), width):
@@ -98,8 +103,9 @@ class PrefixCache:
                         logprobs = token_logprobs(self._loaded.model, states[batch.nodes], batch.targets, batch.rows)
                     texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
                     sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
-                    result[row, texts.cpu().numpy()] = (sums / count).cpu().numpy()
-        return result
+                    result[row, torch.tensor(self._own)[texts.cpu()]] = (sums / count).double().cpu()
+        distributed.sum_over_all(result)
+        return result.numpy()
 
     def divergence(self, program: Program) -> float:
         """KL(steered || base), the mean over the positions that predict the responses, in nats per token."""
@@ -107,8 +113,8 @@ class PrefixCache:
         for index, batch in enumerate(self._batches):
             # Only where a response token is predicted: logits elsewhere would cost the most and say nothing.
             base, states = (self._states(index, [each])[0][batch.nodes] for each in (None, program))
-            parts.append(divergence(model, states, model, base).kl)
-        return float(torch.cat(parts).mean())
+            parts.append(own_divergence(model, states, model, base).kl)
+        return float(distributed.concatenate(parts, torch.device("cpu")).mean())
 
     def _states(self, index: int, programs: Sequence[Program | None]) -> Tensor:
         """Final hidden states [n_programs, rows * time, d_model] of a batch; either all programs are None, or none is."""

@@ -90,7 +90,7 @@ def test_the_losses_are_what_they_are_called() -> None:
     (item,) = SuffixModel(tiny, steering, first=1).batches(HELD_OUT[:3], 4096)
     for name, value in expected.items():
         student = SuffixModel(tiny, steering, first=1).student(item).requires_grad_()
-        loss = OBJECTIVES[name](tiny.model, item.teacher, student, 1.0)
+        loss = OBJECTIVES[name](tiny.model, item.teacher, student, len(student), 1.0)
         assert loss == pytest.approx(float(value), rel=1e-4)
 
 
