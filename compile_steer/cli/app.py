@@ -52,6 +52,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "task-vector": programs.task_vector,
     "compose": programs.compose,
     "co-load": programs.co_load,
+    "chat": artifacts.chat,
     "show": artifacts.show,
     "reproduce": artifacts.reproduce,
     "inspect": artifacts.inspect,

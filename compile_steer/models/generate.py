@@ -85,6 +85,33 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]  # transformers has no type
         return torch.softmax(scores / self._temperature, dim=-1) / noise[self._own]
 
 
+def stream_answer(
+    loaded: LoadedModel, prompt: Encoded, program: Program | None = None, *, max_new_tokens: int, step: int = 4
+) -> Iterator[Encoded]:
+    """Yield the greedy continuation of one prompt after every `step` tokens; the last is what `continue_prompts` returns.
+
+    Hooks are on only while a step is computed, so that other models may answer in turn.
+    """
+    text, ends, cache = replace(prompt, ids=prompt.ids[: prompt.n_prompt]), _end_tokens(loaded), None
+    require_room(loaded, [text], max_new_tokens)
+    limit = prompt.n_prompt + max_new_tokens
+    while len(text.ids) < limit and not ended(loaded, text):
+        batch = pad([text], [0], loaded.pad_id).to(loaded.device)
+        with neutral_generation(loaded), steered(loaded.model, program, roles=batch.roles), torch.no_grad():
+            output = loaded.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=min(step, limit - len(text.ids)),
+                past_key_values=cache,
+                return_dict_in_generate=True,
+            )
+        cache = output.past_key_values
+        new = output.sequences[0, len(text.ids) :].tolist()
+        stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
+        text = replace(text, ids=(*text.ids, *new[:stop]))
+        yield text
+
+
 @contextmanager
 def neutral_generation(loaded: LoadedModel, temperature: float = 0.0) -> Iterator[None]:
     """Generate by the model's distribution alone inside the block: greedy, or sampled from all of it at a `temperature`.

@@ -115,12 +115,15 @@ def recalled_recipe(path: Path, record: dict[str, Any], recipes: Path | None, mo
             require_confirmed(part.base_url, own=False)
     if model is not None:
         return recipe.model_copy(update={"model": model})
-    local = home_path(recipe.model)
-    if (local.exists() or recipe.model.startswith((".", "/", "~"))) and not real_path(local).is_relative_to(
-        real_path(folder)
-    ):
-        require_inside(Path.cwd(), local, "model", f"name the model (--model {shell_word(recipe.model)})")
+    require_model_in_use(recipe.model, folder)
     return recipe
+
+
+def require_model_in_use(model: str, folder: Path) -> None:
+    """Raise `ArtifactError` where a recorded model is a path out of both `folder` and the current folder."""
+    local = home_path(model)
+    if (local.exists() or model.startswith((".", "/", "~"))) and not real_path(local).is_relative_to(real_path(folder)):
+        require_inside(Path.cwd(), local, "model", f"name the model (--model {shell_word(model)})")
 
 
 def reproduce(

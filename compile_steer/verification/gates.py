@@ -47,12 +47,18 @@ def _kl(name: str, place: str, value: float, limit: float) -> Check:
     return _at_most(name, f"KL {{}} nats a token {place}", value, limit, ".2e")
 
 
+def kl_limit(parity: Parity, gates: Gates, kl_base: float) -> float:
+    """The largest mean KL(steered||compiled) that passes where KL(steered||base) is `kl_base`; all in nats per token."""
+    # The artifact may cost as much as its precision costs the steered model; twice, because the two roundings are independent.
+    noise = 2 * parity.rounding.kl_steered if parity.rounding else 0.0
+    return (gates.exact_kl if parity.exact else gates.kl_remaining * kl_base) + noise
+
+
 def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
     """The gates that compare a value with a limit."""
     d, b, rounding, adapter = parity.divergence, parity.behaviour, parity.rounding, parity.adapter
-    # The artifact may cost as much as its precision costs the steered model; twice, because the two roundings are independent.
-    noise, flips = (2 * rounding.kl_steered, 2 * (1 - rounding.top1_steered)) if rounding else (0.0, 0.0)
-    most = (gates.exact_kl if parity.exact else gates.kl_remaining * d.kl_base) + noise
+    flips = 2 * (1 - rounding.top1_steered) if rounding else 0.0
+    most = kl_limit(parity, gates, d.kl_base)
     if (error := parity.file_error) is not None:
         written = (
             "it is not what was compiled: mean log p of a fixed text is {} nats a token from what the compiler's "
@@ -73,7 +79,7 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
     places = {"at the prompts' positions": d.kl_prompt} | {f"on {s.name} prompts": s.kl for s in parity.prompt_sets}
     for place, kl in places.items() if parity.exact else ():
         unknown = Check(f"KL {place}", "not checked", "what rounding costs there is not measured")
-        yield unknown if noise else _kl(f"KL {place}", place, kl, gates.exact_kl)
+        yield unknown if rounding and rounding.kl_steered else _kl(f"KL {place}", place, kl, gates.exact_kl)
     # Other scales are only reported: a change that was trained at one strength need not scale with it.
     for off in adapter.scales if adapter else ():
         if off.scale == 0:

@@ -25,6 +25,7 @@ ON_A_RECIPE = {
     "co-load": ["BAD", "BAD"],
 }
 ON_AN_ARTIFACT = {
+    "chat": ["BAD", "--ask", "hello"],
     "show": ["BAD"],
     "inspect": ["BAD"],
     "reproduce": ["BAD"],
