@@ -8,7 +8,7 @@ OLDER := .engines/transformers-4
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-nightly check lint types imports docs house bench campaign families gemma model golden clean engines verify-engines
+.PHONY: demo test test-nightly test-browser check lint types imports docs house bench campaign families gemma model golden clean engines verify-engines
 
 demo: $(VENV)/.ready
 	$(BIN)/compile-steer run recipes/ocean.yaml
@@ -30,6 +30,14 @@ $(OLDER)/.ready: requirements-transformers4.txt $(VENV)/.ready
 # Looks for new counter-examples: other examples in every run, and more of them.
 test-nightly: $(VENV)/.ready
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/property
+
+# Pages and playground in a real browser: Debian's chromium (apt-get install chromium). Without it the tests are skipped.
+test-browser: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/browser
+
+$(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	touch $@
 
 check: lint types imports docs test
 
