@@ -77,11 +77,14 @@ def _run() -> int:
 
 def _end(error: BaseException) -> int:
     """Return the exit code for what a command raised, after telling the user."""
+    from compile_steer.artifacts.locks import is_child
     from compile_steer.common.errors import CompileSteerError, disk_remedy
 
     if _stops or isinstance(error, (_Stopped, KeyboardInterrupt)):  # whatever a library made of the stop
-        _tell(["stopped. Nothing half-written is left; the same command goes on where it was."])
-    elif any(isinstance(cause, BrokenPipeError) for cause in _chain(error)):
+        if not is_child():  # the command that it works for says so
+            _tell(["stopped. Nothing half-written is left; the same command goes on where it was."])
+        return 128 + (_stops[0] if _stops else signal.SIGINT)  # as shells count a signal
+    if any(isinstance(cause, BrokenPipeError) for cause in _chain(error)):
         with suppress(OSError, ValueError):  # Python would try to print the rest at exit, and fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif isinstance(error, CompileSteerError):

@@ -182,6 +182,11 @@ def for_child() -> dict[str, str]:
     return {_CHILD: " ".join(str(_about(path).get("key")) for path in _held)}
 
 
+def is_child() -> bool:
+    """True where another command of ours started this process, with `for_child`."""
+    return _CHILD in os.environ
+
+
 def _is_parents(path: Path) -> bool:
     """True where the parent process holds the lock for this one, which then ends with the parent, as the lock does."""
     about = _about(path)

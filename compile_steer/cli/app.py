@@ -1,7 +1,7 @@
 """The command line: which function each command is.
 
-Exit codes: 0 done and passed; 1 a check ran and failed; 2 the input is unusable or the run was stopped; 3 our own error.
-Errors become messages in `compile_steer.__main__`.
+Exit codes: 0 done and passed; 1 a check ran and failed; 2 the input is unusable; 3 our own error; 130
+Ctrl-C (128 + the signal's number). Errors become messages in `compile_steer.__main__`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from compile_steer.cli import artifacts, programs, recipes
-from compile_steer.cli.options import console
+from compile_steer.cli.options import console, with_detail
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.report.glossary import glossary_terms
 
@@ -65,4 +65,20 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 for name, function in _COMMANDS.items():
-    app.command(name)(function)
+    app.command(name)(with_detail(function))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console().print(f"compile-steer {version('compile_steer')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None: ...

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ import typer
 
 from compile_steer.artifacts.locks import locked
 from compile_steer.common import distributed
+from compile_steer.common.detail import Detail, detail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,14 +84,14 @@ def console(as_json: bool = False) -> Console:
     """Return the console for a person: standard error where standard output carries JSON. Only rank 0 prints."""
     from compile_steer.common.terminal import Terminal
 
-    return Terminal(stderr=as_json, width=None if sys.stdout.isatty() else 132, quiet=distributed.rank() > 0)
+    return Terminal(stderr=as_json, quiet=distributed.rank() > 0)
 
 
 def progress_bars() -> Progress:
-    """Return progress bars on standard error, so that standard output carries results alone."""
-    from compile_steer.common.progress import ProgressBars
+    """Return progress bars on standard error, so that standard output carries results alone; none with --quiet."""
+    from compile_steer.common.progress import Progress, ProgressBars
 
-    return ProgressBars(console(as_json=True))
+    return Progress() if detail.get() == Detail.QUIET else ProgressBars(console(as_json=True), detail.get())
 
 
 Show = Callable[["Console", Any], None]
@@ -187,6 +187,28 @@ class SeveralSession:
         from compile_steer.cli.tables import print_composition
 
         finish(self.as_json, composition, print_composition, composition.passed)
+
+
+def with_detail(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say how much it prints."""
+
+    @functools.wraps(function)
+    def run(*, verbose: bool, quiet: bool, **options: Any) -> None:
+        if verbose and quiet:
+            raise typer.BadParameter("--verbose and --quiet exclude each other.")
+        detail.set(Detail.VERBOSE if verbose else Detail.QUIET if quiet else Detail.NORMAL)
+        function(**options)
+
+    own = list(inspect.signature(function, eval_str=True).parameters.values())
+    flags = {
+        "verbose": ("--verbose", "-v", "Print every figure."),
+        "quiet": ("--quiet", "-q", "Print the result alone."),
+    }
+    for name, (long, short, text) in flags.items():
+        option = Annotated[bool, typer.Option(long, short, help=text)]
+        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option))
+    run.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]  # what typer reads
+    return run
 
 
 def hold_output(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compile_steer.cli.options import Artifacts, Force, Session, command
+from compile_steer.common.detail import Detail, detail
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from compile_steer.lowering.plan import Choice
+    from compile_steer.validation.report import ValidationReport
+    from compile_steer.verification.parity import Parity
 
 
 @command(Session)
@@ -45,21 +51,18 @@ def validate(session: Session) -> None:
 
     Extracts first if that was not done. Exit code 1 if the verdict is not "pass".
     """
-    from compile_steer.report.terminal import print_validation
-
     report = session.open(shared=True).validate()
-    session.finish(report, print_validation, report.verdict == "pass")
+    session.finish(report, lambda out, report: _print_validation(out, report, session), report.verdict == "pass")
 
 
 @command(Session)
 def compile_(session: Session, *, force: Force = False) -> None:
     """Turn the validated program into weights: a bias, a LoRA by regression or distillation, or a task vector."""
     from compile_steer.pipeline.artifacts import compile_program
-    from compile_steer.report.terminal import print_plan
 
     run = session.open(shared=True)
     if not session.as_json:
-        print_plan(session.console, run.program.describe(), run.plan.choices)
+        _print_plan(session.console, run.program.describe(), run.plan.choices)
     folders = compile_program(run, force)
     session.finish(folders, _print_paths)
 
@@ -70,6 +73,43 @@ def merge(session: Session, *, artifact: Artifacts = None) -> None:
     from compile_steer.pipeline import artifacts
 
     session.finish(artifacts.merge(session.open(shared=True), artifact or ()), _print_paths)
+
+
+def _print_title(out: Console, text: str) -> None:
+    if detail.get() > Detail.QUIET:
+        out.print(f"\n{text}", style="bold blue")
+
+
+def _print_validation(out: Console, report: ValidationReport, session: Session) -> None:
+    from compile_steer.report import brief, terminal
+
+    if detail.get() == Detail.QUIET:
+        out.print(f"{report.verdict.upper()}; {report.headline}")
+    elif detail.get() == Detail.VERBOSE:
+        terminal.print_validation(out, report)
+    else:
+        brief.print_sweep(out, report)
+        brief.print_verdict(out, report, session.recipe.validate_)
+
+
+def _print_plan(out: Console, program: str, choices: Sequence[Choice]) -> None:
+    from compile_steer.report import brief, terminal
+
+    if detail.get() == Detail.VERBOSE:
+        terminal.print_plan(out, program, choices)
+    elif detail.get() == Detail.NORMAL:
+        brief.print_methods(out, choices)
+
+
+def _print_parities(out: Console, parities: Sequence[Parity]) -> None:
+    from compile_steer.report import brief, terminal
+
+    if detail.get() == Detail.QUIET:
+        out.print(*(f"{p.backend} {p.form}: {p.verdict}" for p in parities), sep="\n")
+    elif detail.get() == Detail.VERBOSE:
+        terminal.print_parities(out, parities)
+    else:
+        brief.print_artifacts(out, parities)
 
 
 def _print_paths(out: Console, paths: Sequence[Path]) -> None:
@@ -83,11 +123,10 @@ def verify(session: Session, *, artifact: Artifacts = None) -> None:
     Leaves a parity.json beside each artifact. Exit code 1 if any of them is not the steered model.
     """
     from compile_steer.pipeline import artifacts
-    from compile_steer.report.terminal import print_parities
 
     run = session.open(shared=True)
     parities = artifacts.verify(run, artifact or artifacts.artifacts(run))
-    session.finish(parities, print_parities, all(parity.passed for parity in parities))
+    session.finish(parities, _print_parities, all(parity.passed for parity in parities))
 
 
 @command(Session)
@@ -102,23 +141,29 @@ def run(
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
     from compile_steer.pipeline.stages import run_stages
-    from compile_steer.report import terminal
+    from compile_steer.report import brief, terminal
 
     recipe, out = session.recipe, session.console
-    out.print(f"\n1  Is the direction worth compiling? ({recipe.model})", style="bold blue")
+
+    title = functools.partial(_print_title, out)
+    title(f"{recipe.name} on {recipe.model}, budget {recipe.budget}")
     opened = session.open(shared=True)
+    title("1  Does the direction carry the behaviour?")
     for result in run_stages(opened, session.path, session.changes, force):
-        if result.recommendation is not None:  # the last result; each holds those before it
-            terminal.print_parities(out, result.parities)
-            terminal.print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
-            terminal.print_recommendation(out, result.recommendation)
-            out.print(f"\nArtifacts in {opened.paths.out}/, the whole run as a page in {result.page}")
+        if (shipped := result.recommendation) is not None:  # the last result; each holds those before it
+            _print_parities(out, result.parities)
+            if detail.get() == Detail.VERBOSE:
+                terminal.print_samples(out, recipe.ask, result.validation, result.parities, recipe.too_high)
+                terminal.print_recommendation(out, shipped)
+            elif detail.get() == Detail.NORMAL:
+                brief.print_answers(out, recipe.ask, result.validation, result.parities)
+            brief.print_end(out, shipped, opened.paths)
         elif result.merged:
-            out.print("\n3  Is what is on disk the steered model? (a fresh process)", style="bold blue")
+            title("3  Are the files on disk the steered model?")
         elif result.plan:
-            out.print("\n2  Into weights", style="bold blue")
-            terminal.print_plan(out, opened.program.describe(), result.plan)
+            title("2  Into ordinary weights")
+            _print_plan(out, opened.program.describe(), result.plan)
         else:
-            terminal.print_validation(out, result.validation)
+            _print_validation(out, result.validation, session)
     values = {"validation": result.validation, "parities": result.parities, "recommendation": result.recommendation}
     session.finish(values, passed=result.passed)

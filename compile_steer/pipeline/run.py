@@ -175,7 +175,7 @@ class Run:
             # Whoever computes the hashes again can write any verdict, but one that does not follow from the figures shows.
             same = same and decide(report, recipe.validate_) == (report.verdict, report.reasons)
             if same:
-                self.progress.note(f"Kept from an earlier run of the same recipe, data, model and libraries: {path}")
+                self.progress.remark(f"Kept from an earlier run of the same recipe, data, model and libraries: {path}")
             return report if same else None
 
         def make() -> ValidationReport:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from compile_steer.artifacts.locks import for_child
 from compile_steer.artifacts.provenance import weights_sha256
 from compile_steer.common import distributed
+from compile_steer.common.detail import Detail, detail
 from compile_steer.common.errors import ArtifactError, InternalError, shell_word
 from compile_steer.export.adapter import read_curves
 from compile_steer.lowering.plan import Choice
@@ -93,6 +94,7 @@ def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> 
     # -P: no module of the folder that the user stands in is imported in place of a library's.
     command = [sys.executable, "-P", "-m", "compile_steer", "verify", str(recipe), "--out", str(out), "--json"]
     command += [f"--set={change}" for change in changes]
+    command += {Detail.QUIET: ["--quiet"], Detail.NORMAL: [], Detail.VERBOSE: ["--verbose"]}[detail.get()]
     package = str(Path(__file__).parents[2])  # also where the package is not installed
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, **for_child(), **distributed.for_children(), "PYTHONPATH": paths}

@@ -173,7 +173,7 @@ def _power(
         power_analysis("difference", "score", minimum.score, spread, n_prompts, widest),
     ]
     for analysis in analyses:
-        context.progress.note(str(analysis))
+        context.progress.remark(str(analysis))
     return analyses, base
 
 

@@ -115,7 +115,7 @@ class Reference:
             advance(1)
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
-            context.progress.note(str(plan))
+            context.progress.remark(str(plan))
 
     def sample_scores(self, data: Behaviour) -> SampledScores | None:
         """Sampled answers to the test prompts, and to the held-out ones where these can be scored; None with too few."""

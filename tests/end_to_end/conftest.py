@@ -128,7 +128,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     result = folder / "result.json"
     with FileLock(folder / "lock"):
         if not result.is_file():
-            arguments = command("run", small_recipe(folder), "--out", folder / "out")
+            arguments = command("run", small_recipe(folder), "--out", folder / "out", "--verbose")
             done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
             result.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")
     return FinishedRun(folder, *json.loads(result.read_text(encoding="utf-8")))

@@ -18,7 +18,7 @@ from tests.helpers.small_run import SmallRun
 
 def test_run_with_json_prints_nothing_but_json_on_standard_output(run: SmallRun) -> None:
     command = [sys.executable, "-m", "compile_steer", "run", str(run.recipe), "--out", str(run.paths.out), "--json"]
-    process = subprocess.run([*command, "--force"], capture_output=True, text=True, check=False)
+    process = subprocess.run([*command, "--force", "--verbose"], capture_output=True, text=True, check=False)
     assert process.returncode in (0, 1), process.stderr
     summary = json.loads(process.stdout)
     reports = {(parity["backend"], parity["form"]) for parity in summary["parities"]}
