@@ -126,7 +126,7 @@ class CompiledProgram:
         """Write a stock PEFT adapter, or, where no adapter can hold the patch, the patch to be merged; returns the folder."""
         folder = _own_folder(folder)
         record = self.provenance(folder.name)
-        write_patch(folder, self.patch, self.model, record, model_card(record, None))
+        write_patch(folder, self.patch, self.model, record, model_card(record, folder, None))
         return folder
 
     def provenance(self, name: str) -> Provenance:
@@ -180,7 +180,7 @@ def merge(compiled: CompiledProgram, folder: str | Path, precision: str = "bf16"
         raise RecipeError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.")
     folder = _own_folder(folder)
     record = replace(compiled.provenance(folder.name), form=f"merged-{precision}")
-    write_merged(folder, compiled.patch, compiled.model, precision, record, model_card(record, None))
+    write_merged(folder, compiled.patch, compiled.model, precision, record, model_card(record, folder, None))
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compile_steer.artifacts.provenance import EngineName
+from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.cli.options import (
     Device,
     Dtype,
@@ -213,8 +214,8 @@ def export(
 
 
 def base(
-    model: Annotated[str, typer.Argument(help="smollm2-135m-instruct (embedded), a .gguf file, a hub id, a folder.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
+    model: Annotated[str, typer.Argument(help="A .gguf file, a hub id, a folder, or the embedded model.")] = EMBEDDED,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Of FP8 or MXFP4: write it in bfloat16.")] = False,
     as_json: Json = False,
 ) -> None:

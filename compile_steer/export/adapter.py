@@ -88,8 +88,7 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
     """
     from peft import LoraConfig
 
-    needed = max(edit.rank for edit in edits.values())  # engines read one rank for all modules
-    rank = next((r for r in _RANKS if r >= needed), needed)
+    rank = _common_rank(edits)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -111,6 +110,12 @@ def write_lora(folder: Path, edits: Mapping[str, LowRank], base: str, transposed
         tensors[f"{PREFIX}{name}.lora_A.weight"] = full.A.float().contiguous().cpu()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = full.B.float().contiguous().cpu()
     write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def _common_rank(edits: Mapping[str, LowRank]) -> int:
+    """The one rank that engines read for all modules."""
+    needed = max((edit.rank for edit in edits.values()), default=0)
+    return next((r for r in _RANKS if r >= needed), needed)
 
 
 def _write_patch_file(path: Path, patch: WeightPatch) -> None:
@@ -175,6 +180,7 @@ def patch_provenance(
         architecture=patch.architecture or str(loaded.model.config.model_type),
         license=loaded.license,
         biases=len(patch.bias),
+        rank=_common_rank(patch.low_rank) if is_adapter(patch, loaded) else 0,
     )
 
 

@@ -6,11 +6,14 @@ The exporter and the model card both read the tables here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compile_steer.artifacts.paths import home_path, real_path
 from compile_steer.artifacts.provenance import EngineName, Provenance
-from compile_steer.artifacts.revision import is_gguf
+from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.common.errors import shell_word
 
 if TYPE_CHECKING:
@@ -37,32 +40,46 @@ _VLLM_NO_LORA = ("gpt2",)
 _LOAD: dict[tuple[EngineName, Form], str] = {
     ("transformers", "adapter"): (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "\n"
-        "base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        "tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
+        "base = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})\n"
         "model = PeftModel.from_pretrained(base, {folder!r})"
     ),
     ("transformers", "checkpoint"): (
-        "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "\n"
+        "tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
+        "model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r})"
     ),
     ("transformers", "gguf"): (
-        "from transformers import AutoModelForCausalLM, GgufConfig\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig\n"
         "\n"
-        "model = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r},\n"
+        "tokenizer = AutoTokenizer.from_pretrained({folder!r}, gguf_file={file!r})\n"
+        "model = AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}, dtype={dtype!r},\n"
         "                                             quantization_config=GgufConfig(dequantize=True))"
     ),
-    ("vllm", "adapter"): "vllm serve {base} --enable-lora --lora-modules {name}={folder} --max-lora-rank {rank}",
-    ("vllm", "checkpoint"): "vllm serve {folder}",
+    ("vllm", "adapter"): (
+        "vllm serve {base} --dtype {dtype} --enable-lora --lora-modules {name}={folder} --max-lora-rank {rank}"
+    ),
+    ("vllm", "checkpoint"): "vllm serve {folder} --dtype {dtype}",
     ("vllm", "program"): (
         f"pip install {PLUGIN} && vllm serve {{base}}\n"
         '"vllm_xargs": {{"apply_steering_vectors": TEXT OF {path}}} in a request, or in Python\n'
         'SamplingParams(extra_args={{"apply_steering_vectors": Path({path!r}).read_text()}})'
     ),
-    ("llama.cpp", "adapter"): "llama-cli -m BASE.gguf --lora {path}",
-    ("llama.cpp", "checkpoint"): "llama-cli -m {path}",
-    ("llama.cpp", "gguf"): "llama-cli -m {file}",
-    ("llama.cpp", "program"): "llama-cli -m BASE.gguf --control-vector {path}",
+    ("llama.cpp", "adapter"): "llama-server -m {base} --lora {path}",
+    ("llama.cpp", "checkpoint"): "llama-server -m {path}",
+    ("llama.cpp", "gguf"): "llama-server -m {path}",
+    ("llama.cpp", "program"): "llama-server -m {base} --control-vector {path}",
 }
+# Greedy, as the answers in reports are: in the same dtype it prints the same text.
+_ANSWER = (
+    "prompt = tokenizer.apply_chat_template([{{'role': 'user', 'content': {ask!r}}}], add_generation_prompt=True,\n"
+    "                                       return_dict=True, return_tensors='pt')\n"
+    "answer = model.generate(**prompt, max_new_tokens={tokens}, do_sample=False)\n"
+    "print(tokenizer.decode(answer[0, prompt['input_ids'].shape[1]:], skip_special_tokens=True))"
+)
 
 
 class _Name(str):
@@ -73,10 +90,14 @@ class _Name(str):
 
 
 def load_commands(engine: EngineName, form: Form, **names: object) -> tuple[str, ...]:
-    """The lines that load a form in an engine; `names` fill in folder, file, base, name and rank where they occur."""
+    """The lines that load a form in an engine; `names` fill in folder, file, base, name, rank and dtype where they occur."""
+    return _filled(_LOAD[engine, form], {"dtype": "auto", **names})
+
+
+def _filled(lines: str, names: Mapping[str, object]) -> tuple[str, ...]:
     path = f"{names.get('folder')}/{names.get('file')}"
     words = {key: _Name(name) for key, name in {**names, "path": path}.items()}
-    return tuple(line.format(**words) for line in _LOAD[engine, form].split("\n"))
+    return tuple(line.format(**words) for line in lines.split("\n"))
 
 
 def reads_biases(engine: EngineName, family: str) -> bool:
@@ -120,8 +141,11 @@ class EngineSupport:
     note: str = ""
 
 
-def engine_support(artifact: Provenance) -> list[EngineSupport]:
-    """What transformers, vLLM and llama.cpp do with an artifact, as far as it was tried: for its card."""
+def engine_support(artifact: Provenance, folder: Path) -> list[EngineSupport]:
+    """How each engine loads an artifact, or why it does not, as far as it was tried: for its card and the run's page.
+
+    The commands work where `folder` is the artifact's path; what they write lies in base/ and gguf/ beside.
+    """
     if artifact.form == "patch":
         note = (
             "none of them loads this patch: it holds biases, whole weights or another architecture, which no stock adapter "
@@ -129,39 +153,66 @@ def engine_support(artifact: Provenance) -> list[EngineSupport]:
         )
         end = " (with --artifact)." if artifact.recombined else "."
         return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
-    from_gguf = is_gguf(artifact.model)
-    base = artifact.model if artifact.revision.startswith("hub:") else "BASE" if from_gguf else "PATH OR ID OF THE BASE"
-    names = {"folder": "THIS_FOLDER", "base": base, "name": artifact.name, "rank": "RANK", "file": GGUF_FILE}
-    if artifact.form.startswith("gguf-"):
+    from_hub, recipe = artifact.revision.startswith("hub:"), artifact.recipe
+    base = artifact.model if from_hub else _BASE
+    rank = artifact.rank or 16  # vLLM's default, for a record of an earlier version
+    names = {"folder": folder, "base": base, "name": artifact.name, "rank": rank, "file": GGUF_FILE}
+    names["dtype"] = recipe.get("dtype", "float32")
+    answer: tuple[str, ...] = ()
+    if recipe.get("ask") and not recipe.get("prompt_format"):
+        tokens = recipe.get("verify", {}).get("max_new_tokens", 48)
+        answer = ("", *_filled(_ANSWER, {"ask": recipe["ask"], "tokens": tokens}))
+    adapter, gguf = artifact.form == "adapter", artifact.form.startswith("gguf-")
+    form: Form = "adapter" if adapter else "gguf" if gguf else "checkpoint"
+    loaded = EngineSupport("transformers", (*load_commands("transformers", form, **names), *answer))
+    if gguf:
         # A GGUF file has no field for a bias switch of the config, and without it transformers' llama has no bias.
         dropped = "; it drops the biases that hold the steering, unless its config is given mlp_bias or attention_bias"
         note = f"de-quantised{dropped if artifact.biases else ''}."
-        return [
-            EngineSupport("llama.cpp", load_commands("llama.cpp", "gguf", **names)),
-            EngineSupport("transformers", load_commands("transformers", "gguf", **names), note),
-        ]
-    adapter = artifact.form == "adapter"
-    form: Form = "adapter" if adapter else "checkpoint"
-    support = [EngineSupport("transformers", load_commands("transformers", form, **names))]
-    if adapter and from_gguf:
-        note = "it is a GGUF file, which neither takes an adapter in transformers nor in vLLM. BASE is its weights as a folder."
-        write = f"compile-steer base {shell_word(artifact.model)} --out BASE"
-        support.insert(0, EngineSupport("The base", (write,), note))
-    titles: dict[EngineName, str] = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
-    for engine, title in titles.items():
-        reads = adapter or not artifact.biases or reads_biases(engine, artifact.architecture)
-        note = _ADAPTER_NOTES[engine] if adapter else _bias_note(artifact, reads)
-        commands = load_commands(engine, form, **names)
-        if engine == "llama.cpp":
-            exported = {"folder": "DIR", "file": "THIS_FOLDER.lora.gguf" if adapter else "THIS_FOLDER-f16.gguf"}
-            export = f"compile-steer export THIS_FOLDER --for llama.cpp {f'--base {shell_word(base)} ' if adapter else ''}--out DIR"
-            commands = (export, *load_commands(engine, form, **exported))
-        support.append(EngineSupport(title, commands if reads else (), note))
-    return support
+        return [*_in_llama_cpp(artifact.name, [folder / GGUF_FILE]), replace(loaded, note=note)]
+    # A path that a recipe names is relative to where its run was started.
+    model = real_path(home_path(artifact.model)) if folder.is_absolute() and not from_hub else artifact.model
+    named = "" if artifact.model == EMBEDDED else f"{shell_word(model)} "
+    write_base = f"compile-steer base {named}--out {_BASE}"
+    support = [loaded]
+    if adapter and not from_hub:
+        support.insert(0, EngineSupport("The base, as a folder", (write_base,)))
+    reads = {name: adapter or not artifact.biases or reads_biases(name, artifact.architecture) for name in _TITLES}
+    notes = {name: _ADAPTER_NOTES[name] if adapter else _bias_note(artifact, reads[name]) for name in _TITLES}
+    if not adapter:
+        serve = (f"transformers serve {shell_word(folder)} --dtype {names['dtype']}",)
+        support.append(EngineSupport("transformers serve", serve, "pip install 'transformers[serving]'."))
+    support.append(EngineSupport("vLLM", load_commands("vllm", form, **names) if reads["vllm"] else (), notes["vllm"]))
+    if not reads["llama.cpp"]:
+        return [*support, EngineSupport("llama.cpp", (), notes["llama.cpp"])]
+    own = Path("gguf", folder.name)
+    lines = [f"compile-steer export {shell_word(folder)} --for llama.cpp --out {shell_word(own)}"]
+    files = [own / f"{folder.name}-f16.gguf"]
+    if adapter:
+        lines = [f"compile-steer export {_BASE} --for llama.cpp --out gguf/{_BASE}", f"{lines[0]} --base {_BASE}"]
+        files = [Path("gguf", _BASE, f"{_BASE}-f16.gguf"), own / f"{folder.name}.lora.gguf"]
+        lines[:0] = [write_base] * from_hub
+    return [*support, *_in_llama_cpp(artifact.name, files, lines, notes["llama.cpp"])]
 
 
+def _in_llama_cpp(name: str, files: Sequence[Path], lines: Sequence[str] = (), note: str = "") -> list[EngineSupport]:
+    """How llama.cpp and Ollama load a model's GGUF file, and a LoRA's on it; `lines` are what makes the files."""
+    model, last = files[0], files[-1]
+    form: Form = "gguf" if model == last else "adapter"
+    serve = load_commands("llama.cpp", form, base=model, folder=last.parent, file=last.name)
+    # What does not begin as a path is the name of a model on Ollama's hub.
+    paths = " ".join(shell_word(path if path.is_absolute() else f"./{path}") for path in files)
+    pattern = "".join(f"{key} %s\\n" for key in ("FROM", "ADAPTER")[: len(files)])
+    name, place = shell_word(name), shell_word(f"{name}.Modelfile")
+    commands = (f"printf '{pattern}' {paths} > {place}", f"ollama create {name} -f {place}", f"ollama run {name}")
+    ollama = "reads the same files; not tried here. It chooses a prompt template by the file's own: 'ollama show --template'."
+    return [EngineSupport("llama.cpp", (*lines, *serve), note), EngineSupport("Ollama", commands, ollama)]
+
+
+_BASE = "base"  # the folder that the commands write a base to that is on no hub
+_TITLES: dict[EngineName, str] = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
 _ADAPTER_NOTES: dict[EngineName, str] = {
-    "vllm": "a plain LoRA with alpha = rank: RANK is r of adapter_config.json.",
+    "vllm": "a plain LoRA; ask for the model by the name before the equals sign.",
     "llama.cpp": "for bases of the families that its writer knows; it says so where it does not.",
 }
 

@@ -69,7 +69,7 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
             inputs=inputs,
             recipe=origin.recipe,
         )
-        card = model_card(provenance, run.paths.validation)
+        card = model_card(provenance, folder, run.paths.validation)
         distributed.first(partial(write_patch, folder, patch, model, provenance, card, curves))
     distributed.first(resume.clear)
     return list(folders.values())
@@ -141,7 +141,7 @@ def _merge(run: Run, folders: Sequence[Path]) -> list[Path]:
                 record = replace(provenance, form=form, parent=parent, inputs=inputs)
                 if not Provenance.is_current(target, inputs):  # the parent's hash is of its whole provenance
                     write = write_gguf if form.startswith("gguf-") else write_merged
-                    card = model_card(record, run.paths.validation)
+                    card = model_card(record, target, run.paths.validation)
                     write(target, patch, model, precision.removeprefix("gguf-"), record, card)
                 merged.append(target)
                 advance(1)

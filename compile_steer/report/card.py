@@ -16,6 +16,7 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from compile_steer.artifacts.files import digest, edit_check, read_front_matter, save_text
+from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.provenance import CARD, PARITY, EngineRecord, Provenance, load_engine_records
 from compile_steer.common.errors import ArtifactError
 from compile_steer.export.engine_support import engine_support
@@ -34,6 +35,7 @@ _SEAL = "\n<!-- SHA-256 of this card with its record and report: {} -->"
 
 def model_card(
     origin: Provenance,
+    folder: Path,
     validation: Path | None,
     parity: Parity | None = None,
     engine_records: Sequence[EngineRecord] = (),
@@ -42,6 +44,7 @@ def model_card(
     """Return the folder's README; by default as before it is verified.
 
     Args:
+        folder: where the artifact lies; commands call it by its name.
         validation: path of the run's validation report, which counts only if the artifact was compiled by it; None where
             there can be none.
         header: fields of the YAML header that a person filled in.
@@ -54,7 +57,9 @@ def model_card(
         details=[] if parity is None else details(parity),
         engine_records=engine_records,
         header=Markup(_header(origin, header)),
-        engines=engine_support(origin),
+        engines=engine_support(origin, Path(folder.name)),
+        folder=folder.name,
+        validation_ask=origin.recipe.get("ask", ""),
         interval=lambda i: f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]",
     )
     return f"{text}{_SEAL.format(_seal(text, origin, digest(asdict(parity)) if parity else ''))}\n"
@@ -93,8 +98,9 @@ def update_card(folder: Path, validation: Path) -> None:
     Raises:
         ArtifactError: the folder is not one of ours.
     """
-    origin, header = Provenance.read(folder), _read_header(folder / CARD)
-    save_text(folder / CARD, model_card(origin, validation, own_parity(folder), load_engine_records(folder), header))
+    origin, header, records = Provenance.read(folder), _read_header(folder / CARD), load_engine_records(folder)
+    card = model_card(origin, real_path(folder), validation, own_parity(folder), records, header)
+    save_text(folder / CARD, card)
 
 
 def _header(origin: Provenance, filled: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ def compose(run: CompositionRun) -> Composition:
                 inputs=inputs,
                 members=parents,
             )
-            write_patch(folder, patch, run.model, provenance, model_card(provenance, None))
+            write_patch(folder, patch, run.model, provenance, model_card(provenance, folder, None))
     composition = measure_interference(run.model, run.members, run.backend, folders, run.progress)
     save_record(run.paths.composed(f"{run.backend}.json"), asdict(composition))
     return composition

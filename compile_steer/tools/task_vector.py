@@ -104,7 +104,7 @@ def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None,
         described=words,
         biases=len(patch.bias),
     )
-    write_patch(folder, patch, loaded, provenance, model_card(provenance, None))
+    write_patch(folder, patch, loaded, provenance, model_card(provenance, folder, None))
     return TaskVector(folder, provenance.form, matrix_reports(patch, loaded.layout, program))
 
 

@@ -87,6 +87,8 @@ class BehaviourMatch:
     sample: str  # the compiled model's answer to the recipe's `ask`
     sampled: SampledScore | None = None  # None where no sampled answer can be scored
     prompt_sets: dict[str, Any] | None = None  # a test that reports of earlier versions have
+    # The first test prompts with the greedy answers, for people to read: by "prompt", "base", "steered" and "compiled".
+    answers: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def tests(self) -> list[Equivalence]:

@@ -175,10 +175,14 @@ class Reference:
         """`margins_of` base and steered model."""
         return self._both(lambda program: self.margins_of(self.model, program))
 
+    @property
+    def prompts(self) -> list[str]:
+        """The test prompts that are answered in full."""
+        return [pair.prompt for pair in self._data.test[: self.options.prompts]]
+
     def answers_of(self, model: LoadedModel, *programs: Program | None) -> list[tuple[Answers, str]]:
         """Greedy scored answers to the test prompts, and the answer to `ask`, under each program; all in one batch."""
-        prompts = [pair.prompt for pair in self._data.test[: self.options.prompts]]
-        requests = [Request(prompts, program) for program in programs]
+        requests = [Request(self.prompts, program) for program in programs]
         requests += [Request([self.ask], program, scored=False) for program in programs]
         answers = answer(model, requests, self._score, self.options.max_new_tokens, self._data.questions)
         samples = [sample.texts[0] for sample in answers[len(programs) :]]

@@ -27,7 +27,7 @@ from compile_steer.verification.precision import measure_rounding, require_finit
 from compile_steer.verification.reference import Reference
 
 _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
-
+_SHOWN = 8  # answered test prompts that a report keeps
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -210,6 +210,10 @@ def measure_behaviour(
         margin=equivalence("log-likelihood margin", margins - against.margins.steered, within) if within else None,
         score=score or equivalence("score", compiled.scores - steered.scores, limits["score"]),
         sampled=sampled,
+        answers=[
+            dict(zip(("prompt", "base", "steered", "compiled"), row, strict=True))
+            for row in zip(reference.prompts[:_SHOWN], base.texts, steered.texts, compiled.texts, strict=False)
+        ],
         score_base=float(base.scores.mean()),
         score_steered=float(steered.scores.mean()),
         score_compiled=float(compiled.scores.mean()),

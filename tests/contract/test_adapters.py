@@ -54,7 +54,7 @@ def origin(one: LoadedModel, form: str = "adapter", backend: str = "closed_form"
 
 def write(folder: Path, patch: WeightPatch, one: LoadedModel) -> Path:
     found = replace(origin(one), described="add +1.7 at resid_post 1\nablate +1 at mlp_out 2")
-    write_patch(folder, patch, one, found, model_card(found, None))
+    write_patch(folder, patch, one, found, model_card(found, folder, None))
     return folder
 
 

@@ -12,12 +12,16 @@ from huggingface_hub import ModelCard
 
 from compile_steer.artifacts.files import save_record, sha256
 from compile_steer.artifacts.provenance import Provenance
-from compile_steer.export.engine_support import engine_support
+from compile_steer.export.engine_support import EngineSupport, engine_support
 from compile_steer.pipeline.artifacts import verify
 from compile_steer.report.card import model_card, update_card
 from compile_steer.validation.report import Confound, ValidationReport
 from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
+
+
+def how(origin: Provenance) -> list[EngineSupport]:
+    return engine_support(origin, Path("made"))
 
 
 def card(folder: Path) -> str:
@@ -28,7 +32,7 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     folder = run.paths.merged("closed_form", "fp32")
     before = card(folder)
     assert "| verification | not verified |" in before
-    assert "Whether it does has not been verified" in before
+    assert "| Is this file the steered model? | Not verified |" in before
     assert "top-1" not in before
     (parity,) = verify(run.open(), [folder])
     after = card(folder)
@@ -40,7 +44,7 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     passed = card(run.paths.merged("bias", "fp32"))
     (verdict,) = [row for row in passed.splitlines() if row.startswith("| verification |")]
     assert verdict == "| verification | passed; not checked: prompts |", "its score is shown to be equivalent"
-    assert "was compared with" in passed
+    assert "| Is this file the steered model? | Yes: " in passed
     # The card is a report about the folder: writing it again changes nothing that is hashed.
     Provenance.read_unedited(folder)
 
@@ -60,7 +64,7 @@ def test_a_card_names_what_the_direction_is_confounded_with(run: SmallRun, tmp_p
     confound, path = Confound("the answer A", "30 of 40", "Swap."), tmp_path / "report.json"
     replace(ValidationReport.load(run.paths.validation), confounds=[confound]).save(path)
     origin = replace(Provenance.read(run.paths.adapter("bias")), validation_sha256=sha256(path))
-    assert "- confounded with the answer A: 30 of 40. Swap." in model_card(origin, path)
+    assert "- confounded with the answer A: 30 of 40. Swap." in model_card(origin, tmp_path, path)
 
 
 @pytest.mark.parametrize("case", ["another's parity", "edited parity", "other weights"])
@@ -115,30 +119,30 @@ def test_fields_that_a_person_filled_in_are_kept(run: SmallRun) -> None:
 
 def test_a_hub_base_is_named(run: SmallRun) -> None:
     origin = replace(Provenance.read(run.paths.adapter("bias")), model="some/base", revision="hub:abc")
-    assert "\nbase_model: some/base\n" in model_card(origin, None)
+    assert "\nbase_model: some/base\n" in model_card(origin, Path("made"), None)
 
 
 def test_each_engine_is_told_what_it_can_load(run: SmallRun) -> None:
     patch = Provenance.read(run.paths.adapter("bias"))
-    assert [engine.commands for engine in engine_support(patch)] == [()]
+    assert [engine.commands for engine in how(patch)] == [()]
     text = card(run.paths.adapter("bias"))
     assert "transformers, vLLM, llama.cpp: none of them loads this patch" in text
     assert "from_pretrained" not in text
     adapter = Provenance.read(run.paths.adapter("closed_form"))
-    assert all(engine.commands for engine in engine_support(adapter))
+    assert all(engine.commands for engine in how(adapter))
     assert "--lora-modules" in card(run.paths.adapter("closed_form"))
     merged = Provenance.read(run.paths.merged("bias", "fp32"))
     assert (merged.architecture, merged.biases) == ("llama", 1)
-    assert all(engine.commands for engine in engine_support(merged))
+    assert all(engine.commands for engine in how(merged))
     assert "biases of llama, which its own code adds." in card(run.paths.merged("bias", "fp32"))
-    transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="smollm3"))
+    transformers, _serve, vllm, llama_cpp = how(replace(merged, architecture="smollm3"))
     assert transformers.commands and vllm.commands
     assert vllm.note.endswith("which its own code adds; not tried with smollm3.")
     assert (llama_cpp.commands, "cannot hold it" in llama_cpp.note) == ((), True)
-    _transformers, vllm, llama_cpp = engine_support(replace(merged, architecture="qwen3"))
+    _transformers, _serve, vllm, llama_cpp = how(replace(merged, architecture="qwen3"))
     assert (vllm.commands, "cannot hold it" in vllm.note) == ((), True)
     assert not llama_cpp.commands
-    assert all(engine.commands for engine in engine_support(replace(merged, architecture="qwen3", biases=0)))
+    assert all(engine.commands for engine in how(replace(merged, architecture="qwen3", biases=0)))
 
 
 def test_a_parity_of_a_report_that_is_damaged_is_an_error(run: SmallRun) -> None:

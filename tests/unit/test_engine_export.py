@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_a_bias_of_zero_or_one_that_is_read_is_no_reason(tmp_path: Path) -> None
     for name in ("zero", "read"):
         exported = export(tmp_path / name, "vllm", tmp_path / "ours")
         assert exported.files == ["config.json", "export.json", "generation_config.json", "model.safetensors"]
-        assert exported.load == (f"vllm serve {tmp_path / 'ours'}",)
+        assert exported.load == (f"vllm serve {tmp_path / 'ours'} --dtype auto",)
         assert sha256(tmp_path / "ours" / "model.safetensors") == sha256(tmp_path / name / "model.safetensors")
 
 
@@ -98,7 +99,10 @@ def test_an_adapter_becomes_a_lora_file_for_llama_cpp(tmp_path: Path) -> None:
     assert alpha is not None
     scale = float(alpha.contents()) / found["blk.2.ffn_down.weight.lora_a"].shape[0]
     assert np.allclose(scale * product, (edit.B @ edit.A).numpy(), atol=1e-6)
-    assert exported.load == (f"llama-cli -m BASE.gguf --lora {tmp_path / 'out' / 'ours.lora.gguf'}",)
+    line, serve = exported.load
+    assert serve == f"llama-server -m {tmp_path}/out-base/moved-f16.gguf --lora {tmp_path}/out/ours.lora.gguf"
+    assert CliRunner().invoke(app, shlex.split(line)[1:]).exit_code == 0
+    assert all(Path(path).is_file() for path in shlex.split(serve)[2::2])
 
 
 def saved_program(path: Path, *parts: Any) -> Path:
@@ -116,7 +120,7 @@ def test_an_uncompiled_program_becomes_a_control_vector(tmp_path: Path) -> None:
     assert found.keys() == {"direction.1", "direction.3"}
     assert torch.allclose(found["direction.1"], 1.7 * vector(0))
     assert torch.allclose(found["direction.3"], -0.7 * vector(2))
-    assert exported.load == (f"llama-cli -m BASE.gguf --control-vector {tmp_path / 'out' / 'tide.control.gguf'}",)
+    assert exported.load == (f"llama-server -m BASE.gguf --control-vector {tmp_path / 'out' / 'tide.control.gguf'}",)
 
 
 def test_an_uncompiled_program_becomes_what_vllms_plugin_takes(tmp_path: Path) -> None:

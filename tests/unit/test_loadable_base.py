@@ -90,11 +90,11 @@ def test_base_writes_the_very_weights(base: LoadedModel, tmp_path: Path) -> None
 
 
 def test_the_card_of_an_adapter_says_how_its_base_is_written(base: LoadedModel) -> None:
-    first, *others = engine_support(origin(base))
+    first, *others = engine_support(origin(base), Path("made"))
     (line,) = first.commands
-    assert line == f"compile-steer base '{base.id}' --out BASE"
+    assert line == f"compile-steer base '{base.id}' --out base"
     assert all(base.id not in command for engine in others for command in engine.commands)
-    assert any("vllm serve BASE" in command for engine in others for command in engine.commands)
+    assert any("vllm serve base" in command for engine in others for command in engine.commands)
 
 
 def test_the_licence_is_that_of_the_file(base: LoadedModel, tmp_path: Path) -> None:
@@ -112,7 +112,8 @@ def test_the_licence_is_that_of_the_file(base: LoadedModel, tmp_path: Path) -> N
     assert "licence: gemma" in export_base(str(folder), tmp_path / "copy").notes
     licensed = load(str(tmp_path / "copy"))
     assert licensed.license == "gemma"
-    card = model_card(patch_provenance("tide", "bias", random_patch(licensed), licensed, program("llama"), 0.0), None)
+    record = patch_provenance("tide", "bias", random_patch(licensed), licensed, program("llama"), 0.0)
+    card = model_card(record, tmp_path, None)
     assert "\nlicense: gemma\n" in card and "# license: fill in" not in card
 
 

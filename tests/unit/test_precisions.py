@@ -159,8 +159,9 @@ def test_both_figures_are_shown(bytewise: VerifierCase) -> None:
         and f"with it KL {parity.divergence.kl.value:.1e}" in stream.getvalue()
     )
     origin = replace(bytewise.origin("gguf-q8_0", "bias"), architecture="llama", biases=1)
-    assert [engine.name for engine in engine_support(origin)] == ["llama.cpp", "transformers"]
-    assert "library_name: gguf" in model_card(origin, None) and "drops the biases" in model_card(origin, None)
+    assert [engine.name for engine in engine_support(origin, Path("made"))] == ["llama.cpp", "Ollama", "transformers"]
+    card = model_card(origin, Path("made"), None)
+    assert "library_name: gguf" in card and "drops the biases" in card
 
 
 def test_a_file_that_a_model_has_no_place_for_is_refused(bytewise: VerifierCase) -> None:

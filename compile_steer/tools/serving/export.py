@@ -16,7 +16,7 @@ from compile_steer.artifacts.files import own_files, read_json, save_record, sha
 from compile_steer.artifacts.provenance import CARD, PROVENANCE, EngineName, Provenance, artifact_sha256, versions
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
-from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, several
+from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, several, shell_word
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
 from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
@@ -103,6 +103,7 @@ def export(
         ArtifactError: the artifact is damaged, was changed after it was written, or is none of the three.
         CannotLower: it failed its verification, or the engine would load it wrongly or not at all; every reason is named.
     """
+    artifact = artifact if artifact.name else artifact.absolute()  # files are called by its name, and '.' has none
     # Precision and base are checked also where they are not used: a typing error should not pass.
     if precision not in GGUF_KINDS:
         raise ArtifactError(f"--precision {precision}: needed: {', '.join(GGUF_KINDS)}.")
@@ -131,7 +132,22 @@ def export(
             "files_sha256": {name: sha256(new / name) for name in own_files(new)},
         }
         save_record(new / RECORD, record)
-    return Exported(engine, kind, out, own_files(out), notes, load_commands(engine, kind, folder=out, **names))
+    before: tuple[str, ...] = ()
+    if engine == "llama.cpp" and kind != "checkpoint":
+        names["base"], before = _base_as_gguf(str(names["base"]), out, precision)
+    load = (*before, *load_commands(engine, kind, folder=out, **names))
+    return Exported(engine, kind, out, own_files(out), notes, load)
+
+
+def _base_as_gguf(base: str, out: Path, precision: str) -> tuple[str, tuple[str, ...]]:
+    """The path of the base's GGUF file, and the line that writes it; without a line where the base is not at hand."""
+    try:
+        folder = find_model(base).folder
+    except CompileSteerError:
+        return "BASE.gguf", ()
+    to = out.with_name(f"{out.name}-base")
+    line = f"compile-steer export {shell_word(folder)} --for llama.cpp --precision {precision} --out {shell_word(to)}"
+    return str(to / f"{folder.name}-{precision}.gguf"), (line,)
 
 
 def _require_free(out: Path) -> None:
@@ -223,7 +239,7 @@ def _export_adapter(folder: Path, engine: EngineName, new: Path, named: str | No
     if engine == "llama.cpp":
         name = f"{folder.name}.lora.gguf"
         write_lora_gguf(new / name, WeightPatch(lora.edits), _config(folder_of(named or lora.base)))
-        return notes, {"file": name}
+        return notes, {"file": name, "base": base}
     write_lora(new, lora.edits, base, lora.transposed)
     rank = read_lora(new).max_rank
     if {edit.rank for edit in lora.edits.values()} != {rank}:
