@@ -12,15 +12,15 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
     # 24 answered prompts are what a change of the score by a third needs to be significant, 60 calibration prompts what the
     # closed form needs to pass its gate, and 16 held-out texts what keeps a sound artifact within the gate of top-1.
     "quick": {
+        "extract": {"shuffled": 8},
         "validate": {
             "sweep_pairs": 12,
-            "sweep_neutral": 8,
             "sweep_prompts": 8,
-            "control_pairs": 8,
+            "control_pairs": 6,
             "pairs": 48,
             "prompts": 24,
             "max_new_tokens": 24,
-            "dose_prompts": 4,
+            "dose_prompts": 2,
         },
         "compile": {
             "calibration": {"prompts": 60, "max_new_tokens": 32},

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from compile_steer.artifacts.files import was_edited
 from compile_steer.artifacts.locks import for_child
-from compile_steer.artifacts.provenance import weights_sha256
+from compile_steer.artifacts.provenance import PARITY, weights_sha256
 from compile_steer.common import distributed
 from compile_steer.common.detail import Detail, detail
 from compile_steer.common.errors import ArtifactError, InternalError, shell_word
@@ -24,6 +25,7 @@ from compile_steer.pipeline.run import Run
 from compile_steer.report.page import write_page
 from compile_steer.report.recommendation import Recommendation, recommend
 from compile_steer.validation.report import ValidationReport
+from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import Parity
 
 
@@ -55,8 +57,15 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     yield (result := replace(result, plan=run.plan.choices))
     compile_program(run, force)
     yield (result := replace(result, merged=merge(run)))
-    parities = verify_in_fresh_process(recipe, run.paths.out, changes)
-    require_of_this_run(run, parities)
+    parities = kept_parities(run)
+    if parities is None:
+        parities = verify_in_fresh_process(recipe, run.paths.out, changes)
+        require_of_this_run(run, parities)
+    else:
+        again = f"compile-steer verify {shell_word(recipe)} --out {shell_word(run.paths.out)}"
+        run.progress.note(
+            f"These very files were verified before, by the same recipe, data and libraries. Again: {again}"
+        )
     shipped = recommend(parities, artifacts(run), verdict=result.validation.verdict)
     result = replace(result, parities=parities, recommendation=shipped, page=run.paths.report)
     trained = {name: read_curves(run.paths.adapter(name)) for name in run.plan.chosen}
@@ -67,19 +76,43 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     yield result
 
 
+def kept_parities(run: Run) -> list[Parity] | None:
+    """The reports beside the artifacts, where they are of exactly what this run makes; None where one is missing or is not.
+
+    As of a validation, a report that was edited, or whose verdict does not follow from its figures, is not kept.
+    """
+    parities = []
+    for folder in artifacts(run):
+        path = folder / PARITY
+        if not path.is_file() or was_edited(path):
+            return None
+        try:
+            parity = Parity.load(path)
+        except ArtifactError:  # of another version
+            return None
+        if judged(parity, run.recipe.verify.gates) != parity:
+            return None
+        parities.append(parity)
+    return None if _unlike(run, parities) else parities
+
+
 def require_of_this_run(run: Run, parities: Sequence[Parity]) -> None:
     """Raise `ArtifactError` unless the reports are of exactly what this run made, by this run's recipe, data and base."""
+    if others := _unlike(run, parities):
+        raise ArtifactError(
+            f"what was verified is not what this run made: {', '.join(others)} changed in between. Let nothing write to "
+            "the recipe, its data or the output folder, and run this again."
+        )
+
+
+def _unlike(run: Run, parities: Sequence[Parity]) -> list[str]:
+    """By which of recipe, data, libraries, base, program and files the reports are not of what this run made."""
     run.require_unchanged()
     bonds = {**run.bonds, "program": run.program_sha256, "base": run.model.revision}
     expected = [{**bonds, "artifact": weights_sha256(folder)} for folder in artifacts(run)]
     measured = [{key: value for key, value in parity.sha256.items() if key != "texts"} for parity in parities]
-    if measured != expected:
-        pairs = zip_longest(expected, measured, fillvalue=dict[str, str]())
-        others = {key for ours, theirs in pairs for key in ours | theirs if ours.get(key) != theirs.get(key)}
-        raise ArtifactError(
-            f"what was verified is not what this run made: {', '.join(sorted(others))} changed in between. Let nothing "
-            "write to the recipe, its data or the output folder, and run this again."
-        )
+    pairs = list(zip_longest(expected, measured, fillvalue=dict[str, str]()))
+    return sorted({key for ours, theirs in pairs for key in ours | theirs if ours.get(key) != theirs.get(key)})
 
 
 def verify_in_fresh_process(recipe: Path, out: Path, changes: Sequence[str]) -> list[Parity]:

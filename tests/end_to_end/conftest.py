@@ -46,8 +46,9 @@ SMALL: dict[str, Any] = {
         "max_new_tokens": 16,
     },
     "compile": {
+        "backends": ["bias", "closed_form", "distill"],
         "calibration": {"prompts": 48, "max_new_tokens": 24},
-        "distill": {"prompts": 6, "block_steps": BLOCK_STEPS},
+        "distill": {"prompts": 6, "block_steps": BLOCK_STEPS, "epochs": 1},
     },
     "verify": {
         "forms": ["adapter", "merged-fp32"],
@@ -71,9 +72,7 @@ def small_recipe(folder: Path) -> Path:
     """Write the ocean recipe with the settings above and the first rows of its data; the neutral texts are the shortest."""
     content = YAML(typ="safe").load(RECIPE)
     for section, settings in SMALL.items():
-        for key, value in settings.items():
-            place = content[section]
-            place[key] = {**place[key], **value} if isinstance(value, dict) else value
+        content[section] = {**content.get(section, {}), **settings}
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, count in ROWS.items():
         # What the recipe does not name comes with the package.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from compile_steer.__main__ import main
 from compile_steer.artifacts.provenance import PARITY
 from compile_steer.common.errors import ArtifactError, InternalError
-from compile_steer.pipeline.stages import verify_in_fresh_process
+from compile_steer.pipeline import artifacts
+from compile_steer.pipeline.stages import kept_parities, verify_in_fresh_process
 from tests.helpers.small_run import SmallRun
 
 
@@ -53,6 +55,22 @@ def test_a_verification_that_crashed_is_no_failed_check(
     monkeypatch.setattr(subprocess, "run", crash)
     with pytest.raises(error, match="verif"):
         verify_in_fresh_process(run.recipe, run.paths.out, [])
+
+
+def test_a_finished_run_keeps_its_reports_while_they_are_of_these_very_files(run: SmallRun) -> None:
+    opened = run.open()
+    folders = artifacts.artifacts(opened)
+    assert kept_parities(opened) is None  # one was never verified
+    reports = artifacts.verify(opened, folders)
+    assert kept_parities(opened) == reports
+    path = folders[0] / PARITY
+    for forged in (replace(reports[0], passed=not reports[0].passed), replace(reports[0], sha256={})):
+        forged.save(path)  # with a new seal
+        assert kept_parities(opened) is None
+    reports[0].save(path)
+    weights = folders[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert kept_parities(opened) is None
 
 
 def test_a_renamed_recipe_key_is_answered_with_its_new_name(run: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
