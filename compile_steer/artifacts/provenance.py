@@ -153,6 +153,11 @@ class Provenance:
         return self.form.startswith(("merged-", "gguf-"))
 
     @property
+    def has_all_bits(self) -> bool:
+        """True of a form that stores every weight as it was compiled."""
+        return self.form in ("adapter", "merged-fp32")
+
+    @property
     def origin(self) -> Origin:
         """Recipe, data and base alone, as a vector records them."""
         return Origin(self.recipe, self.recipe_sha256, self.data_sha256, self.revision, versions=self.versions)

@@ -43,7 +43,7 @@ def continue_prompts(
     texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     require_room(loaded, encoded, max_new_tokens)
-    ends = _end_tokens(loaded)
+    ends = end_tokens(loaded)
 
     def continue_share(own: list[int]) -> list[tuple[int, ...]]:
         # Padded on the left, so that every prompt ends where generation begins.
@@ -92,7 +92,7 @@ def stream_answer(
 
     Hooks are on only while a step is computed, so that other models may answer in turn.
     """
-    text, ends, cache = replace(prompt, ids=prompt.ids[: prompt.n_prompt]), _end_tokens(loaded), None
+    text, ends, cache = replace(prompt, ids=prompt.ids[: prompt.n_prompt]), end_tokens(loaded), None
     require_room(loaded, [text], max_new_tokens)
     limit = prompt.n_prompt + max_new_tokens
     while len(text.ids) < limit and not ended(loaded, text):
@@ -122,7 +122,7 @@ def neutral_generation(loaded: LoadedModel, temperature: float = 0.0) -> Iterato
     """
     model: Any = loaded.model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the one that generates
-    own, ends = model.generation_config, sorted(_end_tokens(loaded))
+    own, ends = model.generation_config, sorted(end_tokens(loaded))
     # By default transformers cuts the distribution to the 50 likeliest tokens.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=loaded.pad_id, **sampling)
@@ -149,7 +149,8 @@ def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Prog
     return cast(Tensor, output.last_hidden_state[0, :-1])
 
 
-def _end_tokens(loaded: LoadedModel) -> set[int]:
+def end_tokens(loaded: LoadedModel) -> set[int]:
+    """The tokens that end an answer."""
     end = loaded.model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {loaded.tokenizer.eos_token_id}
     return {int(token) for token in ends if token is not None}
@@ -157,7 +158,7 @@ def _end_tokens(loaded: LoadedModel) -> set[int]:
 
 def ended(loaded: LoadedModel, encoded: Encoded) -> bool:
     """True if the continuation ended with an end-of-turn token."""
-    return encoded.ids[-1] in _end_tokens(loaded) and len(encoded.ids) > encoded.n_prompt
+    return encoded.ids[-1] in end_tokens(loaded) and len(encoded.ids) > encoded.n_prompt
 
 
 def response_text(loaded: LoadedModel, encoded: Encoded) -> str:

@@ -185,6 +185,10 @@ class FinalStates:
     prompt: Tensor  # at all other tokens
     texts: Tensor  # index of the text of each of the response's positions, [n_tokens]
 
+    def first(self, count: int) -> Tensor:
+        """`response` of the first `count` texts, in the order in which `final_states` has these texts alone."""
+        return self.response[(self.texts < count).to(self.response.device)]
+
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""

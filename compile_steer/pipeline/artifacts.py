@@ -180,8 +180,9 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
     reference = make_reference(run)
     parities: dict[Path, Parity] = {}
     with run.progress.phase("verifying artifacts from disk", len(folders)) as advance:
-        # By form: the base, rounded as a form is, is made once for all artifacts of that form.
-        for folder in sorted(folders, key=lambda folder: origins[folder].form):
+        # By form: the base, rounded as a form is, is made once for all artifacts of that form. Those with all bits first:
+        # what is measured of them need not be measured of others that compute the same.
+        for folder in sorted(folders, key=lambda folder: (not origins[folder].has_all_bits, origins[folder].form)):
             parity = verify_artifact(
                 reference, folder, run.program_sha256, run.bonds, _other_inputs(run, origins[folder])
             )

@@ -163,6 +163,8 @@ def details(p: Parity) -> list[tuple[str, str]]:
         ("score", score_basis(b)),
         ("repeated 3-grams", f"{b.repetition_compiled:.2f} (steered {b.repetition_steered:.2f})"),
     ]
+    if p.inherited:
+        lines.append(("measured once", p.inherited))
     if p.file_error is not None:
         lines.append(("on disk", f"{p.file_error:.0e} nats/token from the weights that were compiled"))
     if p.capability is not None:

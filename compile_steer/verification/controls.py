@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence, encode_pairs, final_states, logprob_margins
+from compile_steer.models.logprobs import FinalStates, divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.stats import equivalence
 from compile_steer.verification.parity import AdapterControls, AdapterScale, Capability
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CONTROL_PAIRS = 8
 _RANDOM_ADAPTERS = 3
 _SCALES = (0.0, 0.5, 1.0, -1.0)
-_SCALE_TEXTS = 4
+SCALE_TEXTS = 4
 
 
 def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.ndarray, margin: float) -> Capability:
@@ -42,11 +42,14 @@ def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.nda
     return Capability(len(base), before, hooked, after, lost, gained, p, test)
 
 
-def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.ndarray) -> AdapterControls:
+def adapter_controls(
+    reference: Reference, artifact: LoadedModel, states: FinalStates, compiled: np.ndarray
+) -> AdapterControls:
     """What the adapter changes on the first test pairs, and what random adapters, other scales and other pairs do.
 
     Args:
         artifact: the base with the reloaded adapter; left as it was.
+        states: its final states on the held-out texts.
         compiled: its log-likelihood margins on all test pairs, [n_pairs].
     """
     data = reference.context.data
@@ -70,22 +73,24 @@ def adapter_controls(reference: Reference, artifact: LoadedModel, compiled: np.n
         halved=effect(0.5),
         other_behaviour=float(elsewhere.mean()) if others else None,
         n_pairs=len(base),
-        scales=adapter_scales(reference, artifact),
+        scales=adapter_scales(reference, artifact, states),
     )
 
 
-def adapter_scales(reference: Reference, artifact: LoadedModel) -> list[AdapterScale]:
+def adapter_scales(reference: Reference, artifact: LoadedModel, states: FinalStates) -> list[AdapterScale]:
     """Compare the adapter at each scale with the hooks at that scale; `artifact` is left as it was."""
-    # Written at scale 1, and read at every scale.
-    base, texts, scales = reference.model, reference.heldout[:_SCALE_TEXTS], []
-    unsteered = final_states(base, texts).response
+    # Written at scale 1, where its final states are `states`, and read at every scale.
+    base, scales = reference.model.model, []
+    unsteered = reference.scaled_states(0.0)
     for scale in _SCALES:
-        # Without any hook at 0, so that it is the base itself that the adapter is compared with.
-        steered = final_states(base, texts, reference.program.scaled(scale)).response if scale else unsteered
-        with adapter_scaled(artifact, scale):
-            compiled = final_states(artifact, texts).response
-        kl = divergence(base.model, steered, artifact.model, compiled).mean
-        kl_base = divergence(base.model, steered, base.model, unsteered).mean
+        steered = reference.scaled_states(scale)
+        if scale == 1:
+            compiled = states.first(SCALE_TEXTS)
+        else:
+            with adapter_scaled(artifact, scale):
+                compiled = final_states(artifact, reference.heldout[:SCALE_TEXTS]).response
+        kl = divergence(base, steered, artifact.model, compiled).mean
+        kl_base = divergence(base, steered, base, unsteered).mean if scale else 0.0
         scales.append(AdapterScale(scale, kl, kl / kl_base if kl_base else None))
     return scales
 

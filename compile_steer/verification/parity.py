@@ -40,6 +40,7 @@ class Divergence:
     kl_control_steered: float  # mean KL(base||steered) there
     n_tokens: int
     n_texts: int
+    top1_interval: Interval | None = None  # reports of earlier versions have none
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,13 @@ class Rounding:
     kl_remaining: float  # its fraction of `kl_changed`
     kl_changed: float  # KL(steered, on rounded||rounded)
     edited: int  # matrices that are not rounded's own: the compile edited them, so they were rounded anew
-    kl_edited: float  # KL(steered||steered with only these matrices of the base rounded)
+    kl_edited: float | None  # KL(steered||steered with only these matrices of the base rounded); None: of no gate
 
     def __str__(self) -> str:
+        cost = "" if self.kl_edited is None else f", which costs {self.kl_edited:.1e}"
         return (
             f"rounding alone {self.kl_base:.1e} nats/token from the base; without it KL {self.kl:.1e}, remaining "
-            f"{self.kl_remaining:.3%} ({self.edited} matrices rounded anew, which costs {self.kl_edited:.1e})"
+            f"{self.kl_remaining:.3%} ({self.edited} matrices rounded anew{cost})"
         )
 
 
@@ -235,6 +237,7 @@ class Parity(Summary):
     passed: bool = False
     reasons: list[str] = field(default_factory=list)  # every gate that the artifact misses
     remarks: list[str] = field(default_factory=list)  # what could not be measured, and why
+    inherited: str = ""  # the model that computes the same, of which the behaviour was measured; empty: this one
     unmeasured: dict[str, str] = field(default_factory=dict)  # the checks that need it, by their names
     checks: list[Check] = field(default_factory=list)  # all, with their outcomes; `gates.judged` by the figures above
     # The `verify` section, seed, prompt and device that it was measured by; what a report is bound to besides its hashes.

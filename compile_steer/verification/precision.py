@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.gguf import gguf_in, stored_types
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, divergence, final_states
+from compile_steer.models.logprobs import FinalStates, final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.verification.parity import Rounding
 
@@ -48,28 +48,27 @@ def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Cal
 
 
 def measure_rounding(
-    reference: Reference, quantized: Reference, artifact: LoadedModel, states: FinalStates
+    reference: Reference, quantized: Reference, artifact: LoadedModel, states: FinalStates, *, quantising: bool
 ) -> Rounding:
     """What rounding the weights costs by itself, and what the compile costs without it.
 
     Two references answer two questions. Against the steered model in full precision an artifact shows all that its user
     gets, the rounding's cost with the compile's. Against the hooks on the base rounded the same way, `quantized`, it shows the
     compile alone: every matrix that the compile did not edit is then the same on both sides, bit for bit. `states` are the
-    artifact's, on the held-out texts.
+    artifact's, on the held-out texts. What the edited matrices' rounding costs is measured where `quantising`, for a gate.
     """
-    base, rounded = reference.model.model, quantized.model
-    noise = reference.kl_from_steered(rounded, quantized.states.steered)
+    rounded, (base, noise) = quantized.model, quantized.rounding_alone
     compiled, changed = quantized.kl_from_steered(artifact, states).mean, quantized.kl_base.mean
     edited = edited_matrices(rounded, artifact)
     return Rounding(
-        kl_base=divergence(base, reference.states.base.response, rounded.model, quantized.states.base.response).mean,
+        kl_base=base.mean,
         kl_steered=noise.mean,
         top1_steered=noise.top1_agreement,
         kl=compiled,
         kl_remaining=compiled / changed,
         kl_changed=changed,
         edited=len(edited),
-        kl_edited=cost_of_rounding(reference, rounded, edited),
+        kl_edited=cost_of_rounding(reference, rounded, edited) if quantising else None,
     )
 
 

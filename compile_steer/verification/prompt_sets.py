@@ -127,8 +127,14 @@ class PromptSets:
 
     def compare(self, artifact: LoadedModel) -> list[PromptSet]:
         """The artifact on every set."""
-        compiled, base, steered = self._run(artifact, None), self._base, self._steered
-        results = []
+        return self._compared(self._run(artifact, None))
+
+    def of_steered(self) -> list[PromptSet]:
+        """The steered model itself on every set."""
+        return self._compared(self._steered)
+
+    def _compared(self, compiled: _Run) -> list[PromptSet]:
+        base, steered, results = self._base, self._steered, []
         for name, part in self._parts.items():
             kl, kl_base = (
                 divergence(steered.model.model, steered.states[name], other.model.model, other.states[name])

@@ -33,6 +33,8 @@ from compile_steer.scoring.base import ScorerBase
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
+from compile_steer.verification.controls import SCALE_TEXTS
+from compile_steer.verification.measured import Measured, measured_steered
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.precision import rounding_of
@@ -59,6 +61,7 @@ class Reference:
 
     heldout: list[Encoded]  # held-out prompts with the steered model's own sampled continuations, as the base's tokens
     control: list[Encoded]  # the control text
+    measured: list[Measured]  # the steered model, then the artifacts that were measured
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class Reference:
         self.context, self.program, self.options, self.ask = context, program, options, ask
         self.model, self._data, self._scorer = context.model, context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
+        self._scaled: dict[float, Tensor] = {}
+        self._exact = texts_of
         if texts_of is not None:
             self.heldout, self.control = texts_of.heldout, texts_of.control
             return
@@ -107,11 +112,12 @@ class Reference:
                 )
             advance(1)
             # Read here so that all of the reference is measured under this bar, before any artifact is reloaded.
-            _ = self.control_states, self.correct, self.answers
+            _ = self.control_states, self.correct, self.answers, self.margins
             advance(1)
             score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
             self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
             self.sampled_scores = self.sample_scores(self._data)
+            self.measured = [measured_steered(self)]
             advance(1)
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
@@ -156,10 +162,27 @@ class Reference:
         """KL(steered||other) at the positions that predict the held-out responses."""
         return divergence(self.model.model, self.states.steered.response, other.model, states.response)
 
+    def scaled_states(self, scale: float) -> Tensor:
+        """Those that predict the first held-out responses, with the program at `scale`; without hooks at 0."""
+        if scale in (0.0, 1.0):
+            return (self.states.steered if scale else self.states.base).first(SCALE_TEXTS)
+        if scale not in self._scaled:
+            texts, program = self.heldout[:SCALE_TEXTS], self.program.scaled(scale)
+            self._scaled[scale] = final_states(self.model, texts, program).response
+        return self._scaled[scale]
+
     @cached_property
     def kl_base(self) -> TokenDivergence:
         """KL(steered||base) there."""
         return self.kl_from_steered(self.model, self.states.base)
+
+    @cached_property
+    def rounding_alone(self) -> Both[TokenDivergence]:
+        """KL of base and steered model in full precision from those of this reference, which is of the rounded base."""
+        assert self._exact is not None
+        both = zip(self._exact.states, self.states, strict=True)
+        model, rounded = self._exact.model.model, self.model.model
+        return Both(*(divergence(model, one.response, rounded, other.response) for one, other in both))
 
     @cached_property
     def control_states(self) -> Both[Tensor]:
@@ -189,9 +212,14 @@ class Reference:
         return list(zip(answers[: len(programs)], samples, strict=True))
 
     @cached_property
+    def samples(self) -> Both[tuple[Answers, str]]:
+        """Answers to the test prompts, and to `ask`."""
+        return Both(*self.answers_of(self.model, None, self.program))
+
+    @property
     def answers(self) -> Both[Answers]:
         """Answers to the test prompts."""
-        return Both(*(answers for answers, _sample in self.answers_of(self.model, None, self.program)))
+        return Both(*(answers for answers, _sample in self.samples))
 
     @cached_property
     def correct(self) -> Both[np.ndarray]:
@@ -245,7 +273,7 @@ class Reference:
         return plans
 
     def compare_score(
-        self, artifact: LoadedModel, states: FinalStates
+        self, artifact: LoadedModel | None, states: FinalStates
     ) -> tuple[SampledScore | None, Equivalence | None]:
         """`SampledScores.compare` with the artifact, whose final states on the held-out texts are `states`."""
         if self.sampled_scores is None:

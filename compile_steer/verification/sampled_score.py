@@ -92,7 +92,7 @@ class SampledScores:
         return np.concatenate(parts)
 
     def compare(
-        self, artifact: LoadedModel, states: FinalStates | None, margin: float
+        self, artifact: LoadedModel | None, states: FinalStates | None, margin: float
     ) -> tuple[SampledScore, Equivalence | None]:
         """Test the artifact's expected score against +-`margin` points, on as many rounds as it takes.
 
@@ -101,6 +101,7 @@ class SampledScores:
         to 5 %, so by Bonferroni's inequality the whole test keeps it, however much the looks depend on each other.
 
         Args:
+            artifact: None for the steered model itself, whose weights are all 1.
             states: the artifact's final states on the answers that were known; None without any.
 
         Returns what the test rests on, and the last look's test; None where the weights are no basis for one.
@@ -111,7 +112,9 @@ class SampledScores:
                 if number == len(self._rounds):
                     self._draw()
                 drawn = self._rounds[number]
-                own = self._logprobs(artifact, drawn.answers, None, None if number else states)
+                own = drawn.logprobs
+                if artifact is not None:
+                    own = self._logprobs(artifact, drawn.answers, None, None if number else states)
                 log_weights.append(own - drawn.logprobs)
             scores = np.stack([drawn.scores for drawn in self._rounds[:rounds]])
             sampled, test = weighted_score(np.stack(log_weights), scores, margin, level)

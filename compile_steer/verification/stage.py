@@ -18,10 +18,10 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.models.tokens import encode
-from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
+from compile_steer.verification.measured import Measured, measure, same_as
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
 from compile_steer.verification.reference import Reference
@@ -88,13 +88,11 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         share_equal(artifact.model, quantized.model.model)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
-    # Measure, in the order of the report's sections.
-    margins = reference.margins_of(artifact)
-    sets = reference.prompt_sets.compare(artifact)
+    same = same_as(reference, artifact, states, origin, quantized.model if quantized else None)
+    measured = same[0] if same else measure(reference, artifact, states, origin)
     capability = None
     if options.capability:
-        correct = correct_answers(artifact, QUESTIONS[: options.capability])
-        capability = capability_retention(*against.correct, correct, options.gates.score_margin)
+        capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
     file_error, unmeasured = _measure_file(artifact, base, origin, rounded=quantized is not None)
     if not origin.files_sha256:
         unmeasured["files"] = (
@@ -110,12 +108,15 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
             encode(artifact.tokenizer, text) == encode(base.tokenizer, text) for text in reference.context.data.heldout
         ),
         file_error=file_error,
-        divergence=measure_divergence(reference, against, artifact, states),
-        behaviour=measure_behaviour(reference, against, artifact, margins, states),
-        prompt_sets=sets,
+        inherited=f"behaviour, control text and capability are those of {same[0].name}: {same[1]}" if same else "",
+        divergence=measure_divergence(reference, against, artifact, states, measured),
+        behaviour=measure_behaviour(reference, against, measured),
+        prompt_sets=measured.prompt_sets,
         capability=capability,
-        adapter=adapter_controls(reference, artifact, margins) if origin.form == "adapter" else None,
-        rounding=measure_rounding(reference, quantized, artifact, states) if quantized else None,
+        adapter=adapter_controls(reference, artifact, states, measured.margins) if origin.form == "adapter" else None,
+        rounding=measure_rounding(reference, quantized, artifact, states, quantising=against is quantized)
+        if quantized
+        else None,
         remarks=[*reference.context.notes, *_other_prompts(base, origin), *reference.prompt_sets.remarks],
         unmeasured=unmeasured,
         sha256={},
@@ -153,11 +154,12 @@ def _measure_file(
 
 
 def measure_divergence(
-    reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates
+    reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates, measured: Measured
 ) -> Divergence:
     """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts.
 
     `against` is the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
+    The latter is of `measured`.
     """
     kl, kl_base, seed = reference.kl_from_steered(artifact, states), reference.kl_base, reference.context.seed
     # The text is the unit of both intervals: tokens of one text share its topic, so they are not independent.
@@ -167,7 +169,6 @@ def measure_divergence(
     compiled = (states.response - against.states.base.response).double()
     size = steered.square().sum()
     model, control = against.model.model, against.control_states
-    compiled_control = final_states(artifact, against.control).response
     return Divergence(
         kl=Interval(kl.mean, mean.low, mean.high),
         kl_rms=kl.rms,
@@ -178,33 +179,24 @@ def measure_divergence(
             reference.model.model, reference.states.steered.prompt, artifact.model, states.prompt
         ).mean,
         top1=kl.top1_agreement,
+        top1_interval=bootstrap_ratio(kl.same_top1, torch.ones_like(kl.kl), states.texts, seed=seed),
         top1_base=kl_base.top1_agreement,
         gain=float((steered * compiled).sum() / size),
         hidden_error=float(((compiled - steered).square().sum() / size).sqrt()),
         kl_control_steered=divergence(model, control.base, model, control.steered).mean,
-        kl_control=divergence(model, control.base, artifact.model, compiled_control).mean,
+        kl_control=divergence(model, control.base, measured.model.model, measured.control).mean,
         n_tokens=len(kl.kl),
         n_texts=len(reference.heldout),
     )
 
 
-def measure_behaviour(
-    reference: Reference,
-    against: Reference,
-    artifact: LoadedModel,
-    margins: np.ndarray,
-    states: FinalStates,
-) -> BehaviourMatch:
-    """Behaviour on the test pairs and prompts; `states` and `against` as in `measure_divergence`, the latter for the margins.
-
-    Args:
-        margins: the artifact's log-likelihood margins, [n_pairs].
-    """
+def measure_behaviour(reference: Reference, against: Reference, measured: Measured) -> BehaviourMatch:
+    """Behaviour on the test pairs and prompts; `against` as in `measure_divergence`, for the margins."""
     base, steered = reference.answers
-    ((compiled, sample),) = reference.answers_of(artifact, None)
+    compiled, margins = measured.answers, measured.margins
     limits, gates = reference.equivalence_margins, reference.options.gates
     within = limits.get("log-likelihood margin")
-    sampled, score = reference.compare_score(artifact, states)
+    sampled, score = measured.score
     return BehaviourMatch(
         effect_retained=bootstrap_effect_retained(*against.margins, margins, seed=reference.context.seed),
         margin=equivalence("log-likelihood margin", margins - against.margins.steered, within) if within else None,
@@ -222,5 +214,5 @@ def measure_behaviour(
         repetition_compiled=float(compiled.repetition.mean()),
         n_pairs=len(margins),
         n_prompts=len(compiled.scores),
-        sample=sample,
+        sample=measured.sample,
     )

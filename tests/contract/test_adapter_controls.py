@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, logprob_margins
+from compile_steer.models.logprobs import encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
 from compile_steer.steering.program import Program
@@ -39,10 +39,10 @@ def adapter(folder: Path, rank: int = 3) -> LoadedModel:
 
 def reference(base: LoadedModel) -> Reference:
     """What the controls read of one: four control pairs, and two of them as another behaviour's."""
-    pairs = encode_pairs(base, PAIRS)
+    pairs, program = encode_pairs(base, PAIRS), Program((intervention(layer=1),), base.id, base.revision)
     stand_in = SimpleNamespace(
         model=base,
-        program=Program((intervention(layer=1),), base.id, base.revision),
+        scaled_states=lambda scale: final_states(base, pairs[:2], program.scaled(scale)).response,
         context=SimpleNamespace(seed=3, data=SimpleNamespace(test=PAIRS[:4], other_behaviour=PAIRS[:2])),
         margins=SimpleNamespace(base=logprob_margins(base, pairs)),
         heldout=pairs[:2],
@@ -55,7 +55,7 @@ def test_controls_are_the_adapters_effects_at_other_scales_and_of_other_weights(
     base = LoadedModel(build("llama"), tokenizer(), "tiny-llama", revision("llama"), "")
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
     compiled = logprob_margins(one, encode_pairs(one, PAIRS))
-    controls = adapter_controls(reference(base), one, compiled)
+    controls = adapter_controls(reference(base), one, final_states(one, encode_pairs(one, PAIRS)[:2]), compiled)
     assert controls.n_pairs == 4 and len(controls.random) == 3
     assert [one.scale for one in controls.scales] == [0.0, 0.5, 1.0, -1.0] and controls.scales[0].kl_remaining is None
     changes = compiled - logprob_margins(base, encode_pairs(base, PAIRS))

@@ -133,7 +133,8 @@ class VerifierCase:
         write_merged(folder, patch, self.base, "fp32", self.origin("merged-fp32", "bias"), "")
         return folder
 
-    def adapter(self, name: str = "adapter") -> Path:
+    @property
+    def patch(self) -> WeightPatch:
         """A poor approximation, of rank 3 on two Linears: constant where the writer's input is, plus noise."""
         (one,) = self.program.interventions
         generator = torch.Generator().manual_seed(5)
@@ -142,8 +143,18 @@ class VerifierCase:
             d_in = self.base.model.get_submodule(module).in_features
             B = torch.cat([(one.coefficient * one.vector)[:, None], torch.randn(HIDDEN, 2, generator=generator)], dim=1)
             edits[module] = LowRank(B, 0.3 * torch.randn(3, int(d_in), generator=generator))
+        return WeightPatch(edits)
+
+    def adapter(self, name: str = "adapter") -> Path:
+        """The patch as an adapter."""
         folder = self.folder / name
-        write_patch(folder, WeightPatch(edits), self.base, self.origin("adapter", "closed_form"), "")
+        write_patch(folder, self.patch, self.base, self.origin("adapter", "closed_form"), "")
+        return folder
+
+    def merged_adapter(self, name: str = "merged-adapter", precision: str = "fp32") -> Path:
+        """The same patch, merged."""
+        folder = self.folder / name
+        write_merged(folder, self.patch, self.base, precision, self.origin(f"merged-{precision}", "closed_form"), "")
         return folder
 
     def parity_of(self, folder: Path) -> Parity:

@@ -35,6 +35,10 @@ def parity(case: VerifierCase) -> Parity:
     return case.parity_of(case.adapter())
 
 
+def scales_of(case: VerifierCase, adapter: LoadedModel) -> list[AdapterScale]:
+    return adapter_scales(case.reference, adapter, final_states(adapter, case.reference.heldout))
+
+
 def with_scales(parity: Parity, *scales: AdapterScale) -> Parity:
     assert parity.adapter is not None
     return replace(parity, adapter=replace(parity.adapter, scales=list(scales)))
@@ -42,7 +46,7 @@ def with_scales(parity: Parity, *scales: AdapterScale) -> Parity:
 
 def test_each_scale_is_compared_with_the_hooks_at_that_scale(case: VerifierCase, adapter: LoadedModel) -> None:
     texts, model = case.reference.heldout[:4], case.base.model
-    measured = {one.scale: one for one in adapter_scales(case.reference, adapter)}
+    measured = {one.scale: one for one in scales_of(case, adapter)}
     assert list(measured) == [0.0, 0.5, 1.0, -1.0]
     base = final_states(case.base, texts).response
     for scale in (0.5, 1.0, -1.0):
@@ -59,7 +63,7 @@ def test_each_scale_is_compared_with_the_hooks_at_that_scale(case: VerifierCase,
 
 def test_at_scale_0_it_is_the_base_and_afterwards_what_it_was(case: VerifierCase, adapter: LoadedModel) -> None:
     before = final_states(adapter, case.reference.heldout[:4]).response
-    zero = adapter_scales(case.reference, adapter)[0]
+    zero = scales_of(case, adapter)[0]
     # Base and adapter lie at other places in memory, so that their states can differ by rounding.
     assert (zero.scale, zero.kl_remaining) == (0.0, None) and zero.kl < 1e-9
     assert torch.equal(final_states(adapter, case.reference.heldout[:4]).response, before)
@@ -70,7 +74,7 @@ def test_an_adapter_that_brings_more_than_itself_is_not_the_base_at_scale_0(
 ) -> None:
     norm = next(module for name, module in adapter.model.named_modules() if name.endswith("layers.2.input_layernorm"))
     norm.weight.data = 1.3 * norm.weight  # what equals the base is in its memory
-    assert adapter_scales(case.reference, adapter)[0].kl > 1e-4
+    assert scales_of(case, adapter)[0].kl > 1e-4
 
 
 def test_only_scale_0_is_a_gate(parity: Parity) -> None:

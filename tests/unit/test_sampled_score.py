@@ -254,6 +254,7 @@ def test_multiple_choice_questions_have_no_sampled_answers(case: VerifierCase, m
     questions = {pair.prompt: Question(pair.prompt, ("w6", "w7"), 0) for pair in data.test[1:]}
     monkeypatch.setattr(reference, "sampled_scores", reference.sample_scores(replace(data, questions=questions)))
     assert reference.sampled_scores is None, "one prompt is left, and a mean of one has no interval"
+    monkeypatch.setattr(reference, "measured", [])  # made with answers that could be sampled
     parity = verify_artifact(reference, case.merged("questions"), PROGRAM_HASH)
     assert parity.behaviour.sampled is None and parity.behaviour.score.n == 12
     assert dict(details(parity))["score"].endswith("test prompts; no sampled answers were weighted")

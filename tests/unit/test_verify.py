@@ -22,7 +22,7 @@ from compile_steer.models.logprobs import final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
-from compile_steer.stats import equivalence
+from compile_steer.stats import Interval, equivalence
 from compile_steer.steering.hooks import steered
 from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import Parity, Rounding
@@ -179,6 +179,16 @@ def test_the_margin_is_a_gate_and_the_score_where_the_prompts_suffice(exact: Par
     assert not few.enough and judged(with_behaviour(exact, score=few), GATES).reasons == []
     many = equivalence("score", np.full(60, 0.2), 0.05)
     assert many.enough and judged(with_behaviour(exact, score=many), GATES).reasons == [str(many)]
+
+
+def test_a_rate_fails_where_its_whole_interval_is_below_the_gate(exact: Parity) -> None:
+    near = replace(exact, exact=False)
+    chance, fault = (Interval(0.941, 0.92, high) for high in (0.955, 0.949))
+    assert judged(with_divergence(near, top1=0.941, top1_interval=chance), GATES).reasons == []
+    off = with_divergence(near, top1=0.941, top1_interval=fault)
+    assert judged(off, GATES).reasons == ["top-1 agreement 94.10% [92.00%, 94.90%]; at least 95.00%"]
+    older = with_divergence(near, top1=0.941, top1_interval=None)
+    assert judged(older, GATES).reasons == ["top-1 agreement 94.10%; at least 95.00%"]
 
 
 def test_more_repetition_than_steered_is_a_gate_less_is_not(exact: Parity) -> None:

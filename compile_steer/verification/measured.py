@@ -1,0 +1,165 @@
+"""What a model does on the verifier's prompts, measured once for all artifacts that compute the same.
+
+An artifact computes what another model does if their distributions agree on the texts of the verifier and all that these
+texts cannot show is equal: what makes tokens of text and text of tokens, the tokens that end an answer, and the embeddings,
+which alone have weights that only some tokens reach. Then what was measured of the other is true of it. Every artifact is
+loaded from its own files and compared in the verifier's own process: without that nothing is taken over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compile_steer.models.generate import end_tokens
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.logprobs import FinalStates, divergence, encode_pairs, final_states
+from compile_steer.models.tokens import encode
+from compile_steer.scoring.answers import Answers
+from compile_steer.scoring.questions import QUESTIONS, correct_answers
+from compile_steer.stats import Equivalence
+from compile_steer.verification.parity import PromptSet, SampledScore
+
+if TYPE_CHECKING:
+    from compile_steer.artifacts.provenance import Provenance
+    from compile_steer.verification.reference import Reference
+
+STEERED = "the steered model"
+# Of log p, root mean square: sums in another order in float32 give 4e-6 on SmolLM2, an error of 1 % of the vector 1e-2.
+_SAME = 1e-5
+_FORMS = (
+    "merged-fp32",
+    "merged-bf16",
+    "merged-fp16",
+)  # of a quantised file the base is another one, of an adapter less is known
+# A rounded form may be this part of the KL gate from what it was rounded from: its behaviour is then the same within what
+# the tests of behaviour can see, for which the whole gate is allowed.
+_ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model does on the verifier's prompts; `model` and its final states tell others that compute the same.
+
+    Attributes:
+        name: of the artifact, or `STEERED`.
+        backend: its backend; empty for the steered model.
+        states: final states on the held-out texts.
+        control: those that predict the responses of the control text, [n, d_model].
+        margins: log-likelihood margins, [n_pairs].
+        sample: the answer to the recipe's `ask`.
+        correct: which capability questions are answered correctly, [n] 1 or 0.
+        score: what `SampledScores.compare` returns.
+    """
+
+    name: str
+    backend: str
+    model: LoadedModel
+    states: FinalStates
+    control: Tensor
+    margins: np.ndarray
+    answers: Answers
+    sample: str
+    correct: np.ndarray
+    prompt_sets: list[PromptSet]
+    score: tuple[SampledScore | None, Equivalence | None]
+
+
+def measured_steered(reference: Reference) -> Measured:
+    """The steered model, of which all is known."""
+    return Measured(
+        STEERED,
+        "",
+        reference.model,
+        reference.states.steered,
+        reference.control_states.steered,
+        reference.margins.steered,
+        *reference.samples.steered,
+        reference.correct.steered,
+        reference.prompt_sets.of_steered(),
+        reference.compare_score(None, reference.states.steered),
+    )
+
+
+def measure(reference: Reference, artifact: LoadedModel, states: FinalStates, origin: Provenance) -> Measured:
+    """Measure `artifact`, whose final states on the held-out texts are `states`, and keep it for those that compute the same."""
+    measured = Measured(
+        f"{origin.backend} {origin.form}",
+        origin.backend,
+        artifact,
+        states,
+        final_states(artifact, reference.control).response,
+        reference.margins_of(artifact),
+        *reference.answers_of(artifact, None)[0],
+        correct_answers(artifact, QUESTIONS[: reference.options.capability]),
+        reference.prompt_sets.compare(artifact),
+        reference.compare_score(artifact, states),
+    )
+    if origin.has_all_bits:  # of the others many weights are their own: kept, each would be another model in memory
+        reference.measured.append(measured)
+    return measured
+
+
+def same_as(
+    reference: Reference, artifact: LoadedModel, states: FinalStates, origin: Provenance, rounded: LoadedModel | None
+) -> tuple[Measured, str] | None:
+    """What was measured of a model that `artifact` computes the same as, and how far the two are apart; None without one.
+
+    Args:
+        states: the artifact's, on the held-out texts.
+        rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
+    """
+    if origin.form not in _FORMS:
+        return None
+    if not _same_embeddings(artifact, rounded or reference.model) or not _reads_alike(reference, artifact):
+        return None
+    for known in reference.measured:
+        if known.backend not in ("", origin.backend) or not _near(known.states, states):
+            continue
+        if rounded is None:
+            parts = [(known.states.response, states.response), (known.states.prompt, states.prompt)]
+            kl = torch.cat([divergence(known.model.model, p, artifact.model, q).kl for p, q in parts])
+            apart = float(2 * kl.mean()) ** 0.5  # a small KL is half the variance of the difference of log p
+            if apart <= _SAME:
+                return known, f"it computes the same, log p within {apart:.0e} nats at {len(kl):,} positions"
+        else:
+            kl = divergence(known.model.model, known.states.response, artifact.model, states.response).kl
+            limit = _ROUNDING * reference.options.gates.kl_remaining * reference.kl_base.mean
+            if float(kl.mean()) <= limit:
+                moved = float(kl.mean())
+                return known, f"rounding moves it by KL {moved:.1e} nats a token, which matters above {limit:.1e}"
+    return None
+
+
+def _near(one: FinalStates, other: FinalStates) -> bool:
+    """Whether final states are near enough for the distributions to be compared, which takes longer."""
+    size = one.response.square().sum()
+    return bool((one.response - other.response).square().sum() <= 0.01 * size)
+
+
+def _same_embeddings(artifact: LoadedModel, own: LoadedModel) -> bool:
+    """Whether embedding and head are the base's, which `reload` has then given one memory."""
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        one, other = (getattr(loaded.model, name)().weight for loaded in (artifact, own))
+        if one.data_ptr() != other.data_ptr():
+            return False
+    return True
+
+
+def _reads_alike(reference: Reference, artifact: LoadedModel) -> bool:
+    """Whether the artifact makes the same tokens of the verifier's texts, the same text of tokens, and ends answers alike."""
+    base, data, options = reference.model, reference.context.data, reference.options
+    tokens = [
+        [encode(one.tokenizer, text) for text in (*data.heldout, *data.neutral[: options.neutral])]
+        + encode_pairs(one, data.test)
+        for one in (base, artifact)
+    ]
+    written = [
+        [one.tokenizer.decode(list(text.ids)) for text in (*reference.heldout, *reference.control)]
+        for one in (base, artifact)
+    ]
+    return tokens[0] == tokens[1] and written[0] == written[1] and end_tokens(base) == end_tokens(artifact)

@@ -1,0 +1,115 @@
+"""What computes the same is measured once; what only looks the same is measured by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compile_steer.artifacts.provenance import Provenance
+from compile_steer.verification import stage
+from compile_steer.verification.parity import Parity
+from compile_steer.verification.reference import Reference
+from compile_steer.verification.stage import verify_artifact
+from tests.helpers.verification import PROGRAM_HASH, VerifierCase, make_reference
+
+SETTINGS: dict[str, Any] = {"prompts_per_set": 2, "long": 0, "free_tokens": 4, "capability": 2}
+UNSEEN = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def adapter(case: VerifierCase) -> Parity:
+    return case.parity_of(case.adapter())
+
+
+def refuse(*_args: object) -> None:
+    raise AssertionError("measured again")
+
+
+def verified(case: VerifierCase, folder: Path, reference: Reference | None = None) -> Parity:
+    return verify_artifact(reference or case.reference, folder, PROGRAM_HASH)
+
+
+def test_a_merge_that_computes_what_its_adapter_does_takes_over_its_measurements(
+    case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "measure", refuse)
+    merged = verified(case, case.merged_adapter())
+    assert (
+        "are those of closed_form adapter: it computes the same, log p within" in merged.inherited
+        and not adapter.inherited
+    )
+    assert merged.behaviour == adapter.behaviour and merged.capability == adapter.capability
+    assert merged.prompt_sets == adapter.prompt_sets and merged.adapter is None
+    assert merged.divergence.kl.value == pytest.approx(adapter.divergence.kl.value, rel=1e-4)
+    kept = {check.name for check in adapter.checks} - {"adapter at scale 0", "random adapters"}
+    assert {check.name for check in merged.checks} == kept, "every check of a whole model is made"
+
+
+def test_an_exact_compile_takes_over_those_of_the_steered_model(
+    case: VerifierCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = verified(case, case.merged("alone"), unknown(case))
+    assert not alone.inherited
+    monkeypatch.setattr(stage, "measure", refuse)
+    exact = verified(case, case.merged())
+    assert "are those of the steered model" in exact.inherited and exact.passed
+    for one, other in zip(exact.prompt_sets, alone.prompt_sets, strict=True):
+        assert other.kl == pytest.approx(one.kl, abs=1e-9) and one.greedy == other.greedy
+        assert one.sampled == other.sampled
+    assert exact.capability == alone.capability and exact.behaviour.sample == alone.behaviour.sample
+    tests = zip(exact.behaviour.tests, alone.behaviour.tests, strict=True)
+    assert all(one.difference == pytest.approx(other.difference, abs=1e-5) for one, other in tests)
+
+
+def unknown(case: VerifierCase) -> Reference:
+    """A reference that has measured nothing that an artifact could be the same as."""
+    reference = make_reference(case.base, case.program, **case.verify)
+    reference.measured = []
+    return reference
+
+
+def spoil(folder: Path, what: str) -> None:
+    """A fault that the texts of the verifier hardly show, or not at all; the record is of the faulty files."""
+    weights = load_file(folder / "model.safetensors")
+    if what == "weights":
+        weights["model.layers.1.mlp.down_proj.weight"] *= 1 + 1e-3
+    elif what == "a token of no text":
+        weights[UNSEEN][-1] += 1.0
+    elif what == "end of an answer":
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, 50]}))
+    elif what == "names of tokens":
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"w50"', '"w-50"'))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Provenance.read(folder).write(folder)
+
+
+@pytest.mark.parametrize("what", ["weights", "a token of no text", "end of an answer", "names of tokens"])
+def test_one_that_may_not_do_the_same_is_measured(case: VerifierCase, adapter: Parity, what: str) -> None:
+    folder = case.merged_adapter(what.replace(" ", "-"))
+    spoil(folder, what)
+    assert verified(case, folder).inherited == ""
+
+
+def test_nothing_is_taken_over_from_a_report_on_disk(case: VerifierCase, adapter: Parity) -> None:
+    adapter.save(case.folder / "adapter" / "parity.json")
+    assert verified(case, case.merged_adapter("later"), unknown(case)).inherited == ""
+
+
+def test_rounding_is_measured_where_it_can_matter(case: VerifierCase, adapter: Parity) -> None:
+    folder = case.merged_adapter("rounded", "bf16")
+    rounded = verified(case, folder)
+    assert "rounding moves it by KL" in rounded.inherited and rounded.behaviour == adapter.behaviour
+    assert rounded.rounding is not None and rounded.rounding.kl_edited is None
+    assert rounded.divergence.kl != adapter.divergence.kl, "the KL is its own"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 0.1 * torch.ones(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Provenance.read(folder).write(folder)
+    assert verified(case, folder).inherited == ""
