@@ -66,11 +66,12 @@ def _draw_sweep(report: ValidationReport, panels: Sequence[Any]) -> None:
     right.set(xlabel="coefficient", ylabel="perplexity of control text, x base")
     left.legend(title="block", fontsize=7, title_fontsize=7)
     chosen = [p for p in report.grid if (p.layer, p.coefficient) == (report.layer, report.coefficient)]
-    styles = {"o": [p for p in report.grid if p.score is not None], "-": report.frontier}
-    for style, points in styles.items():
-        prices.plot([p.perplexity_ratio for p in points], [p.score for p in points], style, color="grey")
-    prices.plot([p.perplexity_ratio for p in chosen], [p.score for p in chosen], "o", color="green", markersize=9)
-    prices.set(xlabel="perplexity, x base", ylabel="score, validation prompts")
+    answered = [point for point in [*report.grid, *chosen] if point.cost is not None]
+    prices.plot([p.cost for p in answered], [p.score for p in answered], "o", color="grey")
+    prices.plot([p.cost for p in report.frontier], [p.score for p in report.frontier], "-", color="grey")
+    prices.plot([p.cost for p in chosen], [p.score for p in chosen], "o", color="green", markersize=9)
+    prices.axvline(1.0, color="red", linewidth=0.8, linestyle=":")
+    prices.set(xlabel="cost, part of a limit used", ylabel="score, validation prompts")
 
 
 def _draw_controls(report: ValidationReport, panels: Sequence[Any]) -> None:

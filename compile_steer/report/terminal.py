@@ -23,9 +23,18 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 def print_validation(console: Console, report: ValidationReport) -> None:
     """Print the sweep, and the verdict with its reasons."""
-    title = "Sweep on validation data (*: no point of lower perplexity scores as much; green: chosen)"
+    title = "Sweep on validation data (*: no cheaper point scores as much; green: chosen; cost: largest part of a limit used)"
     table = Table(title=title, title_justify="left")
-    for heading in ("layer", "coefficient", "margin, nats/token", "perplexity", "score", "repetition"):
+    for heading in (
+        "layer",
+        "coefficient",
+        "margin, nats/token",
+        "perplexity",
+        "score",
+        "repetition",
+        "right answers",
+        "cost",
+    ):
         table.add_column(heading, justify="right")
     for point in report.grid:
         chosen = (point.layer, point.coefficient) == (report.layer, report.coefficient)
@@ -36,12 +45,15 @@ def print_validation(console: Console, report: ValidationReport) -> None:
             "" if point.perplexity_ratio is None else f"x{point.perplexity_ratio:.2f}",
             "" if point.score is None else f"{point.score:.2f}{' *' if point in report.frontier else ''}",
             "" if point.repetition is None else f"{point.repetition:.2f}",
+            "" if point.lost_answers is None else f"{-100 * point.lost_answers:+.0f} points",
+            "" if point.cost is None else f"{point.cost:.0%}",
             style="bold green" if chosen else "",
         )
     console.print(table)
     verdict = (report.verdict.upper(), f"bold {_COLOURS[report.verdict]}")
     console.print(Text.assemble(("Verdict on test data: ", "bold"), verdict, f"; {report.headline}"))
-    for line in [*(f"- {reason}" for reason in report.reasons), *report.notes]:
+    price = [f"costs: {effect}" for effect in report.side_effects]
+    for line in [*(f"- {reason}" for reason in report.reasons), *price, *report.notes]:
         console.print(f"  {line}")
     s = report.separability
     console.print(

@@ -67,7 +67,8 @@ def right_answers(logprobs: np.ndarray, questions: Sequence[PlainQuestion]) -> n
         logprobs: of `answer_texts` of all questions, mean over tokens, in nats.
     """
     ends = np.cumsum([len(answer_texts(question)) for question in questions])
-    return np.array([1 / np.exp(part - part[0]).sum() for part in np.split(logprobs, ends[:-1])])
+    parts = np.split(logprobs, ends[:-1]) if questions else []
+    return np.array([1 / np.exp(part - part[0]).sum() for part in parts])
 
 
 def correct_answers(

@@ -9,7 +9,6 @@ are made equal in the feature.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import numpy as np
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.text import Pair
 from compile_steer.scoring.base import Reply, Score
+from compile_steer.scoring.language import LANGUAGES, languages, words_of
 from compile_steer.stats import LEVEL, Interval
 from compile_steer.validation.report import Confound
 
@@ -26,16 +26,6 @@ _SEPARATES = 0.75  # AUROC that the interval must lie above; below, a feature is
 _MAX_LABELS = 8
 _MAX_PAIRS = 500  # of more, every second one or fewer is looked at
 _MIN_GROUP = 3  # test pairs on either side of a comparison
-_FUNCTION_WORDS = {
-    "English": "the of and to in is that it for with as on are this you be not have but from they we he she",
-    "French": "le la les de des du et est un une dans que qui pour pas sur avec ce il elle nous vous au aux",
-    "German": "der die das und ist nicht ein eine den dem mit auf von zu im es ich sie wir auch für sich",
-    "Spanish": "el la los las de del y es un una en que por con para no se su lo al como más pero muy",
-    "Italian": "il lo la gli le di del della e è un una in che per con non si sono al come più ma anche",
-    "Portuguese": "o a os as de do da e é um uma em que por com para não se seu no na como mais mas",
-    "Dutch": "de het een en is van in dat niet op met voor zijn te aan ook maar je ik wij er om",
-}
-_LANGUAGES = {name: frozenset(words.split()) for name, words in _FUNCTION_WORDS.items()}
 
 Parts = Callable[[str], set[str]]
 
@@ -87,7 +77,7 @@ def find_confounds(
             known
             or max(area.low, 1 - area.high) <= least
             or p_values[n] > LEVEL
-            or feature.part in _words(instructions)
+            or feature.part in words_of(instructions)
         ):
             continue
         if score is not None and _is_scored(feature, pairs, score):
@@ -188,7 +178,7 @@ def _features(data: Behaviour, pairs: Sequence[Pair]) -> list[Feature]:
         features.append(
             _has("format", "line breaks" if mark == "\n" else f"the character {mark}", _marks, mark, re.escape(mark))
         )
-    return features + [_has("language", f"the language ({x})", _language, x, r"(?!)") for x in frequent(_language)]
+    return features + [_has("language", f"the language ({x})", languages, x, r"(?!)") for x in frequent(languages)]
 
 
 def _has(kind: str, name: str, parts: Parts, part: str, pattern: str = "") -> Feature:
@@ -248,16 +238,12 @@ def _label(text: str) -> str:
     return re.sub(r"\W+", "", text).upper()
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['\N{RIGHT SINGLE QUOTATION MARK}]\w+)*", text.casefold())
-
-
 def _first(text: str) -> set[str]:
-    return set(_words(text)[:1])
+    return set(words_of(text)[:1])
 
 
 def _content(text: str) -> set[str]:
-    return {word for word in _words(text) if len(word) > 2 and not any(word in known for known in _LANGUAGES.values())}
+    return {word for word in words_of(text) if len(word) > 2 and not any(word in known for known in LANGUAGES.values())}
 
 
 def _marks(text: str) -> set[str]:
@@ -266,16 +252,6 @@ def _marks(text: str) -> set[str]:
 
 def _capitals(text: str) -> float:
     return sum(c.isupper() for c in text) / max(1, sum(c.isalpha() for c in text))
-
-
-def _language(text: str) -> set[str]:
-    """The script of most letters, or of Latin ones the language whose function words are the most."""
-    script = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()).most_common(1)
-    if script and script[0][0] != "LATIN":
-        return {script[0][0].title()}
-    hits = {name: sum(word in known for word in _words(text)) for name, known in _LANGUAGES.items()}
-    best = max(hits, key=lambda name: hits[name])
-    return {best} if hits[best] > 1 else set()
 
 
 def _same_length(one: str, other: str) -> tuple[str, str]:

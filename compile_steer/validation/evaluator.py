@@ -20,6 +20,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, token_logprobs
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode
+from compile_steer.scoring.questions import PlainQuestion, answer_texts, right_answers
 from compile_steer.steering.hooks import PAD, RESPONSE, steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
@@ -30,19 +31,29 @@ _BATCH_TOKENS = 4096
 
 
 class ContrastEvaluator:
-    """Contrast pairs and control texts, with the base's scores of them."""
+    """Contrast pairs, control texts and plain questions, with the base's scores of them."""
 
-    def __init__(self, loaded: LoadedModel, pairs: Sequence[Pair], control_texts: Sequence[Text] = ()) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pairs: Sequence[Pair],
+        control_texts: Sequence[Text] = (),
+        questions: Sequence[PlainQuestion] = (),
+    ) -> None:
         self._pairs = PrefixCache(loaded, encode_pairs(loaded, pairs))
         self._control = PrefixCache(loaded, [encode(loaded.tokenizer, text) for text in control_texts])
+        self._questions, texts = questions, [text for question in questions for text in answer_texts(question)]
+        self._answers = PrefixCache(loaded, [encode(loaded.tokenizer, text) for text in texts])
         # The base is scored once, before any block is skipped.
         self.base_margins = margins(self._pairs.mean_logprobs([None])[0])
         self._base_control = self._control.mean_logprobs([None])[0]
+        self.base_right = self.right_answers(None)
 
     def advance(self, program: Program) -> None:
         """Cache the blocks below `program`; no later program may act below it."""
         self._pairs.advance(program.first_layer)
         self._control.advance(program.first_layer)
+        self._answers.advance(program.first_layer)
 
     def effects(self, programs: Sequence[Program]) -> np.ndarray:
         """[n_programs, n_pairs] change of the log-likelihood margin, in nats per token."""
@@ -52,10 +63,22 @@ class ContrastEvaluator:
 
     def perplexity_ratio(self, program: Program) -> float:
         """Perplexity of control text under `program` over the base's, as the geometric mean over texts."""
+        return float(np.exp(self.log_perplexity(program).mean()))
+
+    def log_perplexity(self, program: Program) -> np.ndarray:
+        """[n_texts] log of the ratio of each control text alone."""
         if not len(self._base_control):
             raise ValueError("this evaluator has no control texts")
         # Differences of mean log-probabilities, so that long texts do not outweigh short ones.
-        return float(np.exp((self._base_control - self._control.mean_logprobs([program])[0]).mean()))
+        return np.asarray(self._base_control - self._control.mean_logprobs([program])[0])
+
+    def right_answers(self, program: Program | None) -> np.ndarray:
+        """[n_questions] how much of the likelihood of right and wrong answers is the right one's, 0 to 1."""
+        return right_answers(self._answers.mean_logprobs([program])[0], self._questions)
+
+    def lost_answers(self, program: Program) -> float:
+        """How much less that is than the base's, on average; 0 without questions."""
+        return float((self.base_right - self.right_answers(program)).mean()) if self._questions else 0.0
 
     def divergence(self, program: Program) -> float:
         """KL(steered || base) on the responses of control texts, in nats per token."""

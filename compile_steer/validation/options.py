@@ -38,6 +38,19 @@ class MinimumEffect(Section):
     score: float = Field(0.2, gt=0, le=1, description="of the mean score")
 
 
+class Tolerances(Section):
+    """How many fewer of each the steered model may have than the base, as fractions of all; 1 allows anything.
+
+    A tolerance fails the verdict where the measured loss is above it and is no chance: its 95 % interval lies above 0.
+    """
+
+    answers: float = Field(0.25, gt=0, le=1, description="plain questions that it answers right")
+    right_answers: float = Field(0.15, gt=0, le=1, description="likelihood of their right answers, among wrong ones")
+    refusals: float = Field(0.1, gt=0, le=1, description="harmless prompts that it does not refuse")
+    language: float = Field(0.1, gt=0, le=1, description="answers in the language of the base's answer")
+    instructions: float = Field(0.25, gt=0, le=1, description="plain instructions that it follows")
+
+
 class ValidateOptions(Section):
     """The sweep on validation data, and what the test must show."""
 
@@ -67,6 +80,11 @@ class ValidateOptions(Section):
         lt=1,
         description="largest fraction of an answer's 3-grams that repeat; where the base repeats itself more, that is the limit",
     )
+    questions: int = Field(48, ge=4, le=48, description="plain questions asked, to see what steering costs")
+    control_prompts: int = Field(
+        12, ge=4, description="control prompts answered freely, and as many instructions, for that"
+    )
+    tolerances: Tolerances = Tolerances()
     min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
     instruction: str = Field("", description="a request for the behaviour in the prompt, as a baseline")
     few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt, as a baseline")

@@ -34,10 +34,13 @@ class GridPoint:
     repetition: float | None = None
     evaluations: int | None = None  # that a solver needed to find the coefficient
     skipped: str = ""  # why it was not measured
+    lost_answers: float | None = None  # fall of the right answers' likelihood among wrong ones, 0 to 1
+    cost: float | None = None  # largest part of a limit that it uses up: perplexity, repetition, right answers
 
     def __str__(self) -> str:
         figures = {"margin {:+.3f}": self.margin, "perplexity x{:.2f}": self.perplexity_ratio}
         figures |= {"score {:.2f}": self.score, "repetition {:.3f}": self.repetition}
+        figures |= {"right answers {:+.3f}": None if self.lost_answers is None else -self.lost_answers}
         measured = ", ".join(form.format(value) for form, value in figures.items() if value is not None)
         return f"layer {block_name(self.layer)}, coefficient {self.coefficient:.3g}: {self.skipped or measured}"
 
@@ -117,6 +120,36 @@ class Coherence:
     ended_base: float  # fraction of the answers that ended by themselves
     ended_steered: float
     strength: float  # mean displacement over the median norm of the stream, the largest of all sites
+    log_perplexity: Interval | None = None  # of the log of `perplexity_ratio`, over texts
+
+
+@dataclass(frozen=True)
+class SideEffect:
+    """What the steered model does less often than the base, besides the behaviour: fractions of `n`, paired."""
+
+    name: str  # in words
+    key: str  # of its tolerance in the recipe
+    n: int
+    base: float
+    steered: float
+    lost: Interval
+    tolerance: float
+
+    @property
+    def shown(self) -> bool:
+        """True if the loss is no chance."""
+        return self.lost.low > 0
+
+    @property
+    def violated(self) -> bool:
+        return self.shown and self.lost.value > self.tolerance
+
+    def __str__(self) -> str:
+        low, high = 100 * self.lost.low, 100 * self.lost.high
+        return (
+            f"{self.name}: {self.base:.0%} to {self.steered:.0%} of {self.n} (lost {100 * self.lost.value:.0f} points [{low:.0f}, "
+            f"{high:.0f}], tolerance {100 * self.tolerance:.0f})"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +204,7 @@ class ValidationReport(Summary):
     reasons: list[str] = field(default_factory=list)
     confounds: list[Confound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    side_effects: list[SideEffect] = field(default_factory=list)  # none in reports of earlier versions
 
     @property
     def where(self) -> str:
@@ -179,10 +213,14 @@ class ValidationReport(Summary):
 
     @property
     def frontier(self) -> list[GridPoint]:
-        """The points of the sweep that score more than every one of lower perplexity, the cheapest first."""
-        answered = [(p.perplexity_ratio or 0.0, -p.score, p) for p in self.grid if p.score is not None]
+        """The points of the sweep that score more than every one of lower cost, the cheapest first."""
+        answered = [
+            (p.perplexity_ratio or 0.0 if p.cost is None else p.cost, -p.score, p)
+            for p in self.grid
+            if p.score is not None
+        ]
         points, best = list[GridPoint](), -1.0
-        for _ratio, negative, point in sorted(answered, key=lambda entry: entry[:2]):
+        for _cost, negative, point in sorted(answered, key=lambda entry: entry[:2]):
             if -negative > best:
                 points.append(point)
                 best = -negative
@@ -192,7 +230,8 @@ class ValidationReport(Summary):
     def price(self) -> str:
         """What steering was measured to cost, in words."""
         c = self.coherence
-        costs = [f"perplexity of control text x{c.perplexity_ratio:.2f}"]
+        costs = [f"{100 * e.lost.value:.0f} points of {e.name}" for e in self.side_effects if e.shown]
+        costs.append(f"perplexity of control text x{c.perplexity_ratio:.2f}")
         if c.repetition_steered - c.repetition_base >= 0.01:
             costs.append(f"{100 * (c.repetition_steered - c.repetition_base):.0f} points more repeated 3-grams")
         if c.ended_base - c.ended_steered >= 0.01:

@@ -15,7 +15,7 @@ from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import encode, require_room
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
-from compile_steer.stats import PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
+from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
 from compile_steer.steering.directions import FROM_LABELS, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
@@ -24,6 +24,7 @@ from compile_steer.validation.controls import StreamStatistics, measure_controls
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.validation.report import Coherence, Confound, Scores, SweepPoint, ValidationReport
+from compile_steer.validation.side_effects import askable, measure_side_effects
 from compile_steer.validation.sweep import candidates, sweep
 from compile_steer.validation.verdict import decide, remarks
 
@@ -73,8 +74,11 @@ def validate(
     score = options.score.bind(model, data)
     require_discrimination(options.score, score, model, data)
     other = other_directions(context, options, directions)
+    questions, unasked = askable(model, options.questions)
     # Choose the program on validation data.
-    evaluator = ContrastEvaluator(model, data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral])
+    few_questions = questions[: max(4, len(questions) // 2)]
+    pairs, control = data.validation[: options.sweep_pairs], data.neutral[: options.sweep_neutral]
+    evaluator = ContrastEvaluator(model, pairs, control, few_questions)
     power, base = _power(context, options, evaluator.base_margins, score)
     suspects = _confounds(context, options, directions, score, readout)
     chosen = sweep(context, options, layers, program_at, evaluator, score, base)
@@ -82,11 +86,13 @@ def validate(
     program = program_at(layer, coefficient)
     # Its effect and its cost on all test pairs and control texts.
     with progress.phase("test: all pairs, control text", 1):
-        evaluator = ContrastEvaluator(model, test, data.neutral)
+        evaluator = ContrastEvaluator(model, test, data.neutral, questions)
         evaluator.advance(program)
         (effects,) = evaluator.effects([program])
-        perplexity_ratio = evaluator.perplexity_ratio(program)
+        perplexity = bootstrap_mean(evaluator.log_perplexity(program), seed=seed)
         stream = StreamStatistics.of(model, data.neutral, directions.point, program)
+    with progress.phase("test: side effects", 1):
+        side_effects, unmeasured = measure_side_effects(context, options, program, evaluator, questions)
     # Directions from shuffled labels have gone through the same extraction and get the same coefficient: a shorter vector
     # is part of what meaningless labels give. Another behaviour's has a length of its own, so it gets the same strength.
     random = stream.random(program, options.random_directions, seed)
@@ -113,15 +119,21 @@ def validate(
         separability=separability(context, test, directions, layer, readout),
         steerability=float(chosen.slopes.mean()),
         wrong_way=float((chosen.slopes < 0).mean()),
-        coherence=_coherence(answers, perplexity_ratio, stream.strength(program)),
+        coherence=_coherence(answers, perplexity, stream.strength(program)),
         coefficient_sweep=coefficient_sweep(points, limit),
         samples=samples,
         n_pairs=len(test),
         n_prompts=len(answers["base"].texts),
         confounds=on_direction(suspects, data, test, effects),
+        side_effects=side_effects,
     )
     verdict, reasons = decide(report, options)
-    report = replace(report, verdict=verdict, reasons=reasons, notes=[*context.notes, *note, *remarks(report)])
+    report = replace(
+        report,
+        verdict=verdict,
+        reasons=reasons,
+        notes=[*context.notes, *filter(None, [unasked]), *unmeasured, *note, *remarks(report)],
+    )
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
 
 
@@ -193,10 +205,11 @@ def _rows(
     return measured + [row for row in rows if "base" in row]
 
 
-def _coherence(answers: Mapping[str, Answers], perplexity_ratio: float, strength: float) -> Coherence:
+def _coherence(answers: Mapping[str, Answers], log_perplexity: Interval, strength: float) -> Coherence:
     base, steered = answers["base"], answers["steered"]
     return Coherence(
-        perplexity_ratio=perplexity_ratio,
+        perplexity_ratio=math.exp(log_perplexity.value),
+        log_perplexity=log_perplexity,
         repetition_base=float(base.repetition.mean()),
         repetition_steered=float(steered.repetition.mean()),
         ended_base=float(base.ended.mean()),

@@ -15,13 +15,14 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Context
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score
-from compile_steer.stats import LEVEL, sign_flip
+from compile_steer.stats import sign_flip
 from compile_steer.steering.directions import EVERY_BLOCK, Directions
 from compile_steer.steering.program import Program
+from compile_steer.validation.choice import choose, cost_of
 from compile_steer.validation.coefficients import climb, solve
 from compile_steer.validation.evaluator import ContrastEvaluator
-from compile_steer.validation.options import SolverTarget, ValidateOptions, repetition_limit
-from compile_steer.validation.report import GridPoint, Rung, block_name
+from compile_steer.validation.options import SolverTarget, ValidateOptions
+from compile_steer.validation.report import GridPoint, Rung
 
 ProgramAt = Callable[[int, float], Program]
 """(layer, coefficient) -> the program."""
@@ -103,10 +104,8 @@ def sweep(
 ) -> Sweep:
     """Measure every grid point by margin and perplexity and the best layers by generation, and choose one.
 
-    Chosen is the coherent point with the highest generation score; of several, the one that costs the least perplexity, or
-    the one with the largest margin if none scores more than the base. Raises `RecipeError` where no point is coherent; what
-    was measured is noted before. `evaluator` has the validation pairs and control texts of the sweep, `base` are the base's
-    answers to its prompts.
+    Raises `RecipeError` where no point is coherent; what was measured is noted before. `evaluator` has the validation pairs,
+    control texts and questions of the sweep, `base` are the base's answers to its prompts.
     """
     from scipy.stats import false_discovery_control
 
@@ -143,9 +142,10 @@ def sweep(
             for n, answered in zip(at_layer, answers, strict=True):
                 means = float(answered.scores.mean()), float(answered.repetition.mean())
                 grid[n] = replace(grid[n], score=means[0], repetition=means[1])
+                grid[n] = replace(grid[n], cost=cost_of(grid[n], options, float(base.repetition.mean())))
             advance(1)
     try:
-        best = _choose(grid, options, float(base.scores.mean()), float(base.repetition.mean()))
+        best = choose(grid, options, float(base.scores.mean()), float(base.repetition.mean()), len(prompts))
     except RecipeError:
         for point in grid:  # whoever is to choose other coefficients must see what these did
             context.progress.note(str(point))
@@ -182,7 +182,9 @@ def measure_grid(
             rows = dict(zip(measured, layer.effects(measured), strict=True))
             effects |= {(number, c): row for c, row in rows.items()}
             means = {c: float(row.mean()) for c, row in rows.items()}
-            grid += [point if point.skipped else replace(point, margin=means[point.coefficient]) for point in points]
+            for point in points:
+                c = point.coefficient
+                grid.append(point if point.skipped else replace(point, margin=means[c], lost_answers=layer.lost(c)))
             advance(1)
     return grid, effects
 
@@ -232,6 +234,9 @@ class _Layer:
     def ratio(self, c: float) -> float:
         return self._evaluator.perplexity_ratio(self._at(c))
 
+    def lost(self, c: float) -> float:
+        return self._evaluator.lost_answers(self._at(c))
+
     def within(self, limit: float, coefficients: Sequence[float]) -> list[GridPoint]:
         """Measure the perplexity of the points, each sign in ascending order, up to the first beyond `limit`."""
         points: dict[float, GridPoint] = {}
@@ -272,29 +277,3 @@ class _Layer:
             ordered = sorted((c for c in options.coefficients if c * sign > 0), key=abs)
             largest.append(climb(lambda c: self.ratio(c) <= limit, ordered, sign * near) if ordered else None)
         return [c for c in largest if c is not None]
-
-
-def _choose(grid: Sequence[GridPoint], options: ValidateOptions, base_score: float, repetition: float) -> GridPoint:
-    limit = repetition_limit(options, repetition)
-    # Only points that were answered have one.
-    coherent = [p for p in grid if p.repetition is not None and p.repetition <= limit]
-    if coherent:
-        best = max(coherent, key=lambda point: (point.score or 0.0, point.margin or 0.0))
-        if (best.score or 0.0) > base_score:
-            equal = [p for p in coherent if p.score == best.score and (p is best or (p.p_value or 1.0) <= LEVEL)]
-            best = min(equal, key=lambda point: point.perplexity_ratio or math.inf)
-        return best
-    mildest = min(grid, key=lambda point: point.perplexity_ratio or math.inf)
-    if mildest.perplexity_ratio is None:
-        raise RecipeError(
-            f"validate: no layer has a usable coefficient: {mildest.skipped} (layer {block_name(mildest.layer)})."
-        )
-    ratio = decisive(mildest.perplexity_ratio, options.max_perplexity_ratio, ".2f")[0]
-    repeats = (
-        "was not answered" if mildest.repetition is None else f"repeats {decisive(mildest.repetition, limit, '.2f')[0]}"
-    )
-    raise RecipeError(
-        f"validate: no point of the sweep is coherent. The mildest (layer {block_name(mildest.layer)}, coefficient "
-        f"{mildest.coefficient:g}) multiplies the perplexity of control text by {ratio} and {repeats}; allowed are "
-        f"{options.max_perplexity_ratio:g} and {limit:.3g}. Try smaller coefficients."
-    )

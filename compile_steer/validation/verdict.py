@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from compile_steer.common.figures import decisive
 from compile_steer.stats import LEVEL, Interval
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
+from compile_steer.validation.choice import cheaper_advice
 from compile_steer.validation.options import ValidateOptions, repetition_limit
 from compile_steer.validation.report import SweepPoint, ValidationReport, Verdict
 
@@ -35,7 +36,10 @@ class _Reason(NamedTuple):
 
 def decide(report: ValidationReport, options: ValidateOptions) -> tuple[Verdict, list[str]]:
     """Return the verdict and all reasons for it; failures come first, and one line of advice last."""
-    failures, doubts = [*_failures(report, options), *_incoherence(report, options)], list(_doubts(report, options))
+    failures, doubts = (
+        [*_failures(report, options), *_price(report), *_incoherence(report, options)],
+        list(_doubts(report, options)),
+    )
     if not failures and not doubts:
         return "pass", _evidence(report)
     against = failures + doubts
@@ -122,9 +126,14 @@ def _evidence(report: ValidationReport) -> list[str]:
         ", ".join(others),
         f"on {report.n_prompts} test prompts the score goes from {s.base:.2f} to {s.steered:.2f} (change {s.effect}, p = "
         f"{s.p_value:.4f}); random directions score {s.random:.2f}",
-        f"perplexity of control text x{report.coherence.perplexity_ratio:.2f}, repetition "
+        f"perplexity of control text x{report.coherence.perplexity_ratio:.2f}{_over_texts(report)}, repetition "
         f"{report.coherence.repetition_steered:.2f}",
     ]
+
+
+def _over_texts(report: ValidationReport) -> str:
+    logs = report.coherence.log_perplexity
+    return "" if logs is None else f" [{math.exp(logs.low):.2f}, {math.exp(logs.high):.2f}]"
 
 
 def _failures(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:
@@ -166,6 +175,14 @@ def _failures(report: ValidationReport, options: ValidateOptions) -> Iterator[_R
             f"{s.base:.2f}; the scorer responds to the damage",
             "make the scorer stricter",
         )
+
+
+def _price(report: ValidationReport) -> Iterator[_Reason]:
+    for effect in report.side_effects:
+        if effect.violated:
+            key = f"validate.tolerances.{effect.key}"
+            text = f"steering costs more than {key} allows: {effect}"
+            yield _Reason(text, cheaper_advice(report, effect), "smaller")
 
 
 def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:

@@ -62,6 +62,8 @@ def recipe(folder: Path = Path(), **options: Any) -> Recipe:
         "max_perplexity_ratio": 20.0,
         "max_repetition": 0.9,
         "dose_prompts": 2,
+        "questions": 8,
+        "control_prompts": 4,
         **options,
     }
     return Recipe.model_validate(

@@ -21,10 +21,11 @@ from compile_steer.report.terminal import print_validation
 from compile_steer.scoring.answers import Answers
 from compile_steer.steering.directions import EVERY_BLOCK
 from compile_steer.steering.program import Program
+from compile_steer.validation.choice import choose
 from compile_steer.validation.coefficients import climb, solve
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.report import GridPoint, block_name
-from compile_steer.validation.sweep import _choose, candidates, measure_grid, search_layers
+from compile_steer.validation.sweep import candidates, measure_grid, search_layers
 from tests.helpers.tiny import HIDDEN, LAYERS
 from tests.helpers.validation import (
     behaviour,
@@ -199,11 +200,17 @@ def point(coefficient: float, score: float, ratio: float, margin: float, p_value
 
 def test_of_points_with_the_same_score_the_cheapest_is_chosen_if_it_reaches_the_effect() -> None:
     weak, cheap, strong = point(1.0, 0.25, 1.02, 0.2), point(1.5, 0.75, 1.1, 0.5), point(2.5, 0.75, 1.4, 0.9)
-    assert _choose([weak, cheap, strong], options(), base_score=0.0, repetition=0.0) is cheap
-    assert _choose([weak, replace(cheap, p_value=0.3), strong], options(), base_score=0.0, repetition=0.0) is strong
+    assert choose([weak, cheap, strong], options(), base_score=0.0, repetition=0.0, n_prompts=8) is cheap
+    assert (
+        choose([weak, replace(cheap, p_value=0.3), strong], options(), base_score=0.0, repetition=0.0, n_prompts=8)
+        is strong
+    )
     # Where nothing scores more than the base, there is no effect yet that a cheaper point could reach.
-    assert _choose([weak, cheap, strong], options(), base_score=0.75, repetition=0.0) is strong
-    assert _choose([weak, replace(strong, repetition=0.99), cheap], options(), base_score=0.0, repetition=0.0) is cheap
+    assert choose([weak, cheap, strong], options(), base_score=0.75, repetition=0.0, n_prompts=8) is strong
+    assert (
+        choose([weak, replace(strong, repetition=0.99), cheap], options(), base_score=0.0, repetition=0.0, n_prompts=8)
+        is cheap
+    )
 
 
 def test_the_frontier_holds_the_points_that_no_cheaper_one_reaches() -> None:
