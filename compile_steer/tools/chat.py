@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text as Words
 
-from compile_steer.common.errors import CompileSteerError, RecipeError, brief
+from compile_steer.common.errors import CompileSteerError, RecipeError, brief, plain
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.tools.side_by_side import SIDES, AnswerDivergence, Side, SideBySide
@@ -27,6 +27,7 @@ _HELP = """\
 /tokens N     the longest answer (now {tokens})
 /reset        forget what was said
 /quit         or Ctrl-D. Ctrl-C stops an answer"""
+_STATE = "strength {strength:g}, {shown}, at most {tokens} tokens"
 
 
 def parse_sides(text: str) -> tuple[Side, ...]:
@@ -99,7 +100,11 @@ class Chat:
 
     def _table(self, answers: dict[Side, Encoded]) -> Table:
         """The answers so far, beside each other where the terminal is wide enough, else below each other."""
-        cells = {side: Words(self._models.text(side, answer), _STYLES[side]) for side, answer in answers.items()}
+        text = self._models.text
+        cells = {
+            side: Words(plain(text(side, answers[side])) if side in answers else "", _STYLES[side])
+            for side in self._shown
+        }
         if self._console.is_terminal and self._console.width >= _COLUMNS and len(self._shown) > 1:
             table = Table(box=None, expand=True, pad_edge=False)
             for side in cells:
@@ -134,6 +139,8 @@ class Chat:
                         self.ask(line)
                 except CompileSteerError as error:
                     out.print(*(Words(f"error: {problem}", "red") for problem in error.problems), sep="\n")
+                    if any(self._history.values()) and not line.startswith("/"):
+                        out.print("/reset forgets what was said, where that is what does not fit.")
                 except KeyboardInterrupt:
                     out.print("[stopped]")
                 except EOFError:
@@ -162,9 +169,8 @@ class Chat:
             self._max_new_tokens = int(_number("tokens", value, 1))
         elif name != "help":
             raise RecipeError(f"/{name} is no command; /help lists them.")
-        else:
-            state = {"strength": self._strength, "shown": ",".join(self._shown), "tokens": self._max_new_tokens}
-            self._console.print(_HELP.format(**state), highlight=False)
+        state = {"strength": self._strength, "shown": ",".join(self._shown), "tokens": self._max_new_tokens}
+        self._console.print((_HELP if name == "help" else _STATE).format(**state), highlight=False)
 
 
 def _number(name: str, text: str, low: float) -> float:

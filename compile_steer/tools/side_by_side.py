@@ -12,6 +12,7 @@ from torch import Tensor
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.artifacts.provenance import PARITY, PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError, brief, shell_word
+from compile_steer.common.figures import decisive
 from compile_steer.models.generate import response_text, stream_answer
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import divergence, final_states
@@ -139,16 +140,13 @@ class AnswerDivergence:
     def __str__(self) -> str:
         kl, kl_base = float(self.compiled.mean()), float(self.base.mean())
         values = f"KL(steered||compiled) {kl:.1e} nats a token, KL(steered||base) {kl_base:.2f}"
-        left = f"{_percent(kl, kl_base)} remains"
+        remaining = kl / kl_base if kl_base else 0.0
         if self.limit is None:
-            left += f": not checked, {self.note}"
+            verdict = f"{remaining:.2%} remains: not checked, {self.note}"
         else:
-            left += f" ({self.note}), at most {_percent(self.limit, kl_base)}: {'PASS' if self.passed else 'FAIL'}"
-        return f"On the {len(self.base)} tokens that steered answered: {values}: {left}"
-
-
-def _percent(kl: float, kl_base: float) -> str:
-    return f"{100 * kl / kl_base:.2g}%" if kl_base else "nothing"
+            shown, most = decisive(remaining, self.limit / kl_base if kl_base else 0.0, ".2%")
+            verdict = f"{shown} remains ({self.note}), at most {most}: {'PASS' if self.passed else 'FAIL'}"
+        return f"On the {len(self.base)} tokens that steered answered: {values}: {verdict}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ class SideBySide:
         verify = member.parity.settings.get("verify", member.provenance.recipe.get("verify", {}))
         recipe = Recipe.recall({**member.provenance.recipe, "verify": verify}, member.folder)
         d = member.parity.divergence
-        measured = f"{_percent(d.kl.value, d.kl_base)} on the {d.n_texts} texts of its report"
+        measured = f"{d.kl_remaining.value:.2%} on the {d.n_texts} texts of its report"
         return kl_limit(member.parity, recipe.verify.gates, kl_base), measured
 
 
