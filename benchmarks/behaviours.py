@@ -21,6 +21,7 @@ from benchmarks.record import ROOT
 from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
+from compile_steer.data.behaviour import SPLITS
 from compile_steer.extraction.generate_pairs import GenerationReport
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe, read_recipe
@@ -113,7 +114,11 @@ def kept_pairs(one: Known, out: Path, progress: ProgressBars) -> Iterator[str]:
             raise
     splits = GenerationReport.load(paths.generation_report).splits
     reasons: dict[str, int] = {}
-    for split in splits.values():
+    for name in SPLITS:  # after one with too few pairs no other was generated
+        split = splits.get(name)
+        if split is None:
+            yield ""
+            continue
         yield f"{split.kept} of {split.prompts}"
         for reason, count in split.dropped.items():
             reasons[reason] = reasons.get(reason, 0) + count

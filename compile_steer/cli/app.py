@@ -39,6 +39,8 @@ def glossary(term: Annotated[str, typer.Argument(help="One term, or a part of it
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "new": recipes.new,
+    "schema": recipes.schema,
     "generate-pairs": recipes.generate_pairs,
     "extract": recipes.extract,
     "validate": recipes.validate,

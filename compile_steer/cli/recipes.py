@@ -9,15 +9,52 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compile_steer.cli.options import Artifacts, Force, Session, command
+from compile_steer.cli.options import Artifacts, Force, Json, Session, command, finish, progress_bars
 from compile_steer.common.detail import Detail, detail
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from compile_steer.lowering.plan import Choice
+    from compile_steer.tools.new_recipe import NewRecipe
     from compile_steer.validation.report import ValidationReport
     from compile_steer.verification.parity import Parity
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Of the behaviour, and of the files that are written.")],
+    behaviour: Annotated[
+        str, typer.Option(help='What the model is to do: "speaks like a pirate". [default: as the pairs show it]')
+    ] = "",
+    pairs: Annotated[
+        Path | None,
+        typer.Option("--from", help="Your pairs: .jsonl, .json, .csv or .parquet. [default: the model writes them]"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A hub id in the cache, a folder, a .gguf file.")
+    ] = "smollm2-135m-instruct",
+    out: Annotated[Path, typer.Option(help="Folder for NAME.yaml and data/NAME/.")] = Path("recipes"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe and data of this name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe for a behaviour of your own: its pairs in three splits, a score, and a default for all else.
+
+    The pairs are yours (--from), or the model writes them: asked for the behaviour and not. Prints what to run next.
+    """
+    from compile_steer.tools.new_recipe import new_recipe
+
+    def show(out: Console, new: NewRecipe) -> None:
+        out.print(f"Recipe: {new.path}", ", ".join(f"{n} pairs for {split}" for split, n in new.rows.items()), sep="\n")
+        out.print(f"Score: {new.score}", new.power, f"Next: {new.next}", sep="\n", markup=False, highlight=False)
+
+    finish(as_json, new_recipe(name, behaviour, pairs, model, out, progress_bars(), overwrite), show)
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them; `new` writes it beside its recipe."""
+    from compile_steer.tools.new_recipe import recipe_schema
+
+    finish(True, recipe_schema())
 
 
 @command(Session)

@@ -41,14 +41,14 @@ class Pairs(Sequence[Pair]):
     @staticmethod
     def from_list(rows: Iterable[Pair | Mapping[str, str] | Sequence[str]]) -> Pairs:
         """Make pairs of (prompt, positive, negative) tuples, of dicts, or of `Pair` values."""
-        return _checked([(f"row {n}", row) for n, row in enumerate(rows)], [])
+        return checked_pairs([(f"row {n}", row) for n, row in enumerate(rows)], [])
 
     @staticmethod
     def from_file(path: str | Path) -> Pairs:
         """Read a .jsonl, .json, .csv or .parquet file of rows with prompt, positive and negative, or of a known shape."""
         reader, bad = Reader(Path(), section=""), list[str]()
         located = list(reader.located("pairs", Path(path), PAIR, (), bad))
-        return _checked(located, [*reader.problems, *bad])
+        return checked_pairs(located, [*reader.problems, *bad])
 
     @staticmethod
     def from_dataset(
@@ -68,7 +68,7 @@ class Pairs(Sequence[Pair]):
                 located.append((f"row {n}", {key: row[column] for key, column in columns.items()}))
             else:
                 problems.append(f"row {n}: found the columns {sorted(row)}; needed {', '.join(columns.values())}.")
-        return _checked(located, problems)
+        return checked_pairs(located, problems)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -170,8 +170,9 @@ def _pair(row: Row) -> Pair:
     return Pair(Text(row["prompt"], row["positive"]), Text(row["prompt"], row["negative"]), row["prompt"])
 
 
-def _checked(located: Iterable[Located], problems: list[str]) -> Pairs:
-    """Return the pairs of the rows; raises `RecipeError` with `problems` and all others."""
+def checked_pairs(located: Iterable[Located], problems: Sequence[str]) -> Pairs:
+    """Return the pairs of the rows, each with its place; raises `RecipeError` with `problems` and all others."""
+    problems = list(problems)
     pairs: list[Pair] = []
     first: dict[str, str] = {}
     for where, row in located:

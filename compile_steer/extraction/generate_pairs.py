@@ -19,7 +19,7 @@ from compile_steer.artifacts.revision import identity_of
 from compile_steer.common import distributed
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import Advance
-from compile_steer.data.behaviour import SPLITS, Behaviour, Context, normalized, prompts_key
+from compile_steer.data.behaviour import SIDES, SPLITS, Behaviour, Context, normalized, prompts_key
 from compile_steer.data.section import GenerateOptions
 from compile_steer.data.shapes import PAIR
 from compile_steer.data.sources import Reader, Row
@@ -85,7 +85,8 @@ def kept_pairs(context: Context, options: GenerateOptions, scorer: ScorerBase, p
 
     def kept(path: Path) -> GenerationReport | None:
         report = GenerationReport.load(path)
-        return report if report.inputs == inputs and all(paths.pairs(name).is_file() for name in SPLITS) else None
+        whole = set(report.splits) == set(SPLITS) and all(paths.pairs(name).is_file() for name in SPLITS)
+        return report if report.inputs == inputs and whole else None
 
     def make() -> GenerationReport:
         rows, splits = generate_pairs(context, options, scorer)
@@ -112,7 +113,7 @@ def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviou
     reader, report = Reader(paths.out), GenerationReport.load(paths.generation_report)
     splits: dict[str, Any] = {}
     hashes, places, problems = dict(data.hashes), dict(data.places), list[str]()
-    for name in SPLITS:
+    for name in report.splits:
         path = real_path(paths.pairs(name))
         # Where no pair was kept the file is empty, which the number of pairs explains better than the reader.
         rows = reader.rows(name, path, PAIR) if path.stat().st_size else []
@@ -133,8 +134,9 @@ def with_responses(data: Behaviour, min_pairs: int, paths: RunPaths) -> Behaviou
             for pair, row in known
         )
         if len(known) < min_pairs:
+            skipped = "" if len(report.splits) == len(SPLITS) else " The other splits were not generated."
             problems.append(
-                f"data.{name}: found {len(known)} generated pairs; needed: {min_pairs}. When they were generated "
+                f"data.{name}: found {len(known)} generated pairs; needed: {min_pairs}.{skipped} When they were generated "
                 f"{report.splits[name].describe()}; an example of each reason is in {paths.generation_report}. "
                 "Change the prompts' wording, add prompts or data.generate.tries, or lower data.generate.min_pairs."
             )
@@ -163,21 +165,37 @@ def generate_pairs(
             pairs = data.split(name)
             positives, n_positive = generate_side(model, "positive", pairs, score, options, context.seed, advance)
             negatives, n_negative = generate_side(model, "negative", pairs, score, options, context.seed, advance)
-            rows: list[Row] = []
-            dropped: Counter[str] = Counter()
-            examples: dict[str, str] = {}
-            for pair, positive, negative in zip(pairs, positives, negatives, strict=True):
-                problem, text = next(_pair_problems(positive, negative, earlier), ("", ""))
-                if problem:
-                    dropped[problem] += 1
-                    examples.setdefault(problem, f"{pair.prompt} -> {text}")
-                else:
-                    rows.append(Row(prompt=pair.prompt, positive=positive.text, negative=negative.text))
-            # No response may be in two splits.
-            earlier |= {normalized(row[side]) for row in rows for side in ("positive", "negative")}
+            rows, reports[name] = kept_rows(pairs, positives, negatives, n_positive + n_negative, earlier)
             kept[name] = rows
-            reports[name] = SplitReport(len(pairs), n_positive + n_negative, len(rows), dict(dropped), examples)
+            if len(rows) < options.min_pairs:
+                break  # the other splits would be no use
     return kept, reports
+
+
+def kept_rows(
+    pairs: Sequence[Pair],
+    positives: Sequence[Completion],
+    negatives: Sequence[Completion],
+    n_generated: int,
+    earlier: set[str],
+) -> tuple[list[Row], SplitReport]:
+    """Return the rows of the pairs whose two sides can be used, and a report on all; adds their responses to `earlier`.
+
+    Args:
+        earlier: the responses of earlier splits: none may be in two.
+    """
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for pair, positive, negative in zip(pairs, positives, negatives, strict=True):
+        problem, text = next(_pair_problems(positive, negative, earlier), ("", ""))
+        if problem:
+            dropped[problem] += 1
+            examples.setdefault(problem, f"{pair.prompt} -> {text}")
+        else:
+            rows.append(Row(prompt=pair.prompt, positive=positive.text, negative=negative.text))
+    earlier |= {normalized(row[side]) for row in rows for side in SIDES}
+    return rows, SplitReport(len(pairs), n_generated, len(rows), dict(dropped), examples)
 
 
 class Completion(NamedTuple):
@@ -221,7 +239,7 @@ def generate_side(
             # Scorers know a reply by its plain prompt.
             replies = [Reply(pairs[n].prompt, text, end) for n, text, end in zip(rows, whole, ends, strict=True)]
             for n, text, usable, value in zip(rows, texts, whole, score(replies), strict=True):
-                completions[n] = Completion(usable or text, _completion_problem(side, usable, float(value), options))
+                completions[n] = Completion(usable or text, completion_problem(side, usable, float(value), options))
             n_generated += len(rows)
             advance(len(rows))
     return [completions[n] for n in range(len(pairs))], n_generated
@@ -233,7 +251,8 @@ def cut(text: str) -> str:
     return text[: ends[-1]].strip() if ends else ""
 
 
-def _completion_problem(side: str, text: str, score: float, options: GenerateOptions) -> str:
+def completion_problem(side: str, text: str, score: float, options: GenerateOptions) -> str:
+    """Return why a response cannot be used as that side of a pair, empty if it can; `score` is how much it shows."""
     shows = score >= _SHOWS
     if not text:
         return f"{side}: no whole sentence within {options.max_new_tokens} tokens"

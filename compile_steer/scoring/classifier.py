@@ -55,7 +55,8 @@ class Classifier(ScorerBase):
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:
         if self.model is None or self.label is None:
-            probability = _trained(behaviour.train)
+            texts = _responses(behaviour.train, "train")
+            probability = trained_probability(texts[: len(texts) // 2], texts[len(texts) // 2 :])
         else:
             probability = _pretrained(self.model, self.label, loaded.device)
         texts = _responses(behaviour.validation, "validation")
@@ -85,7 +86,8 @@ def _responses(pairs: Sequence[Pair], split: str) -> list[str]:
     return texts
 
 
-def _trained(pairs: Sequence[Pair]) -> Probability:
+def trained_probability(positive: Sequence[str], negative: Sequence[str]) -> Probability:
+    """Train a classifier of the two sides' texts; returns the probability of the positive one, [n] texts -> [n]."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
@@ -97,7 +99,7 @@ def _trained(pairs: Sequence[Pair]) -> Probability:
     )
     # A weak penalty: behaviours have a few dozen pairs, and the default C of 1 leaves all probabilities near 0.5.
     model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
-    model.fit(_responses(pairs, "train"), [1] * len(pairs) + [0] * len(pairs))
+    model.fit([*positive, *negative], [1] * len(positive) + [0] * len(negative))
     return lambda texts: np.asarray(model.predict_proba(texts)[:, 1])
 
 

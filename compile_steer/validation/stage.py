@@ -15,7 +15,7 @@ from compile_steer.models.text import Pair, Readout, Text
 from compile_steer.models.tokens import encode, require_room
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import Score, require_discrimination
-from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, power_analysis, sign_flip
+from compile_steer.stats import Interval, PowerAnalysis, bootstrap_mean, sign_flip
 from compile_steer.steering.directions import FROM_LABELS, Directions
 from compile_steer.steering.program import Program
 from compile_steer.validation.coefficients import coefficient_sweep, sweep_coefficients
@@ -23,6 +23,7 @@ from compile_steer.validation.confounds import Feature, find_confounds, on_direc
 from compile_steer.validation.controls import StreamStatistics, measure_controls, other_directions, separability
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
+from compile_steer.validation.power import margin_power, score_power
 from compile_steer.validation.report import Coherence, Confound, Scores, SweepPoint, ValidationReport
 from compile_steer.validation.side_effects import askable, measure_side_effects
 from compile_steer.validation.sweep import candidates, sweep
@@ -172,17 +173,10 @@ def _power(
     prompts = [pair.prompt for pair in data.validation[: options.sweep_prompts]]
     with context.progress.phase("base: answers to validation prompts", 1):
         (base,) = answer(context.model, [Request(prompts)], score, options.max_new_tokens, data.questions)
-    mean = float(base.scores.mean())
-    after = min(mean + minimum.score, 1.0)
-    # The largest spread of a paired change of scores in 0 to 1: two independent answers, each 0 or 1.
-    spread = math.sqrt(max(mean * (1 - mean) + after * (1 - after), 0.01))
     n_pairs, n_prompts = len(data.test[: options.pairs]), len(data.test[: options.prompts])
-    base_spread = float(base_margins.std(ddof=1))
-    assumption = "assuming that the pairs' effects spread as much as their margins in the base"
-    widest = f"from the base's {mean:.2f}, with the largest spread that a paired change can have"
     analyses = [
-        power_analysis("difference", "log-likelihood margin", minimum.margin, base_spread, n_pairs, assumption),
-        power_analysis("difference", "score", minimum.score, spread, n_prompts, widest),
+        margin_power(minimum.margin, float(base_margins.std(ddof=1)), n_pairs),
+        score_power(float(base.scores.mean()), minimum.score, n_prompts),
     ]
     for analysis in analyses:
         context.progress.remark(str(analysis))

@@ -17,6 +17,7 @@ from tests.helpers.small_run import SmallRun
 # BAD is the path; RECIPE a recipe that is right.
 ON_A_RECIPE = {
     **{name: ["BAD"] for name in ("generate-pairs", "extract", "validate", "compile", "merge", "verify", "run")},
+    "new": ["x", "--from", "BAD", "--out", "OUT"],
     "import": ["BAD", "--from", "BAD", "--to", "new"],
     "export-vector": ["BAD"],
     "decompile": ["BAD", "--artifact", "BAD"],
@@ -102,7 +103,12 @@ def ended(
 
 
 def test_every_command_with_a_path_is_tried() -> None:
-    assert {command.name for command in app.registered_commands} == {*ON_A_RECIPE, *ON_AN_ARTIFACT, "glossary"}
+    assert {command.name for command in app.registered_commands} == {
+        *ON_A_RECIPE,
+        *ON_AN_ARTIFACT,
+        "glossary",
+        "schema",
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
