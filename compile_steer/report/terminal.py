@@ -53,6 +53,12 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     verdict = (report.verdict.upper(), f"bold {_COLOURS[report.verdict]}")
     console.print(Text.assemble(("Verdict on test data: ", "bold"), verdict, f"; {report.headline}"))
     price = [f"costs: {effect}" for effect in report.side_effects]
+    if report.wordings:
+        first = report.wordings[0]
+        price.append(
+            f"in other words, on {first.n} test pairs ({first.as_given:+.3f} nats/token as they are): "
+            + ", ".join(map(str, report.wordings))
+        )
     for line in [*(f"- {reason}" for reason in report.reasons), *price, *report.notes]:
         console.print(f"  {line}")
     s = report.separability

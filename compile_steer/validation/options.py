@@ -85,6 +85,9 @@ class ValidateOptions(Section):
         12, ge=4, description="control prompts answered freely, and as many instructions, for that"
     )
     tolerances: Tolerances = Tolerances()
+    wordings: int = Field(
+        6, ge=0, description="test pairs whose prompts are put in other words, to see where the effect holds"
+    )
     min_score: float = Field(0.0, ge=0, le=1, description="smallest generation score that is worth compiling")
     instruction: str = Field("", description="a request for the behaviour in the prompt, as a baseline")
     few_shot: int = Field(3, ge=0, description="training positives shown as turns before the prompt, as a baseline")

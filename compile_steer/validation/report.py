@@ -153,6 +153,24 @@ class SideEffect:
 
 
 @dataclass(frozen=True)
+class WordingEffect:
+    """The change of the log-likelihood margin where the prompts are put otherwise, nats per token on `n` test pairs."""
+
+    name: str
+    effect: Interval
+    as_given: float  # on the same pairs as they are
+    n: int
+
+    @property
+    def holds(self) -> bool:
+        """True if at least half of the effect is there."""
+        return self.effect.value >= self.as_given / 2
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.effect.value:+.3f} [{self.effect.low:+.3f}, {self.effect.high:+.3f}]"
+
+
+@dataclass(frozen=True)
 class SweepPoint:
     """The chosen layer at another coefficient, on test pairs, control texts and test prompts."""
 
@@ -204,7 +222,9 @@ class ValidationReport(Summary):
     reasons: list[str] = field(default_factory=list)
     confounds: list[Confound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    side_effects: list[SideEffect] = field(default_factory=list)  # none in reports of earlier versions
+    # None in reports of earlier versions.
+    side_effects: list[SideEffect] = field(default_factory=list)
+    wordings: list[WordingEffect] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -240,9 +260,10 @@ class ValidationReport(Summary):
 
     @property
     def headline(self) -> str:
-        """The verdict in one line: what is gained, at what price, and what it may be confounded with."""
-        s = self.scores
+        """The verdict in one line: what is gained, at what price, what it may be confounded with, and where it does not hold."""
+        s, fails = self.scores, [wording.name for wording in self.wordings if not wording.holds]
         doubt = [f"confounded with {', '.join(confound.name for confound in self.confounds)}"] * bool(self.confounds)
+        doubt += [f"less than half of the effect with: {', '.join(fails)}"] * bool(fails)
         return "; ".join([f"score {s.base:.2f} to {s.steered:.2f}", f"price: {self.price}", *doubt])
 
     def summary_rows(self) -> list[tuple[str, str]]:

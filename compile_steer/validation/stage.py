@@ -28,6 +28,7 @@ from compile_steer.validation.report import Coherence, Confound, Scores, SweepPo
 from compile_steer.validation.side_effects import askable, measure_side_effects
 from compile_steer.validation.sweep import candidates, sweep
 from compile_steer.validation.verdict import decide, remarks
+from compile_steer.validation.wordings import measure_wordings
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +95,8 @@ def validate(
         stream = StreamStatistics.of(model, data.neutral, directions.point, program)
     with progress.phase("test: side effects", 1):
         side_effects, unmeasured = measure_side_effects(context, options, program, evaluator, questions)
+    with progress.phase("test: other wordings", 1):
+        wordings, missing = measure_wordings(context, program, options.wordings)
     # Directions from shuffled labels have gone through the same extraction and get the same coefficient: a shorter vector
     # is part of what meaningless labels give. Another behaviour's has a length of its own, so it gets the same strength.
     random = stream.random(program, options.random_directions, seed)
@@ -127,13 +130,14 @@ def validate(
         n_prompts=len(answers["base"].texts),
         confounds=on_direction(suspects, data, test, effects),
         side_effects=side_effects,
+        wordings=wordings,
     )
     verdict, reasons = decide(report, options)
     report = replace(
         report,
         verdict=verdict,
         reasons=reasons,
-        notes=[*context.notes, *filter(None, [unasked]), *unmeasured, *note, *remarks(report)],
+        notes=[*context.notes, *filter(None, [unasked]), *unmeasured, *missing, *note, *remarks(report)],
     )
     return Validation(program, report, _rows(test, evaluator.base_margins, effects, answers))
 

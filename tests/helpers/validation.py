@@ -64,6 +64,7 @@ def recipe(folder: Path = Path(), **options: Any) -> Recipe:
         "dose_prompts": 2,
         "questions": 8,
         "control_prompts": 4,
+        "wordings": 2,
         **options,
     }
     return Recipe.model_validate(

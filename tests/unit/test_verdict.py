@@ -45,9 +45,8 @@ def good() -> ValidationReport:
         over_instructed=Interval(-0.45, -0.6, -0.3),
     )
     coherence = replace(report.coherence, perplexity_ratio=1.1, repetition_steered=0.05)
-    return replace(
-        report, margin=Interval(0.6, 0.5, 0.7), p_margin=1e-4, controls=controls, scores=scores, coherence=coherence
-    )
+    report = replace(report, margin=Interval(0.6, 0.5, 0.7), p_margin=1e-4, side_effects=[], wordings=[])
+    return replace(report, controls=controls, scores=scores, coherence=coherence)
 
 
 def test_a_report_without_failures_or_doubts_passes_with_its_evidence() -> None:
