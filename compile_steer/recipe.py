@@ -53,6 +53,10 @@ class Recipe(Section):
     chat_template_date: date = Field(date.fromisoformat(DATE), description="the date that a chat template prints")
     seed: Seed = Field(0, description="of everything random")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1")
+    device_map: Literal["auto"] | dict[str, str] | None = Field(
+        None,
+        description="for a model larger than a device: auto (all GPUs, main memory, disk), or limits as {0: 70GiB, cpu: 30GiB}",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="in which the model computes")
     ask: str = Field("What are you?", description="one prompt answered by base, steered and compiled for the report")
     too_high: float = Field(

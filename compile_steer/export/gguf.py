@@ -102,6 +102,7 @@ class TensorNames:
 
 def gguf_refusals(patch: WeightPatch, loaded: LoadedModel) -> list[str]:
     """Why the base with `patch` cannot be written as GGUF; empty where it can. Nothing is computed."""
+    loaded.require_resident("writing GGUF")
     config = read_config(patched_content(Path(loaded.source), patch))
     problems = config_refusals(config)
     if gguf_of(loaded.id) is None:  # a base that is a GGUF file itself has its tokenizer's fields copied

@@ -183,7 +183,9 @@ class MergedCheckpoint:
         edits = self._edits.get(parameter, ())
         if edits and not bool(torch.isfinite(tensor).all()):
             return [f"merging gives NaN or infinity in {edits[0][0]}; nothing was written."]
-        limit, largest = torch.finfo(dtype).max, float(tensor.abs().max()) if tensor.numel() else 0.0
+        limit, largest = torch.finfo(dtype).max, 0.0
+        if tensor.numel():  # without a copy, which would double what a matrix takes
+            largest = float(torch.stack(torch.aminmax(tensor)).abs().max())
         if name in self._unused or not largest > limit:
             return []
         type_name = str(dtype).removeprefix("torch.")  # the cast would make it infinite

@@ -79,6 +79,7 @@ def trained_directions(context: Context, options: ExtractOptions, positions: str
         )
     if problems:
         raise RecipeError([f"extract, method trained: {problem}" for problem in problems])
+    model.require_resident("extract.method trained")
     start = starting_point(model, pairs, options)
     n_epochs = (1 + options.shuffled) * options.trained.epochs
     with context.progress.phase("training vectors, and their controls", n_epochs) as advance:

@@ -85,7 +85,7 @@ def lower(
         models = TeacherStudent(program, loaded, texts, max_tokens, advance)
         # A run that was killed goes on after the last block that it solved.
         blocks = sorted({stage.layer for stage in stages if loaded.layout.norm(stage.layer, stage.projection)})
-        models.sensitivity = measure_sensitivity(program, loaded, texts, blocks, lowering.seed) if blocks else {}
+        models.sensitivity = measure_sensitivity(program, loaded, texts, blocks, lowering.seed)
         state = lowering.state(name, stages, texts, max_tokens, lowering.options)
         saved = state.load() or {"next": 0, "solved": {}, "curves": {}}
         models.solved = {module: LowRank(*factors).to(loaded.device) for module, factors in saved["solved"].items()}
@@ -164,20 +164,20 @@ def solve_stage(
     None, where a norm follows and no edit does better than none on held-out texts. `note` is told of an edit in front of a norm
     that writes many times what its projection does, which is not used.
     """
-    loaded, layout = models.loaded, models.loaded.layout
+    layout = models.loaded.layout
     _d_model, d_in = linear_shape(projection.module)
     gain, multiplier = norm_weights(layout, projection), layout.sublayer(projection.layer, projection.kind).multiplier
     if gain is not None:
         # Not every target can be met there, so errors count by what the blocks above make of them.
         gain = gain * models.sensitivity[projection.layer]
-    fitter = RidgeFitter(d_in, layout.d_model, loaded.device)
+    fitter = RidgeFitter(d_in, layout.d_model, layout.device_of(projection.layer))
     # Without its own earlier edit, which the new one replaces.
     earlier = models.solved.pop(projection.name, None)
     for batch, real, x, written, stream, missing in _run_student(models, projection):
         # 1. What is still missing in the stream, as a change of the projection's output.
         y, weight = regression_targets(missing, written, stream, multiplier, gain)
         # 2. Add the tokens to the sums.
-        fitter.update(x, y, weight, _is_held_out(batch).unsqueeze(1).expand_as(real)[real])
+        fitter.update(x, y, weight, _is_held_out(batch).to(real.device).unsqueeze(1).expand_as(real)[real])
         advance(len(batch.rows) * distributed.count())
     # 3. Solve over the texts of all processes.
     edit, penalty, helps = fitter.fit(rank)

@@ -41,6 +41,7 @@ def lower(lowering: Lowering) -> WeightPatch:
     """The start patch trained end to end, or the start itself if training made it worse."""
     options, layout, first = lowering.options.distill, lowering.loaded.layout, lowering.program.first_layer
     require_rank(layout, first, options.rank, "compile.distill.rank")
+    lowering.loaded.require_resident("compile.distill")
     if options.objective == "likelihood":
         require_alone("compile.distill.objective likelihood")
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -187,7 +188,8 @@ def orthogonalise(program: Program, layout: Layout) -> WeightPatch:
             if name not in edited:
                 module = layout.model.get_submodule(name)
                 # float64, so that many edits of one matrix in turn stay exact to float32's rounding
-                weight = cast(Tensor, module.weight).double()
+                with align_module_device(module):  # where it lies on disk
+                    weight = cast(Tensor, module.weight).double()
                 weight = weight.T if isinstance(module, nn.Embedding | Conv1D) else weight
                 bias = getattr(module, "bias", None)
                 edited[name] = _Affine(weight, weight.new_zeros(len(weight)) if bias is None else bias.double())

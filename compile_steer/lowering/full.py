@@ -34,6 +34,7 @@ def lower(lowering: Lowering) -> WeightPatch:
             that were held out.
     """
     options = lowering.options.full
+    lowering.loaded.require_resident("compile.full")
     weights = chosen_weights(lowering.loaded.layout, lowering.program.first_layer, options.modules)
     texts = [*lowering.regression_texts, *lowering.training_texts]
     # float32 whatever the base's type: in bfloat16 a small step would vanish.

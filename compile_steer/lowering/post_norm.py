@@ -96,7 +96,7 @@ def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:
     norm = layout.norm(projection.layer, projection.kind)
     if norm is None:
         return None
-    ones = torch.ones(layout.d_model, device=layout.model.device, dtype=layout.model.dtype)
+    ones = torch.ones(layout.d_model, device=layout.device_of(projection.layer), dtype=layout.model.dtype)
     with torch.no_grad():
         # The RMS of ones is 1, so the norm's output is its weights, however the family stores them.
         weights: Tensor = norm(ones)

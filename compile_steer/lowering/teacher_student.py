@@ -70,7 +70,7 @@ class ActivationBatch:
     @property
     def real(self) -> Tensor:
         """Boolean [batch, time]: tokens that are not padding."""
-        return self.batch.roles != PAD
+        return (self.batch.roles != PAD).to(self.target.device)  # a block may compute on another device than the first
 
     def select(self, chosen: Tensor) -> ActivationBatch:
         """The texts where `chosen`, boolean [batch], is true."""
@@ -132,6 +132,9 @@ def measure_sensitivity(
     dimensions: of a sample of random combinations of outputs, one backward pass over some of the texts. The norms in
     front of the blocks above have weights of .02 to 30 in trained models, so dimensions differ by as much.
     """
+    if not blocks:
+        return {}
+    loaded.require_resident("closed_form in a model with norms behind its projections")
     squares = {block: torch.zeros(loaded.layout.d_model, device=loaded.device) for block in blocks}
     sample = texts[:: max(1, sum(len(text.ids) for text in texts) // _SENSITIVITY_TOKENS)]
     generator = torch.Generator().manual_seed(seed)

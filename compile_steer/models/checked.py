@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,9 +32,16 @@ _NO_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids",
 
 
 def read_model(
-    folder: Path, dtype: torch.dtype, explain: Callable[[str], CompileSteerError], kind: Any = AutoModelForCausalLM
+    folder: Path,
+    dtype: torch.dtype,
+    explain: Callable[[str], CompileSteerError],
+    kind: Any = AutoModelForCausalLM,
+    spread: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """The model in `folder`, with every weight from its files; `kind` is the class of transformers that loads it.
+
+    Args:
+        spread: how transformers is to lay the weights over several devices; without it all are in main memory.
 
     Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
     """
@@ -49,6 +57,7 @@ def read_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, by their names
             output_loading_info=True,
+            **spread,
         )
     loaded: PreTrainedModel = model
     require_loaded(folder, loaded, loading)
@@ -208,7 +217,7 @@ def require_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
 
 
 def _finite(value: torch.Tensor) -> bool:
-    if not value.numel():
+    if not value.numel() or value.is_meta:  # what stays on disk is read block by block, and NaN shows in activations
         return True
     low, high = torch.aminmax(value.detach())  # unlike isfinite, without a copy of the tensor
     return bool(torch.isfinite(low) and torch.isfinite(high))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -24,6 +28,7 @@ from compile_steer.artifacts.paths import home_path, real_path
 from compile_steer.artifacts.revision import EMBEDDED, is_gguf, join_revision, settings_sha256
 from compile_steer.artifacts.tensors import Checkpoint
 from compile_steer.artifacts.writing import new_folder
+from compile_steer.common.distributed import require_alone
 from compile_steer.common.errors import ArtifactError, RecipeError, brief, several
 from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
@@ -33,7 +38,9 @@ from compile_steer.models.older_readers import respell
 from compile_steer.steering.layout import Layout
 
 _CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes: older folders are made again
+_SIZE = r"\d+(\.\d+)?[KMGT]i?B"  # as accelerate reads it
 _LICENSE = r"[A-Za-z0-9][\w.+-]{0,63}"  # an id of the hub's list, not a text
+DeviceMap = Literal["auto"] | Mapping[str, str] | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,6 +55,7 @@ class LoadedModel:
         prompt_template: the chat template that a recipe's keys made; None where the model's own is used.
         chat: what the chat template was given.
         license: as `ModelSource` says.
+        device_map: how the weights are spread over devices, as in the recipe; None where one device has all.
     """
 
     model: PreTrainedModel
@@ -58,6 +66,7 @@ class LoadedModel:
     prompt_template: str | None = None
     chat: ChatSettings = field(default_factory=ChatSettings)
     license: str = ""
+    device_map: DeviceMap = None
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")
@@ -82,9 +91,20 @@ class LoadedModel:
         """The number of tokens that the model has learned to read at once; None where its config names none."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def require_resident(self, task: str) -> None:
+        """Raise `RecipeError` where `task`, which needs all weights at once, finds some of them on disk or beside a GPU."""
+        away = sum(parameter.is_meta for parameter in self.model.parameters())
+        if away:
+            raise RecipeError(
+                f"{task} needs all weights in the memory of devices that compute; device_map has left {away} of "
+                f"{len(list(self.model.parameters()))} on disk, or in main memory beside a GPU. Use more or larger devices, "
+                "dtype bfloat16, or several processes; reading activations, the sweep, closed_form and verifying adapters "
+                "and merged-fp32 need no more than a block at a time."
+            )
+
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        return self.layout.device
 
 
 def load(
@@ -94,6 +114,7 @@ def load(
     dtype: str = "float32",
     prompt_format: str | None = None,
     chat: ChatSettings | None = None,
+    device_map: DeviceMap = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, frozen, in evaluation mode.
 
@@ -103,6 +124,8 @@ def load(
         dtype: 'float32' (the default: bf16's own noise is about 1e-3 nats a token), 'bfloat16', 'float16'.
         prompt_format: how a prompt is given to the model, instead of its chat template ("User: {prompt}\\nAssistant:\\n").
         chat: arguments, name and date for its chat template.
+        device_map: for a model larger than a device: 'auto' spreads the weights over all GPUs, main memory and disk, in this
+            order; a dict gives each a limit, {'0': '70GiB', 'cpu': '30GiB'}, and what is beyond them stays on disk.
 
     Raises:
         RecipeError: the model is not there, its chat template cannot be used (see `configure`), or the device or dtype is
@@ -118,7 +141,13 @@ def load(
         remedy = "Compare its config.json and its tokenizer's files with the publisher's, or get it again."
         return RecipeError(f"model '{reference}' cannot be loaded by transformers ({reason}). {remedy}")
 
-    model = read_model(source.folder, DTYPES[dtype], explain)
+    if device_map is not None:
+        require_alone("a model with a device_map")
+        if device != "auto":
+            raise RecipeError(
+                f"device is {device}, and device_map says where the weights lie; leave one of the two out."
+            )
+    model = read_model(source.folder, DTYPES[dtype], explain, spread=spread_over(device_map))
     tokenizer = read_tokenizer(source.folder, model, explain)
     own_template = tokenizer.chat_template
     configure(tokenizer, reference, prompt_format, chat)
@@ -126,7 +155,24 @@ def load(
     Layout.of(model)  # raises for an unknown family before anything runs
     chat = chat or ChatSettings()
     revision, folder = source.revision, str(source.folder)
-    return LoadedModel(frozen(model, target), tokenizer, reference, revision, folder, template, chat, source.license)
+    model = frozen(model, target)
+    return LoadedModel(model, tokenizer, reference, revision, folder, template, chat, source.license, device_map)
+
+
+def spread_over(device_map: DeviceMap) -> dict[str, Any]:
+    """How transformers is to lay a model over devices; nothing where one device has all of it."""
+    if device_map is None:
+        return {}
+    limits = {} if device_map == "auto" else {int(k) if k.isdecimal() else k: v for k, v in device_map.items()}
+    wrong = [
+        f"{k}: {v}" for k, v in limits.items() if not (isinstance(k, int) or k == "cpu") or not re.fullmatch(_SIZE, v)
+    ]
+    if wrong:
+        raise RecipeError(f"device_map: found {', '.join(wrong)}; needed: a GPU's number or cpu, and a size as 70GiB.")
+    # Weights that the library stores otherwise than their files do are saved once more; deleted with the process.
+    folder = tempfile.mkdtemp(prefix="offloaded-", dir=new_cache_folder())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"device_map": "auto", "offload_folder": folder, **({"max_memory": limits} if limits else {})}
 
 
 def frozen(model: Any, device: torch.device) -> Any:
@@ -136,7 +182,8 @@ def frozen(model: Any, device: torch.device) -> Any:
         # The first step of an answer hands the head a slice, for which torch 2.13 copies the matrix to float32 on a CPU:
         # for a vocabulary of 262,144 that is 1.3 GB and 60 s in the place of 0.4 s.
         head.register_forward_pre_hook(lambda _head, args: (args[0].contiguous(), *args[1:]))
-    return model.to(device).eval().requires_grad_(False)
+    model = model if getattr(model, "hf_device_map", None) else model.to(device)
+    return model.eval().requires_grad_(False)
 
 
 def choose_device(name: str) -> torch.device:
@@ -244,6 +291,13 @@ def cache_folder() -> Path:
         raise RecipeError(
             f"the folder for models {brief(named)} is in the home of nobody; set $COMPILE_STEER_CACHE to another."
         )
+    return folder
+
+
+def new_cache_folder() -> Path:
+    """`cache_folder`, made if it is missing."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

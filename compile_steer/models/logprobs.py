@@ -227,7 +227,7 @@ def reference_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> np.nda
     """Log-probability of every token but the first of each sequence, joined to [n], by transformers' own forward."""
     values = []
     for ids in sequences:
-        tokens = torch.tensor([list(ids)], device=model.device)
+        tokens = torch.tensor([list(ids)], device=Layout.of(model).device)
         with torch.no_grad():
             log_p = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
         values.append(log_p.gather(1, tokens[0, 1:, None])[:, 0].cpu().numpy())

@@ -23,7 +23,7 @@ from compile_steer.models.chat import configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.gguf import gguf_in, read_gguf
 from compile_steer.models.libraries import quiet_library_errors
-from compile_steer.models.load import LoadedModel, frozen
+from compile_steer.models.load import LoadedModel, frozen, spread_over
 from compile_steer.steering.layout import Layout
 
 ADAPTER = "default"  # PEFT's name for an adapter that was loaded without one
@@ -43,7 +43,7 @@ def reload(folder: Path, base: LoadedModel) -> LoadedModel:
         if problems:
             raise ArtifactError([f"{file}: {problem}." for problem in problems] + ["Merge again."])
     else:
-        model = read_model(folder, base.model.dtype, explain)
+        model = read_model(folder, base.model.dtype, explain, spread=spread_over(base.device_map))
         tokenizer = read_tokenizer(folder, model, explain)
     Layout.share(base.model, model)
     # An artifact carries the template that its base was used with, or all of them.
@@ -62,7 +62,7 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
         plain = fresh_copy(base).model if model is None else None
         with quiet_library_errors(_not_loaded(folder)):
             if plain is not None:
-                model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name)
+                model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name, **spread_over(base.device_map))
             else:
                 model.load_adapter(str(folder), adapter_name=name)
             needed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
@@ -124,7 +124,8 @@ def share_equal(model: Any, other: Any) -> None:
     theirs = dict(other.named_parameters(remove_duplicate=False))
     for name, own in model.named_parameters(remove_duplicate=False):
         same = theirs.get(name)
-        if same is not None and same.dtype == own.dtype and torch.equal(same, own):
+        # What lies on disk takes no memory.
+        if same is not None and same.dtype == own.dtype and not own.is_meta and torch.equal(same, own):
             own.data = same.data
 
 
@@ -139,7 +140,7 @@ def shallow_copy(base: LoadedModel) -> LoadedModel:
 def fresh_copy(base: LoadedModel) -> LoadedModel:
     """Another copy of `base`, loaded from its source; what is equal is in memory once, see `share_equal`."""
     folder = Path(base.source)
-    model = read_model(folder, base.model.dtype, _not_loaded(folder))
+    model = read_model(folder, base.model.dtype, _not_loaded(folder), spread=spread_over(base.device_map))
     Layout.share(base.model, model)
     model = frozen(model, base.device)
     share_equal(model, base.model)

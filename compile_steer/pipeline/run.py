@@ -259,7 +259,12 @@ def require_apart(recipe: Recipe, paths: RunPaths) -> None:
 def load_base(recipe: Recipe) -> LoadedModel:
     """Load the recipe's model as the recipe uses it; raises as `load`."""
     return load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, prompt_format=recipe.prompt_format, chat=recipe.chat
+        recipe.model,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        prompt_format=recipe.prompt_format,
+        chat=recipe.chat,
+        device_map=recipe.device_map,
     )
 
 

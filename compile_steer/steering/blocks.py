@@ -116,6 +116,15 @@ def record_blocks(model: PreTrainedModel) -> Calls:
     return Calls(name, blocks, input_ids)
 
 
+def input_device(module: nn.Module, otherwise: torch.device | None = None) -> torch.device:
+    """Where a model or block computes: accelerate keeps it where it has spread the weights, which may lie on disk."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = otherwise or next(module.parameters()).device
+    return torch.device(device)
+
+
 def _token_ids(model: PreTrainedModel) -> Tensor:
     """Two rows of token ids [2, 8] that differ in the last one, spread over the vocabulary."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
@@ -124,7 +133,7 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
             f"{type(model).__name__} has no one table of token embeddings, so it does not read texts alone."
         )
     vocabulary = len(weight)
-    ids = torch.linspace(vocabulary * 0.1, vocabulary * 0.9, _TOKENS, device=model.device).long()
+    ids = torch.linspace(vocabulary * 0.1, vocabulary * 0.9, _TOKENS, device=input_device(model)).long()
     rows = torch.stack([ids, ids])
     rows[1, -1] = rows[1, 0]
     return rows

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compile_steer.common.errors import LayoutError
+from compile_steer.steering.blocks import input_device
 from compile_steer.steering.measure import KINDS, Measured, ProjectionKind, Sublayer, measure
 from compile_steer.steering.program import Program
 from compile_steer.steering.sites import Point, Site
@@ -81,6 +82,15 @@ class Layout:
         # Not measured again: an edit moves no module, and one that has overflowed is for the verifier to name.
         if type(base) is type(edited):
             _BY_MODEL[edited] = Layout.of(base).measured
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input: weights that lie on several devices, or on disk, have a first one."""
+        return input_device(self.model)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where the block `layer` computes."""
+        return input_device(self.blocks[layer], self.device)
 
     @property
     def backbone(self) -> nn.Module:

@@ -139,6 +139,7 @@ class Reference:
         """The reference of the base rounded as the artifact at `folder` is stored; None where that keeps all bits."""
         if (stored := rounding_of(form, folder, self.model)) is None:
             return None
+        self.model.require_resident(f"verifying {form}")
         key, rounding = stored
         if self._quantized is None or self._quantized[0] != key:  # made once for all artifacts of a form
             self._quantized = None  # it is a model's size: freed before the next is made
