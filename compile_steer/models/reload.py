@@ -62,11 +62,21 @@ def reload_adapters(folders: Mapping[str, Path], base: LoadedModel) -> LoadedMod
         plain = fresh_copy(base).model if model is None else None
         with quiet_library_errors(_not_loaded(folder)):
             if plain is not None:
-                model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name, **spread_over(base.device_map))
+                # PEFT would lay out the weights anew, and write a copy of them into the current folder.
+                places = {key: plain.__dict__.pop(key) for key in ["hf_device_map"] if key in plain.__dict__}
+                model = PeftModel.from_pretrained(plain, str(folder), adapter_name=name)
+                plain.__dict__.update(places)
             else:
                 model.load_adapter(str(folder), adapter_name=name)
             needed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
-            held = load_peft_weights(str(folder), device="cpu").keys()
+            weights = load_peft_weights(str(folder), device=str(base.device))
+            held = weights.keys()
+            for parameter, value in list(model.named_parameters()):
+                # PEFT puts an adapter's weights beside those of the base, which may be on disk.
+                if value.is_meta and f".{name}." in parameter:
+                    owner, _dot, last = parameter.rpartition(".")
+                    own = nn.Parameter(weights[parameter.replace(f".{name}.", ".")].to(base.model.dtype))
+                    setattr(model.get_submodule(owner), last, own.requires_grad_(False))
         # PEFT only warns of these, and starts what is missing at random. It may save an embedding beside its edit.
         if different := sorted((needed - held) | (held - needed - model.state_dict().keys())):
             raise ArtifactError(

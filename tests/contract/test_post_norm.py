@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from compile_steer.common.progress import Progress
-from compile_steer.lowering import closed_form
+from compile_steer.lowering import closed_form, teacher_student
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.post_norm import Behind, behind_norm
 from compile_steer.lowering.teacher_student import measure_sensitivity
@@ -99,5 +99,5 @@ def test_a_dimension_counts_by_what_the_blocks_above_make_of_it() -> None:
 
 
 def test_without_a_norm_behind_it_nothing_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "measure_sensitivity", None)  # cannot be called
+    monkeypatch.setattr(teacher_student, "_SENSITIVITY_TOKENS", None)  # cannot be measured
     solve(loaded("llama"), canonical_program("llama", intervention()), [Stage(1, "mlp", 1)])
