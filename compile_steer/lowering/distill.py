@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
-from compile_steer.common.distributed import require_alone, sum_over_all
-from compile_steer.common.errors import require_library
+from compile_steer.common.distributed import count, require_alone, sum_over_all
+from compile_steer.common.errors import RecipeError, require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Curve, Lowering, require_rank
@@ -31,6 +31,7 @@ from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
 from compile_steer.lowering.training import BETAS, gradient_steps, held_out_split, split_batches, squared_error, train
 from compile_steer.models.libraries import quiet
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
@@ -42,14 +43,35 @@ def lower(lowering: Lowering) -> WeightPatch:
     options, layout, first = lowering.options.distill, lowering.loaded.layout, lowering.program.first_layer
     require_rank(layout, first, options.rank, "compile.distill.rank")
     lowering.loaded.require_resident("compile.distill")
+    if options.shard and count() == 1:
+        raise RecipeError("compile.distill.shard lays the base over several processes, and there is one; use torchrun.")
     if options.objective == "likelihood":
         require_alone("compile.distill.objective likelihood")
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
+    texts, _fitted = lowering.training_texts, options.start == "random" or lowering.regression_texts
+    if options.shard:
+        shard_blocks(lowering.loaded)
     random_start = options.start == "random"
     start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
-    texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)
+
+
+def shard_blocks(loaded: LoadedModel) -> None:
+    """Lay the weights of each block over all processes: a block is whole while it computes alone. For good.
+
+    Every process must run every block equally often from here on. The embeddings and the head stay whole: they are called
+    apart from the blocks, chunk by chunk.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    mesh = init_device_mesh(loaded.device.type, (count(),))
+    for block in loaded.layout.blocks:
+        if not isinstance(block, FSDPModule):
+            fully_shard(
+                block, mesh=mesh, reshard_after_forward=True
+            )  # by default not where a block is called by itself
 
 
 def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:

@@ -69,6 +69,9 @@ class DistillOptions(TrainingOptions):
     block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
     block_batch_tokens: int = Field(512, ge=64, description="padded tokens of one such step")
     block_learning_rate: float = Field(0.3, gt=0, description="of these steps")
+    shard: bool = Field(
+        False, description="lay each block of the base over all processes (FSDP2) once the texts are written"
+    )
 
 
 class FullOptions(TrainingOptions):

@@ -36,6 +36,10 @@ def compile_program(run: Run, force: bool = False) -> list[Path]:
     """Lower the program with every chosen backend; returns the folders of the patches."""
     verdict, report_sha256 = _verdict(run, force)
     folders = {name: run.paths.adapter(name) for name in run.plan.chosen}
+    if run.recipe.compile.distill.shard and (after := {"full", "full_cut"} & folders.keys()):
+        raise CannotLower(
+            f"compile.distill.shard leaves a part of the base in each process; {', '.join(after)} needs it whole."
+        )
     model, data, seed, origin = run.model, run.data, run.recipe.seed, run.origin()
     made_by = digest([run.program_sha256, versions(), str(model.device)])
     resume = ResumeFiles(run.paths.work, run.inputs("data", "compile", after=made_by))

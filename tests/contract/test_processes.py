@@ -15,16 +15,22 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch
+from compile_steer.lowering import distill
+from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.options import CompileOptions, DistillOptions
 from compile_steer.pipeline.artifacts import artifacts, compile_program, verify
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
+from tests.helpers.fitting import canonical_program, job, random_texts
 from tests.helpers.processes import run_in_processes
 from tests.helpers.small_run import prepare
+from tests.helpers.tiny import intervention, loaded
 
 # Sampled texts, all answers, both kinds of fit, and batches of which a process has no text.
 CHANGES = [
     "compile.backends=[closed_form, distill]",
     "compile.distill.prompts=3",
+    "compile.distill.start=random",  # at the closed form's optimum the first step follows rounding alone
     "compile.distill.block_steps=4",
     "compile.distill.batch_tokens=64",
     "verify.forms=[adapter]",
@@ -80,6 +86,31 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
             assert torch.allclose(
                 same_edits[name].B @ same_edits[name].A, delta, atol=4e-3 * float(delta.abs().max())
             ), name
+
+
+def test_a_base_laid_over_two_processes_trains_as_one_does() -> None:
+    def lowering(**options: Any) -> Lowering:
+        distill_options = DistillOptions(rank=2, start="random", batch_tokens=128, **options)
+        made = job(loaded("llama"), canonical_program("llama", intervention()), CompileOptions(distill=distill_options))
+        made.__dict__["training_texts"] = random_texts(17, 3)
+        return made
+
+    alone = lowering()
+    distill.lower(alone)
+
+    def in_two() -> None:
+        sharded = lowering(shard=True)
+        distill.lower(sharded)
+        parts = list(sharded.loaded.layout.blocks[0].parameters())
+        assert sum(part.to_local().numel() for part in parts) * 2 == sum(part.numel() for part in parts)
+        for kind, values in alone.curves["distill"].items():
+            assert sharded.curves["distill"][kind] == pytest.approx(values, rel=1e-5)
+
+    assert run_in_processes(2, in_two) == [0, 0]
+    with pytest.raises(
+        RecipeError, match="compile.distill.shard lays the base over several processes, and there is one"
+    ):
+        distill.lower(lowering(shard=True))
 
 
 def test_what_rank_0_raises_is_raised_in_all_and_a_process_that_ends_is_named() -> None:
