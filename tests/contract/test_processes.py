@@ -101,7 +101,7 @@ def test_a_base_laid_over_two_processes_trains_as_one_does() -> None:
     def in_two() -> None:
         sharded = lowering(shard=True)
         distill.lower(sharded)
-        parts = list(sharded.loaded.layout.blocks[0].parameters())
+        parts: list[Any] = list(sharded.loaded.layout.blocks[0].parameters())
         assert sum(part.to_local().numel() for part in parts) * 2 == sum(part.numel() for part in parts)
         for kind, values in alone.curves["distill"].items():
             assert sharded.curves["distill"][kind] == pytest.approx(values, rel=1e-5)
