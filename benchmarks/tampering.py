@@ -165,7 +165,7 @@ def _reports() -> Iterator[Tampering]:
     yield Tampering("hash deleted from", file, without("record_sha256"), "push", ADAPTER, "was edited")
     yield Tampering("key deleted from", file, without("divergence"), "show", ADAPTER, "complete report", (1,))
     yield Tampering("emptied", file, empty, "show", ADAPTER, "damaged")
-    yield Tampering("deleted", file, Path.unlink, "show", ADAPTER, "parity +missing", (1,))
+    yield Tampering("deleted", file, Path.unlink, "show", ADAPTER, "missing:.* parity", (1,))
     file = f"{MERGED}/{PARITY}"
     yield Tampering("deleted", file, Path.unlink, "push", MERGED, "is missing")
     yield Tampering(
@@ -191,7 +191,7 @@ def _reports() -> Iterator[Tampering]:
         "Changed: card",
         (1,),
     )
-    yield Tampering("deleted", f"{MERGED}/README.md", Path.unlink, "show", MERGED, "card +missing", (0,))
+    yield Tampering("deleted", f"{MERGED}/README.md", Path.unlink, "show", MERGED, "missing:.* card", (0,))
 
 
 def _lineage() -> Iterator[Tampering]:
@@ -217,7 +217,7 @@ def _lineage() -> Iterator[Tampering]:
     yield Tampering(
         "verdict sealed again in", VALIDATION, figures(verdict="pass"), "show", VALIDATION, "by its figures", (1,)
     )
-    yield Tampering("deleted", VALIDATION, Path.unlink, "show", VECTOR, "validation is of this vector +missing", (0,))
+    yield Tampering("deleted", VALIDATION, Path.unlink, "show", VECTOR, "missing:.* validation is of this vector", (0,))
     yield Tampering("exchanged", ADAPTER, exchanged(f"{NAME}-bias"), "merge all", ADAPTER, "holds what .* compiled")
     yield Tampering("exchanged", ADAPTER, exchanged(f"{NAME}-bias"), "show", SUMMED, "adapter +changed", (1,))
     yield Tampering("exchanged", MERGED, exchanged(f"{NAME}-closed_form-fp32"), "show", MERGED, "place +changed", (1,))

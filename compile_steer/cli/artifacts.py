@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,11 @@ from compile_steer.cli.options import (
     progress_bars,
     within,
 )
+from compile_steer.common.detail import Detail, detail
 from compile_steer.common.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Base = Annotated[
     str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
@@ -83,17 +87,23 @@ def show(
 
     Exit code 1 if a link was changed: a file that was edited, cut short or swapped.
     """
-    from compile_steer.cli.tables import print_lineage
-    from compile_steer.tools.describe import describe_artifact
+    from compile_steer.cli.tables import print_lineage, print_summary
+    from compile_steer.tools.describe import describe_artifact, summary_of
     from compile_steer.tools.lineage import artifact_root, lineage
 
     path = artifact_root(path)
     description, links = describe_artifact(path), list(lineage(path, recipes))
-    if not as_json:
-        console().print(description)
     summary = {**description, "lineage": [asdict(link) for link in links]}
     unchanged = all(link.state != "changed" for link in links)
-    finish(as_json, summary, lambda out, _summary: print_lineage(out, links), unchanged)
+
+    def show_it(out: Console, _summary: Any) -> None:
+        if detail.get() == Detail.VERBOSE:
+            out.print(description)
+            print_lineage(out, links)
+        else:
+            print_summary(out, summary_of(description), links)
+
+    finish(as_json, summary, show_it, unchanged)
 
 
 def reproduce(

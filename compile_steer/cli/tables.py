@@ -44,6 +44,19 @@ def _or_blank(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def print_summary(console: Console, rows: Sequence[tuple[str, str]], links: Sequence[Link]) -> None:
+    """Print what an artifact is in a line each, how many links back to its data hold, and every one that does not."""
+    # Of those that do not hold the names, each once: a lineage may come to one file twice.
+    names = {state: list(dict.fromkeys(link.name for link in links if link.state == state)) for state in _LINKS}
+    counts = [f"{sum(link.state == 'intact' for link in links)} links back to the data are intact"]
+    counts += [f"{state}: {', '.join(names[state])}" for state in ("missing", "unrecorded") if names[state]]
+    for name, text in [*rows, ("lineage", "; ".join(counts))]:
+        console.print(Text.assemble((f"{name:<10}", "bold"), text), soft_wrap=True)
+    changed = [link for link in links if link.state == "changed"]
+    if changed:
+        print_lineage(console, changed)
+
+
 def print_lineage(console: Console, links: Sequence[Link]) -> None:
     """Print every link back to the data; of a changed one what was expected and what is there."""
     if links:

@@ -159,9 +159,12 @@ def print_artifacts(console: Console, parities: Sequence[Parity]) -> None:
     for name, found in unchecked.items():
         p, check = max(found, key=lambda entry: entry[0].behaviour.score.needed)
         score = p.behaviour.score
-        why = f"needs {score.needed:,} prompts, there are {score.n} (verify.heldout, verify.prompts)"
-        text = f"equal scores: {why}" if name == "score" else f"{name}: {check.text}"
-        _print_indented(console, Text(f"Not shown for {len(found)} of {len(parities)}: {text}", "yellow"))
+        of = f"({len(found)} of {len(parities)})"
+        shown = f"not checked: {name} {of}: {check.text}"
+        if name == "score":
+            needed = f"needs {score.needed:,} prompts, there are {score.n}: raise verify.heldout or verify.prompts"
+            shown = f"not shown: that answers score the same {of}: {needed}"
+        _print_indented(console, Text(shown, "yellow"))
 
 
 def print_answers(console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity]) -> None:

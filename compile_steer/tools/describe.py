@@ -39,3 +39,50 @@ def describe_artifact(path: Path) -> dict[str, Any]:
     program = Program.load(path)
     lines = program.describe().splitlines()
     return {"kind": "program", "model": program.model, "revision": program.revision, "interventions": lines}
+
+
+def summary_of(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """At most four (name, text) that say what `describe_artifact` found: what it is, what it does, how it did."""
+    kind = description["kind"]
+    if kind == "artifact":
+        origin, parity = description["provenance"], description.get("parity")
+        forced = ", compiled in spite of it" if origin["forced"] else ""
+        return [
+            ("what", f"{origin['name']}: {origin['form']} by {origin['backend']}, on {origin['model']}"),
+            ("does", _first(origin["described"].splitlines())),
+            ("direction", f"validation: {origin['verdict']}{forced}"),
+            ("file", _parity_text(parity) if parity else "never verified: run compile-steer verify"),
+        ]
+    if kind == "validation report":
+        chosen = f"layer {description['layer']}, coefficient {description['coefficient']:.3g}"
+        scores, n_prompts = description["scores"], description["n_prompts"]
+        gain = f"score {scores['base']:.2f} to {scores['steered']:.2f} on {n_prompts} test prompts"
+        rows = {"what": f"validation of {description['name']}", "chosen": chosen, "verdict": description["verdict"]}
+        return [*rows.items(), ("gain", gain)]
+    if kind == "parity report":
+        return [
+            ("what", f"report on {description['form']} by {description['backend']}"),
+            ("file", _parity_text(description)),
+        ]
+    if kind == "program":
+        return [
+            ("what", f"steering program for {description['model']}"),
+            ("does", _first(description["interventions"])),
+        ]
+    if kind == "directions":
+        blocks = sum(norm > 0 for norm in description["norms"])
+        return [("what", f"directions of {blocks} blocks at {description['point']}, for {description['model']}")]
+    return [("what", kind)]
+
+
+def _first(lines: list[str]) -> str:
+    return f"{lines[0] if lines else '-'}{f' (and {len(lines) - 1} more)' if len(lines) > 1 else ''}"
+
+
+def _parity_text(parity: dict[str, Any]) -> str:
+    try:
+        left, top1 = parity["divergence"]["kl_remaining"]["value"], parity["divergence"]["top1"]
+        verdict = "passed" if parity["passed"] else f"FAILED ({len(parity['reasons'])} gates)"
+        return f"{verdict}; {left:.3%} of what steering changes is left over, the same next token in {top1:.1%}"
+    except (KeyError, TypeError, ValueError):
+        return "its report is no complete one: verify again"

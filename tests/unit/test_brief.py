@@ -112,3 +112,31 @@ def test_quiet_prints_the_result_alone(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1 and err == ""
     assert out.startswith(json.loads(run.paths.validation.read_text())["verdict"].upper())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapters/tide-closed_form",
+        "vectors/tide.safetensors",
+        "vectors/tide.validation.json",
+        "vectors/tide.directions.safetensors",
+    ],
+)
+def test_show_says_what_an_artifact_is_in_five_lines_and_everything_with_verbose(
+    run: SmallRun, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(monkeypatch, "show", str(run.paths.out / name)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("what ") and lines[-1].startswith("lineage") and len(lines) <= 5
+    assert code_of(monkeypatch, "show", str(run.paths.out / name), "--verbose") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_show_names_what_was_changed_and_exits_with_1(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = run.paths.adapter("closed_form")
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert code_of(monkeypatch, "show", str(adapter)) == 1
+    assert "adapter_config.json" in capsys.readouterr().out
