@@ -21,6 +21,8 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
             "prompts": 24,
             "max_new_tokens": 24,
             "dose_prompts": 2,
+            "questions": 24,
+            "control_prompts": 8,
         },
         "compile": {
             "calibration": {"prompts": 60, "max_new_tokens": 32},

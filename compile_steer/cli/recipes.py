@@ -177,6 +177,7 @@ def run(
     What is there already and was made from the same inputs is kept, so that a stopped run goes on where it was.
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
+    from compile_steer.pipeline.estimate import estimate
     from compile_steer.pipeline.stages import run_stages
     from compile_steer.report import brief, terminal
 
@@ -185,6 +186,9 @@ def run(
     title = functools.partial(_print_title, out)
     title(f"{recipe.name} on {recipe.model}, budget {recipe.budget}")
     opened = session.open(shared=True)
+    if detail.get() > Detail.QUIET and not opened.paths.validation.is_file():  # what is there already takes no time
+        minutes, memory = estimate(opened)
+        out.print(f"from nothing about {max(minutes, 1):.0f} min and {memory:.1f} GB of memory; a stopped run goes on")
     title("1  Does the direction carry the behaviour?")
     for result in run_stages(opened, session.path, session.changes, force):
         if (shipped := result.recommendation) is not None:  # the last result; each holds those before it
