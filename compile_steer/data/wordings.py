@@ -47,12 +47,13 @@ WORDINGS = (
 
 
 def worded(
-    loaded: LoadedModel, texts: Sequence[Text], earlier: Sequence[Text]
+    loaded: LoadedModel, texts: Sequence[Text], earlier: Sequence[Text], new_tokens: int = 0
 ) -> tuple[dict[str, list[Encoded]], list[str]]:
     """Encode the texts in every wording that the model can have; returns them by name, and why one is missing.
 
     Args:
         earlier: prompts with responses, of which the earlier turns are made.
+        new_tokens: that will follow.
     """
     from compile_steer.models.tokens import encode, require_room  # not with the module: they import torch
 
@@ -74,7 +75,7 @@ def worded(
         ]
         try:
             encoded = [encode(tokenizer, text) for text in put]
-            require_room(loaded, encoded)
+            require_room(loaded, encoded, new_tokens)
         except RecipeError as error:  # no chat template, one without a system role, or too few positions
             remarks.append(f"the wording '{wording.name}' was not measured: {error.problems[0].removeprefix('data: ')}")
             continue

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from compile_steer.validation.report import ValidationReport, block_name
-from compile_steer.verification.parity import BehaviourMatch, Parity, PromptSet
+from compile_steer.verification.parity import BehaviourMatch, Parity
+from compile_steer.verification.prompt_report import PromptSet
 
 if TYPE_CHECKING:
     from compile_steer.extraction.generate_pairs import GenerationReport
@@ -183,6 +184,9 @@ def details(p: Parity) -> list[tuple[str, str]]:
     ]
     if p.inherited:
         lines.append(("measured once", p.inherited))
+    if p.wordings:
+        each = (f"{wording.name} {wording.kl_remaining or 0.0:.2%}" for wording in p.wordings)
+        lines.append(("remaining KL by wording", ", ".join(each)))
     if p.file_error is not None:
         lines.append(("on disk", f"{p.file_error:.0e} nats/token from the weights that were compiled"))
     if p.capability is not None:

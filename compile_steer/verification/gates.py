@@ -23,7 +23,7 @@ def judged(parity: Parity, gates: Gates) -> Parity:
     """The report with every check of its figures, and the verdict that follows from them."""
     unmeasured = [*parity.unmeasured.items(), *(("prompts", remark) for remark in parity.remarks)]
     unchecked = [Check(name, "not checked", reason) for name, reason in unmeasured]
-    checks = [*_limits(parity, gates), *_tests(parity), *unchecked]
+    checks = [*_limits(parity, gates), *_wordings(parity, gates), *_tests(parity), *unchecked]
     reasons = [check.text for check in checks if check.outcome == "failed"]
     return replace(parity, passed=not reasons, reasons=reasons, checks=checks)
 
@@ -99,6 +99,19 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
             ("effect retained, lower bound", effect.low, gates.effect_retained_low),
         ):
             yield _at_least(name, f"{name} {{}}", value, gate, ".3f")
+
+
+def _wordings(parity: Parity, gates: Gates) -> Iterator[Check]:
+    """Held-out prompts put otherwise: a gate for exact backends, where the compile does not hold for others."""
+    for wording in parity.wordings:
+        name = f"KL with the wording '{wording.name}'"
+        if parity.exact and parity.rounding is None:
+            yield _kl(name, f"with the wording '{wording.name}'", wording.kl, gates.exact_kl)
+        elif not parity.exact and (wording.kl_remaining or 0.0) > gates.kl_remaining:
+            share, limit = decisive(wording.kl_remaining or 0.0, gates.kl_remaining, ".2%")
+            yield Check(
+                name, "not checked", f"remaining KL {share}, above {limit}, but on {wording.n_tokens} tokens alone"
+            )
 
 
 def _tests(parity: Parity) -> Iterator[Check]:

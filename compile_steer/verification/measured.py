@@ -22,7 +22,8 @@ from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
-from compile_steer.verification.parity import PromptSet, SampledScore
+from compile_steer.verification.parity import SampledScore
+from compile_steer.verification.prompt_report import PromptKL, PromptSet
 
 if TYPE_CHECKING:
     from compile_steer.artifacts.provenance import Provenance
@@ -66,6 +67,7 @@ class Measured:
     sample: str
     correct: np.ndarray
     prompt_sets: list[PromptSet]
+    wordings: list[PromptKL]
     score: tuple[SampledScore | None, Equivalence | None]
 
 
@@ -81,6 +83,7 @@ def measured_steered(reference: Reference) -> Measured:
         *reference.samples.steered,
         reference.correct.steered,
         reference.prompt_sets.of_steered(),
+        reference.prompt_sets.compare_wordings(None),
         reference.compare_score(None, reference.states.steered),
     )
 
@@ -97,6 +100,7 @@ def measure(reference: Reference, artifact: LoadedModel, states: FinalStates, or
         *reference.answers_of(artifact, None)[0],
         correct_answers(artifact, QUESTIONS[: reference.options.capability]),
         reference.prompt_sets.compare(artifact),
+        reference.prompt_sets.compare_wordings(artifact),
         reference.compare_score(artifact, states),
     )
     if origin.has_all_bits:  # of the others many weights are their own: kept, each would be another model in memory

@@ -14,8 +14,7 @@ from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha25
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
-
-PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]
+from compile_steer.verification.prompt_report import PromptKL, PromptSet
 
 
 @dataclass(frozen=True)
@@ -95,38 +94,6 @@ class BehaviourMatch:
     def tests(self) -> list[Equivalence]:
         """The equivalence tests that were made."""
         return [t for t in (self.margin, self.score, self.repetition) if t is not None]
-
-
-@dataclass(frozen=True)
-class FreeAnswers:
-    """Answers to the prompts of one set that each model writes by itself; sampled ones with the same random numbers."""
-
-    same: float  # mean fraction of the steered answer's tokens before the first that differs in the compiled model's
-    same_base: float  # and in the base's
-    repetition: float  # mean fraction of repeated 3-grams in the compiled model's answers
-    repetition_steered: float
-    score: float | None = None  # mean of the compiled model's; None where the scorer knows only the data's prompts
-    score_steered: float | None = None
-    score_base: float | None = None
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """One set of prompts: divergence on the steered model's sampled answers, and freely written answers."""
-
-    name: PromptSetName
-    n_texts: int
-    n_tokens: int  # response tokens of these answers, those of earlier turns included
-    prompt_tokens: int  # of the longest prompt
-    kl: float  # mean KL(steered||compiled)
-    kl_remaining: float | None  # its fraction of KL(steered||base); None where that is 0
-    top1: float  # agreement of compiled and steered
-    greedy: FreeAnswers
-    sampled: FreeAnswers
-
-    def __str__(self) -> str:
-        remaining = "" if self.kl_remaining is None else f" ({self.kl_remaining:.2%})"
-        return f"{self.greedy.same:.0%}, {self.sampled.same:.0%}{remaining}"
 
 
 @dataclass(frozen=True)
@@ -231,6 +198,9 @@ class Parity(Summary):
     divergence: Divergence
     behaviour: BehaviourMatch
     prompt_sets: list[PromptSet]
+    wordings: list[PromptKL] = field(
+        default_factory=list
+    )  # the same held-out prompts put otherwise, see `data.wordings`
     capability: Capability | None  # None where no questions were asked
     adapter: AdapterControls | None  # None for a whole model
     rounding: Rounding | None  # None for all bits

@@ -18,6 +18,7 @@ from transformers import Cache
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
+from compile_steer.data.wordings import worded
 from compile_steer.models.generate import continue_prompts, ended, prefill, response_text, states_after
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
@@ -27,7 +28,7 @@ from compile_steer.scoring.base import Reply, Score
 from compile_steer.scoring.text import repetition
 from compile_steer.steering.program import Program
 from compile_steer.verification.options import VerifyOptions
-from compile_steer.verification.parity import FreeAnswers, PromptSet, PromptSetName
+from compile_steer.verification.prompt_report import FreeAnswers, PromptKL, PromptSet, PromptSetName
 
 Decoding = Literal["greedy", "sampled"]
 _TEMPERATURES: dict[Decoding, float] = {"greedy": 0.0, "sampled": 1.0}
@@ -122,6 +123,17 @@ class PromptSets:
         self._plain = [prompt.plain for prompts in sets.values() for prompt in prompts]
         ends = list(accumulate(map(len, sets.values())))
         self._parts = {name: slice(end - len(sets[name]), end) for name, end in zip(sets, ends, strict=True)}
+        texts = [replace(text, response="") for text in data.heldout[: options.prompts_per_set]]
+        by_name, missing = worded(base, texts, data.neutral, self._tokens)
+        self.remarks += missing
+        self._worded = {
+            name: continue_prompts(base, one, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
+            for name, one in by_name.items()
+        }
+        self._worded_states = {
+            name: [final_states(base, answers, setting).response for setting in (program, None)]
+            for name, answers in self._worded.items()
+        }
         self._steered = self._run(base, program)
         self._base = self._run(base, None)
 
@@ -132,6 +144,18 @@ class PromptSets:
     def of_steered(self) -> list[PromptSet]:
         """The steered model itself on every set."""
         return self._compared(self._steered)
+
+    def compare_wordings(self, artifact: LoadedModel | None) -> list[PromptKL]:
+        """The artifact, None for the steered model itself, on held-out prompts in every wording."""
+        base, results = self._steered.model, []
+        for name, answers in self._worded.items():
+            steered, unsteered = self._worded_states[name]
+            own = steered if artifact is None else final_states(artifact, answers).response
+            kl = divergence(base.model, steered, (artifact or base).model, own)
+            kl_base = divergence(base.model, steered, base.model, unsteered).mean
+            remaining, longest = kl.mean / kl_base if kl_base else None, max(text.n_prompt for text in answers)
+            results.append(PromptKL(name, len(answers), len(kl.kl), longest, kl.mean, remaining, kl.top1_agreement))
+        return results
 
     def _compared(self, compiled: _Run) -> list[PromptSet]:
         base, steered, results = self._base, self._steered, []

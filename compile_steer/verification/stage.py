@@ -112,6 +112,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         divergence=measure_divergence(reference, against, artifact, states, measured),
         behaviour=measure_behaviour(reference, against, measured),
         prompt_sets=measured.prompt_sets,
+        wordings=measured.wordings,
         capability=capability,
         adapter=adapter_controls(reference, artifact, states, measured.margins) if origin.form == "adapter" else None,
         rounding=measure_rounding(reference, quantized, artifact, states, quantising=against is quantized)

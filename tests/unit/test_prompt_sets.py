@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 
 from compile_steer.common.errors import RecipeError
+from compile_steer.data.wordings import WORDINGS
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
-from compile_steer.report.terminal import print_parities
+from compile_steer.report.terminal import details, print_parities
 from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.program import Program
 from compile_steer.verification.gates import judged
@@ -152,6 +153,25 @@ def test_an_exact_compile_that_is_off_on_one_set_fails(exact: Parity) -> None:
     assert judged(replace(wrong, exact=False), gates).reasons == [], "a remaining KL of few tokens is reported only"
     rounded = Rounding(1e-9, 1e-9, 1.0, 1e-9, 0.0, 1.0, 0, 0.0)
     assert judged(replace(wrong, rounding=rounded), gates).reasons == [], "what rounding costs there is not measured"
+
+
+def test_other_wordings_are_gated_where_the_compile_is_exact_and_named_where_it_is_not(exact: Parity) -> None:
+    assert [wording.name for wording in exact.wordings] == [wording.name for wording in WORDINGS]
+    assert all(wording.kl < 1e-9 and wording.n_texts == 2 and wording.n_tokens > 2 for wording in exact.wordings)
+    off = [replace(one, kl=1e-3, kl_remaining=0.03) if one.name == "role" else one for one in exact.wordings]
+    wrong, gates = replace(exact, wordings=off), OPTIONS.gates
+    assert judged(wrong, gates).reasons == ["KL 1.00e-03 nats a token with the wording 'role'; at most 1.00e-06"]
+    approximate = judged(replace(wrong, exact=False), gates)
+    assert approximate.passed and "KL with the wording 'role'" in approximate.verdict
+    (check,) = [check for check in approximate.unchecked if "wording" in check.name]
+    assert check.text == f"remaining KL 3.00%, above 2.00%, but on {off[2].n_tokens} tokens alone"
+    assert ("remaining KL by wording", "please tell me 0.00%") in [(label, text[:20]) for label, text in details(exact)]
+
+
+def test_the_base_leaves_all_of_the_divergence_in_every_wording(case: VerifierCase) -> None:
+    sets = prompt_sets(case)
+    assert all(wording.kl_remaining == pytest.approx(1.0) for wording in sets.compare_wordings(case.base))
+    assert all(wording.kl == 0 for wording in sets.compare_wordings(None))
 
 
 def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:
