@@ -54,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "task-vector": programs.task_vector,
     "compose": programs.compose,
     "co-load": programs.co_load,
+    "fleet": programs.fleet,
     "chat": artifacts.chat,
     "show": artifacts.show,
     "reproduce": artifacts.reproduce,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compile_steer.cli.options import Session, SeveralSession, command, within
+from compile_steer.cli.options import Force, Json, Session, Set, SeveralSession, command, console, finish, within
 from compile_steer.common.errors import shell_word
 
 Convention = Annotated[
@@ -130,3 +130,39 @@ def co_load(session: SeveralSession) -> None:
     from compile_steer.tools.compose import co_load
 
     session.finish(co_load(session.run))
+
+
+def fleet(
+    *,
+    recipes: Annotated[list[Path], typer.Argument(help="The recipes.")],
+    engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, max=10_000, help="How many recipes are worked on at once.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME, and fleet.json.")] = Path(
+        "runs"
+    ),
+    force: Force = False,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run many recipes at once, and print one table of what became of each.
+
+    A base that several recipes share is loaded once a worker. A task whose worker ends is given to another one, which goes
+    on from what is on disk; the same command does too. Exit code 1 if a recipe does not pass, 2 if one could not be run.
+    """
+    from compile_steer.cli.tables import print_fleet
+    from compile_steer.tools.fleet import run_fleet
+
+    progress = console(as_json=True)
+    done = run_fleet(
+        recipes,
+        out,
+        changes or (),
+        engine=engine,
+        workers=workers,
+        force=force,
+        report=lambda line: progress.print(f"  {line}", highlight=False, soft_wrap=True),
+    )
+    errors = [row for row in done.rows if row.state == "error"]
+    finish(as_json, done, print_fleet, passed=done.passed or bool(errors))
+    if errors:
+        raise typer.Exit(2)

@@ -49,8 +49,12 @@ class Run:
     context: Context
 
     @staticmethod
-    def open(recipe: Recipe, out: Path, progress: Progress) -> Run:
-        """Read the data first: it is quick, and the model may take minutes. Raises what either raises."""
+    def open(recipe: Recipe, out: Path, progress: Progress, model: LoadedModel | None = None) -> Run:
+        """Read the data first: it is quick, and the model may take minutes. Raises what either raises.
+
+        Args:
+            model: the recipe's, where it has been loaded already.
+        """
         paths = RunPaths(out, recipe.name)
         require_apart(recipe, paths)
         data, path = recipe.data.read(recipe.folder), recipe.validate_.other_behaviour
@@ -58,7 +62,7 @@ class Run:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
             places = {**data.places, "other_behaviour": list(pairs)}
             data = replace(data, other_behaviour=tuple(pairs.values()), places=places)
-        model = load_base(recipe)
+        model = model or load_base(recipe)
         if model.tokenizer.chat_template is None:
             progress.note(
                 f"the model '{model.id}' has no chat template: a prompt is given to it as it is, and the response follows at "

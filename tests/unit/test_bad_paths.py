@@ -24,6 +24,7 @@ ON_A_RECIPE = {
     "task-vector": ["BAD", "--artifact", "BAD"],
     "compose": ["BAD", "BAD"],
     "co-load": ["BAD", "BAD"],
+    "fleet": ["BAD"],
 }
 ON_AN_ARTIFACT = {
     "chat": ["BAD", "--ask", "hello"],
