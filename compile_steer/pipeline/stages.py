@@ -71,8 +71,8 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
     trained = {name: read_curves(run.paths.adapter(name)) for name in run.plan.chosen}
     curves = {f"{name}, {part}": curve for name, parts in trained.items() for part, curve in parts.items()}
     program = run.program.describe()
-    page = run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves
-    distributed.first(lambda: write_page(*page))
+    made = run.paths.report, run.recipe, program, run.plan.choices, result.validation, parities, shipped, curves
+    distributed.first(lambda: write_page(*made, n_validation=len(run.data.validation)))
     yield result
 
 

@@ -29,7 +29,8 @@ def test_run_with_json_prints_nothing_but_json_on_standard_output(run: SmallRun)
     passed = [f"{parity['backend']} {parity['form']}" for parity in summary["parities"] if parity["passed"]]
     failed_validation = summary["validation"]["verdict"] == "fail"
     assert shipped["artifact"] in (passed if passed and not failed_validation else [""])
-    assert "<strong>Ship " in run.paths.report.read_text(encoding="utf-8")
+    ship = run.paths.report.read_text(encoding="utf-8").partition("<h3>Ship</h3>")[2]
+    assert f'">{shipped["artifact"] or "None"}</p>' in ship
     assert process.returncode == (0 if all(parity["passed"] for parity in summary["parities"]) else 1)
     assert "verifying artifacts from disk" in process.stderr  # the progress of the process that verifies
 
