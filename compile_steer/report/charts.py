@@ -127,7 +127,9 @@ def costs(report: ValidationReport, n_prompts: int) -> Markup:
         chart.axes.plot([], [], "o", color=_GREEN, label=f"the chosen one on test data ({report.n_prompts} prompts)")
         chart.axes.axvline(1, color=_RED, linewidth=0.9, linestyle="--", label="limit")
         chart.axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=8.5)
-        chart.axes.set(ylim=(-0.02, 1.02), xlabel="cost: part of a limit that is used up", ylabel="mean score, 95 % interval")
+        chart.axes.set(
+            ylim=(-0.02, 1.02), xlabel="cost: part of a limit that is used up", ylabel="mean score, 95 % interval"
+        )
         return chart.svg()
 
 
