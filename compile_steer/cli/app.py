@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from compile_steer.cli import artifacts, programs, recipes
+from compile_steer.cli import artifacts, programs, recipes, talk
 from compile_steer.cli.options import console, with_detail
 from compile_steer.common.errors import RecipeError, brief
 from compile_steer.report.glossary import glossary_terms
@@ -55,7 +55,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "compose": programs.compose,
     "co-load": programs.co_load,
     "fleet": programs.fleet,
-    "chat": artifacts.chat,
+    "chat": talk.chat,
+    "play": talk.play,
     "show": artifacts.show,
     "reproduce": artifacts.reproduce,
     "inspect": artifacts.inspect,

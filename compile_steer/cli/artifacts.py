@@ -1,4 +1,4 @@
-"""The commands on an artifact, which carries its own recipe: talk to it, what it is, what it changed, where it is used."""
+"""The commands on an artifact, which carries its own recipe: what it is, what it changed, and where it is used."""
 
 from __future__ import annotations
 
@@ -11,19 +11,8 @@ import typer
 
 from compile_steer.artifacts.provenance import EngineName
 from compile_steer.artifacts.revision import EMBEDDED
-from compile_steer.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    Recipes,
-    RecordedModel,
-    console,
-    finish,
-    progress_bars,
-    within,
-)
+from compile_steer.cli.options import Json, Recipes, RecordedModel, finish, progress_bars, within
 from compile_steer.common.detail import Detail, detail
-from compile_steer.common.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,51 +20,7 @@ if TYPE_CHECKING:
 Base = Annotated[
     str | None, typer.Option(help="The adapter's base: a hub id in the cache, a folder, a .gguf. [default: as it says]")
 ]
-RunOrArtifact = Annotated[Path, typer.Argument(help="A run's folder (runs/NAME), or that of an artifact.")]
-Chosen = Annotated[
-    Path | None, typer.Option("--artifact", help="Of a run: another than the one to ship, by name or path.")
-]
-ItsProgram = Annotated[
-    Path | None, typer.Option("--program", help="The vector's file. [default: where the run left it]")
-]
-Strength = Annotated[
-    float, typer.Option(callback=within(-1e6), help="Factor on the steering; adapters follow it, merged models do not.")
-]
 Anything = Annotated[Path, typer.Argument(help="An adapter of anybody's, a checkpoint, or a program's .safetensors.")]
-
-
-def chat(
-    path: RunOrArtifact,
-    artifact: Chosen = None,
-    ask: Annotated[str | None, typer.Option(help="Answer this one prompt, compare, and end.")] = None,
-    sides: Annotated[str, typer.Option("--show", help="Which models answer.")] = "base,steered,compiled",
-    strength: Strength = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(callback=within(1), help="The longest answer, in tokens.")] = 40,
-    program: ItsProgram = None,
-    model: RecordedModel = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Talk to the base, the steered and the compiled model, side by side; /help lists what can be turned meanwhile.
-
-    With --ask: three answers, and how far the compiled model is from the steered one on each token of that answer. Exit code
-    1 if that misses the gate that the artifact was verified by.
-    """
-    from compile_steer.tools.chat import Chat, parse_sides
-    from compile_steer.tools.side_by_side import Member, SideBySide, choose_artifact
-
-    if ask is None and as_json:
-        raise RecipeError("--json prints one result: give the prompt with --ask.")
-    shown = parse_sides(sides)
-    member = Member.read(choose_artifact(path, artifact), program)
-    models = SideBySide.open([member], model=model, device=device, dtype=dtype)
-    talk = Chat(models, console(as_json), shown, strength, max_new_tokens)
-    if ask is None:
-        talk.loop()
-        return
-    turn = talk.ask(ask)
-    finish(as_json, turn.summary(), passed=turn.divergence is None or turn.divergence.passed)
 
 
 def show(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.paths import RunPaths, real_path
 from compile_steer.artifacts.provenance import PARITY, PROVENANCE, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError, brief, shell_word
 from compile_steer.common.figures import decisive
@@ -66,11 +66,12 @@ class Member:
         return Member(provenance.name, folder, provenance, steering, own_parity(folder))
 
 
-def choose_artifact(path: Path, named: Path | None = None) -> Path:
+def choose_artifact(path: Path, named: Path | None = None, *, adapter: bool = False) -> Path:
     """The folder of the artifact that `path` is, or of the one to ship among those of the run whose folder it is.
 
     Args:
         named: another of the run's artifacts, by its path or its name.
+        adapter: choose among the run's adapters alone.
 
     Raises:
         ArtifactError: there is none; of a run that is not finished it says which stage is missing.
@@ -89,6 +90,8 @@ def choose_artifact(path: Path, named: Path | None = None) -> Path:
     artifacts = artifacts_of(path)
     if not artifacts:
         raise ArtifactError(f"{path}: {_missing_stage(path)}")
+    if adapter and not (artifacts := {f: p for f, p in artifacts.items() if p.form == "adapter"}):
+        raise ArtifactError(f"{path} has no verified adapter: several programs at once need one of each.")
     names = {Provenance.read(folder).name for folder in artifacts}
     if len(names) > 1:
         raise ArtifactError(
@@ -118,7 +121,7 @@ def _missing_stage(run: Path) -> str:
         missing = "the directions are not validated yet"
     else:
         return "neither an artifact nor a run's folder. Make one with 'compile-steer run RECIPE'."
-    recipe = Path("recipes", f"{run.resolve().name}.yaml")
+    recipe = Path("recipes", f"{real_path(run).name}.yaml")
     word = shell_word(recipe) if recipe.is_file() else "RECIPE"
     return f"{missing}. The run goes on with: compile-steer run {word} --out {shell_word(run)}"
 
@@ -173,7 +176,11 @@ class SideBySide:
         Raises:
             ArtifactError: a member is damaged, or of another base. RecipeError: the base cannot be loaded.
         """
-        base = _load_base(members[0], model, device, dtype)
+        return SideBySide.on(_load_base(members[0], model, device, dtype), members)
+
+    @staticmethod
+    def on(base: LoadedModel, members: Sequence[Member]) -> SideBySide:
+        """The same on a base that is loaded already."""
         for member in members:
             Provenance.read_unedited(member.folder, (base.id, base.revision))
             base.layout.require_program(member.program, base.id, base.revision)
@@ -223,20 +230,20 @@ class SideBySide:
         """The answer as text."""
         return response_text(self.compiled if side == "compiled" else self.base, answer)
 
-    def compare(self, answer: Encoded, strengths: Sequence[float]) -> AnswerDivergence:
-        """KL of the three models' distributions at each token of an answer that any of them gave."""
+    def token_kl(self, answer: Encoded, side: Side, strengths: Sequence[float]) -> Tensor:
+        """KL(steered||that model) at each token of an answer that any of the three gave, [n_tokens] in nats."""
         n = len(answer.ids) - answer.n_prompt
-        states, heads = dict[Side, Tensor](), dict[Side, Any]()
-        for side in SIDES:
-            loaded, program = self.model(side, strengths)
+        pair = []
+        for which in ("steered", side):
+            loaded, program = self.model(which, strengths)
             # Earlier turns' answers come first.
-            states[side], heads[side] = final_states(loaded, [answer], program).response[-n:], loaded.model
+            pair += [loaded.model, final_states(loaded, [answer], program).response[-n:]]
+        return divergence(*pair).kl
 
-        def kl(other: Side) -> Tensor:
-            return divergence(heads["steered"], states["steered"], heads[other], states[other]).kl
-
-        kl_base = kl("base")
-        return AnswerDivergence(kl("compiled"), kl_base, *self._limit(float(kl_base.mean()), strengths))
+    def compare(self, answer: Encoded, strengths: Sequence[float]) -> AnswerDivergence:
+        """The three models on one answer, and the recorded gate."""
+        kl, kl_base = (self.token_kl(answer, side, strengths) for side in ("compiled", "base"))
+        return AnswerDivergence(kl, kl_base, *self._limit(float(kl_base.mean()), strengths))
 
     def _limit(self, kl_base: float, strengths: Sequence[float]) -> tuple[float | None, str]:
         """The recorded gate on the mean KL(steered||compiled), or why there is none here."""

@@ -28,6 +28,7 @@ ON_A_RECIPE = {
 }
 ON_AN_ARTIFACT = {
     "chat": ["BAD", "--ask", "hello"],
+    "play": ["BAD"],
     "show": ["BAD"],
     "inspect": ["BAD"],
     "reproduce": ["BAD"],

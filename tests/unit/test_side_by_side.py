@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
+from compile_steer.tools.playground import PORTS, require_free, require_gradio
 from compile_steer.tools.side_by_side import SIDES, Member, Side, SideBySide, choose_artifact
 from compile_steer.verification.parity import Parity, own_parity
 from tests.helpers.small_run import SmallRun
@@ -123,6 +125,29 @@ def test_what_cannot_be_loaded_or_compared_is_refused(models: SideBySide, run: S
     assert Member.read(adapter, run.paths.program.with_name("elsewhere.safetensors")).program.sha256
     without_effect(adapter)
     assert last(SideBySide.open([own]), "compiled") == last(models, "base")  # nothing but the files was read
+
+
+def test_several_programs_are_on_at_once_each_at_its_strength(models: SideBySide) -> None:
+    (member,) = models.members
+    both = SideBySide.on(models.base, [member, replace(member, name="again")])
+    for side in SIDES:
+        for strengths in ([1.0, 0.0], [0.0, 1.0]):
+            *_, answer = both.answer(side, ASK, strengths, 9)
+            assert answer.ids == last(models, side)
+    *_, twice = both.answer("steered", ASK, [0.5, 1.5], 9)
+    assert twice.ids == last(models, "steered", 2.0)
+    assert "each program alone" in str(both.compare(twice, [0.5, 1.5]))
+
+
+def test_the_playground_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RecipeError, match=f"port {port} of 127.0.0.1 cannot be used .*--port"):
+            require_free(port)
+        assert require_free(None) in PORTS
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'compile-steer\[play\]'"):
+        require_gradio()
 
 
 def test_one_question_ends_with_the_verdict(
