@@ -94,7 +94,7 @@ class Playground:
 
     def answers(
         self, prompt: str, artifact: str, max_new_tokens: float, *settings: float | bool
-    ) -> Iterator[tuple[str, str, str, str]]:
+    ) -> Iterator[tuple[str, ...]]:
         """Yield the three answers and the verdict as HTML while they grow.
 
         Args:

@@ -142,9 +142,12 @@ def test_the_server_contacts_no_other_host(page: Any, run: SmallRun, monkeypatch
 
     monkeypatch.setattr(socket.socket, "connect", recorded)
     resolve = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda *names, **more: (contacted.append(names), resolve(*names, **more))[1]
-    )
+
+    def resolved(*names: Any, **more: Any) -> Any:
+        contacted.append(names)
+        return resolve(*names, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
     with opened(page, Member.read(run.paths.adapter("closed_form"))):
         ask(page)
     assert {address[0] for address in contacted if isinstance(address, tuple)} <= {"127.0.0.1"}
