@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compile_steer.common.profile import own_memory
+
 Row = tuple[str, str, str]  # what was measured, the goal, the figure
 
 
@@ -53,14 +55,6 @@ def peak_memory(work: Callable[[], Any]) -> tuple[float, float]:
         raise SystemExit(f"the measured process ended with exit code {process.exitcode}")
     result: tuple[float, float] = receive.recv()
     return result
-
-
-def own_memory() -> int:
-    """Bytes of this process that are no pages of files."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon"):
-            return 1024 * int(line.split()[1])
-    return 0
 
 
 def random_checkpoint(folder: Path, gigabytes: float, wide: bool = True) -> int:

@@ -22,6 +22,7 @@ from compile_steer.common.detail import Detail, detail
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from compile_steer.common.profile import Profile
     from compile_steer.common.progress import Progress
     from compile_steer.pipeline.run import Run
     from compile_steer.tools.interference import Composition
@@ -125,6 +126,9 @@ class Session:
         dtype: Dtype = None,
         seed: Seed = None,
         as_json: Json = False,
+        profile: Annotated[
+            bool, typer.Option("--profile", help="Measure each phase; leaves OUT/profile.json.")
+        ] = False,
     ) -> None:
         from compile_steer.recipe import read_recipe
 
@@ -134,6 +138,8 @@ class Session:
         self.recipe = read_recipe(recipe, self.changes)
         self._out, self.as_json = out, as_json
         self.console = console(as_json)
+        self._profiled: tuple[Profile, Path] | None = None
+        self._profile = profile
 
     def changed(self, changes: Sequence[str]) -> Session:
         """Return the same with changes of the recipe before the user's own; the output folder follows its name."""
@@ -148,9 +154,21 @@ class Session:
         distributed.join()
         from compile_steer.pipeline.run import Run
 
-        return Run.open(self.recipe, out, progress_bars())
+        progress = progress_bars()
+        if self._profile:
+            from compile_steer.common.profile import Profile
+            from compile_steer.models.load import choose_device
+
+            progress = Profile(progress, str(choose_device(self.recipe.device)), self.recipe.dtype)
+            self._profiled = progress, out / "profile.json"
+        return Run.open(self.recipe, out, progress)
 
     def finish(self, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
+        if self._profiled is not None:
+            from compile_steer.cli.run_tables import print_profile
+
+            profile, path = self._profiled
+            print_profile(console(as_json=True), profile.close(path), profile.rate, path)
         finish(self.as_json, value, show, passed)
 
 

@@ -149,7 +149,7 @@ def fleet(
     A base that several recipes share is loaded once a worker. A task whose worker ends is given to another one, which goes
     on from what is on disk; the same command does too. Exit code 1 if a recipe does not pass, 2 if one could not be run.
     """
-    from compile_steer.cli.tables import print_fleet
+    from compile_steer.cli.run_tables import print_fleet
     from compile_steer.tools.fleet import run_fleet
 
     progress = console(as_json=True)

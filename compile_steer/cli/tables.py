@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.steering.program import Program
     from compile_steer.tools.audit import Audit, BakedDirection
     from compile_steer.tools.decompile import Decompiled
-    from compile_steer.tools.fleet import Fleet
     from compile_steer.tools.inspect_model import Inspection
     from compile_steer.tools.interference import Composition
     from compile_steer.tools.push import Upload
@@ -27,7 +26,6 @@ if TYPE_CHECKING:  # the tools import torch and more, which `show` of a folder d
     from compile_steer.tools.serving.export import Exported
     from compile_steer.tools.task_vector import TaskVector
 
-_STATES = {"passed": "green", "failed": "red", "error": "red", "": ""}
 _LINKS = {"intact": "green", "changed": "red", "missing": "yellow", "unrecorded": "yellow"}
 _REPRODUCED = {"bytes": "green", "numbers": "green", "differs": "red", "not compared": "yellow"}
 
@@ -286,21 +284,3 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(f"By fit, at any of these points and any positions: {', '.join(inspection.fitted)}", soft_wrap=True)
     for place, reason in reasons.items():
         console.print(f"  {place}: {reason}", soft_wrap=True)
-
-
-def print_fleet(console: Console, fleet: Fleet) -> None:
-    """Print a row for each recipe; what went wrong follows below, where there is room for it."""
-    table = _table(
-        f"{len(fleet.rows)} recipes, {fleet.workers} workers ({fleet.engine}), {fleet.seconds:.0f} s",
-        ("recipe", "model", "state", "verdict", "ship"),
-        ("seconds", "workers lost"),
-    )
-    for row in fleet.rows:
-        state = Text(f"{row.state} in {row.stage}" if row.state == "error" else row.state, style=_STATES[row.state])
-        table.add_row(
-            row.name, row.model, state, row.verdict, row.ship or "none", f"{row.seconds:.0f}", str(row.lost_workers)
-        )
-    console.print(table)
-    for row in fleet.rows:
-        for line in row.problems or ([row.headline] if row.state == "failed" else []):
-            console.print(f"  {row.name}: {line}", soft_wrap=True, highlight=False)
