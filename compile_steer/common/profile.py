@@ -91,7 +91,9 @@ def _counter(count: Callable[[int, float], None]) -> AbstractContextManager[Any]
     """Inside the block, `count` is told (tokens, flops) of every operation."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+    attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that has no formula there
 
     class Counter(TorchDispatchMode):
         rows = 0
@@ -101,6 +103,8 @@ def _counter(count: Callable[[int, float], None]) -> AbstractContextManager[Any]
             formula = flop_registry.get(func._overloadpacket)
             if formula is not None:
                 count(0, formula(*args, **(kwargs or {}), out_val=result))
+            elif func._overloadpacket is attention_on_cpu:
+                count(0, sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
             elif func is torch.ops.aten.embedding.default and args[0].shape[0] >= self.rows:
                 self.rows = args[0].shape[0]  # the largest table is that of tokens, not of positions
                 count(args[1].numel(), 0.0)
