@@ -77,7 +77,7 @@ def worded(
             encoded = [encode(tokenizer, text) for text in put]
             require_room(loaded, encoded, new_tokens)
         except RecipeError as error:  # no chat template, one without a system role, or too few positions
-            remarks.append(f"the wording '{wording.name}' was not measured: {error.problems[0].removeprefix('data: ')}")
+            remarks.append(f"not measured in the wording {wording.name} ({error.problems[0].removeprefix('data: ')})")
             continue
         by_name[wording.name] = encoded
     return by_name, remarks

@@ -224,7 +224,7 @@ class Parity(Summary):
     def verdict(self) -> str:
         """The verdict in words; one that not every check has gone into says so."""
         verdict = "passed" if self.passed else "FAILED"
-        names = ", ".join(check.name for check in self.unchecked)
+        names = ", ".join(dict.fromkeys(check.name for check in self.unchecked))
         return f"{verdict}; not checked: {names}" if names else verdict
 
     def summary_rows(self) -> list[tuple[str, str]]:
