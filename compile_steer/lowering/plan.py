@@ -91,6 +91,23 @@ class Plan:
         return [choice.backend for choice in self.choices if choice.chosen]
 
 
+def _peft_refusal(program: Program, layout: Layout) -> str | None:
+    """Why PEFT takes no LoRA on the output projections that an edit may change, or None."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import (
+        _check_lora_target_modules_mamba,  # fused code reads some weights past their module
+    )
+
+    try:
+        for projection in layout.output_projections.values():
+            if projection.layer >= program.first_layer:
+                name = projection.name.rpartition(".")[2]
+                _check_lora_target_modules_mamba(LoraConfig(), layout.model, name)
+    except ValueError:
+        return f"PEFT takes no LoRA on {name} of {layout.model.config.model_type}: merged checkpoint only"
+    return None
+
+
 def plan(program: Program, layout: Layout, backends: Sequence[str] | Literal["auto"] = "auto") -> Plan:
     """Decide which backends lower the program, before any work.
 
@@ -109,8 +126,8 @@ def plan(program: Program, layout: Layout, backends: Sequence[str] | Literal["au
         raise CannotLower([*lines, use])
     choices = []
     for name, backend in BACKENDS.items():
-        adapter_refusal = backend.adapter_refusal(program, layout) if name in legal else None
-        choices.append(Choice(name, refusals[name], name in chosen, adapter_refusal))
+        adapter_refusal = backend.adapter_refusal(program, layout) or _peft_refusal(program, layout)
+        choices.append(Choice(name, refusals[name], name in chosen, adapter_refusal if name in legal else None))
     return Plan(program, tuple(choices))
 
 

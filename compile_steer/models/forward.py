@@ -9,22 +9,27 @@ no family needs a copy of its forward pass here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from compile_steer.common import distributed
-from compile_steer.common.errors import LayoutError
+from compile_steer.common.errors import LayoutError, library_errors
 from compile_steer.common.progress import Advance
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Readout, Text
 from compile_steer.models.tokens import Batch, batches, encode
+from compile_steer.steering.blocks import differ, stream, token_ids, tolerance_of
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point, Site
+
+_SHARES_ROWS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def run_blocks(
@@ -53,9 +58,12 @@ def run_blocks(
     end = len(blocks) if stop is None else stop
     caught: list[Tensor] = []
 
-    def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def skip(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return layout.block_output(hidden_states)
+
+    def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         caught.append(hidden_states)
-        return hidden_states
+        return skip(hidden_states)
 
     def inject(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -63,10 +71,9 @@ def run_blocks(
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             if not start <= index < end:
-                forward = catch if index == end else lambda hidden_states, *_args, **_kwargs: hidden_states
-                stack.enter_context(_forward_replaced(block, forward))
+                stack.enter_context(_forward_replaced(block, catch if index == end else skip))
         if stop == len(blocks):  # there is no further block to catch the output of the last one
-            stack.callback(blocks[-1].register_forward_hook(lambda _m, _a, output: caught.append(output)).remove)
+            stack.callback(blocks[-1].register_forward_hook(lambda _m, _a, out: caught.append(stream(out))).remove)
         if start > 0:  # prepended, so that a program's own hook on the input of this block still acts on `hidden`
             stack.callback(blocks[start].register_forward_pre_hook(inject, with_kwargs=True, prepend=True).remove)
         output = layout.backbone(
@@ -78,12 +85,59 @@ def run_blocks(
 def lm_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [n, vocab] of final hidden states [n, d_model], with the family's own scaling and soft cap."""
     layout = Layout.of(model)
-    final = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.unsqueeze(0))
-    final.router_logits = None  # read by the heads of mixtures of experts
+    final = _Final(last_hidden_state=hidden.unsqueeze(0))
     with _forward_replaced(layout.backbone, lambda *_args, **_kwargs: final):
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         logits: Tensor = layout.model(input_ids=token, use_cache=False).logits
     return logits[0]
+
+
+class _Final(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]  # the library has no types
+    """What a backbone returns; whatever else a head reads of it (router logits, the state of a recurrence) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def require_spans(model: PreTrainedModel) -> None:
+    """Raise `LayoutError` unless a pass cut in two, and the head by itself, give what the whole model gives on 8 tokens."""
+    layout, input_ids = Layout.of(model), token_ids(model)[:1]
+    mask, middle = torch.ones_like(input_ids), layout.n_layers // 2
+    name = type(model).__name__
+    with (
+        torch.no_grad(),
+        library_errors(lambda reason: LayoutError(f"a part of {name} cannot be run by itself ({reason}).")),
+    ):
+        whole = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0]
+        below = run_blocks(model, input_ids, mask, stop=middle)
+        found = lm_head(model, run_blocks(model, input_ids, mask, start=middle, hidden=below)[0])
+    if found.shape != whole.shape or differ(found, whole, whole.dtype):
+        raise LayoutError(
+            f"{name}: its blocks and head, run one after another, do not give what the whole model gives, so what a fit or a "
+            "measurement sees would not be the model's own."
+        )
+
+
+def shares_rows(model: nn.Module) -> bool:
+    """Whether two texts with a common beginning, in one row with a mask of ancestors, give what each gives alone.
+
+    True of attention; a state that is passed on from token to token knows no mask. Measured once, on 7 tokens.
+    """
+    if model not in _SHARES_ROWS:
+        ids, _SHARES_ROWS[model] = token_ids(cast(PreTrainedModel, model))[:1, :7], False
+        first, second = [0, 1, 2, 3, 4], [0, 1, 2, 5, 6]
+        seen = torch.ones(7, 7, dtype=torch.bool, device=ids.device).tril()
+        seen[5:, 3:5] = False
+        dtype = cast(PreTrainedModel, model).dtype
+        mask = torch.zeros(1, 1, 7, 7, dtype=dtype, device=ids.device).masked_fill(~seen, torch.finfo(dtype).min)
+        places = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=ids.device)
+        with suppress(LayoutError), library_errors(LayoutError), torch.no_grad():  # some take no mask of that shape
+            row = run_blocks(model, ids, mask, position_ids=places)[0]
+            alone = [run_blocks(model, ids[:, path], torch.ones_like(ids[:, path]))[0] for path in (first, second)]
+            error = (torch.cat([row[first], row[second]]) - torch.cat(alone)).float().norm()
+            _SHARES_ROWS[model] = bool(error < tolerance_of(dtype) * torch.cat(alone).float().norm())
+    return _SHARES_ROWS[model]
 
 
 @contextmanager

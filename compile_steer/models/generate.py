@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessor
 
 from compile_steer.common import distributed
+from compile_steer.common.errors import CompileSteerError, LayoutError, library_errors
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-from compile_steer.models.tokens import Encoded, encode, pad, require_room
+from compile_steer.models.tokens import Batch, Encoded, encode, pad, require_room
+from compile_steer.steering.blocks import token_ids, tolerance_of
 from compile_steer.steering.hooks import steered
-from compile_steer.steering.program import Program
+from compile_steer.steering.program import Intervention, Program
+from compile_steer.steering.sites import Site
 
 
 def continue_prompts(
@@ -43,23 +48,24 @@ def continue_prompts(
     texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     require_room(loaded, encoded, max_new_tokens)
-    ends = end_tokens(loaded)
+    ends, traits = end_tokens(loaded), _traits(loaded)
 
-    def continue_share(own: list[int]) -> list[tuple[int, ...]]:
+    def continue_rows(own: list[int]) -> list[tuple[int, ...]]:
         # Padded on the left, so that every prompt ends where generation begins.
         batch = pad(encoded, own, loaded.pad_id, left=True).to(loaded.device)
         programs = program if program is None or isinstance(program, Program) else [program[row] for row in own]
-        draws = [_Draws(len(encoded), own, temperature)] if temperature > 0 and distributed.count() > 1 else []
+        in_parts = distributed.count() > 1 or not traits.pads
+        draws = [_Draws(len(encoded), own, temperature)] if temperature > 0 and in_parts else []
         torch.manual_seed(seed)
         with (
             neutral_generation(loaded, 0.0 if draws else temperature),
             steered(loaded.model, programs, roles=batch.roles),
-            torch.no_grad(),
         ):
-            output: Tensor = loaded.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
+            output: Tensor = _generate(
+                loaded,
+                batch,
+                traits.caches,
+                max_new_tokens,
                 past_key_values=copy.deepcopy(cache),
                 logits_processor=draws,
             )
@@ -68,6 +74,13 @@ def continue_prompts(
             stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
             continued.append(tuple(new[:stop]))
         return continued
+
+    def continue_share(own: list[int]) -> list[tuple[int, ...]]:
+        groups: dict[int, list[int]] = {}
+        for row in own:
+            groups.setdefault(0 if traits.pads else len(encoded[row].ids), []).append(row)
+        new = {row: tokens for rows in groups.values() for row, tokens in zip(rows, continue_rows(rows), strict=True)}
+        return [new[row] for row in own]
 
     written = distributed.spread(range(len(encoded)), continue_share)
     return [replace(text, ids=(*text.ids, *new)) for text, new in zip(encoded, written, strict=True)]
@@ -97,19 +110,90 @@ def stream_answer(
     limit = prompt.n_prompt + max_new_tokens
     while len(text.ids) < limit and not ended(loaded, text):
         batch = pad([text], [0], loaded.pad_id).to(loaded.device)
-        with neutral_generation(loaded), steered(loaded.model, program, roles=batch.roles), torch.no_grad():
-            output = loaded.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=min(step, limit - len(text.ids)),
-                past_key_values=cache,
-                return_dict_in_generate=True,
-            )
-        cache = output.past_key_values
+        new_tokens, caches = min(step, limit - len(text.ids)), _traits(loaded).caches
+        with neutral_generation(loaded), steered(loaded.model, program, roles=batch.roles):
+            output = _generate(loaded, batch, caches, new_tokens, past_key_values=cache, return_dict_in_generate=True)
+        cache = output.past_key_values if caches else None
         new = output.sequences[0, len(text.ids) :].tolist()
         stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
         text = replace(text, ids=(*text.ids, *new[:stop]))
         yield text
+
+
+def _generate(loaded: LoadedModel, batch: Batch, use_cache: bool, max_new_tokens: int, **options: Any) -> Any:
+    with torch.no_grad():
+        return loaded.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            **options,
+        )
+
+
+@dataclass
+class _Traits:
+    """What a model's own code does right beside a plain pass: attention does all three, what passes a state on may not.
+
+    Attributes:
+        pads: padding on the left changes nothing.
+        caches: generating token by token from a cache gives what whole passes give.
+        continues: so does going on from `prefill`.
+    """
+
+    pads: bool = False
+    caches: bool = False
+    continues: bool = False
+
+
+_TRAITS: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
+
+
+def _traits(loaded: LoadedModel) -> _Traits:
+    """Measured once, on 6 tokens. Raises `LayoutError` where the model's own code cannot generate at all."""
+    model = loaded.model
+    if model in _TRAITS:
+        return _TRAITS[model]
+    traits = _Traits()
+    ids = tuple(token_ids(model)[0, :6].tolist())
+    batch = pad([Encoded(ids[:3], 3), Encoded(ids, 6)], [0, 1], loaded.pad_id, left=True).to(loaded.device)
+    # At the responses alone, so that it must be known which tokens those are; it changes nothing.
+    idle = Program((Intervention(Site(0), "add", torch.zeros(loaded.layout.d_model), 1.0, "response"),), "", "")
+
+    def same(found: Tensor, whole: Tensor) -> bool:
+        return bool((found - whole).float().norm() < tolerance_of(model.dtype) * whole.float().norm())
+
+    def plain(tokens: Tensor) -> Tensor:
+        inputs = tokens.unsqueeze(0)
+        return cast(
+            Tensor, model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits[0, -1]
+        )
+
+    name, failure = type(model).__name__, None
+    for use_cache in (True, False):
+        try:
+            with library_errors(lambda reason: LayoutError(f"{name} cannot generate ({reason}).")), torch.no_grad():
+                with neutral_generation(loaded), steered(model, idle, roles=batch.roles):
+                    output = _generate(
+                        loaded, batch, use_cache, 2, min_new_tokens=2, output_logits=True, return_dict_in_generate=True
+                    )
+                tokens, (first, second) = output.sequences, output.logits
+                traits.pads = same(first[0], plain(tokens[0, 3:6]))
+                traits.caches = use_cache and same(second[1], plain(tokens[1, :7]))
+        except CompileSteerError as error:
+            failure = error
+            continue
+        failure = None
+        if traits.caches:
+            break
+    if failure is not None:
+        raise failure
+    _TRAITS[model] = traits
+    text = Encoded(ids, 4)
+    with suppress(CompileSteerError), library_errors(LayoutError):
+        kept = _prefill(loaded, text, idle)
+        traits.continues = same(states_after(loaded, text, kept, idle), states_after(loaded, text, None, idle))
+    return traits
 
 
 @contextmanager
@@ -132,19 +216,28 @@ def neutral_generation(loaded: LoadedModel, temperature: float = 0.0) -> Iterato
         model.generation_config = own
 
 
-def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache:
-    """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read."""
+def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache | None:
+    """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read.
+
+    None where the model's own code does not go on from them as it should.
+    """
+    return _prefill(loaded, prompt, program) if _traits(loaded).continues else None
+
+
+def _prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None) -> Cache:
     batch, end = pad([prompt], [0], loaded.pad_id).to(loaded.device), prompt.n_prompt - 1
     with steered(loaded.model, program, roles=batch.roles[:, :end]), torch.no_grad():
         output = loaded.layout.backbone(input_ids=batch.input_ids[:, :end], use_cache=True)
     return cast(Cache, output.past_key_values)
 
 
-def states_after(loaded: LoadedModel, text: Encoded, cache: Cache, program: Program | None = None) -> Tensor:
+def states_after(loaded: LoadedModel, text: Encoded, cache: Cache | None, program: Program | None = None) -> Tensor:
     """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
     batch = pad([text], [0], loaded.pad_id).to(loaded.device)
     rest = batch.input_ids[:, text.n_prompt - 1 :]
     with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
+        if cache is None:
+            return run_blocks(loaded.model, batch.input_ids, batch.attention_mask)[0, text.n_prompt - 1 : -1]
         output = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
     return cast(Tensor, output.last_hidden_state[0, :-1])
 

@@ -152,7 +152,9 @@ def load(
     own_template = tokenizer.chat_template
     configure(tokenizer, reference, prompt_format, chat)
     template = tokenizer.chat_template if tokenizer.chat_template != own_template else None
-    Layout.of(model)  # raises for an unknown family before anything runs
+    from compile_steer.models.forward import require_spans  # reads what this module loads
+
+    require_spans(model)  # raises for what is no decoder of residual blocks before anything runs
     chat = chat or ChatSettings()
     revision, folder = source.revision, str(source.folder)
     model = frozen(model, target)

@@ -90,7 +90,7 @@ def record_blocks(model: PreTrainedModel) -> Calls:
                 seen.setdefault(name, []).append((index, Call(module, args, kwargs, stream(output).clone())))
 
             stack.callback(block.register_forward_hook(keep, with_kwargs=True).remove)
-        input_ids = _token_ids(model)
+        input_ids = token_ids(model)
         name = type(model).__name__
         with library_errors(lambda reason: LayoutError(f"{name} does not run on token ids alone ({reason}).")):
             run_backbone(model, input_ids)
@@ -125,7 +125,7 @@ def input_device(module: nn.Module, otherwise: torch.device | None = None) -> to
     return torch.device(device)
 
 
-def _token_ids(model: PreTrainedModel) -> Tensor:
+def token_ids(model: PreTrainedModel) -> Tensor:
     """Two rows of token ids [2, 8] that differ in the last one, spread over the vocabulary."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     if weight is None:
@@ -172,18 +172,18 @@ def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:
         inside = name.startswith(f"{calls.name}.")
         if isinstance(module, nn.Embedding) and not inside and module.weight.shape[1] == len(delta):
             with shifted(module, delta):
-                change = _first_input(model, calls) - first.hidden
+                change = first_input(model, calls) - first.hidden
             if multiple(change, delta) is not None:
                 names.append(name)
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(_silenced(model.get_submodule(name)))
         # Sines of the position, say, are in no matrix that could be edited.
-        rest = _first_input(model, calls)
+        rest = first_input(model, calls)
     return tuple(names) if not bool(rest.any()) else ()
 
 
-def _first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
+def first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
     """The input of block 0 under the hooks that are on now."""
     inputs: list[Tensor] = []
 

@@ -12,11 +12,11 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -95,7 +95,12 @@ class Layout:
     @property
     def backbone(self) -> nn.Module:
         """The model without its language-model head."""
-        return cast(nn.Module, self.model.base_model)
+        return cast(nn.Module, self.model.get_submodule(self.measured.backbone))
+
+    def block_output(self, hidden: Tensor) -> Any:
+        """`hidden` in the form in which a block returns its output."""
+        count = self.measured.outputs
+        return (hidden, *[None] * (count - 1)) if count else hidden
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.common.errors import LayoutError
 from compile_steer.steering.blocks import (
     Call,
+    Calls,
     Trace,
     delta_of,
     differ,
     embeddings,
+    first_input,
     holding,
     multiple,
     record_blocks,
@@ -79,12 +81,16 @@ class Measured:
             state space, convolution), "mlp" for what reads each token alone.
         embeddings: the names of the modules that make the input of block 0.
         d_model: the width of the stream.
+        backbone: the name of the module around the blocks whose output the head reads.
+        outputs: how many values a block returns, the stream first; 0 where it is no tuple.
     """
 
     blocks: str
     sublayers: tuple[Mapping[ProjectionKind, Sublayer], ...]
     embeddings: tuple[str, ...]
     d_model: int
+    backbone: str
+    outputs: int
 
 
 def measure(model: PreTrainedModel) -> Measured:
@@ -105,9 +111,29 @@ def measure(model: PreTrainedModel) -> Measured:
                 if signature not in kinds:
                     kinds[signature] = _sublayers(call)
                 sublayers.append(_proved(call, kinds[signature], _constants(model.config)))
-            return Measured(calls.name, tuple(sublayers), embeddings(model, calls), calls.blocks[0].reference.shape[-1])
+            first = calls.blocks[0]
+            raw = first.block(*first.args, **first.kwargs)
+            return Measured(
+                calls.name,
+                tuple(sublayers),
+                embeddings(model, calls),
+                first.reference.shape[-1],
+                _backbone(model, calls),
+                len(raw) if isinstance(raw, tuple | list) else 0,
+            )
     finally:
         model.train(training)
+
+
+def _backbone(model: PreTrainedModel, calls: Calls) -> str:
+    """The outermost module around the blocks that the model's forward calls (some reach past `base_model` for its decoder)."""
+    parts, called = calls.name.split("."), list[str]()
+    with ExitStack() as stack:
+        for name in (".".join(parts[:n]) for n in range(1, len(parts))):
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name)).remove)
+        first_input(model, calls)
+    return called[0] if called else model.base_model_prefix
 
 
 @dataclass(frozen=True)

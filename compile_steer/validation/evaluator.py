@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from compile_steer.common import distributed
-from compile_steer.models.forward import run_blocks
+from compile_steer.models.forward import run_blocks, shares_rows
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, token_logprobs
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.questions import PlainQuestion, answer_texts, right_answers
 from compile_steer.steering.hooks import PAD, RESPONSE, steered
-from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
 # Attention costs time^2: past a few hundred tokens a longer row costs more than computing the template again.
@@ -94,7 +93,7 @@ class PrefixCache:
         size, order = -(-len(encoded) // distributed.count()), sorted(range(len(encoded)), key=lambda i: encoded[i].ids)
         self._own = sorted(order[size * distributed.rank() :][:size]) if distributed.count() > 1 else sorted(order)
         own = [encoded[row] for row in self._own]
-        packed = pack(loaded.layout, own, loaded.pad_id, loaded.model.dtype) if own else []
+        packed = pack(loaded, own) if own else []
         self._batches = [PackedBatch(*(x.to(loaded.device) for x in vars(batch).values())) for batch in packed]
         self._hidden: list[Tensor | None] = [None] * len(packed)
 
@@ -204,21 +203,19 @@ class _Row:
         return path
 
 
-def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype) -> list[PackedBatch]:
+def pack(loaded: LoadedModel, texts: Sequence[Encoded]) -> list[PackedBatch]:
     """Pack texts into rows so that tokens that several texts begin with are computed once.
 
     A chat template opens every text with the same tokens, and both sides of a pair have the same prompt. A token attends
     to the tokens before it in its own text (a mask of ancestors) and has its own place in it (position ids), so this is
-    the same mathematics as one text per row.
-
-    Args:
-        dtype: the model's, for the masks.
+    the same mathematics as one text per row, but in models whose blocks pass a state on from token to token.
     """
-    config = layout.model.config
+    config = loaded.model.config
     window = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)  # Qwen has a window in its config and a flag that turns it off
     # A sliding window that is shorter than the longest text would need a mask of its own.
-    share = not window or not used or max(len(text.ids) for text in texts) <= window
+    fits = not window or not used or max(len(text.ids) for text in texts) <= window
+    share = fits and shares_rows(loaded.model)
     if share:
         # In lexicographic order texts with a common beginning are neighbours.
         order = sorted(range(len(texts)), key=lambda i: list(zip(texts[i].ids, texts[i].roles, strict=True)))
@@ -237,7 +234,7 @@ def pack(layout: Layout, texts: Sequence[Encoded], pad_id: int, dtype: torch.dty
         if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > _BATCH_TOKENS:
             groups.append([])
         groups[-1].append(row)
-    return [_batch(group, texts, pad_id, dtype if share else None) for group in groups]
+    return [_batch(group, texts, loaded.pad_id, loaded.model.dtype if share else None) for group in groups]
 
 
 def _fill_rows(texts: Sequence[Encoded], order: Sequence[int], limit: int) -> list[_Row]:

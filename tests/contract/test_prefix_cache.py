@@ -81,7 +81,7 @@ def test_programs_of_several_shapes_run_one_by_one(family: str) -> None:
 
 def is_packed(family: str, texts: list[Encoded]) -> bool:
     """Packed rows have a mask of ancestors, [rows, 1, time, time]."""
-    return pack(loaded(family).layout, texts, PAD_ID, torch.float32)[0].attention_mask.ndim == 4
+    return pack(loaded(family), texts)[0].attention_mask.ndim == 4
 
 
 def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
@@ -90,9 +90,9 @@ def test_texts_longer_than_a_sliding_window_are_not_packed() -> None:
         window = "gemma" in family or family == "gpt_oss"
         assert is_packed(family, long) is not window
     assert is_packed("llama", short)
-    (batch,) = pack(loaded("gemma2").layout, long, PAD_ID, torch.float32)
+    (batch,) = pack(loaded("gemma2"), long)
     assert batch.attention_mask.ndim == 2 and batch.input_ids.shape[0] == len(long)
-    (batch,) = pack(loaded("llama").layout, long, PAD_ID, torch.float32)
+    (batch,) = pack(loaded("llama"), long)
     assert batch.attention_mask.ndim == 4 and batch.roles.numel() < sum(len(text.ids) for text in long)
     assert int((batch.roles[0, :3] == PROMPT).sum()) == 3
 
