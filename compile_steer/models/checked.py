@@ -10,7 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -46,6 +49,7 @@ def read_model(
     Raises `ArtifactError` for a folder that is not one whole model, and `explain(reason)` where transformers cannot load it.
     """
     shapes = {name: shape for name, (_kind, shape) in require_plain(folder).items()}
+    _require_family(folder, kind)
     with quiet_library_errors(lambda reason: explain(f"config.json or generation_config.json: {reason}")):
         config = read_config(folder)
         require_numbers(folder / "config.json", config, shapes, kind)
@@ -62,6 +66,24 @@ def read_model(
     loaded: PreTrainedModel = model
     require_loaded(folder, loaded, loading)
     return loaded
+
+
+def _require_family(folder: Path, kind: Any) -> None:
+    """Raise `ArtifactError` for a family that transformers does not have, or has no causal language model of."""
+    config = read_json(folder / "config.json", _REMEDY)
+    family = config["model_type"]
+    if family not in CONFIG_MAPPING_NAMES:
+        own = ", and code that comes with it (auto_map) is never run" if "auto_map" in config else ""
+        raise ArtifactError(
+            f"{folder / 'config.json'}: model_type {brief(family)} is no family of transformers {transformers.__version__}{own}. "
+            "Needed: a family that transformers has itself, or a newer transformers."
+        )
+    if kind is AutoModelForCausalLM and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        named = (config.get("architectures") or [family])[0]
+        raise ArtifactError(
+            f"{folder} is a {brief(named)}, of the family {family}, which has no causal language model in transformers; needed: a "
+            "decoder that writes text. Encoders and encoder-decoders cannot be steered."
+        )
 
 
 def read_tokenizer(
@@ -180,7 +202,11 @@ def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, A
         shapes = [f"{name} is {list(held)}, needed {list(needed)}" for name, held, needed in mismatched]
         problems.append(f"{folder} holds weights of other shapes than its config.json says: {_listed(shapes)}.")
     if problems:
-        raise ArtifactError([*problems, f"Weights and config.json are not of one model. {_REMEDY}"])
+        saved = (model.config.architectures or [kind])[0]
+        other = f"It was saved as a {brief(saved)}; needed: a {kind}, a decoder with its head."
+        raise ArtifactError(
+            [*problems, other if saved != kind else f"Weights and config.json are not of one model. {_REMEDY}"]
+        )
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
         raise ArtifactError(
