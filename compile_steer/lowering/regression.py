@@ -55,7 +55,8 @@ def solve(statistics: Statistics, rank: int, ridge: float) -> LowRank:
     """min over rank(dW) <= rank of sum w ||y - dW x||^2 + ridge * mean(diag G) ||dW||^2, as B A in float64."""
     # Relative to the mean of the diagonal, so that a ridge means the same at every width and scale.
     G = statistics.G
-    damped = G + ridge * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    damping = ridge * G.diagonal().mean().clamp(min=1e-30)  # inputs that are all zero have the solution 0
+    damped = G + damping * torch.eye(len(G), dtype=G.dtype, device=G.device)
     full = torch.cholesky_solve(statistics.C, torch.linalg.cholesky(damped)).T
     # In the damped metric the objective is ||(dW - full) damped^(1/2)||^2 plus a constant, so the best rank
     # is the top eigenvectors of full damped full^T.

@@ -168,3 +168,9 @@ def test_the_fitter_takes_the_ridge_with_the_least_held_out_error_and_then_all_d
 def test_with_nothing_held_out_the_largest_ridge_is_taken() -> None:
     fitter = fitted(Problem(), Problem(n=0))
     assert torch.equal(full(fitter.fit(2)[0]), full(solve(fitter.train, 2, RIDGES[-1])))
+
+
+def test_inputs_that_are_all_zero_have_the_solution_zero() -> None:
+    sums = Statistics.zeros(D_IN, D_OUT, torch.device("cpu"))
+    sums.update(torch.zeros(5, D_IN), torch.ones(5, D_OUT), torch.ones(5))  # as behind a norm whose weights are zero
+    assert not bool(full(solve(sums, 2, RIDGES[0])).any())
