@@ -145,9 +145,9 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     """Train low-rank edits of all Linears of one block, so that its output is the steered block's.
 
     The regression of `closed_form` is linear in what an output projection reads; gate, up, query, key and value are not
-    reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over
-    tokens, h the block's output. The edits that are there already are the start, filled up to the rank. The result
-    goes into `models.solved` unless it is no better on held-out batches.
+    reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over tokens,
+    h the block's output, in front of norms times its measured sensitivity. The edits that are there already are the start,
+    filled up to the rank. The result goes into `models.solved` unless it is no better on held-out batches.
 
     Returns:
         The loss of every step, and the held-out error before and after.
@@ -174,8 +174,9 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
 
     def errors(activations: ActivationBatch) -> torch.Tensor:
         # Only this block is run: a step costs 1/n_layers of one end to end.
-        student = models.run_block(activations.batch, activations.student, block)
-        return squared_error(student[activations.real], activations.target[activations.real])
+        student, target = models.run_block(activations.batch, activations.student, block), activations.target
+        real, weight = activations.real, models.sensitivity.get(block, torch.ones((), device=target.device))
+        return squared_error(student[real] * weight, target[real] * weight)
 
     def backward(step: int) -> float:
         if step % len(seen) == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from compile_steer.common.progress import Progress
-from compile_steer.lowering import closed_form, teacher_student
+from compile_steer.lowering import closed_form, distill, teacher_student
 from compile_steer.lowering.closed_form import Stage
+from compile_steer.lowering.job import Curve, Lowering
+from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.lowering.post_norm import Behind, behind_norm
-from compile_steer.lowering.teacher_student import measure_sensitivity
+from compile_steer.lowering.teacher_student import TeacherStudent, measure_sensitivity
 from compile_steer.steering.low_rank import LowRank
 from tests.helpers.fitting import CALIBRATION, canonical_program, remaining_kl, solve, stages_of
 from tests.helpers.lifelike import lifelike
@@ -101,3 +104,24 @@ def test_a_dimension_counts_by_what_the_blocks_above_make_of_it() -> None:
 def test_without_a_norm_behind_it_nothing_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_student, "_SENSITIVITY_TOKENS", None)  # cannot be measured
     solve(loaded("llama"), canonical_program("llama", intervention()), [Stage(1, "mlp", 1)])
+
+
+def test_a_block_is_trained_on_what_the_blocks_above_make_of_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steering = lifelike("olmo2"), canonical_program("olmo2", replace(intervention(), coefficient=10.0))
+    stages = (ClosedFormStage(offset=0, projection="mlp", rank=1),)
+    options = CompileOptions(
+        closed_form=ClosedFormOptions(stages=stages), distill=DistillOptions(block_steps=60, rank=4)
+    )
+    lowering = Lowering(steering, model, [], options)
+    lowering.__dict__["regression_texts"] = list(CALIBRATION)
+    own, left = distill.fit_block, []
+
+    def unweighted(models: TeacherStudent, *rest: Any) -> Curve:
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "sensitivity", {})
+            return own(models, *rest)
+
+    for fit in (own, unweighted):
+        monkeypatch.setattr(distill, "fit_block", fit)
+        left.append(remaining_kl(model, steering, distill.fit_blocks(lowering)))
+    assert left[0] < 0.8 * left[1] < 0.5, left
