@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from benchmarks.record import ROOT
+from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.common.progress import Progress
 from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import LoadedModel
+from compile_steer.models.load import LoadedModel, find_model
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.tokens import Encoded, batches, encode
 from compile_steer.pipeline.run import Run
@@ -69,6 +71,18 @@ def stream(run: Run, layer: int, count: int) -> torch.Tensor:
         first = real & (real.cumsum(dim=1) == 1)
         states.append(hidden[real & ~first].float().cpu())
     return torch.cat(states)
+
+
+def as_mistral(folder: Path) -> None:
+    """The embedded model's weights as stock code saves them for another family: in bfloat16, in shards."""
+    source = find_model(EMBEDDED).folder
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    config = MistralConfig(**{**base.config.to_dict(), "model_type": "mistral", "sliding_window": None})
+    with torch.device("meta"):
+        model = MistralForCausalLM(config)
+    model.load_state_dict(base.state_dict(), assign=True)
+    model.save_pretrained(folder, max_shard_size="80MB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 @dataclass(frozen=True)

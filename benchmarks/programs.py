@@ -1,6 +1,6 @@
 """Every kind of program on real models: what closed form and distillation leave of its divergence.
 
-    python -m benchmarks.programs [--gemma FILE] [NAME ...]    # those whose names begin so; the others stay as measured
+    python -m benchmarks.programs [--gemma FILE | --mistral] [NAME ...]    # those whose names begin so; others stay as measured
 
 Each program's texts, for calibration and for the measurement, are written by the model under that very
 program; the share is over the positions that predict the response, on held-out prompts.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.ocean import HeldOut, lowering_of, ocean, stream
+from benchmarks.ocean import HeldOut, as_mistral, lowering_of, ocean, stream
 from benchmarks.record import Record, machine, prose, row, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
@@ -51,6 +51,8 @@ class Subject:
         prompts: calibration prompts. most: of the programs that get others. held_out: prompts measured on.
         fitted: share that is to be left by the closed form alone, and after distillation; None: no target.
         exact: the programs that have an exact backend there, and that backend.
+        settings: of the recipe, on top of `SETTINGS`.
+        prose: heading of its setting in words.
     """
 
     title: str
@@ -60,6 +62,8 @@ class Subject:
     fitted: dict[str, tuple[float | None, float | None]]
     most: dict[str, int] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+    prose: str = "programs: setting"
 
 
 SMOLLM2 = Subject(
@@ -83,20 +87,35 @@ SMOLLM2 = Subject(
 GEMMA = Subject(
     "Gemma 3 270M",
     block=11,
-    prompts=60,
-    held_out=16,
+    prompts=36,
+    held_out=12,
+    most={"add, all positions, one block": 60},
     fitted={
         "add, all positions, one block": (0.01, 0.003),
-        "add, all positions, two vectors at two blocks": (None, None),
-        "add, response only": (0.04, None),
         "add, last prompt token": (0.04, None),
+        "add, response only": (0.04, None),
         "clamp, all positions": (0.02, None),
-        "ablate, one site": (None, None),
         "ablate, everywhere (untied)": (0.02, None),
+        "ablate, one site": (None, None),
+        "add, all positions, two vectors at two blocks": (None, None),
         "per-layer vectors, all blocks": (None, None),
     },
+    settings=(
+        'prompt_format="User: {prompt}\\nAssistant:\\n"',
+        "compile.calibration.max_new_tokens=48",
+        "compile.distill.block_steps=300",
+    ),
+    prose="programs: setting of Gemma",
 )
-GEMMA_SETTINGS = ['prompt_format="User: {prompt}\\nAssistant:\\n"']
+MISTRAL = Subject(
+    "SmolLM2 as a Mistral",
+    block=10,
+    prompts=60,
+    held_out=16,
+    fitted={"add, all positions, one block": (0.01, 0.003), "add, response only": (0.05, 0.02)},
+    prose="programs: setting of Mistral",
+)
+SUBJECTS = (SMOLLM2, GEMMA, MISTRAL)  # the first has the page's own table, the others a section each
 NAMES = (*SMOLLM2.fitted, *SMOLLM2.exact)
 # What others train, on the same texts: the objective, from LoRA's own start, and for how many passes over them.
 PEERS: dict[str, dict[str, object]] = {
@@ -214,31 +233,33 @@ class Page:
         page = RECORD.path.read_text(encoding="utf-8") if RECORD.path.is_file() else ""
         parts = sections(RECORD.path)
         top = page.partition("\n## ")[0].partition("do not edit.")[2].strip()  # below the head
-        texts = {SMOLLM2.title: top, GEMMA.title: parts.get(GEMMA.title, "")}
+        texts = {SMOLLM2.title: top} | {one.title: parts.get(one.title, "") for one in SUBJECTS[1:]}
         settings = {title: text.partition("\n")[0] for title, text in texts.items() if text}
         width = COLUMNS.count("|") + 1
         ours: dict[str, dict[str, str]] = {title: {} for title in texts}
         for title, text in texts.items():
             for name in NAMES:
                 for line in (line for line in text.splitlines() if line.startswith(f"| {name} |")):
-                    ours[title][name] = "|".join(line.split("|")[: width + 1]) + "|"  # without the columns of Gemma
+                    ours[title][name] = (
+                        "|".join(line.split("|")[: width + 1]) + "|"
+                    )  # without the columns of the others
         beside = parts.get(PEERS_TITLE, "").splitlines()
         return Page(settings, ours, {n: [line for line in beside if line.startswith(f"| {n} |")] for n in NAMES})
 
     def report(self) -> list[str]:
         """The page below its head, as far as it is measured."""
-        own, gemma = self.ours[SMOLLM2.title], self.ours[GEMMA.title]
-        shares = {name: [line.split("|")[n].strip() for n in (5, 9)] for name, line in gemma.items()}
+        own, others = self.ours[SMOLLM2.title], [one.title for one in SUBJECTS[1:]]
         lines = [self.settings.get(SMOLLM2.title, ""), ""]
-        lines += table(f"{COLUMNS} | {GEMMA.title}: `closed_form` | then `distill`", [])
+        lines += table(" | ".join([COLUMNS, *(f"{title}: `closed_form` | then `distill`" for title in others)]), [])
         for name in (name for name in NAMES if name in own):
-            lines.append(f"{own[name]} {' | '.join(shares.get(name, ['not run', 'not run']))} |")
+            cells = [self.ours[title].get(name, "not run|" * 10).split("|") for title in others]
+            lines.append(" ".join([own[name], *(f"{cell[5].strip()} | {cell[9].strip()} |" for cell in cells)]))
         lines += ["", f"## {PEERS_TITLE}", "", prose("programs: beside what others train", steps=LORRA_STEPS), ""]
         lines += table("program | what | KL(steered‖compiled) | share | top-1 | s", [])
         lines += [line for name in NAMES for line in self.peers.get(name, [])]
-        if gemma:
-            lines += ["", f"## {GEMMA.title}", "", self.settings[GEMMA.title], "", *table(COLUMNS, [])]
-            lines += [gemma[name] for name in NAMES if name in gemma]
+        for title in (title for title in others if self.ours[title]):
+            lines += ["", f"## {title}", "", self.settings[title], "", *table(COLUMNS, [])]
+            lines += [self.ours[title][name] for name in NAMES if name in self.ours[title]]
         return lines
 
 
@@ -246,19 +267,23 @@ def main() -> None:
     """Measure every program, or those whose names begin as asked; the page is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemma", metavar="FILE", help="the GGUF of Gemma 3 270M; without it, the embedded model")
+    parser.add_argument("--mistral", action="store_true", help="the embedded model as a checkpoint of another family")
     parser.add_argument("names", nargs="*", metavar="NAME", help="how names of programs begin")
     asked = parser.parse_args()
-    subject, extra = (GEMMA, [f"model={asked.gemma}", *GEMMA_SETTINGS]) if asked.gemma else (SMOLLM2, [])
+    subject = GEMMA if asked.gemma else MISTRAL if asked.mistral else SMOLLM2
     console, page = Console(width=160), Page.read()
     sizes: dict[str, object] = {"block": subject.block, "coefficient": COEFFICIENT}
     sizes |= {"held_out": subject.held_out, "new_tokens": NEW_TOKENS}
-    sizes["settings"] = ", ".join(f"`{setting}`" for setting in [*SETTINGS, *extra[1:]])
-    setting = prose("programs: setting of Gemma", **sizes) if asked.gemma else prose("programs: setting", **sizes)
-    page.settings[subject.title] = f"{machine()} {setting}"
+    sizes["settings"] = ", ".join(f"`{setting}`" for setting in [*SETTINGS, *subject.settings])
+    page.settings[subject.title] = f"{machine()} {prose(subject.prose, **sizes)}"
     with tempfile.TemporaryDirectory() as folder:
-        run = ocean([*SETTINGS, *extra], Path(folder), ProgressBars(console))
+        model = [f"model={asked.gemma}"] if asked.gemma else []
+        if subject is MISTRAL:
+            as_mistral(Path(folder) / "mistral")
+            model = [f"model={folder}/mistral"]
+        run = ocean([*SETTINGS, *subject.settings, *model], Path(folder) / "run", ProgressBars(console))
         all_programs, ours = programs(run, run.extract(), subject.block), page.ours[subject.title]
-        for name in (name for name in NAMES if name.startswith(tuple(asked.names) or "")):
+        for name in (name for name in (*subject.fitted, *subject.exact) if name.startswith(tuple(asked.names) or "")):
             if name in subject.fitted:
                 ours[name], peers = fitted(run, subject, name, all_programs[name])
                 if subject is SMOLLM2:
