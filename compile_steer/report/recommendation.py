@@ -84,7 +84,7 @@ def _kind(p: Parity) -> str:
 def _reason(p: Parity, verdict: Verdict | None) -> str:
     parts = [f"{_name(p)} passed and is {_kind(p)}"]
     if p.unchecked:
-        parts.append(f"not checked: {', '.join(check.name for check in p.unchecked)}")
+        parts.append(f"not checked: {', '.join(dict.fromkeys(check.name for check in p.unchecked))}")
     if (c := p.capability) is not None:
         parts.append(f"plain questions answered right: {c.compiled:.0%}, the base {c.base:.0%} (of {c.n})")
     if verdict == "inconclusive":

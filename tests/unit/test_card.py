@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,9 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     (parity,) = verify(run.open(), [folder])
     after = card(folder)
     assert "| verification | **failed**; not checked: " in after
-    assert all(
-        f"- Not checked: {check.name} ({escape(check.text, quote=False)})" in after for check in parity.unchecked
-    )
+    for check in parity.unchecked:
+        text = check.text.replace("<", "&lt;")
+        assert f"- Not checked: {check.name} ({text})" in after
     assert f"{100 * parity.divergence.top1:.2f} %" in after
     assert f"{parity.divergence.kl.value:.2g}" in after
     assert all(reason in after for reason in parity.reasons)
