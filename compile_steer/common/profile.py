@@ -63,6 +63,7 @@ class PeakMemory:
         import torch
 
         if self._gpu:
+            torch.cuda.synchronize()  # what was asked for before belongs to the phase that asked
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             return peak
