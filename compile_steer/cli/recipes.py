@@ -121,7 +121,7 @@ def _print_validation(out: Console, report: ValidationReport, session: Session) 
     from compile_steer.report import brief, terminal
 
     if detail.get() == Detail.QUIET:
-        out.print(f"{report.verdict.upper()}; {report.headline}")
+        out.print(f"{report.verdict.upper()}; {report.headline}", soft_wrap=True)
     elif detail.get() == Detail.VERBOSE:
         terminal.print_validation(out, report)
     else:
@@ -142,7 +142,7 @@ def _print_parities(out: Console, parities: Sequence[Parity]) -> None:
     from compile_steer.report import brief, terminal
 
     if detail.get() == Detail.QUIET:
-        out.print(*(f"{p.backend} {p.form}: {p.verdict}" for p in parities), sep="\n")
+        out.print(*(f"{p.backend} {p.form}: {p.verdict}" for p in parities), sep="\n", soft_wrap=True)
     elif detail.get() == Detail.VERBOSE:
         terminal.print_parities(out, parities)
     else:

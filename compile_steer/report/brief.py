@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from compile_steer.artifacts.paths import RunPaths
+from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.detail import Detail, detail
 from compile_steer.common.errors import shell_word
+from compile_steer.export.engine_support import engine_support
 from compile_steer.lowering.plan import Choice
 from compile_steer.report.recommendation import Recommendation
 from compile_steer.validation.options import ValidateOptions
@@ -96,7 +98,11 @@ def print_verdict(console: Console, report: ValidationReport, options: ValidateO
         ),
         Text(
             f"Price: ordinary text surprises the model {report.coherence.perplexity_ratio:.2f} times as much "
-            f"(limit {options.max_perplexity_ratio:g})."
+            f"(limit {options.max_perplexity_ratio:g})"
+            + "".join(
+                f"; {e.name}: {e.base:.0%} before, {e.steered:.0%} steered" for e in report.side_effects if e.shown
+            )
+            + "."
         ),
     ]
     if report.verdict != "pass":
@@ -106,6 +112,8 @@ def print_verdict(console: Console, report: ValidationReport, options: ValidateO
     lines += [
         Text(f"Beware: the two sides of the pairs also differ in {found.name}", "yellow") for found in report.confounds
     ]
+    if weak := [wording.name for wording in report.wordings if not wording.holds]:
+        lines.append(Text(f"Less than half of the effect where prompts are put otherwise: {', '.join(weak)}", "yellow"))
     for power in report.power:
         if power.available < power.needed and power.detectable is not None and report.verdict != "pass":
             samples = "pairs" if "margin" in power.measure else "prompts"
@@ -182,7 +190,7 @@ def print_end(console: Console, recommendation: Recommendation, paths: RunPaths)
     """Print what to ship, and what to do next: commands that work as they stand."""
     colour, folder = "green" if recommendation.artifact else "red", recommendation.folder
     if detail.get() == Detail.QUIET:
-        console.print(str(recommendation))
+        console.print(str(recommendation), soft_wrap=True)
         return
     title = f"SHIP {folder or recommendation.artifact}" if recommendation.artifact else "SHIP NONE"
     _print_panel(console, title, colour, [Text(recommendation.reason)])
@@ -191,10 +199,13 @@ def print_end(console: Console, recommendation: Recommendation, paths: RunPaths)
     if folder is not None:
         steps |= {
             "talk to it": f"{ours} chat {shell_word(paths.out)}",
-            "what it is": f"{ours} show {shell_word(folder)}",
-            "serve it": f"{ours} export {shell_word(folder)} --for llama.cpp --out {shell_word(paths.out / 'llama.cpp')}",
-            "make your own": f"{ours} new pirate --behaviour 'speaks like a pirate'",
+            "load it": f"cat {shell_word(folder / 'README.md')}  # code for transformers and the serving engines",
         }
+        loads = {support.name for support in engine_support(Provenance.read(folder), folder) if support.commands}
+        if "llama.cpp" in loads:
+            to = Path("gguf", folder.name)
+            steps["serve it"] = f"{ours} export {shell_word(folder)} --for llama.cpp --out {shell_word(to)}"
+        steps["make your own"] = f"{ours} new pirate --behaviour 'speaks like a pirate'"
     for name, line in steps.items():
         console.print(Text.assemble(f"  {name:<14} ", (line, "bold")), soft_wrap=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from io import StringIO
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -55,12 +54,20 @@ def test_a_run_fits_60_columns_and_names_chosen_point_verdict_and_each_failed_ga
     assert max(map(len, text.splitlines())) <= 60
 
 
-def test_the_next_commands_stay_on_one_line_so_that_they_can_be_copied(parities: list[Parity]) -> None:
-    paths, folders = RunPaths(Path("runs/a name"), "tide"), [Path("runs/a name/merged"), Path("runs/a name/adapter")]
+def test_the_next_commands_stay_on_one_line_so_that_they_can_be_copied(run: SmallRun, parities: list[Parity]) -> None:
+    out = run.paths.out.rename(run.paths.out.with_name("a name"))
+    paths, folders = RunPaths(out, "tide"), [out / "merged/tide-bias-fp32", out / "adapters/tide-closed_form"]
     shipped = recommend(parities, folders, verdict="pass")
-    lines = printed(brief.print_end, shipped, paths, width=40).splitlines()
-    assert any(line.endswith("chat 'runs/a name'") for line in lines)
-    assert any("SHIP runs/a name/merged" in line for line in lines)
+    lines = printed(brief.print_end, shipped, paths, width=400).splitlines()
+    assert any(f"SHIP {folders[0]}" in line for line in lines)
+    narrow = printed(brief.print_end, shipped, paths, width=40)
+    for name, end in {
+        "talk to it": f"chat '{out}'",
+        "serve it": "--out gguf/tide-bias-fp32",
+        "make your own": "pirate'",
+    }.items():
+        (line,) = [line for line in narrow.splitlines() if name in line]
+        assert line.endswith(end)
 
 
 def test_colours_mark_failed_gates_where_the_console_has_them(
