@@ -6,7 +6,6 @@ Every number is read from a report that is of this very artifact, by its hash; w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +39,7 @@ def model_card(
     parity: Parity | None = None,
     engine_records: Sequence[EngineRecord] = (),
     header: Mapping[str, Any] = MappingProxyType({}),
+    parity_sha256: str = "",
 ) -> str:
     """Return the folder's README; by default as before it is verified.
 
@@ -48,6 +48,7 @@ def model_card(
         validation: path of the run's validation report, which counts only if the artifact was compiled by it; None where
             there can be none.
         header: fields of the YAML header that a person filled in.
+        parity_sha256: the edit check of the parity report's file.
     """
     text = render(
         "card.md",
@@ -62,7 +63,7 @@ def model_card(
         validation_ask=origin.recipe.get("ask", ""),
         interval=lambda i: f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]",
     )
-    return f"{text}{_SEAL.format(_seal(text, origin, digest(asdict(parity)) if parity else ''))}\n"
+    return f"{text}{_SEAL.format(_seal(text, origin, parity_sha256))}\n"
 
 
 def card_check(folder: Path) -> tuple[str, str]:
@@ -99,8 +100,9 @@ def update_card(folder: Path, validation: Path) -> None:
         ArtifactError: the folder is not one of ours.
     """
     origin, header, records = Provenance.read(folder), _read_header(folder / CARD), load_engine_records(folder)
-    card = model_card(origin, real_path(folder), validation, own_parity(folder), records, header)
-    save_text(folder / CARD, card)
+    parity = own_parity(folder)
+    seal = edit_check(folder / PARITY)[0] if parity else ""
+    save_text(folder / CARD, model_card(origin, real_path(folder), validation, parity, records, header, seal))
 
 
 def _header(origin: Provenance, filled: Mapping[str, Any]) -> str:
