@@ -180,8 +180,10 @@ def build(playground: Playground) -> Any:
         settings = []
         for member in members:
             with gr.Row():
-                on = gr.Checkbox(True, label=member.name, info=member.program.describe(), min_width=300)
-                settings += [on, gr.Slider(-4, 4, 1, step=0.25, label=f"Strength of {member.name}", min_width=300)]
+                with gr.Column(min_width=300):
+                    on = gr.Checkbox(True, label=member.name, info=member.program.describe())
+                with gr.Column(min_width=300):
+                    settings += [on, gr.Slider(-4, 4, 1, step=0.25, label=f"Strength of {member.name}")]
         with gr.Row():
             ask = gr.Button("Answer", variant="primary", elem_id="ask", scale=4)
             stop = gr.Button("Stop", elem_id="stop")
@@ -212,6 +214,9 @@ def build(playground: Playground) -> Any:
 @contextmanager
 def serve(playground: Playground, port: int, browser: bool = False) -> Iterator[str]:
     """Serve the page at the address that is yielded; raises `RecipeError` for a port that somebody else has taken."""
+    # The library asks its own server whether it is up; a proxy would be asked in its place.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
     page = build(playground)
     import gradio as gr
 

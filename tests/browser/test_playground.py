@@ -50,11 +50,11 @@ def opened(page: Any, *members: Member) -> Iterator[SideBySide]:
         yield models
 
 
-def ask(page: Any, prompt: str = ASK) -> dict[str, str]:
+def ask(page: Any, prompt: str = ASK, enter: bool = False) -> dict[str, str]:
     """What the columns and the verdict say after an answer to the prompt."""
     page.evaluate("for (const old of document.querySelectorAll('#verdict .verdict')) old.remove()")
     page.fill("#prompt textarea", prompt)
-    page.click("#ask")
+    page.press("#prompt textarea", "Enter") if enter else page.click("#ask")
     page.wait_for_selector("#verdict .verdict")
     names = {side: f"#{side} .answer" for side in SIDES} | {"verdict": "#verdict"}
     return {name: str(page.inner_text(selector)) for name, selector in names.items()}
@@ -79,7 +79,7 @@ def test_columns_show_what_each_model_answers(page: Any, run: SmallRun) -> None:
         assert page.locator("#compiled [title$=nats]").count() == 12
         page.click("#artifact input")
         page.get_by_text("merged/tide-bias-fp32").click()
-        shown = ask(page)
+        shown = ask(page, enter=True)
         assert "whole model" in shown["compiled"]
         assert answer(models, "steered") in shown["compiled"]  # it is exact
         assert shown["verdict"].endswith("PASS")
@@ -141,6 +141,8 @@ def test_the_server_contacts_no_other_host(page: Any, run: SmallRun, monkeypatch
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", recorded)
+    for name in ("http_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "" if "no" in name.lower() else "http://127.0.0.1:9")
     resolve = socket.getaddrinfo
 
     def resolved(*names: Any, **more: Any) -> Any:
