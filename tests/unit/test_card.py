@@ -37,7 +37,7 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     assert "top-1" not in before
     (parity,) = verify(run.open(), [folder])
     after = card(folder)
-    unchecked = ", ".join(check.name for check in parity.unchecked)
+    unchecked = ", ".join(dict.fromkeys(check.name for check in parity.unchecked))
     assert f"| verification | **failed**; not checked: {unchecked} |" in after and "score" in unchecked
     assert all(f"- Not checked: {check.name} ({markdown(check.text)})" in after for check in parity.unchecked)
     assert f"{100 * parity.divergence.top1:.2f} %" in after
