@@ -8,13 +8,17 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from rich.console import Console
 from transformers.cli.serve import Serve
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.cli.app import app
 from compile_steer.export.adapter import patch_provenance, write_patch
 from compile_steer.export.gguf import write_gguf
@@ -22,7 +26,9 @@ from compile_steer.export.merged import write_merged
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import load
 from compile_steer.models.text import Text
+from compile_steer.report import brief
 from compile_steer.report.card import model_card
+from compile_steer.report.recommendation import Recommendation
 from compile_steer.steering.patch import with_patch
 from tests.helpers import byte_level
 from tests.helpers.tiny import program, random_patch
@@ -145,3 +151,25 @@ def test_every_line_is_run_or_read_with_its_files(
     adapter, merged, rounded = json.loads(ended.stdout)
     assert adapter == merged == f"{after}\n" and before != after
     assert rounded.strip("\n") not in (before, "")  # another text than float32's
+
+
+def test_the_end_of_a_run_prints_commands_that_work(
+    made: tuple[Path, list[str], Printed], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here, _answers, _printed = made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(Path(sys.executable).with_name("compile-steer"))])
+    stream, folder = StringIO(), here / "tide-closed_form-fp32"
+    brief.print_end(Console(file=stream, width=400), Recommendation("one", folder, "", []), RunPaths(here, "tide"))
+    lines = [line[17:] for line in stream.getvalue().splitlines() if line.startswith("  ")]
+    programs = {}
+    for called, *words in (shlex.split(line, comments=True) for line in lines[1:]):
+        programs[words[0]] = words[1:]
+        if called == "cat":
+            assert Path(words[0]).is_file()
+        elif words[0] == "export":
+            assert CliRunner().invoke(app, words).exit_code == 0 and list(tmp_path.rglob("*.gguf"))
+        else:  # a conversation, or minutes of work: its words are read by the command itself
+            commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as there are several
+            assert Path(called).name == "compile-steer" and commands[words[0]].make_context(words[0], words[1:])
+    assert {"chat", "export", "new"} <= set(programs)
