@@ -21,6 +21,7 @@ Longest = Annotated[int, typer.Option(callback=within(1, 1e5), help="The longest
 Strength = Annotated[
     float, typer.Option(callback=within(-1e6), help="Factor on the steering; adapters follow it, merged models do not.")
 ]
+_LOADING = "Loading the base and what was compiled for it"
 
 
 def chat(
@@ -48,7 +49,8 @@ def chat(
         raise RecipeError("--json prints one result: give the prompt with --ask.")
     shown = parse_sides(sides)
     member = Member.read(choose_artifact(path, artifact), program)
-    models = SideBySide.open([member], model=model, device=device, dtype=dtype)
+    with console(as_json=True).status(_LOADING):
+        models = SideBySide.open([member], model=model, device=device, dtype=dtype)
     talk = Chat(models, console(as_json), shown, strength, max_new_tokens)
     if ask is None:
         talk.loop()
@@ -84,7 +86,8 @@ def play(
     members = [Member.read(folder, program) for folder in folders]
     require_gradio()
     port = require_free(port)  # before the seconds that the model takes
-    models = SideBySide.open(members, model=model, device=device, dtype=dtype)
+    with console(as_json=True).status(_LOADING):
+        models = SideBySide.open(members, model=model, device=device, dtype=dtype)
     with serve(Playground(models, max_new_tokens), port, browser) as address:
         console().print(f"{address} (Ctrl-C ends it)")
         wait()

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text as Words
 
+from compile_steer.common.detail import Detail, detail
 from compile_steer.common.errors import CompileSteerError, RecipeError, brief, plain
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
@@ -85,7 +86,7 @@ class Chat:
                             answers[side] = answer
                             live.update(self._table(answers), refresh=self._console.is_terminal)
         finally:  # also what there is of an answer that was stopped
-            if answers:
+            if answers and detail.get() > Detail.QUIET:
                 self._console.print(self._table(answers))
         texts = {side: models.text(side, answer) for side, answer in answers.items()}
         divergence = models.compare(answers["steered"], strengths) if len(answers) == len(SIDES) else None
@@ -125,9 +126,8 @@ class Chat:
     def loop(self) -> None:
         """Read prompts and commands from standard input until it ends."""
         models, out = self._models, self._console
-        out.print(
-            f"{models.members[0].folder} on {models.base.id}. /help lists the commands, Ctrl-D ends.", soft_wrap=True
-        )
+        start = f"{models.members[0].folder} on {models.base.id}. /help lists the commands, Ctrl-D ends."
+        out.print(start, soft_wrap=True, highlight=False)
         if models.base.tokenizer.chat_template is None:
             out.print("The model has no chat template: every prompt is answered by itself.")
         with _keyboard():

@@ -165,6 +165,10 @@ def test_one_question_ends_with_the_verdict(
         assert ended.value.code == code
         assert [line.split()[0] for line in lines] == ["base", "steered", "compiled", "On"]
         assert lines[-1].endswith(verdict)
+    monkeypatch.setattr(sys, "argv", [*command, "--quiet"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith("On the 6 tokens")
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     with pytest.raises(SystemExit):
         main()
