@@ -14,15 +14,16 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
     "quick": {
         "extract": {"shuffled": 8},
         "validate": {
-            "sweep_pairs": 12,
+            "sweep_pairs": 8,
             "sweep_prompts": 8,
             "control_pairs": 6,
-            "pairs": 48,
+            "pairs": 24,
             "prompts": 24,
             "max_new_tokens": 24,
             "dose_prompts": 2,
-            "questions": 24,
-            "control_prompts": 8,
+            "questions": 16,
+            "control_prompts": 6,
+            "wordings": 4,
         },
         "compile": {
             "calibration": {"prompts": 60, "max_new_tokens": 32},

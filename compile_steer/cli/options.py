@@ -95,6 +95,12 @@ def progress_bars() -> Progress:
     return Progress() if detail.get() == Detail.QUIET else ProgressBars(console(as_json=True), detail.get())
 
 
+def print_title(out: Console, text: str) -> None:
+    """Print what was asked, or which part of it comes now."""
+    if detail.get() > Detail.QUIET:
+        out.print(f"\n{text}", style="bold blue")
+
+
 Show = Callable[["Console", Any], None]
 
 
@@ -149,6 +155,8 @@ class Session:
         """Open the run; of several processes only where the command has them share its work."""
         if not shared:
             distributed.require_alone("this command")
+        if not self.as_json:
+            print_title(self.console, f"{self.recipe.name} on {self.recipe.model}, budget {self.recipe.budget}")
         out = self._out or Path("runs") / self.recipe.name
         hold_output(out)  # before the seconds that libraries and model take to load
         distributed.join()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compile_steer.cli.options import Artifacts, Force, Json, Session, command, finish, progress_bars
+from compile_steer.cli.options import Artifacts, Force, Json, Session, command, finish, print_title, progress_bars
 from compile_steer.common.detail import Detail, detail
 
 if TYPE_CHECKING:
@@ -112,11 +112,6 @@ def merge(session: Session, *, artifact: Artifacts = None) -> None:
     session.finish(artifacts.merge(session.open(shared=True), artifact or ()), _print_paths)
 
 
-def _print_title(out: Console, text: str) -> None:
-    if detail.get() > Detail.QUIET:
-        out.print(f"\n{text}", style="bold blue")
-
-
 def _print_validation(out: Console, report: ValidationReport, session: Session) -> None:
     from compile_steer.report import brief, terminal
 
@@ -183,8 +178,7 @@ def run(
 
     recipe, out = session.recipe, session.console
 
-    title = functools.partial(_print_title, out)
-    title(f"{recipe.name} on {recipe.model}, budget {recipe.budget}")
+    title = functools.partial(print_title, out)
     opened = session.open(shared=True)
     if detail.get() > Detail.QUIET and not opened.paths.validation.is_file():  # what is there already takes no time
         minutes, memory = estimate(opened)

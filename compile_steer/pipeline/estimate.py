@@ -68,6 +68,7 @@ def _validation(run: Run) -> float:
     tokens += 10 * options.dose_prompts * ((pair + control) * _ABOVE + answer)
     conditions = 3 + bool(options.instruction) + bool(options.few_shot)
     tokens += min(options.prompts, len(data.test)) * (conditions * answer + options.few_shot * pair / 2)
+    tokens += 8 * options.wordings * (pair + control) * (1 + _ABOVE)
     # Side effects, of base and steered model.
     return tokens + 2 * (options.questions * 3 * prompt + 2 * options.control_prompts * answer)
 

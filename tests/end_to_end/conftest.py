@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
         "max_new_tokens": 16,
         "questions": 8,
         "control_prompts": 4,
+        "wordings": 2,
     },
     "compile": {
         "backends": ["bias", "closed_form", "distill"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from io import StringIO
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from compile_steer.__main__ import main
 from compile_steer.artifacts.paths import RunPaths
+from compile_steer.cli.app import app
 from compile_steer.common.detail import Detail
 from compile_steer.common.progress import ProgressBars
 from compile_steer.common.terminal import Terminal
@@ -68,6 +70,9 @@ def test_the_next_commands_stay_on_one_line_so_that_they_can_be_copied(run: Smal
     }.items():
         (line,) = [line for line in narrow.splitlines() if name in line]
         assert line.endswith(end)
+        words = shlex.split(line.removeprefix(f"  {name}"))
+        command = words[words.index("compile_steer") + 1] if "compile_steer" in words else words[1]
+        assert command in {registered.name for registered in app.registered_commands}
 
 
 def test_colours_mark_failed_gates_where_the_console_has_them(
