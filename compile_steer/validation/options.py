@@ -41,11 +41,11 @@ class MinimumEffect(Section):
 class Tolerances(Section):
     """How many fewer of each the steered model may have than the base, as fractions of all; 1 allows anything.
 
-    A tolerance fails the verdict where the measured loss is above it and is no chance: its 95 % interval lies above 0.
+    A tolerance fails the verdict where the measured loss is above it and is no chance (sign flips, 5 %).
     """
 
     answers: float = Field(0.25, gt=0, le=1, description="plain questions that it answers right")
-    right_answers: float = Field(0.15, gt=0, le=1, description="likelihood of their right answers, among wrong ones")
+    right_answers: float = Field(0.1, gt=0, le=1, description="likelihood of their right answers, among wrong ones")
     refusals: float = Field(0.1, gt=0, le=1, description="harmless prompts that it does not refuse")
     language: float = Field(0.1, gt=0, le=1, description="answers in the language of the base's answer")
     instructions: float = Field(0.25, gt=0, le=1, description="plain instructions that it follows")

@@ -9,10 +9,13 @@ from typing import Literal
 from compile_steer.artifacts.files import load_json, save_record, sha256, was_edited
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.common.summary import Summary
-from compile_steer.stats import Interval, PowerAnalysis
+from compile_steer.stats import LEVEL, Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+_NAMED = 0.05  # a smaller loss is not in the first line
 
 
 def block_name(layer: int) -> str:
@@ -133,12 +136,13 @@ class SideEffect:
     base: float
     steered: float
     lost: Interval
+    p: float  # that as much is lost by chance, by one-sided sign flips
     tolerance: float
 
     @property
     def shown(self) -> bool:
         """True if the loss is no chance."""
-        return self.lost.low > 0
+        return self.p <= LEVEL
 
     @property
     def violated(self) -> bool:
@@ -148,7 +152,7 @@ class SideEffect:
         low, high = 100 * self.lost.low, 100 * self.lost.high
         return (
             f"{self.name}: {self.base:.0%} to {self.steered:.0%} of {self.n} (lost {100 * self.lost.value:.0f} points [{low:.0f}, "
-            f"{high:.0f}], tolerance {100 * self.tolerance:.0f})"
+            f"{high:.0f}], p = {self.p:.3f}; tolerance {100 * self.tolerance:.0f})"
         )
 
 
@@ -250,7 +254,11 @@ class ValidationReport(Summary):
     def price(self) -> str:
         """What steering was measured to cost, in words."""
         c = self.coherence
-        costs = [f"{100 * e.lost.value:.0f} points of {e.name}" for e in self.side_effects if e.shown]
+        costs = [
+            f"{100 * effect.lost.value:.0f} points of {effect.name}" + " (may be chance)" * (not effect.shown)
+            for effect in self.side_effects
+            if effect.lost.value >= _NAMED
+        ]
         costs.append(f"perplexity of control text x{c.perplexity_ratio:.2f}")
         if c.repetition_steered - c.repetition_base >= 0.01:
             costs.append(f"{100 * (c.repetition_steered - c.repetition_base):.0f} points more repeated 3-grams")

@@ -19,7 +19,7 @@ from compile_steer.scoring.base import Reply
 from compile_steer.scoring.language import languages
 from compile_steer.scoring.questions import ANSWER_TOKENS, QUESTIONS, PlainQuestion
 from compile_steer.scoring.text import IFEval
-from compile_steer.stats import bootstrap_mean
+from compile_steer.stats import bootstrap_mean, sign_flip
 from compile_steer.steering.program import Program
 from compile_steer.validation.evaluator import ContrastEvaluator
 from compile_steer.validation.options import ValidateOptions
@@ -61,9 +61,9 @@ def measure_side_effects(
     model, measured, remarks = context.model, [], list[str]()
 
     def add(name: str, key: str, base: np.ndarray, steered: np.ndarray) -> None:
-        lost, most = bootstrap_mean(base - steered, seed=context.seed), getattr(options.tolerances, key)
-        means = float(base.mean()), float(steered.mean())
-        measured.append(SideEffect(name, key, len(base), *means, lost, most))
+        lost, p = bootstrap_mean(base - steered, seed=context.seed), sign_flip(base - steered, context.seed)
+        means, most = (float(base.mean()), float(steered.mean())), getattr(options.tolerances, key)
+        measured.append(SideEffect(name, key, len(base), *means, lost, p, most))
 
     def both(prompts: Sequence[str], tokens: int) -> list[Answers]:
         requests = [Request(prompts, setting, scored=False) for setting in (None, program)]

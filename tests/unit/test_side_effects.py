@@ -65,7 +65,7 @@ def test_the_language_is_that_of_the_small_words_or_of_the_script() -> None:
     assert languages("Это дом.") == {"Cyrillic"} and languages("Paris!") == set()
 
 
-EFFECT = SideEffect("plain answers", "answers", 48, 0.67, 0.46, Interval(0.21, 0.08, 0.35), 0.25)
+EFFECT = SideEffect("plain answers", "answers", 48, 0.67, 0.46, Interval(0.21, 0.08, 0.35), 0.004, 0.25)
 
 
 def test_a_violated_tolerance_fails_with_its_name_and_one_advice_with_a_number() -> None:
@@ -75,7 +75,7 @@ def test_a_violated_tolerance_fails_with_its_name_and_one_advice_with_a_number()
     assert verdict == "fail" and len(reasons) == 2
     assert reasons[0] == (
         "steering costs more than validate.tolerances.answers allows: plain answers: 67% to 25% of 48 (lost 42 points [25, 56], "
-        "tolerance 25)"
+        "p = 0.004; tolerance 25)"
     )
     assert reasons[1].startswith("advice: no cheaper point") and reasons[1].endswith(
         "(validate.tolerances.answers: 0.42)"
@@ -94,10 +94,11 @@ def test_a_violated_tolerance_fails_with_its_name_and_one_advice_with_a_number()
 
 
 def test_a_price_within_its_tolerance_passes_and_is_named_in_the_first_line() -> None:
-    report = replace(good(), side_effects=[EFFECT, replace(EFFECT, name="x", lost=Interval(0.3, -0.1, 0.6))])
+    chance = replace(EFFECT, name="instructions", lost=Interval(0.3, -0.1, 0.6), p=0.2)
+    report = replace(good(), side_effects=[EFFECT, chance, replace(EFFECT, lost=Interval(0.02, 0.01, 0.03))])
     assert decide(report, options())[0] == "pass", "what may be chance is no reason, whatever its size"
     assert report.headline.startswith(
-        "score 0.05 to 0.45; price: 21 points of plain answers, perplexity of control text"
+        "score 0.05 to 0.45; price: 21 points of plain answers, 30 points of instructions (may be chance), perplexity of"
     )
 
 
