@@ -75,7 +75,7 @@ def _style() -> Any:
     )
 
 
-def carries(report: ValidationReport, control_pairs: int) -> list[Markup]:
+def carries(report: ValidationReport) -> list[Markup]:
     """Does the direction carry the behaviour: scores by condition, and its effect among those of other directions."""
     s, c = report.scores, report.controls
     scores = {"base": s.base, "random directions": s.random, "asked in the prompt": s.instructed}
@@ -100,12 +100,12 @@ def carries(report: ValidationReport, control_pairs: int) -> list[Markup]:
         for row, values in enumerate(groups.values()):
             right.axes.plot(values, [row] * len(values), "o", color=_GREEN if row == 4 else _BLUE, alpha=0.6)
         right.axes.axvline(0, color=_GREY, linewidth=0.8)
-        right.axes.set(xlabel=f"change of the margin, nats/token ({control_pairs} pairs)")
+        right.axes.set(xlabel="change of the margin, nats/token")
         return [left.svg(), right.svg()]
 
 
 def costs(report: ValidationReport, n_prompts: int) -> Markup:
-    """What does it cost: the score that each strength bought, by its price.
+    """What does it cost: the score that each strength bought, by its price; empty for a report that knows no costs.
 
     The coefficient sweep is not drawn: its few prompts and texts can be far from what the test measures.
 
@@ -113,16 +113,19 @@ def costs(report: ValidationReport, n_prompts: int) -> Markup:
         n_prompts: validation prompts that were answered at each point of the sweep.
     """
     tested = report.scores.steered, wilson(report.scores.steered, report.n_prompts)
+    answered = {
+        (p.layer, p.coefficient): (p.cost, p.score) for p in report.grid if p.cost is not None and p.score is not None
+    }
+    if not answered:
+        return Markup()
     with _style():
         chart = _Chart()
-        for p in report.grid:
-            if p.score is None or p.cost is None:
-                continue
-            chart.interval(p.cost, p.score, wilson(p.score, n_prompts), _BLUE, upright=True)
-            where = f"{block_name(p.layer)} x{p.coefficient:.3g}"
-            chart.axes.annotate(where, (p.cost, p.score), xytext=(4, 4), textcoords="offset points", fontsize=8)
-            if (p.layer, p.coefficient) == (report.layer, report.coefficient):
-                chart.interval(p.cost + 0.015, *tested, _GREEN, upright=True)  # beside it, so that both are seen
+        for (layer, coefficient), (cost, score) in answered.items():
+            chart.interval(cost, score, wilson(score, n_prompts), _BLUE, upright=True)
+            where = f"{block_name(layer)} x{coefficient:.3g}"
+            chart.axes.annotate(where, (cost, score), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            if (layer, coefficient) == (report.layer, report.coefficient):
+                chart.interval(cost + 0.015, *tested, _GREEN, upright=True)  # beside it, so that both are seen
         chart.axes.plot([], [], "o", color=_BLUE, label=f"tried: block x coefficient ({n_prompts} validation prompts)")
         chart.axes.plot([], [], "o", color=_GREEN, label=f"the chosen one on test data ({report.n_prompts} prompts)")
         chart.axes.axvline(1, color=_RED, linewidth=0.9, linestyle="--", label="limit")

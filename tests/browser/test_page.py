@@ -83,7 +83,7 @@ def test_the_page_fits_a_phone_is_dark_where_asked_and_opens_at_its_anchors(
         link.click()
         target = page.locator(link.get_attribute("href"))
         assert target.count() == 1 and -1 <= target.bounding_box()["y"] < 900
-    closed = page.locator("details table").first
-    assert not closed.is_visible()
+    columns = "getComputedStyle(document.querySelector('.three')).gridTemplateColumns.split(' ').length"
+    assert page.evaluate(columns) == 1 and not page.locator("details table").first.is_visible()
     page.emulate_media(media="print")
-    assert closed.is_visible()
+    assert page.evaluate(columns) == 3 and not page.locator("nav").is_visible()
