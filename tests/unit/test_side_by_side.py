@@ -76,6 +76,8 @@ def test_strength_turns_the_hooks_and_the_adapter(models: SideBySide) -> None:
     assert weak.limit is None
     assert "strength 1" in str(weak)
     assert models.compare(answer, [0.0]).compiled.max() == 0
+    unverified = replace(models, members=tuple(replace(member, parity=None) for member in models.members))
+    assert "not checked, it has no parity report" in str(unverified.compare(answer, [1.0]))
 
 
 def test_divergences_are_those_of_the_verifier(models: SideBySide, original: SmallRun) -> None:
