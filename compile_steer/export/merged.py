@@ -184,7 +184,7 @@ class MergedCheckpoint:
         if edits and not bool(torch.isfinite(tensor).all()):
             return [f"merging gives NaN or infinity in {edits[0][0]}; nothing was written."]
         limit, largest = torch.finfo(dtype).max, 0.0
-        if tensor.numel():  # without a copy, which would double what a matrix takes
+        if tensor.numel() and tensor.dtype != dtype:  # without a copy, which would double what a matrix takes
             largest = float(torch.stack(torch.aminmax(tensor)).abs().max())
         if name in self._unused or not largest > limit:
             return []

@@ -25,7 +25,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
 # Logits exist for a chunk of tokens: at most so many, and so many bytes in float32. A vocabulary of 262,144 has 24 to a chunk.
-_CHUNK_TOKENS, _CHUNK_BYTES = 128, 24 * 2**20
+CHUNK_TOKENS, CHUNK_BYTES = 128, 24 * 2**20
 # Texts of several kinds. What a model computes on them identifies it in another process, file or engine.
 REFERENCE_TEXTS = (
     "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
@@ -101,7 +101,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 def chunks(n: int, model: nn.Module) -> Iterator[slice]:
     """Slices that cover n tokens, each of so few that their logits by `model` take little memory."""
     vocabulary = Layout.of(model).model.get_output_embeddings().weight.shape[0]
-    size = max(1, min(_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocabulary)))
+    size = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 

@@ -29,6 +29,7 @@ from compile_steer.lowering.options import BackendName
 from compile_steer.lowering.plan import Plan, plan
 from compile_steer.models.chat import CURE, ChatSettings
 from compile_steer.models.load import LoadedModel, load, revision_of
+from compile_steer.pipeline.memory import require_memory
 from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.steering.directions import Directions
 from compile_steer.steering.patch import WeightPatch
@@ -62,7 +63,9 @@ class Run:
             pairs = read_pairs("validate.other_behaviour", recipe.folder / path)
             places = {**data.places, "other_behaviour": list(pairs)}
             data = replace(data, other_behaviour=tuple(pairs.values()), places=places)
-        model = model or load_base(recipe)
+        if model is None:
+            progress.remark(require_memory(recipe, data))
+            model = load_base(recipe)
         if model.tokenizer.chat_template is None:
             progress.note(
                 f"the model '{model.id}' has no chat template: a prompt is given to it as it is, and the response follows at "

@@ -30,6 +30,7 @@ from tests.helpers.verification import RecordedNotes
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = generating_model()
     monkeypatch.setattr("compile_steer.pipeline.run.load", lambda *_args, **_options: model)
+    monkeypatch.setattr("compile_steer.pipeline.run.require_memory", lambda _recipe, _data: "")  # it is in no folder
 
 
 def test_a_base_without_a_chat_template_is_said_before_any_work(tmp_path: Path) -> None:
@@ -37,7 +38,8 @@ def test_a_base_without_a_chat_template_is_said_before_any_work(tmp_path: Path) 
     (tmp_path / "model" / "chat_template.jinja").unlink()
     notes = RecordedNotes()
     Run.open(run.read(), run.paths.out, notes)
-    assert "has no chat template" in notes.texts[0] and 'prompt_format: "User: {prompt}' in notes.texts[0]
+    assert notes.texts[0].startswith("memory planned: weights ")
+    assert "has no chat template" in notes.texts[1] and 'prompt_format: "User: {prompt}' in notes.texts[1]
 
 
 @pytest.mark.usefixtures("_tiny_model")
