@@ -50,6 +50,7 @@ class Behaviour:
         checks: by prompt, the constraints that a response must satisfy.
         other_behaviour: another behaviour's pairs, for a control of the validation.
         places: where the rows of each part were read ("train.jsonl:2"), in their order; of what was not read none.
+        notes: what was done to the rows that their reader should know.
     """
 
     train: tuple[Pair, ...]
@@ -63,6 +64,7 @@ class Behaviour:
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
     other_behaviour: tuple[Pair, ...] = ()
     places: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         parts = (*SPLITS, "neutral", "heldout", "calibration")

@@ -30,7 +30,7 @@ def check_texts(
     """
     from compile_steer.models.chat import open_reasoning  # not with the module: they import torch
 
-    notes, problems = [open_reasoning(loaded.tokenizer)], []
+    notes, problems = [*data.notes, open_reasoning(loaded.tokenizer)], []
     pairs = {name: data.split(name) for name in SPLITS} | {"other_behaviour": data.other_behaviour}
     parts = {name: [side for pair in part for side in (pair.positive, pair.negative)] for name, part in pairs.items()}
     parts |= {name: list(getattr(data, name)) for name in ("neutral", "heldout", "calibration")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +23,7 @@ from compile_steer.data.behaviour import (
     repeated_prompts,
     shared_texts,
 )
-from compile_steer.data.shapes import PAIR, QUESTION, right_choice
+from compile_steer.data.shapes import PAIR, QUESTION, right_choice, turned, unbalanced
 from compile_steer.data.sources import MAX_LINES, Reader, Row, Source, text_of
 from compile_steer.data.templates import fill, template_problems
 from compile_steer.models.text import Pair, Text
@@ -57,6 +56,7 @@ class DataSection(Section, ABC):
 
     keys: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    rearranged: ClassVar[str] = ""  # what `arranged` does to rows that it changes
 
     train: Source = Field(description="rows that the direction is found from")
     validation: Source = Field(description="rows that layer and coefficient are chosen on")
@@ -100,7 +100,8 @@ class DataSection(Section, ABC):
             raise RecipeError(problems)
         parts: dict[str, Any] = {name: tuple(map(self.pair, part)) for name, part in splits.items()}
         parts |= {name: tuple(map(text_of, part)) for name, part in texts.items()}
-        return Behaviour(**parts, hashes=reader.hashes, places=places, **self.labels(splits))
+        notes = tuple(f"data.{name}: {self.rearranged}" for name in SPLITS if splits[name] is not rows[name])
+        return Behaviour(**parts, hashes=reader.hashes, places=places, notes=notes, **self.labels(splits))
 
     @property
     def files(self) -> dict[str, Path]:
@@ -241,11 +242,18 @@ class ChoicesData(DataSection):
     question_template: str = Field(
         "{question}\n{choices}\nAnswer with the letter only.", description="how a question and its choices are asked"
     )
-    balance_letters: bool = Field(False, description="turn the choices so that each letter is right equally often")
+    balance_letters: bool | None = Field(
+        None,
+        description="turn the choices so that each letter is right equally often; left out: where one is too often",
+    )
     keys = QUESTION
+    rearranged = (
+        "the choices were turned so that each letter is right equally often (data.balance_letters: false leaves them)"
+    )
 
     def arranged(self, rows: Sequence[Row]) -> Sequence[Row]:
-        return [_turned(row, n) for n, row in enumerate(rows)] if self.balance_letters else rows
+        turn = unbalanced(rows) if self.balance_letters is None else self.balance_letters
+        return [turned(row, n) for n, row in enumerate(rows)] if turn else rows
 
     def subject(self, row: Row) -> str:
         # The same question with its choices in another order is still the same question.
@@ -266,7 +274,7 @@ class ChoicesData(DataSection):
             if len(set(right)) == 1:
                 yield (
                     f"data.{name}: the right answer is {right[0]} in every row ({len(right)}), so that the letter alone "
-                    "separates right from wrong. Set data.balance_letters: true, or change the choices' order."
+                    "separates right from wrong. Leave out data.balance_letters, or change the choices' order."
                 )
 
     def pair(self, row: Row) -> Pair:
@@ -302,12 +310,3 @@ Data = Annotated[
     | Annotated[GeneratedData, Tag("generated")],
     Discriminator(_kind),
 ]
-
-
-def _turned(row: Row, n: int) -> Row:
-    """Return the row with its choices in a cycle, the right one at place `n` of it; as it is if it has no answer."""
-    right, choices = right_choice(row), row["choices"]
-    by = (right or 0) - n % len(choices)
-    turned = copy(row)  # with its place
-    turned |= {"choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
-    return row if right is None else turned

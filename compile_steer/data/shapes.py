@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from string import ascii_uppercase
 from typing import Any
+
+from compile_steer.stats import LEVEL
 
 PAIR, QUESTION = ("prompt", "positive", "negative"), ("question", "choices", "answer")
 ANSWERS = ("answer_matching_behavior", "answer_not_matching_behavior")
@@ -28,6 +31,9 @@ _SHAPES: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {
     ("prompt",): (("messages",),),
 }
 _LETTERED = re.compile(r"\n[ \t]*\(?([A-Z])[).:][ \t]+")
+_REFERS = re.compile(
+    r"\b(of the (above|below|others?)|of these|(both|either|neither) [A-Z]\b|[A-Z] (and|or|nor) [A-Z]\b)"
+)
 _LETTER = re.compile(r"\s*\(?([A-Z])\)?[.:]?\s*")
 
 
@@ -122,9 +128,32 @@ def _question(question: Any, matching: Any, other: Any) -> Mapping[str, Any]:
     return {"question": question, "choices": choices, "answer": choices.index(matching.strip())}
 
 
+def unbalanced(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one letter is right in all rows, or more often than chance explains (binomial test, 5 %).
+
+    Choices that name each other ("all of the above") keep their order, whatever their letters.
+    """
+    from scipy.stats import binomtest
+
+    right = [choice for row in rows if (choice := right_choice(row)) is not None]
+    if len(right) < 2 or any(_REFERS.search(choice) for row in rows for choice in row["choices"]):
+        return False
+    most, chance = max(map(right.count, right)), 1 / max(len(row["choices"]) for row in rows)
+    return most == len(right) or bool(binomtest(most, len(right), chance).pvalue <= LEVEL)
+
+
 def right_choice(row: Mapping[str, Any]) -> int | None:
     """Return the index of a question's right choice; None if there is no such choice."""
     answer, choices = row["answer"], [choice.strip() for choice in row["choices"]]
     if isinstance(answer, int):
         return answer if 0 <= answer < len(choices) else None
     return choices.index(answer.strip()) if answer.strip() in choices else None
+
+
+def turned(row: Any, n: int) -> Any:
+    """Return the row with its choices in a cycle, the right one at place `n` of it; as it is if it has no answer."""
+    right, choices = right_choice(row), row["choices"]
+    by = (right or 0) - n % len(choices)
+    turned = copy(row)  # with its place
+    turned |= {"choices": [*choices[by:], *choices[:by]], "answer": n % len(choices)}
+    return row if right is None else turned

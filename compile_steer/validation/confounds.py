@@ -100,7 +100,7 @@ def _cure(feature: Feature, data: Behaviour) -> str:
         return f"Give both sides the same {feature.kind}, or add pairs in which it is the other way round."
     if data.questions:
         return "Set data.balance_letters: true, which puts the right choice under each letter equally often."
-    return "Swap the choices in half of the prompts, or use data.kind: choices with balance_letters: true, which does."
+    return "Read the rows as data.kind: choices, which puts the right choice under each letter equally often."
 
 
 def on_direction(

@@ -12,6 +12,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.encoding import check_texts
 from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, PairsData
+from compile_steer.data.shapes import unbalanced
 from compile_steer.data.templates import fill
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import encode, prompt_text
@@ -81,12 +82,38 @@ def test_balanced_letters_turn_the_choices_and_keep_the_right_one(tmp_path: Path
     rows = quiz()
     for row in rows["train"]:  # the answer is always A, by number or by text
         row["answer"] = 0 if row["question"].endswith("0?") else row["choices"][0]
-    assert any("Set data.balance_letters: true" in line for line in problems(tmp_path, ChoicesData, rows))
-    data = read(tmp_path, ChoicesData, rows, balance_letters=True)
+    lines = problems(tmp_path, ChoicesData, rows, balance_letters=False)
+    assert any("Leave out data.balance_letters" in line for line in lines)
+    data = read(tmp_path, ChoicesData, rows)
+    assert data == read(tmp_path, ChoicesData, rows, balance_letters=True)
+    assert [note.partition(":")[0] for note in data.notes] == [
+        "data.train"
+    ] and "the choices were turned" in data.notes[0]
     assert [pair.positive.response for pair in data.train] == list("ABCDEABCDEAB")
     asked = [data.questions[pair.prompt] for pair in data.train]
     assert [question.choices[question.answer] for question in asked] == [f"p{n}" for n in range(12)]
     assert asked[1].choices == ("t1", "p1", "q1", "r1", "s1") and "B. p1" in asked[1].prompt
+
+
+def letters(right: str, **row: str) -> list[dict[str, Any]]:
+    """Rows of two choices whose right answers have these letters."""
+    return [{"choices": ["x", row.get("other", f"y{n}")], "answer": "AB".index(one)} for n, one in enumerate(right)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (letters("AAABABAABAAAAABAAAAA"), True),
+        (letters("ABABAABBAABABABBABAA"), False),
+        (letters("AAA"), True),
+        (letters("A"), False),
+        (letters("AAAAAAAAAA", other="All of the above"), False),
+        (letters("AAAAAAAAAA", other="Both A and B"), False),
+        ([], False),
+    ],
+)
+def test_letters_are_balanced_where_one_is_right_too_often(rows: list[dict[str, Any]], expected: bool) -> None:
+    assert unbalanced(rows) is expected
 
 
 def test_letters_as_responses_of_pairs_are_referred_to_choices(tmp_path: Path) -> None:
@@ -104,7 +131,7 @@ def test_what_no_question_can_be_made_of_is_reported_at_once(tmp_path: Path) -> 
     rows["test"][1]["choices"] = "abc"
     rows["test"][2]["answer"] = True
     rows["test"][3] = {**rows["test"][4], "choices": rows["test"][4]["choices"][::-1]}
-    lines = problems(tmp_path, ChoicesData, rows, question_template="{question} {question}")
+    lines = problems(tmp_path, ChoicesData, rows, question_template="{question} {question}", balance_letters=False)
     expected = [
         "test.jsonl:1: choices must be a list of 2 to 26 texts, no two the same",
         "test.jsonl:2: choices must be a list of 2 to 26 texts",
