@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from compile_steer.data.behaviour import Context
@@ -22,13 +24,15 @@ def measure_wordings(context: Context, program: Program, n_pairs: int) -> tuple[
     by_name, remarks = worded(model, sides, context.data.neutral)
     if not pairs or not by_name:
         return [], remarks
-    encoded = [encode_pairs(model, pairs), *by_name.values()]
+    # Only the last response counts: earlier ones are the same on both sides, and would thin out the difference of the means.
+    others = ([replace(text, earlier=()) for text in texts] for texts in by_name.values())
+    encoded = [encode_pairs(model, pairs), *others]
     cache = PrefixCache(model, [text for texts in encoded for text in texts])
     (base,) = cache.mean_logprobs([None])
     cache.advance(program.first_layer)
     (steered,) = cache.mean_logprobs([program])
-    own, *others = [margins(part) for part in np.split(steered - base, len(encoded))]
+    own, *worded_effects = [margins(part) for part in np.split(steered - base, len(encoded))]
     return [
         WordingEffect(name, bootstrap_mean(effects, seed=context.seed), float(own.mean()), len(pairs))
-        for name, effects in zip(by_name, others, strict=True)
+        for name, effects in zip(by_name, worded_effects, strict=True)
     ], remarks

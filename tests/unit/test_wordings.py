@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compile_steer.data.wordings import WORDINGS, worded
-from compile_steer.models.logprobs import logprob_margins
+from compile_steer.models.logprobs import answer_logprobs, final_states, margins
 from compile_steer.models.text import Text
 from compile_steer.stats import Interval
 from compile_steer.steering.hooks import RESPONSE
@@ -51,7 +51,12 @@ def test_the_effect_in_each_wording_is_that_of_the_same_pairs_measured_alone() -
     by_name, _remarks = worded(chat_model(), sides, behaviour().neutral)
     for effect in effects:
         encoded = by_name[effect.name]
-        change = logprob_margins(chat_model(), encoded, program) - logprob_margins(chat_model(), encoded)
+        steered, base = (
+            answer_logprobs(chat_model().model, encoded, final_states(chat_model(), encoded, setting))
+            / [len(text.ids) - text.n_prompt for text in encoded]
+            for setting in (program, None)
+        )
+        change = margins(steered - base)
         assert effect.effect.value == pytest.approx(change.mean(), abs=1e-5) and effect.n == 2
     assert measure_wordings(context(), program, 0) == ([], [])
 
