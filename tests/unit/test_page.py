@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_the_same_run_writes_the_same_page_whatever_is_recommended(run: SmallRun
     failed = replace(parity, passed=False, reasons=["KL 1"], behaviour=replace(parity.behaviour, answers=[]))
     none = page(run, tmp_path / "c.html", [failed], [folder])
     assert "from_pretrained" not in none and "hold no answers" in none and 'class="prompt"' not in none
+    for text in (first, none):  # every link leads somewhere
+        assert set(re.findall(r'href="#(\w+)"', text)) <= set(re.findall(r'id="(\w+)"', text))
 
 
 def test_what_differs_is_apart_from_its_first_word() -> None:
