@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 # there already and was made from the same inputs is not made again.
 ALL := --set 'compile.backends=[bias, closed_form, distill]'
 demo: $(VENV)/.demo
-	@test -f runs/ocean/ocean.html || $(BIN)/compile-steer chat adapters/ocean-closed_form --ask "What are you?" --max-new-tokens 24
+	@test -f runs/ocean/ocean.html || $(BIN)/compile-steer chat adapters/ocean-closed_form --ask "What are you?" --max-new-tokens 14
 	@$(BIN)/compile-steer run recipes/ocean.yaml $(if $(FULL),$(ALL))
 
 # Two processes with one thread each. The tests on the real model come first, those that share its one run at the head: when

@@ -28,6 +28,7 @@ from compile_steer.steering.program import Program
 # How much the pages measure: more than the recipe's own budget, and what the figures before it was made quick rest on.
 _MEASURED = [
     "budget=standard", "validate.layers=[10,12,14]", "validate.coefficients=[1.5,2,2.5]", "validate.sweep_pairs=16",
+    "validate.few_shot=2", "validate.tolerances={}",
     "validate.control_pairs=12", "validate.dose_prompts=4", "validate.prompts=24", "validate.max_new_tokens=32",
     "compile.backends=[bias,closed_form,distill]", "compile.calibration.prompts=120",
     "compile.calibration.max_new_tokens=40", "compile.distill.block_steps=300", "compile.distill.prompts=32",

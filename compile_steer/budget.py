@@ -20,9 +20,10 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
             "pairs": 24,
             "prompts": 24,
             "max_new_tokens": 24,
+            "few_shot": 0,
             "dose_prompts": 2,
-            "questions": 16,
-            "control_prompts": 6,
+            "questions": 24,
+            "control_prompts": 8,
             "wordings": 4,
         },
         "compile": {

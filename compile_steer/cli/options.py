@@ -98,7 +98,7 @@ def progress_bars() -> Progress:
 def print_title(out: Console, text: str) -> None:
     """Print what was asked, or which part of it comes now."""
     if detail.get() > Detail.QUIET:
-        out.print(f"\n{text}", style="bold blue")
+        out.print(text, style="bold blue")
 
 
 Show = Callable[["Console", Any], None]

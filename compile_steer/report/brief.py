@@ -23,7 +23,7 @@ from compile_steer.lowering.plan import Choice
 from compile_steer.report.recommendation import Recommendation
 from compile_steer.validation.options import ValidateOptions
 from compile_steer.validation.report import GridPoint, ValidationReport
-from compile_steer.verification.parity import Check, Parity
+from compile_steer.verification.parity import Parity
 
 _VERDICTS = {
     "pass": ("PASS: steering shows the behaviour", "green"),
@@ -31,7 +31,7 @@ _VERDICTS = {
     "inconclusive": ("INCONCLUSIVE: too little to tell", "yellow"),
 }
 _METHODS = {
-    "bias": "exact: the constant shift becomes the bias of one layer",
+    "bias": "exact: the shift becomes the bias of one layer",
     "orthogonalise": "exact: the direction is taken out of all matrices that write it",
     "retarget": "exact: the checkpoint is rewritten as a Llama's, which has room for a bias",
     "closed_form": "fitted: a small LoRA adapter, by linear regression",
@@ -86,24 +86,20 @@ def print_sweep(console: Console, report: ValidationReport) -> None:
 def print_verdict(console: Console, report: ValidationReport, options: ValidateOptions) -> None:
     """Print the verdict on the direction in one panel: what is gained, what it costs, or what to do about it."""
     title, colour = _VERDICTS[report.verdict]
-    s, effect = report.scores, report.scores.effect
+    s, effect, limit = report.scores, report.scores.effect, options.max_perplexity_ratio
+    others = f"random directions {s.random:.0%}" + (
+        "" if s.instructed is None else f", asking for it {s.instructed:.0%}"
+    )
+    change = f"{100 * effect.low:+.0f} to {100 * effect.high:+.0f} points"
+    costs = [f"ordinary text surprises it {report.coherence.perplexity_ratio:.2f} times as much (limit {limit:g})"]
+    costs += [f"{e.name} {e.base:.0%} before, {e.steered:.0%} steered" for e in report.side_effects if e.shown]
     lines = [
         Text.assemble(
-            "Behaviour in the answers: ",
+            "Answers that show it: ",
             (f"{s.base:.0%} before, {s.steered:.0%} steered", "bold"),
-            f" ({report.n_prompts} test prompts; change {100 * effect.value:+.0f} points, 95 % sure of {100 * effect.low:+.0f}"
-            f" to {100 * effect.high:+.0f}). Random directions of this strength: {s.random:.0%}"
-            + ("" if s.instructed is None else f"; asking in the prompt: {s.instructed:.0%}")
-            + ".",
+            f" ({report.n_prompts} test prompts, 95 % sure of {change}); {others}",
         ),
-        Text(
-            f"Price: ordinary text surprises the model {report.coherence.perplexity_ratio:.2f} times as much "
-            f"(limit {options.max_perplexity_ratio:g})"
-            + "".join(
-                f"; {e.name}: {e.base:.0%} before, {e.steered:.0%} steered" for e in report.side_effects if e.shown
-            )
-            + "."
-        ),
+        Text(f"Price: {'; '.join(costs)}"),
     ]
     if report.verdict != "pass":
         *reasons, advice = report.reasons
@@ -113,7 +109,7 @@ def print_verdict(console: Console, report: ValidationReport, options: ValidateO
         Text(f"Beware: the two sides of the pairs also differ in {found.name}", "yellow") for found in report.confounds
     ]
     if weak := [wording.name for wording in report.wordings if not wording.holds]:
-        lines.append(Text(f"Less than half of the effect where prompts are put otherwise: {', '.join(weak)}", "yellow"))
+        lines.append(Text(f"Weak (below half) where prompts are put otherwise: {', '.join(weak)}", "yellow"))
     for power in report.power:
         if power.available < power.needed and power.detectable is not None and report.verdict != "pass":
             samples = "pairs" if "margin" in power.measure else "prompts"
@@ -133,7 +129,7 @@ def print_methods(console: Console, choices: Sequence[Choice]) -> None:
     """Print how each chosen backend turns the program into weights, and why none can where that is so."""
     for choice in choices:
         if choice.chosen:
-            note = "" if choice.adapter_refusal is None else " (a whole model; an adapter cannot hold it)"
+            note = "" if choice.adapter_refusal is None else " (no adapter)"
             _print_indented(
                 console, Text.assemble((f"{choice.backend:<12}", "bold"), f" {_METHODS[choice.backend]}{note}")
             )
@@ -141,43 +137,41 @@ def print_methods(console: Console, choices: Sequence[Choice]) -> None:
 
 def print_artifacts(console: Console, parities: Sequence[Parity]) -> None:
     """Print a row for each artifact, then every failed gate on a line of its own, then what too little was measured for."""
-    table = _table("  file", "left over", "same token", "effect", "")
+    table = _table("  file", "missing of the steering", "same next word", "")
     for p in parities:
-        retained = p.behaviour.effect_retained
         table.add_row(
             f"  {p.backend} {p.form}",
             f"{p.divergence.kl_remaining.value:.3%}",
             f"{p.divergence.top1:.1%}",
-            "-" if retained is None else f"{retained.value:.0%}",
             Text("PASS", "bold green") if p.passed else Text("FAIL", "bold red"),
         )
     console.print(table)
-    words = (
-        "left over: distance from the steered model, of what steering changes (0 % is the steered model itself); same "
-        "token: how often both find the same next token likeliest; effect: how much of steering's pull is kept"
-    )
-    _print_indented(console, Text(words, "dim"))
     for p in parities:
         for reason in p.reasons:
             _print_indented(console, Text(f"FAIL {p.backend} {p.form}: {reason}", "red"))
-    unchecked: dict[str, list[tuple[Parity, Check]]] = {}
-    for p in parities:
-        for check in p.unchecked:
-            unchecked.setdefault(check.name, []).append((p, check))
-    for name, found in unchecked.items():
-        p, check = max(found, key=lambda entry: entry[0].behaviour.score.needed)
-        score = p.behaviour.score
-        of = f"({len(found)} of {len(parities)})"
-        shown = f"not checked: {name} {of}: {check.text}"
-        if name == "score":
-            needed = f"needs {score.needed:,} prompts, there are {score.n}: raise verify.heldout or verify.prompts"
-            shown = f"not shown: that answers score the same {of}: {needed}"
-        _print_indented(console, Text(shown, "yellow"))
+    few = max(
+        (p.behaviour.score for p in parities if any(c.name == "score" for c in p.unchecked)),
+        key=lambda s: s.needed,
+        default=None,
+    )
+    shown = (
+        []
+        if few is None
+        else [f"not shown: that answers score the same (needs {few.needed:,} prompts, there are {few.n})"]
+    )
+    unmeasured = {
+        name: text for p in parities for name, text in p.unmeasured.items()
+    }  # what is not as it should be there
+    others = {c.name for p in parities for c in p.unchecked} - {"score", *unmeasured}
+    shown += [f"not checked: {', '.join(sorted(others))} (why: --verbose)"] if others else []
+    shown = [*(f"not checked: {name}: {text}" for name, text in unmeasured.items()), "; ".join(shown)]
+    for line in filter(None, shown):
+        _print_indented(console, Text(line, "yellow"))
 
 
 def print_answers(console: Console, ask: str, report: ValidationReport, parities: Sequence[Parity]) -> None:
     """Print the recipe's question and its answers, a line each."""
-    console.print(Text(f"\n{ask}", "bold"))
+    console.print(Text(f"  {ask}", "bold"))
     best = next((p for p in parities if p.passed), None)
     answers = [("base", report.samples["base"]), ("steered", report.samples["steered"])]
     answers += [("compiled", best.behaviour.sample)] if best else []
@@ -193,7 +187,7 @@ def print_end(console: Console, recommendation: Recommendation, paths: RunPaths)
         console.print(str(recommendation), soft_wrap=True)
         return
     title = f"SHIP {folder or recommendation.artifact}" if recommendation.artifact else "SHIP NONE"
-    _print_panel(console, title, colour, [Text(recommendation.reason)])
+    console.print(Text.assemble((title, f"bold {colour}"), f": {recommendation.reason}"))
     ours = _program()
     steps = {"look at it": str(paths.report)}
     if folder is not None:

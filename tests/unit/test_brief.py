@@ -61,7 +61,7 @@ def test_the_next_commands_stay_on_one_line_so_that_they_can_be_copied(run: Smal
     paths, folders = RunPaths(out, "tide"), [out / "merged/tide-bias-fp32", out / "adapters/tide-closed_form"]
     shipped = recommend(parities, folders, verdict="pass")
     lines = printed(brief.print_end, shipped, paths, width=400).splitlines()
-    assert any(f"SHIP {folders[0]}" in line for line in lines)
+    assert any(line.startswith(f"SHIP {folders[0]}: ") for line in lines)
     narrow = printed(brief.print_end, shipped, paths, width=40)
     for name, end in {
         "talk to it": f"chat '{out}'",
