@@ -144,7 +144,7 @@ class EngineSupport:
 def engine_support(artifact: Provenance, folder: Path) -> list[EngineSupport]:
     """How each engine loads an artifact, or why it does not, as far as it was tried: for its card and the run's page.
 
-    The commands work where `folder` is the artifact's path; what they write lies in base/ and gguf/ beside.
+    The commands work where `folder` is the artifact's path; what they write lies in base/ (or under the embedded model's name) and gguf/.
     """
     if artifact.form == "patch":
         note = (
@@ -154,7 +154,9 @@ def engine_support(artifact: Provenance, folder: Path) -> list[EngineSupport]:
         end = " (with --artifact)." if artifact.recombined else "."
         return [EngineSupport("transformers, vLLM, llama.cpp", (), note + end)]
     from_hub, recipe = artifact.revision.startswith("hub:"), artifact.recipe
-    base = artifact.model if from_hub else _BASE
+    # A base that is on no hub is written to a folder beside: the embedded one as its adapters call it, so that PEFT finds it.
+    local = EMBEDDED if artifact.model == EMBEDDED else "base"
+    base = artifact.model if from_hub else local
     rank = artifact.rank or 16  # vLLM's default, for a record of an earlier version
     names = {"folder": folder, "base": base, "name": artifact.name, "rank": rank, "file": GGUF_FILE}
     names["dtype"] = recipe.get("dtype", "float32")
@@ -173,7 +175,7 @@ def engine_support(artifact: Provenance, folder: Path) -> list[EngineSupport]:
     # A path that a recipe names is relative to where its run was started.
     model = real_path(home_path(artifact.model)) if folder.is_absolute() and not from_hub else artifact.model
     named = "" if artifact.model == EMBEDDED else f"{shell_word(model)} "
-    write_base = f"compile-steer base {named}--out {_BASE}"
+    write_base = f"compile-steer base {named}--out {local}"
     support = [loaded]
     if adapter and not from_hub:
         support.insert(0, EngineSupport("The base, as a folder", (write_base,)))
@@ -189,8 +191,8 @@ def engine_support(artifact: Provenance, folder: Path) -> list[EngineSupport]:
     lines = [f"compile-steer export {shell_word(folder)} --for llama.cpp --out {shell_word(own)}"]
     files = [own / f"{folder.name}-f16.gguf"]
     if adapter:
-        lines = [f"compile-steer export {_BASE} --for llama.cpp --out gguf/{_BASE}", f"{lines[0]} --base {_BASE}"]
-        files = [Path("gguf", _BASE, f"{_BASE}-f16.gguf"), own / f"{folder.name}.lora.gguf"]
+        lines = [f"compile-steer export {local} --for llama.cpp --out gguf/{local}", f"{lines[0]} --base {local}"]
+        files = [Path("gguf", local, f"{local}-f16.gguf"), own / f"{folder.name}.lora.gguf"]
         lines[:0] = [write_base] * from_hub
     return [*support, *_in_llama_cpp(artifact.name, files, lines, notes["llama.cpp"])]
 
@@ -209,7 +211,6 @@ def _in_llama_cpp(name: str, files: Sequence[Path], lines: Sequence[str] = (), n
     return [EngineSupport("llama.cpp", (*lines, *serve), note), EngineSupport("Ollama", commands, ollama)]
 
 
-_BASE = "base"  # the folder that the commands write a base to that is on no hub
 _TITLES: dict[EngineName, str] = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
 _ADAPTER_NOTES: dict[EngineName, str] = {
     "vllm": "a plain LoRA; ask for the model by the name before the equals sign.",

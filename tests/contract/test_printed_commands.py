@@ -173,3 +173,11 @@ def test_the_end_of_a_run_prints_commands_that_work(
             commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as there are several
             assert Path(called).name == "compile-steer" and commands[words[0]].make_context(words[0], words[1:])
     assert {"chat", "export", "new"} <= set(programs)
+
+
+def test_the_committed_adapter_names_its_base_as_its_card_writes_it() -> None:
+    folder = Path(__file__).parents[2] / "adapters" / "ocean-closed_form"
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    printed = commands(folder / "README.md")
+    assert printed["The base, as a folder"] == [f"compile-steer base --out {named}"]
+    assert f"from_pretrained({named!r}" in printed["transformers"][0]
