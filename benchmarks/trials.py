@@ -42,6 +42,10 @@ SETTINGS = [
     "validate.max_new_tokens=32",
     "validate.max_perplexity_ratio=2.5",
     "validate.max_repetition=0.5",
+    "validate.tolerances={answers: 1, right_answers: 1, refusals: 1, language: 1, instructions: 1}",
+    "validate.questions=4",
+    "validate.control_prompts=4",
+    "validate.wordings=0",
     "compile.calibration.prompts=40",
     "compile.calibration.max_new_tokens=32",
 ]
