@@ -26,6 +26,8 @@ class WholeReader(gguf.GGUFReader):
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data):,}, within what is to be at byte {int(offset):,}")
+        if isinstance(self.data, np.memmap):
+            vars(self)["data"] = self.data.view(np.ndarray)  # a slice of a view costs a third
         return super()._get(offset, dtype, count, override_order)
 
 

@@ -142,14 +142,14 @@ class AnswerDivergence:
 
     def __str__(self) -> str:
         kl, kl_base = float(self.compiled.mean()), float(self.base.mean())
-        values = f"KL(steered||compiled) {kl:.1e} nats a token, KL(steered||base) {kl_base:.2f}"
-        remaining = kl / kl_base if kl_base else 0.0
+        missed = kl / kl_base if kl_base else 0.0
         if self.limit is None:
-            verdict = f"{remaining:.2%} remains: not checked, {self.note}"
+            shown, verdict = f"{missed:.2%}", f"(not checked: {self.note})"
         else:
-            shown, most = decisive(remaining, self.limit / kl_base if kl_base else 0.0, ".2%")
-            verdict = f"{shown} remains ({self.note}), at most {most}: {'PASS' if self.passed else 'FAIL'}"
-        return f"On the {len(self.base)} tokens that steered answered: {values}: {verdict}"
+            shown, most = decisive(missed, self.limit / kl_base if kl_base else 0.0, ".2%")
+            verdict = f"(at most {most}; {self.note}): {'PASS' if self.passed else 'FAIL'}"
+        figures = f"KL a token: steered||compiled {kl:.1e}, steered||base {kl_base:.2f} nats"
+        return f"Compiled misses {shown} of what steering changes in this answer {verdict}. {figures}"
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class SideBySide:
         verify = member.parity.settings.get("verify", member.provenance.recipe.get("verify", {}))
         recipe = Recipe.recall({**member.provenance.recipe, "verify": verify}, member.folder)
         d = member.parity.divergence
-        measured = f"{d.kl_remaining.value:.2%} on the {d.n_texts} texts of its report"
+        measured = f"{d.kl_remaining.value:.2%} in its report"
         return kl_limit(member.parity, recipe.verify.gates, kl_base), measured
 
 

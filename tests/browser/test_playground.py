@@ -71,7 +71,7 @@ def test_columns_show_what_each_model_answers(page: Any, run: SmallRun) -> None:
         for side in SIDES:
             assert answer(models, side) in shown[side]
         assert answer(models, "compiled") not in shown["base"]
-        assert "KL(steered||compiled)" in shown["verdict"]
+        assert "Compiled misses" in shown["verdict"]
         steered, compiled = answer(models, "steered").split(), answer(models, "compiled").split()
         first = next(n for n, (a, b) in enumerate(zip(compiled, steered, strict=True)) if a != b)
         assert page.inner_text("#compiled .differs").strip() == compiled[first]
@@ -82,7 +82,7 @@ def test_columns_show_what_each_model_answers(page: Any, run: SmallRun) -> None:
         shown = ask(page, enter=True)
         assert "whole model" in shown["compiled"]
         assert answer(models, "steered") in shown["compiled"]  # it is exact
-        assert shown["verdict"].endswith("PASS")
+        assert ": PASS. KL" in shown["verdict"]
 
 
 def test_a_compiled_model_without_effect_is_seen(page: Any, run: SmallRun) -> None:
@@ -96,7 +96,7 @@ def test_a_compiled_model_without_effect_is_seen(page: Any, run: SmallRun) -> No
         shown = ask(page)
         assert answer(models, "base") in shown["compiled"]
         assert answer(models, "steered") not in shown["compiled"]
-        assert shown["verdict"].endswith("FAIL")
+        assert ": FAIL. KL" in shown["verdict"]
 
 
 def test_text_is_shown_as_text(page: Any, run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_strength_models_and_length_are_turned_while_talking(
     assert [words[0] for words in answers] == ["base", "steered", "compiled", "base", "compiled"]
     assert answers[0][1:] == answers[1][2:] == answers[2][2:]  # off; the others' labels name the strength
     assert len(answers[0]) == 4
-    assert "On the 3 tokens" in out
+    assert "Compiled misses 0.00%" in out
     assert "(now base,compiled)" in out
 
 

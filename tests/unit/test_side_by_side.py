@@ -77,7 +77,7 @@ def test_strength_turns_the_hooks_and_the_adapter(models: SideBySide) -> None:
     assert "strength 1" in str(weak)
     assert models.compare(answer, [0.0]).compiled.max() == 0
     unverified = replace(models, members=tuple(replace(member, parity=None) for member in models.members))
-    assert "not checked, it has no parity report" in str(unverified.compare(answer, [1.0]))
+    assert "not checked: it has no parity report" in str(unverified.compare(answer, [1.0]))
 
 
 def test_divergences_are_those_of_the_verifier(models: SideBySide, original: SmallRun) -> None:
@@ -165,12 +165,12 @@ def test_one_question_ends_with_the_verdict(
             main()
         lines = capsys.readouterr().out.strip().splitlines()
         assert ended.value.code == code
-        assert [line.split()[0] for line in lines] == ["base", "steered", "compiled", "On"]
-        assert lines[-1].endswith(verdict)
+        assert [line.split()[0] for line in lines] == ["base", "steered", "compiled", "Compiled"]
+        assert f": {verdict}. KL a token" in lines[-1]
     monkeypatch.setattr(sys, "argv", [*command, "--quiet"])
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().out.startswith("On the 6 tokens")
+    assert capsys.readouterr().out.startswith("Compiled misses")
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     with pytest.raises(SystemExit):
         main()
