@@ -136,6 +136,8 @@ def load(
         raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
     target = choose_device(device)
     source = find_model(reference)
+    # Before the weights are there: gguf's reader takes half a GB for the tokens of a large vocabulary.
+    license_id, revision, folder = source.license, source.revision, str(source.folder)
 
     def explain(reason: str) -> RecipeError:
         remedy = "Compare its config.json and its tokenizer's files with the publisher's, or get it again."
@@ -156,9 +158,8 @@ def load(
 
     require_spans(model)  # raises for what is no decoder of residual blocks before anything runs
     chat = chat or ChatSettings()
-    revision, folder = source.revision, str(source.folder)
     model = frozen(model, target)
-    return LoadedModel(model, tokenizer, reference, revision, folder, template, chat, source.license, device_map)
+    return LoadedModel(model, tokenizer, reference, revision, folder, template, chat, license_id, device_map)
 
 
 def spread_over(device_map: DeviceMap) -> dict[str, Any]:
