@@ -18,12 +18,12 @@ from transformers import PreTrainedConfig
 
 from compile_steer.artifacts.provenance import CARD, Provenance
 from compile_steer.artifacts.writing import new_file, new_folder
-from compile_steer.common.errors import ArtifactError, CannotLower
+from compile_steer.common.errors import ArtifactError, CannotLower, brief, shell_word
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf_tokenizer import tokenizer_fields
 from compile_steer.export.merged import merged_model
 from compile_steer.export.model_folder import patched_content
-from compile_steer.models.gguf import ROPE_FACTORS, write_and_close
+from compile_steer.models.gguf import ROPE_FACTORS, gemma3_scalar, write_and_close
 from compile_steer.models.libraries import read_config
 from compile_steer.models.load import LoadedModel, gguf_of
 from compile_steer.steering.patch import WeightPatch
@@ -39,6 +39,7 @@ GGUF_KINDS: Mapping[str, tuple[_Kind, gguf.LlamaFileType]] = {
 _LARGEST = {_Kind.F16: 65504.0, _Kind.Q8_0: 127 * 65504.0, _Kind.Q4_0: 8 * 65504.0}
 # transformers' family -> llama.cpp's architecture.
 _ARCHITECTURES = {
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -46,14 +47,19 @@ _ARCHITECTURES = {
 }
 
 
-def config_refusals(config: PreTrainedConfig) -> list[str]:
-    """Every reason why llama.cpp would not compute what transformers does from this config; empty where it would."""
+def config_refusals(config: PreTrainedConfig, folder: str = "FOLDER") -> list[str]:
+    """Every reason why llama.cpp would not compute what transformers does from this config; empty where it would.
+
+    `folder` is the merged one, for the command that llama.cpp's own script is run by.
+    """
     family = config.model_type
     if family not in _ARCHITECTURES:
         return [
             f"GGUF files are written for {', '.join(sorted(_ARCHITECTURES))}; this model is of family {family}. If llama.cpp "
-            "knows it, its own script converts a merged folder: python convert_hf_to_gguf.py FOLDER --outtype f16."
+            f"knows it, its own script converts a merged folder: python convert_hf_to_gguf.py {shell_word(folder)} --outtype f16."
         ]
+    if family == "gemma3_text":
+        return _gemma3_refusals(config)
     problems = []
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ("default", "llama3") or (rope == "llama3" and family != "llama"):
@@ -68,6 +74,32 @@ def config_refusals(config: PreTrainedConfig) -> list[str]:
     if family == "qwen3" and config.attention_bias:
         problems.append("GGUF: the attention has biases, which llama.cpp's graph of qwen3 does not read.")
     return problems
+
+
+def _gemma3_refusals(config: PreTrainedConfig) -> list[str]:
+    """Where a config differs from what llama.cpp's graph of Gemma 3 has in its code, and no field of a file changes."""
+    kinds = [f"{'full' if (n + 1) % 6 == 0 else 'sliding'}_attention" for n in range(config.num_hidden_layers)]
+    default = {"rope_type": "default"}
+    needed = {
+        "layer_types": kinds,
+        "query_pre_attn_scalar": gemma3_scalar(config),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "rope_parameters": {
+            "full_attention": {**default, "rope_theta": config.rope_parameters["full_attention"]["rope_theta"]},
+            "sliding_attention": {**default, "rope_theta": 10000.0},
+        },
+    }
+    different = {
+        key: getattr(config, key, None) for key, value in needed.items() if getattr(config, key, None) != value
+    }
+    return [
+        f"GGUF: {key} is {brief(value)}; llama.cpp's graph of Gemma 3 has {brief(needed[key])}."
+        for key, value in different.items()
+    ]
 
 
 class TensorNames:
@@ -153,7 +185,9 @@ def write_gguf_file(path: Path, patch: WeightPatch, loaded: LoadedModel, precisi
                 f"{parameter} holds {largest:.4g}, beyond {limit:.4g}, the largest value of {kind.name}; nothing was "
                 "written. Use a form of wider precision, as merged-fp32 or merged-bf16."
             )
-        values = names.rows(parameter, tensor).float().contiguous().numpy()
+        # Of Gemma's norm weights transformers keeps what exceeds 1.
+        above = 1.0 if names.architecture == "gemma3" and parameter.endswith("norm.weight") else 0.0
+        values = (names.rows(parameter, tensor).float() + above).contiguous().numpy()
         writer.add_tensor(stored_as, gguf.quantize(values, kind), raw_dtype=kind)
     if model.config.rope_parameters.get("rope_type") == "llama3":
         # What llama.cpp divides the unscaled frequencies by to get the model's own, [d_head / 2].
@@ -175,7 +209,10 @@ def _add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    ropes = config.rope_parameters
+    writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
 

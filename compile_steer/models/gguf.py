@@ -52,6 +52,8 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     width = reader.get_field(f"{config.model_type}.attention.key_length")
     if width is not None:
         config.head_dim = int(width.contents())
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = gemma3_scalar(config)
     # llama.cpp's llama graph adds a bias wherever the file has one. No GGUF field says so, but transformers' model has
     # biases only where its configuration does.
     if config.model_type == "llama":
@@ -76,6 +78,11 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     problems = [f"the file lacks {name}" for name in sorted(loading["missing_keys"])]
     problems += [f"the model has no place for {name}" for name in sorted(names - stored - {ROPE_FACTORS})]
     return model, tokenizer, problems
+
+
+def gemma3_scalar(config: Any) -> int:
+    """What llama.cpp's graph of Gemma 3 divides the square of attention's scores by, which no field says: another in the 27B."""
+    return int(config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim)
 
 
 def license_in(file: Path) -> object:

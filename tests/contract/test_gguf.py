@@ -195,7 +195,7 @@ def test_a_value_beyond_half_precision_names_its_module(base: Save, tmp_path: Pa
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused_all_at_once(tmp_path: Path) -> None:
-    for family in CONFIGS.keys() - set(FAMILIES):
+    for family in CONFIGS.keys() - {*FAMILIES, "gemma3_text"}:  # which has a test of its own
         (reason,) = config_refusals(loaded(family).model.config)
         assert f"this model is of family {family}. " in reason and "llama, mistral, qwen2, qwen3" in reason
     assert [config_refusals(loaded(family).model.config) for family in FAMILIES] == [[]] * 4

@@ -19,7 +19,7 @@ from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteerError, several, shell_word
 from compile_steer.export.adapter import PATCH_FILE, write_lora
 from compile_steer.export.engine_support import PLUGIN, Form, adapter_refusals, checkpoint_refusals, load_commands
-from compile_steer.export.gguf import GGUF_KINDS, write_gguf_file, write_lora_gguf
+from compile_steer.export.gguf import GGUF_KINDS, config_refusals, write_gguf_file, write_lora_gguf
 from compile_steer.export.model_folder import copy_model, copy_side_files
 from compile_steer.formats.lora import ADAPTER_CONFIG, PlainLora, read_lora
 from compile_steer.models.checked import require_plain
@@ -264,6 +264,7 @@ def _misfits(lora: PlainLora, base: Path) -> Iterator[str]:
 
 def _export_checkpoint(folder: Path, engine: EngineName, new: Path, precision: str) -> tuple[list[str], _Names]:
     problems = checkpoint_refusals(engine, _config(folder), Checkpoint(folder))
+    problems += config_refusals(_config(folder), str(folder)) if engine == "llama.cpp" else []
     if problems:
         raise CannotLower([f"{folder}: {problem}" for problem in problems])
     if engine == "llama.cpp":
