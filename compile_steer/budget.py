@@ -39,7 +39,8 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
             "prompts": 8,
             "samples_per_prompt": 4,
             "prompts_per_set": 1,
-            "long": 0,
+            "long": 1,
+            "long_tokens": 1024,
             "free_tokens": 8,
             "capability": 12,
         },
@@ -63,7 +64,7 @@ BUDGETS: dict[Budget, dict[str, Any]] = {
             "prompts": 64,
             "samples_per_prompt": 16,
             "prompts_per_set": 4,
-            "long": 2,
+            "long": 4,
         },
     },
 }

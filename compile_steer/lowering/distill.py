@@ -33,6 +33,7 @@ from compile_steer.lowering.training import BETAS, gradient_steps, held_out_spli
 from compile_steer.models.libraries import quiet
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
+from compile_steer.steering.hooks import RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -235,7 +236,7 @@ def _train_likelihood(
     seen_texts = [texts[row] for batch in seen for row in batch.batch.rows]
     mean_length = sum(len(text.ids) for text in seen_texts) / len(seen_texts)
     rows = [
-        {"input_ids": list(text.ids), "completion_mask": [0] * text.n_prompt + [1] * (len(text.ids) - text.n_prompt)}
+        {"input_ids": list(text.ids), "completion_mask": [int(role == RESPONSE) for role in text.roles]}
         for text in seen_texts
     ]
     with tempfile.TemporaryDirectory() as folder, quiet():

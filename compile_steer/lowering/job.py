@@ -7,7 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from compile_steer.artifacts.writing import new_file
 from compile_steer.common import distributed
 from compile_steer.common.errors import CannotLower, RecipeError
 from compile_steer.common.progress import Advance, Progress
+from compile_steer.data.contexts import in_contexts
 from compile_steer.lowering.options import CompileOptions
-from compile_steer.models.generate import continue_prompts
+from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
@@ -171,11 +172,14 @@ class Lowering:
         state = self.state(label, encoded, self.options.calibration, start)
         saved = state.load()
         if saved is not None:
-            return [Encoded(**text) for text in saved]
-        with self.progress.phase(f"steered model writes {label}", len(encoded)) as advance:
-            texts = self.sample(encoded, self.program, self.seed + start, advance)
-        state.save([asdict(text) for text in texts])
-        return texts
+            written = [Encoded(**text) for text in saved]
+        else:
+            with self.progress.phase(f"steered model writes {label}", len(encoded)) as advance:
+                written = self.sample(encoded, self.program, self.seed + start, advance)
+            state.save([asdict(text) for text in written])
+        responses = [response_text(self.loaded, text) for text in written]
+        texts = [replace(text, response=response) for text, response in zip(by_length, responses, strict=True)]
+        return in_contexts(self.loaded, texts, written, self.options.calibration.max_context, self.seed + start)
 
     def sample(
         self, prompts: Sequence[Encoded], program: Program | None, seed: int, advance: Advance = lambda _n: None

@@ -17,6 +17,12 @@ class CalibrationOptions(Section):
     prompts: int = Field(180, ge=1, description="calibration prompts that the closed form is fitted to")
     max_new_tokens: int = Field(48, ge=1, le=100_000, description="length of a continuation")
     batch: int = Field(96, ge=1, description="prompts continued at once")
+    max_context: int = Field(
+        2048,
+        ge=16,
+        le=1_000_000,
+        description="tokens that the texts are joined to, in conversations and documents of many lengths; at most the model's",
+    )
 
 
 class ClosedFormStage(Section):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import CompileSteerError, LayoutError, library_errors
-from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, encode, pad, require_room
@@ -33,7 +31,6 @@ def continue_prompts(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    cache: Cache | None = None,
 ) -> list[Encoded]:
     """Continue each prompt; returns prompt and continuation, cut after the end-of-turn token.
 
@@ -43,7 +40,6 @@ def continue_prompts(
         prompts: conversations; a response after the last prompt is ignored.
         program: steers the model: one program for all prompts, one per prompt, or None.
         temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
-        cache: the result of `prefill` for the only prompt, under the same program; it is not changed.
     """
     texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
@@ -66,7 +62,6 @@ def continue_prompts(
                 batch,
                 traits.caches,
                 max_new_tokens,
-                past_key_values=copy.deepcopy(cache),
                 logits_processor=draws,
             )
         continued = []
@@ -133,17 +128,15 @@ def _generate(loaded: LoadedModel, batch: Batch, use_cache: bool, max_new_tokens
 
 @dataclass
 class _Traits:
-    """What a model's own code does right beside a plain pass: attention does all three, what passes a state on may not.
+    """What a model's own code does right beside a plain pass: attention does both, what passes a state on may not.
 
     Attributes:
         pads: padding on the left changes nothing.
         caches: generating token by token from a cache gives what whole passes give.
-        continues: so does going on from `prefill`.
     """
 
     pads: bool = False
     caches: bool = False
-    continues: bool = False
 
 
 _TRAITS: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
@@ -189,10 +182,6 @@ def _traits(loaded: LoadedModel) -> _Traits:
     if failure is not None:
         raise failure
     _TRAITS[model] = traits
-    text = Encoded(ids, 4)
-    with suppress(CompileSteerError), library_errors(LayoutError):
-        kept = _prefill(loaded, text, idle)
-        traits.continues = same(states_after(loaded, text, kept, idle), states_after(loaded, text, None, idle))
     return traits
 
 
@@ -214,32 +203,6 @@ def neutral_generation(loaded: LoadedModel, temperature: float = 0.0) -> Iterato
         yield
     finally:
         model.generation_config = own
-
-
-def prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None = None) -> Cache | None:
-    """Keys and values of a prompt of two or more tokens, without its last one: `generate` must have one token to read.
-
-    None where the model's own code does not go on from them as it should.
-    """
-    return _prefill(loaded, prompt, program) if _traits(loaded).continues else None
-
-
-def _prefill(loaded: LoadedModel, prompt: Encoded, program: Program | None) -> Cache:
-    batch, end = pad([prompt], [0], loaded.pad_id).to(loaded.device), prompt.n_prompt - 1
-    with steered(loaded.model, program, roles=batch.roles[:, :end]), torch.no_grad():
-        output = loaded.layout.backbone(input_ids=batch.input_ids[:, :end], use_cache=True)
-    return cast(Cache, output.past_key_values)
-
-
-def states_after(loaded: LoadedModel, text: Encoded, cache: Cache | None, program: Program | None = None) -> Tensor:
-    """Final hidden states [n, d_model] that predict the n tokens of a text's response, from `prefill` of its prompt."""
-    batch = pad([text], [0], loaded.pad_id).to(loaded.device)
-    rest = batch.input_ids[:, text.n_prompt - 1 :]
-    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
-        if cache is None:
-            return run_blocks(loaded.model, batch.input_ids, batch.attention_mask)[0, text.n_prompt - 1 : -1]
-        output = loaded.layout.backbone(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
-    return cast(Tensor, output.last_hidden_state[0, :-1])
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:

@@ -20,7 +20,7 @@ from compile_steer.models.forward import lm_head, run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
-from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.hooks import LAST_PROMPT, PAD, steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
@@ -183,7 +183,10 @@ class FinalStates:
     # Apart, because a chat template's tokens are the same in every prompt, and would flatter a mean.
     response: Tensor  # where a response token is predicted
     prompt: Tensor  # at all other tokens
-    texts: Tensor  # index of the text of each of the response's positions, [n_tokens]
+    # Of each of the response's positions, [n_tokens]: index of the text, number of the response in it, and tokens read so far.
+    texts: Tensor
+    turns: Tensor
+    before: Tensor
 
     def first(self, count: int) -> Tensor:
         """`response` of the first `count` texts, in the order in which `final_states` has these texts alone."""
@@ -192,18 +195,20 @@ class FinalStates:
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
-    response, prompt, texts = [], [], []
+    response, prompt, places = [], [], []
     own = distributed.share(range(len(encoded)))
     for batch in batches(loaded, [encoded[row] for row in own]):
         with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
             final = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
         predicts = batch.predicts_response
         response.append(final[predicts])
-        texts.append(torch.tensor(own)[list(batch.rows)][predicts.nonzero()[:, 0].cpu()])
+        rows, times = predicts.nonzero().cpu().unbind(dim=1)
+        turns = (batch.roles == LAST_PROMPT).cumsum(dim=1)[predicts].cpu()
+        places.append(torch.stack([torch.tensor(own)[list(batch.rows)][rows], turns, times + 1], dim=1))
         prompt.append(final[~predicts & (batch.roles != PAD)])
     at = loaded.device
     joined = distributed.concatenate(response, at), distributed.concatenate(prompt, at)
-    return FinalStates(*joined, distributed.concatenate(texts, torch.device("cpu")))
+    return FinalStates(*joined, *distributed.concatenate(places, torch.device("cpu")).unbind(dim=1))
 
 
 def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:

@@ -182,6 +182,8 @@ def details(p: Parity) -> list[tuple[str, str]]:
         ("score", score_basis(b)),
         ("repeated 3-grams", f"{b.repetition_compiled:.2f} (steered {b.repetition_steered:.2f})"),
     ]
+    if p.contexts:
+        lines.append(("remaining KL by tokens of context [95 %]", "; ".join(map(str, p.contexts))))
     if p.inherited:
         lines.append(("measured once", p.inherited))
     if p.wordings:

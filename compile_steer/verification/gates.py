@@ -17,6 +17,7 @@ from compile_steer.verification.parity import Check, Parity
 _GAIN_MARGIN = 0.05
 # nats per token: summing in another order in fp32 changes a hundredth of this. A compile may be 2 % off; its file may not be.
 _FILE_MARGIN = 1e-4
+_LEAST_RESPONSES = 4  # of fewer answers no interval tells anything
 
 
 def judged(parity: Parity, gates: Gates) -> Parity:
@@ -82,6 +83,7 @@ def _limits(parity: Parity, gates: Gates) -> Iterator[Check]:
     for place, kl in places.items() if parity.exact else ():
         unknown = Check(f"KL {place}", "not checked", "what rounding costs there is not measured")
         yield unknown if rounding and rounding.kl_steered else _kl(f"KL {place}", place, kl, gates.exact_kl)
+    yield from _contexts(parity, gates)
     # Other scales are only reported: a change that was trained at one strength need not scale with it.
     for off in adapter.scales if adapter else ():
         if off.scale == 0:
@@ -112,6 +114,26 @@ def _wordings(parity: Parity, gates: Gates) -> Iterator[Check]:
         each = ", ".join(f"{w.name} {decisive(w.kl_remaining or 0.0, gates.kl_remaining, '.2%')[0]}" for w in above)
         text = f"remaining KL above {gates.kl_remaining:.0%}, but on about {above[0].n_tokens} tokens each: {each}"
         yield Check("KL in other wordings", "not checked", text)
+
+
+def _contexts(parity: Parity, gates: Gates) -> Iterator[Check]:
+    """The worst length of context. Each has few answers: of an approximate compile the whole interval must be above."""
+    if parity.exact and parity.contexts:
+        worst = max(parity.contexts, key=lambda one: one.kl)
+        unknown = Check("contexts", "not checked", "what rounding costs there is not measured")
+        place = f"behind {worst.start:,} to {worst.stop:,} tokens"
+        yield unknown if parity.rounding else _kl("contexts", place, worst.kl, gates.exact_kl)
+        return
+    enough = [one for one in parity.contexts if one.n_responses >= _LEAST_RESPONSES]
+    if not enough:
+        yield Check("contexts", "not checked", "no answers were read behind long contexts (verify.long)")
+        return
+    limits = [kl_limit(parity, gates, one.kl_base) / one.kl_base for one in enough]
+    above, limit, worst = max(
+        ((one.kl_remaining.low - limit, limit, one) for one, limit in zip(enough, limits, strict=True)),
+        key=lambda found: found[0],
+    )
+    yield _check("contexts", above <= 0, f"remaining KL by tokens of context, {worst}; at most {limit:.2%}")
 
 
 def _tests(parity: Parity) -> Iterator[Check]:

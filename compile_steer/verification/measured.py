@@ -1,9 +1,10 @@
 """What a model does on the verifier's prompts, measured once for all artifacts that compute the same.
 
 An artifact computes what another model does if their distributions agree on the texts of the verifier and all that these
-texts cannot show is equal: what makes tokens of text and text of tokens, the tokens that end an answer, and the embeddings,
-which alone have weights that only some tokens reach. Then what was measured of the other is true of it. Every artifact is
-loaded from its own files and compared in the verifier's own process: without that nothing is taken over.
+texts cannot show is equal: what makes tokens of text and text of tokens, the tokens that end an answer, the configuration,
+and the embeddings, which alone have weights that only some tokens or positions reach. Then what was measured of the other
+is true of it. Every artifact is loaded from its own files and compared in the verifier's own process: without that nothing
+is taken over.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compile_steer.models.generate import end_tokens
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, divergence, encode_pairs, final_states
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, encode_pairs, final_states
 from compile_steer.models.tokens import encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
 from compile_steer.verification.parity import SampledScore
-from compile_steer.verification.prompt_report import PromptKL, PromptSet
+from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
 
 if TYPE_CHECKING:
     from compile_steer.artifacts.provenance import Provenance
@@ -37,6 +38,7 @@ _FORMS = (
     "merged-bf16",
     "merged-fp16",
 )  # of a quantised file the base is another one, of an adapter less is known
+_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 # A rounded form may be this part of the KL gate from what it was rounded from: its behaviour is then the same within what
 # the tests of behaviour can see, for which the whole gate is allowed.
 _ROUNDING = 0.1
@@ -68,11 +70,13 @@ class Measured:
     correct: np.ndarray
     prompt_sets: list[PromptSet]
     wordings: list[PromptKL]
+    contexts: list[ContextLength]
     score: tuple[SampledScore | None, Equivalence | None]
 
 
 def measured_steered(reference: Reference) -> Measured:
     """The steered model, of which all is known."""
+    nothing = TokenDivergence(torch.zeros_like(reference.kl_base.kl), torch.ones_like(reference.kl_base.same_top1))
     return Measured(
         STEERED,
         "",
@@ -84,12 +88,15 @@ def measured_steered(reference: Reference) -> Measured:
         reference.correct.steered,
         reference.prompt_sets.of_steered(),
         reference.prompt_sets.compare_wordings(None),
+        reference.contexts.compare(None, nothing, reference.kl_base),
         reference.compare_score(None, reference.states.steered),
     )
 
 
-def measure(reference: Reference, artifact: LoadedModel, states: FinalStates, origin: Provenance) -> Measured:
-    """Measure `artifact`, whose final states on the held-out texts are `states`, and keep it for those that compute the same."""
+def measure(
+    reference: Reference, artifact: LoadedModel, states: FinalStates, kl: TokenDivergence, origin: Provenance
+) -> Measured:
+    """Measure `artifact`, and keep it for those that compute the same; `states` and `kl` are of the held-out texts."""
     measured = Measured(
         f"{origin.backend} {origin.form}",
         origin.backend,
@@ -101,6 +108,7 @@ def measure(reference: Reference, artifact: LoadedModel, states: FinalStates, or
         correct_answers(artifact, QUESTIONS[: reference.options.capability]),
         reference.prompt_sets.compare(artifact),
         reference.prompt_sets.compare_wordings(artifact),
+        reference.contexts.compare(artifact, kl, reference.kl_base),
         reference.compare_score(artifact, states),
     )
     if origin.has_all_bits:  # of the others many weights are their own: kept, each would be another model in memory
@@ -119,7 +127,10 @@ def same_as(
     """
     if origin.form not in _FORMS:
         return None
-    if not _same_embeddings(artifact, rounded or reference.model) or not _reads_alike(reference, artifact):
+    base = reference.model
+    if not (
+        _same_tables(artifact, rounded or base) and _same_settings(artifact, base) and _reads_alike(reference, artifact)
+    ):
         return None
     for known in reference.measured:
         if known.backend not in ("", origin.backend) or not _near(known.states, states):
@@ -145,13 +156,25 @@ def _near(one: FinalStates, other: FinalStates) -> bool:
     return bool((one.response - other.response).square().sum() <= 0.01 * size)
 
 
-def _same_embeddings(artifact: LoadedModel, own: LoadedModel) -> bool:
-    """Whether embedding and head are the base's, which `reload` has then given one memory."""
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        one, other = (getattr(loaded.model, name)().weight for loaded in (artifact, own))
-        if one.data_ptr() != other.data_ptr():
-            return False
-    return True
+def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:
+    """Whether embeddings, of tokens and of positions, and head are the base's, which `reload` has then given one memory."""
+
+    def tables(loaded: LoadedModel) -> dict[str, int]:
+        modules = {name: one for name, one in loaded.model.named_modules() if isinstance(one, nn.Embedding)}
+        modules["head"] = loaded.model.get_output_embeddings()
+        return {name: one.weight.data_ptr() for name, one in modules.items()}
+
+    return tables(artifact) == tables(own)
+
+
+def _same_settings(artifact: LoadedModel, base: LoadedModel) -> bool:
+    """Whether the configurations are equal but for names, versions and biases: what acts on long texts only is there."""
+
+    def settings(loaded: LoadedModel) -> dict[str, object]:
+        config = loaded.model.config.to_dict()
+        return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
+
+    return settings(artifact) == settings(base)
 
 
 def _reads_alike(reference: Reference, artifact: LoadedModel) -> bool:

@@ -63,8 +63,12 @@ class VerifyOptions(Section):
     prompts_per_set: int = Field(
         2, ge=1, description="prompts of each set: held-out, off-topic, multi-turn; answered freely too"
     )
-    long: int = Field(1, ge=0, description="prompts of at least long_tokens tokens, made of the control texts")
-    long_tokens: int = Field(1000, ge=16, le=1_000_000, description="length of these prompts")
+    long: int = Field(
+        2,
+        ge=0,
+        description="long conversations of the held-out answers and control texts, for the KL by length of context",
+    )
+    long_tokens: int = Field(2048, ge=16, le=1_000_000, description="length of these, at most the model's positions")
     free_tokens: int = Field(16, ge=4, le=100_000, description="of an answer to these prompts")
     capability: Literal[0] | Annotated[int, Field(ge=2, le=24)] = Field(
         24, description="short questions with one right answer, of 24, for the capability retention; 0 asks none"

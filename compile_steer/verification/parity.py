@@ -14,7 +14,7 @@ from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha25
 from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
-from compile_steer.verification.prompt_report import PromptKL, PromptSet
+from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ class Parity(Summary):
     wordings: list[PromptKL] = field(
         default_factory=list
     )  # the same held-out prompts put otherwise, see `data.wordings`
+    contexts: list[ContextLength] = field(default_factory=list)  # by length, shortest first; empty: not measured
     capability: Capability | None  # None where no questions were asked
     adapter: AdapterControls | None  # None for a whole model
     rounding: Rounding | None  # None for all bits

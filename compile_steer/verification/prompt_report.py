@@ -5,7 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]
+from compile_steer.stats import Interval
+
+PromptSetName = Literal["held-out", "off-topic", "multi-turn", "long"]  # the last in earlier reports
+
+
+@dataclass(frozen=True)
+class ContextLength:
+    """Divergence where held-out answers are predicted behind at least `start` and fewer than `stop` tokens."""
+
+    start: int
+    stop: int
+    n_tokens: int
+    n_responses: int
+    kl: float  # mean KL(steered||compiled)
+    kl_base: float  # mean KL(steered||base)
+    kl_remaining: Interval  # their ratio, with its 95 % bootstrap interval over responses
+    top1: float  # agreement of compiled and steered
+
+    def __str__(self) -> str:
+        remaining = self.kl_remaining
+        return (
+            f"{self.start:,} to {self.stop:,}: {remaining.value:.2%} [{remaining.low:.2%}, {remaining.high:.2%}] of "
+            f"{self.n_responses} answers"
+        )
 
 
 @dataclass(frozen=True)

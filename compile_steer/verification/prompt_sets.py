@@ -12,14 +12,12 @@ from itertools import accumulate, cycle, islice
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import Cache
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.data.wordings import worded
-from compile_steer.models.generate import continue_prompts, ended, prefill, response_text, states_after
+from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
@@ -45,7 +43,7 @@ class Prompt:
 def build_prompts(
     base: LoadedModel, data: Behaviour, options: VerifyOptions
 ) -> tuple[dict[PromptSetName, list[Prompt]], list[str]]:
-    """The prompts of each set, the long ones last, and why a set is missing."""
+    """The prompts of each set, and why a set is missing."""
     count, remarks = options.prompts_per_set, []  # a set that a model cannot have is a remark, not an error
 
     def prompts(texts: Sequence[Text]) -> list[Prompt]:
@@ -58,16 +56,6 @@ def build_prompts(
         sets["multi-turn"] = talks
     except RecipeError as error:
         remarks.append(f"no prompts of several turns were verified ({error})")
-    if options.long:
-        long = [_long_prompt(base, data, options.long_tokens, number) for number in range(options.long)]
-        room = base.positions
-        longest = max(len(prompt.encoded.ids) for prompt in long) + options.free_tokens
-        if room is None or longest <= room:
-            sets["long"] = long
-        else:
-            remarks.append(
-                f"no long prompts were verified: {longest:,} tokens are needed, the model has {room:,} positions"
-            )
     return sets, remarks
 
 
@@ -77,19 +65,6 @@ def _conversations(data: Behaviour) -> Iterator[Text]:
     for text, before in zip(data.heldout, cycle(data.neutral)):
         if not text.history:
             yield replace(text, history=((before.prompt, before.response),))
-
-
-def _long_prompt(base: LoadedModel, data: Behaviour, tokens: int, number: int) -> Prompt:
-    """A held-out prompt after control texts, in one turn of at least `tokens` tokens; `number` is the first control text."""
-    last = data.heldout[number % len(data.heldout)]
-    paragraphs: list[str] = []
-    for text in islice(cycle(data.neutral), number, None):
-        paragraphs.append(f"{text.prompt}\n{text.response}")
-        whole = Text("\n\n".join([*paragraphs, last.prompt]))
-        encoded = encode(base.tokenizer, whole)
-        if len(encoded.ids) >= tokens:
-            return Prompt(whole.prompt, encoded)
-    raise RecipeError("data.neutral is empty; needed: texts, from which long prompts are made.")
 
 
 @dataclass(frozen=True)
@@ -182,29 +157,17 @@ class PromptSets:
     def _run(self, model: LoadedModel, program: Program | None) -> _Run:
         """Answer every prompt, and read the steered model's sampled answers; the steered model comes first."""
 
-        def answer(prompts: list[Encoded], decoding: Decoding, cache: Cache | None = None) -> list[Encoded]:
+        prompts = [prompt for of_set in self.prompts.values() for prompt in of_set]
+        answers = {
             # One seed and one shape of the batch: every model draws with the same random numbers.
-            temperature, limit = _TEMPERATURES[decoding], self._tokens
-            return continue_prompts(
-                model, prompts, program, max_new_tokens=limit, temperature=temperature, seed=self._seed, cache=cache
+            decoding: continue_prompts(
+                model, prompts, program, max_new_tokens=self._tokens, temperature=temperature, seed=self._seed
             )
-
-        short = [prompt for name, prompts in self.prompts.items() if name != "long" for prompt in prompts]
-        answers = {decoding: answer(short, decoding) for decoding in _TEMPERATURES}
-        # A long prompt is read once and continued from its cache three times.
-        long = [(prompt, prefill(model, prompt, program)) for prompt in self.prompts.get("long", [])]
-        for prompt, cache in long:
-            for decoding, own in answers.items():
-                own += answer([prompt], decoding, cache)
+            for decoding, temperature in _TEMPERATURES.items()
+        }
         # Sampled answers are read, because greedy ones are where a model is most certain.
         texts = (self._steered.answers if program is None else answers)["sampled"]
-        states: dict[PromptSetName, Tensor] = {}
-        for name, part in self._parts.items():
-            if name == "long":
-                after = zip(texts[part], long, strict=True)
-                states[name] = torch.cat([states_after(model, text, cache, program) for text, (_p, cache) in after])
-            else:
-                states[name] = final_states(model, texts[part], program).response
+        states = {name: final_states(model, texts[part], program).response for name, part in self._parts.items()}
         scores = {}
         if self._score is not None:
             for decoding, own in answers.items():

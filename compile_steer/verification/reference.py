@@ -33,6 +33,7 @@ from compile_steer.scoring.base import ScorerBase
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, power_analysis
 from compile_steer.steering.program import Program
+from compile_steer.verification.contexts import Contexts
 from compile_steer.verification.controls import SCALE_TEXTS
 from compile_steer.verification.measured import Measured, measured_steered
 from compile_steer.verification.options import VerifyOptions
@@ -116,6 +117,7 @@ class Reference:
             advance(1)
             score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
             self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
+            self.contexts = Contexts(context, program, options, self.heldout, self.states.steered)
             self.sampled_scores = self.sample_scores(self._data)
             self.measured = [measured_steered(self)]
             advance(1)

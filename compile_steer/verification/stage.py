@@ -15,7 +15,7 @@ from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, divergence, final_states, fingerprint
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.models.tokens import encode
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
@@ -88,8 +88,9 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         share_equal(artifact.model, quantized.model.model)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
+    kl = reference.kl_from_steered(artifact, states)
     same = same_as(reference, artifact, states, origin, quantized.model if quantized else None)
-    measured = same[0] if same else measure(reference, artifact, states, origin)
+    measured = same[0] if same else measure(reference, artifact, states, kl, origin)
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
@@ -109,16 +110,22 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         ),
         file_error=file_error,
         inherited=f"behaviour, control text and capability are those of {same[0].name}: {same[1]}" if same else "",
-        divergence=measure_divergence(reference, against, artifact, states, measured),
+        divergence=measure_divergence(reference, against, artifact, states, kl, measured),
         behaviour=measure_behaviour(reference, against, measured),
         prompt_sets=measured.prompt_sets,
         wordings=measured.wordings,
+        contexts=measured.contexts,
         capability=capability,
         adapter=adapter_controls(reference, artifact, states, measured.margins) if origin.form == "adapter" else None,
         rounding=measure_rounding(reference, quantized, artifact, states, quantising=against is quantized)
         if quantized
         else None,
-        remarks=[*reference.context.notes, *_other_prompts(base, origin), *reference.prompt_sets.remarks],
+        remarks=[
+            *reference.context.notes,
+            *_other_prompts(base, origin),
+            *reference.prompt_sets.remarks,
+            *reference.contexts.remarks,
+        ],
         unmeasured=unmeasured,
         sha256={},
     )
@@ -155,14 +162,19 @@ def _measure_file(
 
 
 def measure_divergence(
-    reference: Reference, against: Reference, artifact: LoadedModel, states: FinalStates, measured: Measured
+    reference: Reference,
+    against: Reference,
+    artifact: LoadedModel,
+    states: FinalStates,
+    kl: TokenDivergence,
+    measured: Measured,
 ) -> Divergence:
-    """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts.
+    """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts, `kl` its KL there.
 
     `against` is the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
     The latter is of `measured`.
     """
-    kl, kl_base, seed = reference.kl_from_steered(artifact, states), reference.kl_base, reference.context.seed
+    kl_base, seed = reference.kl_base, reference.context.seed
     # The text is the unit of both intervals: tokens of one text share its topic, so they are not independent.
     mean = bootstrap_ratio(kl.kl, torch.ones_like(kl.kl), states.texts, seed=seed)
     # Least squares of the compiled change of the final hidden states [n, d_model] on the steered change.

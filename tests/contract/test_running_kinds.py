@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from compile_steer.common.errors import LayoutError
 from compile_steer.lowering.plan import plan
 from compile_steer.models.forward import require_spans
-from compile_steer.models.generate import continue_prompts, prefill, states_after
+from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
@@ -61,8 +60,6 @@ def test_what_runs_together_is_what_runs_alone(kind: str) -> None:
             with steered(one.model, response, roles=roles), torch.no_grad():
                 ids.append(int(one.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         assert text.ids == tuple(ids)
-    after = states_after(one, texts[0], prefill(one, texts[0], response), response)
-    torch.testing.assert_close(after, final_states(one, texts[:1], response).response, atol=1e-3, rtol=1e-3)
 
 
 def test_a_lora_that_peft_would_not_load_is_refused_before_any_work() -> None:

@@ -45,7 +45,7 @@ def test_the_card_shows_the_parity_only_after_verification(run: SmallRun) -> Non
     assert all(reason in after for reason in parity.reasons)
     passed = card(run.paths.merged("bias", "fp32"))
     (verdict,) = [row for row in passed.splitlines() if row.startswith("| verification |")]
-    assert verdict.startswith("| verification | passed; not checked: prompts") and "score" not in verdict, (
+    assert verdict.startswith("| verification | passed") and "score" not in verdict, (
         "its score is shown to be equivalent"
     )
     assert "| Is this file the steered model? | Yes: " in passed

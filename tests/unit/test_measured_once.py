@@ -83,6 +83,9 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "end of an answer":
         path = folder / "generation_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, 50]}))
+    elif what == "configuration":
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 200}))
     elif what == "names of tokens":
         path = folder / "tokenizer.json"
         path.write_text(path.read_text().replace('"w50"', '"w-50"'))
@@ -90,7 +93,9 @@ def spoil(folder: Path, what: str) -> None:
     Provenance.read(folder).write(folder)
 
 
-@pytest.mark.parametrize("what", ["weights", "a token of no text", "end of an answer", "names of tokens"])
+@pytest.mark.parametrize(
+    "what", ["weights", "a token of no text", "end of an answer", "configuration", "names of tokens"]
+)
 def test_one_that_may_not_do_the_same_is_measured(case: VerifierCase, adapter: Parity, what: str) -> None:
     folder = case.merged_adapter(what.replace(" ", "-"))
     spoil(folder, what)

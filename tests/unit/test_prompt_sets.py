@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from compile_steer.common.errors import RecipeError
 from compile_steer.data.wordings import WORDINGS
 from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import details, print_parities
 from compile_steer.steering.hooks import RESPONSE
-from compile_steer.steering.program import Program
 from compile_steer.verification.gates import judged
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import Check, Parity, Rounding
@@ -30,9 +26,9 @@ from compile_steer.verification.prompt_sets import PromptSets, build_prompts, sa
 from tests.helpers.tiny import loaded
 from tests.helpers.verification import VerifierCase, behaviour, recipe
 
-SETTINGS: dict[str, Any] = {"prompts_per_set": 2, "long": 2, "long_tokens": 60, "free_tokens": 5}
+SETTINGS: dict[str, Any] = {"prompts_per_set": 2, "long": 0, "free_tokens": 5}
 OPTIONS = recipe(**SETTINGS).verify
-NAMES = ["held-out", "off-topic", "multi-turn", "long"]
+NAMES = ["held-out", "off-topic", "multi-turn"]
 
 
 def prompt_sets(case: VerifierCase, scored: bool = True) -> PromptSets:
@@ -44,16 +40,10 @@ def test_each_set_has_the_prompts_that_its_name_says(case: VerifierCase) -> None
     sets, remarks = build_prompts(case.base, behaviour(), OPTIONS)
     encoded = {name: [prompt.encoded for prompt in prompts] for name, prompts in sets.items()}
     assert all(one.plain == text.prompt for one, text in zip(sets["multi-turn"], behaviour().heldout, strict=False))
-    assert sets["long"][0].plain.endswith(f"\n\n{behaviour().heldout[0].prompt}")
     assert remarks == [] and list(encoded) == NAMES
-    assert [len(prompts) for prompts in encoded.values()] == [2, 2, 2, 2]
+    assert [len(prompts) for prompts in encoded.values()] == [2, 2, 2]
     assert all(len(one.ids) == one.n_prompt for prompts in encoded.values() for one in prompts), "no answers yet"
     assert all(len(one.earlier) == 1 and RESPONSE in one.roles for one in encoded["multi-turn"])
-    first, second = (one.ids for one in encoded["long"])
-    assert min(len(first), len(second)) >= 60 and first != second
-    text = case.base.tokenizer.decode(list(first))
-    assert behaviour().neutral[0].response in text and behaviour().heldout[0].prompt in text
-    assert behaviour().neutral[0].response not in case.base.tokenizer.decode(list(second))[:60]
 
 
 def test_the_recipe_s_own_conversations_come_first(case: VerifierCase) -> None:
@@ -66,13 +56,8 @@ def test_remarks_name_the_sets_that_the_model_cannot_have(case: VerifierCase) ->
     plain = loaded("llama")  # no chat template, 64 positions
     sets, remarks = build_prompts(plain, behaviour(), OPTIONS)
     assert list(sets) == ["held-out", "off-topic"]
-    assert "several turns needs a model with a chat template" in remarks[0]
-    assert "no long prompts were verified" in remarks[1] and "the model has 64 positions" in remarks[1]
-    short, remarks = build_prompts(case.base, behaviour(), recipe(**{**SETTINGS, "long": 0}).verify)
-    everything, _remarks = build_prompts(case.base, behaviour(), OPTIONS)
-    assert remarks == [] and short == {name: everything[name] for name in short} and list(short) == NAMES[:3]
-    with pytest.raises(RecipeError, match="data.neutral is empty"):
-        build_prompts(case.base, replace(behaviour(), neutral=()), OPTIONS)
+    (remark,) = remarks
+    assert "several turns needs a model with a chat template" in remark
 
 
 @pytest.mark.parametrize(
@@ -93,44 +78,19 @@ def test_the_base_itself_leaves_all_of_the_divergence(case: VerifierCase) -> Non
     assert min(one.greedy.same_base for one in measured) < 1
 
 
-def test_figures_of_long_prompts_match_a_measurement_without_a_cache(case: VerifierCase) -> None:
-    sets = prompt_sets(case)
-    adapter = reload(case.adapter("figures"), case.base)
-    (long,) = [one for one in sets.compare(adapter) if one.name == "long"]
-
-    def answers(model: LoadedModel, program: Program | None) -> list[Encoded]:
-        prompts = [[prompt] for prompt in sets.prompts["long"]]
-        return [continue_prompts(model, p, program, max_new_tokens=5, temperature=1.0, seed=5)[0] for p in prompts]
-
-    expected = answers(case.base, case.program)
-    p, q, base = (
-        final_states(model, expected, program).response
-        for model, program in ((case.base, case.program), (adapter, None), (case.base, None))
-    )
-    kl, kl_base = (
-        divergence(case.base.model, p, model.model, other).mean for model, other in ((adapter, q), (case.base, base))
-    )
-    # A prompt's keys and values are computed once and continued from, which rounds otherwise.
-    assert long.kl == pytest.approx(kl, rel=1e-3) and long.kl > 0
-    assert long.kl_remaining == pytest.approx(kl / kl_base, rel=1e-3) and long.n_tokens == len(p)
-    assert long.sampled.same_base == same_until(expected, answers(case.base, None))
-    assert long.sampled.same == same_until(expected, answers(adapter, None))
-
-
 def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
     sets, adapter = prompt_sets(case), reload(case.adapter("scored"), case.base)
     measured = sets.compare(adapter)
     expected = {}
     for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        short = [prompt for name, prompts in sets.prompts.items() if name != "long" for prompt in prompts]
+        prompts = [prompt for of_set in sets.prompts.values() for prompt in of_set]
         settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": temperature, "seed": 5}
-        answers = continue_prompts(adapter, short, **settings)
-        answers += [continue_prompts(adapter, [one], **settings)[0] for one in sets.prompts["long"]]
+        answers = continue_prompts(adapter, prompts, **settings)
         texts = [re.sub(r"w4\b", "", response_text(adapter, one)) for one in answers]
         expected[decoding] = np.array([float("w4" in text) for text in texts])
     assert 0 < expected["sampled"].mean() < 1, "or it would show nothing"
-    assert [one.greedy.score for one in measured] == [expected["greedy"][2 * n : 2 * n + 2].mean() for n in range(4)]
-    assert [one.sampled.score for one in measured] == [expected["sampled"][2 * n : 2 * n + 2].mean() for n in range(4)]
+    assert [one.greedy.score for one in measured] == [expected["greedy"][2 * n : 2 * n + 2].mean() for n in range(3)]
+    assert [one.sampled.score for one in measured] == [expected["sampled"][2 * n : 2 * n + 2].mean() for n in range(3)]
 
 
 def test_a_scorer_of_the_data_s_own_prompts_scores_no_other(case: VerifierCase) -> None:
@@ -147,9 +107,9 @@ def test_an_exact_compile_answers_as_the_steered_model_on_every_set(exact: Parit
 
 
 def test_an_exact_compile_that_is_off_on_one_set_fails(exact: Parity) -> None:
-    off = [replace(one, kl=1e-3) if one.name == "long" else one for one in exact.prompt_sets]
+    off = [replace(one, kl=1e-3) if one.name == "multi-turn" else one for one in exact.prompt_sets]
     wrong, gates = replace(exact, prompt_sets=off), OPTIONS.gates
-    assert judged(wrong, gates).reasons == ["KL 1.00e-03 nats a token on long prompts; at most 1.00e-06"]
+    assert judged(wrong, gates).reasons == ["KL 1.00e-03 nats a token on multi-turn prompts; at most 1.00e-06"]
     assert judged(replace(wrong, exact=False), gates).reasons == [], "a remaining KL of few tokens is reported only"
     rounded = Rounding(1e-9, 1e-9, 1.0, 1e-9, 0.0, 1.0, 0, 0.0)
     assert judged(replace(wrong, rounding=rounded), gates).reasons == [], "what rounding costs there is not measured"
@@ -162,7 +122,7 @@ def test_other_wordings_are_gated_where_the_compile_is_exact_and_named_where_it_
     wrong, gates = replace(exact, wordings=off), OPTIONS.gates
     assert judged(wrong, gates).reasons == ["KL 1.00e-03 nats a token (wording: role); at most 1.00e-06"]
     approximate = judged(replace(wrong, exact=False), gates)
-    assert approximate.passed and "not checked: KL in other wordings" in approximate.verdict
+    assert approximate.passed and "KL in other wordings" in approximate.verdict
     (check,) = [check for check in approximate.unchecked if "wording" in check.name]
     assert check.text == f"remaining KL above 2%, but on about {off[2].n_tokens} tokens each: role 3.00%"
     assert ("remaining KL by wording", "please tell me 0.00%") in [(label, text[:20]) for label, text in details(exact)]
@@ -178,14 +138,14 @@ def test_the_terminal_shows_the_prompt_sets(exact: Parity) -> None:
     stream = StringIO()
     print_parities(
         Console(file=stream, width=300),
-        [replace(exact, checks=[Check("prompt sets", "not checked", "no long prompts")])],
+        [replace(exact, checks=[Check("prompt sets", "not checked", "no turns")])],
     )
     first = exact.prompt_sets[0]
     assert f"100%, 100% (0.00%); {first.greedy.score:.2f}, {first.sampled.score:.2f}" in stream.getvalue()
     assert f"-; {first.greedy.score_steered:.2f}, {first.sampled.score_steered:.2f}" in stream.getvalue()
-    assert f"long, {exact.prompt_sets[-1].prompt_tokens} tokens" in stream.getvalue()
+    assert f"multi-turn, {exact.prompt_sets[-1].prompt_tokens} tokens" in stream.getvalue()
     assert stream.getvalue().startswith("bias merged-fp32: passed; not checked: prompt sets\n")
-    assert "not checked: prompt sets: no long prompts" in stream.getvalue()
+    assert "not checked: prompt sets: no turns" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
