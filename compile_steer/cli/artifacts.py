@@ -171,13 +171,14 @@ def export(
 def base(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     model: Annotated[str, typer.Argument(help="A .gguf file, a hub id, a folder, or the embedded model.")] = EMBEDDED,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Of FP8 or MXFP4: write it in bfloat16.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Of few bits: write it in bfloat16.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as the plain folder that transformers, PEFT and vLLM load, and that its adapters go on.
 
     Of a GGUF file the weights are de-quantised to float32: exactly those that programs and adapters were made on. With
-    --dequantize FP8 and MXFP4 checkpoints become plain ones, which can be steered and compiled.
+    --dequantize FP8 and MXFP4 checkpoints become plain ones, which can be steered and compiled; those of compressed-tensors
+    and bitsandbytes where that library is installed.
     """
     from compile_steer.cli.tables import print_export
     from compile_steer.tools.serving.export import export_base

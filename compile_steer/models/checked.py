@@ -26,7 +26,11 @@ from compile_steer.models.libraries import quiet_library_errors, read_config
 
 _REMEDY = "Get or make the model again."
 _SHOWN = 3  # names in a message
-DEQUANTISED_HERE = "fp8", "mxfp4"  # by `models.dequantise`
+DEQUANTISED_HERE = "fp8", "mxfp4", "compressed-tensors", "bitsandbytes"  # by `models.dequantise`
+OF_OTHERS = (
+    "name the unquantised release; an adapter that is compiled on that may be loaded on the quantised one by PEFT or vLLM, but is "
+    "verified on the release alone."
+)
 _QUANTIZED = "quantization_config", "compression_config"
 # Types of weights that can be edited. Integers are also masks and positions of older checkpoints, which are not loaded.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

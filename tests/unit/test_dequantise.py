@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,45 @@ def test_a_plain_copy_has_the_values_that_the_codes_mean(make: Any, tmp_path: Pa
     assert plain.tokenizer.chat_template == chat_tokenizer().chat_template
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "a\nb", 7, None])
+@pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes"])
+def test_where_its_library_is_missing_that_is_named_with_what_is_still_possible(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised(tmp_path / "few", "llama", {"quant_method": method})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ArtifactError, match=f"pip install {method}. Without it name the unquantised .*adapter"):
+        export_base(str(tmp_path / "few"), tmp_path / "plain", dequantize=True)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_what_compressed_tensors_packed_becomes_plain(tmp_path: Path) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors", reason="not among our own libraries")
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config  # type: ignore[import-not-found]
+
+    model = build("llama").bfloat16()
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    settings = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="float-quantized")
+    apply_quantization_config(model, settings)
+    meant = {name: value.clone() for name, value in model.state_dict().items() if "scale" not in name}
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data = module.weight.abs().amax(dim=1, keepdim=True) / 448
+    compressor = compressors.ModelCompressor(quantization_config=settings)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "few")
+    chat_tokenizer().save_pretrained(tmp_path / "few")
+    compressor.update_config(str(tmp_path / "few"))
+    export_base(str(tmp_path / "few"), tmp_path / "plain", dequantize=True)
+    for name, value in load(str(tmp_path / "plain"), dtype="bfloat16").model.state_dict().items():
+        error = (value - meant[name]).float().norm() / meant[name].float().norm()
+        assert error < 0.05 and (error > 0) == ("proj" in name), name
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "a\nb", 7, None])
 def test_other_kinds_are_refused_and_nothing_is_left(method: Any, tmp_path: Path) -> None:
     quantised(tmp_path / "few", "llama", {"quant_method": method})
-    with pytest.raises(ArtifactError, match=r"few is quantised by .*needed: fp8 or mxfp4"):
+    with pytest.raises(ArtifactError, match=r"few is quantised by .*needed: fp8 or mxfp4 or .*Of others name"):
         export_base(str(tmp_path / "few"), tmp_path / "plain", dequantize=True)
     with pytest.raises(ArtifactError, match="is quantised, by") as refused:
         export_base(str(tmp_path / "few"), tmp_path / "plain")

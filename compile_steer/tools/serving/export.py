@@ -52,7 +52,7 @@ def export_base(model: str, out: Path, dequantize: bool = False) -> Exported:
     """Write a model to `out` as a plain folder, a GGUF file's weights de-quantised: what adapters are loaded on.
 
     Args:
-        dequantize: the model's folder is of FP8 or MXFP4 weights, which are written in bfloat16.
+        dequantize: the weights in its folder are of few bits, and are written in bfloat16.
 
     Raises `RecipeError` where it is not there, `ArtifactError` where it is no whole model or something is at `out`.
     """
