@@ -1,6 +1,6 @@
 """What issues of size cost: a large merge, more processes than one, a fleet; one table in one go.
 
-    python -m benchmarks.scale FOLDER [--only merge,...] [--gigabytes 20]
+    python -m benchmarks.scale FOLDER [--only processes,closed_form,memory,fleet,merge] [--gigabytes 20]
 
 FOLDER needs room for twice the checkpoint, which is deleted again. Every row is measured in a process of its own, with one
 thread; other work on the machine falsifies the times.
@@ -13,12 +13,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import planned_memory
 from compile_steer.common.profile import own_memory
 
 Row = tuple[str, str, str]  # what was measured, the goal, the figure
@@ -162,90 +165,94 @@ def measure_merge(folder: Path, gigabytes: float, wide: bool = True) -> list[Row
     ]
 
 
-MEMORY_SHAPES = {  # width, MLP, blocks, heads, key-value heads, vocabulary
-    "wide": (1024, 2816, 6, 16, 4, 8000),
-    "deep": (320, 860, 40, 5, 5, 8000),
-    "large vocabulary": (256, 688, 8, 4, 4, 128_000),
-    "large MLP": (384, 3072, 10, 6, 2, 16_000),
-    "SmolLM2's": (576, 1536, 30, 9, 3, 49_152),
-}
+def measure_processes(folder: Path, recipe: Path, changes: Sequence[str]) -> list[Row]:
+    """A recipe in one process and in two, one thread each: validation (with extraction), compile, verification."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    for count, taken in seconds.items():
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+        for command in ("validate", "compile", "verify"):
+            words = [
+                sys.executable,
+                *launcher,
+                "-m",
+                "compile_steer",
+                command,
+                str(recipe),
+                "--out",
+                str(folder / str(count)),
+            ]
+            words += [*(f"--set={change}" for change in changes), *(["--force"] if command == "compile" else [])]
+            started = time.perf_counter()
+            done = subprocess.run(words, check=False, env=settings, capture_output=True, text=True)
+            taken.append(time.perf_counter() - started)
+            if done.returncode not in (0, 1):
+                raise SystemExit(f"{command} in {count} processes: {done.stderr[-2000:]}")
+    shutil.rmtree(folder)
+    one, two = seconds.values()
+    parts = ", ".join(f"{a:.0f} s / {b:.0f} s" for a, b in zip(one, two, strict=True))
+    what = f"{recipe.stem}, validate + compile + verify: 1 process over 2"
+    return [(what, "at least 1.6 x", f"{sum(one) / sum(two):.2f} x ({parts})")]
 
 
-def measure_memory(folder: Path, shapes: Sequence[str], tokens: int) -> list[Row]:
-    """Planned memory against the measured peak of extraction, generation and closed form, for models in float32."""
+def measure_fleet(folder: Path, recipe: Path, changes: Sequence[str], count: int = 6) -> list[Row]:
+    """So many copies of a recipe, with another seed each, by one worker and by two."""
+    from compile_steer.recipe import rewritten
+    from compile_steer.tools.fleet import run_fleet
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    paths = [recipe.with_name(f"{recipe.stem}-{n}.fleet.yaml") for n in range(count)]
+    try:
+        for n, path in enumerate(paths):
+            path.write_text(rewritten(recipe, [*changes, f"name={recipe.stem}-{n}", f"seed={n}"]), encoding="utf-8")
+        fleets = [run_fleet(paths, folder / str(workers), workers=workers, force=True) for workers in (1, 2)]
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    one, two = (fleet.seconds for fleet in fleets)
+    states = ", ".join(sorted({row.state for fleet in fleets for row in fleet.rows}))
+    return [
+        (
+            f"fleet of {count} on 2 workers over 1",
+            "at least 1.7 x",
+            f"{one / two:.2f} x ({one:.0f} s, {two:.0f} s; {states})",
+        )
+    ]
+
+
+def measure_closed_form(folder: Path, shape: str) -> list[Row]:
+    """The closed form over one forward pass of its tokens, on random texts (see `benchmarks.gpu`)."""
     import torch
 
-    from benchmarks.gpu import Shape, random_model, random_texts
-    from compile_steer.common.profile import PeakMemory
-    from compile_steer.lowering import closed_form
-    from compile_steer.lowering.job import Lowering
-    from compile_steer.models.forward import capture
-    from compile_steer.models.generate import continue_prompts
-    from compile_steer.models.tokens import batches
-    from compile_steer.pipeline.memory import LIBRARIES, ModelSize
-    from compile_steer.steering.passes import canonical
-    from compile_steer.steering.program import Intervention, Program
-    from compile_steer.steering.sites import Site
+    from benchmarks.gpu import SHAPES, measure
 
-    def run(name: str, send: Any) -> None:
-        torch.set_num_threads(1)
-        shape = Shape(*MEMORY_SHAPES[name], pairs=0, calibration=tokens, steps=0)
-        loaded = random_model(shape, folder / name, torch.device("cpu"), torch.float32)
-        size, memory, found = ModelSize.of(folder / name, torch.float32), PeakMemory(), {}
-        shutil.rmtree(folder / name)
-        texts, n_blocks = random_texts(shape, tokens), loaded.layout.n_layers
-        vector = torch.randn(shape.d_model)
-        steering = Intervention(Site(n_blocks - 3, "resid_post"), "add", vector, 1.0, "all")
-        program = canonical(Program((steering,), loaded.id, loaded.revision))
-
-        def extract() -> None:
-            for batch in batches(loaded, texts):
-                capture(loaded.layout, batch, "resid_post")
-
-        def generate() -> None:
-            prompts = [text for text in random_texts(shape, 32 * 100)]
-            continue_prompts(loaded, prompts, program, max_new_tokens=2, temperature=1.0)
-
-        def fit() -> None:
-            lowering = Lowering(program, loaded, ())
-            lowering.__dict__.update(regression_texts=texts)
-            closed_form.lower(lowering, [closed_form.Stage(n_blocks - 3, "mlp", 4)])
-
-        planned = {"extraction": size.extraction(tokens), "generation": size.generation(32, 22)}
-        planned["closed form"] = size.closed_form(tokens)
-        for stage, work in zip(planned, (extract, generate, fit), strict=True):
-            memory.restart()
-            work()
-            found[stage] = memory.restart(), LIBRARIES + size.weights + planned[stage]
-        send.send(found)
-
-    rows, context = [], multiprocessing.get_context("fork")
-    for name in shapes:
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(name, send))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"memory of the shape {name}: exit code {process.exitcode}")
-        for stage, (measured, planned) in receive.recv().items():
-            figures = (
-                f"{planned / measured:.2f} x ({planned / 2**20:,.0f} MiB planned, {measured / 2**20:,.0f} measured)"
-            )
-            rows.append((f"planned over measured memory, {name}: {stage}", "0.85 to 1.15", figures))
-    return rows
+    folder.mkdir(parents=True)
+    _profile, _phases, remarks = measure(
+        SHAPES[shape], folder, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    shutil.rmtree(folder)
+    return [(f"shape {shape}", "at most 1.5 x and 2 x", remark) for remark in remarks[:2]]
 
 
 def main() -> None:
     """Measure the rows that are asked for, and print them as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="merge")
+    parser.add_argument("--only", default="processes,closed_form,memory,fleet,merge")
     parser.add_argument("--gigabytes", type=float, default=20.0)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/ocean.yaml"), help="of processes and fleet")
+    parser.add_argument("--set", action="append", default=[], help="change of that recipe, KEY=VALUE")
     parser.add_argument("--tiny", action="store_true", help="of tiny widths, as the tests run it")
     options = parser.parse_args()
     parts: dict[str, Callable[[], list[Row]]] = {
         "merge": lambda: measure_merge(options.folder / "merge", options.gigabytes, not options.tiny),
-        "memory": lambda: measure_memory(options.folder, list(MEMORY_SHAPES), 1000),
+        "memory": lambda: planned_memory.measure_memory(
+            options.folder / "memory", list(planned_memory.MEMORY_SHAPES), 1000
+        ),
+        "processes": lambda: measure_processes(options.folder / "processes", options.recipe, options.set),
+        "fleet": lambda: measure_fleet(options.folder / "fleet", options.recipe, options.set),
+        "closed_form": lambda: measure_closed_form(options.folder / "shape", "tiny" if options.tiny else "135m"),
     }
     print("| measured | goal | here |\n|---|---|---|")
     for name in options.only.split(","):

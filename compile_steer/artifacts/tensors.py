@@ -50,12 +50,14 @@ def stream_tensors(
     specs: Mapping[str, tuple[str, Sequence[int]]],
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str],
+    place: Callable[[str], tuple[Path, int] | None] = lambda _name: None,
 ) -> int:
     """Write a safetensors file one tensor at a time (the library's own writer wants all in memory); returns the tensors' bytes.
 
     Args:
         specs: the type (as safetensors names it) and the shape of each tensor.
         tensor: returns it, in that type and shape.
+        place: where its bytes lie already, a file and the first byte; these are copied, and `tensor` is not called.
 
     Raises `ArtifactError` for a packed type.
     """
@@ -82,6 +84,12 @@ def stream_tensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
             begin, end = header[name]["data_offsets"]
+            if (stored := place(name)) is not None:
+                with stored[0].open("rb") as source:
+                    source.seek(stored[1])
+                    for start in range(begin, end, _PIECE):
+                        file.write(source.read(min(_PIECE, end - start)))
+                continue
             written = file.write(tensor(name).contiguous().flatten().view(torch.uint8).numpy().data)
             assert written == end - begin, f"{name} is not of the type and shape that the header says"
     return int(header[names[-1]]["data_offsets"][1]) if names else 0
@@ -165,6 +173,16 @@ class Checkpoint:
         """The type, such as 'F32', 'BF16' or 'F8_E4M3', and the shape in which each tensor is stored; raises as `files`."""
         files = sorted(set(self.files.values()))
         return {name: (info["dtype"], info["shape"]) for file in files for name, info in read_header(file).items()}
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[Path, int]]:
+        """The file that holds each tensor, and the first of its bytes there; raises as `files`."""
+        places: dict[str, tuple[Path, int]] = {}
+        for path in sorted(set(self.files.values())):
+            with path.open("rb") as file:
+                data = 8 + int.from_bytes(file.read(8), "little")
+            places |= {name: (path, data + info["data_offsets"][0]) for name, info in read_header(path).items()}
+        return places
 
     def tensor(self, name: str) -> Tensor | None:
         """One tensor as it was saved, or None where the folder has none of that name."""

@@ -207,7 +207,8 @@ class MergedCheckpoint:
             specs = {names[name]: self._spec(name, dtype) for name in held}
             target = new / file.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            size += stream_tensors(target, specs, cast_once, {"format": "pt", **read_metadata(file)})
+            metadata = {"format": "pt", **read_metadata(file)}
+            size += stream_tensors(target, specs, cast_once, metadata, lambda name: self._place(old[name], dtype))
             weight_map |= dict.fromkeys(specs, str(file.relative_to(self.folder)))
         if problems:
             raise ArtifactError([*several(problems), "Merge at a wider precision: merged-bf16 or merged-fp32."])
@@ -231,6 +232,11 @@ class MergedCheckpoint:
     def _is_cast(self, name: str) -> bool:
         """True of floating-point weights that the model loads; what it does not load is kept as it is."""
         return name in self._added or (name not in self._unused and self._base.specs[name][0] in _FLOATS)
+
+    def _place(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
+        """Where the bytes of a tensor lie that is written as it was saved; None of one that is computed."""
+        same = name not in self._added and self._spec(name, dtype)[0] == self._base.specs[name][0]
+        return self._base.places[name] if same and self._parameters.get(name, "") not in self._edits else None
 
     def _spec(self, name: str, dtype: torch.dtype) -> tuple[str, list[int]]:
         if name in self._added:
