@@ -75,6 +75,7 @@ def test_only_one_kind_of_console_and_the_boundary_write_to_the_streams() -> Non
         "__main__.py": ("print(",),
         "cli/options.py": ("print(",),
         "export/engine_support.py": ("print(",),  # of a snippet for others
+        "tools/chat.py": ("print(",),  # ends the line that Ctrl-D leaves open
         "artifacts/locks.py": ("print(", "sys.stderr"),  # one note, through `plain`
         "models/adapter_patterns.py": ("print(",),  # of a process whose output is a pipe
     }
