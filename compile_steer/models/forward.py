@@ -24,7 +24,8 @@ from compile_steer.common.progress import Advance
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Readout, Text
 from compile_steer.models.tokens import Batch, batches, encode
-from compile_steer.steering.blocks import differ, stream, token_ids, tolerance_of
+from compile_steer.steering.blocks import stream, token_ids
+from compile_steer.steering.compare import differ, tolerance_of
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point, Site

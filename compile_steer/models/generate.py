@@ -17,7 +17,8 @@ from compile_steer.common.errors import CompileSteerError, LayoutError, library_
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, encode, pad, require_room
-from compile_steer.steering.blocks import token_ids, tolerance_of
+from compile_steer.steering.blocks import token_ids
+from compile_steer.steering.compare import tolerance_of
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site

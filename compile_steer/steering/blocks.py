@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compile_steer.common.errors import LayoutError, library_errors
+from compile_steer.steering.compare import delta_of, differ, multiple
 
 _TOKENS = 8
-# Of the norm of what comes out. In float32 a true writer leaves 1e-6 and the nearest false one 5e-2; in bf16 a true one 8e-3.
-_TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
-_COARSE_TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True)
@@ -172,18 +170,18 @@ def embeddings(model: PreTrainedModel, calls: Calls) -> tuple[str, ...]:
         inside = name.startswith(f"{calls.name}.")
         if isinstance(module, nn.Embedding) and not inside and module.weight.shape[1] == len(delta):
             with shifted(module, delta):
-                change = first_input(model, calls) - first.hidden
+                change = _first_input(model, calls) - first.hidden
             if multiple(change, delta) is not None:
                 names.append(name)
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(_silenced(model.get_submodule(name)))
         # Sines of the position, say, are in no matrix that could be edited.
-        rest = first_input(model, calls)
+        rest = _first_input(model, calls)
     return tuple(names) if not bool(rest.any()) else ()
 
 
-def first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
+def _first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
     """The input of block 0 under the hooks that are on now."""
     inputs: list[Tensor] = []
 
@@ -198,6 +196,17 @@ def first_input(model: PreTrainedModel, calls: Calls) -> Tensor:
     return inputs[0]
 
 
+def backbone(model: PreTrainedModel, calls: Calls) -> str:
+    """The outermost module around the blocks that the model's forward calls (some reach past `base_model` for its decoder)."""
+    parts, called = calls.name.split("."), list[str]()
+    with ExitStack() as stack:
+        for name in (".".join(parts[:n]) for n in range(1, len(parts))):
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name)).remove)
+        _first_input(model, calls)
+    return called[0] if called else model.base_model_prefix
+
+
 @contextmanager
 def _silenced(module: nn.Module) -> Iterator[None]:
     """The module gives zeros inside the block."""
@@ -210,40 +219,6 @@ def _silenced(module: nn.Module) -> Iterator[None]:
 
 class _Stopped(Exception):
     """Ends a pass early."""
-
-
-# ------------------------------------------------------------------------------------ comparing
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The relative difference below which two tensors of that type are the same, to rounding."""
-    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-
-
-def delta_of(reference: Tensor) -> Tensor:
-    """A fixed random constant [d_model] as large as a typical token of `reference` [..., d_model]."""
-    generator = torch.Generator().manual_seed(0)
-    # The median token: the first one's norm is hundreds of times that of the others in many models.
-    size = reference.reshape(-1, reference.shape[-1]).float().square().mean(dim=1).sqrt().median()
-    delta = torch.randn(reference.shape[-1], generator=generator).to(reference.device) * size.clamp(min=1e-6)
-    return delta.to(reference.dtype)
-
-
-def multiple(change: Tensor, delta: Tensor) -> float | None:
-    """m where `change` [..., d_model] is m times `delta` at every token, to rounding; else None."""
-    rows, direction = change.reshape(-1, len(delta)).double(), delta.double()
-    factors = (rows @ direction) / (direction @ direction)
-    m = float(factors.median())
-    # Tokens whose own size drowns the constant in rounding (the first one, in many models) have no say.
-    errors = (rows - m * direction).norm(dim=1) / direction.norm()
-    tolerance = tolerance_of(delta.dtype) * max(1.0, abs(m))
-    return m if abs(m) > 1e-3 and float(errors.quantile(0.75)) < tolerance else None
-
-
-def differ(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    """True if two tensors of that type are further apart than its rounding."""
-    scale = right.float().norm().clamp(min=1e-12)
-    return float((left - right).float().norm() / scale) > tolerance_of(dtype) / 10
 
 
 # ---------------------------------------------------------------------------- running one again

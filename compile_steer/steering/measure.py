@@ -26,20 +26,16 @@ from transformers.pytorch_utils import Conv1D
 from compile_steer.common.errors import LayoutError
 from compile_steer.steering.blocks import (
     Call,
-    Calls,
     Trace,
-    delta_of,
-    differ,
+    backbone,
     embeddings,
-    first_input,
     holding,
-    multiple,
     record_blocks,
     record_trace,
     shifted,
     stream,
-    tolerance_of,
 )
+from compile_steer.steering.compare import delta_of, differ, multiple, tolerance_of
 
 ProjectionKind = Literal["attn", "mlp"]
 KINDS: tuple[ProjectionKind, ...] = ("attn", "mlp")
@@ -118,22 +114,11 @@ def measure(model: PreTrainedModel) -> Measured:
                 tuple(sublayers),
                 embeddings(model, calls),
                 first.reference.shape[-1],
-                _backbone(model, calls),
+                backbone(model, calls),
                 len(raw) if isinstance(raw, tuple | list) else 0,
             )
     finally:
         model.train(training)
-
-
-def _backbone(model: PreTrainedModel, calls: Calls) -> str:
-    """The outermost module around the blocks that the model's forward calls (some reach past `base_model` for its decoder)."""
-    parts, called = calls.name.split("."), list[str]()
-    with ExitStack() as stack:
-        for name in (".".join(parts[:n]) for n in range(1, len(parts))):
-            module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(lambda _m, _a, name=name: called.append(name)).remove)
-        first_input(model, calls)
-    return called[0] if called else model.base_model_prefix
 
 
 @dataclass(frozen=True)
