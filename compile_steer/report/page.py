@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from compile_steer.artifacts.files import save_text
 from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.errors import shell_word
 from compile_steer.export.engine_support import engine_support
 from compile_steer.report import charts
 from compile_steer.report.glossary import glossary_terms
@@ -44,6 +45,7 @@ def write_page(
     """
     options, folder = recipe.validate_, recommendation.folder
     shown = next((p for p in parities if f"{p.backend} {p.form}" == recommendation.artifact), parities[0])
+    run = shell_word(real_path(path).parent)
     page = render(
         "page.html",
         recipe=recipe,
@@ -55,6 +57,7 @@ def write_page(
         shown=shown,
         answers=[_compared(row) for row in shown.behaviour.answers],
         engines=[] if folder is None else engine_support(Provenance.read(folder), real_path(folder)),
+        talk=f"compile-steer chat {run}\ncompile-steer play {run}",
         details=details,
         carries=charts.carries(report),
         control_pairs=min(options.control_pairs, report.n_pairs),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
+from typer.main import get_command
 
+from compile_steer.cli.app import app
 from compile_steer.report.charts import losses, wilson
 from compile_steer.report.page import _compared, write_page
 from compile_steer.report.recommendation import recommend
@@ -30,6 +34,11 @@ def test_the_same_run_writes_the_same_page_whatever_is_recommended(run: SmallRun
     first, again = (page(run, tmp_path / name, [parity], [folder]) for name in ("a.html", "b.html"))
     assert first == again and first.count('class="prompt"') == 8
     assert f"from_pretrained(&#39;{folder}&#39;" in first and "vllm serve" in first
+    (lines,) = re.findall("<pre>(compile-steer chat [^<]*)</pre>", first)
+    for line in html.unescape(lines).splitlines():
+        _program, command, *words = shlex.split(line)
+        commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as there are several
+        assert commands[command].make_context(command, [*words]) and words == [str(tmp_path)]
     # Nothing to ship, and a report of an earlier version, which has no answers.
     failed = replace(parity, passed=False, reasons=["KL 1"], behaviour=replace(parity.behaviour, answers=[]))
     none = page(run, tmp_path / "c.html", [failed], [folder])
