@@ -170,8 +170,6 @@ def _read_all(recipes: Sequence[Path], changes: Sequence[str]) -> dict[Path, Rec
     return read
 
 
-# ------------------------------------------------------------------------------------------- in a worker
-
 _warm: dict[str, Any] = {}  # the base that was loaded last, by what it was loaded with
 
 
@@ -216,9 +214,6 @@ def _serve(pipe: Connection, number: int, threads: int) -> None:
         except EOFError:
             return
         pipe.send(perform(task))
-
-
-# ---------------------------------------------------------------------------------------------- engines
 
 
 class LocalEngine:
@@ -298,8 +293,6 @@ class RayEngine:
 
 
 class _Actor:
-    """A worker of Ray."""
-
     def perform(self, task: Task) -> dict[str, Any]:
         return perform(task)
 
