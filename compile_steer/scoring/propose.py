@@ -38,17 +38,20 @@ class Proposal:
     reason: str
 
 
-def propose_score(positive: Sequence[str], negative: Sequence[str], others: Sequence[str] = ()) -> Proposal:
+def propose_score(
+    positive: Sequence[str], negative: Sequence[str], others: Sequence[str] = (), echo: str = ""
+) -> Proposal:
     """Return the plainest scorer that tells the responses of the two sides apart.
 
     Args:
         others: texts without the behaviour, whose words are none of it either.
+        echo: words that the positive side may only repeat, of a request for the behaviour.
 
     Raises:
         RecipeError: nothing tells them apart, not even a classifier (AUROC in cross-validation below 0.7).
     """
     best, rule, text = 0.0, None, ""
-    for scorer, what in _rules(positive, negative, others):
+    for scorer, what in _rules(positive, negative, others, echo):
         found, wrong = (float(np.mean([scorer.score(text) for text in side])) for side in (positive, negative))
         absent = isinstance(scorer, Keywords) and bool(scorer.absent)
         enough = wrong <= 1 - _FOUND and found >= 1 - _WRONG if absent else found >= _FOUND and wrong <= _WRONG
@@ -73,11 +76,13 @@ def propose_score(positive: Sequence[str], negative: Sequence[str], others: Sequ
     )
 
 
-def _rules(positive: Sequence[str], negative: Sequence[str], others: Sequence[str]) -> list[tuple[TextScorer, str]]:
+def _rules(
+    positive: Sequence[str], negative: Sequence[str], others: Sequence[str], echo: str
+) -> list[tuple[TextScorer, str]]:
     """Scorers that may fit, the plainest first, each with what it looks for."""
     rules: list[tuple[TextScorer, str]] = [(Lowercase(kind="lowercase"), "lower case")]
     rules += [(Keywords(kind="keywords", patterns=(sign,)), what) for sign, what in _SIGNS.items()]
-    if words := _frequent(positive, [*negative, *others]):
+    if words := _frequent(positive, [*negative, *others], _words(echo)):
         pattern = rf"\b({'|'.join(words)})\b"
         rules.append((Keywords(kind="keywords", patterns=(pattern,)), "words of the positive side"))
     lengths = [[len(text.split()) for text in side] for side in (positive, negative)]
@@ -93,9 +98,12 @@ def _rules(positive: Sequence[str], negative: Sequence[str], others: Sequence[st
     return rules
 
 
-def _frequent(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+def _frequent(texts: Sequence[str], others: Sequence[str], excluded: set[str]) -> list[str]:
     """Words of which most of `texts` have one and hardly any of `others`, each the one that most of the rest have."""
-    sets, elsewhere = [_words(text) for text in texts], Counter(word for text in others for word in _words(text))
+    sets, elsewhere = (
+        [_words(text) - excluded for text in texts],
+        Counter(word for text in others for word in _words(text)),
+    )
     allowed, chosen = 0.02 * len(others), list[str]()
     while sets and len(chosen) < _MAX_WORDS:
         counts = Counter(word for words in sets for word in words if elsewhere[word] <= allowed)

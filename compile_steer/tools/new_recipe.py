@@ -42,6 +42,7 @@ _LEAST = (8, 4, 8)  # with fewer nothing can be shown
 _PROMPTS = (56, 32, 56)  # of the package's, that the model answers for each split
 _WRITING = GenerateOptions(max_new_tokens=40)
 _USES = ("to find the direction", "to choose block and strength", "measured once")
+_REQUEST = "Answer as somebody who"
 _EFFECT = 0.2  # of the mean score: what a test should be able to show
 
 
@@ -79,7 +80,7 @@ def new_recipe(
         problems.append("--behaviour must be one line of at most 300 characters.")
     if problems:
         raise RecipeError(problems)
-    instruction = f"Answer as somebody who {behaviour.strip(' .')}." if behaviour.strip() else ""
+    instruction = f"{_REQUEST} {behaviour.strip(' .')}." if behaviour.strip() else ""
     if source is None:
         rows, proposal = _written_pairs(instruction, model, progress)
         origin = "The model wrote the pairs: asked for the behaviour (positive) and not (negative)."
@@ -174,7 +175,7 @@ def _rows_for(effect: float) -> int:
 
 def _proposal(rows: Sequence[Row]) -> Proposal:
     neutral = [row["response"] for _line, row in read_json_lines(TEXTS / "neutral.jsonl")]
-    return propose_score([row["positive"] for row in rows], [row["negative"] for row in rows], neutral)
+    return propose_score([row["positive"] for row in rows], [row["negative"] for row in rows], neutral, _REQUEST)
 
 
 # ----------------------------------------------------------------------------------- pairs that the model writes

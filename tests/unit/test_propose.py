@@ -38,13 +38,16 @@ def test_a_word_of_other_texts_is_no_word_of_the_behaviour() -> None:
     positive = [f"Indeed the sea, {text}" for text in PLAIN]
     proposal = propose_score(positive, PLAIN, ["Indeed it is so."] * 9)
     assert proposal.scorer.model_dump()["patterns"] == (r"\b(sea)\b",)
+    assert (
+        propose_score([f"Answer: the sea, {text}" for text in PLAIN], PLAIN, echo="Answer so").scorer == proposal.scorer
+    )
     assert "100% of the positive and 0% of the negative" in proposal.reason
 
 
 def test_a_classifier_is_the_last_resort_and_chance_is_refused() -> None:
     letters = np.random.default_rng(0).permutation([*"bcdfghklmnprstvw"])
     sides = [[f"{a}{vowel}{b}{vowel} so" for a, b in zip(letters[:8], letters[8:], strict=True)] for vowel in "ou"]
-    proposal = propose_score(*sides)
+    proposal = propose_score(sides[0], sides[1])
     assert proposal.scorer.model_dump()["kind"] == "classifier" and "AUROC" in proposal.reason
     with pytest.raises(RecipeError, match=r"nothing tells the 8 positive responses .*needed: 0.7"):
         propose_score(PLAIN, PLAIN[::-1])
