@@ -15,8 +15,9 @@ from compile_steer.common.progress import Progress
 from compile_steer.lowering.job import Lowering
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.load import LoadedModel, find_model
+from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
+from compile_steer.models.source import find_model
 from compile_steer.models.tokens import Encoded, batches, encode
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe

@@ -25,7 +25,7 @@ from compile_steer.common.errors import RecipeError, brief
 from compile_steer.common.options import Section, Seed, dotted, explain_one
 from compile_steer.common.reading import Malformed, read_text
 from compile_steer.common.yaml import MAX_YAML, Lines, Yaml, parse_yaml
-from compile_steer.data.section import Data
+from compile_steer.data.kinds import Data
 from compile_steer.data.sources import Dataset
 from compile_steer.extraction.options import ExtractOptions
 from compile_steer.lowering.options import CompileOptions

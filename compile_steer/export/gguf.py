@@ -25,7 +25,8 @@ from compile_steer.export.merged import merged_model
 from compile_steer.export.model_folder import patched_content
 from compile_steer.models.gguf import ROPE_FACTORS, gemma3_scalar, write_and_close
 from compile_steer.models.libraries import read_config
-from compile_steer.models.load import LoadedModel, gguf_of
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import gguf_of
 from compile_steer.steering.patch import WeightPatch
 
 _Kind = gguf.GGMLQuantizationType

@@ -14,7 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.models.gguf import WholeReader
-from compile_steer.models.load import LoadedModel, gguf_of
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import gguf_of
 
 _FIELDS = "tokenizer."
 _TEMPLATE = gguf.Keys.Tokenizer.CHAT_TEMPLATE

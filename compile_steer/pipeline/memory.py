@@ -18,8 +18,9 @@ from compile_steer.common.errors import CompileSteerError, RecipeError
 from compile_steer.data.behaviour import Behaviour
 from compile_steer.models.checked import require_plain
 from compile_steer.models.libraries import quiet_library_errors, read_config, without_weights
-from compile_steer.models.load import DTYPES, choose_device, find_model
+from compile_steer.models.load import DTYPES, choose_device
 from compile_steer.models.logprobs import CHUNK_BYTES, CHUNK_TOKENS
+from compile_steer.models.source import find_model
 from compile_steer.recipe import Recipe
 
 LIBRARIES = 0.3 * 2**30  # bytes of a process that has imported torch and transformers

@@ -28,7 +28,8 @@ from compile_steer.extraction.stage import extract
 from compile_steer.lowering.options import BackendName
 from compile_steer.lowering.plan import Plan, plan
 from compile_steer.models.chat import CURE, ChatSettings
-from compile_steer.models.load import LoadedModel, load, revision_of
+from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.source import revision_of
 from compile_steer.pipeline.memory import require_memory
 from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.steering.directions import Directions

@@ -49,7 +49,7 @@ class Classifier(ScorerBase):
 
     @cached_property
     def revision(self) -> str:
-        from compile_steer.models.load import revision_of
+        from compile_steer.models.source import revision_of
 
         return revision_of(self.model) if self.model and home_path(self.model).is_dir() else ""
 

@@ -68,7 +68,7 @@ class Judge(ScorerBase):
         return scale
 
     def bind(self, loaded: LoadedModel, behaviour: Behaviour) -> Score:  # noqa: ARG002
-        from compile_steer.models.load import cache_folder
+        from compile_steer.models.source import cache_folder
 
         require_library("openai", "judge", "validate.score judge")
         require_confirmed(self.base_url)

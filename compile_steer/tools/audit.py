@@ -20,7 +20,7 @@ from compile_steer.export.adapter import PATCH_FILE, read_patch
 from compile_steer.formats.lora import ADAPTER_CONFIG
 from compile_steer.models.checked import require_plain
 from compile_steer.models.libraries import quiet_library_errors, read_config
-from compile_steer.models.load import folder_of
+from compile_steer.models.source import folder_of
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 from compile_steer.tools.audit_tensors import (

@@ -17,7 +17,8 @@ from compile_steer.common.errors import ArtifactError, CannotLower, CompileSteer
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import patch_provenance, read_patch, write_patch
 from compile_steer.lowering.plan import BACKENDS, lower
-from compile_steer.models.load import LoadedModel, revision_of
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import revision_of
 from compile_steer.pipeline.run import load_base, with_generated_pairs
 from compile_steer.recipe import CHAT_KEYS, Recipe
 from compile_steer.report.card import model_card

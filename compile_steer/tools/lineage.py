@@ -23,8 +23,8 @@ from compile_steer.artifacts.provenance import (
 )
 from compile_steer.common.errors import ArtifactError, CompileSteerError, RecipeError, brief
 from compile_steer.data.behaviour import SPLITS, prompts_key
+from compile_steer.data.kinds import PairsData
 from compile_steer.data.pairs import pairs_sha256, read_pairs
-from compile_steer.data.section import PairsData
 from compile_steer.data.sources import Reader
 from compile_steer.lowering.options import BackendName
 from compile_steer.recipe import Recipe

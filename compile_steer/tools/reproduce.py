@@ -18,7 +18,7 @@ from compile_steer.artifacts.revision import other_revision
 from compile_steer.common.errors import ArtifactError, shell_word
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS
-from compile_steer.models.load import revision_of
+from compile_steer.models.source import revision_of
 from compile_steer.pipeline.artifacts import compile_program, merge
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import Recipe

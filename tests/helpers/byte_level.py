@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compile_steer.models.load import LoadedModel, revision_of
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import revision_of
 from tests.helpers.tiny import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, build
 
 MERGES = [("h", "e"), ("Ġ", "w"), ("Ġw", "1")]

@@ -15,7 +15,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.models.load import LoadedModel, revision_of
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import revision_of
 from compile_steer.models.text import Pair, Text
 from compile_steer.recipe import Recipe
 from compile_steer.steering.low_rank import LowRank

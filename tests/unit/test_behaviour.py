@@ -10,7 +10,7 @@ import pytest
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour
-from compile_steer.data.section import PairsData
+from compile_steer.data.kinds import PairsData
 from compile_steer.models.text import Text
 
 Row = dict[str, Any]

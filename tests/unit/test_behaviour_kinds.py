@@ -11,7 +11,8 @@ import pytest
 from compile_steer.common.errors import RecipeError
 from compile_steer.data.behaviour import SPLITS, Behaviour, Check, Question
 from compile_steer.data.encoding import check_texts
-from compile_steer.data.section import ChoicesData, DataSection, GeneratedData, InstructionsData, PairsData
+from compile_steer.data.kinds import ChoicesData, GeneratedData, InstructionsData, PairsData
+from compile_steer.data.section import DataSection
 from compile_steer.data.shapes import unbalanced
 from compile_steer.data.templates import fill
 from compile_steer.models.text import Pair, Text

@@ -18,7 +18,8 @@ from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export.adapter import patch_provenance, write_patch
 from compile_steer.export.engine_support import engine_support
 from compile_steer.export.gguf import write_gguf_file
-from compile_steer.models.load import LoadedModel, find_model, load
+from compile_steer.models.load import LoadedModel, load
+from compile_steer.models.source import find_model
 from compile_steer.pipeline.artifacts import verify
 from compile_steer.report.card import model_card
 from compile_steer.steering.patch import WeightPatch, with_patch

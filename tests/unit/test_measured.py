@@ -14,8 +14,8 @@ import pytest
 from compile_steer.artifacts.contents import file_hashes, unchanged
 from compile_steer.artifacts.provenance import PARITY, Provenance, weights_sha256
 from compile_steer.common.errors import ArtifactError
-from compile_steer.models.load import revision_of
 from compile_steer.models.reload import reload
+from compile_steer.models.source import revision_of
 from compile_steer.pipeline import artifacts as pipeline
 from compile_steer.pipeline.stages import require_of_this_run
 from compile_steer.verification.gates import judged

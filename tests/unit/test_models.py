@@ -15,7 +15,8 @@ from compile_steer.common.errors import ArtifactError, LayoutError, RecipeError
 from compile_steer.export.engine_support import GGUF_FILE
 from compile_steer.export.gguf import write_gguf
 from compile_steer.models.gguf import read_gguf
-from compile_steer.models.load import LoadedModel, choose_device, load, revision_of
+from compile_steer.models.load import LoadedModel, choose_device, load
+from compile_steer.models.source import revision_of
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.sites import Site
@@ -105,7 +106,7 @@ def test_dequantised_model_that_was_edited_in_the_cache_is_made_again(
     again = load(str(tmp_path / "g" / GGUF_FILE), device="cpu")
     assert again.revision == first.revision and (cached / "tokenizer_config.json").read_bytes() == made
     monkeypatch.setattr(
-        "compile_steer.models.load.read_gguf", lambda *args: (*read_gguf(*args)[:2], ["the file lacks x"])
+        "compile_steer.models.source.read_gguf", lambda *args: (*read_gguf(*args)[:2], ["the file lacks x"])
     )
     shutil.rmtree(cached)
     with pytest.raises(ArtifactError, match=r"model\.gguf: the file lacks x"):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from compile_steer.artifacts.revision import join_revision, other_revision
 from compile_steer.common.errors import ArtifactError, CompileSteerError
-from compile_steer.models.load import load, revision_of
+from compile_steer.models.load import load
+from compile_steer.models.source import revision_of
 from compile_steer.steering.program import Program
 from tests.helpers.tiny import build, chat_tokenizer, intervention
 

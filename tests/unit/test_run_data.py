@@ -15,7 +15,7 @@ from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.data.behaviour import SPLITS, Context
-from compile_steer.models.load import cache_folder
+from compile_steer.models.source import cache_folder
 from compile_steer.models.text import Pair, Text
 from compile_steer.pipeline.artifacts import compile_program
 from compile_steer.pipeline.run import Run, require_apart

@@ -25,8 +25,9 @@ from compile_steer.formats.lora import ADAPTER_CONFIG, PlainLora, read_lora
 from compile_steer.models.checked import require_plain
 from compile_steer.models.dequantise import read_dequantised
 from compile_steer.models.libraries import quiet_library_errors, read_config, without_weights
-from compile_steer.models.load import find_model, folder_of, load
+from compile_steer.models.load import load
 from compile_steer.models.older_readers import CONFIG, with_older_rope, write_settings
+from compile_steer.models.source import find_model, folder_of
 from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
