@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from compile_steer.export.adapter import read_curves
 from compile_steer.lowering.plan import Choice
 from compile_steer.pipeline.artifacts import artifacts, compile_program, merge
 from compile_steer.pipeline.run import Run
+from compile_steer.report.card import update_card
 from compile_steer.report.page import write_page
 from compile_steer.report.recommendation import Recommendation, recommend
 from compile_steer.validation.report import ValidationReport
@@ -66,6 +68,8 @@ def run_stages(run: Run, recipe: Path, changes: Sequence[str], force: bool) -> I
         run.progress.note(
             f"These very files were verified before, by the same recipe, data and libraries. Again: {again}"
         )
+        for folder in artifacts(run):  # a kill between a report and its card leaves the card of before
+            distributed.first(partial(update_card, folder, run.paths.validation))
     shipped = recommend(parities, artifacts(run), verdict=result.validation.verdict)
     result = replace(result, parities=parities, recommendation=shipped, page=run.paths.report)
     trained = {name: read_curves(run.paths.adapter(name)) for name in run.plan.chosen}

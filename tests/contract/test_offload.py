@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.lowering import distill, full
@@ -36,13 +37,18 @@ def test_a_model_on_disk_gives_the_same_direction_and_closed_form(both: tuple[Lo
     assert spread.device == torch.device("cpu")
     texts = [Text("w7 w8", "w9 w10 w70"), Text("w17", "w80 w11")]
     one, two = (read_activations(m, texts, point="resid_post", readout="response_mean") for m in both)
-    assert torch.allclose(one, two, rtol=1e-6)
+    assert _apart(one, two) < 1e-6
     steering = canonical_program("llama", intervention("ablate", "mlp_out", 1))
     edits, same = (solve(m, steering, [Stage(1, "mlp", 3), Stage(2, "attn", 2)], TEXTS).low_rank for m in both)
     for name, edit in edits.items():
-        assert torch.allclose(same[name].B @ same[name].A, edit.B @ edit.A, rtol=1e-6, atol=1e-9)
+        assert _apart(same[name].B @ same[name].A, edit.B @ edit.A) < 1e-6
     states, same_states = (final_states(m, TEXTS, steering).response for m in both)
-    assert torch.allclose(states, same_states, rtol=1e-6)
+    assert _apart(states, same_states) < 1e-6
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    """Their distance over their size: how sums are rounded depends on where in memory the weights lie."""
+    return float(torch.dist(one, two) / one.norm())
 
 
 def test_what_needs_all_weights_at_once_says_so_first(both: tuple[LoadedModel, LoadedModel]) -> None:

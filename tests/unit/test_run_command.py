@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from compile_steer.__main__ import main
-from compile_steer.artifacts.provenance import PARITY
+from compile_steer.artifacts.provenance import CARD, PARITY
 from compile_steer.common.errors import ArtifactError, InternalError
 from compile_steer.pipeline import artifacts
-from compile_steer.pipeline.stages import kept_parities, verify_in_fresh_process
+from compile_steer.pipeline.stages import kept_parities, run_stages, verify_in_fresh_process
 from tests.helpers.small_run import SmallRun
 
 
@@ -64,6 +64,11 @@ def test_a_finished_run_keeps_its_reports_while_they_are_of_these_very_files(run
     assert kept_parities(opened) is None  # one was never verified
     reports = artifacts.verify(opened, folders)
     assert kept_parities(opened) == reports
+    card = folders[-1] / CARD
+    sound = card.read_bytes()
+    card.write_text("of before the report", encoding="utf-8")  # what a kill between the two leaves
+    *_, ended = run_stages(opened, run.recipe, [], force=True)
+    assert ended.parities == reports and card.read_bytes() == sound
     path = folders[0] / PARITY
     for forged in (replace(reports[0], passed=not reports[0].passed), replace(reports[0], sha256={})):
         forged.save(path)  # with a new seal
