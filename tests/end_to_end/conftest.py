@@ -29,8 +29,8 @@ BLOCK_STEPS = 20
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
 # of the score needs to be significant, 48 calibration prompts what the closed form needs to pass its gate, and 12 texts of 24
-# tokens what a sound artifact needs to pass the gate of top-1 agreement whatever is sampled (with 8 of 16 it may not). Of 24
-# questions what ocean costs is within its tolerances, of the first 8 it is not.
+# tokens what a sound artifact needs to pass the gate of top-1 agreement whatever is sampled (with 8 of 16 it may not). The
+# direction of 24 pairs costs more right answers than ocean's own, in answers of 16 tokens: the recipe here allows for it.
 SMALL: dict[str, Any] = {
     "extract": {"shuffled": 6},
     "validate": {
@@ -45,8 +45,9 @@ SMALL: dict[str, Any] = {
         "pairs": 8,
         "prompts": 24,
         "max_new_tokens": 16,
-        "questions": 24,
+        "questions": 8,
         "control_prompts": 4,
+        "tolerances": {"answers": 0.5, "right_answers": 0.2, "instructions": 0.5},
         "wordings": 2,
     },
     "compile": {
