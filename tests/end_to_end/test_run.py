@@ -47,9 +47,9 @@ with torch.no_grad():
 
 def test_run_succeeds_and_prints_verdict_plan_and_parities(finished: FinishedRun) -> None:
     assert finished.code == 0, finished.stdout + finished.stderr
-    for text in ("Verdict on test data: PASS; score ", "price: perplexity", "random directions of the same strength",
-                 "Ship ", "Plan for add +2", "refused", "Compiled against steered", "closed_form merged-fp32",
-                 "too high"):  # fmt: skip
+    for text in ("Verdict on test data: PASS; score ", "; price: ", "perplexity of control text x",
+                 "random directions of the same strength", "Ship ", "Plan for add +2", "refused",
+                 "Compiled against steered", "closed_form merged-fp32", "too high"):  # fmt: skip
         assert text in finished.stdout
 
 
