@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.text import Text
 from tests.helpers.fitting import canonical_program, job, random_texts, solve
-from tests.helpers.tiny import intervention
+from tests.helpers.tiny import intervention, saved
 
 TEXTS = random_texts(12, 1)
 
 
 @pytest.fixture
-def both(saved: Callable[[str], LoadedModel]) -> tuple[LoadedModel, LoadedModel]:
+def both(tmp_path: Path) -> tuple[LoadedModel, LoadedModel]:
     """A model in memory, and with room for half of its weights."""
-    whole = saved("llama")
+    whole = saved("llama", tmp_path)
     size = 4 * sum(parameter.numel() for parameter in whole.model.parameters())
     found = load(whole.source, device_map={"cpu": f"{size // 2000}KB"})
     return whole, replace(found, id=whole.id, revision=whole.revision)
