@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from compile_steer.cli.app import app
-from compile_steer.recipe import RENAMED_KEYS, Recipe, read_recipe
+from compile_steer.recipe import Recipe, read_recipe
+from compile_steer.refusals import RENAMED_KEYS
 from compile_steer.scoring.base import ScorerBase
 
 ROOT = Path(__file__).parents[2]
