@@ -25,7 +25,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Readout, Text
 from compile_steer.models.tokens import Batch, batches, encode
 from compile_steer.steering.blocks import stream, token_ids
-from compile_steer.steering.compare import differ, tolerance_of
+from compile_steer.steering.compare import differ, distance, tolerance_of
 from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point, Site
@@ -136,8 +136,8 @@ def shares_rows(model: nn.Module) -> bool:
         with suppress(LayoutError), library_errors(LayoutError), torch.no_grad():  # some take no mask of that shape
             row = run_blocks(model, ids, mask, position_ids=places)[0]
             alone = [run_blocks(model, ids[:, path], torch.ones_like(ids[:, path]))[0] for path in (first, second)]
-            error = (torch.cat([row[first], row[second]]) - torch.cat(alone)).float().norm()
-            _SHARES_ROWS[model] = bool(error < tolerance_of(dtype) * torch.cat(alone).float().norm())
+            together = torch.cat([row[first], row[second]])
+            _SHARES_ROWS[model] = distance(together, torch.cat(alone)) < tolerance_of(dtype)
     return _SHARES_ROWS[model]
 
 

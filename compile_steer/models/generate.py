@@ -18,7 +18,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, encode, pad, require_room
 from compile_steer.steering.blocks import token_ids
-from compile_steer.steering.compare import tolerance_of
+from compile_steer.steering.compare import distance, tolerance_of
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
@@ -58,18 +58,8 @@ def continue_prompts(
             neutral_generation(loaded, 0.0 if draws else temperature),
             steered(loaded.model, programs, roles=batch.roles),
         ):
-            output: Tensor = _generate(
-                loaded,
-                batch,
-                traits.caches,
-                max_new_tokens,
-                logits_processor=draws,
-            )
-        continued = []
-        for new in output[:, batch.input_ids.shape[1] :].tolist():
-            stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
-            continued.append(tuple(new[:stop]))
-        return continued
+            output: Tensor = _generate(loaded, batch, traits.caches, max_new_tokens, logits_processor=draws)
+        return [_until_end(new, ends) for new in output[:, batch.input_ids.shape[1] :].tolist()]
 
     def continue_share(own: list[int]) -> list[tuple[int, ...]]:
         groups: dict[int, list[int]] = {}
@@ -110,10 +100,14 @@ def stream_answer(
         with neutral_generation(loaded), steered(loaded.model, program, roles=batch.roles):
             output = _generate(loaded, batch, caches, new_tokens, past_key_values=cache, return_dict_in_generate=True)
         cache = output.past_key_values if caches else None
-        new = output.sequences[0, len(text.ids) :].tolist()
-        stop = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
-        text = replace(text, ids=(*text.ids, *new[:stop]))
+        text = replace(text, ids=(*text.ids, *_until_end(output.sequences[0, len(text.ids) :].tolist(), ends)))
         yield text
+
+
+def _until_end(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    """The tokens up to the first that ends an answer, with it."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[:stop])
 
 
 def _generate(loaded: LoadedModel, batch: Batch, use_cache: bool, max_new_tokens: int, **options: Any) -> Any:
@@ -154,8 +148,8 @@ def _traits(loaded: LoadedModel) -> _Traits:
     # At the responses alone, so that it must be known which tokens those are; it changes nothing.
     idle = Program((Intervention(Site(0), "add", torch.zeros(loaded.layout.d_model), 1.0, "response"),), "", "")
 
-    def same(found: Tensor, whole: Tensor) -> bool:
-        return bool((found - whole).float().norm() < tolerance_of(model.dtype) * whole.float().norm())
+    def same(new: Tensor, whole: Tensor) -> bool:
+        return distance(new, whole) < tolerance_of(model.dtype)
 
     def plain(tokens: Tensor) -> Tensor:
         inputs = tokens.unsqueeze(0)

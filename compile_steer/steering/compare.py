@@ -37,5 +37,9 @@ def multiple(change: Tensor, delta: Tensor) -> float | None:
 
 def differ(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     """True if two tensors of that type are further apart than its rounding."""
-    scale = right.float().norm().clamp(min=1e-12)
-    return float((left - right).float().norm() / scale) > tolerance_of(dtype) / 10
+    return distance(left, right) > tolerance_of(dtype) / 10
+
+
+def distance(left: Tensor, right: Tensor) -> float:
+    """The norm of their difference over that of `right`."""
+    return float((left - right).float().norm() / right.float().norm().clamp(min=1e-12))
