@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 Budget = Literal["quick", "standard", "thorough"]
-BUDGETS: dict[Budget, dict[str, Any]] = {
+BUDGETS: dict[str, dict[str, Any]] = {
     # 24 answered prompts are what a change of the score by a third needs to be significant, 60 calibration prompts what the
     # closed form needs to pass its gate, and 16 held-out texts what keeps a sound artifact within the gate of top-1.
     "quick": {
@@ -73,14 +73,11 @@ _OPTIONAL = ("extract", "compile", "verify")
 
 def with_budget(recipe: Any) -> Any:
     """The content of a recipe with the defaults of its budget in the sections that are mappings; a validator."""
-    budget = recipe.get("budget", "standard") if isinstance(recipe, dict) else None
-    defaults = BUDGETS.get(budget) if isinstance(budget, str) else None  # type: ignore[call-overload]  # any text
+    budget = recipe.get("budget") if isinstance(recipe, dict) else None
+    if not isinstance(budget, str) or budget not in BUDGETS:
+        return recipe  # `Budget` says what is wrong with another one
     # `validate` has no default, so that its absence is told as such.
-    return (
-        recipe
-        if defaults is None
-        else _filled(recipe, {k: v for k, v in defaults.items() if k in {*recipe, *_OPTIONAL}})
-    )
+    return _filled(recipe, {k: v for k, v in BUDGETS[budget].items() if k in {*recipe, *_OPTIONAL}})
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from compile_steer.cli.tables import _table as new_table
+from compile_steer.cli.tables import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console

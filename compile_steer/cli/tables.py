@@ -30,7 +30,7 @@ _LINKS = {"intact": "green", "changed": "red", "missing": "yellow", "unrecorded"
 _REPRODUCED = {"bytes": "green", "numbers": "green", "differs": "red", "not compared": "yellow"}
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """Return an empty table with its text columns, then its columns of numbers."""
     table = Table(title=title, title_justify="left")
     for heading in left:
@@ -100,7 +100,7 @@ def print_audit(console: Console, audit: Audit) -> None:
     if len(zero) < len(audit.changes):
         title = f"rank: singular values above {audit.threshold:g} of the largest, and above rounding"
         numbers = ("norm", "over the base's", "rank", "top holds", "cosine")
-        table = _table(title, ("tensor", "", "type"), numbers)
+        table = new_table(title, ("tensor", "", "type"), numbers)
         for change in audit.changes:
             if change.norm > 0.0:
                 table.add_row(
@@ -167,7 +167,7 @@ def print_engine_records(console: Console, records: Sequence[EngineRecord]) -> N
     """Print a row for every engine, and below it why there is none."""
     title = "log p(token) in each engine minus transformers', nats"
     numbers = ("largest", "rms", "base: largest", "rms", "steering's effect", "gain", "")
-    table = _table(title, ("engine", "form"), numbers)
+    table = new_table(title, ("engine", "form"), numbers)
     for record in records:
         sizes = (record.error, record.rms, record.base_error, record.base_rms)
         cells = [*(f"{size:.1e}" for size in sizes), f"{record.effect:.2f}", f"{record.gain:.4f}"]
@@ -187,7 +187,7 @@ def print_decompiled(console: Console, decompiled: Decompiled, known: Program | 
     from torch.nn.functional import cosine_similarity
 
     numbers = ("block", "constant, norm", "change over stream", "explained", "cosine with the known vector")
-    table = _table("What the artifact's blocks were changed to do", (), numbers)
+    table = new_table("What the artifact's blocks were changed to do", (), numbers)
     vectors = {i.site.layer: i.vector for i in known.active if i.site.point == "resid_post"} if known else {}
     for block, intervention in zip(decompiled.blocks, decompiled.program.interventions, strict=True):
         vector = vectors.get(block.layer)
@@ -208,7 +208,7 @@ def print_composition(console: Console, composition: Composition) -> None:
     rows = composition.matrix
     pairs = ", ".join(f"{row.n_pairs} of {row.behaviour}" for row in rows)
     title = f"What each changes: log p(positive) - log p(negative), nats/token ({pairs})"
-    table = _table(title, ("switched on",), [f"on {row.behaviour} [95 %]" for row in rows])
+    table = new_table(title, ("switched on",), [f"on {row.behaviour} [95 %]" for row in rows])
     for label in rows[0].effects:
         table.add_row(label, *(str(row.effects[label]) for row in rows))
     for kind in rows[0].cross:
@@ -218,7 +218,7 @@ def print_composition(console: Console, composition: Composition) -> None:
     console.print(table)
     title = f"Adapters against hooks, {composition.n_tokens} held-out response tokens written under all hooks"
     numbers = (f"scales of {', '.join(composition.names)}", "KL", "KL(hooks||base)", "remaining KL", "top-1")
-    table = _table(title, ("adapters",), numbers)
+    table = new_table(title, ("adapters",), numbers)
     composed = [(name, fit) for name, fit in composition.artifacts.items() if name != CO_LOADED]
     for name, fit in [*composed, *((CO_LOADED, fit) for fit in composition.settings)]:
         scales = ", ".join(f"{scale:g}" for scale in fit.scales)
@@ -241,7 +241,7 @@ def print_composition(console: Console, composition: Composition) -> None:
 def print_task_vector(console: Console, task_vector: TaskVector) -> None:
     """Print the matrices of a task vector, and where it lies."""
     numbers = ("norm", "stable rank", "rank of 99 %", "cosine with the vector")
-    table = _table("What the task vector changes", ("matrix",), numbers)
+    table = new_table("What the task vector changes", ("matrix",), numbers)
     for matrix in task_vector.matrices:
         sizes = (f"{matrix.norm:.3g}", f"{matrix.stable_rank:.2f}", str(matrix.rank_99))
         table.add_row(matrix.name, *sizes, _or_blank(matrix.cosine, ".3f"))
@@ -260,7 +260,7 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
         f"embeddings {', '.join(inspection.embeddings) or 'not found'} ({head})"
     )
     columns = ("blocks", "point", "module", "written by", "times", "bias", *(f"{name} by" for name in OPERATIONS))
-    table = _table(title, columns, ())
+    table = new_table(title, columns, ())
     reasons: dict[str, str] = {}
     for kind in inspection.kinds:
         for row in kind.points:

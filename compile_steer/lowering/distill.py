@@ -49,10 +49,11 @@ def lower(lowering: Lowering) -> WeightPatch:
     if options.objective == "likelihood":
         require_alone("compile.distill.objective likelihood")
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
-    texts, _fitted = lowering.training_texts, options.start == "random" or lowering.regression_texts
+    texts, random_start = lowering.training_texts, options.start == "random"
     if options.shard:
+        if not random_start:
+            _ = lowering.regression_texts  # cached: a base that is laid over processes writes none
         shard_blocks(lowering.loaded)
-    random_start = options.start == "random"
     start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)

@@ -48,30 +48,21 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _print_panel(console: Console, title: str, colour: str, lines: Sequence[Text]) -> None:
-    heading = Text(title, f"bold {colour}")
-    console.print(Panel(Text("\n").join(lines), title=heading, title_align="left", border_style=colour))
-
-
 def _print_indented(console: Console, text: Text) -> None:
     console.print(Padding(text, (0, 0, 0, 2)))
 
 
 def print_sweep(console: Console, report: ValidationReport) -> None:
     """Print the best coherent point of each layer, the chosen one marked."""
-    layers: dict[int, GridPoint] = {}
-    for point in report.grid:
-        best = layers.get(point.layer)
-        chosen = (point.layer, point.coefficient) == (report.layer, report.coefficient)
-        better = best is None or (point.score or -1, point.margin or -math.inf) > (
-            best.score or -1,
-            best.margin or -math.inf,
-        )
-        if chosen or (better and not (best and (best.layer, best.coefficient) == (report.layer, report.coefficient))):
-            layers[point.layer] = point
+
+    def is_chosen(point: GridPoint) -> bool:
+        return (point.layer, point.coefficient) == (report.layer, report.coefficient)
+
     table = _table("  layer", "strength", "shows it", "ordinary text", "")
-    for point in layers.values():
-        chosen = (point.layer, point.coefficient) == (report.layer, report.coefficient)
+    for layer in dict.fromkeys(point.layer for point in report.grid):
+        points = [point for point in report.grid if point.layer == layer]
+        point = max(points, key=lambda point: (is_chosen(point), point.score or -1, point.margin or -math.inf))
+        chosen = is_chosen(point)
         table.add_row(
             "  all" if point.layer < 0 else f"  {point.layer}",
             f"{point.coefficient:.3g}",
@@ -105,9 +96,7 @@ def print_verdict(console: Console, report: ValidationReport, options: ValidateO
         *reasons, advice = report.reasons
         lines.insert(0, Text.assemble(("Do: ", "bold"), advice.removeprefix("advice: ")))
         lines += [Text(f"- {reason}", "red" if report.verdict == "fail" else "yellow") for reason in reasons]
-    lines += [
-        Text(f"Beware: the two sides of the pairs also differ in {found.name}", "yellow") for found in report.confounds
-    ]
+    lines += [Text(f"Beware: the two sides of the pairs also differ in {c.name}", "yellow") for c in report.confounds]
     if weak := [wording.name for wording in report.wordings if not wording.holds]:
         lines.append(Text(f"Weak (below half) where prompts are put otherwise: {', '.join(weak)}", "yellow"))
     for power in report.power:
@@ -120,9 +109,8 @@ def print_verdict(console: Console, report: ValidationReport, options: ValidateO
                     "yellow",
                 )
             )
-    console.print(
-        Panel(Text("\n").join(lines), title=Text(title, f"bold {colour}"), title_align="left", border_style=colour)
-    )
+    heading = Text(title, f"bold {colour}")
+    console.print(Panel(Text("\n").join(lines), title=heading, title_align="left", border_style=colour))
 
 
 def print_methods(console: Console, choices: Sequence[Choice]) -> None:
@@ -149,23 +137,19 @@ def print_artifacts(console: Console, parities: Sequence[Parity]) -> None:
     for p in parities:
         for reason in p.reasons:
             _print_indented(console, Text(f"FAIL {p.backend} {p.form}: {reason}", "red"))
-    few = max(
-        (p.behaviour.score for p in parities if any(c.name == "score" for c in p.unchecked)),
-        key=lambda s: s.needed,
-        default=None,
-    )
-    shown = (
-        []
-        if few is None
-        else [f"not shown: that answers score the same (needs {few.needed:,} prompts, there are {few.n})"]
-    )
-    unmeasured = {
-        name: text for p in parities for name, text in p.unmeasured.items()
-    }  # what is not as it should be there
-    others = {c.name for p in parities for c in p.unchecked} - {"score", *unmeasured}
-    shown += [f"not checked: {', '.join(sorted(others))} (why: --verbose)"] if others else []
-    shown = [*(f"not checked: {name}: {text}" for name, text in unmeasured.items()), "; ".join(shown)]
-    for line in filter(None, shown):
+    # What is not as it should be there, then what too little was measured for.
+    unmeasured = {name: text for p in parities for name, text in p.unmeasured.items()}
+    lines = [f"not checked: {name}: {text}" for name, text in unmeasured.items()]
+    scores = [p.behaviour.score for p in parities if any(check.name == "score" for check in p.unchecked)]
+    others = {check.name for p in parities for check in p.unchecked} - {"score", *unmeasured}
+    short = []
+    if scores:
+        most = max(scores, key=lambda score: score.needed)
+        short.append(f"not shown: that answers score the same (needs {most.needed:,} prompts, there are {most.n})")
+    if others:
+        short.append(f"not checked: {', '.join(sorted(others))} (why: --verbose)")
+    lines += ["; ".join(short)] if short else []
+    for line in lines:
         _print_indented(console, Text(line, "yellow"))
 
 
@@ -208,6 +192,6 @@ def _program() -> str:
     """How a person calls this very program: by its name where the shell finds it, by its path elsewhere."""
     called = Path(sys.argv[0])
     if called.name == "compile-steer":
-        found = shutil.which(called.name)
-        return called.name if found and Path(found).samefile(called) else shell_word(called)
+        on_path = shutil.which(called.name)
+        return called.name if on_path and Path(on_path).samefile(called) else shell_word(called)
     return f"{shell_word(sys.executable)} -m compile_steer"

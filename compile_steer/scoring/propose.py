@@ -50,19 +50,16 @@ def propose_score(
     Raises:
         RecipeError: nothing tells them apart, not even a classifier (AUROC in cross-validation below 0.7).
     """
-    best, rule, text = 0.0, None, ""
-    for scorer, what in _rules(positive, negative, others, echo):
-        found, wrong = (float(np.mean([scorer.score(text) for text in side])) for side in (positive, negative))
+    best, proposal = 0.0, None
+    for scorer, description in _rules(positive, negative, others, echo):
+        hits, errors = (float(np.mean([scorer.score(text) for text in side])) for side in (positive, negative))
         absent = isinstance(scorer, Keywords) and bool(scorer.absent)
-        enough = wrong <= 1 - _FOUND and found >= 1 - _WRONG if absent else found >= _FOUND and wrong <= _WRONG
-        if enough and found - wrong > best + 1e-9:  # of equals the first, which is the plainest
-            best, rule, text = (
-                found - wrong,
-                scorer,
-                f"{what}: {found:.0%} of the positive and {wrong:.0%} of the negative",
-            )
-    if rule is not None:
-        return Proposal(rule, text)
+        enough = errors <= 1 - _FOUND and hits >= 1 - _WRONG if absent else hits >= _FOUND and errors <= _WRONG
+        if enough and hits - errors > best + 1e-9:  # of equals the first, which is the plainest
+            best = hits - errors
+            proposal = Proposal(scorer, f"{description}: {hits:.0%} of the positive and {errors:.0%} of the negative")
+    if proposal is not None:
+        return proposal
     area = _cross_validated(positive, negative)
     if not area >= _MIN_AUROC:
         raise RecipeError(
@@ -81,7 +78,7 @@ def _rules(
 ) -> list[tuple[TextScorer, str]]:
     """Scorers that may fit, the plainest first, each with what it looks for."""
     rules: list[tuple[TextScorer, str]] = [(Lowercase(kind="lowercase"), "lower case")]
-    rules += [(Keywords(kind="keywords", patterns=(sign,)), what) for sign, what in _SIGNS.items()]
+    rules += [(Keywords(kind="keywords", patterns=(sign,)), name) for sign, name in _SIGNS.items()]
     if words := _frequent(positive, [*negative, *others], _words(echo)):
         pattern = rf"\b({'|'.join(words)})\b"
         rules.append((Keywords(kind="keywords", patterns=(pattern,)), "words of the positive side"))
@@ -91,8 +88,8 @@ def _rules(
     limits = {"max_words": max(middle, 1)} if shorter else {"min_words": middle + 1}
     # What the positive side lacks: anything broken lacks it too, so this comes late. Of words it would hardly ever be right.
     rules += [
-        (Keywords(kind="keywords", patterns=(r"\w",), absent=(sign,)), f"without {what}")
-        for sign, what in _SIGNS.items()
+        (Keywords(kind="keywords", patterns=(r"\w",), absent=(sign,)), f"without {name}")
+        for sign, name in _SIGNS.items()
     ]
     rules.append((Length.model_validate({"kind": "length", **limits}), "length"))
     return rules
@@ -100,10 +97,8 @@ def _rules(
 
 def _frequent(texts: Sequence[str], others: Sequence[str], excluded: set[str]) -> list[str]:
     """Words of which most of `texts` have one and hardly any of `others`, each the one that most of the rest have."""
-    sets, elsewhere = (
-        [_words(text) - excluded for text in texts],
-        Counter(word for text in others for word in _words(text)),
-    )
+    sets = [_words(text) - excluded for text in texts]
+    elsewhere = Counter(word for text in others for word in _words(text))
     allowed, chosen = 0.02 * len(others), list[str]()
     while sets and len(chosen) < _MAX_WORDS:
         counts = Counter(word for words in sets for word in words if elsewhere[word] <= allowed)

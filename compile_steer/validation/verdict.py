@@ -36,10 +36,8 @@ class _Reason(NamedTuple):
 
 def decide(report: ValidationReport, options: ValidateOptions) -> tuple[Verdict, list[str]]:
     """Return the verdict and all reasons for it; failures come first, and one line of advice last."""
-    failures, doubts = (
-        [*_failures(report, options), *_price(report), *_incoherence(report, options)],
-        list(_doubts(report, options)),
-    )
+    failures = [*_failures(report, options), *_price(report), *_incoherence(report, options)]
+    doubts = list(_doubts(report, options))
     if not failures and not doubts:
         return "pass", _evidence(report)
     against = failures + doubts
