@@ -77,8 +77,8 @@ def _run() -> int:
 
 def _end(error: BaseException) -> int:
     """Return the exit code for what a command raised, after telling the user."""
-    from compile_steer.artifacts.locks import is_child
-    from compile_steer.common.errors import CompileSteerError, disk_remedy
+    # This module alone: what a stop interrupted while it was imported, a C library perhaps, may not bear a second import.
+    from compile_steer.common.errors import CompileSteerError, disk_remedy, is_child
 
     if _stops or isinstance(error, (_Stopped, KeyboardInterrupt)):  # whatever a library made of the stop
         if not is_child():  # the command that it works for says so

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from compile_steer.artifacts.paths import real_path
-from compile_steer.common.errors import ArtifactError, brief, disk_remedy, plain
+from compile_steer.common.errors import CHILD, ArtifactError, brief, disk_remedy, plain
 from compile_steer.common.reading import Malformed, read_json
 
 LOCK = ".compile_steer.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_CHILD = "COMPILE_STEER_LOCK"  # the environment variable that hands a lock's key to a child process
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2), which Python does not wrap
 
 # The lock files that this process holds, each with the thread that took it.
@@ -179,18 +178,13 @@ def _deleted(folder: Path) -> ArtifactError:
 
 def for_child() -> dict[str, str]:
     """Return the environment variables with which a child process works under this process's locks, and ends with it."""
-    return {_CHILD: " ".join(str(_about(path).get("key")) for path in _held)}
-
-
-def is_child() -> bool:
-    """True where another command of ours started this process, with `for_child`."""
-    return _CHILD in os.environ
+    return {CHILD: " ".join(str(_about(path).get("key")) for path in _held)}
 
 
 def _is_parents(path: Path) -> bool:
     """True where the parent process holds the lock for this one, which then ends with the parent, as the lock does."""
     about = _about(path)
-    if not about or about.get("key") not in os.environ.get(_CHILD, "").split():
+    if not about or about.get("key") not in os.environ.get(CHILD, "").split():
         return False
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import re
 import reprlib
 import shlex
@@ -21,6 +22,7 @@ _ACTS = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 _LONGEST = 4000  # characters of one problem
+CHILD = "COMPILE_STEER_LOCK"  # the environment variable that hands the keys of a command's locks to a process of its own
 
 
 class CompileSteerError(Exception):
@@ -54,6 +56,11 @@ class EngineError(CompileSteerError):
 
 class InternalError(Exception):
     """Something of ours went wrong that no input should be able to cause: exit code 3."""
+
+
+def is_child() -> bool:
+    """True where another command of ours started this process, and tells the user how it ended."""
+    return CHILD in os.environ
 
 
 _REMEDIES = {

@@ -189,6 +189,13 @@ def test_stop_at_any_moment_of_the_start_prints_no_traceback(number: signal.Sign
     assert process.returncode == 128 + number and err.startswith("error: stopped") and err.count("\n") == 1, err
 
 
+def test_telling_of_a_stop_imports_no_extension_whose_import_the_stop_may_have_interrupted() -> None:
+    program = "import sys; from compile_steer.__main__ import _end, _Stopped; _end(_Stopped()); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("error: stopped")
+    assert not {"_decimal", "pydantic_core", "torch"} & set(done.stdout.split())
+
+
 def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     plant_modules(tmp_path)
     done = _shell('"$@" show missing.safetensors', tmp_path)
