@@ -83,11 +83,16 @@ def _require_family(folder: Path, kind: Any) -> None:
             "Needed: a family that transformers has itself, or a newer transformers."
         )
     if kind is AutoModelForCausalLM and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        named = (config.get("architectures") or [family])[0]
         raise ArtifactError(
-            f"{folder} is a {brief(named)}, of the family {family}, which has no causal language model in transformers; needed: a "
-            "decoder that writes text. Encoders and encoder-decoders cannot be steered."
+            f"{folder} is a {brief(_saved_as(config.get('architectures'), family))}, of the family {family}, which has no "
+            "causal language model in transformers; needed: a decoder that writes text. Encoders and encoder-decoders cannot "
+            "be steered."
         )
+
+
+def _saved_as(architectures: object, other: str) -> object:
+    """The class that a config.json says the model was saved as; `other` where it names none."""
+    return architectures[0] if isinstance(architectures, list) and architectures else other
 
 
 def read_tokenizer(
@@ -206,7 +211,7 @@ def require_loaded(folder: Path, model: PreTrainedModel, loading: Mapping[str, A
         shapes = [f"{name} is {list(held)}, needed {list(needed)}" for name, held, needed in mismatched]
         problems.append(f"{folder} holds weights of other shapes than its config.json says: {_listed(shapes)}.")
     if problems:
-        saved = (model.config.architectures or [kind])[0]
+        saved = _saved_as(model.config.architectures, kind)
         other = f"It was saved as a {brief(saved)}; needed: a {kind}, a decoder with its head."
         raise ArtifactError(
             [*problems, other if saved != kind else f"Weights and config.json are not of one model. {_REMEDY}"]

@@ -30,10 +30,11 @@ def with_older_rope(content: dict[str, Any]) -> dict[str, Any]:
     rope = content.get("rope_parameters")
     if not isinstance(rope, dict) or not rope or content.get("rope_scaling"):
         return content  # where both are there, transformers 5 takes the older one
-    main = rope.get("full_attention", rope)  # by the kind of attention, where there are two
+    kinds = {kind: part for kind, part in rope.items() if isinstance(part, dict)}  # of attention, where there are two
+    main = kinds.get("full_attention", rope)
     base, part = main.get("rope_theta"), main.get("partial_rotary_factor")
     scaling = {key: value for key, value in main.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    local = rope.get("sliding_attention", {}).get("rope_theta")
+    local = kinds.get("sliding_attention", {}).get("rope_theta")
     older = {"rope_theta": base, "partial_rotary_factor": part, "rope_local_base_freq": local}
     if content.get("model_type") == "gpt_neox":
         older |= {"rotary_emb_base": base, "rotary_pct": part}

@@ -15,7 +15,7 @@ from compile_steer.artifacts.files import read_json
 from compile_steer.export.merged import write_merged
 from compile_steer.models.libraries import quiet
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.older_readers import write_settings
+from compile_steer.models.older_readers import with_older_rope, write_settings
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch
 from tests.contract.test_adapters import origin
@@ -90,3 +90,9 @@ def test_transformers_4_computes_the_same_from_every_merged_folder(tmp_path: Pat
             expected = model(torch.tensor([IDS])).logits[0]
         torch.testing.assert_close(torch.tensor(answer["logits"]), expected, rtol=1e-5, atol=2e-5, msg=folder.name)
         assert answer["tokens"] == [tokenizer(text)["input_ids"] for text in TEXTS], folder.name
+
+
+@pytest.mark.parametrize("odd", [3, None, []])
+def test_rope_that_is_of_no_kind_of_attention_is_passed_over_as_transformers_does(odd: object) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5, "full_attention": odd, "sliding_attention": odd}
+    assert with_older_rope({"rope_parameters": rope})["rope_theta"] == 5e5

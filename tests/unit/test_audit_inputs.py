@@ -132,3 +132,23 @@ def test_an_adapter_of_another_base_is_refused(base: LoadedModel, tmp_path: Path
     write_lora(tmp_path / "b", {DOWN: LowRank(torch.ones(HIDDEN, 2), torch.ones(2, 40))}, base.id, False)
     with pytest.raises(ArtifactError, match=r"the adapter's change is \[32, 40\], the base \[32, 48\]"):
         look(base, tmp_path / "b")
+
+
+def test_audit_reads_what_is_loaded_and_not_the_honest_copy_beside_it(base: LoadedModel, tmp_path: Path) -> None:
+    other = tmp_path / "m"
+    shutil.copytree(base.source, other)
+    (other / "model.safetensors").unlink()
+    base.model.save_pretrained(other, max_shard_size="20KB")
+    shard = min(other.glob("model-*"))
+    shutil.copy(shard, other / "z-old.safetensors")
+    same = look(base, other)
+    assert (same.n_same, same.changes) == (len(base.model.state_dict()), [])
+    before = load_file(shard)
+    save_file({name: 1.5 * value for name, value in before.items()}, shard, metadata={"format": "pt"})
+    changes = look(base, other).changes
+    assert {change.name for change in changes} == before.keys()
+    assert [change.relative for change in changes] == pytest.approx([0.5] * len(before))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(CompileSteerError, match="is quantised, by fp8"):
+        look(base, other)

@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compile_steer.common.errors import CompileSteerError
-from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.formats.lora import ADAPTER_WEIGHTS
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.logprobs import reference_logprobs
 from compile_steer.models.reload import fresh_copy, reload
-from compile_steer.tools.audit import audit
 from tests.contract.test_adapters import origin
 from tests.helpers.tiny import FAMILIES, build, chat_tokenizer, random_patch
 
@@ -154,6 +152,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "unknown family": (config(model_type="magic"), r"model_type 'magic' is no family of transformers [\d.]+\. Needed"),
     "code of its own": (config(model_type="magic", auto_map={}), "code that comes with it .auto_map. is never run"),
     "encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "'T5Model', of the family t5, .*a decoder"),
+    "no family": (config(model_type=None), r"config\.json: model_type is None; needed: the name of its family"),
+    "encoder saved as nothing": (config(model_type="t5", architectures=3), "is a 't5', of the family t5, .*a decoder"),
+    "saved as nothing": (config(num_hidden_layers=6, architectures={"a": 1}), "lacks 18 weights"),
     "model without its head": (
         both(config(architectures=["LlamaModel"]), tensors(lambda content: content.pop("lm_head.weight"))),
         "It was saved as a 'LlamaModel'; needed: a LlamaForCausalLM",
@@ -283,23 +284,3 @@ def test_merged_folder_is_checked_as_a_base_is(tmp_path: Path, saved_llama: Path
     config(num_hidden_layers=3)(tmp_path / "m")
     with pytest.raises(CompileSteerError, match=r"no place for: model\.layers\.3"):
         reload(tmp_path / "m", base)
-
-
-def test_audit_reads_what_is_loaded_and_not_the_honest_copy_beside_it(tmp_path: Path, saved_llama: Path) -> None:
-    shutil.copytree(saved_llama, tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").unlink()
-    build("llama").save_pretrained(tmp_path / "m", max_shard_size="20KB")
-    shard = min((tmp_path / "m").glob("model-*"))
-    shutil.copy(shard, tmp_path / "m" / "z-old.safetensors")
-    found = audit(str(saved_llama), str(tmp_path / "m"), None, 0.01, Progress())
-    assert (found.n_same, found.changes) == (39, [])
-    before = load_file(shard)
-    tensors(lambda content: content.update({name: 1.5 * value for name, value in before.items()}), shard.name)(
-        tmp_path / "m"
-    )
-    changes = audit(str(saved_llama), str(tmp_path / "m"), None, 0.01, Progress()).changes
-    assert {change.name for change in changes} == before.keys()
-    assert [change.relative for change in changes] == pytest.approx([0.5] * len(before))
-    config(quantization_config={"quant_method": "fp8"})(tmp_path / "m")
-    with pytest.raises(CompileSteerError, match="is quantised, by fp8"):
-        audit(str(saved_llama), str(tmp_path / "m"), None, 0.01, Progress())
