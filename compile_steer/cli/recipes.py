@@ -173,6 +173,7 @@ def run(
     Exit code 1 if the validation fails (unless --force) or an artifact is not the steered model.
     """
     from compile_steer.pipeline.estimate import estimate
+    from compile_steer.pipeline.memory import peak_memory
     from compile_steer.pipeline.stages import run_stages
     from compile_steer.report import brief, terminal
 
@@ -181,8 +182,9 @@ def run(
     title = functools.partial(print_title, out)
     opened = session.open(shared=True)
     if detail.get() > Detail.QUIET and not opened.paths.validation.is_file():  # what is there already takes no time
-        minutes, memory = estimate(opened)
-        out.print(f"from nothing about {max(minutes, 1):.0f} min and {memory:.1f} GB of memory; a stopped run goes on")
+        peak = peak_memory(Path(opened.model.source), recipe, opened.data)
+        memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB of memory"
+        out.print(f"from nothing about {max(estimate(opened), 1):.0f} min{memory}; a stopped run goes on")
     title("1  Does the direction carry the behaviour?")
     for result in run_stages(opened, session.path, session.changes, force):
         if (shipped := result.recommendation) is not None:  # the last result; each holds those before it

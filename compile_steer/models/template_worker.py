@@ -38,7 +38,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return {"problem": describe(error)}
     except MemoryError:
-        return {"problem": f"it takes more than {_MEMORY >> 30} GB of memory"}
+        return {"problem": f"it takes more than {_MEMORY >> 30} GiB of memory"}
     (text,) = rendered
     if len(text) > _CHARACTERS:
         return {"problem": f"it makes a prompt of {len(text):,} characters"}

@@ -1,4 +1,4 @@
-"""How long a run will take and how much memory, said before the work: counted in tokens, at a speed that is measured."""
+"""How long a run will take, said before the work: counted in tokens, at a speed that is measured."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ _WRITTEN = 2.5
 _ABOVE = 0.65
 _TRAINED = 3.0  # forward and backward
 _START = 30.0  # seconds until two processes have their libraries and the model
-_PROCESS = 0.6  # GiB of a process's libraries and activations
 
 
-def estimate(run: Run) -> tuple[float, float]:
-    """Minutes that all stages of a run take from nothing, and GiB that they need at once; right to about a half."""
+def estimate(run: Run) -> float:
+    """Minutes that all stages of a run take from nothing; right to about a half."""
     tokens = _validation(run) + _compile(run) + _verification(run)
-    weights = sum(p.numel() * p.element_size() for p in run.model.model.parameters()) / 2**30
-    return (_START + tokens * _seconds_per_token(run)) / 60, 2 * (1.3 * weights + _PROCESS)
+    return (_START + tokens * _seconds_per_token(run)) / 60
 
 
 def _seconds_per_token(run: Run) -> float:

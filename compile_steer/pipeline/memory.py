@@ -158,20 +158,23 @@ def free_memory(device: torch.device) -> float | None:
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
+def peak_memory(folder: Path, recipe: Recipe, data: Behaviour) -> float | None:
+    """Bytes that a whole run needs at once; None for a family with other words for its sizes."""
+    if (size := _size(folder, recipe)) is None:
+        return None
+    plan = _by_all({**plan_memory(size, recipe, data), "base": size.weights}, choose_device(recipe.device))
+    # The verifier is a process beside the one that compiled, which still holds the base.
+    return max(*plan.values(), plan["verification"] + plan["base"])
+
+
 def require_memory(recipe: Recipe, data: Behaviour) -> str:
     """Return the plan in one line; raises `RecipeError`, with what would fit, where a stage needs more than there is."""
     folder = find_model(recipe.model).folder
     require_plain(folder)
-    try:
-        with quiet_library_errors(_NoSizeError):
-            size = ModelSize.of(folder, DTYPES[recipe.dtype])
-    except _NoSizeError:  # a family with other words for its sizes; or damaged, which loading explains
+    if (size := _size(folder, recipe)) is None:
         return "memory is not planned for this family: its config.json has other keys"
-    plan = plan_memory(size, recipe, data)
     device = choose_device(recipe.device)
-    if device.type == "cpu":  # which all processes share
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if distributed.count() > 1 else 1
-        plan = {name: here * (value + LIBRARIES) for name, value in plan.items()}
+    plan = _by_all(plan_memory(size, recipe, data), device)
     line = ", ".join(f"{name} {_gib(value)}" for name, value in plan.items())
     stage, most = max(plan.items(), key=lambda item: item[1])
     free = free_memory(device)
@@ -183,6 +186,22 @@ def require_memory(recipe: Recipe, data: Behaviour) -> str:
             ]
         )
     return f"memory planned: weights {_gib(size.weights)}; with them {line}"
+
+
+def _size(folder: Path, recipe: Recipe) -> ModelSize | None:
+    try:
+        with quiet_library_errors(_NoSizeError):
+            return ModelSize.of(folder, DTYPES[recipe.dtype])
+    except _NoSizeError:  # a family with other words for its sizes; or damaged, which loading explains
+        return None
+
+
+def _by_all(plan: dict[str, float], device: torch.device) -> dict[str, float]:
+    """What all processes that share a device need on it, of what one does."""
+    if device.type != "cpu":
+        return plan
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if distributed.count() > 1 else 1
+    return {name: here * (value + LIBRARIES) for name, value in plan.items()}
 
 
 def _remedies(size: ModelSize, recipe: Recipe, data: Behaviour, free: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""The estimate of a run grows with what is measured, and knows the memory of the weights."""
+"""The estimate of a run grows with what is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_more_texts_and_more_backends_take_longer(run: SmallRun, monkeypatch: py
     opened = run.open()
 
     def minutes(*changes: str) -> float:
-        return estimate(Run(read_recipe(run.recipe, changes), run.paths, opened.context))[0]
+        return estimate(Run(read_recipe(run.recipe, changes), run.paths, opened.context))
 
     least = minutes("compile.backends=[bias]")
     for change in ("validate.layers=[0,1]", "validate.max_new_tokens=40", "verify.heldout=80", "verify.long=9",
@@ -23,6 +23,5 @@ def test_more_texts_and_more_backends_take_longer(run: SmallRun, monkeypatch: py
         assert minutes("compile.backends=[bias]", change) > least
 
 
-def test_the_speed_is_measured_and_the_memory_is_of_the_weights(run: SmallRun) -> None:
-    minutes, memory = estimate(run.open())
-    assert 0.5 <= minutes < 5 and 1.2 < memory < 1.3  # a tiny model: libraries and their start
+def test_the_speed_is_measured(run: SmallRun) -> None:
+    assert 0.5 <= estimate(run.open()) < 5  # a tiny model: the start of its processes

@@ -35,8 +35,11 @@ def test_a_stage_that_cannot_fit_is_refused_with_what_would(tmp_path: Path, monk
     size = ModelSize.of(tmp_path / "model", torch.float32)
     plan = plan_memory(size, recipe, data)
     assert {"extraction", "validation", "writing texts", "closed_form", "verification"} == plan.keys()
-    # Room for half of what the largest stage takes: its numbers in half as many bytes fit.
+    # The verifier runs beside a process that holds the base and libraries of its own.
     most = max(plan.values())
+    beside = plan["verification"] + size.weights + 2 * LIBRARIES
+    assert memory.peak_memory(tmp_path / "model", recipe, data) == max(beside, most + LIBRARIES)
+    # Room for half of what the largest stage takes: its numbers in half as many bytes fit.
     monkeypatch.setattr(memory, "LIBRARIES", 0.0)
     monkeypatch.setattr(memory, "free_memory", lambda _device: 0.9 * most)
     with pytest.raises(
@@ -50,6 +53,12 @@ def test_a_stage_that_cannot_fit_is_refused_with_what_would(tmp_path: Path, monk
     monkeypatch.setattr(memory, "free_memory", lambda _device: None)  # not known: nothing is refused
     with pytest.raises(AssertionError, match="nothing may be loaded"):
         run.Run.open(recipe, tmp_path / "out", Progress())
+
+
+def test_a_family_with_other_words_for_its_sizes_has_no_peak(tmp_path: Path) -> None:
+    recipe = read_recipe(prepare(tmp_path).recipe)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mamba"}')
+    assert memory.peak_memory(tmp_path / "model", recipe, recipe.data.read(recipe.folder)) is None
 
 
 def test_more_of_anything_takes_no_less_memory() -> None:
