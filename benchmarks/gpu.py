@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compile_steer.artifacts.files import save_json
 from compile_steer.cli.run_tables import print_profile
 from compile_steer.common.profile import Phase, Profile
 from compile_steer.common.progress import Progress
@@ -155,7 +156,8 @@ def measure(shape: Shape, folder: Path, device: torch.device) -> tuple[Profile, 
         compiled = final_states(artifact, held_out).response
         kl = divergence(loaded.model, steered, artifact.model, compiled).mean
         kl_base = divergence(loaded.model, steered, loaded.model, base).mean
-    phases = {phase.label: phase for phase in profile.close(folder / "profile.json")}
+    phases = {phase.label: phase for phase in profile.close()}
+    save_json(folder / "profile.json", profile.record())
     own = phases["closed form"].seconds / phases["one forward pass of the calibration tokens"].seconds
     copying = phases["merge"].seconds / phases["copy of the files"].seconds
     remarks = [

@@ -173,10 +173,14 @@ class Session:
 
     def finish(self, value: Any, show: Show = lambda _console, _value: None, passed: bool = True) -> None:
         if self._profiled is not None:
+            from compile_steer.artifacts.files import save_json
             from compile_steer.cli.run_tables import print_profile
 
             profile, path = self._profiled
-            print_profile(console(as_json=True), profile.close(path), profile.rate, path)
+            phases = profile.close()
+            if distributed.rank() == 0:
+                save_json(path, profile.record())
+            print_profile(console(as_json=True), phases, profile.rate, path)
         finish(self.as_json, value, show, passed)
 
 

@@ -6,7 +6,6 @@ rate is that of a large matrix product, measured in the same run. Counting costs
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -163,11 +162,12 @@ class Profile(Progress):
         """As `Progress`."""
         self._inner.remark(text)
 
-    def close(self, path: Path) -> Sequence[Phase]:
-        """Stop measuring, and write trace and table to `path`; returns the table, the longest first."""
+    def close(self) -> Sequence[Phase]:
+        """Stop measuring; returns the table, the longest first."""
         self._turn()
         self._exit.close()
-        phases = sorted(self.phases.values(), key=lambda phase: -phase.seconds)
-        content = {"traceEvents": self._events, "matmul_flops": self.rate, "phases": [asdict(p) for p in phases]}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return phases
+        return sorted(self.phases.values(), key=lambda phase: -phase.seconds)
+
+    def record(self) -> dict[str, Any]:
+        """Trace and table, for profile.json."""
+        return {"traceEvents": self._events, "matmul_flops": self.rate, "phases": [*map(asdict, self.phases.values())]}
