@@ -11,9 +11,9 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -129,9 +129,8 @@ def run_fleet(
             if outcome is None:
                 del warm[worker]
             row = rows[task.recipe] = _after(rows[task.recipe], task, outcome, tries)
-            stages = [*STAGES]
             if not row.state:
-                following = task.stage if outcome is None else stages[stages.index(task.stage) + 1]
+                following = task.stage if outcome is None else dict(pairwise(STAGES))[task.stage]
                 tasks.insert(0, replace(task, stage=following))
             what = row.state or ("its worker ended; given to another" if outcome is None else "done")
             report("; ".join([f"{row.name}: {task.stage}: {what}", *row.problems]))
@@ -226,26 +225,27 @@ class LocalEngine:
         self._threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or (os.cpu_count() or 1) // workers))
         self._pipes: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}
+        self._running: dict[Any, int] = {}  # the pipes of those that have a task
 
     def submit(self, worker: int, task: Task) -> None:
         """As `Engine` says."""
-        if worker not in self._processes:
+        if worker not in self._processes or not self._processes[worker].is_alive():  # an idle one may have been killed
             self._pipes[worker], theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs, worker, self._threads), daemon=True)
+            args = theirs, worker, self._threads
+            process = self._processes[worker] = self._context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
-            self._processes[worker] = process
-        self._pipes[worker].send(task)
+        with suppress(OSError):  # where it has ended since, `next` says so
+            self._pipes[worker].send(task)
+        self._running[self._pipes[worker]] = worker
 
     def next(self) -> tuple[int, dict[str, Any] | None]:
         """As `Engine` says."""
-        ready = wait(list(self._pipes.values()))[0]
-        worker = next(number for number, pipe in self._pipes.items() if pipe is ready)
+        worker = self._running.pop(wait(list(self._running))[0])
         try:
             return worker, self._pipes[worker].recv()
         except (EOFError, ConnectionResetError):
-            self._processes.pop(worker).join()
-            self._pipes.pop(worker).close()
+            self._processes[worker].join()
             return worker, None
 
     def close(self) -> None:

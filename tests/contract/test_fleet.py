@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,29 @@ def test_a_killed_workers_recipe_is_finished_by_another(engine: str, tmp_path: P
     assert validations[0]["margin"] == validations[1]["margin"]
     table = json.loads((out / "fleet.json").read_text(encoding="utf-8"))
     assert [Row(**row) for row in table["rows"]] == done.rows
+
+
+def report_pid(pipe: Connection, _number: int, _threads: int) -> None:
+    while True:
+        pipe.recv()
+        pipe.send({"pid": os.getpid()})
+
+
+def test_an_idle_worker_that_was_killed_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "_serve", report_pid)
+    engine, task = fleet.LocalEngine(2), Task(Path("x"), (), Path("y"), "compile", False)
+    monkeypatch.setattr(engine, "_context", multiprocessing.get_context("fork"))  # in an instant, without imports
+    with closing(engine):
+        engine.submit(0, task)
+        worker, killed = engine.next()
+        assert worker == 0 and killed is not None
+        os.kill(killed["pid"], signal.SIGKILL)
+        engine._processes[0].join()
+        engine.submit(1, task)
+        assert engine.next()[0] == 1  # of the idle one there is nothing to say
+        engine.submit(0, task)
+        worker, outcome = engine.next()
+        assert worker == 0 and outcome is not None and outcome["pid"] != killed["pid"]
 
 
 def test_a_worker_loads_a_base_once_and_goes_through_all_stages(
