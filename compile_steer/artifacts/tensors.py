@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,7 @@ def stream_tensors(
         tensor: returns it, in that type and shape.
         place: where its bytes lie already, a file and the first byte; these are copied, and `tensor` is not called.
 
-    Raises `ArtifactError` for a packed type.
+    Raises `ArtifactError` for a packed type, and where a file ends before what it is to hold.
     """
     import torch
 
@@ -85,14 +85,26 @@ def stream_tensors(
         for name in names:
             begin, end = header[name]["data_offsets"]
             if (stored := place(name)) is not None:
-                with stored[0].open("rb") as source:
-                    source.seek(stored[1])
-                    for start in range(begin, end, _PIECE):
-                        file.write(source.read(min(_PIECE, end - start)))
+                for piece in _pieces(*stored, end - begin):
+                    file.write(piece)
                 continue
             written = file.write(tensor(name).contiguous().flatten().view(torch.uint8).numpy().data)
             assert written == end - begin, f"{name} is not of the type and shape that the header says"
     return int(header[names[-1]]["data_offsets"][1]) if names else 0
+
+
+def _pieces(path: Path, start: int, size: int) -> Iterator[bytes]:
+    """So many bytes of a file from `start` on; raises `ArtifactError` where it ends before, since its header was read."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while size:
+            if not (piece := file.read(min(_PIECE, size))):
+                raise ArtifactError(
+                    f"{path} was cut while it was read: {size:,} bytes from {file.tell():,} on are missing. Let nothing write "
+                    "there, and get or make it again."
+                )
+            yield piece
+            size -= len(piece)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -154,18 +166,15 @@ class Checkpoint:
         from safetensors.torch import _TYPES
 
         total = hashlib.sha256()
-        with ExitStack() as stack:
-            opened = {file: stack.enter_context(file.open("rb")) for file in set(self.files.values())}
-            headers = {file: read_header(file) for file in opened}
-            for name in sorted(self.files):
-                file, info = self.files[name], headers[self.files[name]][name]
-                total.update(f"{name} {_TYPES[info['dtype']]} {info['shape']}\n".encode())
-                # Read, not mapped: pages of a mapped file count as memory of this process.
-                stream, (start, stop) = opened[file], info["data_offsets"]
-                stream.seek(0)
-                stream.seek(8 + int.from_bytes(stream.read(8), "little") + start)
-                for size in range(start, stop, _PIECE):
-                    total.update(stream.read(min(_PIECE, stop - size)))
+        headers = {file: read_header(file) for file in set(self.files.values())}
+        for name in sorted(self.files):
+            file, place = self.places[name]
+            info = headers[file][name]
+            total.update(f"{name} {_TYPES[info['dtype']]} {info['shape']}\n".encode())
+            # Read, not mapped: pages of a mapped file count as memory of this process.
+            begin, end = info["data_offsets"]
+            for piece in _pieces(file, place, end - begin):
+                total.update(piece)
         return total.hexdigest()
 
     @cached_property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compile_steer.artifacts.tensors import INDEX_FILE, SINGLE_FILE, Checkpoint, checkpoint_files
+from compile_steer.artifacts.tensors import INDEX_FILE, SINGLE_FILE, Checkpoint, checkpoint_files, stream_tensors
 from compile_steer.common.errors import ArtifactError
 from tests.helpers.tiny import build
 
@@ -220,3 +220,19 @@ def test_moved_copy_has_the_same_files(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "m", tmp_path / "copy")
     assert names(tmp_path / "copy") == names(tmp_path / "m")
     assert load_file(tmp_path / "copy" / FIRST).keys() == {"a"}
+
+
+def test_file_that_is_cut_while_it_is_copied_gives_no_shorter_copy(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(5.0)}, tmp_path / SINGLE_FILE)
+    checkpoint = Checkpoint(tmp_path)
+
+    def copy() -> int:
+        return stream_tensors(
+            tmp_path / "copy", checkpoint.specs, lambda _name: torch.zeros(0), {}, checkpoint.places.get
+        )
+
+    assert copy() == 20
+    assert torch.equal(load_file(tmp_path / "copy")["a"], torch.arange(5.0))
+    (tmp_path / SINGLE_FILE).write_bytes((tmp_path / SINGLE_FILE).read_bytes()[:-6])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors was cut while it was read: 6 bytes from [\d,]+ on"):
+        copy()
