@@ -10,7 +10,7 @@ is taken over.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from compile_steer.models.generate import end_tokens
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, encode_pairs, final_states
-from compile_steer.models.tokens import encode
+from compile_steer.models.logprobs import (
+    FinalStates,
+    TokenDivergence,
+    divergence,
+    encode_pairs,
+    final_states,
+    logprob_margins,
+)
+from compile_steer.models.text import Text
+from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
@@ -28,6 +36,8 @@ from compile_steer.verification.prompt_report import ContextLength, PromptKL, Pr
 
 if TYPE_CHECKING:
     from compile_steer.artifacts.provenance import Provenance
+    from compile_steer.data.behaviour import Behaviour
+    from compile_steer.verification.options import VerifyOptions
     from compile_steer.verification.reference import Reference
 
 STEERED = "the steered model"
@@ -42,6 +52,23 @@ _OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 # A rounded form may be this part of the KL gate from what it was rounded from: its behaviour is then the same within what
 # the tests of behaviour can see, for which the whole gate is allowed.
 _ROUNDING = 0.1
+
+
+class VerifierTexts(NamedTuple):
+    """What the verifier uses of the data, as one model's tokens."""
+
+    heldout: list[Encoded]
+    control: list[Encoded]
+    pairs: list[Encoded]  # as `encode_pairs`
+    prompts: list[Encoded]  # those that are answered beyond those of the pairs
+
+    @staticmethod
+    def of(loaded: LoadedModel, data: Behaviour, options: VerifyOptions) -> VerifierTexts:
+        """Encode them; raises as `encode`."""
+        prompts = [Text(pair.prompt) for pair in data.test[options.pairs : options.prompts]]
+        parts = data.heldout[: options.heldout], data.neutral[: options.neutral], prompts
+        heldout, control, more = ([encode(loaded.tokenizer, text) for text in texts] for texts in parts)
+        return VerifierTexts(heldout, control, encode_pairs(loaded, data.test[: options.pairs]), more)
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,12 @@ def measured_steered(reference: Reference) -> Measured:
 
 
 def measure(
-    reference: Reference, artifact: LoadedModel, states: FinalStates, kl: TokenDivergence, origin: Provenance
+    reference: Reference,
+    artifact: LoadedModel,
+    texts: VerifierTexts,
+    states: FinalStates,
+    kl: TokenDivergence,
+    origin: Provenance,
 ) -> Measured:
     """Measure `artifact`, and keep it for those that compute the same; `states` and `kl` are of the held-out texts."""
     measured = Measured(
@@ -102,8 +134,8 @@ def measure(
         origin.backend,
         artifact,
         states,
-        final_states(artifact, reference.control).response,
-        reference.margins_of(artifact),
+        final_states(artifact, reference.texts.control).response,
+        logprob_margins(artifact, texts.pairs),
         *reference.answers_of(artifact, None)[0],
         correct_answers(artifact, QUESTIONS[: reference.options.capability]),
         reference.prompt_sets.compare(artifact),
@@ -117,20 +149,25 @@ def measure(
 
 
 def same_as(
-    reference: Reference, artifact: LoadedModel, states: FinalStates, origin: Provenance, rounded: LoadedModel | None
+    reference: Reference,
+    artifact: LoadedModel,
+    texts: VerifierTexts,
+    states: FinalStates,
+    origin: Provenance,
+    rounded: LoadedModel | None,
 ) -> tuple[Measured, str] | None:
     """What was measured of a model that `artifact` computes the same as, and how far the two are apart; None without one.
 
     Args:
+        texts: the verifier's, as the artifact's tokens.
         states: the artifact's, on the held-out texts.
         rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
     """
     if origin.form not in _FORMS:
         return None
     base = reference.model
-    if not (
-        _same_tables(artifact, rounded or base) and _same_settings(artifact, base) and _reads_alike(reference, artifact)
-    ):
+    same_model = _same_tables(artifact, rounded or base) and _same_settings(artifact, base)
+    if not (same_model and texts == reference.texts and _writes_alike(reference, artifact)):
         return None
     for known in reference.measured:
         if known.backend not in ("", origin.backend) or not _near(known.states, states):
@@ -177,16 +214,8 @@ def _same_settings(artifact: LoadedModel, base: LoadedModel) -> bool:
     return settings(artifact) == settings(base)
 
 
-def _reads_alike(reference: Reference, artifact: LoadedModel) -> bool:
-    """Whether the artifact makes the same tokens of the verifier's texts, the same text of tokens, and ends answers alike."""
-    base, data, options = reference.model, reference.context.data, reference.options
-    tokens = [
-        [encode(one.tokenizer, text) for text in (*data.heldout, *data.neutral[: options.neutral])]
-        + encode_pairs(one, data.test)
-        for one in (base, artifact)
-    ]
-    written = [
-        [one.tokenizer.decode(list(text.ids)) for text in (*reference.heldout, *reference.control)]
-        for one in (base, artifact)
-    ]
-    return tokens[0] == tokens[1] and written[0] == written[1] and end_tokens(base) == end_tokens(artifact)
+def _writes_alike(reference: Reference, artifact: LoadedModel) -> bool:
+    """Whether the artifact makes the same text of the verifier's tokens, and ends answers alike."""
+    base, texts = reference.model, [list(text.ids) for text in (*reference.heldout, *reference.texts.control)]
+    written = [[one.tokenizer.decode(ids) for ids in texts] for one in (base, artifact)]
+    return written[0] == written[1] and end_tokens(base) == end_tokens(artifact)

@@ -17,17 +17,10 @@ from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import (
-    FinalStates,
-    TokenDivergence,
-    divergence,
-    encode_pairs,
-    final_states,
-    logprob_margins,
-)
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, logprob_margins
 from compile_steer.models.reload import shallow_copy
 from compile_steer.models.text import Text
-from compile_steer.models.tokens import Encoded, encode
+from compile_steer.models.tokens import Encoded
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import ScorerBase
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
@@ -35,7 +28,7 @@ from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, powe
 from compile_steer.steering.program import Program
 from compile_steer.verification.contexts import Contexts
 from compile_steer.verification.controls import SCALE_TEXTS
-from compile_steer.verification.measured import Measured, measured_steered
+from compile_steer.verification.measured import Measured, VerifierTexts, measured_steered
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.precision import rounding_of
@@ -61,7 +54,7 @@ class Reference:
     """
 
     heldout: list[Encoded]  # held-out prompts with the steered model's own sampled continuations, as the base's tokens
-    control: list[Encoded]  # the control text
+    texts: VerifierTexts  # as the base's tokens
     measured: list[Measured]  # the steered model, then the artifacts that were measured
 
     def __init__(
@@ -71,13 +64,14 @@ class Reference:
         options: VerifyOptions,
         scorer: ScorerBase,
         ask: str,
-        texts_of: Reference | None = None,
+        exact: Reference | None = None,
     ) -> None:
         """Write the texts and measure base and steered model, unless another reference has the texts.
 
         Args:
             scorer: the recipe's `validate.score`.
             ask: the prompt of the sample answer.
+            exact: the reference of the base as it is, where this one's is rounded.
 
         Raises:
             RecipeError: fewer than two test pairs.
@@ -87,24 +81,24 @@ class Reference:
         self.model, self._data, self._scorer = context.model, context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
         self._scaled: dict[float, Tensor] = {}
-        self._exact = texts_of
-        if texts_of is not None:
-            self.heldout, self.control = texts_of.heldout, texts_of.control
+        self._exact = exact
+        if exact is not None:
+            self.heldout, self.texts = exact.heldout, exact.texts
             return
         if len(self._data.test) < 2:
             pairs = len(self._data.test)
             raise RecipeError(f"data.test has {pairs} pairs; needed: two or more, to test for equivalence.")
         self._score = scorer.bind(self.model, self._data)  # a scorer that these data cannot have fails before the work
         with context.progress.phase("reference: base and steered model", 4) as advance:
+            self.texts = VerifierTexts.of(self.model, self._data, options)
             self.heldout = continue_prompts(
                 self.model,
-                self._data.heldout[: options.heldout],
+                self.texts.heldout,
                 program,
                 max_new_tokens=options.max_new_tokens,
                 temperature=1.0,
                 seed=context.seed + 1,
             )
-            self.control = [encode(self.model.tokenizer, text) for text in self._data.neutral[: options.neutral]]
             advance(1)
             if not 0 < self.kl_base.mean < math.inf:
                 raise ArtifactError(
@@ -124,6 +118,11 @@ class Reference:
         # What the tests can show is noted before any artifact is seen.
         for plan in self.planned_tests():
             context.progress.remark(str(plan))
+
+    def texts_of(self, artifact: LoadedModel) -> VerifierTexts:
+        """`texts` as the artifact's tokens."""
+        same = artifact.tokenizer is self.model.tokenizer
+        return self.texts if same else VerifierTexts.of(artifact, self._data, self.options)
 
     def sample_scores(self, data: Behaviour) -> SampledScores | None:
         """Sampled answers to the test prompts, and to the held-out ones where these can be scored; None with too few."""
@@ -190,16 +189,12 @@ class Reference:
     @cached_property
     def control_states(self) -> Both[Tensor]:
         """Final hidden states [n, d_model] that predict the responses of the control text."""
-        return self._both(lambda program: final_states(self.model, self.control, program).response)
-
-    def margins_of(self, model: LoadedModel, program: Program | None = None) -> np.ndarray:
-        """log p(positive) - log p(negative) of each test pair, [n_pairs] nats per token."""
-        return logprob_margins(model, encode_pairs(model, self._data.test[: self.options.pairs]), program)
+        return self._both(lambda program: final_states(self.model, self.texts.control, program).response)
 
     @cached_property
     def margins(self) -> Both[np.ndarray]:
-        """`margins_of` base and steered model."""
-        return self._both(lambda program: self.margins_of(self.model, program))
+        """log p(positive) - log p(negative) of each test pair, [n_pairs] nats per token."""
+        return self._both(lambda program: logprob_margins(self.model, self.texts.pairs, program))
 
     @property
     def prompts(self) -> list[str]:

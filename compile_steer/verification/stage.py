@@ -17,7 +17,6 @@ from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha2
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
-from compile_steer.models.tokens import encode
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
@@ -89,8 +88,9 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
     kl = reference.kl_from_steered(artifact, states)
-    same = same_as(reference, artifact, states, origin, quantized.model if quantized else None)
-    measured = same[0] if same else measure(reference, artifact, states, kl, origin)
+    texts = reference.texts_of(artifact)
+    same = same_as(reference, artifact, texts, states, origin, quantized.model if quantized else None)
+    measured = same[0] if same else measure(reference, artifact, texts, states, kl, origin)
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
@@ -105,9 +105,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         exact=origin.backend in _EXACT_BACKENDS,
         compute_dtype=str(base.model.dtype).removeprefix("torch."),
         compile_seconds=origin.seconds,
-        same_tokens=all(
-            encode(artifact.tokenizer, text) == encode(base.tokenizer, text) for text in reference.context.data.heldout
-        ),
+        same_tokens=texts.heldout == reference.texts.heldout,
         file_error=file_error,
         inherited=f"behaviour, control text and capability are those of {same[0].name}: {same[1]}" if same else "",
         divergence=measure_divergence(reference, against, artifact, states, kl, measured),

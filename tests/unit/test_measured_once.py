@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.models import tokens
+from compile_steer.models.text import Text
 from compile_steer.verification import stage
 from compile_steer.verification.parity import Parity
 from compile_steer.verification.reference import Reference
@@ -100,6 +103,21 @@ def test_one_that_may_not_do_the_same_is_measured(case: VerifierCase, adapter: P
     folder = case.merged_adapter(what.replace(" ", "-"))
     spoil(folder, what)
     assert verified(case, folder).inherited == ""
+
+
+def test_each_text_is_encoded_once_for_an_artifact_that_takes_over(
+    case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, encoded, encode = case.merged_adapter("encoded"), list[tuple[object, Text]](), tokens.encode_checked
+
+    def counted(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[tokens.Encoded, bool]:
+        encoded.append((tokenizer, text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(tokens, "encode_checked", counted)
+    assert verified(case, folder).inherited
+    texts = [text for tokenizer, text in encoded if tokenizer is not case.base.tokenizer]
+    assert len(texts) == len(encoded) == sum(map(len, case.reference.texts))
 
 
 def test_nothing_is_taken_over_from_a_report_on_disk(case: VerifierCase, adapter: Parity) -> None:

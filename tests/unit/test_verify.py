@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compile_steer.artifacts.provenance import PARITY, Provenance
 from compile_steer.common.errors import ArtifactError, RecipeError
-from compile_steer.models.logprobs import final_states
+from compile_steer.models.logprobs import final_states, logprob_margins
 from compile_steer.models.tokens import Encoded
 from compile_steer.recipe import Recipe
 from compile_steer.report.terminal import print_parities
@@ -110,7 +110,7 @@ def test_equivalence_margins_are_fractions_of_the_effect(case: VerifierCase, exa
 
 
 def test_half_the_program_is_not_equivalent(case: VerifierCase) -> None:
-    half = case.reference.margins_of(case.base, case.program.scaled(0.5))
+    half = logprob_margins(case.base, case.reference.texts.pairs, case.program.scaled(0.5))
     margin = case.reference.equivalence_margins["log-likelihood margin"]
     assert not equivalence("log-likelihood margin", half - case.reference.margins.steered, margin).equivalent
 
