@@ -98,7 +98,7 @@ def theirs(lowering: Lowering, texts: Sequence[Encoded], recompute: bool = False
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    class FixedTexts(DistillationTrainer):  # type: ignore[misc]
+    class FixedTexts(DistillationTrainer):  # type: ignore[misc]  # trl has no types
         """Its generation replaced by the texts."""
 
         def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -127,7 +127,7 @@ class Apollo(Optimizer):
         self._betas, self._epsilon = betas, epsilon
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
         """One update of every matrix that has a gradient; returns the closure's loss, if there is a closure."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         parameters = [(group["lr"], parameter) for group in self.param_groups for parameter in group["params"]]

@@ -15,7 +15,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 from transformers.cli.serve import Serve
-from typer.main import get_command
+from typer.main import get_group
 from typer.testing import CliRunner
 
 from compile_steer.artifacts.paths import RunPaths
@@ -170,7 +170,7 @@ def test_the_end_of_a_run_prints_commands_that_work(
         elif words[0] == "export":
             assert CliRunner().invoke(app, words).exit_code == 0 and list(tmp_path.rglob("*.gguf"))
         else:  # a conversation, or minutes of work: its words are read by the command itself
-            commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as there are several
+            commands = get_group(app).commands
             assert Path(called).name == "compile-steer" and commands[words[0]].make_context(words[0], words[1:])
     assert {"chat", "export", "new"} <= set(programs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import example, given, settings
@@ -47,9 +48,9 @@ def interventions(draw: st.DrawFn) -> Intervention:
 programs = st.lists(interventions(), min_size=1, max_size=4).map(lambda edits: program(FAMILY, *edits))
 
 
-def at(layer: int, point: Point, operation: OperationName, seed: int, **rest: float | str) -> Intervention:
+def at(layer: int, point: Point, operation: OperationName, seed: int, **rest: Any) -> Intervention:
     unit = vector(seed, 1.0)
-    return Intervention(Site(layer, point), operation, unit, **{"coefficient": 0.8, **rest})  # type: ignore[arg-type]
+    return Intervention(Site(layer, point), operation, unit, **{"coefficient": 0.8, **rest})
 
 
 def output(steering: Program) -> Tensor:

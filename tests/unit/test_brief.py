@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from io import StringIO
 
 import pytest
@@ -23,9 +24,9 @@ from compile_steer.verification.parity import Parity
 from tests.helpers.small_run import SmallRun
 
 
-def printed(show: object, *values: object, width: int = 60, colour: bool = False) -> str:
+def printed(show: Callable[..., None], *values: object, width: int = 60, colour: bool = False) -> str:
     stream = StringIO()
-    show(Terminal(file=stream, width=width, force_terminal=colour), *values)  # type: ignore[operator]
+    show(Terminal(file=stream, width=width, force_terminal=colour), *values)
     return stream.getvalue()
 
 

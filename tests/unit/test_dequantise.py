@@ -97,13 +97,12 @@ def test_where_its_library_is_missing_that_is_named_with_what_is_still_possible(
 
 def test_what_compressed_tensors_packed_becomes_plain(tmp_path: Path) -> None:
     compressors = pytest.importorskip("compressed_tensors.compressors", reason="not among our own libraries")
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config  # type: ignore[import-not-found]
-
+    quantization = pytest.importorskip("compressed_tensors.quantization")
     model = build("llama").bfloat16()
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    settings = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="float-quantized")
-    apply_quantization_config(model, settings)
+    settings = quantization.QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="float-quantized")
+    quantization.apply_quantization_config(model, settings)
     meant = {name: value.clone() for name, value in model.state_dict().items() if "scale" not in name}
     for module in model.modules():
         if hasattr(module, "weight_scale"):

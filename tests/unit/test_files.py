@@ -87,7 +87,7 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"x": torch.arange(3.0)}, {"about": "x"})
     with pytest.raises(Exception, match="invalid|expected|Tensor"):
-        save_tensors(path, {"x": "no tensor"}, {})  # type: ignore[dict-item]
+        save_tensors(path, {"x": "no tensor"}, {})  # type: ignore[dict-item]  # on purpose
     tensors, metadata = read_tensors(path)
     assert torch.equal(tensors["x"], torch.arange(3.0))
     assert metadata == {"about": "x"}

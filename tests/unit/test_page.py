@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
-from typer.main import get_command
+from typer.main import get_group
 
 from compile_steer.cli.app import app
 from compile_steer.report.charts import losses, wilson
@@ -37,7 +37,7 @@ def test_the_same_run_writes_the_same_page_whatever_is_recommended(run: SmallRun
     (lines,) = re.findall("<pre>(compile-steer chat [^<]*)</pre>", first)
     for line in html.unescape(lines).splitlines():
         _program, command, *words = shlex.split(line)
-        commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, as there are several
+        commands = get_group(app).commands
         assert commands[command].make_context(command, [*words]) and words == [str(tmp_path)]
     # Nothing to ship, and a report of an earlier version, which has no answers.
     failed = replace(parity, passed=False, reasons=["KL 1"], behaviour=replace(parity.behaviour, answers=[]))

@@ -102,7 +102,7 @@ def test_a_site_below_the_first_block_or_at_no_known_point_is_refused() -> None:
     with pytest.raises(ArtifactError, match="layer -1 is negative"):
         Site(-1)
     with pytest.raises(ArtifactError, match="choose one of resid_pre, attn_out, mlp_out, resid_post"):
-        Site(1, "resid_mid")  # type: ignore[arg-type]
+        Site(1, "resid_mid")  # type: ignore[arg-type]  # no such point, on purpose
 
 
 def test_the_normal_form_of_each_operation_is_the_one_in_the_design() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from compile_steer.common.errors import RecipeError
 from compile_steer.scoring.propose import propose_score
+from compile_steer.scoring.text import TextScorer
 
 PLAIN = [f"The {thing} is near the house." for thing in ("tree", "road", "dog", "lake", "bus", "bell", "sun", "cat")]
 SHORT = [text.split()[1].title() + "." for text in PLAIN]
@@ -31,7 +32,8 @@ def test_the_plainest_rule_that_fits_is_taken(positive: list[str], expected: dic
 
 def test_what_the_positive_side_lacks_is_a_rule_too() -> None:
     rule = propose_score(PLAIN, [f"- {text}\n- It is old.\n- It is red." for text in PLAIN]).scorer
-    assert [rule.score(text) for text in (PLAIN[0], "Look:\n1. One", "")] == [1.0, 0.0, 0.0]  # type: ignore[attr-defined]  # keywords
+    assert isinstance(rule, TextScorer)
+    assert [rule.score(text) for text in (PLAIN[0], "Look:\n1. One", "")] == [1.0, 0.0, 0.0]
 
 
 def test_a_word_of_other_texts_is_no_word_of_the_behaviour() -> None:
