@@ -85,14 +85,14 @@ def identity_of(revision: str) -> str:
     return revision[max(revision.find("sha256:"), 0) :]
 
 
-def other_revision(recorded: str, found: str) -> str:
-    """How a model of revision `found` differs from the recorded one, in words; '' where it is the same.
+def other_revision(recorded: str, actual: str) -> str:
+    """How a model of revision `actual` differs from the recorded one, in words; '' where it is the same.
 
     Records of earlier versions name tensors or commit alone, and are compared by these.
     """
-    if recorded == found:
+    if recorded == actual:
         return ""
-    old, new = (dict(part.partition(":")[::2] for part in revision.split("+")) for revision in (recorded, found))
+    old, new = (dict(part.partition(":")[::2] for part in revision.split("+")) for revision in (recorded, actual))
     differing = [kind for kind in ("sha256", "settings") if kind in old and kind in new and old[kind] != new[kind]]
     if differing == ["settings"]:
         return "the same weights with another configuration, tokenizer, chat template or generation settings"

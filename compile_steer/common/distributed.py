@@ -59,9 +59,9 @@ def for_children() -> dict[str, str]:
         return {}
 
     def free_port() -> str:
-        with socket.socket() as one:
-            one.bind(("", 0))
-            return str(one.getsockname()[1])
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return str(listener.getsockname()[1])
 
     # The launcher's own meeting place keeps what the parents left there.
     return {"MASTER_PORT": first(free_port), "TORCHELASTIC_USE_AGENT_STORE": "False"}

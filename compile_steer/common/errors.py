@@ -109,11 +109,11 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:start]} [{len(text) - start - end} characters] {text[-end:]}"
 
 
-def require_library(library: str, extra: str, what: str, otherwise: str = "") -> None:
-    """Raise `RecipeError` where the `library` that `what` needs is missing; `otherwise` is a sentence on doing without it."""
+def require_library(library: str, extra: str, feature: str, otherwise: str = "") -> None:
+    """Raise `RecipeError` where the `library` that `feature` needs is missing; `otherwise` is a sentence on doing without it."""
     if importlib.util.find_spec(library.replace("-", "_")) is None:
         raise RecipeError(
-            f"{what} needs the library {library}, which is not installed: pip install 'compile-steer[{extra}]'. "
+            f"{feature} needs the library {library}, which is not installed: pip install 'compile-steer[{extra}]'. "
             f"{otherwise}".rstrip()
         )
 

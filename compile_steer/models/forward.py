@@ -112,8 +112,8 @@ def require_spans(model: PreTrainedModel) -> None:
     ):
         whole = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0]
         below = run_blocks(model, input_ids, mask, stop=middle)
-        found = lm_head(model, run_blocks(model, input_ids, mask, start=middle, hidden=below)[0])
-    if found.shape != whole.shape or differ(found, whole, whole.dtype):
+        logits = lm_head(model, run_blocks(model, input_ids, mask, start=middle, hidden=below)[0])
+    if logits.shape != whole.shape or differ(logits, whole, whole.dtype):
         raise LayoutError(
             f"{name}: its blocks and head, run one after another, do not give what the whole model gives, so what a fit or a "
             "measurement sees would not be the model's own."

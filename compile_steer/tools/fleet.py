@@ -132,8 +132,8 @@ def run_fleet(
             if not row.state:
                 following = task.stage if outcome is None else dict(pairwise(STAGES))[task.stage]
                 tasks.insert(0, replace(task, stage=following))
-            what = row.state or ("its worker ended; given to another" if outcome is None else "done")
-            report("; ".join([f"{row.name}: {task.stage}: {what}", *row.problems]))
+            state = row.state or ("its worker ended; given to another" if outcome is None else "done")
+            report("; ".join([f"{row.name}: {task.stage}: {state}", *row.problems]))
             fleet = Fleet([*rows.values()], engine, workers, time.perf_counter() - started)
             save_json(out / TABLE, asdict(fleet))
     return fleet

@@ -81,10 +81,10 @@ def choose_artifact(path: Path, named: Path | None = None, *, adapter: bool = Fa
         raise ArtifactError(f"{path}: no such folder. Needed: that of a run (runs/NAME) or of an artifact.")
     if named is not None:
         places = [named, *(path / kind / named for kind in ("adapters", "merged", "composed", "."))]
-        found = [place for place in places if (place / PROVENANCE).is_file()]
-        if not found:
+        folders = [place for place in places if (place / PROVENANCE).is_file()]
+        if not folders:
             raise ArtifactError(f"--artifact: {named} is no artifact, and {path} has none of that name.")
-        return found[0]
+        return folders[0]
     if (path / PROVENANCE).is_file():
         return path
     artifacts = artifacts_of(path)

@@ -185,8 +185,8 @@ def _has(kind: str, name: str, parts: Parts, part: str, pattern: str = "") -> Fe
     """Whether a text has the `part`; `pattern` finds it, or what stands for it."""
 
     def drop(*texts: str) -> tuple[str, str]:
-        one, other = (re.sub(pattern, " ", text, flags=re.IGNORECASE) if pattern else text for text in texts)
-        return one, other
+        positive, negative = (re.sub(pattern, " ", text, flags=re.IGNORECASE) if pattern else text for text in texts)
+        return positive, negative
 
     return Feature(kind, name, _of_both(lambda text: part in parts(text)), drop, part.casefold() if pattern else "")
 
@@ -254,6 +254,6 @@ def _capitals(text: str) -> float:
     return sum(c.isupper() for c in text) / max(1, sum(c.isalpha() for c in text))
 
 
-def _same_length(one: str, other: str) -> tuple[str, str]:
-    n = min(len(one), len(other))
-    return one[:n], other[:n]
+def _same_length(positive: str, negative: str) -> tuple[str, str]:
+    n = min(len(positive), len(negative))
+    return positive[:n], negative[:n]

@@ -71,8 +71,8 @@ def measure_side_effects(
 
     if questions:
         free = both([question.prompt for question in questions], ANSWER_TOKENS)
-        said = [[q.is_right(text) for q, text in zip(questions, side.texts, strict=True)] for side in free]
-        add("plain answers", "answers", *(np.array(side, dtype=float) for side in said))
+        correct = [[q.is_right(text) for q, text in zip(questions, side.texts, strict=True)] for side in free]
+        add("plain answers", "answers", *(np.array(side, dtype=float) for side in correct))
         right = evaluator.base_right, evaluator.right_answers(program)
         add("the likelihood of right answers", "right_answers", *right)
 

@@ -71,11 +71,11 @@ class Contexts:
         else:
             long = self._kl(model, final_states(model, self.texts))
         # Answers of one response share a topic, so the response is the unit.
-        owners = torch.cat([one.texts * len(one.texts) + one.turns for one in parts])
+        owners = torch.cat([part.texts * len(part.texts) + part.turns for part in parts])
         owners[len(long.kl) :] += int(owners.max()) + 1
-        before = torch.cat([one.before for one in parts])
-        found, base = torch.cat([long.kl, kl.kl]), torch.cat([self._kl_base.kl, kl_base.kl])
-        return list(self._by_length(before, owners, found, base, torch.cat([long.same_top1, kl.same_top1])))
+        before = torch.cat([part.before for part in parts])
+        all_kl, all_base = torch.cat([long.kl, kl.kl]), torch.cat([self._kl_base.kl, kl_base.kl])
+        return list(self._by_length(before, owners, all_kl, all_base, torch.cat([long.same_top1, kl.same_top1])))
 
     def _by_length(
         self, before: Tensor, owners: Tensor, kl: Tensor, kl_base: Tensor, same_top1: Tensor

@@ -119,19 +119,19 @@ def _wordings(parity: Parity, gates: Gates) -> Iterator[Check]:
 def _contexts(parity: Parity, gates: Gates) -> Iterator[Check]:
     """The worst length of context. Each has few answers: of an approximate compile the whole interval must be above."""
     if parity.exact and parity.contexts:
-        worst = max(parity.contexts, key=lambda one: one.kl)
+        worst = max(parity.contexts, key=lambda context: context.kl)
         unknown = Check("contexts", "not checked", "what rounding costs there is not measured")
         place = f"behind {worst.start:,} to {worst.stop:,} tokens"
         yield unknown if parity.rounding else _kl("contexts", place, worst.kl, gates.exact_kl)
         return
-    enough = [one for one in parity.contexts if one.n_responses >= _LEAST_RESPONSES]
+    enough = [context for context in parity.contexts if context.n_responses >= _LEAST_RESPONSES]
     if not enough:
         yield Check("contexts", "not checked", "no answers were read behind long contexts (verify.long)")
         return
-    limits = [kl_limit(parity, gates, one.kl_base) / one.kl_base for one in enough]
+    limits = [kl_limit(parity, gates, context.kl_base) / context.kl_base for context in enough]
     above, limit, worst = max(
-        ((one.kl_remaining.low - limit, limit, one) for one, limit in zip(enough, limits, strict=True)),
-        key=lambda found: found[0],
+        ((context.kl_remaining.low - limit, limit, context) for context, limit in zip(enough, limits, strict=True)),
+        key=lambda excess: excess[0],
     )
     yield _check("contexts", above <= 0, f"remaining KL by tokens of context, {worst}; at most {limit:.2%}")
 

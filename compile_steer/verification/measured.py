@@ -187,10 +187,10 @@ def same_as(
     return None
 
 
-def _near(one: FinalStates, other: FinalStates) -> bool:
+def _near(known: FinalStates, states: FinalStates) -> bool:
     """Whether final states are near enough for the distributions to be compared, which takes longer."""
-    size = one.response.square().sum()
-    return bool((one.response - other.response).square().sum() <= 0.01 * size)
+    size = known.response.square().sum()
+    return bool((known.response - states.response).square().sum() <= 0.01 * size)
 
 
 def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:

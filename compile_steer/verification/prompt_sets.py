@@ -102,8 +102,8 @@ class PromptSets:
         by_name, missing = worded(base, texts, data.neutral, self._tokens)
         self.remarks += missing
         self._worded = {
-            name: continue_prompts(base, one, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
-            for name, one in by_name.items()
+            name: continue_prompts(base, prompts, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
+            for name, prompts in by_name.items()
         }
         self._worded_states = {
             name: [final_states(base, answers, setting).response for setting in (program, None)]
