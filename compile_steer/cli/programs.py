@@ -140,6 +140,9 @@ def fleet(
     out: Annotated[Path, typer.Option(help="Folder that holds each recipe's run, as NAME, and fleet.json.")] = Path(
         "runs"
     ),
+    store: Annotated[
+        str, typer.Option(metavar="URL", help="Storage that workers share: s3://BUCKET/FOLDER, file:///FOLDER ...")
+    ] = "",
     force: Force = False,
     changes: Set = None,
     as_json: Json = False,
@@ -147,11 +150,15 @@ def fleet(
     """Run many recipes at once, and print one table of what became of each.
 
     A base that several recipes share is loaded once a worker. A task whose worker ends is given to another one, which goes
-    on from what is on disk; the same command does too. Exit code 1 if a recipe does not pass, 2 if one could not be run.
+    on from what is on disk; the same command does too. With --store workers need no disk that all see: each fetches what is
+    there of a recipe before a task, and puts it there after it. Exit code 1 if a recipe does not pass, 2 if one could not be
+    run.
     """
     from compile_steer.cli.run_tables import print_fleet
     from compile_steer.tools.fleet import run_fleet
 
+    if ":/" in str(out):
+        raise typer.BadParameter(f"--out {out} looks like a URL; name that as --store. --out is a folder here.")
     progress = console(as_json=True)
     done = run_fleet(
         recipes,
@@ -160,6 +167,7 @@ def fleet(
         engine=engine,
         workers=workers,
         force=force,
+        store=store,
         report=lambda line: progress.print(f"  {line}", highlight=False, soft_wrap=True),
     )
     errors = [row for row in done.rows if row.state == "error"]

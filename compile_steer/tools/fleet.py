@@ -2,7 +2,7 @@
 
 What a task has done lies on disk, and a run resumes from there. So a task whose worker ended (killed, out of memory, its
 machine gone) is simply given to another one. An engine starts workers, hands them tasks, and says what became of them;
-`local` has them as processes of this machine, `ray` as actors of a Ray cluster, which must see the same disk.
+`local` has them as processes of this machine, `ray` as actors of a Ray cluster, which see the same disk or share storage.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Literal, Protocol
 from compile_steer.artifacts.files import save_json
 from compile_steer.artifacts.locks import locked
 from compile_steer.artifacts.paths import real_path
+from compile_steer.artifacts.storage import TABLE, put_table, synced
 from compile_steer.common.errors import CompileSteerError, InternalError, RecipeError, require_library
 from compile_steer.common.progress import Progress
 from compile_steer.recipe import Recipe, read_recipe
 
 STAGES = {"validate": 1, "compile": 3, "verify": None}  # how many results of `run_stages` each ends after
-TABLE = "fleet.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Task:
     out: Path
     stage: str
     force: bool
+    store: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ def run_fleet(
     workers: int = 2,
     tries: int = 3,
     force: bool = False,
+    store: str = "",
     report: Callable[[str], None] = lambda _line: None,
 ) -> Fleet:
     """Run every recipe to the end, each into `out`/NAME; leaves the table in `out`/fleet.json.
 
     Args:
         tries: how many workers may end in one task before its recipe is given up.
+        store: the URL of storage that each recipe's folder is fetched from and put to, task by task.
         report: is told what has become of each stage.
 
     Raises:
@@ -112,10 +115,12 @@ def run_fleet(
     started = time.perf_counter()
     read = _read_all(recipes, changes)
     rows = {real_path(path): Row(recipe.name, recipe.model) for path, recipe in read.items()}
-    tasks = [Task(path, tuple(changes), real_path(out) / row.name, "validate", force) for path, row in rows.items()]
-    running: dict[int, Task] = {}
-    warm: dict[int, str] = {}
+    tasks = [
+        Task(path, tuple(changes), real_path(out) / row.name, "validate", force, store) for path, row in rows.items()
+    ]
+    running, warm = dict[int, Task](), dict[int, str]()
     with locked(out), closing(_ENGINES[engine](min(workers, len(tasks)))) as pool:
+        put_table(store, asdict(Fleet([*rows.values()], engine, workers, 0.0)))
         while tasks or running:
             for worker in range(min(workers, len(rows))):
                 if worker not in running and tasks:
@@ -136,6 +141,7 @@ def run_fleet(
             report("; ".join([f"{row.name}: {task.stage}: {state}", *row.problems]))
             fleet = Fleet([*rows.values()], engine, workers, time.perf_counter() - started)
             save_json(out / TABLE, asdict(fleet))
+            put_table(store, asdict(fleet), report)
     return fleet
 
 
@@ -151,8 +157,7 @@ def _after(row: Row, task: Task, outcome: dict[str, Any] | None, tries: int) -> 
 
 
 def _read_all(recipes: Sequence[Path], changes: Sequence[str]) -> dict[Path, Recipe]:
-    read: dict[Path, Recipe] = {}
-    problems = []
+    read, problems = dict[Path, Recipe](), list[str]()
     for path in dict.fromkeys(recipes):
         try:
             read[path] = read_recipe(path, changes)
@@ -181,7 +186,7 @@ def perform(task: Task) -> dict[str, Any]:
     values: dict[str, Any] = {"stage": task.stage}
     try:
         recipe = read_recipe(task.recipe, task.changes)
-        with locked(task.out):
+        with locked(task.out), synced(task.out, task.store):
             key = repr(recipe.part("model", "device", "device_map", "dtype", "prompt_format") | {"chat": recipe.chat})
             if key not in _warm:
                 _warm.clear()  # one base: two may not fit
@@ -240,7 +245,6 @@ class LocalEngine:
         self._running[self._pipes[worker]] = worker
 
     def next(self) -> tuple[int, dict[str, Any] | None]:
-        """As `Engine` says."""
         worker = self._running.pop(wait(list(self._running))[0])
         try:
             return worker, self._pipes[worker].recv()
@@ -249,7 +253,6 @@ class LocalEngine:
             return worker, None
 
     def close(self) -> None:
-        """As `Engine` says."""
         for process in self._processes.values():
             process.terminate()
             process.join()
@@ -271,13 +274,11 @@ class RayEngine:
         self._options = {"num_cpus": 1, "num_gpus": min(1.0, gpus / workers) if gpus else 0, "max_restarts": 0}
 
     def submit(self, worker: int, task: Task) -> None:
-        """As `Engine` says."""
         if worker not in self._actors:
             self._actors[worker] = self._ray.remote(_Actor).options(**self._options).remote()
         self._running[self._actors[worker].perform.remote(task)] = worker
 
     def next(self) -> tuple[int, dict[str, Any] | None]:
-        """As `Engine` says."""
         (ready, *_), _others = self._ray.wait(list(self._running))
         worker = self._running.pop(ready)
         try:
@@ -287,7 +288,6 @@ class RayEngine:
             return worker, None
 
     def close(self) -> None:
-        """As `Engine` says."""
         for actor in self._actors.values():
             self._ray.kill(actor)
 

@@ -10,14 +10,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
 from compile_steer.__main__ import main
+from compile_steer.artifacts.contents import file_hashes
 from compile_steer.common.errors import RecipeError
 from compile_steer.models.load import LoadedModel
 from compile_steer.pipeline import run as pipeline_run
@@ -59,8 +62,8 @@ def test_a_killed_workers_recipe_is_finished_by_another(engine: str, tmp_path: P
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     paths, out, lines = recipes(tmp_path, "ebb", "flow"), tmp_path / "runs", list[str]()
-    killer = kill_the_worker_of(out, "flow")
-    done = run_fleet(paths, out, engine=engine, workers=2, report=lines.append)
+    killer, there = kill_the_worker_of(out, "flow"), tmp_path / "there"
+    done = run_fleet(paths, out, engine=engine, workers=2, store=f"file://{there}", report=lines.append)
     killer.join()
     assert [(row.name, row.state, row.verdict, row.lost_workers) for row in done.rows] == [
         ("ebb", "failed", "fail", 0),
@@ -71,8 +74,52 @@ def test_a_killed_workers_recipe_is_finished_by_another(engine: str, tmp_path: P
         json.loads((out / row.name / "vectors" / f"{row.name}.validation.json").read_text()) for row in done.rows
     ]
     assert validations[0]["margin"] == validations[1]["margin"]
-    table = json.loads((out / "fleet.json").read_text(encoding="utf-8"))
-    assert [Row(**row) for row in table["rows"]] == done.rows
+    for folder in (out, there):
+        table = json.loads((folder / "fleet.json").read_text(encoding="utf-8"))
+        assert [Row(**row) for row in table["rows"]] == done.rows
+    for name in ("ebb", "flow"):
+        assert json.loads((there / name / "files.json").read_text()) == file_hashes(out / name)
+
+
+class InThisProcess:
+    """An engine of one worker that does each task at once; `before` is called with the number of tasks done so far."""
+
+    def __init__(self, before: Callable[[int], None]) -> None:
+        self.before, self.outcomes = before, list[dict[str, Any]]()
+
+    def submit(self, worker: int, task: Task) -> None:
+        self.before(len(self.outcomes))
+        self.outcomes.append(fleet.perform(task))
+
+    def next(self) -> tuple[int, dict[str, Any]]:
+        return 0, self.outcomes[-1]
+
+    def close(self) -> None: ...
+
+
+def test_storage_lost_midway_fails_the_recipes_that_are_left_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, there, away = recipes(tmp_path, "ebb", "flow"), tmp_path / "there", tmp_path / "away"
+    url = f"file://{there}"
+
+    def fleet_on(machine: str, lost: bool = False) -> fleet.Fleet:
+        def before(done: int) -> None:
+            if lost and done == 1:
+                there.rename(away)
+
+        monkeypatch.setitem(fleet._ENGINES, "inline", lambda _workers: InThisProcess(before))
+        return run_fleet(paths, tmp_path / machine, engine="inline", workers=1, store=url)
+
+    rows = fleet_on("one", lost=True).rows
+    assert [row.state for row in rows] == ["failed", "error"]
+    assert f"{url} was lost" in rows[1].problems[0] and not there.exists()
+    away.rename(there)
+    assert [row.state for row in fleet_on("one").rows] == ["failed", "failed"]
+    made = {name: file_hashes(tmp_path / "one" / name) for name in ("ebb", "flow")}
+    monkeypatch.delattr(pipeline_run, "validate")  # what the storage has is kept, not made again
+    assert [row.state for row in fleet_on("other").rows] == ["failed", "failed"]
+    assert {name: file_hashes(tmp_path / "other" / name) for name in made} == made
 
 
 def report_pid(pipe: Connection, _number: int, _threads: int) -> None:

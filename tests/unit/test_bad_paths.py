@@ -44,6 +44,7 @@ BESIDE_A_RECIPE = (
     ["task-vector", "RECIPE", "--artifact", "BAD", "--out", "OUT"],
     ["merge", "RECIPE", "--artifact", "BAD", "--out", "OUT"],
     ["verify", "RECIPE", "--artifact", "BAD", "--out", "OUT"],
+    ["fleet", "RECIPE", "--store", "BAD", "--out", "OUT"],
     ["extract", "RECIPE", "--set", "model=BAD", "--out", "OUT"],
     ["extract", "RECIPE", "--set", "data.train=BAD", "--out", "OUT"],
 )
