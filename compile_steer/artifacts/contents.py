@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from compile_steer.artifacts.files import own_files, sha256
+from compile_steer.artifacts.files import forget_hashes, own_files, sha256
 from compile_steer.common.errors import ArtifactError
 
 
@@ -34,6 +34,7 @@ def unchanged(path: Path, without: Sequence[str] = ()) -> Iterator[Mapping[str, 
     # The times first: what is written while the hashes are computed is then later than they are.
     times, hashes = _times(path, without), file_hashes(path, without)
     yield hashes
+    forget_hashes()
     times_now, hashes_now = _times(path, without), file_hashes(path, without)
     changed = {name for name, _time in times.items() ^ times_now.items()}
     changed |= {name for name, _hash in hashes.items() ^ hashes_now.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +24,7 @@ _Record = TypeVar("_Record")
 _Artifact = TypeVar("_Artifact")
 
 _CHECK = "record_sha256"
+_SETTLED = 2.0  # seconds; clocks of file systems are coarser than a write
 
 
 def save_text(path: Path, text: str) -> None:
@@ -153,7 +156,8 @@ def reuse_or_make(path: Path, load: Callable[[Path], _Artifact | None], make: Ca
 def sha256(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files in sorted order.
 
-    A link to a folder or to nothing counts as a link: what it leads to may be the whole disk, or the folder itself.
+    A file is read once in a process while the kernel, which notes the time of every write, says that nothing changed it; see
+    `forget_hashes`. A link to a folder or to nothing counts as a link: what it leads to may be the whole disk, or the folder itself.
     """
     if path.is_symlink() and not path.is_file():
         return digest(f"link to {path.readlink()}")
@@ -161,8 +165,25 @@ def sha256(path: Path) -> str:
         return digest([[name, sha256(path / name)] for name in own_files(path)])
     if path.exists() and not path.is_file():  # a pipe, say, which would be waited for
         return digest("no regular file")
+    state = path.stat()
+    if time.time() - state.st_ctime < _SETTLED:
+        return _content_sha256(path)
+    return _kept_sha256(path.resolve(), state.st_ino, state.st_size, state.st_ctime_ns)
+
+
+def forget_hashes() -> None:
+    """Have every file read again by `sha256`: what a shared or remote disk says of a file's times may be no more than a guess."""
+    _kept_sha256.cache_clear()
+
+
+def _content_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _kept_sha256(path: Path, _inode: int, _size: int, _changed: int) -> str:
+    return _content_sha256(path)
 
 
 def own_files(folder: Path) -> list[str]:

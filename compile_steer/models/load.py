@@ -121,7 +121,6 @@ def load(
         raise RecipeError(f"dtype '{dtype}' is unknown; use {', '.join(DTYPES)}.")
     target = choose_device(device)
     source = find_model(reference)
-    # Before the weights are there: gguf's reader takes half a GB for the tokens of a large vocabulary.
     license_id, revision, folder = source.license, source.revision, str(source.folder)
 
     def explain(reason: str) -> RecipeError:

@@ -27,7 +27,7 @@ from compile_steer.models.gguf import ROPE_FACTORS, license_in, read_gguf, scale
 from compile_steer.models.libraries import quiet_library_errors
 from compile_steer.models.older_readers import respell
 
-_CACHE_RECORD = "settings-2.sha256"  # another number where what is written changes: older folders are made again
+_CACHE_RECORD = "settings-3.sha256"  # another number where what is written changes: older folders are made again
 _LICENSE = r"[A-Za-z0-9][\w.+-]{0,63}"  # an id of the hub's list, not a text
 
 
@@ -78,10 +78,8 @@ class ModelSource:
 
     @property
     def license(self) -> str:
-        """An id as the hub has them, from the GGUF file or the card in the folder; '' where neither names one."""
-        named = (
-            read_front_matter(self.folder / "README.md").get("license") if self.gguf is None else license_in(self.gguf)
-        )
+        """An id as the hub has them, from the card in the folder; '' where it names none, or there is no card."""
+        named = read_front_matter(self.folder / "README.md").get("license")
         return named if isinstance(named, str) and re.fullmatch(_LICENSE, named) else ""
 
 
@@ -134,7 +132,7 @@ def new_cache_folder() -> Path:
 
 
 def _dequantised(gguf: Path) -> Path:
-    """A folder in the cache with the GGUF's weights as fp32 safetensors, its tokenizer and its chat template."""
+    """A folder in the cache: the GGUF's weights as fp32 safetensors, tokenizer, chat template, and a card with its licence."""
     folder = cache_folder() / "models" / f"{gguf.stem}-{sha256(gguf)[:16]}"
     record = folder / _CACHE_RECORD
     if record.is_file() and record.read_text(encoding="utf-8") == _settings_bytes(folder):
@@ -161,6 +159,7 @@ def _dequantised(gguf: Path) -> Path:
         tokenizer.save_pretrained(temporary)
         _drop_tokens(temporary / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
         respell(temporary)
+        (temporary / "README.md").write_text(f"---\nlicense: {json.dumps(license_in(gguf))}\n---\n", encoding="utf-8")
         (temporary / _CACHE_RECORD).write_text(_settings_bytes(temporary), encoding="utf-8")
     return folder
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from scipy.stats import binomtest
 from torch import Tensor
 
 from compile_steer.models.load import LoadedModel
@@ -34,6 +33,8 @@ def capability_retention(base: np.ndarray, steered: np.ndarray, compiled: np.nda
     Raises:
         ValueError: fewer than two questions.
     """
+    from scipy.stats import binomtest
+
     lost, gained = int((steered > compiled).sum()), int((steered < compiled).sum())
     # McNemar's exact test: which way the questions went that only one of the two answers correctly.
     p = float(binomtest(lost, lost + gained, alternative="greater").pvalue) if lost + gained else 1.0

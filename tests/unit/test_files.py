@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compile_steer.artifacts.contents import file_hashes
+from compile_steer.artifacts import files
+from compile_steer.artifacts.contents import file_hashes, unchanged
 from compile_steer.artifacts.files import digest, edit_check, save_json, save_record, save_text, sha256, was_edited
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.artifacts.writing import new_file, new_folder
@@ -153,6 +154,24 @@ def test_a_file_s_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_that_nobody_changed_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "weights", list[Path]()
+    path.write_text("abc")
+    whole = files._content_sha256
+    monkeypatch.setattr(files, "_content_sha256", lambda one: read.append(one) or whole(one))
+    assert sha256(path) == sha256(path) and len(read) == 2  # just written: its time may not tell the next write
+    monkeypatch.setattr(files, "_SETTLED", -1e9)
+    first = sha256(path)
+    assert sha256(path) == first and len(read) == 3
+    times = path.stat()
+    path.write_text("abd")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert sha256(path) != first and len(read) == 4
+    with unchanged(tmp_path):
+        pass
+    assert len(read) == 5  # before: kept; after: read again
 
 
 def test_a_folder_s_hash_follows_names_and_contents_but_not_its_own_name_or_reports(tmp_path: Path) -> None:

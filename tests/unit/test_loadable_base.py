@@ -18,6 +18,7 @@ from compile_steer.common.errors import ArtifactError, CannotLower, RecipeError
 from compile_steer.export.adapter import patch_provenance, write_patch
 from compile_steer.export.engine_support import engine_support
 from compile_steer.export.gguf import write_gguf_file
+from compile_steer.models.gguf import license_in
 from compile_steer.models.load import LoadedModel, load
 from compile_steer.models.source import find_model
 from compile_steer.pipeline.artifacts import verify
@@ -98,15 +99,19 @@ def test_the_card_of_an_adapter_says_how_its_base_is_written(base: LoadedModel) 
     assert any("vllm serve base" in command for engine in others for command in engine.commands)
 
 
-def test_the_licence_is_that_of_the_file(base: LoadedModel, tmp_path: Path) -> None:
+def test_the_licence_is_that_of_the_file(base: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert base.license == ""  # the file says nothing
-    for name, written in (("apache-2.0", "apache-2.0"), ("a: b\n---", "")):
+    for number, (name, written) in enumerate([("apache-2.0", "apache-2.0"), ("a: b\n---", "")]):
         writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
         writer.add_license(name)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        assert type(find_model(base.source))("x.gguf", tmp_path, gguf=tmp_path / "x.gguf").license == written
+        found = license_in(tmp_path / "x.gguf")
+        assert found == name
+        monkeypatch.setattr("compile_steer.models.source.license_in", lambda _file, found=found: found)
+        monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path / f"cache-{number}"))
+        assert load(base.id).license == written
     folder = Path(base.source).parent / "licensed"
     export_base(base.id, folder)
     (folder / "README.md").write_text("---\nlicense: gemma\ntags: [x]\n---\nA model.\n")
