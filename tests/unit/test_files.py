@@ -159,8 +159,13 @@ def test_a_file_s_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
 def test_a_file_that_nobody_changed_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = tmp_path / "weights", list[Path]()
     path.write_text("abc")
-    whole = files._content_sha256
-    monkeypatch.setattr(files, "_content_sha256", lambda one: read.append(one) or whole(one))
+    content_sha256 = files._content_sha256
+
+    def counted(file: Path) -> str:
+        read.append(file)
+        return content_sha256(file)
+
+    monkeypatch.setattr(files, "_content_sha256", counted)
     assert sha256(path) == sha256(path) and len(read) == 2  # just written: its time may not tell the next write
     monkeypatch.setattr(files, "_SETTLED", -1e9)
     first = sha256(path)
