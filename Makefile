@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDER := .engines/transformers-4
-# torch's threads spin against each other where other work shares the cores.
-export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: demo test test-nightly test-browser check lint types imports docs house bench campaign families gemma model golden clean engines verify-engines
@@ -22,6 +20,7 @@ demo: $(VENV)/.demo
 RUN := $(addprefix tests/end_to_end/test_,run.py verifier.py committed.py)
 REAL := $(RUN) $(filter-out $(RUN),$(sort $(wildcard tests/end_to_end/test_*.py)))
 test: export OMP_NUM_THREADS ?= 1
+test: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.ready $(OLDER)/.ready
 	$(BIN)/python -m pytest --durations=12 --numprocesses=2 --dist=worksteal $(REAL) tests/unit tests/contract tests/property
 

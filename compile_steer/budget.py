@@ -37,7 +37,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
             "pairs": 16,
             "neutral": 12,
             "prompts": 8,
-            "samples_per_prompt": 4,
+            "samples_per_prompt": 2,
             "prompts_per_set": 1,
             "long": 1,
             "long_tokens": 1024,

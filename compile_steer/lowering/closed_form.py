@@ -36,6 +36,7 @@ from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 _HELD_OUT_EVERY = 5  # one text in five chooses the ridge
+_JUDGED = 8  # of these, that the whole patch has to help on
 _CORRECTION_RANK = 8
 _DROWNED = 10.0  # times what the projection writes; where all is well it is below 1 (Gemma 3, two fifths of the MLP's norm added)
 _ROUNDING = 1e-5  # of the largest part of a solution, in float32
@@ -244,9 +245,10 @@ def _run_student(
 
 
 def _helps(models: TeacherStudent, texts: Sequence[Encoded], max_tokens: int) -> bool:
-    """Whether the edits together leave less KL(steered || plain) than none on the held-out texts of all processes."""
+    """Whether the edits together leave less KL(steered || plain) than none on held-out texts of all processes."""
     suffix = SuffixModel(models.loaded, models.program, models.program.first_layer)
-    held_out = suffix.batches(texts[::_HELD_OUT_EVERY], max_tokens)
+    # A few: a patch that helps leaves hundredths.
+    held_out = suffix.batches(texts[::_HELD_OUT_EVERY][:_JUDGED], max_tokens)
     patches = models.patch, WeightPatch()
     helped, unhelped = (suffix.mean_kl(held_out, patch) for patch in patches)
     return helped < unhelped
