@@ -16,15 +16,15 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "validate": {
             "sweep_pairs": 8,
             "sweep_prompts": 8,
-            "control_pairs": 6,
-            "pairs": 24,
+            "control_pairs": 4,
+            "pairs": 20,
             "prompts": 24,
             "max_new_tokens": 24,
             "few_shot": 0,
             "dose_prompts": 2,
             "questions": 24,
             "control_prompts": 8,
-            "wordings": 4,
+            "wordings": 3,
         },
         "compile": {
             "calibration": {"prompts": 60, "max_new_tokens": 32},
@@ -32,7 +32,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
         },
         "verify": {
             "forms": ["adapter", "merged-fp32"],
-            "max_new_tokens": 24,
+            "max_new_tokens": 20,
             "heldout": 16,
             "pairs": 16,
             "neutral": 12,

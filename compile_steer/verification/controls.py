@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compile_steer.verification.reference import Reference
 
 # An adapter's controls have to show large differences only, for which few pairs and texts suffice.
-_CONTROL_PAIRS = 8
+_CONTROL_PAIRS = 4
 _RANDOM_ADAPTERS = 3
 _SCALES = (0.0, 0.5, 1.0, -1.0)
 SCALE_TEXTS = 4
