@@ -16,9 +16,10 @@ from compile_steer.validation.sweep import choose_layers
 
 # Measured on the embedded model and 2 CPU cores. A written token costs as much as so many that are read; every program
 # leaves out the blocks below it.
-_WRITTEN = 2.5
+_WRITTEN = 4.0
 _ABOVE = 0.65
 _TRAINED = 3.0  # forward and backward
+_COMPARED = 2.0  # read, and the whole distribution compared with another
 _START = 30.0  # seconds until two processes have their libraries and the model
 
 
@@ -97,6 +98,6 @@ def _verification(run: Run) -> float:
     sets = 3 * options.prompts_per_set * 2 * (2 * prompt + _WRITTEN * options.free_tokens)
     sets += options.long * (options.long_tokens + 3 * _WRITTEN * options.free_tokens)
     # What every model does: the base, the steered one, and each file.
-    each = options.heldout * (prompt + new) + options.pairs * pair + options.neutral * control
-    each += options.prompts * answer + sets + options.capability * (prompt + 8 * _WRITTEN)
+    each = _COMPARED * (options.heldout * (prompt + new) + options.pairs * pair + options.neutral * control + sets)
+    each += options.prompts * answer + options.capability * (prompt + 8 * _WRITTEN)
     return 2 * each + options.heldout * answer + sampled * answer + forms * (each + sampled * (prompt + new))
