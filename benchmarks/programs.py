@@ -173,6 +173,9 @@ def fitted(run: Run, subject: Subject, name: str, program: Program) -> tuple[str
         peers.append(row(f"{name} | {kind} | {left.mean:.5f} | {share} | {left.top1_agreement:.1%} | {seconds:.0f}"))
 
     for backend, target in zip(("closed_form", "distill"), subject.fitted[name], strict=True):
+        if backend == "distill" and target is None:
+            cells += ["-", "not run", "", ""]
+            continue
         patch, seconds = timed(partial(BACKENDS[backend].lower, lowering))
         left = heldout.patched(patch)
         cells += [
