@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from compile_steer.artifacts.paths import real_path
 from compile_steer.artifacts.writing import new_file
 from compile_steer.common import distributed, reading
 from compile_steer.common.errors import ArtifactError, several
@@ -168,7 +169,7 @@ def sha256(path: Path) -> str:
     state = path.stat()
     if time.time() - state.st_ctime < _SETTLED:
         return _content_sha256(path)
-    return _kept_sha256(path.resolve(), state.st_ino, state.st_size, state.st_ctime_ns)
+    return _kept_sha256(real_path(path), state.st_ino, state.st_size, state.st_ctime_ns)
 
 
 def forget_hashes() -> None:

@@ -22,9 +22,7 @@ _ACTS = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 _LONGEST = 4000  # characters of one problem
-CHILD = (
-    "COMPILE_STEER_LOCK"  # the environment variable that hands the keys of a command's locks to a process of its own
-)
+CHILD = "COMPILE_STEER_LOCK"  # the environment variable that hands a command's locks to a process that it starts
 
 
 class CompileSteerError(Exception):
