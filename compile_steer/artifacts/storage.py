@@ -40,9 +40,9 @@ class _Storage:
 
             self._fs, self._root = url_to_fs(url)
 
-    def _asked(self, what: str) -> AbstractContextManager[None]:
+    def _asked(self, action: str) -> AbstractContextManager[None]:
         needed = f"Needed: storage that this account may read and write, and its library. {_GO_ON}"
-        return library_errors(lambda reason: ArtifactError(f"{self.url} cannot be {what} ({reason}). {needed}"))
+        return library_errors(lambda reason: ArtifactError(f"{self.url} cannot be {action} ({reason}). {needed}"))
 
     def _read(self, name: str) -> bytes:
         with self._asked("read"), suppress(FileNotFoundError):
@@ -68,8 +68,9 @@ class _Storage:
 
     def _listed(self, folder: Path) -> dict[str, str]:
         self.require_begun()
+        content = self._read(f"{folder.name}/{_LIST}")
         try:
-            return parse_record(parse_json(self._read(f"{folder.name}/{_LIST}").decode()), dict[str, str], _LIST, "")
+            return parse_record(parse_json(content.decode()), dict[str, str], _LIST, "")
         except (ValueError, ArtifactError):  # none yet, or written by half
             return {}
 

@@ -148,6 +148,21 @@ def test_storage_that_was_lost_or_damaged_is_named(url: str, tmp_path: Path) -> 
     assert json.loads((there / "tide/files.json").read_text()) == file_hashes(one)
 
 
+def test_a_list_that_cannot_be_read_is_not_taken_for_none(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cat_file = machine(tmp_path / "one", FILES), LocalFileSystem.cat_file
+
+    def cat(self: LocalFileSystem, path: str, *values: Any, **named: Any) -> bytes:
+        if path.endswith("files.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return bytes(cat_file(self, path, *values, **named))
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat)
+    with pytest.raises(ArtifactError, match="cannot be read .*Input/output error"), synced(folder, url):
+        pass
+
+
 def test_storage_that_refuses_while_it_is_written_to_is_named(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
