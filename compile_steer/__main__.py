@@ -170,9 +170,8 @@ def main() -> None:
         _set_handlers()
         _open_streams()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        gc.set_threshold(
-            50_000
-        )  # what the libraries' imports make stays: looking through it again takes a second of five
+        # What the libraries' imports make stays: looking through it again and again takes a second of five.
+        gc.set_threshold(50_000)
         code = _run()
     except BaseException as error:  # the boundary: exit code 1 is for a check that ran and failed, never for a crash
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

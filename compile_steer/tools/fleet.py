@@ -233,7 +233,6 @@ class LocalEngine:
         self._running: dict[Any, int] = {}  # the pipes of those that have a task
 
     def submit(self, worker: int, task: Task) -> None:
-        """As `Engine` says."""
         if worker not in self._processes or not self._processes[worker].is_alive():  # an idle one may have been killed
             self._pipes[worker], theirs = self._context.Pipe()
             args = theirs, worker, self._threads

@@ -81,12 +81,8 @@ def validate(
     """
     choice = _choose(context, directions, options, readout)
     model, data, seed, progress = context.model, context.data, context.seed, context.progress
-    test, limit, program, best = (
-        data.test[: options.pairs],
-        options.max_perplexity_ratio,
-        choice.program,
-        choice.sweep.best,
-    )
+    program, best = choice.program, choice.sweep.best
+    test, limit = data.test[: options.pairs], options.max_perplexity_ratio
     # Its effect and its cost on all test pairs and control texts.
     with progress.phase("test: all pairs, control text", 1):
         evaluator = ContrastEvaluator(model, test, data.neutral, choice.questions)

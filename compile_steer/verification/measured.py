@@ -31,6 +31,7 @@ from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
+from compile_steer.steering.compare import distance
 from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
 
@@ -189,8 +190,7 @@ def same_as(
 
 def _near(known: FinalStates, states: FinalStates) -> bool:
     """Whether final states are near enough for the distributions to be compared, which takes longer."""
-    size = known.response.square().sum()
-    return bool((known.response - states.response).square().sum() <= 0.01 * size)
+    return distance(states.response, known.response) <= 0.1
 
 
 def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:
