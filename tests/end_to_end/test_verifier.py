@@ -1,4 +1,4 @@
-"""The verifier on the real model: small planted faults are caught, and a sound artifact is not."""
+"""The verifier on the real model: planted faults are caught, and a sound artifact is not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from compile_steer.verification.reference import Reference
 from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
 
-# The smallest of each kind: larger ones fail on a tiny model (tests/unit/test_planted.py), all 31 in `python -m benchmarks.faults`.
+# Of a merged model the smallest of each kind: larger ones fail on a tiny model (tests/unit/test_planted.py). All 31 are in
+# `python -m benchmarks.faults`.
 BIAS_FAULTS = {"one block late": planted.merged_elsewhere(1), "coefficient x1.1": planted.times_merged(1.1)}
 ADAPTER_FAULTS = {
+    "sign flipped": planted.scaled(-1.0),
     "one block early": planted.moved(-1),
     "coefficient x0.9": planted.scaled(0.9),
     "dropped": planted.scaled(0.0),
+    "merged twice": planted.scaled(2.0),
 }
 
 
