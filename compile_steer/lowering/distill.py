@@ -38,6 +38,8 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 
+_LEAST = 0.1  # of the median row or column: the size that a smaller one counts as
+
 
 def lower(lowering: Lowering) -> WeightPatch:
     """The start patch trained end to end, or the start itself if training made it worse."""
@@ -82,7 +84,7 @@ def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: Weight
     if options.objective == "likelihood":
         return _train_likelihood(lowering, texts, start, advance)
     patch = WeightPatch(trainable(start.low_rank, lowering.loaded.device))
-    optimizer = adamw(patch.low_rank, options.learning_rate)
+    optimizer = relative_adamw(patch.low_rank, options.learning_rate)
     before, after = train(lowering, texts, patch, optimizer, options, "distill", advance)
     return _on_cpu(patch.low_rank) if after < before else start
 
@@ -112,17 +114,35 @@ def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, L
     return {name: LowRank(B, A) for name, (B, A) in parameters.items()}
 
 
-def adamw(edits: Mapping[str, LowRank], rate: float) -> torch.optim.AdamW:
-    """AdamW without decay. Its step has the size of the rate whatever the gradient's, so the rate is taken
-    relative to each factor's own root mean square (its partner's, for a factor that starts at zero).
+class RelativeAdamW(torch.optim.AdamW):
+    """AdamW without decay, whose step has the size of the rate times `unit` of the parameter's group, entry by entry."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        before = [(p, group["unit"], p.clone()) for group in self.param_groups for p in group["params"]]
+        loss = super().step(closure)
+        for parameter, unit, old in before:
+            parameter.sub_(old).mul_(unit).add_(old)
+        return loss
+
+
+def relative_adamw(edits: Mapping[str, LowRank], rate: float) -> RelativeAdamW:
+    """The optimizer of low-rank edits: a step is relative to each row of B and each column of A, or to the size of the
+    partner for a factor that starts at zero.
+
+    AdamW's step has the size of the rate whatever the gradient's. Inputs and outputs of one projection differ by orders of
+    magnitude, most of all in front of a norm with trained weights, and a fitted edit is the inverse of that: at one rate for a
+    whole factor its small entries would be gone after a few steps.
     """
     groups: list[dict[str, object]] = []
     for edit in edits.values():
-        pair = edit.B, edit.A
-        sizes = [float(factor.detach().square().mean().sqrt()) for factor in pair]
-        for factor, size, other in zip(pair, sizes, reversed(sizes), strict=True):
-            groups.append({"params": [factor], "lr": rate * (size or other)})
-    return torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
+        pair = (edit.B, 1), (edit.A, 0)
+        for (factor, dim), (partner, _) in zip(pair, reversed(pair), strict=True):
+            sizes = factor.detach().square().mean(dim=dim, keepdim=True).sqrt()
+            least = max(_LEAST * float(sizes.median()), _LEAST**2 * float(sizes.square().mean().sqrt()))
+            unit = sizes.clamp(min=least) if least > 0 else partner.detach().square().mean().sqrt()
+            groups.append({"params": [factor], "unit": unit})
+    return RelativeAdamW(groups, lr=rate, weight_decay=0.0, betas=BETAS)
 
 
 def fit_blocks(lowering: Lowering) -> WeightPatch:
@@ -190,7 +210,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
 
     losses = []
     with with_patch(loaded.model, after), torch.enable_grad():
-        for loss in gradient_steps(adamw(trained, options.block_learning_rate), backward, options.block_steps):
+        for loss in gradient_steps(relative_adamw(trained, options.block_learning_rate), backward, options.block_steps):
             losses.append(loss)
             advance(1)
     held_out_errors = []
@@ -262,7 +282,7 @@ def _train_likelihood(
             settings,
             train_dataset=Dataset.from_list(rows),
             processing_class=loaded.tokenizer,
-            optimizers=(adamw(factors, options.learning_rate), None),
+            optimizers=(relative_adamw(factors, options.learning_rate), None),
         )
         trainer.remove_callback(PrinterCallback)  # the losses are recorded, not printed
         trainer.train()

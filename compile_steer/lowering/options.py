@@ -50,7 +50,7 @@ class TrainingOptions(Section):
         "forward_kl", description="what end-to-end training minimises; likelihood is the baseline, by TRL"
     )
     epochs: float = Field(2.0, gt=0, description="passes over the training texts")
-    learning_rate: float = Field(0.02, gt=0, description="relative to the size of each low-rank factor")
+    learning_rate: float = Field(0.02, gt=0, description="relative to the rows and columns of each low-rank factor")
     batch_tokens: int = Field(1024, ge=64, description="padded tokens that are run at once")
     accumulate: int = Field(1, ge=1, description="batches to a step")
     recompute_every: int = Field(
@@ -74,7 +74,7 @@ class DistillOptions(TrainingOptions):
     prompts: int = Field(60, ge=1, description="calibration prompts kept for training, unseen by the closed form")
     block_steps: int = Field(800, ge=0, description="steps of one block's own training; 0: the closed form alone")
     block_batch_tokens: int = Field(512, ge=64, description="padded tokens of one such step")
-    block_learning_rate: float = Field(0.3, gt=0, description="of these steps")
+    block_learning_rate: float = Field(0.1, gt=0, description="of these steps")
     shard: bool = Field(
         False, description="lay each block of the base over all processes (FSDP2) once the texts are written"
     )

@@ -10,6 +10,7 @@ from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.models.load import LoadedModel
+from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.measure import ProjectionKind
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
@@ -27,7 +28,7 @@ from tests.helpers.fitting import (
 )
 from tests.helpers.tiny import Padded, intervention, loaded, logits
 
-OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128, block_steps=200)
+OPTIONS = DistillOptions(start="random", rank=3, epochs=3, learning_rate=0.1, batch_tokens=128, block_steps=300)
 
 KINDS: tuple[ProjectionKind, ...] = ("attn", "mlp")
 ONE_STAGE = ClosedFormOptions(stages=(ClosedFormStage(offset=0, projection="mlp", rank=4),))
@@ -69,6 +70,24 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
     assert remaining_kl(tiny, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
     assert n_hooks(tiny.model) == hooks
+
+
+def test_a_step_is_relative_to_each_row_and_each_column_of_an_edit() -> None:
+    rows, columns = torch.tensor([1.0, 1e-2, 5.0]), torch.tensor([10.0, 1.0, 1e-2, 2.0])
+    edits = {"fitted": LowRank(torch.ones(3, 2) * rows[:, None], torch.ones(2, 4) * columns)}
+    edits["fresh"] = LowRank(torch.zeros(3, 2), 3 * torch.ones(2, 4))
+    trained = distill.trainable(edits, torch.device("cpu"))
+    optimizer = distill.relative_adamw(trained, 0.25)
+    for factor in (factor for edit in trained.values() for factor in (edit.B, edit.A)):
+        factor.grad = torch.full_like(factor, -7.0)
+    optimizer.step()
+    moved = {name: (trained[name].B - edit.B, trained[name].A - edit.A) for name, edit in edits.items()}
+    by_row, by_column = moved["fitted"]
+    assert by_row.flatten().tolist() == pytest.approx([0.25, 0.25, 0.025, 0.025, 1.25, 1.25]), "1e-2 counts as a tenth"
+    assert by_column[0].tolist() == pytest.approx([2.5, 0.25, 0.025, 0.5])
+    assert moved["fresh"][0].flatten().tolist() == pytest.approx([0.75] * 6), (
+        "of the partner, where there is nothing yet"
+    )
 
 
 def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:

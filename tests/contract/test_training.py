@@ -182,7 +182,7 @@ def test_the_weight_of_the_base_keeps_the_student_near_it() -> None:
     for weight in (0.0, 20.0):
         lowering = task(tiny, steering, base_kl_weight=weight, objective="hidden", epochs=2)
         patch = WeightPatch(distill.trainable(random_patch(tiny, ranks=(3,)).low_rank, tiny.device))
-        optimizer = distill.adamw(patch.low_rank, 0.03)
+        optimizer = distill.relative_adamw(patch.low_rank, 0.03)
         train(lowering, CALIBRATION, patch, optimizer, lowering.options.distill, "distill", lambda _done: None)
         batch = Padded.of(lowering.sample(prompts, None, seed=3), "right")
         base = logits(tiny.model, batch).double().log_softmax(-1)
