@@ -17,7 +17,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 
-_ROUNDS = 2
+_ROUNDS = 3
 SHORTEST = 16  # tokens; a text that is longer by itself stays as it is
 
 
@@ -26,8 +26,9 @@ def in_contexts(
 ) -> list[Encoded]:
     """Every second text alone, and the others joined to contexts of log-uniform lengths, at most `longest` tokens.
 
-    Each of these is in `_ROUNDS` contexts with others around it; its response is the last one or that of an earlier turn. In
-    every second context of several texts all but the last are no turns but plain text before its prompt, as a document is.
+    Each of these is in `_ROUNDS` contexts with others around it; its response is the last one or that of an earlier turn. The
+    first context of a round is as long as it may be, for among so few none that is nearly so might be drawn. In every second
+    context of several texts all but the last are no turns but plain text before its prompt, as a document is.
 
     Args:
         encoded: the texts' own tokens.
@@ -38,16 +39,19 @@ def in_contexts(
     contexts, others = [encoded[n] for n in numbers[::2]], numbers[1::2]
     for _round in range(_ROUNDS):
         generator.shuffle(others)
-        waiting = list(others)
+        waiting, length = list(others), float(longest)
         while waiting:
-            length = SHORTEST * (max(longest, SHORTEST) / SHORTEST) ** generator.random()
             group = [waiting.pop()]
-            while waiting and sum(len(encoded[n].ids) for n in (*group, waiting[-1])) <= length:
+            context, as_document = encoded[group[0]], len(contexts) % 2 == 1
+            while waiting:
+                larger = _joined(loaded, [texts[n] for n in (*group, waiting[-1])], as_document=as_document)
+                if len(larger.ids) > length:
+                    break
                 group.append(waiting.pop())
-            if len(group) > 1:
-                contexts.append(_joined(loaded, [texts[n] for n in group], as_document=len(contexts) % 2 == 1))
-            elif _round == 0:
-                contexts.append(encoded[group[0]])
+                context = larger
+            if len(group) > 1 or _round == 0:
+                contexts.append(context)
+            length = SHORTEST * (max(longest, SHORTEST) / SHORTEST) ** generator.random()
     generator.shuffle(contexts)  # one in five is held out, of every kind
     return contexts
 
