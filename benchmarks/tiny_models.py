@@ -73,6 +73,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS, "activation_sparsity_pattern": [0.0] * LAYERS,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": {

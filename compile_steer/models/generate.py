@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -151,13 +152,20 @@ def _traits(loaded: LoadedModel) -> _Traits:
     def same(new: Tensor, whole: Tensor) -> bool:
         return distance(new, whole) < tolerance_of(model.dtype)
 
-    def plain(tokens: Tensor) -> Tensor:
+    def plain(tokens: Tensor, **positions: Tensor) -> Tensor:
         inputs = tokens.unsqueeze(0)
-        return cast(
-            Tensor, model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits[0, -1]
-        )
+        mask = torch.ones_like(inputs)
+        return cast(Tensor, model(input_ids=inputs, attention_mask=mask, use_cache=False, **positions).logits[0, -1])
 
     name, failure = type(model).__name__, None
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        row, counted = batch.input_ids[1], torch.arange(6, device=loaded.device).unsqueeze(0)
+        with torch.no_grad(), library_errors(lambda reason: LayoutError(f"{name} cannot be run ({reason}).")):
+            if not same(plain(row, position_ids=counted), plain(row)):
+                raise LayoutError(
+                    f"{name}: what it generates is not what its plain passes give, for it counts positions from another number "
+                    "there, as some encoders do. Its answers would say nothing of the model that is measured and compiled."
+                )
     for use_cache in (True, False):
         try:
             with library_errors(lambda reason: LayoutError(f"{name} cannot generate ({reason}).")), torch.no_grad():

@@ -150,12 +150,15 @@ class PrefixCache:
 
     def _run(self, index: int, copies: int, stop: int | None = None) -> Tensor:
         batch, kept = self._batches[index], self._hidden[index]
+        shared = (
+            batch.attention_mask.ndim > 2
+        )  # else a row is one text, and the model counts its positions as it does alone
         with torch.no_grad():
             return run_blocks(
                 self._loaded.model,
                 batch.input_ids.repeat(copies, 1),
                 batch.attention_mask.repeat(copies, *[1] * (batch.attention_mask.ndim - 1)),
-                position_ids=batch.position_ids.repeat(copies, 1),
+                position_ids=batch.position_ids.repeat(copies, 1) if shared else None,
                 start=self._layer,
                 stop=stop,
                 hidden=None if kept is None else kept.repeat(copies, 1, 1),

@@ -7,49 +7,12 @@ import pytest
 import torch
 
 from compile_steer.models.forward import run_blocks
-from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence
 from compile_steer.models.tokens import Encoded, pad
-from compile_steer.steering.hooks import PROMPT, RESPONSE, steered
-from compile_steer.steering.program import Program
+from compile_steer.steering.hooks import PROMPT, steered
 from compile_steer.validation.evaluator import PrefixCache, pack
-from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, VOCAB, intervention, loaded, program
-
-
-def sharing_texts(template: int = 3, seed: int = 0, longest: int = 5) -> list[Encoded]:
-    """Pairs on three prompts after a common template, one text that is the beginning of another, and two turns."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(6, VOCAB, (n,), generator=generator).tolist())
-
-    opening = words(template)
-    texts = []
-    for n in (2, 4, 3):
-        prompt = opening + words(n)
-        texts += [Encoded(prompt + words(k), len(prompt)) for k in (longest, 2)]
-    texts.append(Encoded(texts[0].ids[:-2], texts[0].n_prompt))
-    # The same tokens as found[0], with other roles: the second turn of a conversation.
-    turns = texts[0].ids + words(4)
-    texts.append(Encoded(turns, len(texts[0].ids) + 2, ((texts[0].n_prompt, len(texts[0].ids)),)))
-    return texts
-
-
-def alone(model: LoadedModel, texts: list[Encoded], under: Program | None) -> np.ndarray:
-    """Each text by itself through the whole model, all logits."""
-    means = []
-    for text in texts:
-        batch = pad([text], [0], PAD_ID)
-        with torch.no_grad():
-            if under is None:
-                logits = model.model(batch.input_ids).logits
-            else:
-                with steered(model.model, under, roles=batch.roles):
-                    logits = model.model(batch.input_ids).logits
-        log_p = torch.log_softmax(logits[0], dim=-1)
-        paths = [t for t, role in enumerate(text.roles) if role == RESPONSE]
-        means.append(np.mean([float(log_p[t - 1, text.ids[t]]) for t in paths]))
-    return np.array(means)
+from tests.helpers.sharing import alone, sharing_texts
+from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, intervention, loaded, program
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,12 +15,11 @@ from compile_steer.models.forward import require_spans
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
-from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.validation.evaluator import PrefixCache
 from tests.contract.test_measured_layout import KINDS, build
-from tests.contract.test_prefix_cache import alone, sharing_texts
+from tests.helpers.sharing import alone, sharing_texts, token_by_token
 from tests.helpers.tiny import chat_tokenizer
 
 STATES = {
@@ -53,13 +52,8 @@ def test_what_runs_together_is_what_runs_alone(kind: str) -> None:
         expected = alone(one, texts, program)
         np.testing.assert_allclose(cache.mean_logprobs([program])[0], expected, atol=1e-4)
     prompts = [Encoded(texts[0].ids[:5], 5), Encoded(texts[2].ids[:7], 7)]
-    for text, prompt in zip(continue_prompts(one, prompts, response, max_new_tokens=3), prompts, strict=True):
-        ids = list(prompt.ids)
-        for _ in range(3):
-            roles = torch.tensor([Encoded(tuple(ids), prompt.n_prompt).roles])
-            with steered(one.model, response, roles=roles), torch.no_grad():
-                ids.append(int(one.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert text.ids == tuple(ids)
+    answers = continue_prompts(one, prompts, response, max_new_tokens=3)
+    assert [text.ids for text in answers] == token_by_token(one, prompts, response, 3)
 
 
 def test_a_lora_that_peft_would_not_load_is_refused_before_any_work() -> None:
@@ -84,3 +78,19 @@ def test_a_model_whose_parts_do_not_make_the_whole_is_refused(monkeypatch: pytes
 def _halved(output: Any, input_ids: torch.Tensor) -> Any:
     output.logits = output.logits * input_ids.shape[1]
     return output
+
+
+def test_a_model_whose_generation_counts_positions_otherwise_is_refused() -> None:
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model: Any = build("roberta", {**sizes, "max_position_embeddings": 64, "is_decoder": True})
+    one, texts = LoadedModel(model.requires_grad_(False), chat_tokenizer(), "roberta", "", ""), sharing_texts()[:4]
+    expected = alone(one, texts, None)
+    np.testing.assert_allclose(PrefixCache(one, texts).mean_logprobs([None])[0], expected, atol=1e-5)
+    with pytest.raises(LayoutError, match="what it generates is not what its plain passes give"):
+        continue_prompts(one, texts[:2], None, max_new_tokens=2)
