@@ -54,8 +54,8 @@ _MOST_USED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-class _TooSlow(Exception):
-    """A type took longer than its time."""
+class _TooSlow(BaseException):
+    """A type took longer than its time; no exception that a library's own code, or what translates its errors, would catch."""
 
 
 class _NotBuilt(CompileSteerError):
@@ -260,8 +260,9 @@ def page(families: Sequence[Family]) -> list[str]:
         f"transformers {transformers.__version__} maps {len(families)} model types to a causal LM. {built} were built tiny (4 "
         f"blocks, width 64, random weights, gains that differ). Of these {counts['found']} have points inside their blocks, and "
         f"{counts['resid_post alone']} can be steered at the blocks' outputs alone, where nothing compiles exactly; hooks, additions "
-        f"by hand and exact weights agree to {worst:.0e} of what they change. {counts['refused']} are "
-        f"refused, {counts['WRONG']} disagree; {counts['not built']} could not be built tiny, so nothing is said of them.",
+        f"by hand, exact weights and texts that share rows agree to {worst:.0e} of what they change, and a batch's answers are those "
+        f"of whole passes. {counts['refused']} are refused, {counts['WRONG']} disagree; {counts['not built']} could "
+        "not be built tiny, so nothing is said of them.",
         "",
         "Tiny models show that points, factors and biases are right, not how well a fitted backend does on trained weights.",
         "",

@@ -27,7 +27,8 @@ _SIZES: dict[str, int] = {
     # depth
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_blocks"), LAYERS),
     **dict.fromkeys(("num_decoder_layers", "max_window_layers", "num_layers_per_stack"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "mamba_num_layers"), 2),
+    "encoder_layers": LAYERS,  # what a decoder's cache is made for, in the families of BART
+    **dict.fromkeys(("num_encoder_layers", "mamba_num_layers"), 2),
     # heads
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
@@ -63,6 +64,7 @@ _NEEDED = frozenset({
     "head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group", "topk_group",
 })  # fmt: skip
 _HYBRID = ["linear_attention", "hybrid"] * (LAYERS // 2)
+_MIXED = {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # What single classes need besides: their sizes depend on one another.
@@ -73,6 +75,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS, "activation_sparsity_pattern": [0.0] * LAYERS,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    **dict.fromkeys(("bailing_hybrid", "granitemoehybrid", "kimi_linear"), _MIXED),
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
