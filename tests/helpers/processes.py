@@ -19,10 +19,12 @@ def run_in_processes(count: int, work: Callable[[], None]) -> list[int | None]:
         os.environ |= {name: str(value) for name, value in settings.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         import torch
+        from accelerate.state import AcceleratorState
 
         from compile_steer.common import distributed
 
         torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)  # a trainer that ran before in this process was alone
         distributed.join()
         work()
         distributed.leave()
