@@ -29,7 +29,15 @@ from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Curve, Lowering, require_rank
 from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
-from compile_steer.lowering.training import BETAS, gradient_steps, held_out_split, split_batches, squared_error, train
+from compile_steer.lowering.training import (
+    BETAS,
+    RelativeAdamW,
+    gradient_steps,
+    held_out_split,
+    split_batches,
+    squared_error,
+    train,
+)
 from compile_steer.models.libraries import quiet
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded
@@ -38,6 +46,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 
+_STRENGTHS = (1.0, 1.0, -1.0)  # of the program and the edit in turn, step by step
 _LEAST = 0.1  # of the median row or column: the size that a smaller one counts as
 
 
@@ -114,18 +123,6 @@ def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, L
     return {name: LowRank(B, A) for name, (B, A) in parameters.items()}
 
 
-class RelativeAdamW(torch.optim.AdamW):
-    """AdamW without decay, whose step has the size of the rate times `unit` of the parameter's group, entry by entry."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        before = [(p, group["unit"], p.clone()) for group in self.param_groups for p in group["params"]]
-        loss = super().step(closure)
-        for parameter, unit, old in before:
-            parameter.sub_(old).mul_(unit).add_(old)
-        return loss
-
-
 def relative_adamw(edits: Mapping[str, LowRank], rate: float) -> RelativeAdamW:
     """The optimizer of low-rank edits: a step is relative to each row of B and each column of A, or to the size of the
     partner for a factor that starts at zero.
@@ -187,6 +184,10 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
                 rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
                 start[name] = edit + LowRank(edit.B.new_zeros(len(edit.B), missing), rows)
     trained = trainable(start, loaded.device)
+    # A constant is added in proportion to its coefficient, and so should the edit be; behind a norm it cannot be.
+    added = all(i.operation == "add" for i in models.program.interventions if i.site.changes_from == block)
+    normed = any(loaded.layout.norm(block, kind) for kind in loaded.layout.projection_kinds(block))
+    strengths = _STRENGTHS if added and not normed and block == models.program.first_layer else (1.0,)
     # Edits of other blocks stay on while this one is trained.
     before = models.patch
     after = WeightPatch({**before.low_rank, **trained})
@@ -194,9 +195,12 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     random.Random(seed).shuffle(shuffled)
     held_out, seen = held_out_split(shuffled)
 
-    def errors(activations: ActivationBatch) -> torch.Tensor:
+    def errors(patch: WeightPatch, activations: ActivationBatch, strength: float = 1.0) -> torch.Tensor:
         # Only this block is run: a step costs 1/n_layers of one end to end.
-        student, target = models.run_block(activations.batch, activations.student, block), activations.target
+        scaled = {name: LowRank(strength * edit.B, edit.A) for name, edit in patch.low_rank.items()}
+        with with_patch(loaded.model, WeightPatch(scaled)):
+            student = models.run_block(activations.batch, activations.student, block)
+        target = activations.target if strength == 1 else models.at_strength(activations, block, strength)
         real, weight = activations.real, models.sensitivity.get(block, torch.ones((), device=target.device))
         return squared_error(student[real] * weight, target[real] * weight)
 
@@ -204,19 +208,20 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
         if step % len(seen) == 0:
             random.Random(seed + step).shuffle(seen)
         activations = seen[step % len(seen)]
-        loss = errors(activations).sum() / activations.batch.n_tokens
+        loss = errors(after, activations, strengths[step % len(strengths)]).sum() / activations.batch.n_tokens
         loss.backward()
         return float(loss.detach())
 
     losses = []
-    with with_patch(loaded.model, after), torch.enable_grad():
-        for loss in gradient_steps(relative_adamw(trained, options.block_learning_rate), backward, options.block_steps):
+    with torch.enable_grad():
+        optimizer = relative_adamw(trained, options.block_learning_rate)
+        for loss in gradient_steps(optimizer, backward, options.block_steps):
             losses.append(loss)
             advance(1)
     held_out_errors = []
     for patch in (before, after):
-        with with_patch(loaded.model, patch), torch.no_grad():
-            total = torch.stack([errors(activations).sum() for activations in held_out]).sum()
+        with torch.no_grad():
+            total = torch.stack([errors(patch, activations).sum() for activations in held_out]).sum()
         sum_over_all(total)
         held_out_errors.append(float(total) / sum(activations.batch.n_tokens for activations in held_out))
     if held_out_errors[1] < held_out_errors[0]:

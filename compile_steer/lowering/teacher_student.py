@@ -111,6 +111,11 @@ class TeacherStudent:
             with steered(self.loaded.model, self.program, roles=activations.batch.roles), torch.no_grad():
                 activations.target = self.run_block(activations.batch, activations.teacher, block)
 
+    def at_strength(self, activations: ActivationBatch, block: int, strength: float) -> Tensor:
+        """The teacher's output of the first block that the program changes, under the program times `strength`."""
+        with steered(self.loaded.model, self.program.scaled(strength), roles=activations.batch.roles), torch.no_grad():
+            return self.run_block(activations.batch, activations.teacher, block)
+
     def run_student(self, block: int) -> None:
         """Run the patched student through `block`, and move both to the next boundary."""
         with with_patch(self.loaded.model, self.patch), torch.no_grad():

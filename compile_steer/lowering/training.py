@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,18 @@ OBJECTIVES: dict[str, Backward] = {
     "jensen_shannon": _on_logits(_jensen_shannon),
     "hidden": _hidden,
 }
+
+
+class RelativeAdamW(torch.optim.AdamW):
+    """AdamW without decay, whose step has the size of the rate times `unit` of the parameter's group, entry by entry."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        before = [(p, group["unit"], p.clone()) for group in self.param_groups for p in group["params"]]
+        loss = super().step(closure)
+        for parameter, unit, old in before:
+            parameter.sub_(old).mul_(unit).add_(old)
+        return loss
 
 
 def gradient_steps(

@@ -60,7 +60,10 @@ def test_training_goes_on_from_the_closed_form(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
-def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
+def test_training_a_block_on_its_own_output_beats_the_regression_there(
+    family: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "_STRENGTHS", (1.0,))  # to follow the coefficient too takes some of this one's
     tiny, steering = loaded(family), canonical_program(family, intervention())
     options = CompileOptions(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form"}))
     task = job(tiny, steering, options)
@@ -70,6 +73,22 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
     assert remaining_kl(tiny, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
     assert n_hooks(tiny.model) == hooks
+
+
+def test_a_block_is_trained_to_follow_its_coefficient(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention())
+    options = CompileOptions(
+        closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update={"start": "closed_form", "block_steps": 100})
+    )
+    left = []
+    for strengths in (distill._STRENGTHS, (1.0,)):
+        monkeypatch.setattr(distill, "_STRENGTHS", strengths)
+        task = job(tiny, steering, options)
+        task.__dict__["regression_texts"] = CALIBRATION
+        fitted = distill.fit_blocks(task).low_rank
+        negated = WeightPatch({name: LowRank(-edit.B, edit.A) for name, edit in fitted.items()})
+        left.append(remaining_kl(tiny, steering.scaled(-1), negated))
+    assert left[0] < 0.5 * left[1], left
 
 
 def test_a_step_is_relative_to_each_row_and_each_column_of_an_edit() -> None:
