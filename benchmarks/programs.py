@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.ocean import HeldOut, as_mistral, lowering_of, ocean, stream
-from benchmarks.record import Record, machine, prose, row, sections, table, timed
+from benchmarks.record import Record, above_sections, machine, prose, row, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
@@ -89,12 +89,12 @@ GEMMA = Subject(
     block=11,
     prompts=36,
     held_out=12,
-    most={"add, all positions, one block": 60},
+    most={"add, all positions, one block": 60, "clamp, all positions": 60, "ablate, everywhere (untied)": 60},
     fitted={
         "add, all positions, one block": (0.01, 0.003),
         "add, last prompt token": (0.04, None),
         "add, response only": (0.04, None),
-        "clamp, all positions": (0.02, None),
+        "clamp, all positions": (0.02, 0.02),
         "ablate, everywhere (untied)": (0.02, None),
         "ablate, one site": (None, None),
         "add, all positions, two vectors at two blocks": (None, None),
@@ -233,9 +233,7 @@ class Page:
 
     @staticmethod
     def read() -> Page:
-        page = RECORD.path.read_text(encoding="utf-8") if RECORD.path.is_file() else ""
-        parts = sections(RECORD.path)
-        top = page.partition("\n## ")[0].partition("do not edit.")[2].strip()  # below the head
+        parts, top = sections(RECORD.path), above_sections(RECORD.path)
         texts = {SMOLLM2.title: top} | {one.title: parts.get(one.title, "") for one in SUBJECTS[1:]}
         settings = {title: text.partition("\n")[0] for title, text in texts.items() if text}
         width = COLUMNS.count("|") + 1

@@ -62,10 +62,16 @@ class Record(Generic[Finding]):
         return text
 
     def save_section(self, heading: str, lines: Sequence[str], introduction: Sequence[str] = ()) -> str:
-        """Replace one section; they stand in the order of their headings unless the page has another."""
+        """Replace one section; they stand in the order of their headings unless the page has another.
+
+        `introduction` stands above the sections; without it, what stands there.
+        """
         parts = sections(self.path)
         parts[heading] = "\n".join(lines).strip()
-        self.save(*introduction, *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
+        above = above_sections(self.path)
+        if self.setting:  # its paragraph is written anew
+            above = above.partition("\n\n")[2]
+        self.save(*(introduction or [f"{above}\n"]), *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
         return parts[heading]
 
     def findings(self) -> list[Finding]:
@@ -96,6 +102,12 @@ def sections(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
     return {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
+
+
+def above_sections(path: Path) -> str:
+    """What stands below a page's head and above its sections."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text.partition("\n## ")[0].partition("\nWritten by")[2].partition("\n")[2].strip()
 
 
 def prose(heading: str, **values: object) -> str:
