@@ -7,7 +7,8 @@ Resumes: what docs/calibration.jsonl holds is not measured again, so delete it t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,18 +17,35 @@ from scipy.stats import binomtest, spearmanr
 from benchmarks.behaviours import KNOWN, recipe_for
 from benchmarks.record import ROOT, Record, prose, table
 from benchmarks.trials import COSINES, HELD_OUT, SETTINGS, Kind, Trial, trial
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import RecipeError
 from compile_steer.common.progress import ProgressBars
+from compile_steer.models.text import Text
 from compile_steer.pipeline.run import Run
+from compile_steer.validation.confounds import find_confounds
 
 RUNS = ROOT / "runs" / "calibration"  # the pairs that were written stay there
 CHANCE: tuple[tuple[Kind, int], ...] = (("random", 0), ("shuffled", 0), ("random", 1), ("shuffled", 1), ("shuffled", 2))
+# Confounds, by what is done to a positive side.
+PLANTED: dict[str, Callable[[Text], Text]] = {
+    "twice as long": lambda text: replace(text, response=f"{text.response} {text.response}"),
+    "a first word": lambda text: replace(text, response=f"Well, {text.response}"),
+    "a word": lambda text: replace(text, response=f"{text.response} Listen closely."),
+    "a character": lambda text: replace(text, response=f"{text.response} #"),
+    "line breaks": lambda text: replace(text, response="\n".join(text.response.split(" ", 2))),
+    "capital letters": lambda text: replace(text, response=text.response.upper()),
+    "another language": lambda text: replace(
+        text, response=f"{text.response} Mais il est dans la maison avec les autres."
+    ),
+    "another prompt": lambda text: replace(text, prompt=f"Please: {text.prompt[:12]}"),
+}
 BEHAVIOURS, WEAKENED, CHANCE_COMPILED = 9, 2, 2  # the first so many, and of them
 
 
 def planned(number: int) -> Iterator[tuple[Kind, int, bool]]:
     """Kind, index and whether it is compiled, for each direction of the behaviour with this number."""
     yield "real", 0, True
+    yield "within limits", 0, False
     if number < WEAKENED:
         yield "weakened", number % len(COSINES), True
     for kind, index in CHANCE:
@@ -67,7 +85,9 @@ def report(found: list[Trial]) -> list[str]:
     chance = [one for one in shown if one.kind in ("random", "shuffled")]
     real = [one for one in shown if one.kind == "real"]
     weakened = [one for one in shown if one.kind == "weakened"]
+    within = [one for one in shown if one.kind == "within limits"]
     groups = {"random or from shuffled labels": chance, "real": real, "real, weakened by noise": weakened}
+    groups["real, within the limits of a recipe that names none"] = within
     rates = [(name, rate(group)) for name, group in groups.items() if group]
     lines = [*table("directions | passed (95 % interval, Wilson)", rates), "", *trials_table(shown)]
     dropped = [one.behaviour for one in found if one.verdict == "no pairs"]
@@ -92,7 +112,27 @@ def trials_table(found: list[Trial]) -> list[str]:
 
 def named(one: Trial) -> str:
     """The kind of direction, with how far it was weakened."""
-    return f"weakened, cosine {COSINES[one.index]:g}" if one.kind == "weakened" else one.kind
+    if one.kind == "weakened":
+        return f"weakened, cosine {COSINES[one.index]:g}"
+    return "real, within limits" if one.kind == "within limits" else one.kind
+
+
+def confounded(folder: Path, progress: ProgressBars) -> list[str]:
+    """A confound of another kind planted in the training pairs of each behaviour: what is named then, and not without it."""
+    rows = []
+    kept = [known for known in KNOWN[:BEHAVIOURS] if RunPaths(folder / known.name, known.name).directions.is_file()]
+    for known, (kind, plant) in zip(kept, PLANTED.items(), strict=False):
+        run = Run.open(recipe_for(known, folder, SETTINGS), folder / known.name, progress)
+        score = run.recipe.validate_.score.bind(run.model, run.data)
+        pairs = [replace(pair, positive=plant(pair.positive)) for pair in run.data.train]
+        before, after = (find_confounds(run.data, each, score, known.instruction) for each in (run.data.train, pairs))
+        names = [found.name for _feature, found in after if found.name not in {one.name for _other, one in before}]
+        rows.append(
+            (known.name, kind, ", ".join(names) or "nothing", ", ".join(one.name for _f, one in before) or "nothing")
+        )
+    caught = sum(row[2] != "nothing" for row in rows)
+    lines = [f"Planted in every positive side: {caught} of {len(rows)} are named.", ""]
+    return lines + table("behaviour | planted | named besides | named without it", rows)
 
 
 def prediction(found: list[Trial]) -> list[str]:
@@ -146,6 +186,7 @@ def main() -> None:
         report,
         lambda one: f"{one.behaviour} {named(one)}: {one.verdict} ({one.seconds:.0f} s) {one.reason}",
     )
+    RECORD.save_section("Are confounds named?", confounded(RUNS, progress))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ chance passes here it would pass there more rarely; the coherence gates are wide
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from compile_steer.scoring.answers import Request, answer
 from compile_steer.steering.directions import Directions, as_long_as
 from compile_steer.steering.patch import with_patch
 from compile_steer.steering.program import Program
+from compile_steer.validation.options import SolverTarget, ValidateOptions
 from compile_steer.validation.stage import Validation, validate
 
 SETTINGS = [
@@ -49,9 +50,15 @@ SETTINGS = [
     "compile.calibration.prompts=40",
     "compile.calibration.max_new_tokens=32",
 ]
+# Of a direction that must keep within what a recipe allows that names no limit: the defaults, and all plain questions.
+LIMITS = {"coefficients": SolverTarget(perplexity_limit=1.4), "questions": 24, "control_prompts": 12}
+LIMITS |= {
+    name: ValidateOptions.model_fields[name].default
+    for name in ("max_perplexity_ratio", "max_repetition", "tolerances")
+}
 NEUTRAL, HELD_OUT = 6, 6
 COSINES = (0.5, 0.25)  # with the real direction, of a weakened one
-Kind = Literal["real", "weakened", "random", "shuffled"]
+Kind = Literal["real", "within limits", "weakened", "random", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,14 @@ class Trial:
     score: float = 0.0
     p_over_random: float = 1.0
     perplexity: float = 1.0
+    price: list[str] = field(default_factory=list)  # the side effects that are no chance
     compiled: Compiled | None = None
 
 
 def in_place(real: Directions, kind: Kind, index: int, behaviour: str) -> Directions:
-    """`real` with its vectors replaced: by random ones as long (each behaviour has its own), by its `index`-th shuffled
+    """`real`, or with its vectors replaced: by random ones as long (each behaviour has its own), by its `index`-th shuffled
     ones as they were found (left out of the controls), or by ones as long at cosine `COSINES[index]` with it."""
-    if kind == "real":
+    if kind in ("real", "within limits"):
         return real
     if kind == "shuffled":
         others = [n for n in range(len(real.shuffled)) if n != index]
@@ -108,13 +116,14 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
     data = replace(run.data, test=test, neutral=neutral)
     part = replace(run, context=replace(run.context, data=data, progress=Progress()))
     recipe = part.recipe
+    options = recipe.validate_.model_copy(update=LIMITS) if kind == "within limits" else recipe.validate_
 
     def work() -> Validation | RecipeError:
         try:
             return validate(
                 part.context,
                 in_place(real, kind, index, recipe.name),
-                recipe.validate_,
+                options,
                 readout=recipe.extract.readout,
                 ask=recipe.ask,
                 too_high=recipe.too_high,
@@ -132,7 +141,7 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
         kind,
         index,
         report.verdict,
-        report.reasons[0].split(";")[0],
+        "; ".join(report.reasons if report.verdict != "pass" else report.reasons[:1]),
         seconds,
         layer=report.layer,
         coefficient=report.coefficient,
@@ -144,6 +153,7 @@ def trial(run: Run, real: Directions, kind: Kind, index: int, compiles: bool) ->
         score=report.scores.effect.value,
         p_over_random=report.scores.p_over_random,
         perplexity=report.coherence.perplexity_ratio,
+        price=[str(effect) for effect in report.side_effects if effect.shown],
         compiled=compiled(part, result.program) if compiles else None,
     )
 
