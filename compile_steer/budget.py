@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Budget = Literal["quick", "standard", "thorough"]
 BUDGETS: dict[str, dict[str, Any]] = {
-    # 24 answered prompts are what a change of the score by a third needs to be significant, 60 calibration prompts what the
+    # 24 answered prompts are what a change of the score by a third needs to be significant, 48 calibration prompts what the
     # closed form needs to pass its gate, and 16 held-out texts what keeps a sound artifact within the gate of top-1.
     "quick": {
         "extract": {"shuffled": 8},
@@ -27,7 +27,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
             "wordings": 3,
         },
         "compile": {
-            "calibration": {"prompts": 60, "max_new_tokens": 32},
+            "calibration": {"prompts": 48, "max_new_tokens": 32},
             "distill": {"prompts": 32, "block_steps": 300, "epochs": 1},
         },
         "verify": {

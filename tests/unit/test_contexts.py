@@ -38,7 +38,9 @@ def test_half_of_the_texts_stay_alone_and_the_others_are_in_contexts_of_many_len
     assert 20 <= len(single) < 30 and all(1 <= text.count(one.response) <= 3 for one in TEXTS)
     assert sum(text.count(one.response) == 3 for one in TEXTS) > 10, "in three contexts with others around"
     lengths = [len(one.ids) for one in contexts]
-    assert max(lengths) <= 128 and sum(length > 112 for length in lengths) >= 3, "each round has one as long as it may be"
+    assert max(lengths) <= 128 and sum(length > 112 for length in lengths) >= 3, (
+        "each round has one as long as it may be"
+    )
     assert any(32 < length < 64 for length in lengths)
     turns, documents = [one for one in contexts if one.earlier], [one for one in contexts if not one.earlier]
     assert turns and any(len(one.ids) > 32 for one in documents)
