@@ -2,7 +2,8 @@
 
     python -m benchmarks.contexts
 
-Prints tables for docs/LOG.md. Texts and patches are kept in runs/contexts, so that it resumes.
+Writes its sections of docs/BENCHMARKS.md, and prints what docs/LOG.md has of the causes. Texts and patches are kept in
+runs/contexts, so that it resumes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.__main__ import RECORD
 from benchmarks.ocean import committed_program, lowering_of, ocean
-from benchmarks.record import ROOT, timed
+from benchmarks.record import ROOT, machine, prose, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.data.contexts import in_contexts, long_context
 from compile_steer.lowering.job import Lowering
@@ -25,7 +27,7 @@ from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence
+from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.pipeline.run import Run
@@ -37,6 +39,15 @@ from compile_steer.steering.program import Program
 WORK = ROOT / "runs" / "contexts"
 LENGTHS = (40, 128, 256, 512, 1024, 1800)
 QUESTIONS, NEW_TOKENS = 8, 32
+SCALES, PROMPTS = (0.5, 1.0, -1.0), 24
+# What a recipe has that says nothing of them.
+SETTINGS = [
+    "compile.calibration.prompts=180",
+    "compile.calibration.max_new_tokens=48",
+    "compile.distill.prompts=60",
+    "compile.distill.block_steps=800",
+    "compile.distill.epochs=2",
+]
 SPANS = ((0, 128), (128, 512), (512, 1024), (1024, 2048))
 
 
@@ -71,24 +82,37 @@ def _common(texts: Sequence[Encoded]) -> int:
     return next(n for n, tokens in enumerate(rows) if len(set(tokens)) > 1)
 
 
-def by_length(run: Run, program: Program, patches: dict[str, WeightPatch]) -> None:
-    """The remaining KL of each patch by the length of the prompt, on held-out questions behind control text."""
+def by_length(run: Run, program: Program, patches: dict[str, WeightPatch]) -> list[str]:
+    """The remaining KL of each patch by the length of the prompt, on held-out questions behind control text: a table."""
     model = run.model
     answers = written(run, program, run.data.heldout[:QUESTIONS], WORK / "heldout.pt", NEW_TOKENS)
     control = "\n\n".join(f"{one.prompt}\n{one.response}" for one in run.data.neutral)
     document = Encoded(tuple(model.tokenizer(control, add_special_tokens=False)["input_ids"]), 0)
-    print(f"remaining KL by tokens of the prompt: {len(document.ids)} tokens of control text, {QUESTIONS} questions")
-    print("| patch |", " | ".join(map(str, LENGTHS)), "|")
-    rows: dict[str, list[str]] = {name: [] for name in ("KL(steered‖base)", *patches)}
+    rows: dict[str, list[str]] = {name: [name] for name in ("KL(steered‖base), nats/token", *patches)}
     for length in LENGTHS:
         states = behind(model, document, answers, length, steered(model.model, program))
         base = divergence(model.model, states, model.model, behind(model, document, answers, length, nullcontext()))
-        rows["KL(steered‖base)"].append(f"{base.mean:.3f}")
+        rows["KL(steered‖base), nats/token"].append(f"{base.mean:.3f}")
         for name, patch in patches.items():
             other = behind(model, document, answers, length, with_patch(model.model, patch))
             rows[name].append(f"{divergence(model.model, states, model.model, other).mean / base.mean:.2%}")
-    for name, cells in rows.items():
-        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+    return table(" | ".join(["patch", *map(str, LENGTHS)]), rows.values())
+
+
+def by_strength(run: Run, program: Program, patches: dict[str, WeightPatch]) -> list[str]:
+    """The remaining KL of each patch at other strengths, of what the program leaves at as many times its coefficient: a table."""
+    model = run.model
+    texts = written(run, program, run.data.heldout[:PROMPTS], WORK / "strength.pt", NEW_TOKENS)
+    rows: dict[str, list[str]] = {name: [name] for name in patches}
+    for scale in SCALES:
+        states, base = (final_states(model, texts, one).response for one in (program.scaled(scale), None))
+        kl = divergence(model.model, states, model.model, base).mean
+        for name, patch in patches.items():
+            edits = {module: LowRank(scale * edit.B, edit.A) for module, edit in patch.low_rank.items()}
+            with with_patch(model.model, WeightPatch(edits)):
+                left = divergence(model.model, states, model.model, final_states(model, texts).response).mean
+            rows[name].append(f"{left / kl:.2%}")
+    return table(" | ".join(["patch", *(f"x{scale:g}" for scale in SCALES)]), rows.values())
 
 
 def causes(run: Run, program: Program, patches: dict[str, WeightPatch]) -> None:
@@ -157,33 +181,36 @@ def compiled(lowering: Lowering, backend: str, name: str) -> WeightPatch:
     return WeightPatch({module: LowRank(*factors) for module, factors in torch.load(path).items()})
 
 
-def main(backends: Sequence[str] = ("closed_form",)) -> None:
-    """Compile on the same texts by themselves and in contexts, and print how much either leaves."""
+def main() -> None:
+    """Compile on the same texts by themselves and in contexts, and write how much either leaves."""
     torch.manual_seed(0)
     WORK.mkdir(parents=True, exist_ok=True)
-    run = ocean([], WORK, Progress())
+    run = ocean(SETTINGS, WORK, Progress())
     program, patches = committed_program(run), {}
     lowering = lowering_of(run, program)
     count, more = lowering.options.calibration.prompts, lowering.options.distill.prompts
     prompts, tokens = run.data.calibration[: count + more], lowering.options.calibration.max_new_tokens
     answers = written(run, program, prompts, WORK / "calibration.pt", tokens)
     texts = [Text(one.prompt, response_text(run.model, text)) for one, text in zip(prompts, answers, strict=True)]
-    joined = [
-        in_contexts(run.model, texts[part], answers[part], 2048, 0) for part in (slice(count), slice(count, None))
-    ]
+    parts = slice(count), slice(count, None)
+    joined = [in_contexts(run.model, texts[part], answers[part], 2048, 0) for part in parts]
+    fitted = {"alone": [answers[part] for part in parts], "in contexts": joined}
+    for backend, name in (("closed_form", "alone"), ("closed_form", "in contexts"), ("distill", "in contexts")):
+        own = copy.copy(lowering)
+        own.__dict__.update(zip(("regression_texts", "training_texts"), fitted[name], strict=True))
+        patches[f"`{backend}`, texts {name}"] = compiled(own, backend, f"{backend}-{name.replace(' ', '-')}")
+    longest = sorted((len(one.ids) for one in joined[0]), reverse=True)[:3]
+    sizes: dict[str, object] = {
+        "alone": sum(len(one.ids) for one in answers[:count]),
+        "joined": sum(len(one.ids) for one in joined[0]),
+    }
+    sizes |= {"longest": ", ".join(map(str, longest)), "questions": QUESTIONS, "prompts": PROMPTS, "tokens": NEW_TOKENS}
+    introduction = prose("contexts: introduction", count=count, more=more, machine=machine(), **sizes)
+    tables = by_length(run, program, patches), by_strength(run, program, patches)
     print(
-        f"{count} texts of {sum(len(one.ids) for one in answers[:count])} tokens; joined: {len(joined[0])} of "
-        f"{sum(len(one.ids) for one in joined[0])}, the longest of {max(len(one.ids) for one in joined[0])}"
+        RECORD.save_section("By length of the context, and by strength", [introduction, "", *tables[0], "", *tables[1]])
     )
-    both = [[*answers[:count], *joined[0]], [*answers[count:], *joined[1]]]
-    alone = [answers[:count], answers[count:]]
-    for backend in backends:
-        for name, (fitted, trained) in {"alone": alone, "in contexts": joined, "both": both}.items():
-            own = copy.copy(lowering)
-            own.__dict__.update(regression_texts=fitted, training_texts=trained)
-            patches[f"{backend}, {name}"] = compiled(own, backend, f"{backend}-{name.replace(' ', '-')}")
-    by_length(run, program, patches)
-    causes(run, program, {name: patch for name, patch in patches.items() if "both" not in name})
+    causes(run, program, patches)
 
 
 if __name__ == "__main__":
