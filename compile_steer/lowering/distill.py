@@ -165,8 +165,8 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
 
     The regression of `closed_form` is linear in what an output projection reads; gate, up, query, key and value are not
     reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over tokens,
-    h the block's output, in front of norms times its measured sensitivity. The edits that are there already are the start,
-    filled up to the rank. The result goes into `models.solved` unless it is no better on held-out batches.
+    h the block's output, in front of norms times its measured sensitivity; at strengths of 1 and -1 where it can be a dial. The
+    edits that are there are the start, filled up to the rank. The result replaces them where it is better on held-out batches.
 
     Returns:
         The loss of every step, and the held-out error before and after.
@@ -185,10 +185,10 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
                 start[name] = edit + LowRank(edit.B.new_zeros(len(edit.B), missing), rows)
     trained = trainable(start, loaded.device)
     # A constant is added in proportion to its coefficient, and so should the edit be; behind a norm it cannot be.
-    added = all(i.operation == "add" for i in models.program.interventions if i.site.changes_from == block)
+    here = [i for i in models.program.interventions if i.site.changes_from == block]
+    added = all(i.operation == "add" and "all" in i.scopes for i in here)
     normed = any(loaded.layout.norm(block, kind) for kind in loaded.layout.projection_kinds(block))
     strengths = _STRENGTHS if added and not normed and block == models.program.first_layer else (1.0,)
-    # Edits of other blocks stay on while this one is trained.
     before = models.patch
     after = WeightPatch({**before.low_rank, **trained})
     shuffled = list(models.batches)
