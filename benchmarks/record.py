@@ -68,10 +68,11 @@ class Record(Generic[Finding]):
         """
         parts = sections(self.path)
         parts[heading] = "\n".join(lines).strip()
-        above = above_sections(self.path)
-        if self.setting:  # its paragraph is written anew
-            above = above.partition("\n\n")[2]
-        self.save(*(introduction or [f"{above}\n"]), *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
+        if not introduction:
+            above = above_sections(self.path)
+            above = above.partition("\n\n")[2] if self.setting else above  # the setting's paragraph is written anew
+            introduction = [f"{above}\n"] if above else []
+        self.save(*introduction, *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
         return parts[heading]
 
     def findings(self) -> list[Finding]:
