@@ -25,10 +25,10 @@ from compile_steer.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
-BLOCK_STEPS = 20
+BLOCK_STEPS = 100
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
-# of the score needs to be significant, 48 calibration prompts what the closed form needs to pass its gate, and 12 texts of 24
+# of the score needs to be significant, 54 calibration prompts what the closed form needs to pass its gate, and 12 texts of 24
 # tokens what a sound artifact needs to pass the gate of top-1 agreement whatever is sampled (with 8 of 16 it may not). The
 # direction of 24 pairs costs more right answers than ocean's own, in answers of 16 tokens: the recipe here allows for it.
 SMALL: dict[str, Any] = {
@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
     },
     "compile": {
         "backends": ["bias", "closed_form", "distill"],
-        "calibration": {"prompts": 48, "max_new_tokens": 24},
+        "calibration": {"prompts": 54, "max_new_tokens": 24},
         "distill": {"prompts": 6, "block_steps": BLOCK_STEPS, "epochs": 1},
     },
     "verify": {
