@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class PrefixCache:
         self._own = sorted(order[size * distributed.rank() :][:size]) if distributed.count() > 1 else sorted(order)
         own = [encoded[row] for row in self._own]
         packed = pack(loaded, own) if own else []
-        self._batches = [PackedBatch(*(x.to(loaded.device) for x in vars(batch).values())) for batch in packed]
+        self._batches = [batch.to(loaded.device) for batch in packed]
         self._hidden: list[Tensor | None] = [None] * len(packed)
 
     def advance(self, layer: int) -> None:
@@ -150,15 +151,12 @@ class PrefixCache:
 
     def _run(self, index: int, copies: int, stop: int | None = None) -> Tensor:
         batch, kept = self._batches[index], self._hidden[index]
-        shared = (
-            batch.attention_mask.ndim > 2
-        )  # else a row is one text, and the model counts its positions as it does alone
         with torch.no_grad():
             return run_blocks(
                 self._loaded.model,
                 batch.input_ids.repeat(copies, 1),
                 batch.attention_mask.repeat(copies, *[1] * (batch.attention_mask.ndim - 1)),
-                position_ids=batch.position_ids.repeat(copies, 1) if shared else None,
+                position_ids=None if batch.position_ids is None else batch.position_ids.repeat(copies, 1),
                 start=self._layer,
                 stop=stop,
                 hidden=None if kept is None else kept.repeat(copies, 1, 1),
@@ -169,19 +167,24 @@ class PrefixCache:
 class PackedBatch:
     """A batch of rows that hold several texts each. `input_ids`, `roles` and `position_ids` are [rows, time].
 
-    `attention_mask` is [rows, 1, time, time], 0 or the lowest number (added to the attention scores), or [rows, time]
-    where each row is one text. Response token i of the batch is `targets[i]`, of text `texts[i]`, and is predicted at
-    the flat position `nodes[rows[i]]`; a position that predicts tokens of several texts is in `nodes` once.
+    `attention_mask` is [rows, 1, time, time], 0 or the lowest number (added to the attention scores). Where each row is one
+    text it is [rows, time], and `position_ids` is None: the model counts positions as it does alone. Response token i of the
+    batch is `targets[i]`, of text `texts[i]`, and is predicted at the flat position `nodes[rows[i]]`; a position that predicts
+    tokens of several texts is in `nodes` once.
     """
 
     input_ids: Tensor
     roles: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     attention_mask: Tensor
     nodes: Tensor
     rows: Tensor
     targets: Tensor
     texts: Tensor
+
+    def to(self, device: torch.device) -> PackedBatch:
+        values: list[Any] = [value if value is None else value.to(device) for value in vars(self).values()]
+        return PackedBatch(*values)
 
 
 @dataclass
@@ -282,4 +285,4 @@ def _batch(rows: Sequence[_Row], texts: Sequence[Encoded], pad_id: int, dtype: t
     if dtype is not None:
         mask = torch.zeros(len(rows), 1, time, time, dtype=dtype)
         mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(dtype).min)
-    return PackedBatch(ids, roles, positions, mask, nodes, predictor, targets, owners)
+    return PackedBatch(ids, roles, None if dtype is None else positions, mask, nodes, predictor, targets, owners)
