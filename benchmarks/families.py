@@ -26,9 +26,7 @@ from benchmarks.tiny_models import TYPES, build, randomise
 from compile_steer.common.errors import CompileSteerError, library_errors, plain
 from compile_steer.lowering.exact import bias_patch, bias_refusal, orthogonalise, orthogonalise_refusal
 from compile_steer.models.forward import require_spans
-from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Encoded
 from compile_steer.steering.blocks import stream, with_first
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
@@ -37,7 +35,7 @@ from compile_steer.steering.program import Intervention, Program, ablate_everywh
 from compile_steer.steering.sites import Point, Site
 from compile_steer.tools.inspect_model import FITTED, BlockKind, inspect_layout, ranges
 from compile_steer.validation.evaluator import PrefixCache
-from tests.helpers.sharing import alone, sharing_texts, token_by_token
+from tests.helpers.sharing import alone, answers, sharing_texts
 from tests.helpers.tiny import chat_tokenizer
 
 _SECONDS = 20  # that a type may take
@@ -230,9 +228,8 @@ def _prove(family: Family, model: PreTrainedModel, layout: Layout) -> None:
     single, plain_single = (torch.from_numpy(alone(loaded, texts, program)) for program in (response, None))
     together = torch.from_numpy(PrefixCache(loaded, texts).mean_logprobs([response])[0])
     family.errors["shared rows"] = _error(together, single, plain_single)
-    prompts = [Encoded(texts[0].ids[:5], 5), Encoded(texts[2].ids[:7], 7)]
-    answers = [text.ids for text in continue_prompts(loaded, prompts, response, max_new_tokens=3)]
-    family.errors["answers"] = 0.0 if answers == token_by_token(loaded, prompts, response, 3) else float("inf")
+    written, single_pass = answers(loaded, texts, response)
+    family.errors["answers"] = 0.0 if written == single_pass else float("inf")
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

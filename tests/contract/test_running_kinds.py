@@ -14,12 +14,11 @@ from compile_steer.lowering.plan import plan
 from compile_steer.models.forward import require_spans
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Encoded
 from compile_steer.steering.program import Intervention, Program
 from compile_steer.steering.sites import Site
 from compile_steer.validation.evaluator import PrefixCache
 from tests.contract.test_measured_layout import KINDS, build
-from tests.helpers.sharing import alone, sharing_texts, token_by_token
+from tests.helpers.sharing import alone, answers, sharing_texts
 from tests.helpers.tiny import chat_tokenizer
 
 STATES = {
@@ -51,9 +50,8 @@ def test_what_runs_together_is_what_runs_alone(kind: str) -> None:
     for program in (None, response):
         expected = alone(one, texts, program)
         np.testing.assert_allclose(cache.mean_logprobs([program])[0], expected, atol=1e-4)
-    prompts = [Encoded(texts[0].ids[:5], 5), Encoded(texts[2].ids[:7], 7)]
-    answers = continue_prompts(one, prompts, response, max_new_tokens=3)
-    assert [text.ids for text in answers] == token_by_token(one, prompts, response, 3)
+    together, single = answers(one, texts, response)
+    assert together == single
 
 
 def test_a_lora_that_peft_would_not_load_is_refused_before_any_work() -> None:

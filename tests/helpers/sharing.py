@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from compile_steer.models.generate import end_tokens
+from compile_steer.models.generate import continue_prompts, end_tokens
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import RESPONSE, steered
@@ -51,14 +52,19 @@ def alone(model: LoadedModel, texts: Sequence[Encoded], under: Program | None) -
     return np.array(means)
 
 
-def token_by_token(model: LoadedModel, prompts: Sequence[Encoded], under: Program, count: int) -> list[tuple[int, ...]]:
-    """The prompts with `count` greedy tokens each, or up to their end, every one by a pass of its own through the whole model."""
-    found, ends = [], end_tokens(model)
+def answers(
+    model: LoadedModel, texts: Sequence[Encoded], under: Program, count: int = 3
+) -> tuple[list[Any], list[Any]]:
+    """Greedy answers of up to `count` tokens to two prompts of unequal length: of one batch, and each token by a pass of its own
+    through the whole model."""
+    prompts, ends = [Encoded(texts[0].ids[:5], 5), Encoded(texts[2].ids[:7], 7)], end_tokens(model)
+    together = continue_prompts(model, prompts, under, max_new_tokens=count)
+    single = []
     for prompt in prompts:
         ids = list(prompt.ids)
         while len(ids) < prompt.n_prompt + count and (len(ids) == prompt.n_prompt or ids[-1] not in ends):
             roles = torch.tensor([Encoded(tuple(ids), prompt.n_prompt).roles])
             with steered(model.model, under, roles=roles), torch.no_grad():
                 ids.append(int(model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        found.append(tuple(ids))
-    return found
+        single.append(tuple(ids))
+    return [text.ids for text in together], single
