@@ -23,6 +23,7 @@ from benchmarks.record import ROOT, machine, prose, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.data.contexts import in_contexts, long_context
 from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts, response_text
@@ -41,13 +42,9 @@ LENGTHS = (40, 128, 256, 512, 1024, 1800)
 QUESTIONS, NEW_TOKENS = 8, 32
 SCALES, PROMPTS = (0.5, 1.0, -1.0), 24
 # What a recipe has that says nothing of them.
-SETTINGS = [
-    "compile.calibration.prompts=180",
-    "compile.calibration.max_new_tokens=48",
-    "compile.distill.prompts=60",
-    "compile.distill.block_steps=800",
-    "compile.distill.epochs=2",
-]
+DEFAULTS = CompileOptions()
+SETTINGS = [f"compile.calibration.{key}={getattr(DEFAULTS.calibration, key)}" for key in ("prompts", "max_new_tokens")]
+SETTINGS += [f"compile.distill.{key}={getattr(DEFAULTS.distill, key)}" for key in ("prompts", "block_steps", "epochs")]
 SPANS = ((0, 128), (128, 512), (512, 1024), (1024, 2048))
 
 
@@ -108,8 +105,7 @@ def by_strength(run: Run, program: Program, patches: dict[str, WeightPatch]) -> 
         states, base = (final_states(model, texts, one).response for one in (program.scaled(scale), None))
         kl = divergence(model.model, states, model.model, base).mean
         for name, patch in patches.items():
-            edits = {module: LowRank(scale * edit.B, edit.A) for module, edit in patch.low_rank.items()}
-            with with_patch(model.model, WeightPatch(edits)):
+            with with_patch(model.model, scale * patch):
                 left = divergence(model.model, states, model.model, final_states(model, texts).response).mean
             rows[name].append(f"{left / kl:.2%}")
     return table(" | ".join(["patch", *(f"x{scale:g}" for scale in SCALES)]), rows.values())

@@ -133,9 +133,9 @@ def relative_adamw(edits: Mapping[str, LowRank], rate: float) -> RelativeAdamW:
     """
     groups: list[dict[str, object]] = []
     for edit in edits.values():
-        pair = (edit.B, 1), (edit.A, 0)
-        for (factor, dim), (partner, _) in zip(pair, reversed(pair), strict=True):
+        for factor, dim, partner in ((edit.B, 1, edit.A), (edit.A, 0, edit.B)):
             sizes = factor.detach().square().mean(dim=dim, keepdim=True).sqrt()
+            # The second is for factors of which most rows are zero: those would never move.
             least = max(_LEAST * float(sizes.median()), _LEAST**2 * float(sizes.square().mean().sqrt()))
             unit = sizes.clamp(min=least) if least > 0 else partner.detach().square().mean().sqrt()
             groups.append({"params": [factor], "unit": unit})
@@ -189,6 +189,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     added = all(i.operation == "add" and "all" in i.scopes for i in here)
     normed = any(loaded.layout.norm(block, kind) for kind in loaded.layout.projection_kinds(block))
     strengths = _STRENGTHS if added and not normed and block == models.program.first_layer else (1.0,)
+    # Edits of other blocks stay on while this one is trained.
     before = models.patch
     after = WeightPatch({**before.low_rank, **trained})
     shuffled = list(models.batches)
@@ -197,10 +198,9 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
 
     def errors(patch: WeightPatch, activations: ActivationBatch, strength: float = 1.0) -> torch.Tensor:
         # Only this block is run: a step costs 1/n_layers of one end to end.
-        scaled = {name: LowRank(strength * edit.B, edit.A) for name, edit in patch.low_rank.items()}
-        with with_patch(loaded.model, WeightPatch(scaled)):
+        with with_patch(loaded.model, strength * patch):
             student = models.run_block(activations.batch, activations.student, block)
-        target = activations.target if strength == 1 else models.at_strength(activations, block, strength)
+        target = activations.target if strength == 1 else models.steered_output(activations, block, strength)
         real, weight = activations.real, models.sensitivity.get(block, torch.ones((), device=target.device))
         return squared_error(student[real] * weight, target[real] * weight)
 

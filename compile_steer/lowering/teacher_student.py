@@ -108,12 +108,15 @@ class TeacherStudent:
     def run_teacher(self, block: int) -> None:
         """Run the teacher through `block`."""
         for activations in self.batches:
-            with steered(self.loaded.model, self.program, roles=activations.batch.roles), torch.no_grad():
-                activations.target = self.run_block(activations.batch, activations.teacher, block)
+            activations.target = self.steered_output(activations, block)
 
-    def at_strength(self, activations: ActivationBatch, block: int, strength: float) -> Tensor:
-        """The teacher's output of the first block that the program changes, under the program times `strength`."""
-        with steered(self.loaded.model, self.program.scaled(strength), roles=activations.batch.roles), torch.no_grad():
+    def steered_output(self, activations: ActivationBatch, block: int, strength: float = 1.0) -> Tensor:
+        """The teacher's output of `block`, under the program times `strength`.
+
+        At another strength than 1 only of the first block that the program changes: above it the teacher's input is that of 1.
+        """
+        program = self.program.scaled(strength)
+        with steered(self.loaded.model, program, roles=activations.batch.roles), torch.no_grad():
             return self.run_block(activations.batch, activations.teacher, block)
 
     def run_student(self, block: int) -> None:
