@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.ocean import HeldOut, lowering_of, ocean
-from benchmarks.record import ROOT, Record, machine, sections, table, timed
+from benchmarks.record import ROOT, Record, formatted, machine, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.job import Lowering
@@ -65,8 +65,7 @@ def main() -> None:
         lowering = lowering_of(run, run.program)
         rows = [*fidelity(parities), *closed_form_cost(lowering), time_to_two_percent(run, lowering), throughput(run)]
         lines = report(rows, parities, sum(len(text.ids) for text in lowering.regression_texts), run.program_sha256)
-    below = (f"## {name}\n\n{text}\n" for name, text in sections(RECORD.path).items())
-    console.print(RECORD.save(*lines, "", *below), markup=False)
+    console.print(RECORD.save(*lines, "", *formatted(sections(RECORD.path))), markup=False)
 
 
 def fidelity(parities: Sequence[Parity]) -> Iterator[Row]:

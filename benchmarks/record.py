@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -72,7 +72,7 @@ class Record(Generic[Finding]):
             above = above_sections(self.path)
             above = above.partition("\n\n")[2] if self.setting else above  # the setting's paragraph is written anew
             introduction = [f"{above}\n"] if above else []
-        self.save(*introduction, *(f"## {name}\n\n{text}\n" for name, text in parts.items()))
+        self.save(*introduction, *formatted(parts))
         return parts[heading]
 
     def findings(self) -> list[Finding]:
@@ -103,6 +103,11 @@ def sections(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
     return {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
+
+
+def formatted(parts: Mapping[str, str]) -> Iterator[str]:
+    """Sections as they stand on a page."""
+    return (f"## {name}\n\n{text}\n" for name, text in parts.items())
 
 
 def above_sections(path: Path) -> str:
