@@ -174,9 +174,9 @@ def solve_stage(
     fitter = RidgeFitter(d_in, layout.d_model, layout.device_of(projection.layer))
     # Without its own earlier edit, which the new one replaces.
     earlier = models.solved.pop(projection.name, None)
-    for batch, real, x, written, stream, missing in _run_student(models, projection):
+    for batch, real, x, written, missing, weight in _run_student(models, projection):
         # 1. What is still missing in the stream, as a change of the projection's output.
-        y, weight = regression_targets(missing, written, stream, multiplier, gain)
+        y, weight = regression_targets(missing, written, weight, multiplier, gain)
         # 2. Add the tokens to the sums.
         fitter.update(x, y, weight, _is_held_out(batch).to(real.device).unsqueeze(1).expand_as(real)[real])
         advance(len(batch.rows) * distributed.count())
@@ -195,8 +195,8 @@ def solve_stage(
     candidates = [None, earlier]
     if helps:
         tokens = [
-            Behind(x @ edit.A.T, written, missing / multiplier, stream)
-            for _batch, _real, x, written, stream, missing in _run_student(models, projection)
+            Behind(x @ edit.A.T, written, missing / multiplier, weight)
+            for _batch, _real, x, written, missing, weight in _run_student(models, projection)
         ]
         solved = behind_norm(edit, gain, tokens, penalty)
         own = torch.stack([part.written.square().sum() for part in tokens]).sum()
@@ -220,7 +220,8 @@ def _run_student(
 
     Yields:
         The batch; boolean [batch, time], its real tokens; and of these the projection's input x [n, d_in], its output
-        [n, d_model], the block's output and what that lacks of the steered model's, [n, d_model], by its sensitivity.
+        [n, d_model], what the block's output lacks of the steered model's, [n, d_model], by its sensitivity, and what a squared
+        error of that counts, [n].
     """
     captured: list[tuple[Tensor, Tensor]] = []
 
@@ -239,7 +240,11 @@ def _run_student(
                 missing = (activations.target - student)[real].float()
                 if projection.layer in models.sensitivity:
                     missing *= models.sensitivity[projection.layer]
-                yield batch, real, inputs[real].float(), outputs[real].float(), student[real].float(), missing
+                # Relative to ||h||^2, for the blocks above see the stream normalised; the first token, whose norm is a hundred
+                # times that of the others, would otherwise rule the sums.
+                size = student[real].float().square().sum(dim=1).clamp(min=1e-12)
+                weight = activations.weights.to(real.device)[real] / size
+                yield batch, real, inputs[real].float(), outputs[real].float(), missing, weight
         finally:
             handle.remove()
 
@@ -260,7 +265,7 @@ def _is_held_out(batch: Batch) -> Tensor:
 
 
 def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: LowRank | None) -> float:
-    """Sum of ||S (h_steered - h_student)||^2 / ||h_steered||^2 over the held-out texts, with `edit` in the projection
+    """Weighted sum of ||S (h_steered - h_student)||^2 / ||h_steered||^2 over the held-out texts, with `edit` in the projection
     and S the sensitivity."""
     patch = WeightPatch(models.solved if edit is None else {**models.solved, projection.name: edit})
     total = torch.zeros((), dtype=torch.float64, device=models.loaded.device)
@@ -272,6 +277,6 @@ def _held_out_error(models: TeacherStudent, projection: OutputProjection, edit: 
                 target = held_out.target[held_out.real].float()
                 missing = (target - student) * models.sensitivity.get(projection.layer, 1.0)
                 error = missing.square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
-                total += error.sum()
+                total += (held_out.weights.to(error.device)[held_out.real] * error).sum()
     distributed.sum_over_all(total)
     return float(total)

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PrinterCallback
 from transformers.pytorch_utils import Conv1D
 
@@ -27,11 +26,10 @@ from compile_steer.common.errors import RecipeError, require_library
 from compile_steer.common.progress import Advance
 from compile_steer.lowering import closed_form
 from compile_steer.lowering.job import Curve, Lowering, require_rank
+from compile_steer.lowering.optimizer import relative_adamw, trainable
 from compile_steer.lowering.options import DistillOptions
-from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent
+from compile_steer.lowering.teacher_student import ActivationBatch, TeacherStudent, total_weight
 from compile_steer.lowering.training import (
-    BETAS,
-    RelativeAdamW,
     gradient_steps,
     held_out_split,
     split_batches,
@@ -47,7 +45,6 @@ from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 
 _STRENGTHS = (1.0, 1.0, -1.0)  # of the program and the edit in turn, step by step
-_LEAST = 0.1  # of the median row or column: the size that a smaller one counts as
 
 
 def lower(lowering: Lowering) -> WeightPatch:
@@ -82,9 +79,8 @@ def shard_blocks(loaded: LoadedModel) -> None:
     mesh = init_device_mesh(loaded.device.type, (count(),))
     for block in loaded.layout.blocks:
         if not isinstance(block, FSDPModule):
-            fully_shard(
-                block, mesh=mesh, reshard_after_forward=True
-            )  # by default not where a block is called by itself
+            # Said, for by default it is not where a block is called by itself.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def train_end_to_end(lowering: Lowering, texts: Sequence[Encoded], start: WeightPatch, advance: Advance) -> WeightPatch:
@@ -114,34 +110,6 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
     return WeightPatch(edits)
 
 
-def trainable(edits: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
-    """Copies of the edits whose factors an optimizer can train."""
-    parameters = {
-        name: [nn.Parameter(factor.float().to(device).clone()) for factor in (edit.B, edit.A)]
-        for name, edit in edits.items()
-    }
-    return {name: LowRank(B, A) for name, (B, A) in parameters.items()}
-
-
-def relative_adamw(edits: Mapping[str, LowRank], rate: float) -> RelativeAdamW:
-    """The optimizer of low-rank edits: a step is relative to each row of B and each column of A, or to the size of the
-    partner for a factor that starts at zero.
-
-    AdamW's step has the size of the rate whatever the gradient's. Inputs and outputs of one projection differ by orders of
-    magnitude, most of all in front of a norm with trained weights, and a fitted edit is the inverse of that: at one rate for a
-    whole factor its small entries would be gone after a few steps.
-    """
-    groups: list[dict[str, object]] = []
-    for edit in edits.values():
-        for factor, dim, partner in ((edit.B, 1, edit.A), (edit.A, 0, edit.B)):
-            sizes = factor.detach().square().mean(dim=dim, keepdim=True).sqrt()
-            # The second is for factors of which most rows are zero: those would never move.
-            least = max(_LEAST * float(sizes.median()), _LEAST**2 * float(sizes.square().mean().sqrt()))
-            unit = sizes.clamp(min=least) if least > 0 else partner.detach().square().mean().sqrt()
-            groups.append({"params": [factor], "unit": unit})
-    return RelativeAdamW(groups, lr=rate, weight_decay=0.0, betas=BETAS)
-
-
 def fit_blocks(lowering: Lowering) -> WeightPatch:
     """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
     options = lowering.options.distill
@@ -164,26 +132,15 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     """Train low-rank edits of all Linears of one block, so that its output is the steered block's.
 
     The regression of `closed_form` is linear in what an output projection reads; gate, up, query, key and value are not
-    reached by it. Here all are trained together on the mean of ||h_steered - h_student||^2 / ||h_steered||^2 over tokens,
-    h the block's output, in front of norms times its measured sensitivity; at strengths of 1 and -1 where it can be a dial. The
-    edits that are there are the start, filled up to the rank. The result replaces them where it is better on held-out batches.
+    reached by it. Here all are trained together on the weighted mean of ||h_steered - h_student||^2 / ||h_steered||^2, h the
+    block's output, in front of norms times its measured sensitivity; at strengths of 1 and -1 where it can be a dial. The edits
+    that are there are the start, filled up to the rank. The result replaces them where it is better on held-out batches.
 
     Returns:
         The loss of every step, and the held-out error before and after.
     """
     loaded = models.loaded
-    start = dict(random_patch(loaded.layout, block, options.rank, seed, stop=block + 1).low_rank)
-    for name, fresh in start.items():
-        edit = models.solved.get(name)
-        if edit is not None:
-            start[name] = edit
-            missing = fresh.rank - edit.rank
-            if missing > 0:
-                # Random rows of the size of those that are there, and zero columns: nothing changes yet.
-                rows = fresh.A[:missing].to(edit.A)
-                rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
-                start[name] = edit + LowRank(edit.B.new_zeros(len(edit.B), missing), rows)
-    trained = trainable(start, loaded.device)
+    trained = trainable(_block_start(models, block, options.rank, seed), loaded.device)
     # A constant is added in proportion to its coefficient, and so should the edit be; behind a norm it cannot be.
     here = [i for i in models.program.interventions if i.site.changes_from == block]
     added = all(i.operation == "add" and "all" in i.scopes for i in here)
@@ -201,14 +158,18 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
         with with_patch(loaded.model, strength * patch):
             student = models.run_block(activations.batch, activations.student, block)
         target = activations.target if strength == 1 else models.steered_output(activations, block, strength)
-        real, weight = activations.real, models.sensitivity.get(block, torch.ones((), device=target.device))
-        return squared_error(student[real] * weight, target[real] * weight)
+        real, sensitivity = activations.real, models.sensitivity.get(block, torch.ones((), device=target.device))
+        each = squared_error(student[real] * sensitivity, target[real] * sensitivity)
+        return activations.weights.to(each.device)[real] * each
+
+    def size(activations: ActivationBatch) -> float:
+        return total_weight(activations.batch, models.program)
 
     def backward(step: int) -> float:
         if step % len(seen) == 0:
             random.Random(seed + step).shuffle(seen)
         activations = seen[step % len(seen)]
-        loss = errors(after, activations, strengths[step % len(strengths)]).sum() / activations.batch.n_tokens
+        loss = errors(after, activations, strengths[step % len(strengths)]).sum() / size(activations)
         loss.backward()
         return float(loss.detach())
 
@@ -223,10 +184,26 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
         with torch.no_grad():
             total = torch.stack([errors(patch, activations).sum() for activations in held_out]).sum()
         sum_over_all(total)
-        held_out_errors.append(float(total) / sum(activations.batch.n_tokens for activations in held_out))
+        held_out_errors.append(float(total) / sum(map(size, held_out)))
     if held_out_errors[1] < held_out_errors[0]:
         models.solved.update({name: edit.detach() for name, edit in trained.items()})
     return {"loss": losses, "held_out_error": held_out_errors}
+
+
+def _block_start(models: TeacherStudent, block: int, rank: int, seed: int) -> dict[str, LowRank]:
+    """Edits of all Linears of a block that change what is solved there by nothing, each of at least `rank`."""
+    start = dict(random_patch(models.loaded.layout, block, rank, seed, stop=block + 1).low_rank)
+    for name, fresh in start.items():
+        edit = models.solved.get(name)
+        if edit is not None:
+            start[name] = edit
+            missing = fresh.rank - edit.rank
+            if missing > 0:
+                # Random rows of the size of those that are there, and zero columns.
+                rows = fresh.A[:missing].to(edit.A)
+                rows = rows * (edit.A.square().mean() / rows.square().mean()).sqrt()
+                start[name] = edit + LowRank(edit.B.new_zeros(len(edit.B), missing), rows)
+    return start
 
 
 def _train_likelihood(

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.lowering.job import Lowering, require_rank
-from compile_steer.lowering.training import BETAS, train
+from compile_steer.lowering.optimizer import BETAS
+from compile_steer.lowering.training import train
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 

@@ -33,17 +33,17 @@ class Behind:
         read: A x, [n, rank].
         written: z, [n, d_model].
         missing: the change of the norm's output that is wanted, [n, d_model].
-        stream: the block's output, [n, d_model].
+        weight: what a squared error of it counts, [n].
     """
 
     read: Tensor
     written: Tensor
     missing: Tensor
-    stream: Tensor
+    weight: Tensor
 
 
 def behind_norm(start: LowRank, gain: Tensor, tokens: Sequence[Behind], penalty: float) -> LowRank:
-    """The edit B A of W that minimises sum ||missing - (norm(z + B A x) - norm(z))||^2 / ||h||^2 + penalty ||D B A||^2.
+    """The edit B A of W that minimises sum w ||missing - (norm(z + B A x) - norm(z))||^2 + penalty ||D B A||^2.
 
     Solved for B by L-BFGS: with the RMS held at rms(z), `start` would be the answer.
 
@@ -53,13 +53,12 @@ def behind_norm(start: LowRank, gain: Tensor, tokens: Sequence[Behind], penalty:
     """
     shape = gain.shape
     wanted = [rms_norm(part.written, shape, gain, _EPSILON) + part.missing for part in tokens]
-    weights = [1.0 / part.stream.square().sum(dim=1).clamp(min=1e-12) for part in tokens]
     scale, read = torch.zeros((), device=gain.device), torch.zeros(start.rank, device=gain.device)
-    for part, weight in zip(tokens, weights, strict=True):
-        scale += (weight * part.missing.square().sum(dim=1)).sum()
-        read += (part.read.square() * (weight / part.written.square().mean(dim=1).clamp(min=1e-12)).unsqueeze(1)).sum(
-            dim=0
-        )
+    for part in tokens:
+        scale += (part.weight * part.missing.square().sum(dim=1)).sum()
+        read += (
+            part.read.square() * (part.weight / part.written.square().mean(dim=1).clamp(min=1e-12)).unsqueeze(1)
+        ).sum(dim=0)
     sum_over_all(scale, read)
     # In units in which the loss has a curvature of about 1 in every direction, but for weights near 0: L-BFGS then needs
     # tens of steps, and its tolerances have a meaning.
@@ -74,9 +73,9 @@ def behind_norm(start: LowRank, gain: Tensor, tokens: Sequence[Behind], penalty:
     def closure() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=gain.device)
-        for part, target, weight in zip(tokens, wanted, weights, strict=True):
+        for part, target in zip(tokens, wanted, strict=True):
             output = rms_norm(part.written + part.read @ (size * solution).T, shape, gain, _EPSILON)
-            loss = (weight * (target - output).square().sum(dim=1)).sum() / scale
+            loss = (part.weight * (target - output).square().sum(dim=1)).sum() / scale
             loss.backward()
             total += loss.detach()
         sum_over_all(total, cast(Tensor, solution.grad))
@@ -104,21 +103,18 @@ def norm_weights(layout: Layout, projection: OutputProjection) -> Tensor | None:
 
 
 def regression_targets(
-    missing: Tensor, written: Tensor, stream: Tensor, multiplier: float, gain: Tensor | None
+    missing: Tensor, written: Tensor, weight: Tensor, multiplier: float, gain: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Targets y [n, d_model] and token weights [n] with which the regression's error is the error in the stream.
+    """Targets y [n, d_model] and token weights [n] with which the regression's error is the weighted one in the stream.
 
     A projection's output z enters the stream, linearised, as h += g_t * (D z). In pre-norm families g is the residual
     multiplier and D = 1; behind an RMS norm g_t = 1/rms(z_t) and D are its weights, which are left to the solution.
 
     Args:
         missing: the change of the stream that is wanted, [n, d_model].
-        written: z, [n, d_model]. stream: h, [n, d_model].
+        written: z, [n, d_model]. weight: what a squared error in the stream counts, [n].
         gain: the norm's weights, [d_model], or None.
     """
-    # Relative to ||h||^2, for the blocks above see the stream normalised; the first token, whose norm is a hundred
-    # times that of the others, would otherwise rule the sums.
-    weight = 1.0 / stream.square().sum(dim=1).clamp(min=1e-12)
     missing = missing / multiplier
     if gain is None:
         return missing, weight

@@ -24,12 +24,13 @@ from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import own_divergence
 from compile_steer.models.tokens import Batch, Encoded, batches
-from compile_steer.steering.hooks import PAD, steered
+from compile_steer.steering.hooks import PAD, in_scope, steered
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program
 
 _SENSITIVITY_TOKENS = 1024  # about so many
+_UNCHANGED_WEIGHT = 0.1  # of a token
 
 
 def run_batch(
@@ -53,6 +54,23 @@ def _with_prefix(
         yield batch, hidden
 
 
+def token_weights(batch: Batch, program: Program) -> Tensor:
+    """What an error at each token counts, [batch, time]: less where the program changes nothing and no response is predicted.
+
+    There an edit that reads something else has to be told from none, which a linear one cannot do everywhere. Artifacts are
+    measured where responses are predicted; what is read before, they see through the attention alone. Where the program
+    changes every token all count the same, for all show the same edit.
+    """
+    changed = in_scope(batch.roles, frozenset(scope for i in program.interventions for scope in i.scopes))
+    weights = torch.where(changed | batch.predicts_response, 1.0, _UNCHANGED_WEIGHT)
+    return torch.where(batch.roles == PAD, 0.0, weights)
+
+
+def total_weight(batch: Batch, program: Program) -> float:
+    """What errors at all tokens of a batch count together, in all processes."""
+    return float(token_weights(batch.whole, program).sum())
+
+
 @dataclass
 class ActivationBatch:
     """A batch at a block's boundary; hidden states are [batch, time, d_model], None before block 0.
@@ -60,12 +78,14 @@ class ActivationBatch:
     Attributes:
         teacher, student: the input of the current block in either model.
         target: the teacher's output of the current block.
+        weights: what an error at each token counts, [batch, time], 0 for padding.
     """
 
     batch: Batch
     teacher: Tensor | None
     student: Tensor | None
     target: Tensor
+    weights: Tensor
 
     @property
     def real(self) -> Tensor:
@@ -75,7 +95,7 @@ class ActivationBatch:
     def select(self, chosen: Tensor) -> ActivationBatch:
         """The texts where `chosen`, boolean [batch], is true."""
         teacher, student = (None if hidden is None else hidden[chosen] for hidden in (self.teacher, self.student))
-        return ActivationBatch(self.batch.select(chosen), teacher, student, self.target[chosen])
+        return ActivationBatch(self.batch.select(chosen), teacher, student, self.target[chosen], self.weights[chosen])
 
 
 class TeacherStudent:
@@ -98,7 +118,8 @@ class TeacherStudent:
         self.batches: list[ActivationBatch] = []
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
             # Both models share the hidden state here, so that it is held once.
-            self.batches.append(ActivationBatch(batch, hidden, hidden, torch.empty(0)))
+            weights = token_weights(batch, program)
+            self.batches.append(ActivationBatch(batch, hidden, hidden, torch.empty(0), weights))
             advance(len(batch.rows) * count())
 
     @property
@@ -176,12 +197,20 @@ def measure_sensitivity(
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """A batch with the input of the first block, [batch, time, d_model] (None for block 0), and the teacher's
-    output, [n_tokens, d_model]."""
+    """A batch and what the teacher makes of it.
+
+    Attributes:
+        prefix: the input of the first block, [batch, time, d_model]; None for block 0.
+        teacher: its output, [n_tokens, d_model].
+        weights: what an error at each token counts, [n_tokens].
+        total_weight: their sum over the tokens of all processes.
+    """
 
     batch: Batch
     prefix: Tensor | None
     teacher: Tensor
+    weights: Tensor
+    total_weight: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +238,9 @@ class SuffixModel:
         """Run the teacher from the input of block `first` on."""
         with torch.no_grad(), steered(self.loaded.model, self.program, roles=batch.roles):
             teacher = run_batch(self.loaded, batch, prefix, start=self.first, stop=self.stop)
-        return TeacherBatch(batch, prefix, teacher[batch.roles != PAD])
+        real = batch.roles != PAD
+        weights = token_weights(batch, self.program)[real].to(teacher.device)
+        return TeacherBatch(batch, prefix, teacher[real], weights, total_weight(batch, self.program))
 
     def student(self, batch: TeacherBatch) -> Tensor:
         """The student's output for the real tokens, [n_tokens, d_model]; its patch must be on."""
@@ -229,12 +260,12 @@ class SuffixModel:
         return output[inner.roles != PAD]
 
     def mean_kl(self, batches: Sequence[TeacherBatch], patch: WeightPatch) -> float:
-        """Mean KL(teacher || student) over the real tokens, nats a token; the suffix must reach the end."""
-        total, n_tokens = torch.zeros((), dtype=torch.float64), 0
+        """Weighted mean of KL(teacher || student) over the real tokens, nats a token; the suffix must reach the end."""
+        total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             with with_patch(self.loaded.model, patch), torch.no_grad():
                 student = self.student(batch)
-            total += own_divergence(self.loaded.model, batch.teacher, self.loaded.model, student).kl.sum()
-            n_tokens += batch.batch.n_tokens
+            kl = own_divergence(self.loaded.model, batch.teacher, self.loaded.model, student).kl
+            total += (batch.weights.to(kl.device) * kl).sum()
         sum_over_all(total)
-        return float(total) / n_tokens
+        return float(total) / sum(batch.total_weight for batch in batches)

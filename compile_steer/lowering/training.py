@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,12 @@ from compile_steer.steering.program import Program
 
 T = TypeVar("T")
 
-# A shorter memory of squared gradients than AdamW's usual 0.999: a training has a few hundred steps.
-BETAS = (0.9, 0.99)
 _HELD_OUT_EVERY = 6  # one batch in six decides whether the training helped
 
 
-# (model, teacher, student, n, weight) -> the summed loss of states [n_tokens, d_model] over n, the tokens of all processes;
-# adds `weight` times its gradient to what the student's states were computed from.
-Backward = Callable[[nn.Module, Tensor, Tensor, int, float], float]
+# (model, batch, student, factor) -> the weighted mean loss of the student's states [n_tokens, d_model]; adds `factor` times its
+# gradient to what they were computed from.
+Backward = Callable[[nn.Module, TeacherBatch, Tensor, float], float]
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -55,17 +53,18 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Backward:
-    """The mean of `per_token(log_p, log_q)` [n]."""
+    """The weighted mean of `per_token(log_p, log_q)` [n]."""
 
-    def backward(model: nn.Module, teacher: Tensor, student: Tensor, n: int, weight: float) -> float:
+    def backward(model: nn.Module, batch: TeacherBatch, student: Tensor, factor: float) -> float:
         # Chunk by chunk up to the states, so that n x vocabulary logits never exist; then once through the student.
         leaf, total = student.detach().requires_grad_(), 0.0
         leaf.grad = torch.zeros_like(leaf)  # of a process that has no token of the batch
         for part in chunks(leaf.shape[0], model):
             with torch.no_grad():
-                log_p = log_softmax(lm_head(model, teacher[part]))
-            loss = per_token(log_p, log_softmax(lm_head(model, leaf[part]))).sum() / n
-            (weight * loss).backward()
+                log_p = log_softmax(lm_head(model, batch.teacher[part]))
+            losses = per_token(log_p, log_softmax(lm_head(model, leaf[part])))
+            loss = (batch.weights[part].to(losses.device) * losses).sum() / batch.total_weight
+            (factor * loss).backward()
             total += float(loss.detach())
         student.backward(leaf.grad)
         return total
@@ -79,9 +78,9 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - target).square().sum(dim=1) / target.square().sum(dim=1).clamp(min=1e-12)
 
 
-def _hidden(_model: nn.Module, teacher: Tensor, student: Tensor, n: int, weight: float) -> float:
-    loss = squared_error(student, teacher).sum() / n
-    (weight * loss).backward()
+def _hidden(_model: nn.Module, batch: TeacherBatch, student: Tensor, factor: float) -> float:
+    loss = (batch.weights * squared_error(student, batch.teacher)).sum() / batch.total_weight
+    (factor * loss).backward()
     return float(loss.detach())
 
 
@@ -91,18 +90,6 @@ OBJECTIVES: dict[str, Backward] = {
     "jensen_shannon": _on_logits(_jensen_shannon),
     "hidden": _hidden,
 }
-
-
-class RelativeAdamW(torch.optim.AdamW):
-    """AdamW without decay, whose step has the size of the rate times `unit` of the parameter's group, entry by entry."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        before = [(p, group["unit"], p.clone()) for group in self.param_groups for p in group["params"]]
-        loss = super().step(closure)
-        for parameter, unit, old in before:
-            parameter.sub_(old).mul_(unit).add_(old)
-        return loss
 
 
 def gradient_steps(
@@ -215,16 +202,14 @@ def train(
         with with_patch(model, patch), torch.enable_grad():
             for n in range(options.accumulate):
                 batch = batches[(step % epoch_steps * options.accumulate + n) % len(batches)]
-                n_tokens = batch.batch.n_tokens
-                mean = objective(model, batch.teacher, student.student(batch), n_tokens, 1.0 / options.accumulate)
+                mean = objective(model, batch, student.student(batch), 1.0 / options.accumulate)
                 loss += mean / options.accumulate
             if control:
                 # The gradient of what KL(base || student) exceeds KL(base || steered) by.
                 batch, allowed = control[step % len(control)]
                 states = to_end.student(batch)
                 if _mean_kl(model, batch, states.detach()) > allowed:
-                    n_tokens = batch.batch.n_tokens
-                    OBJECTIVES["forward_kl"](model, batch.teacher, states, n_tokens, options.base_kl_weight)
+                    OBJECTIVES["forward_kl"](model, batch, states, options.base_kl_weight)
         return loss
 
     for loss in gradient_steps(optimizer, backward, steps, first=first, max_norm=1.0):
@@ -277,7 +262,8 @@ def _base_texts(
 
 
 def _mean_kl(model: nn.Module, batch: TeacherBatch, states: Tensor) -> float:
-    """Mean KL(teacher || states) over the tokens of a batch in all processes, nats a token."""
-    total = own_divergence(model, batch.teacher, model, states).kl.sum()
+    """Weighted mean of KL(teacher || states) over the tokens of a batch in all processes, nats a token."""
+    kl = own_divergence(model, batch.teacher, model, states).kl
+    total = (batch.weights.to(kl.device) * kl).sum()
     sum_over_all(total)
-    return float(total) / batch.batch.n_tokens
+    return float(total) / batch.total_weight

@@ -204,16 +204,17 @@ def test_an_empty_program_is_refused_before_any_work() -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite"])
 def test_the_regression_counts_errors_as_the_stream_feels_them(family: str) -> None:
-    """Weighted squared error of the regression = that in the stream over ||h||^2, norm and multiplier passed."""
+    """Weighted squared error of the regression = that in the stream, norm and multiplier passed."""
     layout = loaded(family).layout
     gain, multiplier = norm_weights(layout, layout.output_projection(1, "mlp")), layout.stream_scale(1, "mlp_out")
-    written, stream, missing, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(4))
-    y, weight = regression_targets(missing, written, stream, multiplier, gain)
+    written, missing, edit = (torch.randn(6, HIDDEN) * torch.linspace(0.2, 5, 6).unsqueeze(1) for _ in range(3))
+    counts = torch.linspace(0.1, 2, 6)
+    y, weight = regression_targets(missing, written, counts, multiplier, gain)
     # Behind a norm the solution is in units of its output; divided by the norm's weights it is the projection's.
     scale = multiplier if gain is None else 1 / written.square().mean(dim=1, keepdim=True).sqrt()
     moved = scale * edit
     error = weight * (y - edit).square().sum(dim=1) * (1.0 if gain is not None else multiplier**2)
-    assert torch.allclose(error, (missing - moved).square().sum(dim=1) / stream.square().sum(dim=1), rtol=1e-4)
+    assert torch.allclose(error, counts * (missing - moved).square().sum(dim=1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["granite", "llama"])

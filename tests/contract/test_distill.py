@@ -8,6 +8,7 @@ import torch
 from compile_steer.common.errors import CannotLower
 from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.closed_form import Stage
+from compile_steer.lowering.optimizer import relative_adamw, trainable
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
 from compile_steer.models.load import LoadedModel
 from compile_steer.steering.low_rank import LowRank
@@ -92,8 +93,8 @@ def test_a_step_is_relative_to_each_row_and_each_column_of_an_edit() -> None:
     rows, columns = torch.tensor([1.0, 1e-2, 5.0]), torch.tensor([10.0, 1.0, 1e-2, 2.0])
     edits = {"fitted": LowRank(torch.ones(3, 2) * rows[:, None], torch.ones(2, 4) * columns)}
     edits["fresh"] = LowRank(torch.zeros(3, 2), 3 * torch.ones(2, 4))
-    trained = distill.trainable(edits, torch.device("cpu"))
-    optimizer = distill.relative_adamw(trained, 0.25)
+    trained = trainable(edits, torch.device("cpu"))
+    optimizer = relative_adamw(trained, 0.25)
     for factor in (factor for edit in trained.values() for factor in (edit.B, edit.A)):
         factor.grad = torch.full_like(factor, -7.0)
     optimizer.step()

@@ -60,7 +60,7 @@ def loss(tokens: Behind, gain: Tensor, edit: LowRank, penalty: float) -> float:
         return rms_norm(z.double(), (HIDDEN,), gain.double(), 1e-6)
 
     moved = norm(tokens.written + tokens.read @ edit.B.T) - norm(tokens.written)
-    error = (tokens.missing - moved).square().sum(dim=1) / tokens.stream.square().sum(dim=1)
+    error = tokens.weight * (tokens.missing - moved).square().sum(dim=1)
     return float(error.sum() + penalty * (gain.unsqueeze(1) * edit.B @ edit.A).double().square().sum())
 
 
@@ -71,7 +71,7 @@ def test_what_is_written_behind_a_norm_is_the_best_there_is() -> None:
     gain[3], gain[11] = 0.01, -0.1
     A = torch.randn(2, 20)
     missing = (gain * torch.randn(HIDDEN) / 2).expand(200, -1)
-    tokens = Behind(torch.randn(200, 2) + 2, torch.randn(200, HIDDEN), missing, torch.randn(200, HIDDEN))
+    tokens = Behind(torch.randn(200, 2) + 2, torch.randn(200, HIDDEN), missing, torch.rand(200))
     start = LowRank(gain.unsqueeze(1) * torch.randn(HIDDEN, 2) / 10, A)
     edit = behind_norm(start, gain, [tokens], 1e-3)
     least = loss(tokens, gain, edit, 1e-3)
