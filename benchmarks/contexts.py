@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.__main__ import RECORD
-from benchmarks.ocean import committed_program, lowering_of, ocean
+from benchmarks.ocean import STANDARD_COMPILE, committed_program, lowering_of, ocean
 from benchmarks.record import ROOT, machine, prose, table, timed
 from compile_steer.common.progress import Progress
 from compile_steer.data.contexts import in_contexts, long_context
 from compile_steer.lowering.job import Lowering
-from compile_steer.lowering.options import CompileOptions
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts, response_text
@@ -41,10 +40,6 @@ WORK = ROOT / "runs" / "contexts"
 LENGTHS = (40, 128, 256, 512, 1024, 1800)
 QUESTIONS, NEW_TOKENS = 8, 32
 SCALES, PROMPTS = (0.5, 1.0, -1.0), 24
-# What a recipe has that says nothing of them.
-DEFAULTS = CompileOptions()
-SETTINGS = [f"compile.calibration.{key}={getattr(DEFAULTS.calibration, key)}" for key in ("prompts", "max_new_tokens")]
-SETTINGS += [f"compile.distill.{key}={getattr(DEFAULTS.distill, key)}" for key in ("prompts", "block_steps", "epochs")]
 SPANS = ((0, 128), (128, 512), (512, 1024), (1024, 2048))
 
 
@@ -181,7 +176,7 @@ def main() -> None:
     """Compile on the same texts by themselves and in contexts, and write how much either leaves."""
     torch.manual_seed(0)
     WORK.mkdir(parents=True, exist_ok=True)
-    run = ocean(SETTINGS, WORK, Progress())
+    run = ocean(STANDARD_COMPILE, WORK, Progress())
     program, patches = committed_program(run), {}
     lowering = lowering_of(run, program)
     count, more = lowering.options.calibration.prompts, lowering.options.distill.prompts

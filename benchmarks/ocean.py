@@ -13,6 +13,7 @@ from benchmarks.record import ROOT
 from compile_steer.artifacts.revision import EMBEDDED
 from compile_steer.common.progress import Progress
 from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
@@ -36,6 +37,15 @@ _MEASURED = [
     "compile.distill.epochs=1", "verify.max_new_tokens=32", "verify.heldout=24", "verify.pairs=16",
     "verify.neutral=16", "verify.prompts=10", "verify.long=0",
 ]  # fmt: skip
+
+# How much a recipe compiles with that says nothing of it.
+STANDARD_COMPILE = tuple(
+    f"compile.{part}.{key}={getattr(getattr(CompileOptions(), part), key)}"
+    for part, key in [
+        ("calibration", "prompts"), ("calibration", "max_new_tokens"),
+        ("distill", "prompts"), ("distill", "block_steps"), ("distill", "epochs"),
+    ]
+)  # fmt: skip
 
 
 def ocean(settings: Sequence[str], out: Path, progress: Progress) -> Run:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.ocean import HeldOut, as_mistral, lowering_of, ocean, stream
+from benchmarks.ocean import STANDARD_COMPILE, HeldOut, as_mistral, lowering_of, ocean, stream
 from benchmarks.record import Record, above_sections, machine, prose, row, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.export.merged import merged_model
 from compile_steer.lowering import distill
 from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.options import CompileOptions
 from compile_steer.lowering.plan import BACKENDS
 from compile_steer.models.logprobs import TokenDivergence
 from compile_steer.models.tokens import Encoded
@@ -33,11 +34,12 @@ from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Intervention, Program, ablate_everywhere
 from compile_steer.steering.sites import Site
 
-SETTINGS = [
+# For models that take longer.
+LESS = (
     "compile.calibration.max_new_tokens=72",
     "compile.distill.prompts=12",
     "compile.distill.block_steps=600",
-]
+)
 COEFFICIENT, NEW_TOKENS = 2.5, 40
 
 
@@ -51,7 +53,7 @@ class Subject:
         prompts: calibration prompts. most: of the programs that get others. held_out: prompts measured on.
         fitted: share that is to be left by the closed form alone, and after distillation; None: no target.
         exact: the programs that have an exact backend there, and that backend.
-        settings: of the recipe, on top of `SETTINGS`.
+        settings: of the recipe.
         prose: heading of its setting in words.
     """
 
@@ -62,14 +64,14 @@ class Subject:
     fitted: dict[str, tuple[float | None, float | None]]
     most: dict[str, int] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = LESS
     prose: str = "programs: setting"
 
 
 SMOLLM2 = Subject(
     "SmolLM2-135M-Instruct",
     block=10,
-    prompts=120,
+    prompts=CompileOptions().calibration.prompts,
     held_out=32,
     fitted={
         "add, all positions, one block": (0.006, 0.002),
@@ -79,9 +81,8 @@ SMOLLM2 = Subject(
         "clamp, all positions": (0.05, 0.015),
         "ablate, one site": (0.30, 0.05),
     },
-    # Where the aim is tightest what is left is the fit's own sampling noise, so more of them.
-    most={"add, all positions, one block": 200},
     exact={"ablate, everywhere (untied)": "orthogonalise", "per-layer vectors, all blocks": "bias"},
+    settings=STANDARD_COMPILE,
 )
 # Tied, and with a norm behind every projection: nothing is exact there.
 GEMMA = Subject(
@@ -89,7 +90,12 @@ GEMMA = Subject(
     block=11,
     prompts=36,
     held_out=12,
-    most={"add, all positions, one block": 60, "clamp, all positions": 60, "ablate, everywhere (untied)": 60},
+    most={
+        "add, last prompt token": 120,
+        "add, all positions, one block": 60,
+        "clamp, all positions": 60,
+        "ablate, everywhere (untied)": 60,
+    },
     fitted={
         "add, all positions, one block": (0.01, 0.003),
         "add, last prompt token": (0.04, None),
@@ -101,6 +107,7 @@ GEMMA = Subject(
         "per-layer vectors, all blocks": (None, None),
     },
     settings=(
+        *LESS,
         'prompt_format="User: {prompt}\\nAssistant:\\n"',
         "compile.calibration.max_new_tokens=48",
         "compile.distill.block_steps=300",
@@ -275,14 +282,14 @@ def main() -> None:
     console, page = Console(width=160), Page.read()
     sizes: dict[str, object] = {"block": subject.block, "coefficient": COEFFICIENT}
     sizes |= {"held_out": subject.held_out, "new_tokens": NEW_TOKENS}
-    sizes["settings"] = ", ".join(f"`{setting}`" for setting in [*SETTINGS, *subject.settings])
+    sizes["settings"] = ", ".join(f"`{setting}`" for setting in subject.settings)
     page.settings[subject.title] = f"{machine()} {prose(subject.prose, **sizes)}"
     with tempfile.TemporaryDirectory() as folder:
         model = [f"model={asked.gemma}"] if asked.gemma else []
         if subject is MISTRAL:
             as_mistral(Path(folder) / "mistral")
             model = [f"model={folder}/mistral"]
-        run = ocean([*SETTINGS, *subject.settings, *model], Path(folder) / "run", ProgressBars(console))
+        run = ocean([*subject.settings, *model], Path(folder) / "run", ProgressBars(console))
         all_programs, ours = programs(run, run.extract(), subject.block), page.ours[subject.title]
         for name in (name for name in (*subject.fitted, *subject.exact) if name.startswith(tuple(asked.names) or "")):
             if name in subject.fitted:
