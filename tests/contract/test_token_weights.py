@@ -23,7 +23,10 @@ LESS = 0.1
         # What predicts a response, and the whole prompt or the whole response, which are changed.
         ("prompt", [[1] * 4 + [LESS] + [1] * 4 + [LESS], [1] * 4 + [LESS] + [0] * 5]),
         ("response", [[LESS] * 2 + [1] * 3 + [LESS] * 2 + [1] * 3, [LESS] * 2 + [1] * 3 + [0] * 5]),
-        ("last_prompt", [[LESS] * 2 + [1] * 2 + [LESS] * 3 + [1] * 2 + [LESS], [LESS] * 2 + [1] * 2 + [LESS] + [0] * 5]),
+        (
+            "last_prompt",
+            [[LESS] * 2 + [1] * 2 + [LESS] * 3 + [1] * 2 + [LESS], [LESS] * 2 + [1] * 2 + [LESS] + [0] * 5],
+        ),
     ],
 )
 def test_a_token_counts_less_where_nothing_is_changed_and_nothing_compared(
