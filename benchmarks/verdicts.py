@@ -23,7 +23,12 @@ VERDICTS = {
     "Pass, with its price": [],
     "Inconclusive": ["validate.prompts=8", "validate.layers=[14]", "validate.coefficients=[1]"],
     "Fail": ["validate.layers=[10]", "validate.coefficients=[-1.5]"],
-    "Fail, for its price": ["validate.tolerances={}"],
+    "Fail, for its price": [
+        "validate.layers=[10]",
+        "validate.coefficients=[3.5]",
+        "validate.max_perplexity_ratio=2.5",
+        "validate.tolerances={}",
+    ],
 }
 RECORD = Record[None]("VERDICTS", "Four verdicts", "python -m benchmarks.verdicts")
 

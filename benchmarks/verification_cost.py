@@ -47,7 +47,8 @@ def main() -> None:
         f"one greedy evaluation: {len(prompts)} prompts, {tokens} tokens | {once:.1f} | 1",
         f"`verify` of {len(parities)} artifacts | {seconds:.1f} | {seconds / once:.1f}",
     ]
-    lines = [f"{machine()} {prose('verification: cost')}", "", *table("what | seconds | over one evaluation", rows)]
+    setting = prose("verification: cost")
+    lines = [f"{machine()} {setting}", "", *table("what | seconds | over one evaluation", rows)]
     console.print(RECORD.save_section("What verification costs", lines), markup=False)
 
 

@@ -212,7 +212,7 @@ def prepared(root: Path, timed: bool = True) -> Setting:
     with fresh_case(base) as case:
         folder = root / "states"
         sound = kills.undisturbed(case, folder)
-        assert sound.code in (0, 1), f"the undisturbed run ended with {sound.code}"
+        assert sound.code in (0, 1), f"the undisturbed run ended with {sound.code} ({sound.last_line})"
         shutil.copytree(case.root / "out", base.finished, symlinks=True)
         start = 0.0
         if timed:

@@ -93,9 +93,10 @@ def at(point: int, act: Callable[[], object] = kill_group) -> Callable[[int], ob
 
 @dataclass(frozen=True)
 class Sound:
-    """The undisturbed run: its exit code, files, write points, and seconds."""
+    """The undisturbed run: its exit code, the last line of its errors, files, write points, and seconds."""
 
     code: int
+    last_line: str
     files: dict[str, str]
     points: int
     seconds: float
@@ -115,7 +116,7 @@ def undisturbed(case: Case, states: Path | None = None) -> Sound:
     watch = WritePoints(out, keep)
     started = time.monotonic()
     outcome = run(case, watch.install)
-    return Sound(outcome.code, files(case), watch.count, time.monotonic() - started)
+    return Sound(outcome.code, outcome.last_line, files(case), watch.count, time.monotonic() - started)
 
 
 def killed(case: Case, sound: Sound, kill: Callable[[], trial.Outcome]) -> str:

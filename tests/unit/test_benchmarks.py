@@ -14,7 +14,7 @@ import pytest
 import benchmarks
 import benchmarks.seeds
 from benchmarks import __main__ as ocean_targets
-from benchmarks import calibration, engines, faults, interop, programs, sweep, teacher
+from benchmarks import calibration, engines, faults, interop, programs, sweep, teacher, verdicts
 from benchmarks.faults import FAULTS, Verdict
 from benchmarks.record import Record, prose, sections, table
 from benchmarks.seeds import __main__ as seeds
@@ -190,6 +190,6 @@ def test_every_text_that_a_benchmark_asks_for_is_written() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(benchmarks.__path__[0]).rglob("*.py"))
     written = sections(Path(benchmarks.__path__[0]) / "prose.md")
     asked = set(re.findall(r'prose\(\s*"([^"]+)"', sources)) | {f"sweep: {name}" for name in sweep.PARTS}
-    asked |= {subject.prose for subject in programs.SUBJECTS}
+    asked |= {subject.prose for subject in programs.SUBJECTS} | {f"verdicts: {name}" for name in verdicts.VERDICTS}
     assert asked == set(written)
     assert all(prose(f"sweep: {name}", **sweep.GAPS) for name in sweep.PARTS)
