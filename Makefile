@@ -64,12 +64,15 @@ house: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.contexts
+	$(BIN)/python -m benchmarks.verification_cost
 	$(BIN)/python -m benchmarks.programs
 	$(BIN)/python -m benchmarks.teacher
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.seeds a c d e
+	$(BIN)/python -m benchmarks.verdicts
 
 # What breaks other tools, tried on this one: docs/RELIABILITY.md, in about half an hour.
 campaign: $(VENV)/.ready
