@@ -63,7 +63,7 @@ def _on_logits(per_token: Callable[[Tensor, Tensor], Tensor]) -> Backward:
             with torch.no_grad():
                 log_p = log_softmax(lm_head(model, batch.teacher[part]))
             losses = per_token(log_p, log_softmax(lm_head(model, leaf[part])))
-            loss = (batch.weights[part].to(losses.device) * losses).sum() / batch.total_weight
+            loss = batch.weighted(losses, part) / batch.total_weight
             (factor * loss).backward()
             total += float(loss.detach())
         student.backward(leaf.grad)
@@ -79,7 +79,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _hidden(_model: nn.Module, batch: TeacherBatch, student: Tensor, factor: float) -> float:
-    loss = (batch.weights * squared_error(student, batch.teacher)).sum() / batch.total_weight
+    loss = batch.weighted(squared_error(student, batch.teacher)) / batch.total_weight
     (factor * loss).backward()
     return float(loss.detach())
 
@@ -263,7 +263,6 @@ def _base_texts(
 
 def _mean_kl(model: nn.Module, batch: TeacherBatch, states: Tensor) -> float:
     """Weighted mean of KL(teacher || states) over the tokens of a batch in all processes, nats a token."""
-    kl = own_divergence(model, batch.teacher, model, states).kl
-    total = (batch.weights.to(kl.device) * kl).sum()
+    total = batch.weighted(own_divergence(model, batch.teacher, model, states).kl)
     sum_over_all(total)
     return float(total) / batch.total_weight
