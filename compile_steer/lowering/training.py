@@ -257,7 +257,8 @@ def _base_texts(
     # 7907: a seed apart from those of the epochs, multiples of 7919.
     for batch in base.batches(lowering.sample(texts, None, seed=lowering.seed + 7907), options.batch_tokens):
         hooked = suffix.run_teacher(batch.batch, batch.prefix)
-        control.append((batch, _mean_kl(model, batch, hooked.teacher)))
+        own = replace(hooked, teacher=batch.teacher)  # its tokens count as in the program's own texts
+        control.append((own, _mean_kl(model, own, hooked.teacher)))
     return control
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_steer.lowering.options import DistillOptions
 from compile_steer.lowering.teacher_student import SuffixModel, TeacherStudent, token_weights
+from compile_steer.lowering.training import _base_texts
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.patch import WeightPatch
-from tests.helpers.fitting import CALIBRATION, canonical_program
+from tests.helpers.fitting import CALIBRATION, canonical_program, job
 from tests.helpers.tiny import intervention, loaded
 
 # Two turns, and a shorter text.
@@ -57,3 +59,12 @@ def test_fits_and_trainings_weigh_the_same_tokens_alike() -> None:
     by_hand = float((one.weights * kl).sum() / one.weights.sum())
     assert suffix.mean_kl([one], WeightPatch()) == pytest.approx(by_hand, rel=1e-4)
     assert by_hand != pytest.approx(float(kl.mean()), rel=0.01)
+
+
+@pytest.mark.parametrize(("positions", "least"), [("all", 1.0), ("response", LESS)])
+def test_texts_of_the_base_weigh_as_those_of_the_program(positions: str, least: float) -> None:
+    tiny, steering = loaded("llama"), canonical_program("llama", intervention(positions=positions))
+    suffix = SuffixModel(tiny, steering, first=1)
+    ((batch, _kl),) = _base_texts(job(tiny, steering), suffix, CALIBRATION[:4], DistillOptions())
+    assert float(batch.weights.min()) == pytest.approx(least)
+    assert batch.total_weight == pytest.approx(float(batch.weights.sum()))
