@@ -6,7 +6,6 @@ machines are shared, so an absolute time means little.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.ocean import HeldOut, lowering_of, ocean
-from benchmarks.record import ROOT, Record, formatted, machine, sections, table, timed
+from benchmarks.ocean import HeldOut, compile_committed, lowering_of, ocean
+from benchmarks.record import Record, formatted, machine, sections, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.lowering import closed_form, distill
 from compile_steer.lowering.job import Lowering
@@ -28,7 +27,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import chunks
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import batches
-from compile_steer.pipeline.artifacts import artifacts, compile_program, merge, verify
+from compile_steer.pipeline.artifacts import artifacts, verify
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.verification.parity import Parity
@@ -56,11 +55,8 @@ def main() -> None:
     """Measure everything and write the page."""
     console = Console(width=132)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        shutil.copytree(ROOT / "vectors", out / "vectors")
-        run = ocean(SETTINGS, out, ProgressBars(console))
-        compile_program(run)
-        merge(run)
+        run = ocean(SETTINGS, Path(folder), ProgressBars(console))
+        compile_committed(run)
         parities = verify(run, artifacts(run))
         lowering = lowering_of(run, run.program)
         rows = [*fidelity(parities), *closed_form_cost(lowering), time_to_two_percent(run, lowering), throughput(run)]

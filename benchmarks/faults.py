@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 from scipy.stats import binomtest
 
-from benchmarks.ocean import ocean
+from benchmarks.ocean import compile_committed, ocean
 from benchmarks.record import ROOT, Record, prose, table, timed
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
-from compile_steer.pipeline.artifacts import compile_program, make_reference, merge
+from compile_steer.pipeline.artifacts import make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
@@ -91,10 +91,8 @@ class Verdict:
 
 def prepared(progress: ProgressBars) -> Run:
     """The committed program compiled and merged; what is there is kept."""
-    shutil.copytree(ROOT / "vectors", RUNS / "vectors", dirs_exist_ok=True)
     run = ocean(SETTINGS, RUNS, progress)
-    compile_program(run)
-    merge(run)
+    compile_committed(run)
     return run
 
 

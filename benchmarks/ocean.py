@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import TokenDivergence, divergence, final_states
 from compile_steer.models.source import find_model
 from compile_steer.models.tokens import Encoded, batches, encode
+from compile_steer.pipeline.artifacts import compile_program, merge
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
 from compile_steer.steering.hooks import PAD
@@ -63,6 +65,13 @@ def committed_program(run: Run) -> Program:
     program = Program.load(ROOT / "vectors" / "ocean.safetensors")
     run.model.layout.require_program(program, run.model.id, run.model.revision)
     return canonical(program)
+
+
+def compile_committed(run: Run) -> None:
+    """Compile the validated ocean program of this repository in the run's folder, and merge it; what is there is kept."""
+    shutil.copytree(ROOT / "vectors", run.paths.program.parent, dirs_exist_ok=True)
+    compile_program(run)
+    merge(run)
 
 
 def lowering_of(run: Run, program: Program, **changes: object) -> Lowering:

@@ -91,7 +91,6 @@ GEMMA = Subject(
     prompts=36,
     held_out=12,
     most={
-        "add, last prompt token": 120,
         "add, all positions, one block": 60,
         "clamp, all positions": 60,
         "ablate, everywhere (untied)": 60,
