@@ -37,6 +37,7 @@ REFERENCE_TEXTS = (
     "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
     "He opened the letter twice before he believed it: the house by the sea was his.",
 )
+_FAR = 40.0  # of logits: e^40 times the least that float32 holds, e^-87, is still nothing
 _FINGERPRINT_TOKENS = 32  # the smallest models have few positions
 
 
@@ -79,18 +80,28 @@ def own_divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hid
     kl, same_top1 = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
     with torch.no_grad():
         for part in chunks(len(hidden_p), model_p):
-            # In float64: the rounding of float32 log-probabilities alone gives a KL of about 1e-7 nats a token, more
-            # than that of an exact compile.
-            log_p = torch.log_softmax(lm_head(model_p, hidden_p[part]).double(), dim=-1)
-            log_q = torch.log_softmax(lm_head(model_q, hidden_q[part]).double(), dim=-1)
-            kl.append(kl_divergence(log_p, log_q).cpu())
-            same_top1.append((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).cpu())
+            logits_p, logits_q = lm_head(model_p, hidden_p[part]), lm_head(model_q, hidden_q[part])
+            same_top1.append((logits_p.argmax(dim=-1) == logits_q.argmax(dim=-1)).cpu())
+            kl.append(kl_divergence(logits_p, logits_q).cpu())
     return TokenDivergence(torch.cat(kl), torch.cat(same_top1))
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), [n] in nats, from log-probabilities [n, vocab]."""
-    return log_p.exp().mul_(log_p - log_q).sum(dim=-1).clamp_(min=0.0)
+def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p || q), [n] in nats and float64, from logits [n, vocab].
+
+    Of d = logits_q - logits_p, less its mean under p, it is log E_p[e^d]. Taken as log(1 + E_p[e^d - 1]) that keeps its digits
+    in float32 however near p and q are. The difference of float32 log-probabilities does not: its rounding alone gives about
+    1e-7 nats, more than an exact compile.
+    """
+    p, d = torch.softmax(logits_p.float(), dim=-1), logits_q.float() - logits_p.float()
+    d -= torch.linalg.vecdot(p, d).unsqueeze(-1)
+    left = torch.linalg.vecdot(p, d).double()  # of the mean, by rounding
+    far = ~(d.amax(dim=-1) < _FAR)
+    kl = torch.log1p(torch.linalg.vecdot(p, d.expm1_()).double()) - left
+    if far.any():
+        log_p, log_q = (torch.log_softmax(logits[far].double(), dim=-1) for logits in (logits_p, logits_q))
+        kl[far] = log_p.exp().mul_(log_p - log_q).sum(dim=-1)
+    return kl.clamp_(min=0.0)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,21 @@ def test_kl_is_torch_s_own_and_has_a_direction() -> None:
     expected = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
     assert torch.allclose(kl_divergence(log_p, log_q), expected, rtol=1e-5)
     assert not torch.allclose(kl_divergence(log_q, log_p), expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 1.0, 30.0, 100.0])
+def test_kl_keeps_its_digits_however_near_or_far_two_distributions_are(apart: float) -> None:
+    """float32 logits against 60 digits; the farthest have tokens whose p is below all that float32 holds."""
+    logits = random_logits(0, n=2, vocab=4000)
+    others = logits + apart * random_logits(1, n=2, vocab=4000, scale=1.0)
+    expected = []
+    for p, q in zip(logits.tolist(), others.tolist(), strict=True):
+        with localcontext(prec=60):
+            p_of, q_of = ([Decimal(value).exp() for value in row] for row in (p, q))
+            of_p, of_q = sum(p_of), sum(q_of)
+            terms = zip(p_of, q_of, strict=True)
+            expected.append(float(sum(a / of_p * ((a / of_p) / (b / of_q)).ln() for a, b in terms)))
+    assert kl_divergence(logits, others).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-11)
 
 
 def test_kl_of_states_that_differ_by_rounding_is_far_below_an_exact_compile_s_gate() -> None:
