@@ -97,7 +97,7 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     d -= torch.linalg.vecdot(p, d).unsqueeze(-1)
     left = torch.linalg.vecdot(p, d).double()  # of the mean, by rounding
     far = ~(d.amax(dim=-1) < _FAR)
-    kl = torch.log1p(torch.linalg.vecdot(p, d.expm1_()).double()) - left
+    kl: Tensor = torch.log1p(torch.linalg.vecdot(p, d.expm1_()).double()) - left
     if far.any():
         log_p, log_q = (torch.log_softmax(logits[far].double(), dim=-1) for logits in (logits_p, logits_q))
         kl[far] = log_p.exp().mul_(log_p - log_q).sum(dim=-1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compile_steer.verification.reference import Reference
 
 # An adapter's controls have to show large differences only, for which few pairs and texts suffice.
-_CONTROL_PAIRS = 4
+CONTROL_PAIRS = 4
 _RANDOM_ADAPTERS = 3
 _SCALES = (0.0, 0.5, 1.0, -1.0)
 SCALE_TEXTS = 4
@@ -54,15 +54,15 @@ def adapter_controls(
         compiled: its log-likelihood margins on all test pairs, [n_pairs].
     """
     data = reference.context.data
-    pairs = encode_pairs(artifact, data.test[:_CONTROL_PAIRS])
-    others = encode_pairs(artifact, data.other_behaviour[:_CONTROL_PAIRS])
+    pairs = encode_pairs(artifact, data.test[:CONTROL_PAIRS])
+    others = encode_pairs(artifact, data.other_behaviour[:CONTROL_PAIRS])
     base = reference.margins.base[: len(pairs) // 2]
 
     def effect(scale: float = 1.0) -> float:
         with adapter_scaled(artifact, scale):
             return float((logprob_margins(artifact, pairs) - base).mean())
 
-    elsewhere = logprob_margins(artifact, others) - logprob_margins(reference.model, others)
+    elsewhere = logprob_margins(artifact, others) - reference.other_margins
     random = []
     for seed in range(_RANDOM_ADAPTERS):
         with _randomised(artifact, reference.context.seed + seed):
@@ -82,16 +82,14 @@ def adapter_scales(reference: Reference, artifact: LoadedModel, states: FinalSta
     """Compare the adapter at each scale with the hooks at that scale; `artifact` is left as it was."""
     # Written at scale 1, where its final states are `states`, and read at every scale.
     base, scales = reference.model.model, []
-    unsteered = reference.scaled_states(0.0)
     for scale in _SCALES:
-        steered = reference.scaled_states(scale)
+        steered, kl_base = reference.scaled(scale)
         if scale == 1:
             compiled = states.first(SCALE_TEXTS)
         else:
             with adapter_scaled(artifact, scale):
                 compiled = final_states(artifact, reference.heldout[:SCALE_TEXTS]).response
         kl = divergence(base, steered, artifact.model, compiled).mean
-        kl_base = divergence(base, steered, base, unsteered).mean if scale else 0.0
         scales.append(AdapterScale(scale, kl, kl / kl_base if kl_base else None))
     return scales
 

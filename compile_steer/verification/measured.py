@@ -9,12 +9,12 @@ is taken over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compile_steer.models.generate import end_tokens
 from compile_steer.models.load import LoadedModel
@@ -80,7 +80,8 @@ class Measured:
         name: of the artifact, or `STEERED`.
         backend: its backend; empty for the steered model.
         states: final states on the held-out texts.
-        control: those that predict the responses of the control text, [n, d_model].
+        kl_prompt: mean KL(steered||model) at the prompts' positions of these texts, nats per token.
+        kl_control: mean KL(base||model) on the responses of the control text.
         margins: log-likelihood margins, [n_pairs].
         sample: the answer to the recipe's `ask`.
         correct: which capability questions are answered correctly, [n] 1 or 0.
@@ -91,7 +92,8 @@ class Measured:
     backend: str
     model: LoadedModel
     states: FinalStates
-    control: Tensor
+    kl_prompt: float
+    kl_control: float
     margins: np.ndarray
     answers: Answers
     sample: str
@@ -110,7 +112,8 @@ def measured_steered(reference: Reference) -> Measured:
         "",
         reference.model,
         reference.states.steered,
-        reference.control_states.steered,
+        0.0,
+        reference.kl_control_steered,
         reference.margins.steered,
         *reference.samples.steered,
         reference.correct.steered,
@@ -123,19 +126,24 @@ def measured_steered(reference: Reference) -> Measured:
 
 def measure(
     reference: Reference,
+    against: Reference,
     artifact: LoadedModel,
     texts: VerifierTexts,
     states: FinalStates,
     kl: TokenDivergence,
     origin: Provenance,
 ) -> Measured:
-    """Measure `artifact`, and keep it for those that compute the same; `states` and `kl` are of the held-out texts."""
+    """Measure `artifact`, and keep it for those that compute the same; `states` and `kl` are of the held-out texts.
+
+    Of the control text the base is that of `against`, see `stage.measure_divergence`.
+    """
     measured = Measured(
         f"{origin.backend} {origin.form}",
         origin.backend,
         artifact,
         states,
-        final_states(artifact, reference.texts.control).response,
+        reference.kl_at_prompts(artifact, states),
+        against.kl_control(artifact, final_states(artifact, reference.texts.control).response),
         logprob_margins(artifact, texts.pairs),
         *reference.answers_of(artifact, None)[0],
         correct_answers(artifact, QUESTIONS[: reference.options.capability]),
@@ -154,6 +162,7 @@ def same_as(
     artifact: LoadedModel,
     texts: VerifierTexts,
     states: FinalStates,
+    kl: TokenDivergence,
     origin: Provenance,
     rounded: LoadedModel | None,
 ) -> tuple[Measured, str] | None:
@@ -162,6 +171,7 @@ def same_as(
     Args:
         texts: the verifier's, as the artifact's tokens.
         states: the artifact's, on the held-out texts.
+        kl: KL(steered||artifact) there.
         rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
     """
     if origin.form not in _FORMS:
@@ -173,18 +183,21 @@ def same_as(
     for known in reference.measured:
         if known.backend not in ("", origin.backend) or not _near(known.states, states):
             continue
+        model, of_steered = known.model.model, known.name == STEERED
+        responses = kl if of_steered else divergence(model, known.states.response, artifact.model, states.response)
         if rounded is None:
-            parts = [(known.states.response, states.response), (known.states.prompt, states.prompt)]
-            kl = torch.cat([divergence(known.model.model, p, artifact.model, q).kl for p, q in parts])
-            apart = float(2 * kl.mean()) ** 0.5  # a small KL is half the variance of the difference of log p
+            prompts = divergence(model, known.states.prompt, artifact.model, states.prompt)
+            both = torch.cat([responses.kl, prompts.kl])
+            apart = float(2 * both.mean()) ** 0.5  # a small KL is half the variance of the difference of log p
             if apart <= _SAME:
-                return known, f"it computes the same, log p within {apart:.0e} nats at {len(kl):,} positions"
+                known = replace(known, kl_prompt=prompts.mean) if of_steered else known
+                return known, f"it computes the same, log p within {apart:.0e} nats at {len(both):,} positions"
         else:
-            kl = divergence(known.model.model, known.states.response, artifact.model, states.response).kl
             limit = _ROUNDING * reference.options.gates.kl_remaining * reference.kl_base.mean
-            if float(kl.mean()) <= limit:
-                moved = float(kl.mean())
-                return known, f"rounding moves it by KL {moved:.1e} nats a token, which matters above {limit:.1e}"
+            if responses.mean <= limit:
+                known = replace(known, kl_prompt=reference.kl_at_prompts(artifact, states))
+                moved = f"rounding moves it by KL {responses.mean:.1e} nats a token, which matters above {limit:.1e}"
+                return known, moved
     return None
 
 

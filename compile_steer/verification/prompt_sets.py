@@ -105,12 +105,21 @@ class PromptSets:
             name: continue_prompts(base, prompts, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
             for name, prompts in by_name.items()
         }
-        self._worded_states = {
-            name: [final_states(base, answers, setting).response for setting in (program, None)]
-            for name, answers in self._worded.items()
-        }
         self._steered = self._run(base, program)
         self._base = self._run(base, None)
+        # Of each set and wording: the steered model's final states, and its mean KL to the base.
+        self._worded_states = {
+            name: self._against_base(*(final_states(base, answers, setting).response for setting in (program, None)))
+            for name, answers in self._worded.items()
+        }
+        self._kl_base = {
+            name: self._against_base(states, self._base.states[name])[1]
+            for name, states in self._steered.states.items()
+        }
+
+    def _against_base(self, steered: Tensor, unsteered: Tensor) -> tuple[Tensor, float]:
+        model = self._base.model.model
+        return steered, divergence(model, steered, model, unsteered).mean
 
     def compare(self, artifact: LoadedModel) -> list[PromptSet]:
         """The artifact on every set."""
@@ -124,10 +133,9 @@ class PromptSets:
         """The artifact, None for the steered model itself, on held-out prompts in every wording."""
         base, results = self._steered.model, []
         for name, answers in self._worded.items():
-            steered, unsteered = self._worded_states[name]
+            steered, kl_base = self._worded_states[name]
             own = steered if artifact is None else final_states(artifact, answers).response
             kl = divergence(base.model, steered, (artifact or base).model, own)
-            kl_base = divergence(base.model, steered, base.model, unsteered).mean
             remaining, longest = kl.mean / kl_base if kl_base else None, max(text.n_prompt for text in answers)
             results.append(PromptKL(name, len(answers), len(kl.kl), longest, kl.mean, remaining, kl.top1_agreement))
         return results
@@ -135,10 +143,8 @@ class PromptSets:
     def _compared(self, compiled: _Run) -> list[PromptSet]:
         base, steered, results = self._base, self._steered, []
         for name, part in self._parts.items():
-            kl, kl_base = (
-                divergence(steered.model.model, steered.states[name], other.model.model, other.states[name])
-                for other in (compiled, base)
-            )
+            kl = divergence(steered.model.model, steered.states[name], compiled.model.model, compiled.states[name])
+            kl_base = self._kl_base[name]
             results.append(
                 PromptSet(
                     name=name,
@@ -146,7 +152,7 @@ class PromptSets:
                     n_tokens=len(kl.kl),
                     prompt_tokens=max(len(prompt.ids) for prompt in self.prompts[name]),
                     kl=kl.mean,
-                    kl_remaining=kl.mean / kl_base.mean if kl_base.mean else None,
+                    kl_remaining=kl.mean / kl_base if kl_base else None,
                     top1=kl.top1_agreement,
                     greedy=_free_answers(compiled, steered, base, "greedy", part),
                     sampled=_free_answers(compiled, steered, base, "sampled", part),

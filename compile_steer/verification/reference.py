@@ -17,27 +17,33 @@ from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.generate import continue_prompts
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, logprob_margins
+from compile_steer.models.logprobs import (
+    FinalStates,
+    TokenDivergence,
+    divergence,
+    encode_pairs,
+    final_states,
+    logprob_margins,
+)
 from compile_steer.models.reload import shallow_copy
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.scoring.answers import Answers, Request, answer
 from compile_steer.scoring.base import ScorerBase
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
-from compile_steer.stats import LEVEL, Equivalence, Measure, PowerAnalysis, power_analysis
+from compile_steer.stats import Equivalence, Measure
 from compile_steer.steering.program import Program
 from compile_steer.verification.contexts import Contexts
-from compile_steer.verification.controls import SCALE_TEXTS
+from compile_steer.verification.controls import CONTROL_PAIRS, SCALE_TEXTS
 from compile_steer.verification.measured import Measured, VerifierTexts, measured_steered
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.parity import SampledScore
+from compile_steer.verification.planned import planned_tests
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
-from compile_steer.verification.sampled_score import SampledScores, looks
+from compile_steer.verification.sampled_score import SampledScores
 
 T = TypeVar("T")
-# Of log weights, in a plan: beyond it no number of answers that anybody would take suffices.
-_LARGEST_VARIANCE = 10.0
 
 
 class Both(NamedTuple, Generic[T]):
@@ -80,7 +86,7 @@ class Reference:
         self.context, self.program, self.options, self.ask = context, program, options, ask
         self.model, self._data, self._scorer = context.model, context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
-        self._scaled: dict[float, Tensor] = {}
+        self._scaled: dict[float, tuple[Tensor, float]] = {}
         self._exact = exact
         if exact is not None:
             self.heldout, self.texts = exact.heldout, exact.texts
@@ -116,7 +122,7 @@ class Reference:
             self.measured = [measured_steered(self)]
             advance(1)
         # What the tests can show is noted before any artifact is seen.
-        for plan in self.planned_tests():
+        for plan in planned_tests(self):
             context.progress.remark(str(plan))
 
     def texts_of(self, artifact: LoadedModel) -> VerifierTexts:
@@ -164,13 +170,20 @@ class Reference:
         """KL(steered||other) at the positions that predict the held-out responses."""
         return divergence(self.model.model, self.states.steered.response, other.model, states.response)
 
-    def scaled_states(self, scale: float) -> Tensor:
-        """Those that predict the first held-out responses, with the program at `scale`; without hooks at 0."""
-        if scale in (0.0, 1.0):
-            return (self.states.steered if scale else self.states.base).first(SCALE_TEXTS)
+    def kl_at_prompts(self, other: LoadedModel, states: FinalStates) -> float:
+        """Mean KL(steered||other) at the prompts' positions of the held-out texts."""
+        return divergence(self.model.model, self.states.steered.prompt, other.model, states.prompt).mean
+
+    def scaled(self, scale: float) -> tuple[Tensor, float]:
+        """Final hidden states that predict the first held-out responses, with the program at `scale`, without hooks at 0;
+        and the mean KL from there to the base."""
         if scale not in self._scaled:
-            texts, program = self.heldout[:SCALE_TEXTS], self.program.scaled(scale)
-            self._scaled[scale] = final_states(self.model, texts, program).response
+            model, base = self.model.model, self.states.base.first(SCALE_TEXTS)
+            if scale in (0.0, 1.0):
+                states = self.states.steered.first(SCALE_TEXTS) if scale else base
+            else:
+                states = final_states(self.model, self.heldout[:SCALE_TEXTS], self.program.scaled(scale)).response
+            self._scaled[scale] = states, divergence(model, states, model, base).mean if scale else 0.0
         return self._scaled[scale]
 
     @cached_property
@@ -190,6 +203,21 @@ class Reference:
     def control_states(self) -> Both[Tensor]:
         """Final hidden states [n, d_model] that predict the responses of the control text."""
         return self._both(lambda program: final_states(self.model, self.texts.control, program).response)
+
+    def kl_control(self, other: LoadedModel, states: Tensor) -> float:
+        """Mean KL(base||other) there, where `states` are the other's."""
+        return divergence(self.model.model, self.control_states.base, other.model, states).mean
+
+    @cached_property
+    def kl_control_steered(self) -> float:
+        """Mean KL(base||steered) there."""
+        return self.kl_control(self.model, self.control_states.steered)
+
+    @cached_property
+    def other_margins(self) -> np.ndarray:
+        """The base's margins on another behaviour's pairs, [n_pairs]; for the controls of adapters."""
+        pairs = encode_pairs(self.model, self._data.other_behaviour[:CONTROL_PAIRS])
+        return logprob_margins(self.model, pairs)
 
     @cached_property
     def margins(self) -> Both[np.ndarray]:
@@ -240,35 +268,6 @@ class Reference:
         moved = fraction(*(answers.scores for answers in self.answers))
         margins["score"] = min(gates.score_margin, moved) or gates.score_margin
         return margins
-
-    def planned_tests(self) -> list[PowerAnalysis]:
-        """What the equivalence tests can be expected to show, from the reference alone."""
-        effects, allowed = self.margins.steered - self.margins.base, self.options.gates.kl_remaining
-        plans = []
-        for measure, margin in self.equivalence_margins.items():
-            level, samples = LEVEL, 1
-            if measure != "score":
-                values, left = effects, math.sqrt(allowed)  # KL grows with the square of the error
-                spread = left * float(np.sqrt(np.square(values).mean()))
-                assumed = (
-                    f"assuming {left:.0%} of the effect's size left over, as a remaining KL of {allowed:.0%} allows"
-                )
-            elif self.sampled_scores is None:
-                values = self.answers.steered.scores
-                spread = math.sqrt(2) * float(values.std(ddof=1))  # of a difference: two variances add up
-                assumed = "assuming that answers of compiled and steered model are independent"
-            else:
-                values, samples = self.sampled_scores.scores, self.options.samples_per_prompt
-                # Log weights are sums over many tokens, so about normal; with a mean of -KL their variance is twice the KL.
-                kl = allowed * float(self.kl_base.kl.sum()) / len(self.heldout)
-                spread = float(values.std(ddof=1)) * math.sqrt(math.expm1(min(2 * kl, _LARGEST_VARIANCE)) / samples)
-                assumed = f"{samples} sampled answers to each, assuming weights that spread as a remaining KL of {allowed:.0%} allows"
-                *_looks, (_rounds, level) = looks(samples)
-            plan = power_analysis("equivalence", measure, margin, spread, len(values), assumed, level)
-            if spread == 0 and samples > 1:  # scores that are all alike: it is the number of answers that counts
-                plan = replace(plan, needed=max(2, math.ceil(plan.needed / samples)))
-            plans.append(plan)
-        return plans
 
     def compare_score(
         self, artifact: LoadedModel | None, states: FinalStates

@@ -15,7 +15,7 @@ from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states, fingerprint
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
@@ -89,8 +89,8 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
 
     kl = reference.kl_from_steered(artifact, states)
     texts = reference.texts_of(artifact)
-    same = same_as(reference, artifact, texts, states, origin, quantized.model if quantized else None)
-    measured = same[0] if same else measure(reference, artifact, texts, states, kl, origin)
+    same = same_as(reference, artifact, texts, states, kl, origin, quantized.model if quantized else None)
+    measured = same[0] if same else measure(reference, against, artifact, texts, states, kl, origin)
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
@@ -108,7 +108,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         same_tokens=texts.heldout == reference.texts.heldout,
         file_error=file_error,
         inherited=f"behaviour, control text and capability are those of {same[0].name}: {same[1]}" if same else "",
-        divergence=measure_divergence(reference, against, artifact, states, kl, measured),
+        divergence=measure_divergence(reference, against, states, kl, measured),
         behaviour=measure_behaviour(reference, against, measured),
         prompt_sets=measured.prompt_sets,
         wordings=measured.wordings,
@@ -162,7 +162,6 @@ def _measure_file(
 def measure_divergence(
     reference: Reference,
     against: Reference,
-    artifact: LoadedModel,
     states: FinalStates,
     kl: TokenDivergence,
     measured: Measured,
@@ -170,7 +169,6 @@ def measure_divergence(
     """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts, `kl` its KL there.
 
     `against` is the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
-    The latter is of `measured`.
     """
     kl_base, seed = reference.kl_base, reference.context.seed
     # The text is the unit of both intervals: tokens of one text share its topic, so they are not independent.
@@ -179,23 +177,20 @@ def measure_divergence(
     steered = (against.states.steered.response - against.states.base.response).double()
     compiled = (states.response - against.states.base.response).double()
     size = steered.square().sum()
-    model, control = against.model.model, against.control_states
     return Divergence(
         kl=Interval(kl.mean, mean.low, mean.high),
         kl_rms=kl.rms,
         kl_p99=kl.p99,
         kl_remaining=bootstrap_ratio(kl.kl, kl_base.kl, states.texts, seed=seed),
         kl_base=kl_base.mean,
-        kl_prompt=divergence(
-            reference.model.model, reference.states.steered.prompt, artifact.model, states.prompt
-        ).mean,
+        kl_prompt=measured.kl_prompt,
         top1=kl.top1_agreement,
         top1_interval=bootstrap_ratio(kl.same_top1, torch.ones_like(kl.kl), states.texts, seed=seed),
         top1_base=kl_base.top1_agreement,
         gain=float((steered * compiled).sum() / size),
         hidden_error=float(((compiled - steered).square().sum() / size).sqrt()),
-        kl_control_steered=divergence(model, control.base, model, control.steered).mean,
-        kl_control=divergence(model, control.base, measured.model.model, measured.control).mean,
+        kl_control_steered=against.kl_control_steered,
+        kl_control=measured.kl_control,
         n_tokens=len(kl.kl),
         n_texts=len(reference.heldout),
     )

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, final_states, logprob_margins
+from compile_steer.models.logprobs import divergence, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import reload
 from compile_steer.models.text import Pair, Text
 from compile_steer.steering.program import Program
@@ -40,9 +40,15 @@ def adapter(folder: Path, rank: int = 3) -> LoadedModel:
 def reference(base: LoadedModel) -> Reference:
     """What the controls read of one: four control pairs, and two of them as another behaviour's."""
     pairs, program = encode_pairs(base, PAIRS), Program((intervention(layer=1),), base.id, base.revision)
+
+    def scaled(scale: float) -> tuple[torch.Tensor, float]:
+        states, unsteered = (final_states(base, pairs[:2], program.scaled(at)).response for at in (scale, 0.0))
+        return states, divergence(base.model, states, base.model, unsteered).mean
+
     stand_in = SimpleNamespace(
         model=base,
-        scaled_states=lambda scale: final_states(base, pairs[:2], program.scaled(scale)).response,
+        scaled=scaled,
+        other_margins=logprob_margins(base, encode_pairs(base, PAIRS[:2])),
         context=SimpleNamespace(seed=3, data=SimpleNamespace(test=PAIRS[:4], other_behaviour=PAIRS[:2])),
         margins=SimpleNamespace(base=logprob_margins(base, pairs)),
         heldout=pairs[:2],

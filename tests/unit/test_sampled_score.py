@@ -21,6 +21,7 @@ from compile_steer.scoring.text import Keywords
 from compile_steer.stats import LEVEL, equivalence
 from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import Parity
+from compile_steer.verification.planned import planned_tests
 from compile_steer.verification.sampled_score import looks, weighted_score
 from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
@@ -153,7 +154,7 @@ def test_only_the_last_answer_counts_and_its_end_does(case: VerifierCase) -> Non
 
 def test_a_gate_that_lets_everything_pass_plans_more_answers_than_there_are(case: VerifierCase) -> None:
     reference = make_reference(case.base, case.program, gates={"kl_remaining": 1e6}, **SETTINGS)
-    (plan,) = [plan for plan in reference.planned_tests() if plan.measure == "score"]
+    (plan,) = [plan for plan in planned_tests(reference) if plan.measure == "score"]
     assert 1e4 < plan.needed < 1e8 and "too few" in str(plan)
 
 
@@ -162,7 +163,7 @@ def test_scores_that_are_all_alike_are_planned_by_their_answers(case: VerifierCa
     reference = make_reference(case.base, case.program, samples_per_prompt=samples, **SETTINGS)
     assert reference.sampled_scores is not None
     reference.sampled_scores.scores.fill(1.0)
-    (plan,) = [plan for plan in reference.planned_tests() if plan.measure == "score"]
+    (plan,) = [plan for plan in planned_tests(reference) if plan.measure == "score"]
     rare = math.log(list(looks(samples))[-1][1]) / math.log1p(-plan.effect)
     assert plan.needed == math.ceil(math.ceil(rare) / samples)
 
@@ -258,4 +259,4 @@ def test_multiple_choice_questions_have_no_sampled_answers(case: VerifierCase, m
     parity = verify_artifact(reference, case.merged("questions"), PROGRAM_HASH)
     assert parity.behaviour.sampled is None and parity.behaviour.score.n == 12
     assert dict(details(parity))["score"].endswith("test prompts; no sampled answers were weighted")
-    assert [plan.measure for plan in reference.planned_tests()] == ["log-likelihood margin", "score"]
+    assert [plan.measure for plan in planned_tests(reference)] == ["log-likelihood margin", "score"]

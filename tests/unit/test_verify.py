@@ -26,6 +26,7 @@ from compile_steer.stats import Interval, equivalence
 from compile_steer.steering.hooks import steered
 from compile_steer.verification.gates import judged
 from compile_steer.verification.parity import Parity, Rounding
+from compile_steer.verification.planned import planned_tests
 from tests.helpers.verification import RecordedNotes, VerifierCase, behaviour, make_reference, recipe
 
 GATES = recipe().verify.gates
@@ -60,7 +61,7 @@ def test_old_recipe_keys_are_answered_with_the_new_ones(old: dict[str, Any], new
 def test_planned_tests_are_noted_before_any_artifact_is_seen(case: VerifierCase) -> None:
     notes = RecordedNotes()
     reference = make_reference(case.base, case.program, progress=notes)
-    plans, margins = reference.planned_tests(), reference.equivalence_margins
+    plans, margins = planned_tests(reference), reference.equivalence_margins
     assert notes.texts == [str(plan) for plan in plans]
     first, second = plans
     assert (first.measure, second.measure) == ("log-likelihood margin", "score")
