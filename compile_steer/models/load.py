@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,9 @@ from compile_steer.models.chat import ChatSettings, configure
 from compile_steer.models.checked import read_model, read_tokenizer
 from compile_steer.models.source import find_model, new_cache_folder
 from compile_steer.steering.layout import Layout
+
+if TYPE_CHECKING:
+    from compile_steer.models.shared_blocks import SharedBlocks
 
 _SIZE = r"\d+(\.\d+)?[KMGT]i?B"  # as accelerate reads it
 DeviceMap = Literal["auto"] | Mapping[str, str] | None
@@ -41,6 +44,7 @@ class LoadedModel:
         chat: what the chat template was given.
         license: as `ModelSource` says.
         device_map: how the weights are spread over devices, as in the recipe; None where one device has all.
+        below: what another model has computed that it may share; None where every pass starts at the tokens.
     """
 
     model: PreTrainedModel
@@ -52,6 +56,7 @@ class LoadedModel:
     chat: ChatSettings = field(default_factory=ChatSettings)
     license: str = ""
     device_map: DeviceMap = None
+    below: SharedBlocks | None = None
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common import distributed
-from compile_steer.models.forward import lm_head, run_blocks
+from compile_steer.models.forward import lm_head
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.shared_blocks import final_hidden
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, batches, encode
-from compile_steer.steering.hooks import LAST_PROMPT, PAD, steered
+from compile_steer.steering.hooks import LAST_PROMPT, PAD
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
@@ -158,9 +159,7 @@ def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Prog
     result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
     with torch.no_grad():
         for batch in batches(loaded, [encoded[row] for row in own]):
-            with steered(loaded.model, program, roles=batch.roles):
-                hidden = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
-            sums = response_logprobs(loaded.model, batch, hidden)
+            sums = response_logprobs(loaded.model, batch, final_hidden(loaded, batch, program))
             means = sums / batch.predicts_response.sum(dim=1).clamp(min=1)
             result[[own[row] for row in batch.rows]] = means.double().cpu()
     distributed.sum_over_all(result)
@@ -209,8 +208,7 @@ def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Progr
     response, prompt, places = [], [], []
     own = distributed.share(range(len(encoded)))
     for batch in batches(loaded, [encoded[row] for row in own]):
-        with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
-            final = run_blocks(loaded.model, batch.input_ids, batch.attention_mask)
+        final = final_hidden(loaded, batch, program)
         predicts = batch.predicts_response
         response.append(final[predicts])
         rows, times = predicts.nonzero().cpu().unbind(dim=1)

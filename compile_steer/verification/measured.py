@@ -26,6 +26,7 @@ from compile_steer.models.logprobs import (
     final_states,
     logprob_margins,
 )
+from compile_steer.models.shared_blocks import settings_of
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
@@ -49,7 +50,6 @@ _FORMS = (
     "merged-bf16",
     "merged-fp16",
 )  # of a quantised file the base is another one, of an adapter less is known
-_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 # A rounded form may be this part of the KL gate from what it was rounded from: its behaviour is then the same within what
 # the tests of behaviour can see, for which the whole gate is allowed.
 _ROUNDING = 0.1
@@ -177,7 +177,8 @@ def same_as(
     if origin.form not in _FORMS:
         return None
     base = reference.model
-    same_model = _same_tables(artifact, rounded or base) and _same_settings(artifact, base)
+    same_settings = settings_of(artifact.model) == settings_of(base.model)
+    same_model = same_settings and _same_tables(artifact, rounded or base)
     if not (same_model and texts == reference.texts and _writes_alike(reference, artifact)):
         return None
     for known in reference.measured:
@@ -215,16 +216,6 @@ def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:
         return {name: one.weight.data_ptr() for name, one in modules.items()}
 
     return tables(artifact) == tables(own)
-
-
-def _same_settings(artifact: LoadedModel, base: LoadedModel) -> bool:
-    """Whether the configurations are equal but for names, versions and biases: what acts on long texts only is there."""
-
-    def settings(loaded: LoadedModel) -> dict[str, object]:
-        config = loaded.model.config.to_dict()
-        return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
-
-    return settings(artifact) == settings(base)
 
 
 def _writes_alike(reference: Reference, artifact: LoadedModel) -> bool:

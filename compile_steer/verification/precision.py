@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,7 @@ def first_beyond(loaded: LoadedModel, texts: Sequence[Encoded], limit: float) ->
             if name:  # the whole model's output is no module's own
                 hooks.callback(module.register_forward_hook(partial(check, name)).remove)
         for text in texts:  # one at a time: what a model computes of padding is no part of a text
-            final_states(loaded, [text])
+            final_states(replace(loaded, below=None), [text])  # every block runs
             if beyond:
                 break
     return beyond[0] if beyond else None

@@ -26,6 +26,7 @@ from compile_steer.models.logprobs import (
     logprob_margins,
 )
 from compile_steer.models.reload import shallow_copy
+from compile_steer.models.shared_blocks import SharedBlocks
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
 from compile_steer.scoring.answers import Answers, Request, answer
@@ -83,8 +84,11 @@ class Reference:
             RecipeError: fewer than two test pairs.
             ArtifactError: the program changes nothing, or so much that KL(steered||base) is not finite.
         """
-        self.context, self.program, self.options, self.ask = context, program, options, ask
-        self.model, self._data, self._scorer = context.model, context.data, scorer
+        # What is measured here runs the blocks below the program once, artifacts included that leave them alone.
+        below = SharedBlocks(context.model, program.first_layer) if program.first_layer > 0 else None
+        self.model = replace(context.model, below=below)
+        self.context, self.program, self.options, self.ask = replace(context, model=self.model), program, options, ask
+        self._data, self._scorer = context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
         self._scaled: dict[float, tuple[Tensor, float]] = {}
         self._exact = exact

@@ -73,18 +73,18 @@ def verify_artifact(
 def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     """Measure the artifact whose provenance is `origin`; nothing is checked yet."""
     base, heldout, options = reference.model, reference.heldout, reference.options
-    # Reload it as a user's stack would, and refuse what has overflowed: NaN compares with nothing.
+    # Reload it as a user's stack would.
     artifact = reload(folder, base)
-    states = final_states(artifact, heldout)
-    require_finite(folder, artifact, heldout, states)
-    if origin.form == "merged-fp16":
-        require_half_range(folder, artifact, heldout)
-
     # Quantising costs so much by itself that what a GGUF file changes is measured from the base quantised the same way. A
     # cast to half precision costs little beside a compile.
     quantized = reference.quantized(origin.form, folder)
     if quantized:  # all but the edited matrices, which are as large as the base
         share_equal(artifact.model, quantized.model.model)
+    artifact = replace(artifact, below=(quantized or reference).model.below)
+    states = final_states(artifact, heldout)  # what has overflowed is refused: NaN compares with nothing
+    require_finite(folder, artifact, heldout, states)
+    if origin.form == "merged-fp16":
+        require_half_range(folder, artifact, heldout)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
 
     kl = reference.kl_from_steered(artifact, states)

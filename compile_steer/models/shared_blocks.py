@@ -1,0 +1,68 @@
+"""The lower blocks that a base, its steered form and its artifacts have in common: run once for each batch of texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compile_steer.models.forward import run_blocks
+from compile_steer.models.load import LoadedModel
+from compile_steer.models.tokens import Batch
+from compile_steer.steering.hooks import steered
+from compile_steer.steering.layout import Layout
+from compile_steer.steering.program import Program
+
+# What a configuration says of its file, not of what the model computes.
+_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+class SharedBlocks:
+    """The hidden states that blocks 0 .. `stop`-1 of a base hand on, of every batch that was asked for.
+
+    They serve each model whose lower blocks are the base's own memory, see `reload.share_equal`. That is looked at anew at every
+    use, so that other weights, put there in the meantime, are never taken for the base's.
+    """
+
+    def __init__(self, base: LoadedModel, stop: int) -> None:
+        self._base, self.stop = base, stop
+        self._own = self._lower(base.model)
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def serve(self, model: nn.Module) -> bool:
+        """Whether the lower blocks of `model` compute what the base's do."""
+        return bool(self._own) and self._lower(model) == self._own
+
+    def _lower(self, model: nn.Module) -> dict[str, object]:
+        """What the lower blocks compute with: where each parameter lies, the buffers' values, and the configuration."""
+        layout = Layout.of(model)
+        upper = {id(value) for block in layout.blocks[self.stop :] for value in (*block.parameters(), *block.buffers())}
+        parameters = {n: p for n, p in layout.backbone.named_parameters(remove_duplicate=False) if id(p) not in upper}
+        if any(value.is_meta for value in parameters.values()):
+            return {}  # weights that are read from a disk have no place
+        buffers = {n: b.tolist() for n, b in layout.backbone.named_buffers() if id(b) not in upper}
+        places = {name: (p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters.items()}
+        return {**places, **buffers, "settings": settings_of(layout.model), "class": type(layout.backbone)}
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The input of block `stop`, [batch, time, d_model]."""
+        tensors = batch.input_ids, batch.attention_mask
+        key = tuple(part for tensor in tensors for part in (tensor.shape, tensor.cpu().numpy().tobytes()))
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = run_blocks(self._base.model, *tensors, stop=self.stop)
+        return self._kept[key]
+
+
+def settings_of(model: nn.Module) -> dict[str, object]:
+    """The configuration but for names, versions and biases: what acts on long texts only is there."""
+    config = Layout.of(model).model.config.to_dict()
+    return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
+
+
+def final_hidden(loaded: LoadedModel, batch: Batch, program: Program | None = None) -> Tensor:
+    """Final hidden states of a batch, [batch, time, d_model], steered by `program` if given; without gradients."""
+    below, start, hidden = loaded.below, 0, None
+    if below and (program is None or program.first_layer >= below.stop) and below.serve(loaded.model):
+        start, hidden = below.stop, below.hidden(batch)
+    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
+        return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, start=start, hidden=hidden)
