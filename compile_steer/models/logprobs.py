@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common import distributed
 from compile_steer.models.forward import lm_head
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.packing import pack
 from compile_steer.models.shared_blocks import final_hidden
 from compile_steer.models.text import Pair, Text
-from compile_steer.models.tokens import Batch, Encoded, batches, encode
-from compile_steer.steering.hooks import LAST_PROMPT, PAD
+from compile_steer.models.tokens import Batch, Encoded, encode
+from compile_steer.steering.hooks import LAST_PROMPT, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
 
@@ -157,11 +159,13 @@ def response_logprobs(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
 def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
     """Mean log-probability of each text's response tokens, [n] in nats a token, steered by `program` if given."""
     result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
-    with torch.no_grad():
-        for batch in batches(loaded, [encoded[row] for row in own]):
-            sums = response_logprobs(loaded.model, batch, final_hidden(loaded, batch, program))
-            means = sums / batch.predicts_response.sum(dim=1).clamp(min=1)
-            result[[own[row] for row in batch.rows]] = means.double().cpu()
+    for batch in pack(loaded, [encoded[row] for row in own]):
+        states = final_hidden(loaded, batch, program).flatten(end_dim=1)[batch.nodes]
+        with torch.no_grad():
+            logprobs = token_logprobs(loaded.model, states, batch.targets, batch.rows)
+        texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
+        result[torch.tensor(own)[texts.cpu()]] = (sums / count).double().cpu()
     distributed.sum_over_all(result)
     return result.numpy()
 
@@ -188,7 +192,7 @@ def logprob_margins(loaded: LoadedModel, pairs: Sequence[Encoded], program: Prog
 
 @dataclass(frozen=True)
 class FinalStates:
-    """Final hidden states of some texts, [n_tokens, d_model]."""
+    """Final hidden states of some texts, [n_tokens, d_model], text after text."""
 
     # Apart, because a chat template's tokens are the same in every prompt, and would flatter a mean.
     response: Tensor  # where a response token is predicted
@@ -199,25 +203,30 @@ class FinalStates:
     before: Tensor
 
     def first(self, count: int) -> Tensor:
-        """`response` of the first `count` texts, in the order in which `final_states` has these texts alone."""
+        """`response` of the first `count` texts."""
         return self.response[(self.texts < count).to(self.response.device)]
 
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
-    response, prompt, places = [], [], []
+    response, prompt, places, owners = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     own = distributed.share(range(len(encoded)))
-    for batch in batches(loaded, [encoded[row] for row in own]):
-        final = final_hidden(loaded, batch, program)
-        predicts = batch.predicts_response
-        response.append(final[predicts])
-        rows, times = predicts.nonzero().cpu().unbind(dim=1)
-        turns = (batch.roles == LAST_PROMPT).cumsum(dim=1)[predicts].cpu()
-        places.append(torch.stack([torch.tensor(own)[list(batch.rows)][rows], turns, times + 1], dim=1))
-        prompt.append(final[~predicts & (batch.roles != PAD)])
-    at = loaded.device
-    joined = distributed.concatenate(response, at), distributed.concatenate(prompt, at)
-    return FinalStates(*joined, *distributed.concatenate(places, torch.device("cpu")).unbind(dim=1))
+    for batch in pack(loaded, [encoded[row] for row in own]):
+        final = final_hidden(loaded, batch, program).flatten(end_dim=1)
+        for text, path in batch.paths.items():
+            roles = torch.tensor(encoded[own[text]].roles)
+            predicts = functional.pad(roles[1:] == RESPONSE, (0, 1))  # the last token has none to predict
+            response.append(final[path[predicts.to(path.device)]])
+            prompt.append(final[path[~predicts.to(path.device)]])
+            turns, before = (roles == LAST_PROMPT).cumsum(dim=0)[predicts], predicts.nonzero()[:, 0] + 1
+            places.append(torch.stack([torch.full_like(before, own[text]), turns, before], dim=1))
+            owners.append(torch.full((len(prompt[-1]),), own[text]))
+    at, cpu = loaded.device, torch.device("cpu")
+    # In the order of the texts, however they were packed and shared.
+    every = distributed.concatenate(places, cpu)
+    order, of_prompt = (which.argsort(stable=True) for which in (every[:, 0], distributed.concatenate(owners, cpu)))
+    states = distributed.concatenate(response, at)[order.to(at)], distributed.concatenate(prompt, at)[of_prompt.to(at)]
+    return FinalStates(*states, *every[order].unbind(dim=1))
 
 
 def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:

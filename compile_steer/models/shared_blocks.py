@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.tokens import Batch
+from compile_steer.models.packing import PackedBatch
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
@@ -43,13 +45,12 @@ class SharedBlocks:
         places = {name: (p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters.items()}
         return {**places, **buffers, "settings": settings_of(layout.model), "class": type(layout.backbone)}
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """The input of block `stop`, [batch, time, d_model]."""
-        tensors = batch.input_ids, batch.attention_mask
-        key = tuple(part for tensor in tensors for part in (tensor.shape, tensor.cpu().numpy().tobytes()))
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The input of block `stop`, [rows, time, d_model]."""
+        read = batch.input_ids, *batch.paths.values()  # which tokens each one sees is in the paths
+        key = tuple(part for tensor in read for part in (tensor.shape, tensor.cpu().numpy().tobytes()))
         if key not in self._kept:
-            with torch.no_grad():
-                self._kept[key] = run_blocks(self._base.model, *tensors, stop=self.stop)
+            self._kept[key] = _run(self._base, batch, stop=self.stop)
         return self._kept[key]
 
 
@@ -59,10 +60,15 @@ def settings_of(model: nn.Module) -> dict[str, object]:
     return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
 
 
-def final_hidden(loaded: LoadedModel, batch: Batch, program: Program | None = None) -> Tensor:
-    """Final hidden states of a batch, [batch, time, d_model], steered by `program` if given; without gradients."""
+def final_hidden(loaded: LoadedModel, batch: PackedBatch, program: Program | None = None) -> Tensor:
+    """Final hidden states of a batch, [rows, time, d_model], steered by `program` if given; without gradients."""
     below, start, hidden = loaded.below, 0, None
     if below and (program is None or program.first_layer >= below.stop) and below.serve(loaded.model):
         start, hidden = below.stop, below.hidden(batch)
-    with steered(loaded.model, program, roles=batch.roles), torch.no_grad():
-        return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, start=start, hidden=hidden)
+    with steered(loaded.model, program, roles=batch.roles):
+        return _run(loaded, batch, start=start, hidden=hidden)
+
+
+@torch.no_grad()
+def _run(loaded: LoadedModel, batch: PackedBatch, **span: Any) -> Tensor:
+    return run_blocks(loaded.model, batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, **span)

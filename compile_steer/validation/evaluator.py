@@ -7,27 +7,21 @@ every position that predicts no response. Programs of one shape run as rows of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compile_steer.common import distributed
-from compile_steer.models.forward import run_blocks, shares_rows
+from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, token_logprobs
+from compile_steer.models.packing import BATCH_TOKENS, pack
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.questions import PlainQuestion, answer_texts, right_answers
-from compile_steer.steering.hooks import PAD, RESPONSE, steered
+from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
-
-# Attention costs time^2: past a few hundred tokens a longer row costs more than computing the template again.
-_ROW_TOKENS = 512
-_BATCH_TOKENS = 4096
 
 
 class ContrastEvaluator:
@@ -94,9 +88,8 @@ class PrefixCache:
         size, order = -(-len(encoded) // distributed.count()), sorted(range(len(encoded)), key=lambda i: encoded[i].ids)
         self._own = sorted(order[size * distributed.rank() :][:size]) if distributed.count() > 1 else sorted(order)
         own = [encoded[row] for row in self._own]
-        packed = pack(loaded, own) if own else []
-        self._batches = [batch.to(loaded.device) for batch in packed]
-        self._hidden: list[Tensor | None] = [None] * len(packed)
+        self._batches = pack(loaded, own)
+        self._hidden: list[Tensor | None] = [None] * len(self._batches)
 
     def advance(self, layer: int) -> None:
         """Move the kept states up to the input of block `layer`, so that the blocks below it are not run again."""
@@ -119,7 +112,7 @@ class PrefixCache:
         same_shape = len({None if program is None else program.shape for program in programs}) == 1
         result = torch.zeros(len(programs), self._n, dtype=torch.float64)
         for index, batch in enumerate(self._batches):
-            width = max(1, _BATCH_TOKENS // batch.roles.numel()) if same_shape else 1
+            width = max(1, BATCH_TOKENS // batch.roles.numel()) if same_shape else 1
             for start in range(0, len(programs), width):
                 for row, states in enumerate(self._states(index, programs[start : start + width]), start):
                     with torch.no_grad():
@@ -161,128 +154,3 @@ class PrefixCache:
                 stop=stop,
                 hidden=None if kept is None else kept.repeat(copies, 1, 1),
             )
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """A batch of rows that hold several texts each. `input_ids`, `roles` and `position_ids` are [rows, time].
-
-    `attention_mask` is [rows, 1, time, time], 0 or the lowest number (added to the attention scores). Where each row is one
-    text it is [rows, time], and `position_ids` is None: the model counts positions as it does alone. Response token i of the
-    batch is `targets[i]`, of text `texts[i]`, and is predicted at the flat position `nodes[rows[i]]`; a position that predicts
-    tokens of several texts is in `nodes` once.
-    """
-
-    input_ids: Tensor
-    roles: Tensor
-    position_ids: Tensor | None
-    attention_mask: Tensor
-    nodes: Tensor
-    rows: Tensor
-    targets: Tensor
-    texts: Tensor
-
-    def to(self, device: torch.device) -> PackedBatch:
-        values: list[Any] = [value if value is None else value.to(device) for value in vars(self).values()]
-        return PackedBatch(*values)
-
-
-@dataclass
-class _Row:
-    """Texts that share their beginnings: a tree of tokens, flattened in the order in which the texts were added."""
-
-    ids: list[int] = field(default_factory=list)
-    roles: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    paths: dict[int, list[int]] = field(default_factory=dict)
-
-    def add(self, index: int, text: Encoded, shared: Sequence[int]) -> list[int]:
-        """Add a text whose first tokens are the nodes `shared`; returns the nodes of all its tokens."""
-        path = self.paths[index] = list(shared)
-        for depth in range(len(shared), len(text.ids)):
-            self.parents.append(path[-1] if path else -1)
-            path.append(len(self.ids))
-            self.ids.append(text.ids[depth])
-            self.roles.append(text.roles[depth])
-            self.depths.append(depth)
-        return path
-
-
-def pack(loaded: LoadedModel, texts: Sequence[Encoded]) -> list[PackedBatch]:
-    """Pack texts into rows so that tokens that several texts begin with are computed once.
-
-    A chat template opens every text with the same tokens, and both sides of a pair have the same prompt. A token attends
-    to the tokens before it in its own text (a mask of ancestors) and has its own place in it (position ids), so this is
-    the same mathematics as one text per row, but in models whose blocks pass a state on from token to token.
-    """
-    config = loaded.model.config
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)  # Qwen has a window in its config and a flag that turns it off
-    # A sliding window that is shorter than the longest text would need a mask of its own.
-    fits = not window or not used or max(len(text.ids) for text in texts) <= window
-    share = fits and shares_rows(loaded.model)
-    if share:
-        # In lexicographic order texts with a common beginning are neighbours.
-        order = sorted(range(len(texts)), key=lambda i: list(zip(texts[i].ids, texts[i].roles, strict=True)))
-        rows = _fill_rows(texts, order, _ROW_TOKENS)
-        # A batch is as long as its longest row: find the lowest limit that needs no more rows.
-        low, high = max(len(row.ids) for row in rows) // 2, max(len(row.ids) for row in rows)
-        while high - low > 8:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(_fill_rows(texts, order, middle)) == len(rows) else (middle, high)
-        rows = _fill_rows(texts, order, high)
-    else:
-        rows = _fill_rows(texts, range(len(texts)), 0)
-    # Rows of similar length go into one batch.
-    groups: list[list[_Row]] = [[]]
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > _BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(row)
-    return [_batch(group, texts, loaded.pad_id, loaded.model.dtype if share else None) for group in groups]
-
-
-def _fill_rows(texts: Sequence[Encoded], order: Sequence[int], limit: int) -> list[_Row]:
-    """Fill one row after the other with up to `limit` tokens, or one text. `order` is lexicographic, so that the longest
-    beginning that a text shares with its row is the one that it shares with the text before it."""
-    rows, path = [_Row()], list[int]()
-    before: list[tuple[int, int]] = []
-    for index in order:
-        tokens = list(zip(texts[index].ids, texts[index].roles, strict=True))
-        pairs = zip(before, tokens, strict=False)
-        shared = path[: sum(1 for _pair in takewhile(lambda pair: pair[0] == pair[1], pairs))]
-        if rows[-1].ids and len(rows[-1].ids) + len(tokens) - len(shared) > limit:
-            rows.append(_Row())
-            shared = []
-        path, before = rows[-1].add(index, texts[index], shared), tokens
-    return rows
-
-
-def _batch(rows: Sequence[_Row], texts: Sequence[Encoded], pad_id: int, dtype: torch.dtype | None) -> PackedBatch:
-    time = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), time), pad_id, dtype=torch.long)
-    roles = torch.full((len(rows), time), PAD, dtype=torch.int8)
-    positions = torch.zeros(len(rows), time, dtype=torch.long)
-    visible = torch.eye(time, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
-    predicted: list[tuple[int, int, int]] = []
-    for number, row in enumerate(rows):
-        n = len(row.ids)
-        ids[number, :n] = torch.tensor(row.ids)
-        roles[number, :n] = torch.tensor(row.roles, dtype=torch.int8)
-        positions[number, :n] = torch.tensor(row.depths)
-        for node, parent in enumerate(row.parents):
-            if parent >= 0:
-                visible[number, node] |= visible[number, parent]  # a token attends to itself and its ancestors
-        for index, path in row.paths.items():
-            text = texts[index]
-            # The response's tokens, those of earlier turns included, each predicted by the token before it.
-            places = [t for t, role in enumerate(text.roles) if role == RESPONSE and t > 0]
-            predicted += [(number * time + path[t - 1], text.ids[t], index) for t in places]
-    flat, targets, owners = (torch.tensor(column, dtype=torch.long) for column in zip(*predicted, strict=True))
-    nodes, predictor = torch.unique(flat, return_inverse=True)
-    mask = (roles != PAD).long()
-    if dtype is not None:
-        mask = torch.zeros(len(rows), 1, time, time, dtype=dtype)
-        mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(dtype).min)
-    return PackedBatch(ids, roles, None if dtype is None else positions, mask, nodes, predictor, targets, owners)

@@ -121,7 +121,7 @@ class Reference:
             advance(1)
             score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
             self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
-            self.contexts = Contexts(context, program, options, self.heldout, self.states.steered)
+            self.contexts = Contexts(self.context, program, options, self.heldout, self.states.steered)
             self.sampled_scores = self.sample_scores(self._data)
             self.measured = [measured_steered(self)]
             advance(1)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from compile_steer.common.errors import RecipeError
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.logprobs import divergence
+from compile_steer.models.packing import pack
 from compile_steer.models.tokens import Encoded, pad
 from compile_steer.steering.hooks import PROMPT, steered
-from compile_steer.validation.evaluator import PrefixCache, pack
+from compile_steer.validation.evaluator import PrefixCache
 from tests.helpers.sharing import alone, sharing_texts
-from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, intervention, loaded, program
+from tests.helpers.tiny import FAMILIES, LAYERS, PAD_ID, build, intervention, loaded, program
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,3 +95,15 @@ def test_cached_states_do_not_go_back() -> None:
         cache.advance(1)
     with pytest.raises(ValueError, match="are above"):
         cache.mean_logprobs([program("llama", intervention(layer=1))])
+
+
+def test_long_texts_and_a_single_one_have_rows_of_their_own_without_a_square_mask() -> None:
+    model = loaded("llama")
+    short, long = Encoded(tuple(range(8, 20)), 4), Encoded(tuple(8 + n % 60 for n in range(700)), 650)
+    model = replace(model, model=build("llama", max_position_embeddings=1024))
+    batches = pack(model, [short, long, replace(short, n_prompt=5)])
+    assert sorted(batch.attention_mask.ndim for batch in batches) == [2, 4]
+    assert [sorted(batch.paths) for batch in batches] == [[0, 2], [1]]
+    assert pack(model, [short])[0].attention_mask.ndim == 2 and pack(model, []) == []
+    with pytest.raises(RecipeError, match="1100 tokens do not fit"):
+        pack(model, [Encoded((8,) * 1100, 3)])

@@ -16,6 +16,7 @@ from compile_steer.models.logprobs import (
     chunks,
     divergence,
     encode_pairs,
+    final_states,
     kl_divergence,
     log_softmax,
     margins,
@@ -26,6 +27,7 @@ from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode, pad
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
+from tests.helpers.sharing import sharing_texts
 from tests.helpers.tiny import HIDDEN, PAD_ID, VOCAB, intervention, loaded, program, texts
 
 
@@ -169,3 +171,16 @@ def test_token_log_probabilities_over_chunks_with_shared_states_and_gradients() 
     torch.testing.assert_close(gradient, expected)
     order = torch.randperm(2 * n, generator=torch.Generator().manual_seed(1)) % n  # every state predicts two tokens
     torch.testing.assert_close(token_logprobs(model, states, targets[order], order), plain[order])
+
+
+def test_final_states_come_text_after_text_however_the_texts_are_packed() -> None:
+    one, texts = loaded("llama"), sharing_texts()
+    texts = sorted(texts, key=lambda text: (len(text.ids) * 7) % 5)
+    assert [len(text.ids) for text in texts] != sorted(len(text.ids) for text in texts)
+    for under in (None, program("llama", intervention(layer=1))):
+        found, alone = final_states(one, texts, under), [final_states(one, [text], under) for text in texts]
+        for part in ("response", "prompt", "turns", "before"):
+            expected = torch.cat([getattr(states, part) for states in alone])
+            assert torch.allclose(getattr(found, part), expected, atol=1e-5), part
+        assert found.texts.tolist() == [row for row, states in enumerate(alone) for _position in states.response]
+        assert torch.allclose(found.first(3), final_states(one, texts[:3], under).response, atol=1e-5)
