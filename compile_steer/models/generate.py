@@ -31,7 +31,7 @@ def continue_prompts(
     program: Program | Sequence[Program] | None = None,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
 ) -> list[Encoded]:
     """Continue each prompt; returns prompt and continuation, cut after the end-of-turn token.
@@ -41,7 +41,8 @@ def continue_prompts(
     Args:
         prompts: conversations; a response after the last prompt is ignored.
         program: steers the model: one program for all prompts, one per prompt, or None.
-        temperature: 0 is greedy; above 0 samples from the full distribution at that temperature.
+        temperature: 0 is greedy; above 0 samples from the full distribution at that temperature. One for all prompts, or one
+            per prompt.
     """
     texts = [prompt if isinstance(prompt, Encoded) else encode(loaded.tokenizer, prompt) for prompt in prompts]
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
@@ -52,11 +53,12 @@ def continue_prompts(
         # Padded on the left, so that every prompt ends where generation begins.
         batch = pad(encoded, own, loaded.pad_id, left=True).to(loaded.device)
         programs = program if program is None or isinstance(program, Program) else [program[row] for row in own]
-        in_parts = distributed.count() > 1 or not traits.pads
-        draws = [_Draws(len(encoded), own, temperature)] if temperature > 0 and in_parts else []
+        every = [temperature] * len(encoded) if isinstance(temperature, int | float) else temperature
+        in_parts = distributed.count() > 1 or not traits.pads or len(set(every)) > 1
+        draws = [_Draws(every, own)] if max(every) > 0 and in_parts else []
         torch.manual_seed(seed)
         with (
-            neutral_generation(loaded, 0.0 if draws else temperature),
+            neutral_generation(loaded, 0.0 if draws else every[0]),
             steered(loaded.model, programs, roles=batch.roles),
         ):
             output: Tensor = _generate(loaded, batch, traits.caches, max_new_tokens, logits_processor=draws)
@@ -76,13 +78,17 @@ def continue_prompts(
 class _Draws(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
     """Sampling of some rows of a batch, as `torch.multinomial` samples them when it is given all rows."""
 
-    def __init__(self, n: int, own: Sequence[int], temperature: float) -> None:
-        self._n, self._own, self._temperature = n, list(own), temperature
+    def __init__(self, temperatures: Sequence[float], own: Sequence[int]) -> None:
+        self._n, self._own = len(temperatures), list(own)
+        self._temperature = torch.tensor(temperatures)[self._own].unsqueeze(1)
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        """[rows, vocab] scores whose largest is at the token that is drawn."""
+        """[rows, vocab] scores whose largest is at the token that is drawn; as they are where the temperature is 0."""
         noise = torch.empty(self._n, scores.shape[1], dtype=scores.dtype, device=scores.device).exponential_(1)
-        return torch.softmax(scores / self._temperature, dim=-1) / noise[self._own]
+        temperature = self._temperature.to(scores)
+        greedy = temperature == 0
+        drawn = torch.softmax(scores / temperature.masked_fill(greedy, 1.0), dim=-1) / noise[self._own]
+        return torch.where(greedy, scores, drawn)
 
 
 def stream_answer(

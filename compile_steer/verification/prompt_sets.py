@@ -101,10 +101,13 @@ class PromptSets:
         texts = [replace(text, response="") for text in data.heldout[: options.prompts_per_set]]
         by_name, missing = worded(base, texts, data.neutral, self._tokens)
         self.remarks += missing
-        self._worded = {
-            name: continue_prompts(base, prompts, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
-            for name, prompts in by_name.items()
-        }
+        every = [prompt for prompts in by_name.values() for prompt in prompts]
+        written = iter(
+            continue_prompts(base, every, program, max_new_tokens=self._tokens, temperature=1.0, seed=seed)
+            if every
+            else ()
+        )
+        self._worded = {name: list(islice(written, len(prompts))) for name, prompts in by_name.items()}
         self._steered = self._run(base, program)
         self._base = self._run(base, None)
         # Of each set and wording: the steered model's final states, and its mean KL to the base.
@@ -164,13 +167,13 @@ class PromptSets:
         """Answer every prompt, and read the steered model's sampled answers; the steered model comes first."""
 
         prompts = [prompt for of_set in self.prompts.values() for prompt in of_set]
-        answers = {
-            # One seed and one shape of the batch: every model draws with the same random numbers.
-            decoding: continue_prompts(
-                model, prompts, program, max_new_tokens=self._tokens, temperature=temperature, seed=self._seed
-            )
-            for decoding, temperature in _TEMPERATURES.items()
-        }
+        # One batch, of one shape, and one seed: every model draws with the same random numbers.
+        every = [prompt for _decoding in _TEMPERATURES for prompt in prompts]
+        each = [temperature for temperature in _TEMPERATURES.values() for _prompt in prompts]
+        written = iter(
+            continue_prompts(model, every, program, max_new_tokens=self._tokens, temperature=each, seed=self._seed)
+        )
+        answers = {decoding: list(islice(written, len(prompts))) for decoding in _TEMPERATURES}
         # Sampled answers are read, because greedy ones are where a model is most certain.
         texts = (self._steered.answers if program is None else answers)["sampled"]
         states = {name: final_states(model, texts[part], program).response for name, part in self._parts.items()}

@@ -74,6 +74,22 @@ def test_sampling_depends_on_the_given_seed_alone() -> None:
     assert first != continue_prompts(one, PROMPTS, max_new_tokens=8)
 
 
+def test_each_prompt_may_have_its_own_temperature() -> None:
+    one = unending("llama")
+    greedy = continue_prompts(one, PROMPTS, max_new_tokens=8)
+
+    def both(temperature: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+        each = [0.0] * len(PROMPTS) + [temperature] * len(PROMPTS)
+        written = continue_prompts(one, [*PROMPTS, *PROMPTS], max_new_tokens=8, temperature=each, seed=seed)
+        return written[: len(PROMPTS)], written[len(PROMPTS) :]
+
+    samples = [both(1.0, seed) for seed in (3, 3, 4)]
+    assert all(first == greedy for first, _drawn in samples)
+    first, again, other = (drawn for _first, drawn in samples)
+    assert first == again and other != first != greedy
+    assert both(1e-6, 3)[1] == greedy, "next to 0 it is greedy too"
+
+
 AMBIENT: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 5.0, "encoder_repetition_penalty": 3.0, "length_penalty": 4.0},
     "cuts": {

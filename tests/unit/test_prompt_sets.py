@@ -82,11 +82,11 @@ def test_free_answers_are_scored_as_the_recipe_says(case: VerifierCase) -> None:
     sets, adapter = prompt_sets(case), reload(case.adapter("scored"), case.base)
     measured = sets.compare(adapter)
     expected = {}
-    for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        prompts = [prompt for of_set in sets.prompts.values() for prompt in of_set]
-        settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": temperature, "seed": 5}
-        answers = continue_prompts(adapter, prompts, **settings)
-        texts = [re.sub(r"w4\b", "", response_text(adapter, one)) for one in answers]
+    prompts = [prompt for of_set in sets.prompts.values() for prompt in of_set]
+    each = [0.0] * len(prompts) + [1.0] * len(prompts)
+    written = continue_prompts(adapter, 2 * prompts, max_new_tokens=5, temperature=each, seed=5)
+    for decoding, answers in zip(("greedy", "sampled"), np.array_split(np.arange(len(written)), 2), strict=True):
+        texts = [re.sub(r"w4\b", "", response_text(adapter, written[one])) for one in answers]
         expected[decoding] = np.array([float("w4" in text) for text in texts])
     assert 0 < expected["sampled"].mean() < 1, "or it would show nothing"
     assert [one.greedy.score for one in measured] == [expected["greedy"][2 * n : 2 * n + 2].mean() for n in range(3)]
