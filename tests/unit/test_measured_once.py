@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,5 +135,33 @@ def test_rounding_is_measured_where_it_can_matter(case: VerifierCase, adapter: P
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] += 0.1 * torch.ones(1)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Provenance.read(folder).write(folder)
+    assert verified(case, folder).inherited == ""
+
+
+def test_an_adapter_that_computes_what_another_does_takes_over_all_but_its_own_controls(
+    case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = case.adapter("of-another-backend")
+    replace(Provenance.read(folder), backend="distill").write(folder)
+    monkeypatch.setattr(stage, "measure", refuse)
+    other = verified(case, folder)
+    assert "are those of closed_form adapter: it computes the same" in other.inherited
+    assert other.behaviour == adapter.behaviour and other.wordings == adapter.wordings
+    assert other.adapter == adapter.adapter, "measured by itself, with the same outcome"
+
+
+def test_an_adapter_with_an_edit_of_a_token_that_no_text_has_is_measured(case: VerifierCase, adapter: Parity) -> None:
+    folder = case.adapter("with-embeddings")
+    config, weights = folder / "adapter_config.json", load_file(folder / "adapter_model.safetensors")
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "target_modules": [*settings["target_modules"], "model.embed_tokens"]}))
+    width, words = case.base.layout.d_model, case.base.model.get_input_embeddings().weight.shape[0]
+    rank = settings["rank_pattern"].get("model.embed_tokens", settings["r"])
+    A = torch.zeros(rank, words)
+    A[:, -1] = 1.0
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    weights |= {f"{prefix}A": A, f"{prefix}B": torch.ones(width, rank)}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     Provenance.read(folder).write(folder)
     assert verified(case, folder).inherited == ""
