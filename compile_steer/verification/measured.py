@@ -180,12 +180,16 @@ def same_as(
         model, of_steered = known.model.model, known.name == STEERED
         responses = kl if of_steered else divergence(model, known.states.response, artifact.model, states.response)
         if rounded is None:
+            n = len(responses.kl) + len(states.prompt)
+            # A small KL is half the variance of the difference of log p. The prompts' positions, which are most, are compared
+            # only where the responses leave room for them.
+            if (2 * float(responses.kl.sum()) / n) ** 0.5 > _SAME:
+                continue
             prompts = divergence(model, known.states.prompt, artifact.model, states.prompt)
-            both = torch.cat([responses.kl, prompts.kl])
-            apart = float(2 * both.mean()) ** 0.5  # a small KL is half the variance of the difference of log p
+            apart = (2 * float(responses.kl.sum() + prompts.kl.sum()) / n) ** 0.5
             if apart <= _SAME:
                 known = replace(known, kl_prompt=prompts.mean) if of_steered else known
-                return known, f"it computes the same, log p within {apart:.0e} nats at {len(both):,} positions"
+                return known, f"it computes the same, log p within {apart:.0e} nats at {n:,} positions"
         else:
             limit = _ROUNDING * reference.options.gates.kl_remaining * reference.kl_base.mean
             if responses.mean <= limit:
