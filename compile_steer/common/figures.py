@@ -11,3 +11,8 @@ def decisive(value: float, limit: float, form: str) -> tuple[str, str]:
         if texts[0] != texts[1] or value == limit:
             break
     return texts[0], f"{limit:g}" if form.endswith("f") and float(f"{limit:g}") == limit else texts[1]
+
+
+def probability(p: float) -> str:
+    """ "p = 0.004", or "p < 0.001"."""
+    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"

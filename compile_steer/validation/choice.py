@@ -9,7 +9,7 @@ from compile_steer.common.errors import RecipeError
 from compile_steer.common.figures import decisive
 from compile_steer.stats import LEVEL
 from compile_steer.validation.options import ValidateOptions, repetition_limit
-from compile_steer.validation.report import GridPoint, SideEffect, ValidationReport, block_name
+from compile_steer.validation.report import GridPoint, ValidationReport, block_name
 
 
 def cost_of(point: GridPoint, options: ValidateOptions, base_repetition: float) -> float:
@@ -58,8 +58,8 @@ def choose(
     return best
 
 
-def cheaper_advice(report: ValidationReport, effect: SideEffect) -> str:
-    """Return the best point of the sweep that costs less; without one, what the tolerance would have to be."""
+def cheaper_advice(report: ValidationReport) -> str:
+    """Return the best point of the sweep that costs less; without one, what the tolerances would have to be."""
     answered = [point for point in report.grid if point.score is not None and point.cost is not None]
     costs = [p.cost or 0.0 for p in answered if (p.layer, p.coefficient) == (report.layer, report.coefficient)]
     cheaper = [p for p in answered if (p.cost or 0.0) < min([1.0, *costs]) and (p.score or 0.0) > report.scores.base]
@@ -76,8 +76,9 @@ def cheaper_advice(report: ValidationReport, effect: SideEffect) -> str:
             f"no point of the sweep is within the limits, the nearest is block {block_name(nearest.layer)}, coefficient "
             f"{nearest.coefficient:.3g}, at {nearest.cost:.0%} of them"
         )
-    wider = min(1.0, math.ceil(100 * effect.lost.value - 1e-9) / 100)
-    return f"{none}; if the behaviour is worth it, allow it in the recipe (validate.tolerances.{effect.key}: {wider:g})"
+    wider = {e.key: min(1.0, math.ceil(100 * e.lost.value - 1e-9) / 100) for e in report.side_effects if e.violated}
+    allowed = ", ".join(f"validate.tolerances.{key}: {value:g}" for key, value in wider.items())
+    return f"{none}; if the behaviour is worth it, allow it in the recipe ({allowed})"
 
 
 def _none_coherent(grid: Sequence[GridPoint], options: ValidateOptions, limit: float) -> str:

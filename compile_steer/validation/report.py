@@ -8,6 +8,7 @@ from typing import Literal
 
 from compile_steer.artifacts.files import load_json, save_record, sha256, was_edited
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.common.figures import probability
 from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Interval, PowerAnalysis
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
@@ -152,7 +153,7 @@ class SideEffect:
         low, high = 100 * self.lost.low, 100 * self.lost.high
         return (
             f"{self.name}: {self.base:.0%} to {self.steered:.0%} of {self.n} (lost {100 * self.lost.value:.0f} points [{low:.0f}, "
-            f"{high:.0f}], p = {self.p:.3f}; tolerance {100 * self.tolerance:.0f})"
+            f"{high:.0f}], {probability(self.p)}; tolerance {100 * self.tolerance:.0f})"
         )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from compile_steer.common.figures import decisive
+from compile_steer.common.figures import decisive, probability
 from compile_steer.stats import LEVEL, Interval
 from compile_steer.steering.directions import EVERY_BLOCK, FROM_LABELS
 from compile_steer.validation.choice import cheaper_advice
@@ -111,7 +111,7 @@ def _evidence(report: ValidationReport) -> list[str]:
     c, s = report.controls, report.scores
     # Controls in the order of what they exclude: any direction, the extraction's noise, another behaviour, the damage.
     others = [
-        f"{len(c.random)} random directions of the same strength change it by at most {max(c.random):.3f} (p = {c.p_value:.3f})"
+        f"{len(c.random)} random directions of the same strength change it by at most {max(c.random):.3f} ({probability(c.p_value)})"
     ]
     if c.shuffled:
         others.append(f"{len(c.shuffled)} {c.shuffled_kind} by at most {max(c.shuffled):.3f}")
@@ -147,7 +147,7 @@ def _failures(report: ValidationReport, options: ValidateOptions) -> Iterator[_R
         but = f"the direction separates the pairs (AUROC {area:.2f}), but " if area >= _SEPARATES else ""
         yield _Reason(
             f"{but}a random direction of the same strength changes the margin as much: effect {c.effect:.3f}, random up to "
-            f"{max(c.random):.3f} (p = {c.p_value:.3f})",
+            f"{max(c.random):.3f} ({probability(c.p_value)})",
             _other_layers(report, options),
         )
     if c.shuffled and c.effect <= max(c.shuffled):
@@ -180,7 +180,7 @@ def _price(report: ValidationReport) -> Iterator[_Reason]:
         if effect.violated:
             key = f"validate.tolerances.{effect.key}"
             text = f"steering costs more than {key} allows: {effect}"
-            yield _Reason(text, cheaper_advice(report, effect), "smaller")
+            yield _Reason(text, cheaper_advice(report), "smaller")
 
 
 def _incoherence(report: ValidationReport, options: ValidateOptions) -> Iterator[_Reason]:
@@ -238,7 +238,7 @@ def _doubts(report: ValidationReport, options: ValidateOptions) -> Iterator[_Rea
     if c.p_shuffled is not None and c.effect > max(c.shuffled) and c.p_shuffled > _BEYOND_SHUFFLED:
         yield _Reason(
             f"the effect is not clearly larger than that of {len(c.shuffled)} directions {c.shuffled_kind} ({c.effect:.3f}, up "
-            f"to {max(c.shuffled):.3f}, p = {c.p_shuffled:.3f})",
+            f"to {max(c.shuffled):.3f}, {probability(c.p_shuffled)})",
             f"add training pairs, or compare with more of these directions (extract.shuffled: {2 * len(c.shuffled)})",
         )
     if c.opposite >= 0 and report.margin.high > 0:
@@ -256,7 +256,7 @@ def _doubts(report: ValidationReport, options: ValidateOptions) -> Iterator[_Rea
     elif s.over_random.value > 0 and s.p_over_random > LEVEL:
         yield _Reason(
             f"the answers do not differ significantly from those under random directions of the same strength: "
-            f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, p = {s.p_over_random:.3f})",
+            f"{s.steered:.2f} and {s.random:.2f} (difference {s.over_random}, {probability(s.p_over_random)})",
             _more("prompts", s.over_random, report.n_prompts, _larger(report, options)),
         )
 

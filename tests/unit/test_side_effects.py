@@ -80,6 +80,10 @@ def test_a_violated_tolerance_fails_with_its_name_and_one_advice_with_a_number()
     assert reasons[1].startswith("advice: no cheaper point") and reasons[1].endswith(
         "(validate.tolerances.answers: 0.42)"
     )
+    two = [broken, replace(broken, key="instructions", lost=Interval(0.3, 0.1, 0.5), p=0.0002)]
+    reasons = decide(replace(report, side_effects=two), options())[1]
+    assert "[10, 50], p < 0.001; tolerance 25)" in reasons[1]
+    assert reasons[2].endswith("(validate.tolerances.answers: 0.42, validate.tolerances.instructions: 0.3)")
     cheaper = GridPoint(2, 1.0, 0.3, 1.1, score=0.3, repetition=0.0, cost=0.4)
     chosen = replace(cheaper, layer=report.layer, coefficient=report.coefficient, cost=0.9, score=0.5)
     advice = decide(replace(report, grid=[cheaper, chosen]), options())[1][-1]
