@@ -150,11 +150,9 @@ class SideEffect:
         return self.shown and self.lost.value > self.tolerance
 
     def __str__(self) -> str:
-        low, high = 100 * self.lost.low, 100 * self.lost.high
-        return (
-            f"{self.name}: {self.base:.0%} to {self.steered:.0%} of {self.n} (lost {100 * self.lost.value:.0f} points [{low:.0f}, "
-            f"{high:.0f}], {probability(self.p)}; tolerance {100 * self.tolerance:.0f})"
-        )
+        lost, low, high = (round(100 * value) for value in (self.lost.value, self.lost.low, self.lost.high))
+        shown = f"lost {lost} points [{low}, {high}], {probability(self.p)}; tolerance {100 * self.tolerance:.0f}"
+        return f"{self.name}: {self.base:.0%} to {self.steered:.0%} of {self.n} ({shown})"
 
 
 @dataclass(frozen=True)
