@@ -31,17 +31,21 @@ class SharedBlocks:
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def serve(self, model: nn.Module) -> bool:
-        """Whether the lower blocks of `model` compute what the base's do."""
-        return bool(self._own) and self._lower(model) == self._own
+        """Whether the lower blocks of `model` compute what the base's do, and these what they did at first."""
+        return bool(self._own) and all(self._lower(one) == self._own for one in {model, self._base.model})
 
     def _lower(self, model: nn.Module) -> dict[str, object]:
         """What the lower blocks compute with: where each parameter lies, the buffers' values, and the configuration."""
         layout = Layout.of(model)
-        upper = {id(value) for block in layout.blocks[self.stop :] for value in (*block.parameters(), *block.buffers())}
-        parameters = {n: p for n, p in layout.backbone.named_parameters(remove_duplicate=False) if id(p) not in upper}
+        above = {id(one) for block in layout.blocks[self.stop :] for one in block.modules()}
+        lower = {name: one for name, one in layout.backbone.named_modules() if id(one) not in above}
+        # Whoever has put a hook there, or a forward of its own, has another model than its weights say.
+        if any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in lower.values()):
+            return {}
+        parameters = {f"{at}.{n}": p for at, one in lower.items() for n, p in one.named_parameters(recurse=False)}
         if any(value.is_meta for value in parameters.values()):
             return {}  # weights that are read from a disk have no place
-        buffers = {n: b.tolist() for n, b in layout.backbone.named_buffers() if id(b) not in upper}
+        buffers = {f"{at}.{n}": b.tolist() for at, one in lower.items() for n, b in one.named_buffers(recurse=False)}
         places = {name: (p.data_ptr(), p.dtype, p.shape, p.stride()) for name, p in parameters.items()}
         return {**places, **buffers, "settings": settings_of(layout.model), "class": type(layout.backbone)}
 

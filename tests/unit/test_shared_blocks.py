@@ -98,3 +98,14 @@ def test_weights_that_are_put_in_the_place_of_the_base_s_own_are_seen(base: Load
     final_states(base, TEXTS)
     change_weight("model.layers.1.self_attn.o_proj.weight")(base)
     assert base.below is not None and not base.below.serve(base.model) and same(base, base)
+
+
+@pytest.mark.parametrize("whose", ["base", "other"])
+def test_a_hook_that_was_left_on_below_is_no_part_of_what_is_shared(base: LoadedModel, whose: str) -> None:
+    """Shared, it would act on both sides of a comparison, and so not be seen."""
+    other = sibling(base, change_weight(f"model.layers.{LAYER}.mlp.down_proj.weight"))
+    plain = final_states(replace(other, below=None), TEXTS).response
+    hooked = (base if whose == "base" else other).layout.blocks[0]
+    hooked.register_forward_hook(lambda _module, _args, output: output + 1.0)
+    found = final_states(other, TEXTS).response
+    assert torch.allclose(found, plain, atol=1e-5) == (whose == "base") and same(base, other)
