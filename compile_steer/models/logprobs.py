@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from compile_steer.common import distributed
 from compile_steer.models.forward import lm_head
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.packing import pack
+from compile_steer.models.packing import PackedBatch, pack
 from compile_steer.models.shared_blocks import final_hidden
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Batch, Encoded, encode
@@ -156,16 +156,25 @@ def response_logprobs(model: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
     return sums.index_add(0, chosen.nonzero()[:, 0], token_logprobs(model, hidden[chosen], targets))
 
 
+def packed_logprobs(model: nn.Module, batch: PackedBatch, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts of a batch that have a response, [k], and the mean log-probability of its tokens, [k] in nats a token.
+
+    `states` are the batch's final hidden states, [rows * time, d_model].
+    """
+    with torch.no_grad():
+        logprobs = token_logprobs(model, states[batch.nodes], batch.targets, batch.rows)
+    texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
+    return texts.cpu(), (sums / count).double().cpu()
+
+
 def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
     """Mean log-probability of each text's response tokens, [n] in nats a token, steered by `program` if given."""
     result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
     for batch in pack(loaded, [encoded[row] for row in own]):
-        states = final_hidden(loaded, batch, program).flatten(end_dim=1)[batch.nodes]
-        with torch.no_grad():
-            logprobs = token_logprobs(loaded.model, states, batch.targets, batch.rows)
-        texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
-        sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
-        result[torch.tensor(own)[texts.cpu()]] = (sums / count).double().cpu()
+        states = final_hidden(loaded, batch, program).flatten(end_dim=1)
+        texts, means = packed_logprobs(loaded.model, batch, states)
+        result[torch.tensor(own)[texts]] = means
     distributed.sum_over_all(result)
     return result.numpy()
 

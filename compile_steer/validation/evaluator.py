@@ -15,7 +15,7 @@ from torch import Tensor
 from compile_steer.common import distributed
 from compile_steer.models.forward import run_blocks
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, token_logprobs
+from compile_steer.models.logprobs import encode_pairs, margins, own_divergence, packed_logprobs
 from compile_steer.models.packing import BATCH_TOKENS, pack
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode
@@ -115,11 +115,8 @@ class PrefixCache:
             width = max(1, BATCH_TOKENS // batch.roles.numel()) if same_shape else 1
             for start in range(0, len(programs), width):
                 for row, states in enumerate(self._states(index, programs[start : start + width]), start):
-                    with torch.no_grad():
-                        logprobs = token_logprobs(self._loaded.model, states[batch.nodes], batch.targets, batch.rows)
-                    texts, owner, count = batch.texts.unique(return_inverse=True, return_counts=True)
-                    sums = torch.zeros(len(texts), device=logprobs.device).index_add_(0, owner, logprobs)
-                    result[row, torch.tensor(self._own)[texts.cpu()]] = (sums / count).double().cpu()
+                    texts, means = packed_logprobs(self._loaded.model, batch, states)
+                    result[row, torch.tensor(self._own)[texts]] = means
         distributed.sum_over_all(result)
         return result.numpy()
 
