@@ -39,8 +39,10 @@ class SharedBlocks:
         layout = Layout.of(model)
         above = {id(one) for block in layout.blocks[self.stop :] for one in block.modules()}
         lower = {name: one for name, one in layout.backbone.named_modules() if id(one) not in above}
-        # Whoever has put a hook there, or a forward of its own, has another model than its weights say.
-        if any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in lower.values()):
+        # Whoever has put a hook there, or a forward of its own, has another model than its weights say. What is handed on
+        # passes the hooks on the next block's input.
+        hooked = any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in lower.values())
+        if hooked or layout.blocks[self.stop]._forward_pre_hooks:
             return {}
         parameters = {f"{at}.{n}": p for at, one in lower.items() for n, p in one.named_parameters(recurse=False)}
         if any(value.is_meta for value in parameters.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first block of every pass that follows."""
     starts, run_blocks = list[int](), forward.run_blocks
 
-    def counted(*args: object, start: int = 0, **options: object) -> torch.Tensor:
+    def counted(*args: Any, start: int = 0, **options: Any) -> torch.Tensor:
         starts.append(start)
-        return run_blocks(*args, start=start, **options)  # type: ignore[arg-type]
+        return run_blocks(*args, start=start, **options)
 
     monkeypatch.setattr(shared_blocks, "run_blocks", counted)
     return starts
@@ -109,3 +110,10 @@ def test_a_hook_that_was_left_on_below_is_no_part_of_what_is_shared(base: Loaded
     hooked.register_forward_hook(lambda _module, _args, output: output + 1.0)
     found = final_states(other, TEXTS).response
     assert torch.allclose(found, plain, atol=1e-5) == (whose == "base") and same(base, other)
+
+
+def test_nor_is_one_on_the_input_of_the_first_block_above(base: LoadedModel) -> None:
+    other = sibling(base, change_weight(f"model.layers.{LAYER}.mlp.down_proj.weight"))
+    plain = final_states(replace(other, below=None), TEXTS).response
+    base.layout.blocks[LAYER].register_forward_pre_hook(lambda _module, args: (args[0] + 1.0, *args[1:]))
+    assert torch.allclose(final_states(other, TEXTS).response, plain, atol=1e-5)
