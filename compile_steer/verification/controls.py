@@ -55,7 +55,7 @@ def adapter_controls(
     """
     data = reference.context.data
     pairs = encode_pairs(artifact, data.test[:CONTROL_PAIRS])
-    others = encode_pairs(artifact, data.other_behaviour[:CONTROL_PAIRS])
+    others = reference.other_pairs
     base = reference.margins.base[: len(pairs) // 2]
 
     def effect(scale: float = 1.0) -> float:

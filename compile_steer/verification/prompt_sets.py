@@ -110,19 +110,18 @@ class PromptSets:
         self._worded = {name: list(islice(written, len(prompts))) for name, prompts in by_name.items()}
         self._steered = self._run(base, program)
         self._base = self._run(base, None)
-        # Of each set and wording: the steered model's final states, and its mean KL to the base.
-        self._worded_states = {
-            name: self._against_base(*(final_states(base, answers, setting).response for setting in (program, None)))
-            for name, answers in self._worded.items()
-        }
         self._kl_base = {
-            name: self._against_base(states, self._base.states[name])[1]
-            for name, states in self._steered.states.items()
+            name: self._kl_to_base(states, self._base.states[name]) for name, states in self._steered.states.items()
         }
+        # Of each wording: the steered model's final states, and its mean KL to the base.
+        self._worded_states = dict[str, tuple[Tensor, float]]()
+        for name, answers in self._worded.items():
+            steered, unsteered = (final_states(base, answers, setting).response for setting in (program, None))
+            self._worded_states[name] = steered, self._kl_to_base(steered, unsteered)
 
-    def _against_base(self, steered: Tensor, unsteered: Tensor) -> tuple[Tensor, float]:
+    def _kl_to_base(self, steered: Tensor, unsteered: Tensor) -> float:
         model = self._base.model.model
-        return steered, divergence(model, steered, model, unsteered).mean
+        return divergence(model, steered, model, unsteered).mean
 
     def compare(self, artifact: LoadedModel) -> list[PromptSet]:
         """The artifact on every set."""

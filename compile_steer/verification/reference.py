@@ -218,10 +218,14 @@ class Reference:
         return self.kl_control(self.model, self.control_states.steered)
 
     @cached_property
+    def other_pairs(self) -> list[Encoded]:
+        """Another behaviour's pairs, as `encode_pairs`, for the controls of adapters, which have the base's tokenizer."""
+        return encode_pairs(self.model, self._data.other_behaviour[:CONTROL_PAIRS])
+
+    @cached_property
     def other_margins(self) -> np.ndarray:
-        """The base's margins on another behaviour's pairs, [n_pairs]; for the controls of adapters."""
-        pairs = encode_pairs(self.model, self._data.other_behaviour[:CONTROL_PAIRS])
-        return logprob_margins(self.model, pairs)
+        """The base's margins on them, [n_pairs]."""
+        return logprob_margins(self.model, self.other_pairs)
 
     @cached_property
     def margins(self) -> Both[np.ndarray]:

@@ -41,6 +41,8 @@ def reference(base: LoadedModel) -> Reference:
     """What the controls read of one: four control pairs, and two of them as another behaviour's."""
     pairs, program = encode_pairs(base, PAIRS), Program((intervention(layer=1),), base.id, base.revision)
 
+    others = encode_pairs(base, PAIRS[:2])
+
     def scaled(scale: float) -> tuple[torch.Tensor, float]:
         states, unsteered = (final_states(base, pairs[:2], program.scaled(at)).response for at in (scale, 0.0))
         return states, divergence(base.model, states, base.model, unsteered).mean
@@ -48,7 +50,8 @@ def reference(base: LoadedModel) -> Reference:
     stand_in = SimpleNamespace(
         model=base,
         scaled=scaled,
-        other_margins=logprob_margins(base, encode_pairs(base, PAIRS[:2])),
+        other_pairs=others,
+        other_margins=logprob_margins(base, others),
         context=SimpleNamespace(seed=3, data=SimpleNamespace(test=PAIRS[:4], other_behaviour=PAIRS[:2])),
         margins=SimpleNamespace(base=logprob_margins(base, pairs)),
         heldout=pairs[:2],
