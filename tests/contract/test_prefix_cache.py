@@ -107,3 +107,10 @@ def test_long_texts_and_a_single_one_have_rows_of_their_own_without_a_square_mas
     assert pack(model, [short])[0].attention_mask.ndim == 2 and pack(model, []) == []
     with pytest.raises(RecipeError, match="1100 tokens do not fit"):
         pack(model, [Encoded((8,) * 1100, 3)])
+
+
+def test_a_text_that_is_longer_than_a_chunk_of_attention_shares_no_row() -> None:
+    model = replace(loaded("llama"), model=build("llama"))
+    model.model.config.attention_chunk_size = 6
+    together, alone = pack(model, [Encoded(tuple(range(8, 8 + length)), 3) for length in (5, 6, 7)])
+    assert sorted(together.paths) == [0, 1] and sorted(alone.paths) == [2]
