@@ -48,12 +48,12 @@ def continue_prompts(
     encoded = [replace(text, ids=text.ids[: text.n_prompt]) for text in texts]
     require_room(loaded, encoded, max_new_tokens)
     ends, traits = end_tokens(loaded), _traits(loaded)
+    every = [temperature] * len(encoded) if isinstance(temperature, int | float) else temperature
 
     def continue_rows(own: list[int]) -> list[tuple[int, ...]]:
         # Padded on the left, so that every prompt ends where generation begins.
         batch = pad(encoded, own, loaded.pad_id, left=True).to(loaded.device)
         programs = program if program is None or isinstance(program, Program) else [program[row] for row in own]
-        every = [temperature] * len(encoded) if isinstance(temperature, int | float) else temperature
         in_parts = distributed.count() > 1 or not traits.pads or len(set(every)) > 1
         draws = [_Draws(every, own)] if max(every) > 0 and in_parts else []
         torch.manual_seed(seed)
