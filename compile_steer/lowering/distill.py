@@ -141,11 +141,7 @@ def fit_block(models: TeacherStudent, block: int, options: DistillOptions, seed:
     """
     loaded = models.loaded
     trained = trainable(_block_start(models, block, options.rank, seed), loaded.device)
-    # A constant is added in proportion to its coefficient, and so should the edit be; behind a norm it cannot be.
-    here = [i for i in models.program.interventions if i.site.changes_from == block]
-    added = all(i.operation == "add" and "all" in i.scopes for i in here)
-    normed = any(loaded.layout.norm(block, kind) for kind in loaded.layout.projection_kinds(block))
-    strengths = _STRENGTHS if added and not normed and block == models.program.first_layer else (1.0,)
+    strengths = _STRENGTHS if models.is_dial(block) else (1.0,)
     # Edits of other blocks stay on while this one is trained.
     before = models.patch
     after = WeightPatch({**before.low_rank, **trained})

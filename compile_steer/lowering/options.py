@@ -26,10 +26,12 @@ class CalibrationOptions(Section):
 
 
 class ClosedFormStage(Section):
-    """One regression: an output projection of the block `offset` after the first intervened one, cut to `rank`."""
+    """One regression: output projections of the block `offset` after the first intervened one, cut to `rank`."""
 
     offset: int = Field(ge=0, description="blocks above the first intervened one")
-    projection: Literal["attn", "mlp"] = Field(description="the attention's output projection, or the MLP's")
+    projection: Literal["attn", "mlp", "both"] = Field(
+        description="the attention's output projection, the MLP's, or both together with what reads the MLP's input"
+    )
     rank: int = Field(ge=1, description="of the edit")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,15 @@ class Statistics:
         self.G += weighted.T @ x
         self.C += weighted.T @ y
         self.yy += (weight * y.square().sum(dim=1)).sum()
+
+    def part(self, inputs: slice) -> Statistics:
+        """Those of some of the inputs alone."""
+        return Statistics(self.G[inputs, inputs].clone(), self.C[inputs].clone(), self.yy)
+
+    def scale(self, factors: Tensor) -> None:
+        """Multiply each input by its factor, [d_in]."""
+        self.G *= factors.unsqueeze(1) * factors
+        self.C *= factors.unsqueeze(1)
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(self.G + other.G, self.C + other.C, self.yy + other.yy)
@@ -81,15 +91,25 @@ class RidgeFitter:
         for statistics, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
             statistics.update(x[chosen], y[chosen], weight[chosen])
 
-    def fit(self, rank: int) -> tuple[LowRank, float, bool]:
+    def exchange(self) -> None:
+        """Add what every other process has streamed. Call once, before `fit`."""
+        for part in (self.train, self.held_out):
+            sum_over_all(part.G, part.C, part.yy)
+
+    def part(self, inputs: slice) -> RidgeFitter:
+        """A fitter that has streamed the same tokens with some of the inputs alone."""
+        part = copy(self)
+        part.train, part.held_out = self.train.part(inputs), self.held_out.part(inputs)
+        return part
+
+    def fit(self, rank: int, *, to_all: bool = True) -> tuple[LowRank, float, bool]:
         """The edit of at most `rank` in float64, the factor of ||dW||^2 that was chosen for it, and whether it helps on
         tokens that it was not fitted to.
 
-        Call once: it adds what every other process has streamed.
+        Args:
+            to_all: fit it to the held-out tokens too, once they have chosen.
         """
-        for part in (self.train, self.held_out):
-            sum_over_all(part.G, part.C, part.yy)
-        total = self.train + self.held_out
+        total = self.train + self.held_out if to_all else self.train
         if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
             ridge, helps = RIDGES[-1], True  # too few texts to choose by: the largest ridge is the safest
         else:

@@ -140,6 +140,17 @@ class TeacherStudent:
         with steered(self.loaded.model, program, roles=activations.batch.roles), torch.no_grad():
             return self.run_block(activations.batch, activations.teacher, block)
 
+    def is_dial(self, block: int) -> bool:
+        """Whether what the program changes in `block` is in proportion to its strength, and so an edit there should be.
+
+        A constant is added to every token in proportion to its coefficient; behind a norm an edit cannot be.
+        """
+        layout = self.loaded.layout
+        here = [i for i in self.program.interventions if i.site.changes_from == block]
+        normed = any(layout.norm(block, kind) for kind in layout.projection_kinds(block))
+        added = all(i.operation == "add" and "all" in i.scopes for i in here)
+        return added and not normed and block == self.program.first_layer
+
     def run_student(self, block: int) -> None:
         """Run the patched student through `block`, and move both to the next boundary."""
         with with_patch(self.loaded.model, self.patch), torch.no_grad():

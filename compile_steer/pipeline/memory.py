@@ -85,7 +85,8 @@ class ModelSize:
     def closed_form(self, tokens: int) -> float:
         """Three hidden states a token; the sums of both halves in float64, and of solving five matrices of each kind more."""
         states = 3.0 * tokens * self.d_model * self.number_bytes
-        square, across = 8.0 * self.d_mlp**2, 8.0 * self.d_mlp * self.d_model
+        inputs = self.d_mlp + self.d_heads  # of both output projections together
+        square, across = 8.0 * inputs**2, 8.0 * inputs * self.d_model
         fit = 2 * (square + across) + max(self.forward(min(tokens, BATCH_TOKENS)), 4 * square + 3 * across)
         return states + max(fit, self.comparison)
 

@@ -159,23 +159,28 @@ def planned(*interventions: Intervention, options: CompileOptions | None = None)
 
 def test_the_default_stages_follow_the_program() -> None:
     following = [(2, "attn", 8), (2, "mlp", 8), (3, "attn", 8), (3, "mlp", 8)]
-    assert planned(intervention("add", "resid_post", 1)) == [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), *following]
-    assert planned(intervention("add", "resid_pre", 2)) == [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), *following]
+    assert planned(intervention("add", "resid_post", 1)) == [(1, "both", 1), (1, "mlp", 8), *following]
+    assert planned(intervention("add", "resid_pre", 2)) == [(1, "both", 1), (1, "mlp", 8), *following]
     assert planned(intervention("add", "attn_out", 1)) == [(1, "attn", 1), (1, "mlp", 8), *following]
     assert planned(intervention("add", "mlp_out", 1, positions="response")) == [
-        (1, "mlp", 8),
-        (1, "attn", 8),
+        (1, "both", 8),
         (1, "mlp", 8),
         *following,
     ]
-    assert planned(intervention("ablate", "mlp_out", 1)) == [(1, "mlp", 8), (1, "attn", 8), (1, "mlp", 8), *following]
+    assert planned(intervention("ablate", "mlp_out", 1)) == [(1, "both", 8), (1, "mlp", 8), *following]
+
+
+def test_the_projections_of_a_block_are_solved_one_by_one_where_a_norm_or_experts_follow() -> None:
+    one_by_one = [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8)]
+    for family, expected in (("gemma2", one_by_one), ("qwen3_moe", [(1, "attn", 1)])):
+        stages = stages_of(loaded(family), canonical_program(family, intervention("add", "resid_post", 1)))
+        assert [(s.layer, s.projection, s.rank) for s in stages if s.layer == 1] == expected
 
 
 def test_no_default_stage_lies_above_the_last_block() -> None:
-    assert planned(intervention(layer=3)) == [(3, "mlp", 1), (3, "attn", 1), (3, "mlp", 8)]
+    assert planned(intervention(layer=3)) == [(3, "both", 1), (3, "mlp", 8)]
     both = planned(intervention(layer=1), intervention("ablate", layer=2))
-    own = [(1, "mlp", 1), (1, "attn", 1), (1, "mlp", 8), (2, "mlp", 8), (2, "attn", 8), (2, "mlp", 8)]
-    assert both == [*own, (3, "attn", 8), (3, "mlp", 8)]
+    assert both == [(1, "both", 1), (1, "mlp", 8), (2, "both", 8), (2, "mlp", 8), (3, "attn", 8), (3, "mlp", 8)]
 
 
 def pinned(*stages: ClosedFormStage) -> CompileOptions:

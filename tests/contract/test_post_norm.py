@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from compile_steer.common.progress import Progress
-from compile_steer.lowering import closed_form, distill, teacher_student
+from compile_steer.lowering import distill, projection, teacher_student
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.job import Curve, Lowering
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
@@ -36,7 +36,7 @@ def test_norm_weights_of_trained_models_do_not_spoil_the_edit_behind_them(
     steering = canonical_program(family, replace(intervention(), coefficient=10.0))
     stages = stages_of(model, steering)
     left = remaining_kl(model, steering, solve(model, steering, stages))
-    monkeypatch.setattr(closed_form, "behind_norm", undamped)
+    monkeypatch.setattr(projection, "behind_norm", undamped)
     before = remaining_kl(model, steering, solve(model, steering, stages[:1]))  # nothing of it is kept
     assert left < limit < 0.9 < before
 
@@ -49,7 +49,7 @@ def test_an_edit_that_drowns_its_projection_is_said_and_not_used(
     monkeypatch.setattr(Progress, "note", lambda _self, text: said.append(text))
     solve(model, steering, [Stage(1, "mlp", 1)])
     assert not said
-    monkeypatch.setattr(closed_form, "behind_norm", undamped)
+    monkeypatch.setattr(projection, "behind_norm", undamped)
     (edit,) = solve(model, steering, [Stage(1, "mlp", 1)]).low_rank.values()
     assert not edit.B.any()
     assert "layers.1.mlp.down_proj: the edit found writes" in said[0] and "times what the projection does" in said[0]

@@ -1,0 +1,197 @@
+"""Both output projections of a block at once, and what its MLP then has to be kept from.
+
+A constant that every token gets is read best from what the attention hands to its projection: each head's weights over the
+tokens sum to 1, so that what is the same in all values comes out the same at any length of the context, and the noise of
+single tokens is averaged. But the MLP of the same block reads what the attention writes, and would answer to the change. So
+
+1. one regression finds the edits of both projections together, as if the MLP read what it did before;
+2. a second one finds the edit of the matrices that read the MLP's input (gate and up) that makes this so: the change
+   that is to be taken away lies in their input, where it is easy to tell.
+
+Where the second fails, as where an ablation takes away what the MLP needs, the two projections one after the other leave less:
+the MLP's first, so that the block's own nonlinearity hardly sees the attention's. So both ways are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compile_steer.common.distributed import count
+from compile_steer.common.progress import Advance
+from compile_steer.lowering.block_pass import (
+    error_weights,
+    held_out_error,
+    held_out_tokens,
+    recorded,
+    run_student,
+)
+from compile_steer.lowering.projection import solve_projection
+from compile_steer.lowering.regression import RidgeFitter
+from compile_steer.lowering.teacher_student import TeacherStudent
+from compile_steer.steering.layout import Layout, OutputProjection
+from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.measure import KINDS
+from compile_steer.steering.patch import with_patch
+
+_ATTENTION = 3.0  # the size of the attention's inputs beside the MLP's: a ridge takes less from what is larger
+_READERS_RANK = 8
+
+Edits = dict[str, LowRank]
+
+
+def has_both(layout: Layout, block: int) -> bool:
+    """Whether attention and MLP of a block each write the stream by one matrix, the MLP last and no norm behind either."""
+    if set(layout.projection_kinds(block)) != set(KINDS) or not layout.sublayer(block, "mlp").last:
+        return False
+    return all(layout.sublayer(block, kind).alone and layout.norm(block, kind) is None for kind in KINDS)
+
+
+def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advance, note: Callable[[str], None]) -> None:
+    """Give the student the edits of both output projections of a block and of what its MLP reads by, in the place of earlier ones.
+
+    Or those of the two projections one after the other, the MLP's first, where these leave a smaller error of the block's output
+    on texts that neither was fitted to.
+
+    Args:
+        rank: of what both projections write together.
+        advance: called four times for each text.
+        note: told of an edit that is not used.
+    """
+    attn, mlp = (models.loaded.layout.output_projection(block, kind) for kind in KINDS)
+    readers = _readers(models, attn, mlp)
+    for name in (attn.name, mlp.name, *readers):
+        models.solved.pop(name, None)
+    earlier = models.solved
+    both = _Both.of(models, attn, mlp, advance)
+
+    def together(*, to_all: bool) -> None:
+        models.solved = {**earlier, **both.fit(rank, to_all)}
+        models.solved = {**models.solved, **_fit_readers(models, block, readers, advance, to_all)}
+
+    def one_by_one(*, to_all: bool) -> None:
+        models.solved = {**earlier, **both.fit_mlp(rank, to_all)}
+        solve_projection(models, attn, rank, advance, note, to_all=to_all)
+
+    errors = []
+    for way in (together, one_by_one):
+        way(to_all=False)
+        errors.append(held_out_error(models, block, models.patch))
+    better = together if errors[0] < errors[1] else one_by_one
+    better(to_all=True)
+
+
+def _readers(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection) -> list[str]:
+    """The matrices that read the MLP's input: those that are run between the two projections on the first one's input."""
+    layout, activations = models.loaded.layout, models.batches[0]
+    with recorded(layout.model, list(layout.linears(attn.layer))) as calls, torch.no_grad():
+        models.run_block(activations.batch, activations.student, attn.layer)
+    order = list(calls)
+    between = order[order.index(attn.name) + 1 : order.index(mlp.name)]  # none where the MLP is run first
+    inputs = {name: calls[name][0] for name in between}
+    return [name for name in between if inputs[name].data_ptr() == inputs[between[0]].data_ptr()]
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The regression of what a block's output lacks on what both projections read.
+
+    Attributes:
+        fitter: its inputs are the attention's, times `factors`, and then the MLP's.
+        factors: [d_attn + d_mlp].
+    """
+
+    attn: OutputProjection
+    mlp: OutputProjection
+    fitter: RidgeFitter
+    factors: Tensor
+
+    @staticmethod
+    def of(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection, advance: Advance) -> _Both:
+        """Run the student through the block and add up its tokens."""
+        layout = models.loaded.layout
+        (_, d_attn), (_, d_mlp) = (linear_shape(projection.module) for projection in (attn, mlp))
+        fitter = RidgeFitter(d_attn + d_mlp, layout.d_model, layout.device_of(attn.layer))
+        for tokens in run_student(models, attn.layer, [attn.name, mlp.name]):
+            # What a projection writes reaches the stream times its multiplier.
+            inputs = [layout.sublayer(p.layer, p.kind).multiplier * tokens.calls[p.name].input for p in (attn, mlp)]
+            fitter.update(torch.cat(inputs, dim=1), tokens.missing, tokens.weight, tokens.held_out)
+            advance(len(tokens.batch.rows) * count())
+        fitter.exchange()
+        sizes = fitter.train.G.diagonal()
+        own, other = float(sizes[:d_attn].mean()), float(sizes[d_attn:].mean())
+        factors = torch.ones_like(sizes)
+        if own and other:
+            factors[:d_attn] = _ATTENTION * (other / own) ** 0.5
+        for statistics in (fitter.train, fitter.held_out):
+            statistics.scale(factors)
+        return _Both(attn, mlp, fitter, factors)
+
+    def fit(self, rank: int, to_all: bool) -> Edits:
+        """The edits of both that together write what is missing."""
+        edit, _penalty, _helps = self.fitter.fit(rank, to_all=to_all)
+        A, d_attn = (edit.A * self.factors).float(), linear_shape(self.attn.module)[1]
+        parts = {self.attn.name: A[:, :d_attn], self.mlp.name: A[:, d_attn:]}
+        return {name: LowRank(edit.B.float(), part.contiguous()) for name, part in parts.items()}
+
+    def fit_mlp(self, rank: int, to_all: bool) -> Edits:
+        """The edit of the MLP's that writes it alone."""
+        part = slice(linear_shape(self.attn.module)[1], None)
+        edit, _penalty, _helps = self.fitter.part(part).fit(rank, to_all=to_all)
+        return {self.mlp.name: LowRank(edit.B.float(), edit.A.float())}
+
+
+def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], advance: Advance, to_all: bool) -> Edits:
+    """Edits W P of the matrices W that read the MLP's input z, with z + P z as near as may be to the steered model's z.
+
+    P is found once for all of them. Where the program's strength is a factor of what it adds, at strengths of 1 and -1: an
+    edit that reads the change itself would be of second order in it, and the artifact's scale no dial.
+    """
+    if not readers:
+        for activations in models.batches:
+            advance(len(activations.batch.rows) * count())
+        return {}
+    layout = models.loaded.layout
+    _d_out, d_in = linear_shape(layout.model.get_submodule(readers[0]))
+    fitter = RidgeFitter(d_in, d_in, layout.device_of(block))
+    for activations in models.batches:
+        for strength in (1.0, -1.0) if models.is_dial(block) else (1.0,):
+            with recorded(layout.model, readers[:1]) as calls:
+                models.steered_output(activations, block, strength)
+                wanted, _ = calls[readers[0]]
+                with with_patch(models.loaded.model, strength * models.patch), torch.no_grad():
+                    output = models.run_block(activations.batch, activations.student, block)
+                found, _ = calls[readers[0]]
+            z, target = (value.view(*activations.real.shape, -1)[activations.real].float() for value in (found, wanted))
+            weight, held_out = error_weights(activations, output), held_out_tokens(activations)
+            fitter.update(z, (target - z) / strength, weight, held_out)
+        advance(len(activations.batch.rows) * count())
+    fitter.exchange()
+    if float(fitter.train.yy + fitter.held_out.yy) == 0.0:
+        return {}  # the MLP stands beside the attention and reads nothing of it
+    edit, _penalty, _helps = fitter.fit(min(_READERS_RANK, d_in), to_all=to_all)
+    return {name: LowRank(B, edit.A.float()) for name, B in _products(models, block, readers, edit.B.float()).items()}
+
+
+def _products(models: TeacherStudent, block: int, names: Sequence[str], B: Tensor) -> dict[str, Tensor]:
+    """W B of each module, [d_out, r] in float32, for B [d_in, r]: by its own code, whatever its weights are stored as."""
+    products: dict[str, Tensor] = {}
+
+    def multiply(name: str, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+        rows = B.T.to(args[0])
+        products[name] = (module.forward(rows) - module.forward(torch.zeros_like(rows))).float().T.contiguous()
+
+    activations = models.batches[0]
+    # While the block runs, for there alone its weights are sure to be whole, and on this device.
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            module = models.loaded.layout.model.get_submodule(name)
+            stack.callback(module.register_forward_hook(partial(multiply, name)).remove)
+        models.run_block(activations.batch, activations.student, block)
+    return products
