@@ -10,7 +10,7 @@ from typing import Any, Literal
 Budget = Literal["quick", "standard", "thorough"]
 BUDGETS: dict[str, dict[str, Any]] = {
     # 24 answered prompts are what a change of the score by a third needs to be significant, and 16 held-out texts what keeps
-    # a sound artifact within the gate of top-1. With 48 calibration prompts the closed form leaves 1.3 % of ocean (gate 2 %).
+    # a sound artifact within the gate of top-1. With 48 calibration prompts the closed form leaves 0.5 % of ocean (gate 2 %).
     "quick": {
         "extract": {"shuffled": 8},
         "validate": {

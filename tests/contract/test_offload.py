@@ -38,8 +38,10 @@ def test_a_model_on_disk_gives_the_same_direction_and_closed_form(both: tuple[Lo
     texts = [Text("w7 w8", "w9 w10 w70"), Text("w17", "w80 w11")]
     one, two = (read_activations(m, texts, point="resid_post", readout="response_mean") for m in both)
     assert _apart(one, two) < 1e-6
-    steering = canonical_program("llama", intervention("ablate", "mlp_out", 1))
-    edits, same = (solve(m, steering, [Stage(1, "mlp", 3), Stage(2, "attn", 2)], TEXTS).low_rank for m in both)
+    steering = canonical_program("llama", intervention("add", "mlp_out", 1))
+    fitted = random_texts(40, 2)
+    edits, same = (solve(m, steering, [Stage(1, "both", 1), Stage(2, "attn", 2)], fitted).low_rank for m in both)
+    assert {name.rsplit(".", 1)[-1] for name in edits} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
     for name, edit in edits.items():
         assert _apart(same[name].B @ same[name].A, edit.B @ edit.A) < 1e-6
     states, same_states = (final_states(m, TEXTS, steering).response for m in both)
