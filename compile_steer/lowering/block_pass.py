@@ -60,24 +60,25 @@ def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple
         yield calls
 
 
-def run_student(
-    models: TeacherStudent, block: int, names: Sequence[str], strength: float = 1.0
-) -> Iterator[StudentTokens]:
-    """Run the student, its patch at `strength`, through a block, one batch after the other."""
+def run_student(models: TeacherStudent, block: int, names: Sequence[str]) -> Iterator[StudentTokens]:
+    """Run the student through a block, one batch after the other."""
     model = models.loaded.layout.model
     for activations in models.batches:
         batch, real = activations.batch, activations.real
         # The hooks that record come after the patch's, so that what they see holds the patch's share.
-        with with_patch(models.loaded.model, strength * models.patch), recorded(model, names) as calls, torch.no_grad():
+        with with_patch(models.loaded.model, models.patch), recorded(model, names) as calls, torch.no_grad():
             student = models.run_block(batch, activations.student, block)
-        # Some models hand their MLP all tokens in one row.
-        own = {
-            name: Call(*(value.view(*real.shape, -1)[real].float() for value in call)) for name, call in calls.items()
-        }
+        own = {name: Call(*(real_tokens(value, real) for value in call)) for name, call in calls.items()}
         missing = (activations.target - student)[real].float()
         if block in models.sensitivity:
             missing *= models.sensitivity[block]
         yield StudentTokens(batch, own, missing, error_weights(activations, student), held_out_tokens(activations))
+
+
+def real_tokens(values: Tensor, real: Tensor) -> Tensor:
+    """What a module read or wrote for the real tokens of a batch, [n, d] in float32."""
+    # Some models hand their MLP all tokens in one row.
+    return values.view(*real.shape, -1)[real].float()
 
 
 def error_weights(activations: ActivationBatch, output: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from compile_steer.lowering.block_pass import (
     error_weights,
     held_out_error,
     held_out_tokens,
+    real_tokens,
     recorded,
     run_student,
 )
@@ -168,7 +169,7 @@ def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], adv
                 with with_patch(models.loaded.model, strength * models.patch), torch.no_grad():
                     output = models.run_block(activations.batch, activations.student, block)
                 found, _ = calls[readers[0]]
-            z, target = (value.view(*activations.real.shape, -1)[activations.real].float() for value in (found, wanted))
+            z, target = (real_tokens(value, activations.real) for value in (found, wanted))
             weight, held_out = error_weights(activations, output), held_out_tokens(activations)
             fitter.update(z, (target - z) / strength, weight, held_out)
         advance(len(activations.batch.rows) * count())

@@ -39,10 +39,6 @@ def solved(family: str, steering: Program, rank: int = 1) -> TeacherStudent:
     return models
 
 
-def error(models: TeacherStudent) -> float:
-    return held_out_error(models, LAYER, models.patch)
-
-
 @pytest.mark.parametrize("family", READERS)
 def test_the_matrices_that_read_what_the_attention_wrote_are_edited_with_both_projections(family: str) -> None:
     models = solved(family, canonical_program(family, intervention("add", "resid_post", LAYER)))
