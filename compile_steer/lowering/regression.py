@@ -85,6 +85,7 @@ class RidgeFitter:
     def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
         self.train = Statistics.zeros(d_in, d_out, device)
         self.held_out = Statistics.zeros(d_in, d_out, device)
+        self._chosen: dict[int, tuple[float, bool]] = {}  # by rank: a fit to fewer texts and one to all choose alike
 
     def update(self, x: Tensor, y: Tensor, weight: Tensor, held_out: Tensor) -> None:
         """Add tokens x [n, d_in], y [n, d_out] with weights [n]; `held_out` [n] is boolean."""
@@ -99,6 +100,7 @@ class RidgeFitter:
     def part(self, inputs: slice) -> RidgeFitter:
         """A fitter that has streamed the same tokens with some of the inputs alone."""
         part = copy(self)
+        part._chosen = {}
         part.train, part.held_out = self.train.part(inputs), self.held_out.part(inputs)
         return part
 
@@ -110,10 +112,15 @@ class RidgeFitter:
             to_all: fit it to the held-out tokens too, once they have chosen.
         """
         total = self.train + self.held_out if to_all else self.train
-        if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
-            ridge, helps = RIDGES[-1], True  # too few texts to choose by: the largest ridge is the safest
-        else:
-            errors = {ridge: self.held_out.error(solve(self.train, rank, ridge)) for ridge in RIDGES}
-            ridge = min(RIDGES, key=lambda ridge: errors[ridge])
-            helps = errors[ridge] < float(self.held_out.yy)
+        if rank not in self._chosen:
+            self._chosen[rank] = self._choose(rank)
+        ridge, helps = self._chosen[rank]
         return solve(total, rank, ridge), ridge * float(total.G.diagonal().mean()), helps
+
+    def _choose(self, rank: int) -> tuple[float, bool]:
+        """The ridge with the least error on the held-out tokens, and whether that is less than without an edit."""
+        if float(self.train.G.trace()) == 0.0 or float(self.held_out.G.trace()) == 0.0:
+            return RIDGES[-1], True  # too few texts to choose by: the largest ridge is the safest
+        errors = {ridge: self.held_out.error(solve(self.train, rank, ridge)) for ridge in RIDGES}
+        ridge = min(RIDGES, key=lambda ridge: errors[ridge])
+        return ridge, errors[ridge] < float(self.held_out.yy)
