@@ -133,9 +133,9 @@ def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) ->
     later = {block + n for block in intervened for n in range(1, _CORRECTION_BLOCKS + 1)} - intervened
     stages = []
     for block in sorted({*intervened, *later}):
-        here = [i for i in program.interventions if i.site.changes_from == block]
-        constant = bool(here) and all(i.operation == "add" and "all" in i.scopes for i in here)
-        rank = 1 if constant else _CORRECTION_RANK  # the target of a constant shift is one vector
+        here = program.at_block(block)
+        # The target of a constant shift is one vector.
+        rank = 1 if program.adds_constant(block) else _CORRECTION_RANK
         order = [Stage(block, "attn", _CORRECTION_RANK), Stage(block, "mlp", _CORRECTION_RANK)]
         if any(i.site.point == "attn_out" for i in here):
             order[0] = Stage(block, "attn", rank)

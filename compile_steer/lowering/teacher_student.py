@@ -146,10 +146,8 @@ class TeacherStudent:
         A constant is added to every token in proportion to its coefficient; behind a norm an edit cannot be.
         """
         layout = self.loaded.layout
-        here = [i for i in self.program.interventions if i.site.changes_from == block]
         normed = any(layout.norm(block, kind) for kind in layout.projection_kinds(block))
-        added = all(i.operation == "add" and "all" in i.scopes for i in here)
-        return added and not normed and block == self.program.first_layer
+        return self.program.adds_constant(block) and not normed and block == self.program.first_layer
 
     def run_student(self, block: int) -> None:
         """Run the patched student through `block`, and move both to the next boundary."""

@@ -152,6 +152,15 @@ class Program:
         """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
         return min((i.site.changes_from for i in self.active), default=0)
 
+    def at_block(self, block: int) -> tuple[Intervention, ...]:
+        """The interventions that change what `block` computes."""
+        return tuple(one for one in self.interventions if one.site.changes_from == block)
+
+    def adds_constant(self, block: int) -> bool:
+        """Whether all that is changed in `block` is a constant, added to every token; false where nothing is."""
+        here = self.at_block(block)
+        return bool(here) and all(one.operation == "add" and "all" in one.scopes for one in here)
+
     def scaled(self, factor: float, index: int | None = None) -> Program:
         """Multiply every coefficient, or only that of intervention `index`, by `factor`."""
         return self._map(lambda i: replace(i, coefficient=i.coefficient * factor), index)

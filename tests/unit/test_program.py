@@ -207,3 +207,13 @@ def test_the_model_it_was_made_for_is_accepted() -> None:
     three().require("tiny-llama", revision("llama"), d_model=HIDDEN, n_layers=4)
     with pytest.raises(ArtifactError):
         three().require("tiny-llama", revision("llama"), d_model=HIDDEN, n_layers=3)
+
+
+def test_a_constant_is_what_is_added_to_every_token_alone() -> None:
+    unit = torch.tensor([1.0, 0.0])
+    added = Intervention(Site(1), "add", unit)
+    ablated, answers = Intervention(Site(2), "ablate", unit), Intervention(Site(1), "add", unit, positions="response")
+    steering = Program((added, ablated), "m", "r")
+    assert steering.at_block(1) == (added,) and steering.at_block(0) == ()
+    assert [steering.adds_constant(block) for block in range(3)] == [False, True, False]
+    assert not Program((added, answers), "m", "r").adds_constant(1)
