@@ -8,8 +8,9 @@ single tokens is averaged. But the MLP of the same block reads what the attentio
 2. a second one finds the edit of the matrices that read the MLP's input (gate and up) that makes this so: the change
    that is to be taken away lies in their input, where it is easy to tell.
 
-Where the second fails, as where an ablation takes away what the MLP needs, the two projections one after the other leave less:
-the MLP's first, so that the block's own nonlinearity hardly sees the attention's. So both ways are tried.
+Where the second fails, the two projections one after the other leave less: the MLP's first, so that the block's own nonlinearity
+hardly sees the attention's. So both ways are tried. A change that depends on what the stream holds is made by the two one after
+the other, with a pair of the MLP's neurons that reads it (see `neurons`) where that leaves less.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from compile_steer.lowering.block_pass import (
     recorded,
     run_student,
 )
+from compile_steer.lowering.neurons import Edits, GatedMLP, NeuronPair, relative_size
 from compile_steer.lowering.projection import solve_projection
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
@@ -44,7 +46,11 @@ from compile_steer.steering.patch import with_patch
 _ATTENTION = 3.0  # the size of the attention's inputs beside the MLP's: a ridge takes less from what is larger
 _READERS_RANK = 8
 
-Edits = dict[str, LowRank]
+
+class _Way(Protocol):
+    """Gives the student edits of a block, fitted to all texts or without those that choose."""
+
+    def __call__(self, *, to_all: bool) -> None: ...
 
 
 def has_both(layout: Layout, block: int) -> bool:
@@ -57,8 +63,7 @@ def has_both(layout: Layout, block: int) -> bool:
 def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advance, note: Callable[[str], None]) -> None:
     """Give the student the edits of both output projections of a block and of what its MLP reads by, in the place of earlier ones.
 
-    Or those of the two projections one after the other, the MLP's first, where these leave a smaller error of the block's output
-    on texts that neither was fitted to.
+    Of two ways (see above) the one that leaves the smaller error of the block's output on texts that neither was fitted to.
 
     Args:
         rank: of what both projections write together.
@@ -69,6 +74,11 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
     readers = _readers(models, attn, mlp)
     for name in (attn.name, mlp.name, *readers):
         models.solved.pop(name, None)
+    models.kept.pop(mlp.name, None)
+    gated = GatedMLP.of(models, block, mlp.name) if models.program.reads_stream(block) else None
+    if gated:
+        _solve_with_pair(models, attn, mlp, gated, rank, advance, note)
+        return
     earlier = models.solved
     both = _Both.of(models, attn, mlp, advance)
 
@@ -80,11 +90,45 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
         models.solved = {**earlier, **both.fit_mlp(rank, to_all)}
         solve_projection(models, attn, rank, advance, note, to_all=to_all)
 
+    _solve_better(models, block, together, one_by_one)
+
+
+def _solve_with_pair(
+    models: TeacherStudent,
+    attn: OutputProjection,
+    mlp: OutputProjection,
+    gated: GatedMLP,
+    rank: int,
+    advance: Advance,
+    note: Callable[[str], None],
+) -> None:
+    """The two projections one after the other, with a pair of neurons that reads the stream or, where that is better, without."""
+    earlier = models.solved
+    pair = NeuronPair.of(models, gated, advance)
+
+    def solve(edits: Edits, kept: Edits, to_all: bool) -> None:
+        models.solved, models.kept = {**earlier, **edits}, kept
+        step: Advance = advance if to_all else (lambda _texts: None)  # the better way's alone are counted
+        for projection in (mlp, attn):
+            solve_projection(models, projection, rank, step, note, to_all=to_all)
+
+    def with_pair(*, to_all: bool) -> None:
+        edits, without_columns = pair.edits(models, to_all=to_all)
+        solve(edits, {mlp.name: without_columns}, to_all)
+
+    def without_pair(*, to_all: bool) -> None:
+        solve({}, {}, to_all)
+
+    _solve_better(models, attn.layer, with_pair, without_pair)
+
+
+def _solve_better(models: TeacherStudent, block: int, one: _Way, other: _Way) -> None:
+    """Solve by the way that leaves the smaller error on texts that neither was fitted to, and then for all texts."""
     errors = []
-    for way in (together, one_by_one):
+    for way in (one, other):
         way(to_all=False)
         errors.append(held_out_error(models, block, models.patch))
-    better = together if errors[0] < errors[1] else one_by_one
+    better = one if errors[0] < errors[1] else other
     better(to_all=True)
 
 
@@ -125,11 +169,8 @@ class _Both:
             fitter.update(torch.cat(inputs, dim=1), tokens.missing, tokens.weight, tokens.held_out)
             advance(len(tokens.batch.rows) * count())
         fitter.exchange()
-        sizes = fitter.train.G.diagonal()
-        own, other = float(sizes[:d_attn].mean()), float(sizes[d_attn:].mean())
-        factors = torch.ones_like(sizes)
-        if own and other:
-            factors[:d_attn] = _ATTENTION * (other / own) ** 0.5
+        factors = torch.ones_like(fitter.train.G[0])
+        factors[:d_attn] = _ATTENTION * relative_size(fitter.train, slice(d_attn, None), slice(d_attn))
         for statistics in (fitter.train, fitter.held_out):
             statistics.scale(factors)
         return _Both(attn, mlp, fitter, factors)

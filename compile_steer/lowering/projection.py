@@ -43,7 +43,9 @@ def solve_projection(
         gain = gain * models.sensitivity[projection.layer]
     fitter = RidgeFitter(d_in, layout.d_model, layout.device_of(projection.layer))
     # Without its own earlier edit, which the new one replaces.
-    earlier = models.solved.pop(projection.name, None)
+    earlier, kept = models.solved.pop(projection.name, None), models.kept.get(projection.name)
+    if kept is not None:
+        models.solved[projection.name] = kept
     for tokens in run_student(models, projection.layer, [projection.name]):
         # 1. What is still missing in the stream, as a change of the projection's output.
         call = tokens.calls[projection.name]
@@ -58,7 +60,7 @@ def solve_projection(
     if gain is None:
         # The held-out error of hidden states is no guide: on SmolLM2 the corrections of later blocks leave it as it was, and
         # take an eighth of the remaining KL away.
-        models.solved[projection.name] = edit
+        models.solved[projection.name] = edit if kept is None else kept + edit
         return
     # What is rounding alone in a solution of lower rank would be read, as large as it takes, by the next step.
     sizes = edit.B.norm(dim=0) * edit.A.norm(dim=1)

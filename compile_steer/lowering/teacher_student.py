@@ -106,6 +106,7 @@ class TeacherStudent:
 
     Attributes:
         solved: the student's edits so far, by module name.
+        kept: parts of them that stay when a projection is solved again.
         sensitivity: by block, what an error in each dimension of its output counts, [d_model]; none: all the same.
     """
 
@@ -114,6 +115,7 @@ class TeacherStudent:
     ) -> None:
         self.program, self.loaded = program, loaded
         self.solved: dict[str, LowRank] = {}
+        self.kept: dict[str, LowRank] = {}
         self.sensitivity: dict[int, Tensor] = {}
         self.batches: list[ActivationBatch] = []
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):

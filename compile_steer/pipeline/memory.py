@@ -85,7 +85,8 @@ class ModelSize:
     def closed_form(self, tokens: int) -> float:
         """Three hidden states a token; the sums of both halves in float64, and of solving five matrices of each kind more."""
         states = 3.0 * tokens * self.d_model * self.number_bytes
-        inputs = self.d_mlp + self.d_heads  # of both output projections together
+        # Of both output projections together, or of the MLP's beside its input.
+        inputs = self.d_mlp + max(self.d_heads, self.d_model)
         square, across = 8.0 * inputs**2, 8.0 * inputs * self.d_model
         fit = 2 * (square + across) + max(self.forward(min(tokens, BATCH_TOKENS)), 4 * square + 3 * across)
         return states + max(fit, self.comparison)

@@ -161,6 +161,10 @@ class Program:
         here = self.at_block(block)
         return bool(here) and all(one.operation == "add" and "all" in one.scopes for one in here)
 
+    def reads_stream(self, block: int) -> bool:
+        """Whether something that is changed in `block` depends on what the stream holds there."""
+        return any(one.operation != "add" for one in self.at_block(block))
+
     def scaled(self, factor: float, index: int | None = None) -> Program:
         """Multiply every coefficient, or only that of intervention `index`, by `factor`."""
         return self._map(lambda i: replace(i, coefficient=i.coefficient * factor), index)

@@ -44,6 +44,11 @@ def test_a_model_on_disk_gives_the_same_direction_and_closed_form(both: tuple[Lo
     assert {name.rsplit(".", 1)[-1] for name in edits} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
     for name, edit in edits.items():
         assert _apart(same[name].B @ same[name].A, edit.B @ edit.A) < 1e-6
+    ablation = canonical_program("llama", intervention("ablate", "resid_post", 1))
+    edits, same = (solve(m, ablation, [Stage(1, "both", 1)], fitted).low_rank for m in both)
+    assert edits["model.layers.1.mlp.up_proj"].rank == 2  # a pair of neurons, whose rows were read from the disk
+    for name, edit in edits.items():
+        assert _apart(same[name].B @ same[name].A, edit.B @ edit.A) < 1e-5
     states, same_states = (final_states(m, TEXTS, steering).response for m in both)
     assert _apart(states, same_states) < 1e-6
 

@@ -1,0 +1,134 @@
+"""A pair of neurons that reads the stream, for ablations and clamps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compile_steer.lowering import joint
+from compile_steer.lowering.block_pass import recorded
+from compile_steer.lowering.closed_form import Stage
+from compile_steer.lowering.neurons import GatedMLP, NeuronPair, Reader
+from compile_steer.lowering.projection import solve_projection
+from compile_steer.lowering.teacher_student import TeacherStudent
+from compile_steer.steering.low_rank import linear_shape
+from compile_steer.steering.patch import WeightPatch, with_patch
+from compile_steer.steering.sites import OperationName
+from tests.helpers.fitting import CALIBRATION, canonical_program, remaining_kl, solve, stages_of
+from tests.helpers.tiny import intervention, loaded
+
+LAYER = 1
+
+
+def models_at(family: str, operation: OperationName = "ablate") -> TeacherStudent:
+    steering = canonical_program(family, intervention(operation, "resid_post", LAYER))
+    models = TeacherStudent(steering, loaded(family), CALIBRATION, 4096, lambda _texts: None)
+    models.run_teacher(LAYER)
+    return models
+
+
+def mlp_of(models: TeacherStudent) -> GatedMLP | None:
+    return GatedMLP.of(models, LAYER, models.loaded.layout.output_projection(LAYER, "mlp").name)
+
+
+def down_input(models: TeacherStudent, mlp: GatedMLP, patch: WeightPatch) -> tuple[Tensor, Tensor]:
+    """What the MLP and its output projection read, [n, d_model] and [n, d_mlp]."""
+    activations = models.batches[0]
+    with (
+        recorded(models.loaded.layout.model, [mlp.gate.name, mlp.down]) as calls,
+        with_patch(models.loaded.model, patch),
+    ):
+        models.run_block(activations.batch, activations.student, LAYER)
+    return tuple(calls[name][0].flatten(0, -2) for name in (mlp.gate.name, mlp.down))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("family", "gate", "up"),
+    [
+        ("llama", Reader("mlp.gate_proj"), Reader("mlp.up_proj")),
+        ("granite", Reader("mlp.gate_proj"), Reader("mlp.up_proj")),
+        ("phi3", Reader("mlp.gate_up_proj"), Reader("mlp.gate_up_proj", 48)),
+    ],
+)
+def test_the_gate_is_told_by_what_the_mlp_computes(family: str, gate: Reader, up: Reader) -> None:
+    mlp = mlp_of(models_at(family))
+    assert mlp is not None
+    for found, expected in ((mlp.gate, gate), (mlp.up, up)):
+        assert found.name.endswith(expected.name)
+        assert found.first == expected.first
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi"])
+def test_an_mlp_without_a_gate_has_no_pair(family: str) -> None:
+    models = models_at(family)
+    assert mlp_of(models) is None
+    joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
+    assert not models.kept
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -> None:
+    models = models_at(family)
+    mlp = mlp_of(models)
+    assert mlp is not None
+    pair = NeuronPair.of(models, mlp, lambda _texts: None)
+    edits, without_columns = pair.edits(models, to_all=True)
+    first, second = without_columns.A.argmax(dim=1).tolist()
+    _z, plain = down_input(models, mlp, WeightPatch())
+    z, edited = down_input(models, mlp, WeightPatch(edits))
+    changed = (edited - plain).abs().amax(dim=0) > 1e-6
+    assert changed.nonzero().flatten().tolist() == sorted([first, second])
+    gate, read = (
+        models.loaded.layout.model.get_submodule(reader.name).weight[reader.first + first]
+        + (edits[reader.name].B @ edits[reader.name].A)[reader.first + first]
+        for reader in (mlp.gate, mlp.up)
+    )
+    product = (z @ gate) * (z @ read)
+    torch.testing.assert_close(edited[:, first] - edited[:, second], product, rtol=1e-3, atol=1e-4)
+    # Until the output projection is solved neither neuron writes anything.
+    down = models.loaded.layout.model.get_submodule(mlp.down)
+    left = down.weight + without_columns.B @ without_columns.A
+    assert float(left[:, [first, second]].detach().abs().max()) < 1e-6 * float(down.weight.detach().abs().max()) + 1e-7
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "phi3", "qwen3"])
+@pytest.mark.parametrize("operation", ["ablate", "clamp"])
+def test_less_is_left_than_by_the_projections_alone(family: str, operation: OperationName) -> None:
+    steering, tiny = canonical_program(family, intervention(operation, "resid_post", LAYER)), loaded(family)
+    stages = stages_of(tiny, steering)
+    assert [stage.projection for stage in stages[:2]] == ["both", "mlp"]
+    before = [Stage(LAYER, "mlp", 8), Stage(LAYER, "attn", 8), *stages[1:]]
+    new, old = (remaining_kl(tiny, steering, solve(tiny, steering, plan)) for plan in (stages, before))
+    assert new < 0.6 * old
+
+
+def test_the_pair_stays_when_the_projection_is_solved_again() -> None:
+    models = models_at("llama")
+    mlp = mlp_of(models)
+    assert mlp is not None
+    joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
+    kept = models.kept[mlp.down]
+    projection = models.loaded.layout.output_projection(LAYER, "mlp")
+    solve_projection(models, projection, 8, lambda _texts: None, print)
+    edit, (_d_model, d_mlp) = models.solved[mlp.down], linear_shape(projection.module)
+    assert edit.A.shape[1] == d_mlp
+    assert torch.equal(edit.B[:, :2], kept.B)
+    assert torch.equal(edit.A[:2], kept.A)
+
+
+def test_no_pair_is_taken_where_it_helps_nothing_on_texts_that_nothing_was_fitted_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models, errors = models_at("llama"), iter([1.0, 0.5])
+    monkeypatch.setattr(joint, "held_out_error", lambda *_args: next(errors))
+    joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
+    assert not models.kept
+    assert {name.rsplit(".", 1)[-1] for name in models.solved} == {"down_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("operation", ["add", "ablate"])
+def test_every_text_is_counted_four_times_whichever_way_is_taken(operation: OperationName) -> None:
+    models, counted = models_at("llama", operation), list[float]()
+    joint.solve_jointly(models, LAYER, 1, counted.append, print)
+    assert sum(counted) == 4 * len(CALIBRATION)
