@@ -33,7 +33,7 @@ from compile_steer.steering.low_rank import LowRank, linear_shape
 
 _SIZE = 30.0  # of the pair's mean square beside other neurons': a ridge takes next to nothing from what is larger
 _LEAST_USED = 32  # one pair in so many may be taken: two adapters in one block should not take the same
-_ROUNDING = 0.03  # relative, that the identity above may be missed by: bfloat16 misses it by a hundredth
+_ROUNDING = 0.03  # relative, that the identity above may be missed by: bfloat16 misses it by up to a hundredth
 
 Edits = dict[str, LowRank]
 
@@ -85,7 +85,7 @@ class GatedMLP:
             return {name: call[0 if name == down else 1].flatten(0, -2) for name, call in calls.items()}
 
         plain = run()
-        for gate, up in permutations(readers, 2):
+        for gate, up in permutations([reader for reader in readers if reader.name in plain], 2):
             product = gate.of(plain[gate.name], d_mlp) * up.of(plain[up.name], d_mlp)
             difference = plain[down] - run(gate)[down]
             if float((difference - product).norm()) <= _ROUNDING * float(product.norm()):
