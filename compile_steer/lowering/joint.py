@@ -16,13 +16,10 @@ the other, with a pair of the MLP's neurons that reads it (see `neurons`) where 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
 from compile_steer.common.distributed import count
 from compile_steer.common.progress import Advance
@@ -30,11 +27,12 @@ from compile_steer.lowering.block_pass import (
     error_weights,
     held_out_error,
     held_out_tokens,
+    products,
     real_tokens,
     recorded,
     run_student,
 )
-from compile_steer.lowering.neurons import Edits, GatedMLP, NeuronPair, relative_size
+from compile_steer.lowering.neurons import Edits, GatedMLP, NeuronPair
 from compile_steer.lowering.projection import solve_projection
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
@@ -71,15 +69,14 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
         note: told of an edit that is not used.
     """
     attn, mlp = (models.loaded.layout.output_projection(block, kind) for kind in KINDS)
-    readers = _readers(models, attn, mlp)
-    for name in (attn.name, mlp.name, *readers):
+    for name in models.loaded.layout.linears(block):
         models.solved.pop(name, None)
     models.kept.pop(mlp.name, None)
     gated = GatedMLP.of(models, block, mlp.name) if models.program.reads_stream(block) else None
     if gated:
         _solve_with_pair(models, attn, mlp, gated, rank, advance, note)
         return
-    earlier = models.solved
+    readers, earlier = _readers(models, attn, mlp), models.solved
     both = _Both.of(models, attn, mlp, advance)
 
     def together(*, to_all: bool) -> None:
@@ -148,14 +145,13 @@ class _Both:
     """The regression of what a block's output lacks on what both projections read.
 
     Attributes:
-        fitter: its inputs are the attention's, times `factors`, and then the MLP's.
-        factors: [d_attn + d_mlp].
+        fitter: its inputs are the attention's, times `factor`, and then the MLP's.
     """
 
     attn: OutputProjection
     mlp: OutputProjection
     fitter: RidgeFitter
-    factors: Tensor
+    factor: float
 
     @staticmethod
     def of(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection, advance: Advance) -> _Both:
@@ -169,18 +165,14 @@ class _Both:
             fitter.update(torch.cat(inputs, dim=1), tokens.missing, tokens.weight, tokens.held_out)
             advance(len(tokens.batch.rows) * count())
         fitter.exchange()
-        factors = torch.ones_like(fitter.train.G[0])
-        factors[:d_attn] = _ATTENTION * relative_size(fitter.train, slice(d_attn, None), slice(d_attn))
-        for statistics in (fitter.train, fitter.held_out):
-            statistics.scale(factors)
-        return _Both(attn, mlp, fitter, factors)
+        return _Both(attn, mlp, fitter, fitter.resize(slice(d_attn), slice(d_attn, None), _ATTENTION))
 
     def fit(self, rank: int, to_all: bool) -> Edits:
         """The edits of both that together write what is missing."""
         edit, _penalty, _helps = self.fitter.fit(rank, to_all=to_all)
-        A, d_attn = (edit.A * self.factors).float(), linear_shape(self.attn.module)[1]
-        parts = {self.attn.name: A[:, :d_attn], self.mlp.name: A[:, d_attn:]}
-        return {name: LowRank(edit.B.float(), part.contiguous()) for name, part in parts.items()}
+        d_attn = linear_shape(self.attn.module)[1]
+        parts = {self.attn.name: self.factor * edit.A[:, :d_attn], self.mlp.name: edit.A[:, d_attn:]}
+        return {name: LowRank(edit.B.float(), part.float().contiguous()) for name, part in parts.items()}
 
     def fit_mlp(self, rank: int, to_all: bool) -> Edits:
         """The edit of the MLP's that writes it alone."""
@@ -218,22 +210,4 @@ def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], adv
     if float(fitter.train.yy + fitter.held_out.yy) == 0.0:
         return {}  # the MLP stands beside the attention and reads nothing of it
     edit, _penalty, _helps = fitter.fit(min(_READERS_RANK, d_in), to_all=to_all)
-    return {name: LowRank(B, edit.A.float()) for name, B in _products(models, block, readers, edit.B.float()).items()}
-
-
-def _products(models: TeacherStudent, block: int, names: Sequence[str], B: Tensor) -> dict[str, Tensor]:
-    """W B of each module, [d_out, r] in float32, for B [d_in, r]: by its own code, whatever its weights are stored as."""
-    products: dict[str, Tensor] = {}
-
-    def multiply(name: str, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
-        rows = B.T.to(args[0])
-        products[name] = (module.forward(rows) - module.forward(torch.zeros_like(rows))).float().T.contiguous()
-
-    activations = models.batches[0]
-    # While the block runs, for there alone its weights are sure to be whole, and on this device.
-    with ExitStack() as stack, torch.no_grad():
-        for name in names:
-            module = models.loaded.layout.model.get_submodule(name)
-            stack.callback(module.register_forward_hook(partial(multiply, name)).remove)
-        models.run_block(activations.batch, activations.student, block)
-    return products
+    return {name: LowRank(B, edit.A.float()) for name, B in products(models, block, readers, edit.B.float()).items()}

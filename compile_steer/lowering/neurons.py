@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from compile_steer.common.distributed import count
 from compile_steer.common.progress import Advance
-from compile_steer.lowering.block_pass import recorded, run_student
-from compile_steer.lowering.regression import RidgeFitter, Statistics
+from compile_steer.lowering.block_pass import products, recorded, run_student
+from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank, linear_shape
 
@@ -132,13 +132,14 @@ class NeuronPair:
         gate, read = (norm * row / row.norm().clamp(min=1e-30) for row in (gate, read))
         least = sizes.argsort()[: 2 * max(1, d_mlp // (2 * _LEAST_USED))].view(-1, 2)
         neurons = least[int(models.program.sha256, 16) % len(least)]
-        rows, columns = _weights(models, self.mlp, neurons)
+        rows, picks = _rows(models, self.mlp, neurons), _units(neurons, d_mlp)
+        columns = products(models, self.mlp.block, [self.mlp.down], picks)[self.mlp.down]
         edits: Edits = {}
         for reader, new in ((self.mlp.gate, torch.cat([gate, -gate])), (self.mlp.up, torch.cat([read, read]))):
             shape = linear_shape(models.loaded.layout.model.get_submodule(reader.name))
             edit = LowRank(_units(neurons + reader.first, shape[0]), new - rows[reader])
             edits[reader.name] = edits[reader.name] + edit if reader.name in edits else edit
-        return edits, LowRank(-columns, _units(neurons, d_mlp).T.contiguous())
+        return edits, LowRank(-columns, picks.T.contiguous())
 
 
 def _units(numbers: Tensor, size: int) -> Tensor:
@@ -159,45 +160,24 @@ def _streamed(
         fitter.update(inputs, tokens.missing, tokens.weight, tokens.held_out)
         advance(len(tokens.batch.rows) * count())
     fitter.exchange()
-    factor = relative_size(fitter.train, slice(d_mlp), slice(d_mlp, None))
-    factors = torch.ones_like(fitter.train.G[0])
-    factors[d_mlp:] = factor
-    for statistics in (fitter.train, fitter.held_out):
-        statistics.scale(factors)
-    return fitter, factor
+    return fitter, fitter.resize(slice(d_mlp, None), slice(d_mlp))
 
 
-def relative_size(statistics: Statistics, own: slice, others: slice) -> float:
-    """The factor that makes inputs `others` as large in mean square as the inputs `own`; 1 where some are all zero."""
-    sizes = statistics.G.diagonal()
-    large, small = float(sizes[own].mean()), float(sizes[others].mean())
-    return (large / small) ** 0.5 if large and small else 1.0
+def _rows(models: TeacherStudent, mlp: GatedMLP, neurons: Tensor) -> dict[Reader, Tensor]:
+    """The neurons' rows of gate and up projection, [n, d_model]: by the modules' own code, as in `products`."""
+    rows: dict[Reader, Tensor] = {}
 
-
-def _weights(models: TeacherStudent, mlp: GatedMLP, neurons: Tensor) -> tuple[dict[Reader, Tensor], Tensor]:
-    """The neurons' rows of gate and up projection, [n, d_model], and their columns of the down projection, [d_model, n].
-
-    By the modules' own code, whatever their weights are stored as.
-    """
-    model, rows, columns = models.loaded.layout.model, dict[Reader, Tensor](), list[Tensor]()
-
-    def read_rows(reader: Reader, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+    def read(reader: Reader, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
         with torch.enable_grad():  # a row is the gradient of its output
             inputs = args[0].new_zeros(len(neurons), args[0].shape[-1], requires_grad=True)
             numbers = (neurons + reader.first).to(inputs.device)
             outputs = module.forward(inputs).gather(1, numbers.unsqueeze(1)).sum()
             rows[reader] = torch.autograd.grad(outputs, inputs)[0].float()
 
-    def read_columns(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
-        units = _units(neurons, args[0].shape[-1]).T.to(args[0])
-        columns.append((module.forward(units) - module.forward(torch.zeros_like(units))).float().T.contiguous())
-
     activations = models.batches[0]
-    # While the block runs, for there alone its weights are sure to be whole, and on this device.
     with ExitStack() as stack, torch.no_grad():
         for reader in (mlp.gate, mlp.up):
-            module = model.get_submodule(reader.name)
-            stack.callback(module.register_forward_hook(partial(read_rows, reader)).remove)
-        stack.callback(model.get_submodule(mlp.down).register_forward_hook(read_columns).remove)
+            module = models.loaded.layout.model.get_submodule(reader.name)
+            stack.callback(module.register_forward_hook(partial(read, reader)).remove)
         models.run_block(activations.batch, activations.student, mlp.block)
-    return rows, columns[0]
+    return rows

@@ -97,6 +97,17 @@ class RidgeFitter:
         for part in (self.train, self.held_out):
             sum_over_all(part.G, part.C, part.yy)
 
+    def resize(self, inputs: slice, others: slice, times: float = 1.0) -> float:
+        """Make `inputs` `times` as large in root mean square as `others`, if neither are all zero; returns their factor."""
+        sizes = self.train.G.diagonal()
+        own, other = float(sizes[inputs].mean()), float(sizes[others].mean())
+        factor = times * (other / own) ** 0.5 if own and other else 1.0
+        factors = torch.ones_like(sizes)
+        factors[inputs] = factor
+        for statistics in (self.train, self.held_out):
+            statistics.scale(factors)
+        return factor
+
     def part(self, inputs: slice) -> RidgeFitter:
         """A fitter that has streamed the same tokens with some of the inputs alone."""
         part = copy(self)

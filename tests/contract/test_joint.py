@@ -7,7 +7,7 @@ import torch
 
 from compile_steer.common.errors import CannotLower
 from compile_steer.lowering import joint, regression
-from compile_steer.lowering.block_pass import HELD_OUT_EVERY, held_out_error, recorded
+from compile_steer.lowering.block_pass import HELD_OUT_EVERY, held_out_error, products, recorded
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import transpose_conv1d
@@ -135,7 +135,7 @@ def test_the_product_of_a_matrix_is_that_of_its_weight(family: str) -> None:
     name = f"{layout.measured.blocks}.{LAYER}.mlp." + {"llama": "up_proj", "gpt2": "c_fc", "phi": "fc1"}[family]
     module = layout.model.get_submodule(name)
     B = torch.randn(layout.d_model, 3, generator=torch.Generator().manual_seed(0))
-    found = joint._products(models, LAYER, [name], B)[name]
+    found = products(models, LAYER, [name], B)[name]
     torch.testing.assert_close(found, transpose_conv1d(module, module.weight.detach()) @ B, rtol=1e-4, atol=1e-5)
 
 

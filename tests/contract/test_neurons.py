@@ -40,7 +40,7 @@ def down_input(models: TeacherStudent, mlp: GatedMLP, patch: WeightPatch) -> tup
         with_patch(models.loaded.model, patch),
     ):
         models.run_block(activations.batch, activations.student, LAYER)
-    return tuple(calls[name][0].flatten(0, -2) for name in (mlp.gate.name, mlp.down))  # type: ignore[return-value]
+    return calls[mlp.gate.name][0].flatten(0, -2), calls[mlp.down][0].flatten(0, -2)
 
 
 @pytest.mark.parametrize(
