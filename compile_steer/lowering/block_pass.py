@@ -83,11 +83,11 @@ def real_tokens(values: Tensor, real: Tensor) -> Tensor:
 
 def products(models: TeacherStudent, block: int, names: Sequence[str], B: Tensor) -> dict[str, Tensor]:
     """W B of each module, [d_out, r] in float32, for B [d_in, r]: by its own code, whatever its weights are stored as."""
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
 
     def multiply(name: str, module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
         rows = B.T.to(args[0])
-        found[name] = (module.forward(rows) - module.forward(torch.zeros_like(rows))).float().T.contiguous()
+        results[name] = (module.forward(rows) - module.forward(torch.zeros_like(rows))).float().T.contiguous()
 
     activations = models.batches[0]
     # While the block runs, for there alone its weights are sure to be whole, and on this device.
@@ -96,7 +96,7 @@ def products(models: TeacherStudent, block: int, names: Sequence[str], B: Tensor
             module = models.loaded.layout.model.get_submodule(name)
             stack.callback(module.register_forward_hook(partial(multiply, name)).remove)
         models.run_block(activations.batch, activations.student, block)
-    return found
+    return results
 
 
 def error_weights(activations: ActivationBatch, output: Tensor) -> Tensor:
