@@ -9,8 +9,9 @@ single tokens is averaged. But the MLP of the same block reads what the attentio
    that is to be taken away lies in their input, where it is easy to tell.
 
 Where the second fails, the two projections one after the other leave less: the MLP's first, so that the block's own nonlinearity
-hardly sees the attention's. So both ways are tried. A change that depends on what the stream holds is made by the two one after
-the other, with a pair of the MLP's neurons that reads it (see `neurons`) where that leaves less.
+hardly sees the attention's. So both ways are tried. A change that depends on what the stream holds, or on the token's role, is made
+by the two one after the other, with a pair of the MLP's neurons that reads it (see `stream_pair`, `role_pair`) where that leaves
+less.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from compile_steer.lowering.block_pass import (
     recorded,
     run_student,
 )
-from compile_steer.lowering.neurons import Edits, GatedMLP, NeuronPair
+from compile_steer.lowering.neurons import Edits, GatedMLP
 from compile_steer.lowering.projection import solve_projection
 from compile_steer.lowering.regression import RidgeFitter
+from compile_steer.lowering.role_pair import RolePair
+from compile_steer.lowering.stream_pair import StreamPair
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.layout import Layout, OutputProjection
 from compile_steer.steering.low_rank import LowRank, linear_shape
@@ -72,9 +75,9 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
     for name in models.loaded.layout.linears(block):
         models.solved.pop(name, None)
     models.kept.pop(mlp.name, None)
-    gated = GatedMLP.of(models, block, mlp.name) if models.program.reads_stream(block) else None
-    if gated:
-        _solve_with_pair(models, attn, mlp, gated, rank, advance, note)
+    pair = _pair(models, block, mlp, advance)
+    if pair:
+        _solve_with_pair(models, attn, mlp, pair, rank, advance, note)
         return
     readers, earlier = _readers(models, attn, mlp), models.solved
     both = _Both.of(models, attn, mlp, advance)
@@ -90,18 +93,26 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
     _solve_better(models, block, together, one_by_one)
 
 
+def _pair(models: TeacherStudent, block: int, mlp: OutputProjection, advance: Advance) -> StreamPair | RolePair | None:
+    """The pair of neurons that a change in `block` asks for; None where it asks for none or the MLP has no gate."""
+    scopes, reads_stream = models.program.adds_to(block), models.program.reads_stream(block)
+    gated = GatedMLP.of(models, block, mlp.name) if scopes or reads_stream else None
+    if gated is None:
+        return None
+    return RolePair.of(models, gated, scopes, advance) if scopes else StreamPair.of(models, gated, advance)
+
+
 def _solve_with_pair(
     models: TeacherStudent,
     attn: OutputProjection,
     mlp: OutputProjection,
-    gated: GatedMLP,
+    pair: StreamPair | RolePair,
     rank: int,
     advance: Advance,
     note: Callable[[str], None],
 ) -> None:
-    """The two projections one after the other, with a pair of neurons that reads the stream or, where that is better, without."""
+    """The two projections one after the other, with a pair of neurons or, where that is better, without."""
     earlier = models.solved
-    pair = NeuronPair.of(models, gated, advance)
 
     def solve(edits: Edits, kept: Edits, to_all: bool) -> None:
         models.solved, models.kept = {**earlier, **edits}, kept

@@ -165,6 +165,13 @@ class Program:
         """Whether something that is changed in `block` depends on what the stream holds there."""
         return any(one.operation != "add" for one in self.at_block(block))
 
+    def adds_to(self, block: int) -> frozenset[Scope]:
+        """The positions at which `block` adds a constant, where that is all it changes; empty for every token, or none."""
+        here = [one for one in self.at_block(block) if one in self.active]
+        scopes = {one.scopes for one in here}
+        alike = len(scopes) == 1 and all(one.operation == "add" for one in here)
+        return scopes.pop() if alike and "all" not in here[0].scopes else frozenset()
+
     def scaled(self, factor: float, index: int | None = None) -> Program:
         """Multiply every coefficient, or only that of intervention `index`, by `factor`."""
         return self._map(lambda i: replace(i, coefficient=i.coefficient * factor), index)

@@ -1,4 +1,4 @@
-"""A pair of neurons that reads the stream, for ablations and clamps."""
+"""Pairs of an MLP's neurons: one that reads the stream, for ablations and clamps, and one that tells roles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from compile_steer.lowering import joint
 from compile_steer.lowering.block_pass import recorded
 from compile_steer.lowering.closed_form import Stage
-from compile_steer.lowering.neurons import GatedMLP, NeuronPair, Reader
+from compile_steer.lowering.neurons import GatedMLP, Reader
 from compile_steer.lowering.projection import solve_projection
+from compile_steer.lowering.role_pair import RolePair
+from compile_steer.lowering.stream_pair import StreamPair
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
@@ -21,8 +23,8 @@ from tests.helpers.tiny import intervention, loaded
 LAYER = 1
 
 
-def models_at(family: str, operation: OperationName = "ablate") -> TeacherStudent:
-    steering = canonical_program(family, intervention(operation, "resid_post", LAYER))
+def models_at(family: str, operation: OperationName = "ablate", positions: str = "all") -> TeacherStudent:
+    steering = canonical_program(family, intervention(operation, "resid_post", LAYER, positions=positions))
     models = TeacherStudent(steering, loaded(family), CALIBRATION, 4096, lambda _texts: None)
     models.run_teacher(LAYER)
     return models
@@ -72,7 +74,7 @@ def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -
     models = models_at(family)
     mlp = mlp_of(models)
     assert mlp is not None
-    pair = NeuronPair.of(models, mlp, lambda _texts: None)
+    pair = StreamPair.of(models, mlp, lambda _texts: None)
     edits, without_columns = pair.edits(models, to_all=True)
     first, second = without_columns.A.argmax(dim=1).tolist()
     _z, plain = down_input(models, mlp, WeightPatch())
@@ -90,6 +92,43 @@ def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -
     down = models.loaded.layout.model.get_submodule(mlp.down)
     left = down.weight + without_columns.B @ without_columns.A
     assert float(left[:, [first, second]].detach().abs().max()) < 1e-6 * float(down.weight.detach().abs().max()) + 1e-7
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_difference_of_both_neurons_is_a_step_between_roles_that_no_linear_read_is(family: str) -> None:
+    models = models_at(family, "add", "response")
+    mlp = mlp_of(models)
+    assert mlp is not None
+    # Tokens that a plane parts, at all distances from it; the first input is nearly the same at each.
+    z = torch.randn(600, models.loaded.layout.d_model, generator=torch.Generator().manual_seed(0))
+    z[:, 0] = 1 + 0.02 * z[:, 0]
+    z = z[z[:, 1].abs() > 0.2]
+    chosen, every = z[:, 1] > 0, torch.ones(len(z))
+    sizes = torch.ones(linear_shape(models.loaded.layout.model.get_submodule(mlp.down))[1], dtype=torch.float64)
+    edits, without_columns = RolePair(mlp, z, every, chosen, every < 0, sizes).edits(models, to_all=True)
+    neurons = without_columns.A.argmax(dim=1)
+
+    def rows(reader: Reader) -> Tensor:
+        edit = edits[reader.name]
+        weights: Tensor = models.loaded.layout.model.get_submodule(reader.name).weight.detach() + edit.B @ edit.A
+        return weights[reader.first + neurons]
+
+    first, second = (torch.nn.functional.silu(z @ rows(mlp.gate).T) * (z @ rows(mlp.up).T)).T
+    step = (first - second) / (first - second)[chosen].median()
+    linear = z @ torch.linalg.lstsq(z, chosen.float().unsqueeze(1)).solution.squeeze(1)
+    errors = [float((read - chosen.float()).square().mean()) for read in (step, linear)]
+    assert errors[0] < 0.02
+    assert errors[1] > 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_less_is_left_of_responses_than_by_the_projections_alone(family: str) -> None:
+    tiny = loaded(family)
+    steering = canonical_program(family, intervention("add", "resid_post", LAYER, positions="response"))
+    stages = stages_of(tiny, steering)
+    before = [Stage(LAYER, "mlp", 8), Stage(LAYER, "attn", 8), *stages[1:]]
+    new, old = (remaining_kl(tiny, steering, solve(tiny, steering, plan)) for plan in (stages, before))
+    assert new < 0.95 * old
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "phi3", "qwen3"])
@@ -127,8 +166,8 @@ def test_no_pair_is_taken_where_it_helps_nothing_on_texts_that_nothing_was_fitte
     assert {name.rsplit(".", 1)[-1] for name in models.solved} == {"down_proj", "o_proj"}
 
 
-@pytest.mark.parametrize("operation", ["add", "ablate"])
-def test_every_text_is_counted_four_times_whichever_way_is_taken(operation: OperationName) -> None:
-    models, counted = models_at("llama", operation), list[float]()
+@pytest.mark.parametrize(("operation", "positions"), [("add", "all"), ("add", "response"), ("ablate", "all")])
+def test_every_text_is_counted_four_times_whichever_way_is_taken(operation: OperationName, positions: str) -> None:
+    models, counted = models_at("llama", operation, positions), list[float]()
     joint.solve_jointly(models, LAYER, 1, counted.append, print)
     assert sum(counted) == 4 * len(CALIBRATION)

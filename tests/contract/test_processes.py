@@ -16,12 +16,13 @@ from compile_steer.common.errors import LayoutError, RecipeError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import read_patch
 from compile_steer.lowering import distill
+from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.job import Lowering
 from compile_steer.lowering.options import CompileOptions, DistillOptions
 from compile_steer.pipeline.artifacts import artifacts, compile_program, verify
 from compile_steer.pipeline.run import Run
 from compile_steer.recipe import read_recipe
-from tests.helpers.fitting import canonical_program, job, random_texts
+from tests.helpers.fitting import canonical_program, job, random_texts, solve
 from tests.helpers.processes import run_in_processes
 from tests.helpers.small_run import prepare
 from tests.helpers.tiny import intervention, loaded
@@ -86,6 +87,22 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
             assert torch.allclose(
                 same_edits[name].B @ same_edits[name].A, delta, atol=4e-3 * float(delta.abs().max())
             ), name
+
+
+def test_a_pair_of_neurons_is_fitted_to_the_texts_of_both_processes() -> None:
+    changes = intervention("ablate"), intervention(positions="response")
+    programs = [canonical_program("llama", change) for change in changes]
+    alone = [solve(loaded("llama"), program, [Stage(1, "both", 1)]) for program in programs]
+
+    def in_two() -> None:
+        for program, patch in zip(programs, alone, strict=True):
+            same = solve(loaded("llama"), program, [Stage(1, "both", 1)]).low_rank
+            assert same.keys() == patch.low_rank.keys() > {"model.layers.1.mlp.gate_proj"}
+            for name, edit in patch.low_rank.items():
+                delta = edit.B @ edit.A
+                assert torch.dist(same[name].B @ same[name].A, delta) < 1e-3 * delta.norm(), name
+
+    assert run_in_processes(2, in_two) == [0, 0]
 
 
 def test_a_base_laid_over_two_processes_trains_as_one_does() -> None:

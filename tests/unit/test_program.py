@@ -217,3 +217,17 @@ def test_a_constant_is_what_is_added_to_every_token_alone() -> None:
     assert steering.at_block(1) == (added,) and steering.at_block(0) == ()
     assert [steering.adds_constant(block) for block in range(3)] == [False, True, False]
     assert not Program((added, answers), "m", "r").adds_constant(1)
+
+
+def test_where_a_constant_is_added_is_told_where_that_is_all_that_changes_in_the_block() -> None:
+    unit = torch.tensor([1.0, 0.0])
+    answers = Intervention(Site(1), "add", unit, positions="response")
+    others = {
+        "add": (Intervention(Site(1), "add", unit, positions="prompt"),),
+        "ablate": (Intervention(Site(1), "ablate", unit, positions="response"),),
+        "all": (Intervention(Site(1), "add", unit),),
+    }
+    assert [Program((answers,), "m", "r").adds_to(block) for block in range(3)] == [set(), {"response"}, set()]
+    assert Program((answers, answers), "m", "r").adds_to(1) == {"response"}
+    assert all(not Program((answers, *other), "m", "r").adds_to(1) for other in others.values())
+    assert not Program(others["all"], "m", "r").adds_to(1)
