@@ -22,21 +22,29 @@ SHORTEST = 16  # tokens; a text that is longer by itself stays as it is
 
 
 def in_contexts(
-    loaded: LoadedModel, texts: Sequence[Text], encoded: Sequence[Encoded], longest: int, seed: int
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    encoded: Sequence[Encoded],
+    longest: int,
+    seed: int,
+    *,
+    every_alone: bool = False,
 ) -> list[Encoded]:
     """Every second text alone, and the others joined to contexts of log-uniform lengths, at most `longest` tokens.
 
-    Each of these is in `_ROUNDS` contexts with others around it; its response is the last one or that of an earlier turn. The
+    Each of the others is in `_ROUNDS` contexts with others around it; its response is the last one or that of an earlier turn. The
     first context of a round is as long as it may be, for among so few none that is nearly so might be drawn. In every second
     context of several texts all but the last are no turns but plain text before its prompt, as a document is.
 
     Args:
         encoded: the texts' own tokens.
+        every_alone: these others too, besides their contexts.
     """
     longest, generator = min(longest, loaded.positions or longest), random.Random(seed)
     numbers = list(range(len(texts)))
     generator.shuffle(numbers)
-    contexts, others = [encoded[n] for n in numbers[::2]], numbers[1::2]
+    alone, others = numbers if every_alone else numbers[::2], numbers[1::2]
+    contexts = [encoded[n] for n in alone]
     for _round in range(_ROUNDS):
         generator.shuffle(others)
         waiting, length = list(others), float(longest)

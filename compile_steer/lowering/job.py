@@ -179,7 +179,9 @@ class Lowering:
             state.save([asdict(text) for text in written])
         responses = [response_text(self.loaded, text) for text in written]
         texts = [replace(text, response=response) for text, response in zip(by_length, responses, strict=True)]
-        return in_contexts(self.loaded, texts, written, self.options.calibration.max_context, self.seed + start)
+        longest, by_role = self.options.calibration.max_context, self.program.by_role
+        # An answer that a document quotes looks like one that is given: texts alone, where roles are plain, should not be few.
+        return in_contexts(self.loaded, texts, written, longest, self.seed + start, every_alone=by_role)
 
     def sample(
         self, prompts: Sequence[Encoded], program: Program | None, seed: int, advance: Advance = lambda _n: None

@@ -152,6 +152,11 @@ class Program:
         """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
         return min((i.site.changes_from for i in self.active), default=0)
 
+    @property
+    def by_role(self) -> bool:
+        """Whether some tokens are left alone for what they are in the conversation."""
+        return any("all" not in one.scopes for one in self.active)
+
     def at_block(self, block: int) -> tuple[Intervention, ...]:
         """The interventions that change what `block` computes."""
         return tuple(one for one in self.interventions if one.site.changes_from == block)

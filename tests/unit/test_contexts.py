@@ -52,6 +52,14 @@ def test_half_of_the_texts_stay_alone_and_the_others_are_in_contexts_of_many_len
     assert sorted(one.ids for one in joined(case.base, 16)[1]) == sorted(one.ids for one in alone)
 
 
+def test_every_text_may_stay_alone_too(case: VerifierCase) -> None:
+    alone, contexts = joined(case.base, 128)
+    more = in_contexts(case.base, TEXTS, alone, 128, 3, every_alone=True)
+    assert all(one in more for one in alone)
+    longer = [one for one in contexts if one not in alone]
+    assert longer and sorted(one.ids for one in more if one not in alone) == sorted(one.ids for one in longer)
+
+
 def test_without_conversations_all_but_the_last_are_documents_and_the_model_has_room() -> None:
     plain = loaded("llama")  # no chat template, 64 positions
     _alone, contexts = joined(plain, 2048)

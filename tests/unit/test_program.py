@@ -231,3 +231,4 @@ def test_where_a_constant_is_added_is_told_where_that_is_all_that_changes_in_the
     assert Program((answers, answers), "m", "r").adds_to(1) == {"response"}
     assert all(not Program((answers, *other), "m", "r").adds_to(1) for other in others.values())
     assert not Program(others["all"], "m", "r").adds_to(1)
+    assert Program((answers, *others["all"]), "m", "r").by_role and not Program(others["all"], "m", "r").by_role
