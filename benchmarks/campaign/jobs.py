@@ -183,16 +183,16 @@ def full(sound: kills.Sound) -> list[Job]:
 def short(sound: kills.Sound) -> list[Job]:
     """Always the same sample of it, without what depends on the moment."""
     return [
-        partial(soaked, 6),
+        partial(soaked, 4),
         beside,
-        partial(states, slice(3, None, 25)),
+        partial(states, slice(3, None, 50)),
         partial(points, [sound.points * n // 4 for n in (1, 2, 3)]),
         partial(troubles, slice(2, None, 7)),
         partial(tampered, slice(0, None, 8)),
         partial(attacked, slice(1, None, 6)),
         partial(processes, 1),
-        partial(inputs, slice(0, None, 2), 60),
-        partial(inputs, slice(1, None, 2), 60),
+        partial(inputs, slice(0, None, 2), 30),
+        partial(inputs, slice(1, None, 2), 30),
     ]
 
 

@@ -25,7 +25,7 @@ from compile_steer.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
-BLOCK_STEPS = 30
+BLOCK_STEPS = 10
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
 # of the score needs to be significant, and with 40 calibration prompts the closed form leaves 0.7 %; 12 texts of 24

@@ -1,4 +1,4 @@
-"""The verifier on the real model: planted faults are caught, and a sound artifact is not."""
+"""The verifier on the real model: planted faults are caught. That the sound artifacts pass, by more gates, test_run.py shows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from compile_steer.verification.reference import Reference
 from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
 
-# Of a merged model the smallest of each kind: larger ones fail on a tiny model (tests/unit/test_planted.py). All 31 are in
+# The smallest of each kind: what is further off (a flipped sign, an edit that is dropped or merged twice) differs by more in
+# the same measurements. Larger faults of a merged model fail on a tiny model (tests/unit/test_planted.py). All 31 are in
 # `python -m benchmarks.faults`.
 BIAS_FAULTS = {"one block late": planted.merged_elsewhere(1), "coefficient x1.1": planted.times_merged(1.1)}
-ADAPTER_FAULTS = {
-    "sign flipped": planted.scaled(-1.0),
-    "one block early": planted.moved(-1),
-    "coefficient x0.9": planted.scaled(0.9),
-    "dropped": planted.scaled(0.0),
-    "merged twice": planted.scaled(2.0),
-}
+ADAPTER_FAULTS = {"one block early": planted.moved(-1), "coefficient x0.9": planted.scaled(0.9)}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,3 @@ def test_faulty_adapter_fails(
     folder = faulty(run, run.paths.adapter("closed_form"), ADAPTER_FAULTS[fault], tmp_path / "faulty")
     parity = verified(run, reference, folder)
     assert not parity.passed and parity.reasons
-
-
-def test_sound_adapter_passes(without_extras: Run, reference: Reference) -> None:
-    assert verified(without_extras, reference, without_extras.paths.adapter("closed_form")).reasons == []
