@@ -26,9 +26,9 @@ from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.sites import Scope
 
 _SIZE = 3000.0  # of the mean square of the pair's step beside the neurons'
-_PENALTY = 3e-3  # of the squared norm of the log-odds' weights, for inputs with a mean square of 1
+_PENALTY = 1e-3  # of the squared norm of the log-odds' weights, for inputs with a mean square of 1
 _NEWTON_STEPS = 10  # the last ones change nothing that float32 holds
-_SHARPNESS, _HALF_WIDTH = 2.0, 4.0  # s is the log-odds times the first, b the second: rises from 0 to 1 within +-2
+_SHARPNESS, _HALF_WIDTH = 4.0, 8.0  # s is the log-odds times the first, b the second: rises from 0 to 1 within +-2
 
 
 @dataclass(frozen=True)
