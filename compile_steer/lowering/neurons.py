@@ -21,7 +21,6 @@ from compile_steer.lowering.block_pass import products, recorded
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank, linear_shape
 
-PAIR_SIZE = 30.0  # of a pair's mean square beside other neurons': a ridge takes next to nothing from what is larger
 _LEAST_USED = 32  # one pair in so many may be taken: two adapters in one block should not take the same
 _ROUNDING = 0.03  # relative, that a negated gate may be missed by: bfloat16 misses it by up to a hundredth
 

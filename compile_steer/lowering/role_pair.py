@@ -28,7 +28,10 @@ from compile_steer.steering.sites import Scope
 _SIZE = 3000.0  # of the mean square of the pair's step beside the neurons'
 _PENALTY = 1e-3  # of the squared norm of the log-odds' weights, for inputs with a mean square of 1
 _NEWTON_STEPS = 10  # the last ones change nothing that float32 holds
-_SHARPNESS, _HALF_WIDTH = 4.0, 8.0  # s is the log-odds times the first, b the second: rises from 0 to 1 within +-2
+_SHARPNESS, _HALF_WIDTH = (
+    4.0,
+    8.0,
+)  # s is the log-odds times the first, b the second: a rise between log-odds of -2 and 2
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,8 @@ class RolePair:
             tokens.append((own.calls[mlp.gate.name].input, own.weight, in_scope(roles, scopes), own.held_out))
             sizes.append(own.weight @ own.calls[mlp.down].input.square())
             advance(2 * len(own.batch.rows) * count())
-        total = torch.stack(sizes).double().sum(dim=0)
-        sum_over_all(total)
         z, weight, chosen, held_out = (torch.cat(parts) for parts in zip(*tokens, strict=True))
-        return RolePair(mlp, z, weight, chosen, held_out, total)
+        return RolePair(mlp, z, weight, chosen, held_out, _summed(torch.stack(sizes).double().sum(dim=0)))
 
     def edits(self, models: TeacherStudent, *, to_all: bool) -> tuple[Edits, LowRank]:
         """The edits that make the pair (see `take_neurons`)."""
@@ -69,15 +70,14 @@ class RolePair:
         one = self._constant(weight)
         middle, half = _SHARPNESS * self._log_odds(weight), _HALF_WIDTH * one
         # As large beside the other neurons as a step from 0 to 1 that is large beside them.
-        stepped = (self.weight * self.chosen).sum().double()
-        sum_over_all(stepped)
-        size = (_SIZE * float(self.sizes.mean()) / max(float(stepped), 1e-30)) ** 0.5
+        stepped = float(_summed((self.weight * self.chosen).sum()))
+        size = (_SIZE * float(self.sizes.mean()) / max(stepped, 1e-30)) ** 0.5
         gates, read = torch.stack([middle + half, middle - half]), size / (2 * _HALF_WIDTH) * one
         return take_neurons(models, self.mlp, self.sizes, gates, torch.stack([read, read]))
 
     def _constant(self, weight: Tensor) -> Tensor:
         """Least squares of 1, [d_model]: the read that is the same at every token."""
-        gram, (first,) = self._gram(weight), _summed(weight @ self.z)
+        gram, first = self._gram(weight), _summed(weight @ self.z)
         constant: Tensor = torch.linalg.solve(gram + _PENALTY * _mean_square(gram), first)
         return constant.float()
 
@@ -87,20 +87,21 @@ class RolePair:
         solution = torch.zeros_like(penalty[0])
         for _step in range(_NEWTON_STEPS):
             likely = torch.sigmoid(self.z @ solution.float())
-            (slope,) = _summed((weight * (likely - self.chosen.float())) @ self.z)
+            slope = _summed((weight * (likely - self.chosen.float())) @ self.z)
             curvature = self._gram(weight * likely * (1 - likely)) + penalty
             solution = solution - torch.linalg.solve(curvature, slope + penalty @ solution)
         return solution.float()
 
     def _gram(self, weight: Tensor) -> Tensor:
         """sum w z z^T over the tokens of all processes, [d_model, d_model] in float64."""
-        return _summed((self.z * weight.unsqueeze(1)).T @ self.z)[0]
+        return _summed((self.z * weight.unsqueeze(1)).T @ self.z)
 
 
-def _summed(*values: Tensor) -> tuple[Tensor, ...]:
-    totals = tuple(value.double() for value in values)
-    sum_over_all(*totals)
-    return totals
+def _summed(value: Tensor) -> Tensor:
+    """The sum over all processes, in float64."""
+    total = value.double()
+    sum_over_all(total)
+    return total
 
 
 def _mean_square(gram: Tensor) -> Tensor:

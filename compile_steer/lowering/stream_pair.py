@@ -23,10 +23,12 @@ from torch import Tensor
 from compile_steer.common.distributed import count
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.block_pass import run_student
-from compile_steer.lowering.neurons import PAIR_SIZE, Edits, GatedMLP, take_neurons
+from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank, linear_shape
+
+_SIZE = 30.0  # of the pair's mean square beside other neurons': a ridge takes next to nothing from what is larger
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class StreamPair:
         written, sizes = float(own @ total.G[d_mlp:, d_mlp:] @ own.T), total.G.diagonal()[:d_mlp]
         gate, read = self.factor * own.float(), self.read
         # Rows of one norm, and a pair that is large beside the other neurons.
-        size = (PAIR_SIZE * float(sizes.mean()) / max(written, 1e-30)) ** 0.5
+        size = (_SIZE * float(sizes.mean()) / max(written, 1e-30)) ** 0.5
         norm = (size * float(gate.norm()) * float(read.norm())) ** 0.5
         gate, read = (norm * row / row.norm().clamp(min=1e-30) for row in (gate, read))
         return take_neurons(models, self.mlp, sizes, torch.cat([gate, -gate]), torch.cat([read, read]))
