@@ -28,10 +28,8 @@ from compile_steer.steering.sites import Scope
 _SIZE = 3000.0  # of the mean square of the pair's step beside the neurons'
 _PENALTY = 1e-3  # of the squared norm of the log-odds' weights, for inputs with a mean square of 1
 _NEWTON_STEPS = 10  # the last ones change nothing that float32 holds
-_SHARPNESS, _HALF_WIDTH = (
-    4.0,
-    8.0,
-)  # s is the log-odds times the first, b the second: a rise between log-odds of -2 and 2
+_SHARPNESS = 4.0  # s is the log-odds times this
+_HALF_WIDTH = 8.0  # b: the step rises between log-odds of -2 and 2
 
 
 @dataclass(frozen=True)
@@ -67,23 +65,23 @@ class RolePair:
     def edits(self, models: TeacherStudent, *, to_all: bool) -> tuple[Edits, LowRank]:
         """The edits that make the pair (see `take_neurons`)."""
         weight = self.weight if to_all else self.weight * ~self.held_out
-        one = self._constant(weight)
-        middle, half = _SHARPNESS * self._log_odds(weight), _HALF_WIDTH * one
+        gram = self._gram(weight)
+        constant = self._constant(weight, gram)
+        middle, half = _SHARPNESS * self._log_odds(weight, gram), _HALF_WIDTH * constant
         # As large beside the other neurons as a step from 0 to 1 that is large beside them.
         stepped = float(_summed((self.weight * self.chosen).sum()))
         size = (_SIZE * float(self.sizes.mean()) / max(stepped, 1e-30)) ** 0.5
-        gates, read = torch.stack([middle + half, middle - half]), size / (2 * _HALF_WIDTH) * one
+        gates, read = torch.stack([middle + half, middle - half]), size / (2 * _HALF_WIDTH) * constant
         return take_neurons(models, self.mlp, self.sizes, gates, torch.stack([read, read]))
 
-    def _constant(self, weight: Tensor) -> Tensor:
+    def _constant(self, weight: Tensor, gram: Tensor) -> Tensor:
         """Least squares of 1, [d_model]: the read that is the same at every token."""
-        gram, first = self._gram(weight), _summed(weight @ self.z)
-        constant: Tensor = torch.linalg.solve(gram + _PENALTY * _mean_square(gram), first)
+        constant: Tensor = torch.linalg.solve(gram + _PENALTY * _mean_square(gram), _summed(weight @ self.z))
         return constant.float()
 
-    def _log_odds(self, weight: Tensor) -> Tensor:
+    def _log_odds(self, weight: Tensor, gram: Tensor) -> Tensor:
         """Logistic regression of the role, [d_model], by Newton's method."""
-        penalty = 2 * _PENALTY * _mean_square(self._gram(weight))
+        penalty = 2 * _PENALTY * _mean_square(gram)
         solution = torch.zeros_like(penalty[0])
         for _step in range(_NEWTON_STEPS):
             likely = torch.sigmoid(self.z @ solution.float())
