@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from compile_steer.artifacts.provenance import Provenance
+from compile_steer.models.logprobs import final_states
+from compile_steer.models.reload import reload
 from compile_steer.pipeline.artifacts import make_reference
 from compile_steer.pipeline.run import Run
 from compile_steer.verification.parity import Parity
@@ -16,11 +18,15 @@ from compile_steer.verification.reference import Reference
 from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
 
-# The smallest of each kind: what is further off (a flipped sign, an edit that is dropped or merged twice) differs by more in
-# the same measurements. Larger faults of a merged model fail on a tiny model (tests/unit/test_planted.py). All 31 are in
-# `python -m benchmarks.faults`.
+# The smallest of each kind. Larger ones of a merged model fail on a tiny model (tests/unit/test_planted.py), those of an adapter
+# by the first gate, of the remaining KL. All 31 are in `python -m benchmarks.faults`.
 BIAS_FAULTS = {"one block late": planted.merged_elsewhere(1), "coefficient x1.1": planted.times_merged(1.1)}
 ADAPTER_FAULTS = {"one block early": planted.moved(-1), "coefficient x0.9": planted.scaled(0.9)}
+LARGER_FAULTS = {
+    "sign flipped": planted.scaled(-1.0),
+    "dropped": planted.scaled(0.0),
+    "merged twice": planted.scaled(2.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +65,14 @@ def test_faulty_adapter_fails(
     folder = faulty(run, run.paths.adapter("closed_form"), ADAPTER_FAULTS[fault], tmp_path / "faulty")
     parity = verified(run, reference, folder)
     assert not parity.passed and parity.reasons
+
+
+@pytest.mark.parametrize("fault", LARGER_FAULTS)
+def test_a_larger_fault_leaves_more_than_the_gate_allows(
+    without_extras: Run, reference: Reference, tmp_path: Path, fault: str
+) -> None:
+    run = without_extras
+    folder = faulty(run, run.paths.adapter("closed_form"), LARGER_FAULTS[fault], tmp_path / "faulty")
+    artifact = reload(folder, run.model)
+    kl = reference.kl_from_steered(artifact, final_states(artifact, reference.heldout))
+    assert kl.mean > reference.options.gates.kl_remaining * reference.kl_base.mean
