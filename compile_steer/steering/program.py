@@ -172,7 +172,7 @@ class Program:
 
     def adds_to(self, block: int) -> frozenset[Scope]:
         """The positions at which `block` adds a constant, where that is all it changes; empty for every token, or none."""
-        here = [one for one in self.at_block(block) if one in self.active]
+        here = self.at_block(block)
         scopes = {one.scopes for one in here}
         alike = len(scopes) == 1 and all(one.operation == "add" for one in here)
         return scopes.pop() if alike and "all" not in here[0].scopes else frozenset()
