@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from compile_steer.common.distributed import count
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.block_pass import HELD_OUT_EVERY
@@ -43,11 +44,15 @@ Refine = Callable[[TeacherStudent, int, Advance], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """One regression: an output projection of block `layer`, or both together, cut to `rank`."""
+    """One regression: an output projection of block `layer`, or both together, cut to `rank`.
+
+    `correction`: of what others leave over; not solved where that is next to nothing.
+    """
 
     layer: int
     projection: ProjectionKind | Literal["both"]
     rank: int
+    correction: bool = False
 
     @property
     def kinds(self) -> tuple[ProjectionKind, ...]:
@@ -84,30 +89,31 @@ def lower(
         stages = plan_stages(program, loaded.layout, lowering.options.closed_form)
     _require_stages(stages, loaded.layout)
     with lowering.progress.phase(name, len(texts) * (1 + sum(map(_passes, stages))) + refine_steps) as advance:
-        models = TeacherStudent(program, loaded, texts, max_tokens, advance)
+        models = TeacherStudent(program, loaded, texts, max_tokens, advance, lowering.options.dial)
         # A run that was killed goes on after the last block that it solved.
         blocks = sorted({stage.layer for stage in stages if _normed(loaded.layout, stage)})
         models.sensitivity = measure_sensitivity(program, loaded, texts, blocks, lowering.seed)
         state = lowering.state(name, stages, texts, max_tokens, lowering.options)
-        saved = state.load() or {"next": 0, "solved": {}, "curves": {}}
+        saved = state.load() or {"next": 0, "solved": {}, "curves": {}, "exact": []}
         models.solved = {module: LowRank(*factors).to(loaded.device) for module, factors in saved["solved"].items()}
+        models.exact.update(saved["exact"])
         lowering.curves.update(saved["curves"])
         last = max(stage.layer for stage in stages)
         for block in range(program.first_layer, last + 1):
             models.run_teacher(block)
             if block >= saved["next"]:
                 for stage in (stage for stage in stages if stage.layer == block):
-                    if stage.projection == "both":
-                        solve_jointly(models, block, stage.rank, advance, lowering.progress.note)
-                    else:
-                        projection = loaded.layout.output_projection(block, stage.projection)
-                        solve_projection(models, projection, stage.rank, advance, lowering.progress.note)
+                    _solve(models, stage, advance, lowering.progress.note)
                 if refine is not None:
                     refine(models, block, advance)
                 factors = {module: (edit.B, edit.A) for module, edit in models.solved.items()}
-                state.save({"next": block + 1, "solved": factors, "curves": lowering.curves})
-            if block < last:
-                models.run_student(block)
+                exact = sorted(models.exact)
+                state.save({"next": block + 1, "solved": factors, "curves": lowering.curves, "exact": exact})
+            above = [stage for stage in stages if stage.layer > block]
+            if all(_nothing_left(models, stage) for stage in above):
+                advance(len(texts) * sum(map(_passes, above)))
+                break
+            models.run_student(block)
     if not _helps(models, texts, max_tokens):
         models.solved.clear()
     if not models.solved:
@@ -118,14 +124,32 @@ def lower(
     return models.patch
 
 
+def _solve(models: TeacherStudent, stage: Stage, advance: Advance, note: Callable[[str], None]) -> None:
+    """Solve one stage in the student's current block."""
+    if _nothing_left(models, stage):
+        advance(count() * sum(len(activations.batch.rows) for activations in models.batches))
+    elif stage.projection == "both":
+        solve_jointly(models, stage.layer, stage.rank, advance, note)
+    else:
+        solve_projection(
+            models, models.loaded.layout.output_projection(stage.layer, stage.projection), stage.rank, advance, note
+        )
+
+
+def _nothing_left(models: TeacherStudent, stage: Stage) -> bool:
+    """Whether the stage would correct what the program's blocks up to its own have left, and they have left next to nothing."""
+    changed = {i.site.changes_from for i in models.program.interventions}
+    return stage.correction and models.exact >= {block for block in changed if block <= stage.layer}
+
+
 def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) -> list[Stage]:
     """The recipe's stages, or by default those of each intervened block, then those of the next few.
 
     In an intervened block both output projections make the change together (see `joint`), and the MLP's is solved again for what
-    is left. Where they cannot, the MLP's projection comes first and makes the change; the attention's corrects a small rest,
-    which the block's own nonlinearity hardly sees (the other way round the MLP would answer to the whole change); then
-    the first is solved again beside it. A change of what the attention writes is made there, and the MLP's projection
-    corrects the MLP's answer to it.
+    is left, if that is more than next to nothing. Where they cannot, the MLP's projection comes first and makes the change; the
+    attention's corrects a small rest, which the block's own nonlinearity hardly sees (the other way round the MLP would answer to
+    the whole change); then the first is solved again beside it. A change of what the attention writes is made there, and the
+    MLP's projection corrects the MLP's answer to it.
     """
     if options.stages is not None:
         return [Stage(program.first_layer + s.offset, s.projection, s.rank) for s in options.stages]
@@ -136,7 +160,7 @@ def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) ->
         here = program.at_block(block)
         # The target of a constant shift is one vector.
         rank = 1 if program.adds_constant(block) else _CORRECTION_RANK
-        order = [Stage(block, "attn", _CORRECTION_RANK), Stage(block, "mlp", _CORRECTION_RANK)]
+        order = [Stage(block, kind, _CORRECTION_RANK, correction=True) for kind in KINDS]
         if any(i.site.point == "attn_out" for i in here):
             order[0] = Stage(block, "attn", rank)
         elif here and has_both(layout, block):

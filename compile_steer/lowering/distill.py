@@ -116,7 +116,9 @@ def fit_blocks(lowering: Lowering) -> WeightPatch:
     intervened = {i.site.changes_from for i in lowering.program.interventions}
 
     def refine(models: TeacherStudent, block: int, advance: Advance) -> None:
-        if block in intervened and options.block_steps > 0:
+        if block in models.exact:
+            advance(options.block_steps)
+        elif block in intervened and options.block_steps > 0:
             lowering.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
 
     return closed_form.lower(

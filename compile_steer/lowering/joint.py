@@ -9,15 +9,18 @@ single tokens is averaged. But the MLP of the same block reads what the attentio
    that is to be taken away lies in their input, where it is easy to tell.
 
 Where the second fails, the two projections one after the other leave less: the MLP's first, so that the block's own nonlinearity
-hardly sees the attention's. So both ways are tried. A change that depends on what the stream holds, or on the token's role, is made
-by the two one after the other, with a pair of the MLP's neurons that reads it (see `stream_pair`, `role_pair`) where that leaves
-less.
+hardly sees the attention's. So both ways are tried.
+
+Before both, neurons of the MLP are tried, which compute what no linear read does: a constant by itself (see `constant_neuron`), or a
+pair that reads the stream or the token's role, with the two projections one after the other (see `stream_pair`, `role_pair`). Three
+matrices change together there, so the artifact's scale is no dial.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -33,6 +36,7 @@ from compile_steer.lowering.block_pass import (
     recorded,
     run_student,
 )
+from compile_steer.lowering.constant_neuron import ConstantNeuron
 from compile_steer.lowering.neurons import Edits, GatedMLP
 from compile_steer.lowering.projection import solve_projection
 from compile_steer.lowering.regression import RidgeFitter
@@ -46,6 +50,9 @@ from compile_steer.steering.patch import with_patch
 
 _ATTENTION = 3.0  # the size of the attention's inputs beside the MLP's: a ridge takes less from what is larger
 _READERS_RANK = 8
+
+
+_ENOUGH = 0.01  # of the error without an edit: where neurons leave less, nothing else is tried
 
 
 class _Way(Protocol):
@@ -64,80 +71,105 @@ def has_both(layout: Layout, block: int) -> bool:
 def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advance, note: Callable[[str], None]) -> None:
     """Give the student the edits of both output projections of a block and of what its MLP reads by, in the place of earlier ones.
 
-    Of two ways (see above) the one that leaves the smaller error of the block's output on texts that neither was fitted to.
+    Of several ways (see above) the one that leaves the smallest error of the block's output on texts that none was fitted to.
 
     Args:
         rank: of what both projections write together.
-        advance: called four times for each text.
+        advance: called with four times the number of texts in all.
         note: told of an edit that is not used.
     """
     attn, mlp = (models.loaded.layout.output_projection(block, kind) for kind in KINDS)
     for name in models.loaded.layout.linears(block):
         models.solved.pop(name, None)
-    models.kept.pop(mlp.name, None)
-    pair = _pair(models, block, mlp, advance)
-    if pair:
-        _solve_with_pair(models, attn, mlp, pair, rank, advance, note)
-        return
-    readers, earlier = _readers(models, attn, mlp), models.solved
-    both = _Both.of(models, attn, mlp, advance)
-
-    def together(*, to_all: bool) -> None:
-        models.solved = {**earlier, **both.fit(rank, to_all)}
-        models.solved = {**models.solved, **_fit_readers(models, block, readers, advance, to_all)}
-
-    def one_by_one(*, to_all: bool) -> None:
-        models.solved = {**earlier, **both.fit_mlp(rank, to_all)}
-        solve_projection(models, attn, rank, advance, note, to_all=to_all)
-
-    _solve_better(models, block, together, one_by_one)
-
-
-def _pair(models: TeacherStudent, block: int, mlp: OutputProjection, advance: Advance) -> StreamPair | RolePair | None:
-    """The pair of neurons that a change in `block` asks for; None where it asks for none or the MLP has no gate."""
-    scopes, reads_stream = models.program.adds_to(block), models.program.reads_stream(block)
-    gated = GatedMLP.of(models, block, mlp.name) if scopes or reads_stream else None
-    if gated is None:
-        return None
-    return RolePair.of(models, gated, scopes, advance) if scopes else StreamPair.of(models, gated, advance)
-
-
-def _solve_with_pair(
-    models: TeacherStudent,
-    attn: OutputProjection,
-    mlp: OutputProjection,
-    pair: StreamPair | RolePair,
-    rank: int,
-    advance: Advance,
-    note: Callable[[str], None],
-) -> None:
-    """The two projections one after the other, with a pair of neurons or, where that is better, without."""
-    earlier = models.solved
-
-    def solve(edits: Edits, kept: Edits, to_all: bool) -> None:
-        models.solved, models.kept = {**earlier, **edits}, kept
-        step: Advance = advance if to_all else (lambda _texts: None)  # the better way's alone are counted
-        for projection in (mlp, attn):
-            solve_projection(models, projection, rank, step, note, to_all=to_all)
-
-    def with_pair(*, to_all: bool) -> None:
-        edits, without_columns = pair.edits(models, to_all=to_all)
-        solve(edits, {mlp.name: without_columns}, to_all)
-
-    def without_pair(*, to_all: bool) -> None:
-        solve({}, {}, to_all)
-
-    _solve_better(models, attn.layer, with_pair, without_pair)
-
-
-def _solve_better(models: TeacherStudent, block: int, one: _Way, other: _Way) -> None:
-    """Solve by the way that leaves the smaller error on texts that neither was fitted to, and then for all texts."""
-    errors = []
-    for way in (one, other):
+    ways = _Ways(models, attn, mlp, rank, note, dict(models.solved))
+    neurons = _neurons(models, block, mlp)
+    tried: list[_Way] = [ways.together, ways.one_by_one]
+    if isinstance(neurons, ConstantNeuron):
+        tried.insert(0, partial(ways.with_constant, neurons))
+    elif neurons:
+        tried.insert(0, partial(ways.with_pair, neurons))
+    n_texts = count() * sum(len(activations.batch.rows) for activations in models.batches)
+    enough = _ENOUGH * held_out_error(models, block, models.patch) if neurons else 0.0
+    errors: list[float] = []
+    for way in tried:
         way(to_all=False)
         errors.append(held_out_error(models, block, models.patch))
-    better = one if errors[0] < errors[1] else other
-    better(to_all=True)
+        advance(n_texts)
+        if errors[0] < enough:
+            models.exact.add(block)
+            break
+    tried[errors.index(min(errors))](to_all=True)
+    advance((4 - len(errors)) * n_texts)
+
+
+def _neurons(
+    models: TeacherStudent, block: int, mlp: OutputProjection
+) -> ConstantNeuron | StreamPair | RolePair | None:
+    """The neurons that a change in `block` asks for; None where the artifact's scale is to be a dial or the MLP has no gate."""
+    program = models.program
+    gated = None if models.dial or not program.at_block(block) else GatedMLP.of(models, block, mlp.name)
+    if gated is None:
+        return None
+    if program.reads_stream(block):
+        return StreamPair.of(models, gated)
+    if program.adds_constant(block):
+        return ConstantNeuron.of(models, gated)
+    scopes = program.adds_to(block)
+    return RolePair.of(models, gated, scopes) if scopes else None
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """The ways to solve a block, each of which replaces the student's edits there.
+
+    Attributes:
+        earlier: the student's edits of other blocks.
+    """
+
+    models: TeacherStudent
+    attn: OutputProjection
+    mlp: OutputProjection
+    rank: int
+    note: Callable[[str], None]
+    earlier: Edits
+
+    @cached_property
+    def _both(self) -> _Both:
+        self._give({}, {})
+        return _Both.of(self.models, self.attn, self.mlp)
+
+    def together(self, *, to_all: bool) -> None:
+        """Both projections together, then what its MLP reads by."""
+        models, found = self.models, self._both.fit(self.rank, to_all)
+        self._give(found, {})
+        self._give(
+            {**found, **_fit_readers(models, self.attn.layer, _readers(models, self.attn, self.mlp), to_all)}, {}
+        )
+
+    def one_by_one(self, *, to_all: bool) -> None:
+        """The MLP's projection, then the attention's."""
+        self._give(self._both.fit_mlp(self.rank, to_all), {})
+        self._solve(self.attn, to_all)
+
+    def with_constant(self, neuron: ConstantNeuron, *, to_all: bool) -> None:
+        """A neuron that writes the constant, and nothing else."""
+        edits, column = neuron.edits(self.models, to_all=to_all)
+        self._give({**edits, self.mlp.name: column}, {})
+        column = LowRank(column.B + neuron.column(self.models, column.A, to_all=to_all), column.A)
+        self._give({**edits, self.mlp.name: column}, {self.mlp.name: column})
+
+    def with_pair(self, pair: StreamPair | RolePair, *, to_all: bool) -> None:
+        """A pair of neurons that reads what the projections do not, then the two one after the other."""
+        edits, without_columns = pair.edits(self.models, to_all=to_all)
+        self._give(edits, {self.mlp.name: without_columns})
+        for projection in (self.mlp, self.attn):
+            self._solve(projection, to_all)
+
+    def _give(self, edits: Edits, kept: Edits) -> None:
+        self.models.solved, self.models.kept = {**self.earlier, **edits}, kept
+
+    def _solve(self, projection: OutputProjection, to_all: bool) -> None:
+        solve_projection(self.models, projection, self.rank, lambda _texts: None, self.note, to_all=to_all)
 
 
 def _readers(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection) -> list[str]:
@@ -165,7 +197,7 @@ class _Both:
     factor: float
 
     @staticmethod
-    def of(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection, advance: Advance) -> _Both:
+    def of(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection) -> _Both:
         """Run the student through the block and add up its tokens."""
         layout = models.loaded.layout
         (_, d_attn), (_, d_mlp) = (linear_shape(projection.module) for projection in (attn, mlp))
@@ -174,7 +206,6 @@ class _Both:
             # What a projection writes reaches the stream times its multiplier.
             inputs = [layout.sublayer(p.layer, p.kind).multiplier * tokens.calls[p.name].input for p in (attn, mlp)]
             fitter.update(torch.cat(inputs, dim=1), tokens.missing, tokens.weight, tokens.held_out)
-            advance(len(tokens.batch.rows) * count())
         fitter.exchange()
         return _Both(attn, mlp, fitter, fitter.resize(slice(d_attn), slice(d_attn, None), _ATTENTION))
 
@@ -192,15 +223,13 @@ class _Both:
         return {self.mlp.name: LowRank(edit.B.float(), edit.A.float())}
 
 
-def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], advance: Advance, to_all: bool) -> Edits:
+def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], to_all: bool) -> Edits:
     """Edits W P of the matrices W that read the MLP's input z, with z + P z as near as may be to the steered model's z.
 
     P is found once for all of them. Where the program's strength is a factor of what it adds, at strengths of 1 and -1: an
     edit that reads the change itself would be of second order in it, and the artifact's scale no dial.
     """
     if not readers:
-        for activations in models.batches:
-            advance(len(activations.batch.rows) * count())
         return {}
     layout = models.loaded.layout
     _d_out, d_in = linear_shape(layout.model.get_submodule(readers[0]))
@@ -216,7 +245,6 @@ def _fit_readers(models: TeacherStudent, block: int, readers: Sequence[str], adv
             z, target = (real_tokens(value, activations.real) for value in (found, wanted))
             weight, held_out = error_weights(activations, output), held_out_tokens(activations)
             fitter.update(z, (target - z) / strength, weight, held_out)
-        advance(len(activations.batch.rows) * count())
     fitter.exchange()
     if float(fitter.train.yy + fitter.held_out.yy) == 0.0:
         return {}  # the MLP stands beside the attention and reads nothing of it

@@ -1,7 +1,7 @@
-"""A gated MLP, and two of its neurons taken for another use.
+"""A gated MLP, and some of its neurons taken for another use.
 
-In y = W_down (act(W_gate z) * (W_up z)) a neuron is a row of W_gate, one of W_up and a column of W_down. Two that are hardly used get
-rows of their own here; what they write is found by the regression that solves W_down.
+In y = W_down (act(W_gate z) * (W_up z)) a neuron is a row of W_gate, one of W_up and a column of W_down. Those that are hardly used
+get rows of their own here; what they write is found by the regression that solves W_down.
 
 The artifact's scale is no dial then: what such neurons compute is no multiple of it.
 """
@@ -21,7 +21,7 @@ from compile_steer.lowering.block_pass import products, recorded
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank, linear_shape
 
-_LEAST_USED = 32  # one pair in so many may be taken: two adapters in one block should not take the same
+_LEAST_USED = 32  # one neuron in so many may be taken: two adapters in one block should not take the same
 _ROUNDING = 0.03  # relative, that a negated gate may be missed by: bfloat16 misses it by up to a hundredth
 
 Edits = dict[str, LowRank]
@@ -41,12 +41,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The matrices of a block's MLP; gate and up may be halves of one module."""
+    """The matrices of a block's MLP of `width` neurons; gate and up may be halves of one module."""
 
     block: int
     gate: Reader
     up: Reader
     down: str
+    width: int
 
     @staticmethod
     def of(models: TeacherStudent, block: int, down: str) -> GatedMLP | None:
@@ -78,25 +79,42 @@ class GatedMLP:
             product = gate.of(plain[gate.name], d_mlp) * up.of(plain[up.name], d_mlp)
             difference = plain[down] - run(gate)[down]
             if float((difference - product).norm()) <= _ROUNDING * float(product.norm()):
-                return GatedMLP(block, gate, up, down)
+                return GatedMLP(block, gate, up, down, d_mlp)
         return None
+
+    def activation(self, models: TeacherStudent, gates: Tensor) -> Tensor:
+        """act(gates), [width]: what the neurons compute where the gates are these, [width], and all of up is 1."""
+        model, activations = models.loaded.layout.model, models.batches[0]
+
+        def replace(values: Tensor, reader: Reader, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            reader.of(output, self.width)[...] = values.to(output)
+            return output
+
+        with ExitStack() as stack, torch.no_grad():
+            for reader, values in ((self.gate, gates), (self.up, torch.ones_like(gates))):
+                hook = partial(replace, values, reader)
+                stack.callback(model.get_submodule(reader.name).register_forward_hook(hook).remove)
+            calls = stack.enter_context(recorded(model, [self.down]))
+            models.run_block(activations.batch, activations.student, self.block)
+        return calls[self.down][0].flatten(0, -2)[0].float().cpu()
 
 
 def take_neurons(
     models: TeacherStudent, mlp: GatedMLP, sizes: Tensor, gates: Tensor, reads: Tensor
 ) -> tuple[Edits, LowRank]:
-    """Edits of gate and up projection that give two of the least used neurons these rows, and one that takes their columns away.
+    """Edits of gate and up projection that give some of the least used neurons these rows, and one that takes their columns away.
 
     Until the down projection is solved they write nothing.
 
     Args:
         sizes: mean squares of what the neurons hand to the down projection, [d_mlp].
-        gates, reads: rows of gate and up projection, [2, d_model].
+        gates, reads: rows of gate and up projection, [n, d_model].
     """
-    d_mlp = len(sizes)
-    least = sizes.argsort()[: 2 * max(1, d_mlp // (2 * _LEAST_USED))].view(-1, 2)
+    n = len(gates)
+    least = sizes.argsort()[: n * max(1, mlp.width // (n * _LEAST_USED))].view(-1, n)
     neurons = least[int(models.program.sha256, 16) % len(least)]
-    rows, picks = _rows(models, mlp, neurons), _units(neurons, d_mlp)
+    rows, picks = _rows(models, mlp, neurons), _units(neurons, mlp.width)
     columns = products(models, mlp.block, [mlp.down], picks)[mlp.down]
     edits: Edits = {}
     for reader, new in ((mlp.gate, gates), (mlp.up, reads)):

@@ -106,6 +106,10 @@ class CompileOptions(Section):
     backends: tuple[BackendName, ...] | Literal["auto"] = Field(
         "auto", description="auto: the first that is possible, exact ones first"
     )
+    dial: bool = Field(
+        False,
+        description="make edits in proportion to the coefficient, so that an adapter's scale is one; they are less exact at scale 1",
+    )
     calibration: CalibrationOptions = CalibrationOptions()
     closed_form: ClosedFormOptions = ClosedFormOptions()
     distill: DistillOptions = DistillOptions()

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compile_steer.common.distributed import count, sum_over_all
-from compile_steer.common.progress import Advance
+from compile_steer.common.distributed import sum_over_all
 from compile_steer.lowering.block_pass import run_student
 from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
 from compile_steer.lowering.teacher_student import TeacherStudent
@@ -51,14 +50,13 @@ class RolePair:
     sizes: Tensor
 
     @staticmethod
-    def of(models: TeacherStudent, mlp: GatedMLP, scopes: frozenset[Scope], advance: Advance) -> RolePair:
+    def of(models: TeacherStudent, mlp: GatedMLP, scopes: frozenset[Scope]) -> RolePair:
         """Run the student through the block once; `advance` is called twice for each text."""
         tokens, sizes = [], []
         for own in run_student(models, mlp.block, [mlp.gate.name, mlp.down]):
             roles = own.batch.roles[own.batch.roles != PAD].to(own.weight.device)
             tokens.append((own.calls[mlp.gate.name].input, own.weight, in_scope(roles, scopes), own.held_out))
             sizes.append(own.weight @ own.calls[mlp.down].input.square())
-            advance(2 * len(own.batch.rows) * count())
         z, weight, chosen, held_out = (torch.cat(parts) for parts in zip(*tokens, strict=True))
         return RolePair(mlp, z, weight, chosen, held_out, _summed(torch.stack(sizes).double().sum(dim=0)))
 

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compile_steer.common.distributed import count
-from compile_steer.common.progress import Advance
 from compile_steer.lowering.block_pass import run_student
 from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
 from compile_steer.lowering.regression import RidgeFitter
@@ -46,12 +44,12 @@ class StreamPair:
     factor: float
 
     @staticmethod
-    def of(models: TeacherStudent, mlp: GatedMLP, advance: Advance) -> StreamPair:
+    def of(models: TeacherStudent, mlp: GatedMLP) -> StreamPair:
         """Run the student through the block twice: for what tells the change linearly, and for its product with the norm."""
-        fitter, factor = _streamed(models, mlp, lambda z: z, advance)
+        fitter, factor = _streamed(models, mlp, lambda z: z)
         edit, _penalty, _helps = fitter.fit(1, to_all=False)
         read = factor * edit.A[:, -models.loaded.layout.d_model :].float()
-        fitter, factor = _streamed(models, mlp, lambda z: (z @ read.T) * z, advance)
+        fitter, factor = _streamed(models, mlp, lambda z: (z @ read.T) * z)
         return StreamPair(mlp, read, fitter, factor)
 
     def edits(self, models: TeacherStudent, *, to_all: bool) -> tuple[Edits, LowRank]:
@@ -68,9 +66,7 @@ class StreamPair:
         return take_neurons(models, self.mlp, sizes, torch.cat([gate, -gate]), torch.cat([read, read]))
 
 
-def _streamed(
-    models: TeacherStudent, mlp: GatedMLP, more: Callable[[Tensor], Tensor], advance: Advance
-) -> tuple[RidgeFitter, float]:
+def _streamed(models: TeacherStudent, mlp: GatedMLP, more: Callable[[Tensor], Tensor]) -> tuple[RidgeFitter, float]:
     """The sums of what the block's output lacks on the neurons and on `more` of the MLP's input z, and the factor that `more`
     is multiplied by to be as large as the neurons."""
     layout = models.loaded.layout
@@ -79,6 +75,5 @@ def _streamed(
     for tokens in run_student(models, mlp.block, [mlp.gate.name, mlp.down]):
         inputs = torch.cat([tokens.calls[mlp.down].input, more(tokens.calls[mlp.gate.name].input)], dim=1)
         fitter.update(inputs, tokens.missing, tokens.weight, tokens.held_out)
-        advance(len(tokens.batch.rows) * count())
     fitter.exchange()
     return fitter, fitter.resize(slice(d_mlp, None), slice(d_mlp))

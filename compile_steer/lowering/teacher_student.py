@@ -107,15 +107,24 @@ class TeacherStudent:
     Attributes:
         solved: the student's edits so far, by module name.
         kept: parts of them that stay when a projection is solved again.
+        dial: whether every edit has to be in proportion to what the program changes, so that the artifact's scale is a dial.
+        exact: blocks whose edits leave next to nothing of the change.
         sensitivity: by block, what an error in each dimension of its output counts, [d_model]; none: all the same.
     """
 
     def __init__(
-        self, program: Program, loaded: LoadedModel, texts: Sequence[Encoded], max_tokens: int, advance: Advance
+        self,
+        program: Program,
+        loaded: LoadedModel,
+        texts: Sequence[Encoded],
+        max_tokens: int,
+        advance: Advance,
+        dial: bool = False,
     ) -> None:
-        self.program, self.loaded = program, loaded
+        self.program, self.loaded, self.dial = program, loaded, dial
         self.solved: dict[str, LowRank] = {}
         self.kept: dict[str, LowRank] = {}
+        self.exact: set[int] = set()
         self.sensitivity: dict[int, Tensor] = {}
         self.batches: list[ActivationBatch] = []
         for batch, hidden in _with_prefix(loaded, texts, max_tokens, program.first_layer):
@@ -145,11 +154,16 @@ class TeacherStudent:
     def is_dial(self, block: int) -> bool:
         """Whether what the program changes in `block` is in proportion to its strength, and so an edit there should be.
 
-        A constant is added to every token in proportion to its coefficient; behind a norm an edit cannot be.
+        A constant is added to every token in proportion to its coefficient; behind a norm an edit cannot be, nor one that neurons
+        were taken for.
         """
         layout = self.loaded.layout
         normed = any(layout.norm(block, kind) for kind in layout.projection_kinds(block))
-        return self.program.adds_constant(block) and not normed and block == self.program.first_layer
+        neurons = any(
+            self.kept.get(layout.output_projection(block, kind).name) for kind in layout.projection_kinds(block)
+        )
+        first = block == self.program.first_layer
+        return self.program.adds_constant(block) and not normed and not neurons and first
 
     def run_student(self, block: int) -> None:
         """Run the patched student through `block`, and move both to the next boundary."""

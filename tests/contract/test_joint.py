@@ -28,7 +28,7 @@ READERS = {
 
 
 def models_at(family: str, steering: Program) -> TeacherStudent:
-    models = TeacherStudent(steering, loaded(family), CALIBRATION, 4096, lambda _texts: None)
+    models = TeacherStudent(steering, loaded(family), CALIBRATION, 4096, lambda _texts: None, dial=True)
     models.run_teacher(LAYER)
     return models
 
@@ -92,7 +92,7 @@ def test_the_way_is_chosen_by_texts_that_nothing_was_fitted_to(monkeypatch: pyte
             return held_out_error(models, block, patch)
 
         monkeypatch.setattr(joint, "held_out_error", judge)
-        models = TeacherStudent(steering, loaded("llama"), texts, 4096, lambda _texts: None)
+        models = TeacherStudent(steering, loaded("llama"), texts, 4096, lambda _texts: None, dial=True)
         models.run_teacher(LAYER)
         joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
         judged.append([*found, models.patch])
@@ -109,7 +109,7 @@ def test_less_is_left_than_by_one_projection_after_the_other(family: str) -> Non
     stages = stages_of(loaded(family), steering)
     assert [stage.projection for stage in stages[:2]] == ["both", "mlp"]
     before = [Stage(LAYER, "mlp", 1), Stage(LAYER, "attn", 1), *stages[1:]]
-    new, old = (solve(loaded(family), steering, plan) for plan in (stages, before))
+    new, old = (solve(loaded(family), steering, plan, dial=True) for plan in (stages, before))
     assert remaining_kl(loaded(family), steering, new) < 0.9 * remaining_kl(loaded(family), steering, old)
     # The artifact's scale is a dial, as it was.
     assert remaining_kl(loaded(family), -steering, -1.0 * new) < remaining_kl(loaded(family), -steering, -1.0 * old)

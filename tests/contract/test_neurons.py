@@ -1,19 +1,23 @@
-"""Pairs of an MLP's neurons: one that reads the stream, for ablations and clamps, and one that tells roles."""
+"""Neurons of an MLP taken for a constant, pairs that read the stream, for ablations and clamps, and pairs that tell roles."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compile_steer.lowering import joint
 from compile_steer.lowering.block_pass import recorded
 from compile_steer.lowering.closed_form import Stage
+from compile_steer.lowering.constant_neuron import ConstantNeuron
 from compile_steer.lowering.neurons import GatedMLP, Reader
 from compile_steer.lowering.projection import solve_projection
 from compile_steer.lowering.role_pair import RolePair
 from compile_steer.lowering.stream_pair import StreamPair
 from compile_steer.lowering.teacher_student import TeacherStudent
+from compile_steer.models.load import LoadedModel
 from compile_steer.steering.low_rank import linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.sites import OperationName
@@ -23,9 +27,11 @@ from tests.helpers.tiny import intervention, loaded
 LAYER = 1
 
 
-def models_at(family: str, operation: OperationName = "ablate", positions: str = "all") -> TeacherStudent:
+def models_at(
+    family: str, operation: OperationName = "ablate", positions: str = "all", tiny: LoadedModel | None = None
+) -> TeacherStudent:
     steering = canonical_program(family, intervention(operation, "resid_post", LAYER, positions=positions))
-    models = TeacherStudent(steering, loaded(family), CALIBRATION, 4096, lambda _texts: None)
+    models = TeacherStudent(steering, tiny or loaded(family), CALIBRATION, 4096, lambda _texts: None)
     models.run_teacher(LAYER)
     return models
 
@@ -74,7 +80,7 @@ def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -
     models = models_at(family)
     mlp = mlp_of(models)
     assert mlp is not None
-    pair = StreamPair.of(models, mlp, lambda _texts: None)
+    pair = StreamPair.of(models, mlp)
     edits, without_columns = pair.edits(models, to_all=True)
     first, second = without_columns.A.argmax(dim=1).tolist()
     _z, plain = down_input(models, mlp, WeightPatch())
@@ -92,6 +98,64 @@ def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -
     down = models.loaded.layout.model.get_submodule(mlp.down)
     left = down.weight + without_columns.B @ without_columns.A
     assert float(left[:, [first, second]].detach().abs().max()) < 1e-6 * float(down.weight.detach().abs().max()) + 1e-7
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU()])
+def test_a_neuron_is_as_good_as_constant_where_its_read_is_one_but_for_a_few_hundredths(
+    activation: nn.Module,
+) -> None:
+    tiny = copy.deepcopy(loaded("llama"))
+    tiny.layout.blocks[LAYER].get_submodule("mlp").act_fn = activation
+    models = models_at("llama", "add", tiny=tiny)
+    mlp = mlp_of(models)
+    assert mlp is not None
+    neuron = ConstantNeuron.of(models, mlp)
+    gates = torch.linspace(-8, 0, 80_001)
+    highest, at = (gates * activation(gates)).max(dim=0)
+    if highest == 0:  # ReLU
+        assert neuron is None
+        return
+    assert neuron is not None
+    assert neuron.gate == pytest.approx(float(gates[at]), abs=1e-3)
+    edits, without_columns = neuron.edits(models, to_all=True)
+    z, edited = down_input(models, mlp, WeightPatch(edits))
+    (number,) = without_columns.A.argmax(dim=1).tolist()
+    module = tiny.layout.model.get_submodule(mlp.gate.name)
+    read = z @ (module.weight + edits[mlp.gate.name].B @ edits[mlp.gate.name].A)[number] / neuron.gate
+    near = (read - 1).abs() < 0.1
+    assert int(near.sum()) > 50
+    written = (edited[:, number] / edited[:, number].median())[near]
+    assert float((read[near] - 1).abs().max()) > 0.05
+    assert float((written - 1).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(("family", "times"), [("llama", 0.4), ("granite", 0.4), ("phi3", 0.4), ("qwen3", 0.6)])
+def test_less_is_left_of_a_constant_than_by_edits_whose_scale_is_a_dial(family: str, times: float) -> None:
+    tiny, steering = loaded(family), canonical_program(family, intervention("add", "resid_post", LAYER))
+    stages = stages_of(tiny, steering)
+    exact, dial = (solve(tiny, steering, stages, dial=dial) for dial in (False, True))
+    assert remaining_kl(tiny, steering, exact) < times * remaining_kl(tiny, steering, dial)
+    if family != "llama":  # whose 32 dimensions leave more than a hundredth: next to nothing is left to correct
+        mlp = mlp_of(models_at(family, "add"))
+        assert mlp is not None
+        assert {name: edit.rank for name, edit in exact.low_rank.items()} == {
+            mlp.gate.name: 1 + (mlp.gate.name == mlp.up.name),
+            mlp.up.name: 1 + (mlp.gate.name == mlp.up.name),
+            mlp.down: 1,
+        }
+    # Only one of them follows the coefficient.
+    negated = [remaining_kl(tiny, -steering, -1.0 * patch) for patch in (exact, dial)]
+    assert negated[0] > 1
+    assert negated[1] < 0.2
+
+
+@pytest.mark.parametrize("operation", ["add", "ablate"])
+def test_no_neuron_is_taken_where_the_scale_is_to_be_a_dial(operation: OperationName) -> None:
+    models = models_at("llama", operation)
+    models.dial = True
+    joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
+    assert not models.kept
+    assert models.is_dial(LAYER) == (operation == "add")
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -159,7 +223,8 @@ def test_the_pair_stays_when_the_projection_is_solved_again() -> None:
 def test_no_pair_is_taken_where_it_helps_nothing_on_texts_that_nothing_was_fitted_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models, errors = models_at("llama"), iter([1.0, 0.5])
+    # Without an edit, with the neurons, both projections together, one after the other.
+    models, errors = models_at("llama"), iter([2.0, 1.0, 0.7, 0.5])
     monkeypatch.setattr(joint, "held_out_error", lambda *_args: next(errors))
     joint.solve_jointly(models, LAYER, 1, lambda _texts: None, print)
     assert not models.kept

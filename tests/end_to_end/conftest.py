@@ -25,10 +25,9 @@ from compile_steer.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ocean.yaml"
-BLOCK_STEPS = 10
 
 # The ocean recipe with fewer texts; what is computed, and every gate, is the same. 24 answered prompts are what a change
-# of the score needs to be significant, and with 40 calibration prompts the closed form leaves 0.7 %; 12 texts of 24
+# of the score needs to be significant, and with 40 calibration prompts the closed form leaves 0.01 %; 12 texts of 24
 # tokens are what a sound artifact needs to pass the gate of top-1 agreement whatever is sampled (with 8 of 16 it may not). The
 # direction of 24 pairs costs more right answers than ocean's own, in answers of 16 tokens: the recipe here allows for it.
 SMALL: dict[str, Any] = {
@@ -53,7 +52,7 @@ SMALL: dict[str, Any] = {
     "compile": {
         "backends": ["bias", "closed_form", "distill"],
         "calibration": {"prompts": 40, "max_new_tokens": 24},
-        "distill": {"prompts": 6, "block_steps": BLOCK_STEPS, "epochs": 1},
+        "distill": {"prompts": 6, "epochs": 1},
     },
     "verify": {
         "forms": ["adapter", "merged-fp32"],

@@ -18,7 +18,7 @@ from compile_steer.steering.hooks import steered
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import decompile
 from compile_steer.tools.describe import describe_artifact
-from tests.end_to_end.conftest import BLOCK_STEPS, ROOT, FinishedRun, command
+from tests.end_to_end.conftest import ROOT, FinishedRun, command
 
 FIELDS = {
     "kind", "backend", "form", "divergence", "behaviour", "prompt_sets", "capability", "adapter", "rounding", "passed",
@@ -149,10 +149,8 @@ def test_compile_keeps_artifacts_made_from_the_same_inputs(finished: FinishedRun
 
 def test_training_losses_are_kept_and_the_work_folder_is_removed(finished: FinishedRun) -> None:
     curves = json.loads((finished.out / "adapters/ocean-distill/training.json").read_text())
-    (block,) = [name for name in curves if name.startswith("block ")]
-    assert len(curves[block]["loss"]) == BLOCK_STEPS
+    assert set(curves) == {"distill"}, "a neuron makes the constant: no block's own training could better it"
     assert len(curves["distill"]["held_out_kl"]) == 2
-    assert f"distill, {block}" in finished.paths.report.read_text()
     assert not finished.paths.work.exists()
 
 

@@ -41,9 +41,14 @@ def stages_of(tiny: LoadedModel, steering: Program, options: CompileOptions | No
 
 
 def solve(
-    tiny: LoadedModel, steering: Program, stages: Sequence[Stage], rows: Sequence[Encoded] = CALIBRATION
+    tiny: LoadedModel,
+    steering: Program,
+    stages: Sequence[Stage],
+    rows: Sequence[Encoded] = CALIBRATION,
+    *,
+    dial: bool = False,
 ) -> WeightPatch:
-    lowering = job(tiny, steering)
+    lowering = job(tiny, steering, CompileOptions(dial=dial))
     lowering.__dict__["regression_texts"] = rows
     return closed_form.lower(lowering, stages)
 
