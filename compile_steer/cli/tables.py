@@ -248,6 +248,8 @@ def print_task_vector(console: Console, task_vector: TaskVector) -> None:
     if task_vector.matrices:
         console.print(table)
     console.print(f"Written as {task_vector.form}: {task_vector.folder}", soft_wrap=True)
+    if task_vector.remark:
+        console.print(f"Of the artifact that was scaled its report says: {task_vector.remark}.", soft_wrap=True)
 
 
 def print_inspection(console: Console, inspection: Inspection) -> None:

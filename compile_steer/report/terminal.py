@@ -201,7 +201,8 @@ def details(p: Parity) -> list[tuple[str, str]]:
         random = f"random ones of its norms up to {max(c.random):+.3f}"
         effects = f"{c.effect:+.3f} nats/token; halved {c.halved:+.3f}, negated {c.negated:+.3f}, {random}{other}"
         lines.append((f"adapter on {c.n_pairs} test pairs", effects))
-        lines.append(("adapter scale against program scale", ", ".join(map(str, c.scales))))
+        remark = f"; {c.scale_remark}" if c.scale_remark else ""
+        lines.append(("adapter scale against program scale", ", ".join(map(str, c.scales)) + remark))
     return lines
 
 

@@ -251,7 +251,8 @@ class SideBySide:
         if len(self.members) > 1:
             return None, "the gates are of each program alone"
         if strengths[0] != 1:
-            return None, "the gates are of strength 1"
+            adapter = member.parity.adapter if member.parity else None
+            return None, (adapter.scale_remark if adapter else "") or "the gates are of strength 1"
         if member.parity is None:
             return None, "it has no parity report of these files; make one with 'compile-steer verify'"
         dtype = str(self.base.model.dtype).removeprefix("torch.")

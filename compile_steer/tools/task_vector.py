@@ -25,6 +25,7 @@ from compile_steer.report.card import model_card
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.patch import WeightPatch
 from compile_steer.steering.program import Program
+from compile_steer.verification.parity import own_parity
 
 _ENERGY = 0.99  # of the squared norm, for rank_99
 
@@ -47,11 +48,12 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """The folder that was written, and what its matrices hold."""
+    """The folder that was written, what its matrices hold, and what was measured that speaks against its scale ('' for nothing)."""
 
     folder: Path
     form: str
     matrices: list[MatrixReport]
+    remark: str = ""
 
 
 def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None, name: str) -> TaskVector:
@@ -105,7 +107,9 @@ def recombine(run: Run, sources: Sequence[Path], scale: float, rank: int | None,
         biases=len(patch.bias),
     )
     write_patch(folder, patch, loaded, provenance, model_card(provenance, folder, None))
-    return TaskVector(folder, provenance.form, matrix_reports(patch, loaded.layout, program))
+    parity = own_parity(sources[0]) if scale != 1 else None
+    remark = parity.adapter.scale_remark if parity and parity.adapter else ""
+    return TaskVector(folder, provenance.form, matrix_reports(patch, loaded.layout, program), remark)
 
 
 def matrix_reports(patch: WeightPatch, layout: Layout, program: Program | None) -> list[MatrixReport]:

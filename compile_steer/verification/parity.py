@@ -16,6 +16,8 @@ from compile_steer.common.summary import Summary
 from compile_steer.stats import LEVEL, Equivalence, Interval
 from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
 
+_FOLLOWS = 0.25  # of the KL at any scale: adapters of linear edits leave up to 0.18 at -1
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -146,6 +148,16 @@ class AdapterControls:
     other_behaviour: float | None  # the adapter's on another behaviour's pairs; None without any
     n_pairs: int
     scales: list[AdapterScale]
+
+    @property
+    def scale_remark(self) -> str:
+        """That the adapter does not follow its scale, where it does not; otherwise ''."""
+        worst = max(
+            (s for s in self.scales if s.kl_remaining is not None), key=lambda s: s.kl_remaining or 0.0, default=None
+        )
+        if worst is None or (worst.kl_remaining or 0.0) <= _FOLLOWS:
+            return ""
+        return f"it is for scale 1 alone ({worst}); compile.dial: true makes one that follows its scale"
 
 
 @dataclass(frozen=True)

@@ -96,4 +96,17 @@ def test_the_terminal_shows_the_scales(parity: Parity) -> None:
     shown = with_scales(parity, AdapterScale(0.0, 0.0, None), AdapterScale(0.5, 0.1, 0.021))
     print_parities(Console(file=stream, width=300), [shown])
     assert "adapter scale against program scale: x0 the base, x0.5 remaining KL 2.10%" in stream.getvalue()
+    assert "for scale 1 alone" not in stream.getvalue()
     assert str(AdapterScale(0.0, 2e-6, None)) == "x0 2.0e-06 nats/token from the base"
+
+
+def test_of_an_adapter_that_does_not_follow_its_scale_it_is_said(parity: Parity) -> None:
+    shown = with_scales(
+        parity, AdapterScale(0.0, 0.0, None), AdapterScale(0.5, 0.1, 0.2), AdapterScale(-1.0, 9.0, 13.71)
+    )
+    assert shown.adapter is not None
+    remark = "it is for scale 1 alone (x-1 remaining KL 1371.00%); compile.dial: true makes one that follows its scale"
+    assert shown.adapter.scale_remark == remark
+    stream = StringIO()
+    print_parities(Console(file=stream, width=300), [shown])
+    assert remark in stream.getvalue()

@@ -21,7 +21,7 @@ from compile_steer.models.reload import reload
 from compile_steer.models.text import Text
 from compile_steer.tools.playground import PORTS, require_free, require_gradio
 from compile_steer.tools.side_by_side import SIDES, Member, Side, SideBySide, choose_artifact
-from compile_steer.verification.parity import Parity, own_parity
+from compile_steer.verification.parity import AdapterScale, Parity, own_parity
 from tests.helpers.small_run import SmallRun
 
 ASK = Text("w42 w43")
@@ -74,10 +74,24 @@ def test_strength_turns_the_hooks_and_the_adapter(models: SideBySide) -> None:
     weak, strong = models.compare(answer, [0.5]), models.compare(answer, [2.0])
     assert weak.base.mean() < strong.base.mean()
     assert weak.limit is None
-    assert "strength 1" in str(weak)
     assert models.compare(answer, [0.0]).compiled.max() == 0
     unverified = replace(models, members=tuple(replace(member, parity=None) for member in models.members))
     assert "not checked: it has no parity report" in str(unverified.compare(answer, [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("left", "note"),
+    [(0.1, "the gates are of strength 1"), (9.0, "it is for scale 1 alone (x-1 remaining KL 900.00%)")],
+)
+def test_at_another_strength_no_gate_holds_and_an_adapter_may_not_follow(
+    models: SideBySide, left: float, note: str
+) -> None:
+    (member,) = models.members
+    assert member.parity is not None and member.parity.adapter is not None
+    controls = replace(member.parity.adapter, scales=[AdapterScale(-1.0, 1.0, left)])
+    changed = replace(models, members=(replace(member, parity=replace(member.parity, adapter=controls)),))
+    *_, answer = models.answer("steered", ASK, [1.0], 9)
+    assert f"not checked: {note}" in str(changed.compare(answer, [0.5]))
 
 
 def test_divergences_are_those_of_the_verifier(models: SideBySide, original: SmallRun) -> None:
