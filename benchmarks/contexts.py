@@ -8,9 +8,10 @@ runs/contexts, so that it resumes.
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ WORK = ROOT / "runs" / "contexts"
 LENGTHS = (40, 128, 256, 512, 1024, 1800)
 QUESTIONS, NEW_TOKENS = 8, 32
 SCALES, PROMPTS = (0.5, 1.0, -1.0), 24
+FITTED = (
+    ("closed_form", "alone", False),
+    ("closed_form", "in contexts", False),
+    ("distill", "in contexts", False),
+    ("closed_form", "in contexts", True),
+    ("distill", "in contexts", True),
+)  # backend, texts, dial
 SPANS = ((0, 128), (128, 512), (512, 1024), (1024, 2048))
 
 
@@ -87,7 +95,7 @@ def by_length(run: Run, program: Program, patches: dict[str, WeightPatch]) -> li
         rows["KL(steered‖base), nats/token"].append(f"{base.mean:.3f}")
         for name, patch in patches.items():
             other = behind(model, document, answers, length, with_patch(model.model, patch))
-            rows[name].append(f"{divergence(model.model, states, model.model, other).mean / base.mean:.2%}")
+            rows[name].append(f"{divergence(model.model, states, model.model, other).mean / base.mean:.3%}")
     return table(" | ".join(["patch", *map(str, LENGTHS)]), rows.values())
 
 
@@ -102,7 +110,7 @@ def by_strength(run: Run, program: Program, patches: dict[str, WeightPatch]) -> 
         for name, patch in patches.items():
             with with_patch(model.model, scale * patch):
                 left = divergence(model.model, states, model.model, final_states(model, texts).response).mean
-            rows[name].append(f"{left / kl:.2%}")
+            rows[name].append(f"{left / kl:.3%}")
     return table(" | ".join(["patch", *(f"x{scale:g}" for scale in SCALES)]), rows.values())
 
 
@@ -186,10 +194,11 @@ def main() -> None:
     parts = slice(count), slice(count, None)
     joined = [in_contexts(run.model, texts[part], answers[part], 2048, 0) for part in parts]
     fitted = {"alone": [answers[part] for part in parts], "in contexts": joined}
-    for backend, name in (("closed_form", "alone"), ("closed_form", "in contexts"), ("distill", "in contexts")):
-        own = copy.copy(lowering)
+    for backend, name, dial in FITTED:
+        own = replace(lowering, options=lowering.options.model_copy(update={"dial": dial}))
         own.__dict__.update(zip(("regression_texts", "training_texts"), fitted[name], strict=True))
-        patches[f"`{backend}`, texts {name}"] = compiled(own, backend, f"{backend}-{name.replace(' ', '-')}")
+        row = f"`{backend}`, texts {name}" + (", `dial: true`" if dial else "")
+        patches[row] = compiled(own, backend, re.sub(r"\W+", "-", row).strip("-"))
     longest = sorted((len(one.ids) for one in joined[0]), reverse=True)[:3]
     sizes: dict[str, object] = {
         "alone": sum(len(one.ids) for one in answers[:count]),
