@@ -50,9 +50,7 @@ from compile_steer.steering.patch import with_patch
 
 _ATTENTION = 3.0  # the size of the attention's inputs beside the MLP's: a ridge takes less from what is larger
 _READERS_RANK = 8
-
-
-_ENOUGH = 0.01  # of the error without an edit: where neurons leave less, nothing else is tried
+_ENOUGH = 0.001  # of the error without an edit: where neurons leave less, nothing else is tried
 
 
 class _Way(Protocol):
