@@ -89,7 +89,7 @@ def picture(model: LoadedModel, answer: Encoded, base: torch.Tensor, compiled: t
             parts.append(f"<rect {bar}/>")
         parts.append(f'<text x="{x + width / 2:.1f}" y="208">{escape(word.strip())}</text>')
         x += width
-    total = f"{float(base.mean()):.2f}", f"{float(compiled.mean()):.4f}"
+    total = f"{float(base.mean()):.2f}", f"{float(compiled.mean()):.5f}"
     label = (
         f"Asked '{QUESTION}': above each word of the steered model's answer, how far two models are from it (KL, nats). Grey: the "
         f"model without steering, on average {total[0]}. Green: the compiled adapter, {total[1]}."
