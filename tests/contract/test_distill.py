@@ -60,11 +60,14 @@ def test_training_goes_on_from_the_closed_form(family: str) -> None:
     assert remaining_kl(tiny, steering, patch) < 0.92 * remaining_kl(tiny, steering, start)
 
 
-@pytest.mark.parametrize(("family", "factor"), [("llama", 0.6), ("gpt2", 0.6), ("gemma2", 0.8), ("granite", 0.6)])
-def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("family", "steps", "factor"),
+    [("llama", 400, 0.4), ("gpt2", 900, 0.6), ("gemma2", 400, 0.5), ("granite", 400, 0.2)],
+)
+def test_training_a_block_on_its_own_output_beats_the_regression_there(family: str, steps: int, factor: float) -> None:
     tiny, steering = loaded(family), canonical_program(family, intervention())
     # Many steps: a third of them are at the opposite strength.
-    changes = {"start": "closed_form", "block_steps": 900}
+    changes = {"start": "closed_form", "block_steps": steps}
     options = CompileOptions(closed_form=ONE_STAGE, distill=OPTIONS.model_copy(update=changes))
     task = job(tiny, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
