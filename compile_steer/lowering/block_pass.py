@@ -45,6 +45,11 @@ class StudentTokens:
     held_out: Tensor
 
 
+def batch_with_texts(models: TeacherStudent) -> ActivationBatch:
+    """A batch of which this process has texts: of several, one may have none of the first."""
+    return next(activations for activations in models.batches if activations.batch.rows)
+
+
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of the modules' last call inside the block, in the order of the calls; their patch's share is in them."""

@@ -28,6 +28,7 @@ import torch
 from compile_steer.common.distributed import count
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.block_pass import (
+    batch_with_texts,
     error_weights,
     held_out_error,
     held_out_tokens,
@@ -172,7 +173,7 @@ class _Ways:
 
 def _readers(models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection) -> list[str]:
     """The matrices that read the MLP's input: those that are run between the two projections on the first one's input."""
-    layout, activations = models.loaded.layout, models.batches[0]
+    layout, activations = models.loaded.layout, batch_with_texts(models)
     with recorded(layout.model, list(layout.linears(attn.layer))) as calls, torch.no_grad():
         models.run_block(activations.batch, activations.student, attn.layer)
     order = list(calls)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.lowering.block_pass import products, recorded
+from compile_steer.lowering.block_pass import batch_with_texts, products, recorded
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank, linear_shape
 
@@ -52,7 +52,7 @@ class GatedMLP:
     @staticmethod
     def of(models: TeacherStudent, block: int, down: str) -> GatedMLP | None:
         """The MLP of a block whose output projection is `down`; None where it computes something else, which running it tells."""
-        layout, activations = models.loaded.layout, models.batches[0]
+        layout, activations = models.loaded.layout, batch_with_texts(models)
         d_model, d_mlp = linear_shape(layout.model.get_submodule(down))
         readers = []
         for name, module in ((name, layout.model.get_submodule(name)) for name in layout.linears(block)):
@@ -84,7 +84,7 @@ class GatedMLP:
 
     def activation(self, models: TeacherStudent, gates: Tensor) -> Tensor:
         """act(gates), [width]: what the neurons compute where the gates are these, [width], and all of up is 1."""
-        model, activations = models.loaded.layout.model, models.batches[0]
+        model, activations = models.loaded.layout.model, batch_with_texts(models)
 
         def replace(values: Tensor, reader: Reader, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             output = output.clone()

@@ -67,6 +67,16 @@ def test_the_gate_is_told_by_what_the_mlp_computes(family: str, gate: Reader, up
         assert found.first == expected.first
 
 
+def test_a_process_may_have_no_text_of_the_first_batch() -> None:
+    models = models_at("llama", "add")
+    first = models.batches[0]
+    models.batches.insert(0, first.select(torch.zeros(len(first.batch.rows), dtype=torch.bool)))
+    mlp = mlp_of(models)
+    assert mlp == mlp_of(models_at("llama", "add"))
+    assert mlp is not None
+    torch.testing.assert_close(mlp.activation(models, torch.full((mlp.width,), -1.0))[0], torch.tensor(-0.26894143))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi"])
 def test_an_mlp_without_a_gate_has_no_pair(family: str) -> None:
     models = models_at(family)
