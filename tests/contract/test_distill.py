@@ -73,6 +73,7 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
     task.__dict__["regression_texts"] = CALIBRATION
     before, hooks = remaining_kl(tiny, steering, closed_form.lower(task)), n_hooks(tiny.model)
     fitted = distill.fit_blocks(task)
+    assert len(task.curves["block 1"]["loss"]) == steps
     assert remaining_kl(tiny, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
     assert n_hooks(tiny.model) == hooks

@@ -87,7 +87,7 @@ def test_with_yes_exactly_the_listed_files_are_sent(run: SmallRun, hub: Hub) -> 
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("failed", "verification failed: "),
+        ("failed", "verification failed: KL"),
         ("missing", "parity.json is missing"),
         ("of another", "of other weights, or was edited"),
         ("edited", "of other weights, or was edited"),
