@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 
-from compile_steer.common.distributed import count
 from compile_steer.common.errors import CannotLower
 from compile_steer.common.progress import Advance
 from compile_steer.lowering.block_pass import HELD_OUT_EVERY
@@ -103,7 +102,7 @@ def lower(
             models.run_teacher(block)
             if block >= saved["next"]:
                 for stage in (stage for stage in stages if stage.layer == block):
-                    _solve(models, stage, advance, lowering.progress.note)
+                    _solve(models, stage, len(texts), advance, lowering.progress.note)
                 if refine is not None:
                     refine(models, block, advance)
                 factors = {module: (edit.B, edit.A) for module, edit in models.solved.items()}
@@ -124,22 +123,20 @@ def lower(
     return models.patch
 
 
-def _solve(models: TeacherStudent, stage: Stage, advance: Advance, note: Callable[[str], None]) -> None:
+def _solve(models: TeacherStudent, stage: Stage, n_texts: int, advance: Advance, note: Callable[[str], None]) -> None:
     """Solve one stage in the student's current block."""
     if _nothing_left(models, stage):
-        advance(count() * sum(len(activations.batch.rows) for activations in models.batches))
+        advance(n_texts * _passes(stage))
     elif stage.projection == "both":
         solve_jointly(models, stage.layer, stage.rank, advance, note)
     else:
-        solve_projection(
-            models, models.loaded.layout.output_projection(stage.layer, stage.projection), stage.rank, advance, note
-        )
+        projection = models.loaded.layout.output_projection(stage.layer, stage.projection)
+        solve_projection(models, projection, stage.rank, advance, note)
 
 
 def _nothing_left(models: TeacherStudent, stage: Stage) -> bool:
     """Whether the stage would correct what the program's blocks up to its own have left, and they have left next to nothing."""
-    changed = {i.site.changes_from for i in models.program.interventions}
-    return stage.correction and models.exact >= {block for block in changed if block <= stage.layer}
+    return stage.correction and models.exact >= {k for k in models.program.changed_blocks if k <= stage.layer}
 
 
 def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) -> list[Stage]:
@@ -153,7 +150,7 @@ def plan_stages(program: Program, layout: Layout, options: ClosedFormOptions) ->
     """
     if options.stages is not None:
         return [Stage(program.first_layer + s.offset, s.projection, s.rank) for s in options.stages]
-    intervened = {i.site.changes_from for i in program.interventions}
+    intervened = program.changed_blocks
     later = {block + n for block in intervened for n in range(1, _CORRECTION_BLOCKS + 1)} - intervened
     stages = []
     for block in sorted({*intervened, *later}):

@@ -113,7 +113,7 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
 def fit_blocks(lowering: Lowering) -> WeightPatch:
     """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
     options = lowering.options.distill
-    intervened = {i.site.changes_from for i in lowering.program.interventions}
+    intervened = lowering.program.changed_blocks
 
     def refine(models: TeacherStudent, block: int, advance: Advance) -> None:
         if block in models.exact:

@@ -159,9 +159,7 @@ class TeacherStudent:
         """
         layout = self.loaded.layout
         normed = any(layout.norm(block, kind) for kind in layout.projection_kinds(block))
-        neurons = any(
-            self.kept.get(layout.output_projection(block, kind).name) for kind in layout.projection_kinds(block)
-        )
+        neurons = any(name in self.kept for name in layout.linears(block))
         first = block == self.program.first_layer
         return self.program.adds_constant(block) and not normed and not neurons and first
 

@@ -173,7 +173,7 @@ def train(
     student = to_end
     if options.objective == "hidden":
         # It looks at the last intervened block; the held-out measure and the control always reach the end.
-        student = replace(to_end, stop=1 + max(i.site.changes_from for i in lowering.program.interventions))
+        student = replace(to_end, stop=1 + max(lowering.program.changed_blocks))
         seen = [student.run_teacher(batch.batch, batch.prefix) for batch in seen]
     epoch_steps = math.ceil(len(seen) / options.accumulate)
     steps = max(1, math.ceil(options.epochs * epoch_steps))

@@ -150,7 +150,12 @@ class Program:
     @property
     def first_layer(self) -> int:
         """The first block whose output differs from the base's (the input of block k is block k-1's output)."""
-        return min((i.site.changes_from for i in self.active), default=0)
+        return min(self.changed_blocks, default=0)
+
+    @property
+    def changed_blocks(self) -> frozenset[int]:
+        """The blocks in which an intervention changes the output first."""
+        return frozenset(i.site.changes_from for i in self.active)
 
     @property
     def by_role(self) -> bool:
