@@ -213,7 +213,9 @@ def verify(
         program = Program.load(Path(program))
     context = _context(model, data, seed, progress)
     reference = Reference(context, program, _parse(VerifyOptions, options), _parse(Scorer, score, "score"), ask)
-    return verify_artifact(reference, Path(folder), program.sha256)
+    parity = verify_artifact(reference, Path(folder), program.sha256)
+    reference.keep()
+    return parity
 
 
 @contextmanager

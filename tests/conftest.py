@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 # Read by libraries when they are imported, and handed on to the processes that tests start.
 os.environ |= {"COLUMNS": "132", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -16,6 +20,7 @@ import pytest
 import torch
 
 from compile_steer.models.load import LoadedModel
+from compile_steer.models.source import new_cache_folder
 from tests.helpers import tiny
 from tests.helpers.seeds import stable_seed
 
@@ -26,6 +31,16 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+# Nothing that an earlier session measured is taken for measured in this one, and the user's own is left alone. All processes of
+# a session share one cache; its models are the user's, which take long to make.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    session_cache = Path(tempfile.mkdtemp(prefix="compile-steer-tests-"))
+    atexit.register(shutil.rmtree, session_cache, ignore_errors=True)
+    models = new_cache_folder() / "models"
+    models.mkdir(exist_ok=True)
+    (session_cache / "models").symlink_to(models)
+    os.environ["COMPILE_STEER_CACHE"] = str(session_cache)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import CompileSteerError, LayoutError, library_errors
+from compile_steer.models.kept_passes import kept_or_made
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Batch, Encoded, encode, pad, require_room
@@ -71,7 +72,23 @@ def continue_prompts(
         new = {row: tokens for rows in groups.values() for row, tokens in zip(rows, continue_rows(rows), strict=True)}
         return [new[row] for row in own]
 
-    written = distributed.spread(range(len(encoded)), continue_share)
+    def write() -> tuple[Tensor, Tensor]:
+        written = distributed.spread(range(len(encoded)), continue_share)
+        counts = torch.tensor([len(new) for new in written])
+        return torch.tensor([token for new in written for token in new]), counts
+
+    tokens, counts = kept_or_made(
+        loaded,
+        encoded,
+        program,
+        write,
+        of="answers",
+        limit=max_new_tokens,
+        temperature=every,
+        seed=seed,
+        ends=sorted(ends),
+    )
+    written = [new.tolist() for new in tokens.split(counts.tolist())]
     return [replace(text, ids=(*text.ids, *new)) for text, new in zip(encoded, written, strict=True)]
 
 

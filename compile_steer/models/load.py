@@ -25,6 +25,7 @@ from compile_steer.models.source import find_model, new_cache_folder
 from compile_steer.steering.layout import Layout
 
 if TYPE_CHECKING:
+    from compile_steer.models.kept_passes import KeptPasses
     from compile_steer.models.shared_blocks import SharedBlocks
 
 _SIZE = r"\d+(\.\d+)?[KMGT]i?B"  # as accelerate reads it
@@ -45,6 +46,7 @@ class LoadedModel:
         license: as `ModelSource` says.
         device_map: how the weights are spread over devices, as in the recipe; None where one device has all.
         below: what another model has computed that it may share; None where every pass starts at the tokens.
+        kept: what an earlier run computed of the same texts; None where every text is run.
     """
 
     model: PreTrainedModel
@@ -57,6 +59,7 @@ class LoadedModel:
     license: str = ""
     device_map: DeviceMap = None
     below: SharedBlocks | None = None
+    kept: KeptPasses | None = None
 
     def __repr__(self) -> str:
         layout, dtype = self.layout, str(self.model.dtype).removeprefix("torch.")

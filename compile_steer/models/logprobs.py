@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common import distributed
 from compile_steer.models.forward import lm_head
+from compile_steer.models.kept_passes import kept_or_made
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.packing import PackedBatch, pack
 from compile_steer.models.shared_blocks import final_hidden
@@ -170,12 +171,17 @@ def packed_logprobs(model: nn.Module, batch: PackedBatch, states: Tensor) -> tup
 
 def mean_logprobs(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> np.ndarray:
     """Mean log-probability of each text's response tokens, [n] in nats a token, steered by `program` if given."""
-    result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
-    for batch in pack(loaded, [encoded[row] for row in own]):
-        states = final_hidden(loaded, batch, program).flatten(end_dim=1)
-        texts, means = packed_logprobs(loaded.model, batch, states)
-        result[torch.tensor(own)[texts]] = means
-    distributed.sum_over_all(result)
+
+    def run() -> tuple[Tensor]:
+        result, own = torch.zeros(len(encoded), dtype=torch.float64), distributed.share(range(len(encoded)))
+        for batch in pack(loaded, [encoded[row] for row in own]):
+            states = final_hidden(loaded, batch, program).flatten(end_dim=1)
+            texts, means = packed_logprobs(loaded.model, batch, states)
+            result[torch.tensor(own)[texts]] = means
+        distributed.sum_over_all(result)
+        return (result,)
+
+    (result,) = kept_or_made(loaded, encoded, program, run, of="mean log p")
     return result.numpy()
 
 
@@ -218,6 +224,13 @@ class FinalStates:
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
+    made = kept_or_made(loaded, encoded, program, lambda: _final_states(loaded, encoded, program), of="final states")
+    response, prompt, *places = made
+    return FinalStates(response.to(loaded.device), prompt.to(loaded.device), *places)
+
+
+def _final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None) -> tuple[Tensor, ...]:
+    """The fields of `FinalStates`."""
     response, prompt, places, owners = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     own = distributed.share(range(len(encoded)))
     for batch in pack(loaded, [encoded[row] for row in own]):
@@ -235,7 +248,7 @@ def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Progr
     every = distributed.concatenate(places, cpu)
     order, of_prompt = (which.argsort(stable=True) for which in (every[:, 0], distributed.concatenate(owners, cpu)))
     states = distributed.concatenate(response, at)[order.to(at)], distributed.concatenate(prompt, at)[of_prompt.to(at)]
-    return FinalStates(*states, *every[order].unbind(dim=1))
+    return *states, *every[order].unbind(dim=1)
 
 
 def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:

@@ -195,6 +195,7 @@ def verify(run: Run, folders: Sequence[Path], save: bool = True) -> list[Parity]
             if save:
                 distributed.first(partial(_save_parity, folder, parity, run.paths.validation))
             advance(1)
+        reference.keep()
     return [parities[folder] for folder in folders]
 
 

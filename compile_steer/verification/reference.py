@@ -16,6 +16,7 @@ from torch import Tensor
 from compile_steer.common.errors import ArtifactError, RecipeError
 from compile_steer.data.behaviour import Behaviour, Context
 from compile_steer.models.generate import continue_prompts
+from compile_steer.models.kept_passes import KeptPasses
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import (
     FinalStates,
@@ -86,7 +87,9 @@ class Reference:
         """
         # What is measured here runs the blocks below the program once, artifacts included that leave them alone.
         below = SharedBlocks(context.model, program.first_layer) if program.first_layer > 0 else None
-        self.model = replace(context.model, below=below)
+        # They are run once for all runs of this user, too; but a rounded base has the name of the one that it was made from.
+        kept = KeptPasses(context.model, program) if exact is None else None
+        self.model = replace(context.model, below=below, kept=kept)
         self.context, self.program, self.options, self.ask = replace(context, model=self.model), program, options, ask
         self._data, self._scorer = context.data, scorer
         self._quantized: tuple[object, Reference] | None = None
@@ -124,10 +127,18 @@ class Reference:
             self.contexts = Contexts(self.context, program, options, self.heldout, self.states.steered)
             self.sampled_scores = self.sample_scores(self._data)
             self.measured = [measured_steered(self)]
+            self.keep()
             advance(1)
+            if kept and kept.found:
+                context.progress.remark(f"Base and steered model were run earlier; what they gave is in {kept.path}")
         # What the tests can show is noted before any artifact is seen.
         for plan in planned_tests(self):
             context.progress.remark(str(plan))
+
+    def keep(self) -> None:
+        """Keep what base and steered model wrote and computed for the next run."""
+        if self.model.kept and (reason := self.model.kept.save()):
+            self.context.progress.remark(f"Passes of base and steered model are not kept for the next run: {reason}")
 
     def texts_of(self, artifact: LoadedModel) -> VerifierTexts:
         """`texts` as the artifact's tokens."""

@@ -58,7 +58,10 @@ def test_old_recipe_keys_are_answered_with_the_new_ones(old: dict[str, Any], new
 # --------------------------------------------------------------------------------------- reference
 
 
-def test_planned_tests_are_noted_before_any_artifact_is_seen(case: VerifierCase) -> None:
+def test_planned_tests_are_noted_before_any_artifact_is_seen(
+    case: VerifierCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_STEER_CACHE", str(tmp_path))
     notes = RecordedNotes()
     reference = make_reference(case.base, case.program, progress=notes)
     plans, margins = planned_tests(reference), reference.equivalence_margins
