@@ -59,7 +59,12 @@ class Stage:
         return KINDS if self.projection == "both" else (self.projection,)
 
 
-def lower(
+def lower(lowering: Lowering, stages: Sequence[Stage] | None = None) -> WeightPatch:
+    """The patch with which the plain model imitates the program on calibration texts; raises as `solve_blocks`."""
+    return solve_blocks(lowering, stages)[0]
+
+
+def solve_blocks(
     lowering: Lowering,
     stages: Sequence[Stage] | None = None,
     *,
@@ -67,8 +72,8 @@ def lower(
     refine_steps: int = 0,
     max_tokens: int = 4096,
     name: str = "closed form",
-) -> WeightPatch:
-    """The patch with which the plain model imitates the program on calibration texts.
+) -> tuple[WeightPatch, frozenset[int]]:
+    """The patch, and the blocks in which it leaves next to nothing of what the program changes there.
 
     One pass over the blocks from the first intervened one to the last stage's, which solves each block's stages.
 
@@ -115,12 +120,13 @@ def lower(
             models.run_student(block)
     if not _helps(models, texts, max_tokens):
         models.solved.clear()
+        models.exact.clear()
     if not models.solved:
         # Nothing helps, as for a program that cancels itself: the artifact that changes nothing.
         projection = loaded.layout.output_projection(stages[0].layer, stages[0].kinds[-1])
         d_out, d_in = linear_shape(projection.module)
         models.solved[projection.name] = LowRank(torch.zeros(d_out, 1), torch.zeros(1, d_in))
-    return models.patch
+    return models.patch, frozenset(models.exact)
 
 
 def _solve(models: TeacherStudent, stage: Stage, n_texts: int, advance: Advance, note: Callable[[str], None]) -> None:

@@ -48,7 +48,7 @@ _STRENGTHS = (1.0, 1.0, -1.0)  # of the program and the edit in turn, step by st
 
 
 def lower(lowering: Lowering) -> WeightPatch:
-    """The start patch trained end to end, or the start itself if training made it worse."""
+    """The start patch trained end to end, or the start itself if training made it worse or there is nothing left to train for."""
     options, layout, first = lowering.options.distill, lowering.loaded.layout, lowering.program.first_layer
     require_rank(layout, first, options.rank, "compile.distill.rank")
     lowering.loaded.require_resident("compile.distill")
@@ -57,12 +57,19 @@ def lower(lowering: Lowering) -> WeightPatch:
     if options.objective == "likelihood":
         require_alone("compile.distill.objective likelihood")
         require_library("trl", "trl", "compile.distill.objective 'likelihood'", "Or choose another objective.")
-    texts, random_start = lowering.training_texts, options.start == "random"
+    random_start = options.start == "random"
     if options.shard:
+        _ = lowering.training_texts  # cached: a base that is laid over processes writes none
         if not random_start:
-            _ = lowering.regression_texts  # cached: a base that is laid over processes writes none
+            _ = lowering.regression_texts
         shard_blocks(lowering.loaded)
-    start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
+    if random_start:
+        start = random_patch(layout, first, options.rank, lowering.seed)
+    else:
+        start, exact = fit_blocks(lowering)
+        if exact >= lowering.program.changed_blocks:
+            return start
+    texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)
 
@@ -110,8 +117,11 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
     return WeightPatch(edits)
 
 
-def fit_blocks(lowering: Lowering) -> WeightPatch:
-    """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
+def fit_blocks(lowering: Lowering) -> tuple[WeightPatch, frozenset[int]]:
+    """The closed form's pass, with every intervened block trained on its own output before the next is solved.
+
+    Returns the patch, and the blocks that were not trained, because the closed form leaves next to nothing there.
+    """
     options = lowering.options.distill
     intervened = lowering.program.changed_blocks
 
@@ -121,7 +131,7 @@ def fit_blocks(lowering: Lowering) -> WeightPatch:
         elif block in intervened and options.block_steps > 0:
             lowering.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
 
-    return closed_form.lower(
+    return closed_form.solve_blocks(
         lowering,
         refine=refine,
         refine_steps=options.block_steps * len(intervened),

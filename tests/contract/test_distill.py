@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from compile_steer.common.errors import CannotLower
-from compile_steer.lowering import closed_form, distill
+from compile_steer.common.errors import CannotLower, RecipeError
+from compile_steer.lowering import closed_form, distill, joint
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.optimizer import relative_adamw, trainable
 from compile_steer.lowering.options import ClosedFormOptions, ClosedFormStage, CompileOptions, DistillOptions
@@ -72,7 +74,7 @@ def test_training_a_block_on_its_own_output_beats_the_regression_there(family: s
     task = job(tiny, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
     before, hooks = remaining_kl(tiny, steering, closed_form.lower(task)), n_hooks(tiny.model)
-    fitted = distill.fit_blocks(task)
+    fitted, _exact = distill.fit_blocks(task)
     assert len(task.curves["block 1"]["loss"]) == steps
     assert remaining_kl(tiny, steering, fitted) < factor * before
     assert all(".1." in name for name in fitted.low_rank), "only the intervened block"
@@ -89,7 +91,7 @@ def test_a_block_is_trained_to_follow_its_coefficient(monkeypatch: pytest.Monkey
         monkeypatch.setattr(distill, "_STRENGTHS", strengths)
         task = job(tiny, steering, options)
         task.__dict__["regression_texts"] = CALIBRATION
-        left.append(remaining_kl(tiny, steering.scaled(-1), -1 * distill.fit_blocks(task)))
+        left.append(remaining_kl(tiny, steering.scaled(-1), -1 * distill.fit_blocks(task)[0]))
     assert left[0] < 0.5 * left[1], left
 
 
@@ -118,8 +120,21 @@ def test_training_a_block_that_does_not_help_leaves_the_regression() -> None:
     )
     task = job(tiny, steering, options)
     task.__dict__["regression_texts"] = CALIBRATION
-    fitted, solved = distill.fit_blocks(task), closed_form.lower(task)
+    fitted, solved = distill.fit_blocks(task)[0], closed_form.lower(task)
     assert fitted.low_rank.keys() == solved.low_rank.keys()
+
+
+def test_where_next_to_nothing_is_left_there_is_nothing_to_train_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint, "_ENOUGH", 0.02)  # a model of 32 dimensions leaves more
+    for positions, left in (("all", False), ("response", True)):
+        tiny, steering = loaded("qwen3"), canonical_program("qwen3", intervention(positions=positions))
+        options = OPTIONS.model_copy(update={"start": "closed_form", "block_steps": 2})
+        task = job(tiny, steering, CompileOptions(distill=options))
+        task.__dict__["regression_texts"] = CALIBRATION
+        # The task has no prompts, so texts to train on cannot be written.
+        with pytest.raises(RecipeError, match="distill.prompts") if left else nullcontext():
+            patch = distill.lower(task)
+            assert patch.low_rank.keys() == closed_form.lower(task).low_rank.keys() and not task.curves
 
 
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
