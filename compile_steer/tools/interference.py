@@ -180,6 +180,13 @@ def measure_interference(
         for name, fit in artifacts.items()
         if not fit.kl <= remaining * fit.kl_base + exact
     ]
+    if reasons:
+        reasons += [
+            f"{member.name}: its adapter alone, at scale {member.scale:g}, leaves {fit.kl_remaining:.0%} of the KL. One whose scale is "
+            "the coefficient is compiled with compile.dial: true"
+            for member, fit in zip(members, settings[1 : 1 + len(members)], strict=True)
+            if member.scale != 1 and fit.kl_remaining is not None and fit.kl_remaining > remaining
+        ]
     return Composition(
         names=[member.name for member in members],
         scales=list(scales),

@@ -20,7 +20,8 @@ from compile_steer.export.adapter import read_patch, write_patch
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import divergence, final_states
 from compile_steer.models.text import Text
-from compile_steer.tools.compose import compose
+from compile_steer.steering.passes import canonical
+from compile_steer.tools.compose import co_load, compose
 from compile_steer.tools.interference import (
     CO_LOADED,
     JOINT,
@@ -32,6 +33,7 @@ from compile_steer.tools.interference import (
     unseen_texts,
 )
 from tests.helpers.composition import NAMES, CompositionCase, co_loaded
+from tests.helpers.fitting import solve, stages_of
 from tests.helpers.tiny import intervention
 
 Save = Callable[[str], LoadedModel]
@@ -112,6 +114,18 @@ def test_an_adapter_that_is_not_the_sum_fails(case: CompositionCase, two: tuple[
     assert not composition.passed
     assert any(reason.startswith("stacked: KL") for reason in composition.reasons)
     assert composition.stacked_from_loaded is not None and composition.stacked_from_loaded > 1e-4
+
+
+def test_an_adapter_that_does_not_follow_its_scale_is_named(case: CompositionCase) -> None:
+    recipes = []
+    for number, name in enumerate(NAMES):
+        steering = case.program(intervention(layer=1 + number))
+        neuron = solve(case.base, canonical(steering), stages_of(case.base, canonical(steering)))
+        recipes.append(case.run(name, steering, neuron, start=10_000 * number))
+    for scales, named in (((1, 2), {"still"}), ((0.5, 2), {"high.tide", "still"}), ((1, 1), set())):
+        composition = co_load(case.open(*recipes, scales=scales))
+        about = {name for name in NAMES for reason in composition.reasons if f"{name}: its adapter alone" in reason}
+        assert about == named, composition.reasons
 
 
 def test_prompts_that_another_compile_has_seen_are_left_out(case: CompositionCase, two: tuple[Path, Path]) -> None:
