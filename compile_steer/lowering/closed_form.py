@@ -59,12 +59,7 @@ class Stage:
         return KINDS if self.projection == "both" else (self.projection,)
 
 
-def lower(lowering: Lowering, stages: Sequence[Stage] | None = None) -> WeightPatch:
-    """The patch with which the plain model imitates the program on calibration texts; raises as `solve_blocks`."""
-    return solve_blocks(lowering, stages)[0]
-
-
-def solve_blocks(
+def lower(
     lowering: Lowering,
     stages: Sequence[Stage] | None = None,
     *,
@@ -72,8 +67,8 @@ def solve_blocks(
     refine_steps: int = 0,
     max_tokens: int = 4096,
     name: str = "closed form",
-) -> tuple[WeightPatch, frozenset[int]]:
-    """The patch, and the blocks in which it leaves next to nothing of what the program changes there.
+) -> WeightPatch:
+    """The patch with which the plain model imitates the program on calibration texts.
 
     One pass over the blocks from the first intervened one to the last stage's, which solves each block's stages.
 
@@ -126,7 +121,9 @@ def solve_blocks(
         projection = loaded.layout.output_projection(stages[0].layer, stages[0].kinds[-1])
         d_out, d_in = linear_shape(projection.module)
         models.solved[projection.name] = LowRank(torch.zeros(d_out, 1), torch.zeros(1, d_in))
-    return models.patch, frozenset(models.exact)
+    lowering.exact.clear()
+    lowering.exact.update(models.exact)
+    return models.patch
 
 
 def _solve(models: TeacherStudent, stage: Stage, n_texts: int, advance: Advance, note: Callable[[str], None]) -> None:

@@ -63,12 +63,9 @@ def lower(lowering: Lowering) -> WeightPatch:
         if not random_start:
             _ = lowering.regression_texts
         shard_blocks(lowering.loaded)
-    if random_start:
-        start = random_patch(layout, first, options.rank, lowering.seed)
-    else:
-        start, exact = fit_blocks(lowering)
-        if exact >= lowering.program.changed_blocks:
-            return start
+    start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
+    if not random_start and lowering.exact >= lowering.program.changed_blocks:
+        return start
     texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)
@@ -117,11 +114,8 @@ def random_patch(layout: Layout, first: int, rank: int, seed: int, *, stop: int 
     return WeightPatch(edits)
 
 
-def fit_blocks(lowering: Lowering) -> tuple[WeightPatch, frozenset[int]]:
-    """The closed form's pass, with every intervened block trained on its own output before the next is solved.
-
-    Returns the patch, and the blocks that were not trained, because the closed form leaves next to nothing there.
-    """
+def fit_blocks(lowering: Lowering) -> WeightPatch:
+    """The closed form's pass, with every intervened block trained on its own output before the next is solved."""
     options = lowering.options.distill
     intervened = lowering.program.changed_blocks
 
@@ -131,7 +125,7 @@ def fit_blocks(lowering: Lowering) -> tuple[WeightPatch, frozenset[int]]:
         elif block in intervened and options.block_steps > 0:
             lowering.curves[f"block {block}"] = fit_block(models, block, options, lowering.seed, advance)
 
-    return closed_form.solve_blocks(
+    return closed_form.lower(
         lowering,
         refine=refine,
         refine_steps=options.block_steps * len(intervened),

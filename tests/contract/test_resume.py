@@ -262,6 +262,7 @@ def test_a_distill_that_was_killed_anywhere_ends_in_the_bytes_of_an_undisturbed_
     yaml = YAML()
     recipe = yaml.load(run.recipe)
     recipe["compile"] = {
+        "dial": True,  # linear edits leave something to train for
         "backends": ["distill"],
         "calibration": {"prompts": 6, "max_new_tokens": 4},
         "distill": {"prompts": 6, "epochs": 2, "block_steps": 3, "save_every": 1, "rank": 4, "batch_tokens": 64},
