@@ -7,7 +7,7 @@ weights add to that is measured apart: each adapter's own error, and the cross t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -172,21 +172,7 @@ def measure_interference(
     columns |= {f"adapter {name}": adapters(setting) for name, setting in labelled}
     columns |= {CO_LOADED: adapters(scales)} | {name: {name: 1.0} for name in folders}
 
-    # The strictest of the members' gates hold for all.
-    gates = [member.options.gates for member in members]
-    remaining, exact = min(gate.kl_remaining for gate in gates), min(gate.exact_kl for gate in gates)
-    reasons = [
-        f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {remaining * fit.kl_base + exact:.2e}"
-        for name, fit in artifacts.items()
-        if not fit.kl <= remaining * fit.kl_base + exact
-    ]
-    if reasons:
-        reasons += [
-            f"{member.name}: its adapter alone, at scale {member.scale:g}, leaves {fit.kl_remaining:.0%} of the KL. One whose scale is "
-            "the coefficient is compiled with compile.dial: true"
-            for member, fit in zip(members, settings[1 : 1 + len(members)], strict=True)
-            if member.scale != 1 and fit.kl_remaining is not None and fit.kl_remaining > remaining
-        ]
+    reasons = list(_missed(members, artifacts, settings[1 : 1 + len(members)]))
     return Composition(
         names=[member.name for member in members],
         scales=list(scales),
@@ -202,6 +188,22 @@ def measure_interference(
         passed=not reasons,
         reasons=reasons,
     )
+
+
+def _missed(members: Sequence[Member], artifacts: Mapping[str, Fit], alone: Sequence[Fit]) -> Iterator[str]:
+    """Which artifacts are not the model under all hooks, and which members alone are not at their scale, `alone`."""
+    # The strictest of the members' gates hold for all.
+    gates = [member.options.gates for member in members]
+    remaining, exact = min(gate.kl_remaining for gate in gates), min(gate.exact_kl for gate in gates)
+    missed = {name: fit for name, fit in artifacts.items() if not fit.kl <= remaining * fit.kl_base + exact}
+    for name, fit in missed.items():
+        yield f"{name}: KL {fit.kl:.2e} nats a token against all hooks at once; at most {remaining * fit.kl_base + exact:.2e}"
+    for member, fit in zip(members, alone, strict=True) if missed else ():
+        if member.scale != 1 and (fit.kl_remaining or 0.0) > remaining:
+            yield (
+                f"{member.name}: its adapter alone, at scale {member.scale:g}, leaves {fit.kl_remaining:.0%} of the KL. One whose "
+                "scale is the coefficient is compiled with compile.dial: true"
+            )
 
 
 def unseen_texts(base: LoadedModel, members: Sequence[Member], progress: Progress) -> list[Encoded]:
