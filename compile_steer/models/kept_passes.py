@@ -86,7 +86,9 @@ class KeptPasses:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if new:
                 # clone: several results may be views of one tensor, and safetensors refuses shared memory.
-                save_tensors(self.path, {name: one.clone(memory_format=_WHOLE) for name, one in tensors.items()}, {})
+                save_tensors(
+                    self.path, {name: one.cpu().clone(memory_format=_WHOLE) for name, one in tensors.items()}, {}
+                )
                 self._known |= self._used
             else:
                 self.path.touch()
@@ -148,14 +150,13 @@ def _code() -> str:
 
 
 def _read(path: Path | None) -> dict[str, Made]:
-    try:
-        tensors = read_tensors(path)[0] if path else {}
-    except (ArtifactError, OSError):
-        return {}
     made: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _dot, number = name.rpartition(".")
-        made.setdefault(key, {})[int(number)] = tensor
+    try:
+        for name, tensor in (read_tensors(path)[0] if path else {}).items():
+            key, _dot, number = name.rpartition(".")
+            made.setdefault(key, {})[int(number)] = tensor
+    except (ArtifactError, OSError, ValueError):
+        return {}
     return {key: tuple(parts[n] for n in sorted(parts)) for key, parts in made.items()}
 
 
