@@ -50,9 +50,8 @@ SMALL: dict[str, Any] = {
         "wordings": 2,
     },
     "compile": {
-        "backends": ["bias", "closed_form", "distill"],
+        "backends": ["bias", "closed_form"],
         "calibration": {"prompts": 40, "max_new_tokens": 24},
-        "distill": {"prompts": 6, "epochs": 1},
     },
     "verify": {
         "forms": ["adapter", "merged-fp32"],
@@ -69,7 +68,7 @@ SMALL: dict[str, Any] = {
         "capability": 2,
     },
 }
-ROWS = {"train": 24, "validation": 8, "test": 24, "neutral": 8, "heldout": 12, "calibration": 46}
+ROWS = {"train": 24, "validation": 8, "test": 24, "neutral": 8, "heldout": 12, "calibration": 40}
 
 
 def small_recipe(folder: Path) -> Path:

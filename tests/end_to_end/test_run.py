@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from compile_steer.lowering import distill
+from compile_steer.lowering.job import Lowering
+from compile_steer.lowering.options import CompileOptions, DistillOptions
+from compile_steer.models.generate import continue_prompts
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import encode, pad
 from compile_steer.pipeline.run import Run
 from compile_steer.steering.hooks import steered
+from compile_steer.steering.passes import canonical
 from compile_steer.steering.program import Program
 from compile_steer.tools.decompile import decompile
 from compile_steer.tools.describe import describe_artifact
@@ -24,10 +29,7 @@ FIELDS = {
     "kind", "backend", "form", "divergence", "behaviour", "prompt_sets", "capability", "adapter", "rounding", "passed",
     "reasons", "sha256",
 }  # fmt: skip
-ARTIFACTS = [
-    "adapters/ocean-closed_form", "adapters/ocean-distill",
-    "merged/ocean-bias-fp32", "merged/ocean-closed_form-fp32", "merged/ocean-distill-fp32",
-]  # fmt: skip
+ARTIFACTS = ["adapters/ocean-closed_form", "merged/ocean-bias-fp32", "merged/ocean-closed_form-fp32"]
 
 # Loads an artifact as a stranger would: compile_steer cannot be imported there.
 PLAIN_LOADER = """
@@ -144,14 +146,24 @@ def test_compile_keeps_artifacts_made_from_the_same_inputs(finished: FinishedRun
         check=True,
     )
     assert weights.stat().st_mtime_ns == before
-    assert len(json.loads(done.stdout)) == 3
+    assert len(json.loads(done.stdout)) == 2
 
 
-def test_training_losses_are_kept_and_the_work_folder_is_removed(finished: FinishedRun) -> None:
-    curves = json.loads((finished.out / "adapters/ocean-distill/training.json").read_text())
-    assert set(curves) == {"distill"}, "a neuron makes the constant: no block's own training could better it"
-    assert len(curves["distill"]["held_out_kl"]) == 2
+def test_the_work_folder_is_removed(finished: FinishedRun) -> None:
     assert not finished.paths.work.exists()
+
+
+def test_training_brings_the_real_model_nearer_to_the_steered_one(opened: Run) -> None:
+    """From a random start: from the closed form's, which leaves 0.01 %, there is nothing to train for."""
+    options = CompileOptions(distill=DistillOptions(start="random", epochs=2, batch_tokens=256))
+    lowering = Lowering(canonical(opened.program), opened.model, (), options)
+    prompts = opened.data.calibration[:10]
+    texts = continue_prompts(opened.model, prompts, opened.program, max_new_tokens=16, temperature=1.0, seed=1)
+    lowering.__dict__["training_texts"] = texts
+    patch = distill.lower(lowering)
+    before, after = lowering.curves["distill"]["held_out_kl"]
+    assert after < 0.9 * before, lowering.curves
+    assert any(float(edit.B.abs().max()) > 0 for edit in patch.low_rank.values())
 
 
 def test_page_is_self_contained_and_shows_the_verdict(finished: FinishedRun) -> None:
