@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from benchmarks.ocean import compile_committed, ocean
 from benchmarks.record import ROOT, Record, prose, table, timed
+from compile_steer.artifacts.paths import RunPaths
 from compile_steer.common.errors import ArtifactError
 from compile_steer.common.progress import ProgressBars
 from compile_steer.pipeline.artifacts import make_reference
@@ -31,7 +32,7 @@ from compile_steer.verification.stage import verify_artifact
 from tests.helpers import planted
 from tests.helpers.planted import Fault, VerifierState
 
-RUNS = ROOT / "runs" / "faults"
+RUNS, LINEAR = ROOT / "runs" / "faults", "linear"
 SETTINGS = ["compile.backends=[bias,closed_form]", "verify.forms=[adapter,merged-fp32]", "verify.long=1"]
 RESPONSE_ONLY = "another program"  # the hash that stands for it: it lies in no file
 SEEDS = range(100, 140)  # of the false alarms
@@ -50,7 +51,7 @@ FAULTS = (
     Fault("one block late", "adapter", planted.moved(1)),
     Fault("one block early", "adapter", planted.moved(-1)),
     Fault("emptied", "adapter", planted.scaled(0.0)),
-    Fault("rank cut to 1", "adapter", planted.rank_cut),
+    Fault("rank cut to 1", "adapter", planted.rank_cut, several_ranks=True),
     Fault("alpha doubled", "adapter", planted.configured(lora_alpha=lambda old: 2 * old)),
     Fault("read as rslora", "adapter", planted.configured(use_rslora=True)),
     Fault("one tensor zeroed", "adapter", planted.largest_zeroed),
@@ -90,9 +91,11 @@ class Verdict:
 
 
 def prepared(progress: ProgressBars) -> Run:
-    """The committed program compiled and merged; what is there is kept."""
+    """The committed program compiled and merged; what is there is kept. With linear edits alone in the folder `LINEAR`."""
     run = ocean(SETTINGS, RUNS, progress)
     compile_committed(run)
+    settings = ["compile.backends=[closed_form]", "compile.dial=true", "verify.forms=[adapter]"]
+    compile_committed(ocean(settings, RUNS / LINEAR, progress))
     return run
 
 
@@ -110,7 +113,8 @@ def verifier(run: Run, state: VerifierState) -> Iterator[tuple[Reference, str]]:
 def verdict(run: Run, against: tuple[Reference, str], fault: Fault, seed: int | None = None) -> Verdict:
     """Plant the fault in a copy and have it verified; a refusal is as good as a gate."""
     reference, program_sha256 = against
-    sound = run.paths.adapter("closed_form") if fault.form == "adapter" else run.paths.merged("bias", "fp32")
+    paths = RunPaths(run.paths.out / LINEAR, run.recipe.name) if fault.several_ranks else run.paths
+    sound = paths.adapter("closed_form") if fault.form == "adapter" else paths.merged("bias", "fp32")
 
     def reasons() -> list[str]:
         with tempfile.TemporaryDirectory() as parent:

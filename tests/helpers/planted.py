@@ -24,12 +24,17 @@ VerifierState = Literal["sound", "response only", "hooked base"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with which form, and how to make it so."""
+    """What is wrong with which form, and how to make it so.
+
+    `several_ranks`: it takes an adapter of a rank above 1, as linear edits have (`compile.dial`), and a neuron that is a constant
+    has not.
+    """
 
     name: str
     form: Literal["adapter", "merged-fp32"]
     plant: Plant
     verifier: VerifierState = "sound"
+    several_ranks: bool = False
 
 
 def plant(fault: Plant, folder: Path, base: Path) -> None:
