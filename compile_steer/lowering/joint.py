@@ -81,31 +81,31 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
     for name in models.loaded.layout.linears(block):
         models.solved.pop(name, None)
     ways = _Ways(models, attn, mlp, rank, note, dict(models.solved))
-    neurons = _neurons(models, block, mlp)
+    neurons = _neurons(models, attn, mlp)
     tried: list[_Way] = [ways.together, ways.one_by_one]
     if isinstance(neurons, ConstantNeuron):
         tried.insert(0, partial(ways.with_constant, neurons))
     elif neurons:
-        tried.insert(0, partial(ways.with_pair, neurons))
+        tried[:0] = [partial(ways.with_pair, one) for one in neurons.variants]
     n_texts = count() * sum(len(activations.batch.rows) for activations in models.batches)
     enough = _ENOUGH * held_out_error(models, block, models.patch) if neurons else 0.0
     errors: list[float] = []
     for way in tried:
         way(to_all=False)
         errors.append(held_out_error(models, block, models.patch))
-        advance(n_texts)
+        advance(3 * n_texts / len(tried))
         if errors[0] < enough:
             models.exact.add(block)
             break
     tried[errors.index(min(errors))](to_all=True)
-    advance((4 - len(errors)) * n_texts)
+    advance((4 - 3 * len(errors) / len(tried)) * n_texts)
 
 
 def _neurons(
-    models: TeacherStudent, block: int, mlp: OutputProjection
+    models: TeacherStudent, attn: OutputProjection, mlp: OutputProjection
 ) -> ConstantNeuron | StreamPair | RolePair | None:
-    """The neurons that a change in `block` asks for; None where the artifact's scale is to be a dial or the MLP has no gate."""
-    program = models.program
+    """The neurons that a change in the block asks for; None where the artifact's scale is to be a dial or the MLP has no gate."""
+    program, block = models.program, attn.layer
     gated = None if models.dial or not program.at_block(block) else GatedMLP.of(models, block, mlp.name)
     if gated is None:
         return None
@@ -114,7 +114,7 @@ def _neurons(
     if program.adds_constant(block):
         return ConstantNeuron.of(models, gated)
     scopes = program.adds_to(block)
-    return RolePair.of(models, gated, scopes) if scopes else None
+    return RolePair.of(models, gated, attn, scopes) if scopes else None
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class _Ways:
 
     def with_pair(self, pair: StreamPair | RolePair, *, to_all: bool) -> None:
         """A pair of neurons that reads what the projections do not, then the two one after the other."""
-        edits, without_columns = pair.edits(self.models, to_all=to_all)
-        self._give(edits, {self.mlp.name: without_columns})
+        self._give({}, {})
+        self._give(*pair.edits(self.models, to_all=to_all))
         for projection in (self.mlp, self.attn):
             self._solve(projection, to_all)
 

@@ -24,7 +24,7 @@ from compile_steer.lowering.block_pass import run_student
 from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
-from compile_steer.steering.low_rank import LowRank, linear_shape
+from compile_steer.steering.low_rank import linear_shape
 
 _SIZE = 30.0  # of the pair's mean square beside other neurons': a ridge takes next to nothing from what is larger
 
@@ -52,8 +52,13 @@ class StreamPair:
         fitter, factor = _streamed(models, mlp, lambda z: (z @ read.T) * z)
         return StreamPair(mlp, read, fitter, factor)
 
-    def edits(self, models: TeacherStudent, *, to_all: bool) -> tuple[Edits, LowRank]:
-        """The edits that make the pair (see `take_neurons`)."""
+    @property
+    def variants(self) -> list[StreamPair]:
+        """The pairs to be tried."""
+        return [self]
+
+    def edits(self, models: TeacherStudent, *, to_all: bool) -> tuple[Edits, Edits]:
+        """The edits that make the pair, and the one that stays when the MLP's projection is solved."""
         d_mlp, total = len(self.fitter.train.G) - self.read.shape[1], self.fitter.train + self.fitter.held_out
         edit, _penalty, _helps = self.fitter.fit(1, to_all=to_all)
         own = edit.A[:, d_mlp:]
@@ -63,7 +68,9 @@ class StreamPair:
         size = (_SIZE * float(sizes.mean()) / max(written, 1e-30)) ** 0.5
         norm = (size * float(gate.norm()) * float(read.norm())) ** 0.5
         gate, read = (norm * row / row.norm().clamp(min=1e-30) for row in (gate, read))
-        return take_neurons(models, self.mlp, sizes, torch.cat([gate, -gate]), torch.cat([read, read]))
+        gates, reads = torch.cat([gate, -gate]), torch.cat([read, read])
+        edits, without_columns = take_neurons(models, self.mlp, sizes, gates, reads)
+        return edits, {self.mlp.down: without_columns}
 
 
 def _streamed(models: TeacherStudent, mlp: GatedMLP, more: Callable[[Tensor], Tensor]) -> tuple[RidgeFitter, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_steer.lowering import joint
-from compile_steer.lowering.block_pass import recorded
+from compile_steer.lowering.block_pass import recorded, run_student
 from compile_steer.lowering.closed_form import Stage
 from compile_steer.lowering.constant_neuron import ConstantNeuron
 from compile_steer.lowering.neurons import GatedMLP, Reader
@@ -91,7 +91,8 @@ def test_the_difference_of_both_neurons_is_a_product_of_two_reads(family: str) -
     mlp = mlp_of(models)
     assert mlp is not None
     pair = StreamPair.of(models, mlp)
-    edits, without_columns = pair.edits(models, to_all=True)
+    edits, kept = pair.edits(models, to_all=True)
+    without_columns = kept[mlp.down]
     first, second = without_columns.A.argmax(dim=1).tolist()
     _z, plain = down_input(models, mlp, WeightPatch())
     z, edited = down_input(models, mlp, WeightPatch(edits))
@@ -187,8 +188,11 @@ def test_the_difference_of_both_neurons_is_a_step_between_roles_that_no_linear_r
     z = z[z[:, 1].abs() > 0.2]
     chosen, every = z[:, 1] > 0, torch.ones(len(z))
     sizes = torch.ones(linear_shape(models.loaded.layout.model.get_submodule(mlp.down))[1], dtype=torch.float64)
-    edits, without_columns = RolePair(mlp, z, every, chosen, every < 0, sizes).edits(models, to_all=True)
-    neurons = without_columns.A.argmax(dim=1)
+    attn, unread = models.loaded.layout.output_projection(LAYER, "attn").name, torch.zeros(z.shape[1])
+    pair = RolePair(mlp, attn, z, z, every, chosen, every < 0, sizes, unread)
+    edits, kept = pair.edits(models, to_all=True)
+    neurons = kept[mlp.down].A.argmax(dim=1)
+    assert attn not in edits, "the MLP reads nothing of what the attention's projection writes"
 
     def rows(reader: Reader) -> Tensor:
         edit = edits[reader.name]
@@ -201,6 +205,33 @@ def test_the_difference_of_both_neurons_is_a_step_between_roles_that_no_linear_r
     errors = [float((read - chosen.float()).square().mean()) for read in (step, linear)]
     assert errors[0] < 0.02
     assert errors[1] > 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "granite"])
+def test_what_the_attention_knows_of_roles_is_written_for_the_pair_and_taken_away_again(family: str) -> None:
+    models = models_at(family, "add", "response")
+    mlp, attn = mlp_of(models), models.loaded.layout.output_projection(LAYER, "attn")
+    assert mlp is not None
+    pair = RolePair.of(models, mlp, attn, frozenset({"response"}))
+    # RMS norms: what is written moves each dimension of the MLP's input by its weight over the stream's size.
+    assert float(pair.response.abs().min()) > 0
+    edits, kept = pair.edits(models, to_all=True)
+    writer = edits[attn.name]
+    assert kept[attn.name] is writer
+    assert writer.rank == 1
+    assert [one.reads_attention for one in pair.variants] == [True, False]
+    # What is written is told from what the MLP's input holds, which it was not before.
+    said = pair.a @ writer.A[0]
+    models.solved = {attn.name: writer}
+    after = torch.cat([own.calls[mlp.gate.name].input for own in run_student(models, LAYER, [mlp.gate.name])])
+    fits = [z @ torch.linalg.lstsq(z, said.unsqueeze(1)).solution[:, 0] for z in (pair.z, after)]
+    before, now = (float((fit - said).square().mean() / said.square().mean()) for fit in fits)
+    assert now < 0.7 * before, (before, now)
+    # The third neuron reads it, and is linear in it.
+    models.solved = edits
+    calls = [own.calls[mlp.down].input for own in run_student(models, LAYER, [mlp.down])]
+    third = torch.cat(calls)[:, kept[mlp.down].A.argmax(dim=1)[2]]
+    assert float(torch.corrcoef(torch.stack([third, fits[1]]))[0, 1]) > 0.95
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
