@@ -53,7 +53,8 @@ FAULTS = (
     Fault("emptied", "adapter", planted.scaled(0.0)),
     Fault("rank cut to 1", "adapter", planted.rank_cut, several_ranks=True),
     Fault("alpha doubled", "adapter", planted.configured(lora_alpha=lambda old: 2 * old)),
-    Fault("read as rslora", "adapter", planted.configured(use_rslora=True)),
+    # At rank 1 that divides by 1 as LoRA does.
+    Fault("read as rslora", "adapter", planted.configured(use_rslora=True), several_ranks=True),
     Fault("one tensor zeroed", "adapter", planted.largest_zeroed),
     Fault("one pair missing", "adapter", planted.largest_missing),
     Fault("cast to fp16 with overflow", "adapter", planted.overflown),
