@@ -7,7 +7,6 @@ Writes its section of docs/BENCHMARKS.md. Takes about eight minutes, a third of 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from benchmarks.ocean import compile_committed, opened
 from benchmarks.record import machine, prose, table, timed
 from compile_steer.common.progress import ProgressBars
 from compile_steer.models.generate import continue_prompts
-from compile_steer.models.source import cache_folder
 from compile_steer.models.text import Text
 from compile_steer.pipeline.artifacts import artifacts, verify
+from tests.helpers.caches import use_own_cache
 
 SETTINGS = ["compile.backends=[bias, closed_form, distill]", "verify.forms=[adapter, merged-fp32, merged-bf16]"]
 
@@ -38,11 +37,7 @@ def main() -> None:
             *(Text(pair.prompt) for pair in run.data.test[: options.prompts]),
         ]
         answers, once = timed(partial(continue_prompts, run.model, prompts, max_new_tokens=options.max_new_tokens))
-        # A cache in which nothing of an earlier run is kept but the model itself.
-        cache = Path(folder) / "cache"
-        cache.mkdir()
-        (cache / "models").symlink_to(cache_folder() / "models")
-        os.environ["COMPILE_STEER_CACHE"] = str(cache)
+        use_own_cache(Path(folder))
         parities, seconds = timed(partial(verify, run, folders))
         _, again = timed(partial(verify, run, folders))
     tokens = sum(len(text.ids) - text.n_prompt for text in answers)

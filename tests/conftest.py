@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.source import new_cache_folder
 from tests.helpers import tiny
+from tests.helpers.caches import use_own_cache
 from tests.helpers.seeds import stable_seed
 
 # Other work shares the machine, and tiny matrices gain nothing from more threads. The order of a sum depends on their number.
@@ -33,14 +33,11 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # Nothing that an earlier session measured is taken for measured in this one, and the user's own is left alone. All processes of
-# a session share one cache; its models are the user's, which take long to make.
+# a session share one cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     session_cache = Path(tempfile.mkdtemp(prefix="compile-steer-tests-"))
     atexit.register(shutil.rmtree, session_cache, ignore_errors=True)
-    models = new_cache_folder() / "models"
-    models.mkdir(exist_ok=True)
-    (session_cache / "models").symlink_to(models)
-    os.environ["COMPILE_STEER_CACHE"] = str(session_cache)
+    use_own_cache(session_cache)
 
 
 @pytest.fixture(autouse=True)

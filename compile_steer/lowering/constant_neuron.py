@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compile_steer.common.distributed import sum_over_all
 from compile_steer.lowering.block_pass import run_student
-from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
+from compile_steer.lowering.neurons import Edits, GatedMLP, size_beside, take_neurons
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import LowRank
@@ -69,7 +69,7 @@ class ConstantNeuron:
         """The edits that make the neuron (see `take_neurons`)."""
         edit, _penalty, _helps = self.fitter.fit(1, to_all=to_all)
         read = (edit.B @ edit.A).float()
-        size = (_SIZE * float(self.sizes.mean()) / max(float(self.weight), 1e-30)) ** 0.5
+        size = size_beside(self.sizes, _SIZE, float(self.weight))
         return take_neurons(models, self.mlp, self.sizes, self.gate * read, size / self.value * read)
 
     def column(self, models: TeacherStudent, pick: Tensor, *, to_all: bool) -> Tensor:

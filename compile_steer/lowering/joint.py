@@ -86,7 +86,7 @@ def solve_jointly(models: TeacherStudent, block: int, rank: int, advance: Advanc
     if isinstance(neurons, ConstantNeuron):
         tried.insert(0, partial(ways.with_constant, neurons))
     elif neurons:
-        tried[:0] = [partial(ways.with_pair, one) for one in neurons.variants]
+        tried[:0] = [partial(ways.with_pair, pair) for pair in neurons.variants]
     n_texts = count() * sum(len(activations.batch.rows) for activations in models.batches)
     enough = _ENOUGH * held_out_error(models, block, models.patch) if neurons else 0.0
     errors: list[float] = []

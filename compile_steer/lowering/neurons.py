@@ -100,6 +100,12 @@ class GatedMLP:
         return calls[self.down][0].flatten(0, -2)[0].float().cpu()
 
 
+def size_beside(sizes: Tensor, times: float, square: float) -> float:
+    """The factor that makes a weighted `square` so many times the mean of the neurons', `sizes` [d_mlp]: a ridge takes next to
+    nothing from what is larger."""
+    return float((times * float(sizes.mean()) / max(square, 1e-30)) ** 0.5)
+
+
 def take_neurons(
     models: TeacherStudent, mlp: GatedMLP, sizes: Tensor, gates: Tensor, reads: Tensor
 ) -> tuple[Edits, LowRank]:

@@ -15,7 +15,6 @@ and a third neuron, linear in its read, is there to take them away again.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from compile_steer.common.distributed import sum_over_all
 from compile_steer.lowering.block_pass import batch_with_texts, products, real_tokens, recorded, run_student
-from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
+from compile_steer.lowering.neurons import Edits, GatedMLP, size_beside, take_neurons
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.compare import tolerance_of
 from compile_steer.steering.hooks import PAD, in_scope
@@ -108,13 +107,12 @@ class RolePair:
         self, models: TeacherStudent, weight: Tensor, z: Tensor, written: Tensor | None
     ) -> tuple[Edits, LowRank]:
         """Of the MLP's input z [n, d_model]: the pair, and one that reads what was `written` [n] (see `take_neurons`)."""
-        gram, one = _gram(z, weight), torch.ones_like(weight)
-        constant = _least_squares(z, gram, weight, one)
+        gram = _gram(z, weight)
+        constant = _least_squares(z, gram, weight, torch.ones_like(weight))
         middle, half = _SHARPNESS * _log_odds(z, gram, weight, self.chosen), _HALF_WIDTH * constant
 
-        def size(square: Tensor) -> float:
-            # As large beside the other neurons as what is `square` tall, weighted, is to be.
-            return math.sqrt(_SIZE * float(self.sizes.mean()) / max(float(_summed(self.weight @ square)), 1e-30))
+        def size(squares: Tensor) -> float:
+            return size_beside(self.sizes, _SIZE, float(_summed(self.weight @ squares)))
 
         step = size(self.chosen.float()) / (2 * _HALF_WIDTH) * constant
         gates, reads = [middle + half, middle - half], [step, step]
@@ -126,21 +124,21 @@ class RolePair:
     def _writer(self, models: TeacherStudent, weight: Tensor) -> LowRank:
         """The edit of the attention's projection that writes the role's log-odds."""
         odds = _log_odds(self.a, _gram(self.a, weight), weight, self.chosen)
-        said, total = self.a @ odds, float(_summed(weight.sum()))
-        mean = float(_summed(weight @ said)) / total
-        spread = (float(_summed(weight @ (said - mean).square())) / total) ** 0.5
+        values, total = self.a @ odds, float(_summed(weight.sum()))
+        mean = float(_summed(weight @ values)) / total
+        spread = (float(_summed(weight @ (values - mean).square())) / total) ** 0.5
         # z moves by r u with a direction u that is written: the u that a linear read of z tells best, for as little answer of the MLP.
         r = torch.diag(self.response)
         noise = (_gram(self.z, weight) / total).cpu()
-        told = r @ torch.linalg.inv(noise + _PENALTY * _mean_square(noise)) @ r
+        signal = r @ torch.linalg.inv(noise + _PENALTY * _mean_square(noise)) @ r
         readers = products(models, self.mlp.block, sorted({self.mlp.gate.name, self.mlp.up.name}), torch.eye(len(r)))
         answer = r @ sum((rows.T @ rows).double().cpu() for rows in readers.values()) @ r
         answer = answer + _STRAY * _mean_square(answer)
         root = torch.linalg.cholesky(answer)
-        half = torch.linalg.solve_triangular(root, told, upper=False)
+        half = torch.linalg.solve_triangular(root, signal, upper=False)
         _values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
         u = torch.linalg.solve_triangular(root.T, vectors[:, -1:], upper=True)
-        u = u * _WRITTEN / max(spread * float(u.T @ told @ u) ** 0.5, 1e-30)
+        u = u * _WRITTEN / max(spread * float(u.T @ signal @ u) ** 0.5, 1e-30)
         return LowRank(u.float().to(self.a.device), odds.unsqueeze(0))
 
 
@@ -162,7 +160,8 @@ def _response(models: TeacherStudent, mlp: GatedMLP, attn: str) -> Tensor:
             models.run_block(activations.batch, activations.student, mlp.block)
         finally:
             handle.remove()
-    before, after, written = (real_tokens(one, activations.real) for one in (plain, calls[mlp.gate.name][0], noise[0]))
+    passes = plain, calls[mlp.gate.name][0], noise[0]
+    before, after, written = (real_tokens(values, activations.real) for values in passes)
     sums = torch.stack([((after - before) * written).sum(dim=0), written.square().sum(dim=0)]).double().cpu()
     moved = torch.tensor([(after - before).square().sum(), before.square().sum()], dtype=torch.float64)
     sum_over_all(sums, moved)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compile_steer.lowering.block_pass import run_student
-from compile_steer.lowering.neurons import Edits, GatedMLP, take_neurons
+from compile_steer.lowering.neurons import Edits, GatedMLP, size_beside, take_neurons
 from compile_steer.lowering.regression import RidgeFitter
 from compile_steer.lowering.teacher_student import TeacherStudent
 from compile_steer.steering.low_rank import linear_shape
@@ -65,7 +65,7 @@ class StreamPair:
         written, sizes = float(own @ total.G[d_mlp:, d_mlp:] @ own.T), total.G.diagonal()[:d_mlp]
         gate, read = self.factor * own.float(), self.read
         # Rows of one norm, and a pair that is large beside the other neurons.
-        size = (_SIZE * float(sizes.mean()) / max(written, 1e-30)) ** 0.5
+        size = size_beside(sizes, _SIZE, written)
         norm = (size * float(gate.norm()) * float(read.norm())) ** 0.5
         gate, read = (norm * row / row.norm().clamp(min=1e-30) for row in (gate, read))
         gates, reads = torch.cat([gate, -gate]), torch.cat([read, read])

@@ -79,16 +79,15 @@ class KeptPasses:
         if self.path is None:
             return ""
         new = self._used.keys() - self._known.keys()
-        tensors = {f"{key}.{n}": one for key, made in self._used.items() for n, one in enumerate(made)}
-        if sum(one.nbytes for one in tensors.values()) > LARGEST:
+        tensors = {f"{key}.{n}": tensor for key, made in self._used.items() for n, tensor in enumerate(made)}
+        if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST:
             return f"they take more than {LARGEST / 2**30:.0f} GiB"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if new:
                 # clone: several results may be views of one tensor, and safetensors refuses shared memory.
-                save_tensors(
-                    self.path, {name: one.cpu().clone(memory_format=_WHOLE) for name, one in tensors.items()}, {}
-                )
+                own = {name: tensor.cpu().clone(memory_format=_WHOLE) for name, tensor in tensors.items()}
+                save_tensors(self.path, own, {})
                 self._known |= self._used
             else:
                 self.path.touch()
@@ -110,7 +109,7 @@ def kept_or_made(
     if kept is None or not kept.serve(loaded):
         return make()
     programs = program if isinstance(program, Sequence) else [program]
-    steering = [None if one is None else _content(one) for one in programs]
+    steering = [program and _content(program) for program in programs]
     read = [[text.ids, text.n_prompt, text.earlier] for text in texts]
     return kept.get(digest([settings, steering, read]), make)
 
