@@ -38,6 +38,8 @@ _JUDGED = 8  # of the texts that choose the ridge, that the whole patch has to h
 _CORRECTION_RANK = 8
 _CORRECTION_BLOCKS = 3  # blocks above the last intervened one: what they could still correct is small
 
+NAME = "closed form"
+
 Refine = Callable[[TeacherStudent, int, Advance], None]
 
 
@@ -66,7 +68,7 @@ def lower(
     refine: Refine | None = None,
     refine_steps: int = 0,
     max_tokens: int = 4096,
-    name: str = "closed form",
+    name: str = NAME,
 ) -> WeightPatch:
     """The patch with which the plain model imitates the program on calibration texts.
 
@@ -121,8 +123,7 @@ def lower(
         projection = loaded.layout.output_projection(stages[0].layer, stages[0].kinds[-1])
         d_out, d_in = linear_shape(projection.module)
         models.solved[projection.name] = LowRank(torch.zeros(d_out, 1), torch.zeros(1, d_in))
-    lowering.exact.clear()
-    lowering.exact.update(models.exact)
+    lowering.exact[name] = models.exact
     return models.patch
 
 

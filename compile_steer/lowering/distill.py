@@ -44,6 +44,7 @@ from compile_steer.steering.layout import Layout
 from compile_steer.steering.low_rank import LowRank, linear_shape
 from compile_steer.steering.patch import WeightPatch, with_patch
 
+_PASS = "distill block by block"
 _STRENGTHS = (1.0, 1.0, -1.0)  # of the program and the edit in turn, step by step
 
 
@@ -63,12 +64,30 @@ def lower(lowering: Lowering) -> WeightPatch:
         if not random_start:
             _ = lowering.regression_texts
         shard_blocks(lowering.loaded)
+    if not random_start and (exact := _exact_closed_form(lowering)):
+        return exact
     start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
-    if not random_start and lowering.exact >= lowering.program.changed_blocks:
+    if not random_start and _is_exact(lowering, _PASS):
         return start
     texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)
+
+
+def _is_exact(lowering: Lowering, name: str) -> bool:
+    """Whether a pass of the closed form has left nothing to train."""
+    return lowering.exact.get(name, set()) >= lowering.program.changed_blocks
+
+
+def _exact_closed_form(lowering: Lowering) -> WeightPatch | None:
+    """The patch of `closed_form` where the recipe has that too and it is exact, which only that of constants is."""
+    program, found = lowering.program, lowering.patches.get("closed_form")
+    constants = all(map(program.adds_constant, program.changed_blocks))
+    if found is None or lowering.options.dial or not constants:
+        return None
+    if closed_form.NAME not in lowering.exact:  # an earlier run has made it, and what it left is not on disk
+        closed_form.lower(lowering)
+    return found if _is_exact(lowering, closed_form.NAME) else None
 
 
 def shard_blocks(loaded: LoadedModel) -> None:
@@ -130,7 +149,7 @@ def fit_blocks(lowering: Lowering) -> WeightPatch:
         refine=refine,
         refine_steps=options.block_steps * len(intervened),
         max_tokens=options.block_batch_tokens,
-        name="distill block by block",
+        name=_PASS,
     )
 
 

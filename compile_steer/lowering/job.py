@@ -127,8 +127,8 @@ class Lowering:
         prompts: calibration prompts; the fitted backends learn from the steered model's continuations of them.
         resume: where a fitted backend saves its state.
         curves: what training recorded, by its name.
-        exact: blocks in which what the closed form solved last leaves next to nothing of what the program changes there.
-        patches: of the backends that ran before, by name; `full_cut` starts from that of `full`.
+        exact: by the name of a pass of the closed form, the blocks in which it leaves next to nothing of the program's change.
+        patches: of the backends that ran before, by name; others may start from one, or be the same.
     """
 
     program: Program
@@ -139,7 +139,7 @@ class Lowering:
     progress: Progress = field(default_factory=Progress)
     resume: ResumeFiles = ResumeFiles()
     curves: dict[str, Curve] = field(default_factory=dict)
-    exact: set[int] = field(default_factory=set)
+    exact: dict[str, set[int]] = field(default_factory=dict)
     patches: dict[str, WeightPatch] = field(default_factory=dict)
 
     # Two sets: on texts that the regression has fitted already, the gradient of a training would see too small an error.

@@ -137,6 +137,19 @@ def test_where_next_to_nothing_is_left_there_is_nothing_to_train_for(monkeypatch
             assert patch.low_rank.keys() == closed_form.lower(task).low_rank.keys() and not task.curves
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_where_the_closed_form_is_exact_it_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    monkeypatch.setattr(joint, "_ENOUGH", 0.02)  # a model of 32 dimensions leaves more
+    monkeypatch.setattr(distill, "fit_blocks", lambda _lowering: pytest.fail("the blocks were solved again"))
+    tiny, steering = loaded("qwen3"), canonical_program("qwen3", intervention())
+    task = job(tiny, steering, CompileOptions(distill=OPTIONS.model_copy(update={"start": "closed_form"})))
+    task.__dict__["regression_texts"] = CALIBRATION
+    task.patches["closed_form"] = solved = closed_form.lower(task)
+    if kept:  # by an earlier run
+        task.exact.clear()
+    assert distill.lower(task) is solved
+
+
 def test_training_that_makes_things_worse_gives_the_start_back() -> None:
     tiny, steering = loaded("llama"), canonical_program("llama", intervention())
     start = solve(tiny, steering, stages_of(tiny, steering))
