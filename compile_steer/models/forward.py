@@ -8,10 +8,10 @@ no family needs a copy of its forward pass here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ from compile_steer.steering.hooks import LAST_PROMPT, PAD, RESPONSE
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.sites import Point, Site
 
-_SHARES_ROWS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# What a configuration says of its file, not of what the model computes.
+_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_SHARES_ROWS: dict[object, bool] = {}
 
 
 def run_blocks(
@@ -120,13 +122,26 @@ def require_spans(model: PreTrainedModel) -> None:
         )
 
 
+def settings_of(model: nn.Module) -> dict[str, object]:
+    """The configuration but for names, versions and biases: what acts on long texts only is there."""
+    config = Layout.of(model).model.config.to_dict()
+    return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
+
+
+def code_of(model: nn.Module) -> object:
+    """What tells models that run the same code in the same way, whatever their weights: base, artifacts, rounded copies."""
+    inner, layout = Layout.of(model).model, Layout.of(model)
+    settings = json.dumps(settings_of(model), sort_keys=True, default=str)
+    return type(inner), settings, inner.config._attn_implementation, inner.dtype, str(layout.device)
+
+
 def shares_rows(model: nn.Module) -> bool:
     """Whether two texts with a common beginning, in one row with a mask of ancestors, give what each gives alone.
 
-    True of attention; a state that is passed on from token to token knows no mask. Measured once, on 7 tokens.
+    True of attention; a state that is passed on from token to token knows no mask. Measured once for a code, on 7 tokens.
     """
-    if model not in _SHARES_ROWS:
-        ids, _SHARES_ROWS[model] = token_ids(cast(PreTrainedModel, model))[:1, :7], False
+    if (code := code_of(model)) not in _SHARES_ROWS:
+        ids, _SHARES_ROWS[code] = token_ids(cast(PreTrainedModel, model))[:1, :7], False
         first, second = [0, 1, 2, 3, 4], [0, 1, 2, 5, 6]
         seen = torch.ones(7, 7, dtype=torch.bool, device=ids.device).tril()
         seen[5:, 3:5] = False
@@ -137,8 +152,8 @@ def shares_rows(model: nn.Module) -> bool:
             row = run_blocks(model, ids, mask, position_ids=places)[0]
             alone = [run_blocks(model, ids[:, path], torch.ones_like(ids[:, path]))[0] for path in (first, second)]
             together = torch.cat([row[first], row[second]])
-            _SHARES_ROWS[model] = distance(together, torch.cat(alone)) < tolerance_of(dtype)
-    return _SHARES_ROWS[model]
+            _SHARES_ROWS[code] = distance(together, torch.cat(alone)) < tolerance_of(dtype)
+    return _SHARES_ROWS[code]
 
 
 @contextmanager

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from compile_steer.common import distributed
 from compile_steer.common.errors import CompileSteerError, LayoutError, library_errors
+from compile_steer.models.forward import code_of
 from compile_steer.models.kept_passes import kept_or_made
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
@@ -158,14 +158,14 @@ class _Traits:
     caches: bool = False
 
 
-_TRAITS: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
+_TRAITS: dict[object, _Traits] = {}
 
 
 def _traits(loaded: LoadedModel) -> _Traits:
-    """Measured once, on 6 tokens. Raises `LayoutError` where the model's own code cannot generate at all."""
+    """Measured once for a code, on 6 tokens. Raises `LayoutError` where the model's own code cannot generate at all."""
     model = loaded.model
-    if model in _TRAITS:
-        return _TRAITS[model]
+    if (code := code_of(model)) in _TRAITS:
+        return _TRAITS[code]
     traits = _Traits()
     ids = tuple(token_ids(model)[0, :6].tolist())
     batch = pad([Encoded(ids[:3], 3), Encoded(ids, 6)], [0, 1], loaded.pad_id, left=True).to(loaded.device)
@@ -207,7 +207,7 @@ def _traits(loaded: LoadedModel) -> _Traits:
             break
     if failure is not None:
         raise failure
-    _TRAITS[model] = traits
+    _TRAITS[code] = traits
     return traits
 
 

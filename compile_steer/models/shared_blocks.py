@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_steer.models.forward import run_blocks
+from compile_steer.models.forward import run_blocks, settings_of
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.packing import PackedBatch
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.layout import Layout
 from compile_steer.steering.program import Program
-
-# What a configuration says of its file, not of what the model computes.
-_OF_THE_FILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 class SharedBlocks:
@@ -58,12 +55,6 @@ class SharedBlocks:
         if key not in self._kept:
             self._kept[key] = _run(self._base, batch, stop=self.stop)
         return self._kept[key]
-
-
-def settings_of(model: nn.Module) -> dict[str, object]:
-    """The configuration but for names, versions and biases: what acts on long texts only is there."""
-    config = Layout.of(model).model.config.to_dict()
-    return {key: value for key, value in config.items() if not (key in _OF_THE_FILE or key.endswith("bias"))}
 
 
 def final_hidden(loaded: LoadedModel, batch: PackedBatch, program: Program | None = None) -> Tensor:
