@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common import distributed
@@ -211,7 +212,8 @@ class FinalStates:
 
     # Apart, because a chat template's tokens are the same in every prompt, and would flatter a mean.
     response: Tensor  # where a response token is predicted
-    prompt: Tensor  # at all other tokens
+    prompt: Tensor  # at all other tokens; what several texts begin with is here once
+    repeats: Tensor  # how many tokens of the texts each of these is
     # Of each of the response's positions, [n_tokens]: index of the text, number of the response in it, and tokens read so far.
     texts: Tensor
     turns: Tensor
@@ -225,21 +227,21 @@ class FinalStates:
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
     """Run the whole model, steered by `program` if given, and return the real tokens' final hidden states."""
     made = kept_or_made(loaded, encoded, program, lambda: _final_states(loaded, encoded, program), of="final states")
-    response, prompt, *places = made
-    return FinalStates(response.to(loaded.device), prompt.to(loaded.device), *places)
+    response, prompt, *others = made
+    return FinalStates(response.to(loaded.device), prompt.to(loaded.device), *others)
 
 
 def _final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None) -> tuple[Tensor, ...]:
     """The fields of `FinalStates`."""
     response, prompt, places, owners = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    own = distributed.share(range(len(encoded)))
+    own, (given, repeats) = distributed.share(range(len(encoded))), _given_tokens(encoded)
     for batch in pack(loaded, [encoded[row] for row in own]):
         final = final_hidden(loaded, batch, program).flatten(end_dim=1)
         for text, path in batch.paths.items():
             roles = torch.tensor(encoded[own[text]].roles)
             predicts = functional.pad(roles[1:] == RESPONSE, (0, 1))  # the last token has none to predict
             response.append(final[path[predicts.to(path.device)]])
-            prompt.append(final[path[~predicts.to(path.device)]])
+            prompt.append(final[path[given[own[text]].to(path.device)]])
             turns, before = (roles == LAST_PROMPT).cumsum(dim=0)[predicts], predicts.nonzero()[:, 0] + 1
             places.append(torch.stack([torch.full_like(before, own[text]), turns, before], dim=1))
             owners.append(torch.full((len(prompt[-1]),), own[text]))
@@ -248,7 +250,28 @@ def _final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Prog
     every = distributed.concatenate(places, cpu)
     order, of_prompt = (which.argsort(stable=True) for which in (every[:, 0], distributed.concatenate(owners, cpu)))
     states = distributed.concatenate(response, at)[order.to(at)], distributed.concatenate(prompt, at)[of_prompt.to(at)]
-    return *states, *every[order].unbind(dim=1)
+    return *states, repeats, *every[order].unbind(dim=1)
+
+
+def _given_tokens(encoded: Sequence[Encoded]) -> tuple[list[Tensor], Tensor]:
+    """The positions of each text that predict no response token, without those that an earlier text begins with too; and how
+    many texts have each, [n]."""
+    beginnings, counts, positions = dict[tuple[int, int, int], int](), dict[int, int](), list[Tensor]()
+    for text in encoded:
+        roles, read, own = text.roles, -1, list[int]()
+        for place, (token, role) in enumerate(zip(text.ids, roles, strict=True)):
+            read = beginnings.setdefault((read, token, role), len(beginnings))  # the number of what was read so far
+            if roles[place + 1 : place + 2] != [RESPONSE]:
+                own += [place] if read not in counts else []
+                counts[read] = counts.get(read, 0) + 1
+        positions.append(torch.tensor(own, dtype=torch.long))
+    return positions, torch.tensor(list(counts.values()))
+
+
+def mean_at_prompts(model_p: nn.Module, states_p: FinalStates, model_q: nn.Module, states_q: FinalStates) -> float:
+    """Mean KL(p || q) at the tokens that predict no response, from the final states of both on the same texts."""
+    kl = divergence(model_p, states_p.prompt, model_q, states_q.prompt).kl
+    return float(kl @ states_q.repeats.to(kl)) / int(states_q.repeats.sum())
 
 
 def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalStates) -> np.ndarray:
@@ -270,13 +293,20 @@ def reference_tokens(loaded: LoadedModel) -> list[list[int]]:
 
 def reference_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
     """Log-probability of every token but the first of each sequence, joined to [n], by transformers' own forward."""
+    return np.concatenate([_own_logprobs(model, [ids])[0] for ids in sequences])
+
+
+def _own_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> list[np.ndarray[Any, Any]]:
+    """The same, of each sequence; in one batch."""
+    tokens = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True).to(Layout.of(model).device)
+    mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in sequences], batch_first=True).to(tokens)
     values = []
-    for ids in sequences:
-        tokens = torch.tensor([list(ids)], device=Layout.of(model).device)
-        with torch.no_grad():
-            log_p = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
-        values.append(log_p.gather(1, tokens[0, 1:, None])[:, 0].cpu().numpy())
-    return np.concatenate(values)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        for ids, row, predicted in zip(sequences, tokens, logits, strict=True):
+            log_p = predicted[: len(ids) - 1].double().log_softmax(dim=-1)
+            values.append(log_p.gather(1, row[1 : len(ids), None])[:, 0].cpu().numpy())
+    return values
 
 
 def fingerprint(model: Any, base: LoadedModel) -> list[float]:
@@ -287,4 +317,4 @@ def fingerprint(model: Any, base: LoadedModel) -> list[float]:
     if model.dtype != torch.float32:
         return []
     texts = [ids[:_FINGERPRINT_TOKENS] for ids in reference_tokens(base) if len(ids) > 1]
-    return [float(reference_logprobs(model, [ids]).mean()) for ids in texts]
+    return [float(values.mean()) for values in _own_logprobs(model, texts)]

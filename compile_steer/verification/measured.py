@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from compile_steer.models.forward import settings_of
 from compile_steer.models.generate import end_tokens
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import (
@@ -27,16 +28,17 @@ from compile_steer.models.logprobs import (
     encode_pairs,
     final_states,
     logprob_margins,
+    mean_at_prompts,
 )
-from compile_steer.models.shared_blocks import settings_of
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
 from compile_steer.steering.compare import distance
-from compile_steer.verification.parity import SampledScore
+from compile_steer.verification.parity import AdapterControls, SampledScore
 from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
+from compile_steer.verification.same_weights import have_same_weights
 
 if TYPE_CHECKING:
     from compile_steer.artifacts.provenance import Provenance
@@ -77,17 +79,22 @@ class Measured:
     Attributes:
         name: of the artifact, or `STEERED`.
         states: final states on the held-out texts.
+        kl: KL(steered||model) there.
+        fingerprint: as `models.logprobs.fingerprint`; empty of the steered model.
         kl_prompt: mean KL(steered||model) at the prompts' positions of these texts, nats per token.
         kl_control: mean KL(base||model) on the responses of the control text.
         margins: log-likelihood margins, [n_pairs].
         sample: the answer to the recipe's `ask`.
         correct: which capability questions are answered correctly, [n] 1 or 0.
         score: what `SampledScores.compare` returns.
+        controls: of an adapter.
     """
 
     name: str
     model: LoadedModel
     states: FinalStates
+    kl: TokenDivergence
+    fingerprint: Sequence[float]
     kl_prompt: float
     kl_control: float
     margins: np.ndarray
@@ -98,6 +105,7 @@ class Measured:
     wordings: list[PromptKL]
     contexts: list[ContextLength]
     score: tuple[SampledScore | None, Equivalence | None]
+    controls: AdapterControls | None = None
 
 
 def measured_steered(reference: Reference) -> Measured:
@@ -107,6 +115,8 @@ def measured_steered(reference: Reference) -> Measured:
         STEERED,
         reference.model,
         reference.states.steered,
+        nothing,
+        (),
         0.0,
         reference.kl_control_steered,
         reference.margins.steered,
@@ -126,16 +136,17 @@ def measure(
     texts: VerifierTexts,
     states: FinalStates,
     kl: TokenDivergence,
-    origin: Provenance,
 ) -> Measured:
-    """Measure `artifact`, and keep it for those that compute the same; `states` and `kl` are of the held-out texts.
+    """Measure `artifact`, whose `states` and `kl` are of the held-out texts; without a name, its fingerprint and its controls.
 
     Of the control text the base is that of `against`, see `stage.measure_divergence`.
     """
-    measured = Measured(
-        f"{origin.backend} {origin.form}",
+    return Measured(
+        "",
         artifact,
         states,
+        kl,
+        (),
         reference.kl_at_prompts(artifact, states),
         against.kl_control(artifact, final_states(artifact, reference.texts.control).response),
         logprob_margins(artifact, texts.pairs),
@@ -146,9 +157,25 @@ def measure(
         reference.contexts.compare(artifact, kl, reference.kl_base),
         reference.compare_score(artifact, states),
     )
-    if origin.has_all_bits:  # of the others many weights are their own: kept, each would be another model in memory
-        reference.measured.append(measured)
-    return measured
+
+
+def same_weights(
+    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, fingerprint: Sequence[float]
+) -> tuple[Measured, str] | None:
+    """What was measured of an artifact with the same weights, and how far the two are apart; None without one.
+
+    Args:
+        texts: the verifier's, as the artifact's tokens.
+        fingerprint: the artifact's; without one nothing is found.
+    """
+    for known in reference.measured:
+        if not fingerprint or len(known.fingerprint) != len(fingerprint):
+            continue
+        apart = float(np.abs(np.subtract(known.fingerprint, fingerprint)).max())
+        if apart <= _SAME and have_same_weights(artifact, known.model) and _reads_alike(reference, artifact, texts):
+            how = f"with equal weights, and log p within {apart:.0e} nats a token on {len(fingerprint)} other texts"
+            return known, f"it computes the same, {how}"
+    return None
 
 
 def same_as(
@@ -168,12 +195,7 @@ def same_as(
         kl: KL(steered||artifact) there.
         rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
     """
-    if origin.form not in _FORMS:
-        return None
-    base = reference.model
-    same_settings = settings_of(artifact.model) == settings_of(base.model)
-    same_model = same_settings and _same_tables(artifact, rounded or base)
-    if not (same_model and texts == reference.texts and _writes_alike(reference, artifact)):
+    if origin.form not in _FORMS or not _reads_alike(reference, artifact, texts, rounded):
         return None
     for known in reference.measured:
         if not _near(known.states, states):
@@ -181,15 +203,16 @@ def same_as(
         model, of_steered = known.model.model, known.name == STEERED
         responses = kl if of_steered else divergence(model, known.states.response, artifact.model, states.response)
         if rounded is None:
-            n = len(responses.kl) + len(states.prompt)
+            of_prompts, responses_kl = int(states.repeats.sum()), float(responses.kl.sum())
+            n = len(responses.kl) + of_prompts
             # A small KL is half the variance of the difference of log p. The prompts' positions, which are most, are compared
             # only where the responses leave room for them.
-            if (2 * float(responses.kl.sum()) / n) ** 0.5 > _SAME:
+            if (2 * responses_kl / n) ** 0.5 > _SAME:
                 continue
-            prompts = divergence(model, known.states.prompt, artifact.model, states.prompt)
-            apart = (2 * float(responses.kl.sum() + prompts.kl.sum()) / n) ** 0.5
+            prompts = mean_at_prompts(model, known.states, artifact.model, states)
+            apart = (2 * (responses_kl + prompts * of_prompts) / n) ** 0.5
             if apart <= _SAME:
-                known = replace(known, kl_prompt=prompts.mean) if of_steered else known
+                known = replace(known, kl_prompt=prompts) if of_steered else known
                 return known, f"it computes the same, log p within {apart:.0e} nats at {n:,} positions"
         else:
             limit = _ROUNDING * reference.options.gates.kl_remaining * reference.kl_base.mean
@@ -203,6 +226,16 @@ def same_as(
 def _near(known: FinalStates, states: FinalStates) -> bool:
     """Whether final states are near enough for the distributions to be compared, which takes longer."""
     return distance(states.response, known.response) <= 0.1
+
+
+def _reads_alike(
+    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, rounded: LoadedModel | None = None
+) -> bool:
+    """Whether all is equal that the texts of the verifier cannot show, `texts` being these as the artifact's tokens."""
+    base = reference.model
+    same_settings = settings_of(artifact.model) == settings_of(base.model)
+    same_model = same_settings and _same_tables(artifact, rounded or base)
+    return same_model and texts == reference.texts and _writes_alike(reference, artifact)
 
 
 def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:

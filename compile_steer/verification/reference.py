@@ -25,6 +25,7 @@ from compile_steer.models.logprobs import (
     encode_pairs,
     final_states,
     logprob_margins,
+    mean_at_prompts,
 )
 from compile_steer.models.reload import shallow_copy
 from compile_steer.models.shared_blocks import SharedBlocks
@@ -187,7 +188,7 @@ class Reference:
 
     def kl_at_prompts(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(steered||other) at the prompts' positions of the held-out texts."""
-        return divergence(self.model.model, self.states.steered.prompt, other.model, states.prompt).mean
+        return mean_at_prompts(self.model.model, self.states.steered, other.model, states)
 
     def scaled(self, scale: float) -> tuple[Tensor, float]:
         """Final hidden states that predict the first held-out responses, with the program at `scale`, without hooks at 0;

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, final_states, fingerprint
+from compile_steer.models.logprobs import final_states, fingerprint
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
-from compile_steer.verification.measured import Measured, measure, same_as
+from compile_steer.verification.measured import Measured, VerifierTexts, measure, same_as, same_weights
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
 from compile_steer.verification.reference import Reference
@@ -29,6 +30,16 @@ _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 _SHOWN = 8  # answered test prompts that a report keeps
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class _Artifact(NamedTuple):
+    """An artifact as loaded from `folder`; `texts` are the verifier's as its tokens."""
+
+    folder: Path
+    origin: Provenance
+    loaded: LoadedModel
+    texts: VerifierTexts
+    fingerprint: Sequence[float]  # as `models.logprobs.fingerprint`
 
 
 def verify_artifact(
@@ -72,7 +83,7 @@ def verify_artifact(
 
 def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     """Measure the artifact whose provenance is `origin`; nothing is checked yet."""
-    base, heldout, options = reference.model, reference.heldout, reference.options
+    base, options = reference.model, reference.options
     # Reload it as a user's stack would.
     artifact = reload(folder, base)
     # Quantising costs so much by itself that what a GGUF file changes is measured from the base quantised the same way. A
@@ -81,20 +92,14 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     if quantized:  # all but the edited matrices, which are as large as the base
         share_equal(artifact.model, quantized.model.model)
     artifact = replace(artifact, below=(quantized or reference).model.below)
-    states = final_states(artifact, heldout)  # what has overflowed is refused: NaN compares with nothing
-    require_finite(folder, artifact, heldout, states)
-    if origin.form == "merged-fp16":
-        require_half_range(folder, artifact, heldout)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
-
-    kl = reference.kl_from_steered(artifact, states)
-    texts = reference.texts_of(artifact)
-    same = same_as(reference, artifact, texts, states, kl, origin, quantized.model if quantized else None)
-    measured = same[0] if same else measure(reference, against, artifact, texts, states, kl, origin)
+    log_p = [] if quantized else fingerprint(artifact.model, base)
+    read = _Artifact(folder, origin, artifact, reference.texts_of(artifact), log_p)
+    measured, inherited = _measured_once(reference, against, read, quantized)
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
-    file_error, unmeasured = _measure_file(artifact, base, origin, rounded=quantized is not None)
+    file_error, unmeasured = _measure_file(read, rounded=quantized is not None)
     if not origin.files_sha256:
         unmeasured["files"] = (
             "the record has no hashes of its files: whether they are as they were written is not known"
@@ -105,17 +110,17 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         exact=origin.backend in _EXACT_BACKENDS,
         compute_dtype=str(base.model.dtype).removeprefix("torch."),
         compile_seconds=origin.seconds,
-        same_tokens=texts.heldout == reference.texts.heldout,
+        same_tokens=read.texts.heldout == reference.texts.heldout,
         file_error=file_error,
-        inherited=f"behaviour, control text and capability are those of {same[0].name}: {same[1]}" if same else "",
-        divergence=measure_divergence(reference, against, states, kl, measured),
+        inherited=inherited,
+        divergence=measure_divergence(reference, against, measured),
         behaviour=measure_behaviour(reference, against, measured),
         prompt_sets=measured.prompt_sets,
         wordings=measured.wordings,
         contexts=measured.contexts,
         capability=capability,
-        adapter=adapter_controls(reference, artifact, states, measured.margins) if origin.form == "adapter" else None,
-        rounding=measure_rounding(reference, quantized, artifact, states, quantising=against is quantized)
+        adapter=measured.controls if origin.form == "adapter" else None,
+        rounding=measure_rounding(reference, quantized, artifact, measured.states, quantising=against is quantized)
         if quantized
         else None,
         remarks=[
@@ -129,6 +134,36 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     )
 
 
+def _measured_once(
+    reference: Reference, against: Reference, read: _Artifact, quantized: Reference | None
+) -> tuple[Measured, str]:
+    """What the artifact does, and of which other model that was measured, '' if of none.
+
+    `against` as in `measure_divergence`; `quantized` is the reference of the base rounded as the artifact is.
+    """
+    folder, origin, artifact, texts, log_p = read
+    if same := same_weights(reference, artifact, texts, log_p):
+        measured, reason = same
+        inherited = f"KL, behaviour, control text and capability are those of {measured.name}: {reason}"
+    else:
+        states = final_states(artifact, reference.heldout)
+        require_finite(folder, artifact, reference.heldout, states)  # NaN compares with nothing
+        if origin.form == "merged-fp16":
+            require_half_range(folder, artifact, reference.heldout)
+        kl = reference.kl_from_steered(artifact, states)
+        alike = same_as(reference, artifact, texts, states, kl, origin, quantized.model if quantized else None)
+        measured = alike[0] if alike else measure(reference, against, artifact, texts, states, kl)
+        inherited = f"behaviour, control text and capability are those of {measured.name}: {alike[1]}" if alike else ""
+        measured = replace(measured, name=f"{origin.backend} {origin.form}", model=artifact, states=states, kl=kl)
+        measured = replace(measured, fingerprint=log_p, controls=None)
+    if origin.form == "adapter" and measured.controls is None:
+        controls = adapter_controls(reference, artifact, measured.states, measured.margins)
+        measured = replace(measured, controls=controls)
+    if not same and origin.has_all_bits:  # of others many weights are their own: kept, each would be a model in memory
+        reference.measured.append(measured)
+    return measured, inherited
+
+
 def _other_prompts(base: LoadedModel, origin: Provenance) -> list[str]:
     """A remark where the artifact was compiled for prompts that the chat template makes differently here."""
     if not origin.chat or origin.chat == asdict(base.chat):
@@ -136,40 +171,30 @@ def _other_prompts(base: LoadedModel, origin: Provenance) -> list[str]:
     return [f"compiled with the chat template's settings {origin.chat}, verified with {asdict(base.chat)}"]
 
 
-def _measure_file(
-    artifact: LoadedModel, base: LoadedModel, origin: Provenance, *, rounded: bool
-) -> tuple[float | None, dict[str, str]]:
+def _measure_file(read: _Artifact, *, rounded: bool) -> tuple[float | None, dict[str, str]]:
     """How far the file is from the weights that the compiler had in memory; None, and why, where that cannot be measured."""
-    recorded = origin.fingerprint
+    origin, recorded, on_disk, dtype = read.origin, read.origin.fingerprint, read.fingerprint, read.loaded.model.dtype
     if rounded:
         reason = f"{origin.form} stores fewer bits than the compiler had in memory: rounding would hide a difference"
-    elif artifact.model.dtype != torch.float32:
-        reason = (
-            f"computed in {str(artifact.model.dtype).removeprefix('torch.')}, whose rounding would hide a difference"
-        )
+    elif dtype != torch.float32:
+        reason = f"computed in {str(dtype).removeprefix('torch.')}, whose rounding would hide a difference"
     elif not recorded:
         reason = (
             "the compiler recorded no log p of its weights in memory (it computed in less than float32, or is older)"
         )
     else:
-        on_disk = fingerprint(artifact.model, base)
         if len(on_disk) == len(recorded):
             return float(np.abs(np.subtract(on_disk, recorded)).max()), {}
         reason = f"the compiler recorded log p of {len(recorded)} texts, this version reads {len(on_disk)}"
     return None, {"on disk": reason}
 
 
-def measure_divergence(
-    reference: Reference,
-    against: Reference,
-    states: FinalStates,
-    kl: TokenDivergence,
-    measured: Measured,
-) -> Divergence:
-    """The next-token distributions; `states` are the artifact's final hidden states on the held-out texts, `kl` its KL there.
+def measure_divergence(reference: Reference, against: Reference, measured: Measured) -> Divergence:
+    """The next-token distributions on the held-out texts.
 
     `against` is the reference of the base rounded as the artifact is, where that costs much; for gain and control text.
     """
+    states, kl = measured.states, measured.kl
     kl_base, seed = reference.kl_base, reference.context.seed
     # The text is the unit of both intervals: tokens of one text share its topic, so they are not independent.
     mean = bootstrap_ratio(kl.kl, torch.ones_like(kl.kl), states.texts, seed=seed)

@@ -25,7 +25,7 @@ from compile_steer.models.logprobs import (
 )
 from compile_steer.models.text import Pair, Text
 from compile_steer.models.tokens import Encoded, encode, pad
-from compile_steer.steering.hooks import steered
+from compile_steer.steering.hooks import RESPONSE, steered
 from compile_steer.steering.program import Program
 from tests.helpers.sharing import sharing_texts
 from tests.helpers.tiny import HIDDEN, PAD_ID, VOCAB, intervention, loaded, program, texts
@@ -173,14 +173,27 @@ def test_token_log_probabilities_over_chunks_with_shared_states_and_gradients() 
     torch.testing.assert_close(token_logprobs(model, states, targets[order], order), plain[order])
 
 
+def predicts(text: Encoded, place: int) -> bool:
+    """Whether a token of a response comes next."""
+    return text.roles[place + 1 : place + 2] == [RESPONSE]
+
+
 def test_final_states_come_text_after_text_however_the_texts_are_packed() -> None:
     one, texts = loaded("llama"), sharing_texts()
     texts = sorted(texts, key=lambda text: (len(text.ids) * 7) % 5)
     assert [len(text.ids) for text in texts] != sorted(len(text.ids) for text in texts)
     for under in (None, program("llama", intervention(layer=1))):
         found, alone = final_states(one, texts, under), [final_states(one, [text], under) for text in texts]
-        for part in ("response", "prompt", "turns", "before"):
+        for part in ("response", "turns", "before"):
             expected = torch.cat([getattr(states, part) for states in alone])
             assert torch.allclose(getattr(found, part), expected, atol=1e-5), part
+        # A beginning that several texts have is there once, where the first of them has it.
+        places = [(text, place + 1) for text in texts for place in range(len(text.ids)) if not predicts(text, place)]
+        given = [(text.ids[:read], tuple(text.roles[:read])) for text, read in places]
+        distinct = list(dict.fromkeys(given))
+        assert found.repeats.tolist() == [given.count(beginning) for beginning in distinct]
+        assert len(distinct) < len(given), "these texts share some"
+        first = [given.index(beginning) for beginning in distinct]
+        assert torch.allclose(found.prompt, torch.cat([states.prompt for states in alone])[first], atol=1e-5)
         assert found.texts.tolist() == [row for row, states in enumerate(alone) for _position in states.response]
         assert torch.allclose(found.first(3), final_states(one, texts[:3], under).response, atol=1e-5)

@@ -44,7 +44,8 @@ def test_a_merge_that_computes_what_its_adapter_does_takes_over_its_measurements
     monkeypatch.setattr(stage, "measure", refuse)
     merged = verified(case, case.merged_adapter())
     assert (
-        "are those of closed_form adapter: it computes the same, log p within" in merged.inherited
+        "are those of closed_form adapter: it computes the same, with equal weights, and log p within"
+        in merged.inherited
         and not adapter.inherited
     )
     assert merged.behaviour == adapter.behaviour and merged.capability == adapter.capability
