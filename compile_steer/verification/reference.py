@@ -40,7 +40,7 @@ from compile_steer.verification.contexts import Contexts
 from compile_steer.verification.controls import CONTROL_PAIRS, SCALE_TEXTS
 from compile_steer.verification.measured import Measured, VerifierTexts, measured_steered
 from compile_steer.verification.options import VerifyOptions
-from compile_steer.verification.parity import SampledScore
+from compile_steer.verification.parity import Parity, SampledScore
 from compile_steer.verification.planned import planned_tests
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
@@ -65,6 +65,7 @@ class Reference:
     heldout: list[Encoded]  # held-out prompts with the steered model's own sampled continuations, as the base's tokens
     texts: VerifierTexts  # as the base's tokens
     measured: list[Measured]  # the steered model, then the artifacts that were measured
+    by_files: dict[str, Parity]  # what was measured of artifacts, by what lies in their files
 
     def __init__(
         self,
@@ -93,14 +94,14 @@ class Reference:
         self.model = replace(context.model, below=below, kept=kept)
         self.context, self.program, self.options, self.ask = replace(context, model=self.model), program, options, ask
         self._data, self._scorer = context.data, scorer
+        self.by_files = {}
         self._quantized: tuple[object, Reference] | None = None
         self._scaled: dict[float, tuple[Tensor, float]] = {}
         self._exact = exact
         if exact is not None:
             self.heldout, self.texts = exact.heldout, exact.texts
             return
-        if len(self._data.test) < 2:
-            pairs = len(self._data.test)
+        if (pairs := len(self._data.test)) < 2:
             raise RecipeError(f"data.test has {pairs} pairs; needed: two or more, to test for equivalence.")
         self._score = scorer.bind(self.model, self._data)  # a scorer that these data cannot have fails before the work
         with context.progress.phase("reference: base and steered model", 4) as advance:

@@ -63,7 +63,8 @@ def verify_artifact(
     Provenance.read(folder)  # a folder that is not there is refused before its files are hashed
     with unchanged(folder, without=REPORTS) as hashes:
         origin = Provenance.read_unedited(folder, (base.id, base.revision), program_sha256, hashes)
-        parity = _measure(reference, folder, origin)
+        loaded_sha256 = weights_sha256(folder, hashes)
+        parity = _measure_files_once(reference, folder, origin, loaded_sha256)
     settings = {
         "verify": options.model_dump(mode="json"),
         "seed": reference.context.seed,
@@ -72,13 +73,29 @@ def verify_artifact(
     }
     bound_to = {
         **inputs,
-        "artifact": weights_sha256(folder, hashes),
+        "artifact": loaded_sha256,
         "program": program_sha256,
         "base": base.revision,
         "texts": digest([list(text.ids) for text in heldout]),
     }
     parity = replace(parity, settings=settings, sha256=bound_to, unmeasured={**parity.unmeasured, **unmeasured})
     return judged(parity, options.gates)
+
+
+def _measure_files_once(reference: Reference, folder: Path, origin: Provenance, sha256: str) -> Parity:
+    """Measure the artifact, unless one of the same files was; `sha256` is of all that is loaded."""
+    # All that a report says of the artifact beside its names.
+    recorded = [origin.form, origin.fingerprint, origin.chat, bool(origin.files_sha256)]
+    key = digest([sha256, _is_exact(origin), *recorded])
+    if (known := reference.by_files.get(key)) is None:
+        known = reference.by_files[key] = _measure(reference, folder, origin)
+        return known
+    inherited = f"measurements are those of {known.backend} {known.form}: the files are the same"
+    return replace(known, backend=origin.backend, compile_seconds=origin.seconds, inherited=inherited)
+
+
+def _is_exact(origin: Provenance) -> bool:
+    return origin.backend in _EXACT_BACKENDS
 
 
 def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
@@ -107,7 +124,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     return Parity(
         backend=origin.backend,
         form=origin.form,
-        exact=origin.backend in _EXACT_BACKENDS,
+        exact=_is_exact(origin),
         compute_dtype=str(base.model.dtype).removeprefix("torch."),
         compile_seconds=origin.seconds,
         same_tokens=read.texts.heldout == reference.texts.heldout,

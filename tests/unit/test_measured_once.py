@@ -42,7 +42,7 @@ def test_a_merge_that_computes_what_its_adapter_does_takes_over_its_measurements
     case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "measure", refuse)
-    merged = verified(case, case.merged_adapter())
+    merged = verified(case, rewritten(case.merged_adapter(), 1))
     assert (
         "are those of closed_form adapter: it computes the same, with equal weights, and log p within"
         in merged.inherited
@@ -69,6 +69,29 @@ def test_an_exact_compile_takes_over_those_of_the_steered_model(
     assert exact.capability == alone.capability and exact.behaviour.sample == alone.behaviour.sample
     tests = zip(exact.behaviour.tests, alone.behaviour.tests, strict=True)
     assert all(one.difference == pytest.approx(other.difference, abs=1e-5) for one, other in tests)
+
+
+def rewritten(folder: Path, indent: int) -> Path:
+    """The same artifact in other files: what its configuration says, written otherwise."""
+    (path,) = [*folder.glob("config.json"), *folder.glob("adapter_config.json")]
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=indent))
+    Provenance.read(folder).write(folder)
+    return folder
+
+
+def test_the_same_files_are_read_once(case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "reload", refuse)
+    folder = case.adapter("the-same")
+    replace(Provenance.read(folder), backend="distill", seconds=7.0).write(folder)
+    other = verified(case, folder)
+    assert other.inherited == "measurements are those of closed_form adapter: the files are the same"
+    assert (other.backend, other.compile_seconds) == ("distill", 7.0)
+    assert other.checks == adapter.checks and other.divergence == adapter.divergence
+    assert other.sha256 == adapter.sha256
+    for changed in ({"backend": "orthogonalise"}, {"fingerprint": [0.0]}, {"form": "merged-fp32"}):
+        replace(Provenance.read(folder), **changed).write(folder)
+        with pytest.raises(AssertionError, match="again"):
+            verified(case, folder)
 
 
 def unknown(case: VerifierCase) -> Reference:
@@ -110,7 +133,11 @@ def test_one_that_may_not_do_the_same_is_measured(case: VerifierCase, adapter: P
 def test_each_text_is_encoded_once_for_an_artifact_that_takes_over(
     case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, encoded, encode = case.merged_adapter("encoded"), list[tuple[object, Text]](), tokens.encode_checked
+    folder, encoded, encode = (
+        rewritten(case.merged_adapter("encoded"), 3),
+        list[tuple[object, Text]](),
+        tokens.encode_checked,
+    )
 
     def counted(tokenizer: PreTrainedTokenizerBase, text: Text) -> tuple[tokens.Encoded, bool]:
         encoded.append((tokenizer, text))
@@ -140,16 +167,16 @@ def test_rounding_is_measured_where_it_can_matter(case: VerifierCase, adapter: P
     assert verified(case, folder).inherited == ""
 
 
-def test_an_adapter_that_computes_what_another_does_takes_over_all_but_its_own_controls(
+def test_an_adapter_that_computes_what_another_does_takes_over_all(
     case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = case.adapter("of-another-backend")
+    folder = rewritten(case.adapter("of-another-backend"), 1)
     replace(Provenance.read(folder), backend="distill").write(folder)
     monkeypatch.setattr(stage, "measure", refuse)
     other = verified(case, folder)
     assert "are those of closed_form adapter: it computes the same" in other.inherited
     assert other.behaviour == adapter.behaviour and other.wordings == adapter.wordings
-    assert other.adapter == adapter.adapter, "measured by itself, with the same outcome"
+    assert other.adapter == adapter.adapter
 
 
 def test_an_adapter_with_an_edit_of_a_token_that_no_text_has_is_measured(case: VerifierCase, adapter: Parity) -> None:
