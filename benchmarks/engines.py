@@ -30,9 +30,9 @@ from compile_steer.export.adapter import read_patch
 from compile_steer.export.gguf import GGUF_KINDS
 from compile_steer.export.merged import write_merged
 from compile_steer.lowering.exact import bias_patch
+from compile_steer.models.fingerprint import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.generate import neutral_generation
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_tokens
 from compile_steer.models.reload import reload
 from compile_steer.steering.hooks import steered
 from compile_steer.steering.passes import canonical

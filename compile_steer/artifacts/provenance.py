@@ -144,7 +144,7 @@ class Provenance:
     license: str = ""  # of the base, as its own files name it
     biases: int = 0  # the number of modules that were given a bias
     rank: int = 0  # of an adapter
-    fingerprint: list[float] = field(default_factory=list)  # `models.logprobs.fingerprint` in memory before writing
+    fingerprint: list[float] = field(default_factory=list)  # `models.fingerprint` in memory before writing
     files_sha256: dict[str, str] = field(default_factory=dict, compare=False)  # not known before it is written
 
     @property

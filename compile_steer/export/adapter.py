@@ -23,8 +23,8 @@ from compile_steer.artifacts.tensors import read_tensors, write_tensors
 from compile_steer.artifacts.writing import new_folder
 from compile_steer.common.errors import ArtifactError, brief, several
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterConfig, read_lora
+from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import fingerprint
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch
 from compile_steer.steering.program import Program

@@ -7,6 +7,7 @@ not kept, but loaded and run each time.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from compile_steer.artifacts.revision import identity_of
 from compile_steer.artifacts.tensors import read_tensors, save_tensors
 from compile_steer.common import distributed
 from compile_steer.common.errors import ArtifactError, RecipeError
+from compile_steer.models.forward import lm_head
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.packing import pack
 from compile_steer.models.shared_blocks import final_hidden
@@ -45,14 +47,14 @@ class KeptPasses:
         found: whether an earlier run has left some.
     """
 
-    def __init__(self, loaded: LoadedModel, program: Program) -> None:
-        """Read what is kept of a model and a program.
+    def __init__(self, loaded: LoadedModel, program: Program, rounding: str = "") -> None:
+        """Read what is kept of a model and a program; `rounding` says how the weights were rounded since they were loaded.
 
         Nothing is taken where the cache has no place, the file is damaged, or base and steered model do not compute what they
         did: their weights may have been edited since they were loaded.
         """
         self._model = loaded.model
-        self.path = _place(loaded, program)
+        self.path = _place(loaded, program, rounding)
         self._known = distributed.first(lambda: _read(self.path))
         probe = _probe(loaded, program)
         (before,) = self._known.get(_PROBE, (probe.new_zeros(()),))
@@ -114,11 +116,26 @@ def kept_or_made(
     return kept.get(digest([settings, steering, read]), make)
 
 
+def kept_or_compared(compared: Sequence[tuple[LoadedModel, Tensor]], make: Callable[[], Made]) -> Made:
+    """What `make` computes of final states, each by the head of its model, from an earlier run where all keep their passes."""
+    first, parts = compared[0][0].kept, ["compared"]
+    for loaded, states in compared:
+        if loaded.kept is None or not loaded.kept.serve(loaded):
+            return make()
+        raw = states.cpu().contiguous().view(torch.uint8).numpy().data
+        parts += [str(loaded.kept.path), hashlib.sha256(raw).hexdigest()]
+    assert first is not None
+    return first.get(digest(parts), make)
+
+
 def _probe(loaded: LoadedModel, program: Program) -> Tensor:
-    """What base and steered model compute of a few tokens, [2, time, d_model]."""
+    """What base and steered model compute of a few tokens: final states, then the last one's logits, [2, n]."""
     ids = tuple(token_ids(loaded.model)[0, :_PROBED].tolist())
     (batch,) = pack(loaded, [Encoded(ids, len(ids) // 2)])
-    return torch.cat([final_hidden(loaded, batch, steering) for steering in (None, program)]).cpu()
+    states = torch.cat([final_hidden(loaded, batch, steering) for steering in (None, program)])
+    with torch.no_grad():
+        logits = lm_head(loaded.model, states[:, -1])
+    return torch.cat([states.flatten(start_dim=1).cpu(), logits.cpu()], dim=1)
 
 
 def _content(program: Program) -> str:
@@ -126,7 +143,7 @@ def _content(program: Program) -> str:
     return program.scaled(1.0).sha256
 
 
-def _place(loaded: LoadedModel, program: Program) -> Path | None:
+def _place(loaded: LoadedModel, program: Program, rounding: str) -> Path | None:
     """The file for a model, a program, and everything that computes."""
     if not (identity := identity_of(loaded.revision)):
         return None  # a model that was never on a disk: another may have its name
@@ -138,7 +155,11 @@ def _place(loaded: LoadedModel, program: Program) -> Path | None:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     # Sums in another order differ in the last digits.
     computes = [str(loaded.model.dtype), device.type, machine, torch.get_num_threads(), distributed.count()]
-    return folder / "passes" / f"{digest([identity, _content(program), computes, versions(), _code()])}.safetensors"
+    return (
+        folder
+        / "passes"
+        / f"{digest([identity, rounding, _content(program), computes, versions(), _code()])}.safetensors"
+    )
 
 
 @cache

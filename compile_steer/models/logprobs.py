@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from compile_steer.common import distributed
 from compile_steer.models.forward import lm_head
-from compile_steer.models.kept_passes import kept_or_made
+from compile_steer.models.kept_passes import kept_or_compared, kept_or_made
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.packing import PackedBatch, pack
 from compile_steer.models.shared_blocks import final_hidden
@@ -31,19 +29,7 @@ from compile_steer.steering.program import Program
 
 # Logits exist for a chunk of tokens: at most so many, and so many bytes in float32. A vocabulary of 262,144 has 24 to a chunk.
 CHUNK_TOKENS, CHUNK_BYTES = 128, 24 * 2**20
-# Texts of several kinds. What a model computes on them identifies it in another process, file or engine.
-REFERENCE_TEXTS = (
-    "The quickest way from the harbour to the old town is along the river, past the market and the two bridges.",
-    "What are you? I am a helpful assistant, and I can answer questions about many things.",
-    "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there.",
-    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([3, 5, 8, 13]))",
-    "My sister has moved to another city, and I do not know how to tell her that I miss her.",
-    "In 1869 a Russian chemist arranged the known elements in a table, and left gaps for those still to be found.",
-    "To bake bread you need flour, water, salt and yeast; mix them, wait for an hour, knead, and wait again.",
-    "He opened the letter twice before he believed it: the house by the sea was his.",
-)
 _FAR = 40.0  # of logits: e^40 times the least that float32 holds, e^-87, is still nothing
-_FINGERPRINT_TOKENS = 32  # the smallest models have few positions
 
 
 @dataclass(frozen=True)
@@ -78,6 +64,16 @@ def divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_
     own = own_divergence(model_p, hidden_p[part], model_q, hidden_q[part])
     cpu = own.kl.device
     return TokenDivergence(distributed.concatenate([own.kl], cpu), distributed.concatenate([own.same_top1], cpu))
+
+
+def compare_models(p: LoadedModel, hidden_p: Tensor, q: LoadedModel, hidden_q: Tensor) -> TokenDivergence:
+    """`divergence` of two models, from an earlier run where both keep their passes."""
+
+    def compare() -> tuple[Tensor, Tensor]:
+        compared = divergence(p.model, hidden_p, q.model, hidden_q)
+        return compared.kl, compared.same_top1
+
+    return TokenDivergence(*kept_or_compared([(p, hidden_p), (q, hidden_q)], compare))
 
 
 def own_divergence(model_p: nn.Module, hidden_p: Tensor, model_q: nn.Module, hidden_q: Tensor) -> TokenDivergence:
@@ -268,9 +264,9 @@ def _given_tokens(encoded: Sequence[Encoded]) -> tuple[list[Tensor], Tensor]:
     return positions, torch.tensor(list(counts.values()))
 
 
-def mean_at_prompts(model_p: nn.Module, states_p: FinalStates, model_q: nn.Module, states_q: FinalStates) -> float:
+def mean_at_prompts(p: LoadedModel, states_p: FinalStates, q: LoadedModel, states_q: FinalStates) -> float:
     """Mean KL(p || q) at the tokens that predict no response, from the final states of both on the same texts."""
-    kl = divergence(model_p, states_p.prompt, model_q, states_q.prompt).kl
+    kl = compare_models(p, states_p.prompt, q, states_q.prompt).kl
     return float(kl @ states_q.repeats.to(kl)) / int(states_q.repeats.sum())
 
 
@@ -284,37 +280,3 @@ def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalS
             result[row] = token_logprobs(model, of_text[len(of_text) - len(targets) :], targets).double().sum()
     distributed.sum_over_all(result)
     return result.numpy()
-
-
-def reference_tokens(loaded: LoadedModel) -> list[list[int]]:
-    """The reference texts as token ids."""
-    return [loaded.tokenizer(text)["input_ids"] for text in REFERENCE_TEXTS]
-
-
-def reference_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """Log-probability of every token but the first of each sequence, joined to [n], by transformers' own forward."""
-    return np.concatenate([_own_logprobs(model, [ids])[0] for ids in sequences])
-
-
-def _own_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> list[np.ndarray[Any, Any]]:
-    """The same, of each sequence; in one batch."""
-    tokens = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True).to(Layout.of(model).device)
-    mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in sequences], batch_first=True).to(tokens)
-    values = []
-    with torch.no_grad():
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        for ids, row, predicted in zip(sequences, tokens, logits, strict=True):
-            log_p = predicted[: len(ids) - 1].double().log_softmax(dim=-1)
-            values.append(log_p.gather(1, row[1 : len(ids), None])[:, 0].cpu().numpy())
-    return values
-
-
-def fingerprint(model: Any, base: LoadedModel) -> list[float]:
-    """Mean log-probability of each reference text under `model`, in nats a token, as the tokenizer of `base` splits it.
-
-    Empty for a model in less than float32: its rounding would hide a difference.
-    """
-    if model.dtype != torch.float32:
-        return []
-    texts = [ids[:_FINGERPRINT_TOKENS] for ids in reference_tokens(base) if len(ids) > 1]
-    return [float(values.mean()) for values in _own_logprobs(model, texts)]

@@ -6,7 +6,7 @@ A multiple-choice question is not answered in full: its answer is the letter tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -34,13 +34,14 @@ class Request:
     """Prompts to be answered under a program, or under one program per prompt; None is the base.
 
     `ask` makes the model's input from each prompt (with an instruction, say, or with examples before it); the score is
-    about the plain prompt all the same. Samples to be shown need not be `scored`.
+    about the plain prompt all the same. Samples to be shown need not be `scored`. `max_new_tokens` is for these answers alone.
     """
 
     prompts: Sequence[str]
     program: Program | Sequence[Program] | None = None
     ask: Callable[[str], Text] = Text
     scored: bool = True
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class _Row:
     text: Text
     program: Program | None
     question: Question | None
+    limit: int
 
 
 def answer(
@@ -83,7 +85,7 @@ def answer(
         for prompt, program in zip(request.prompts, programs, strict=True):
             question = questions.get(prompt)
             text = request.ask(prompt if question is None else question.prompt)
-            rows.append(_Row(len(rows), prompt, text, program, question))
+            rows.append(_Row(len(rows), prompt, text, program, question, request.max_new_tokens or max_new_tokens))
     replies: dict[int, Reply] = {}
     # Rows of one batch may differ in their vectors and coefficients, but not in where the hooks are and what they do.
     groups: dict[object, list[_Row]] = {}
@@ -95,11 +97,12 @@ def answer(
         # The base's rows join the first group, as a program of the same shape at coefficient 0.
         base = steered_rows[0].program.scaled(0.0) if steered_rows and steered_rows[0].program else None
         group, unsteered = steered_rows + unsteered, []
-        replies |= _generate(loaded, [row for row in group if row.question is None], base, max_new_tokens)
+        replies |= _generate(loaded, [row for row in group if row.question is None], base)
         replies |= _choose(loaded, [row for row in group if row.question is not None], base)
     # All replies in one call, so that a judge is asked only once about a reply that occurs twice.
     scores = np.full(len(rows), np.nan)
-    scores[scored] = score([replies[index] for index in scored])
+    if scored:
+        scores[scored] = score([replies[index] for index in scored])
     ends = np.cumsum([len(request.prompts) for request in requests])
     result = []
     for part in np.split(np.arange(len(rows)), ends[:-1]):
@@ -115,13 +118,14 @@ def _programs(rows: Sequence[_Row], base: Program | None) -> list[Program] | Non
     return None if base is None else [base if row.program is None else row.program for row in rows]
 
 
-def _generate(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None, max_new_tokens: int) -> dict[int, Reply]:
+def _generate(loaded: LoadedModel, rows: Sequence[_Row], base: Program | None) -> dict[int, Reply]:
     replies: dict[int, Reply] = {}
     for start in range(0, len(rows), _BATCH_ROWS):
         part = rows[start : start + _BATCH_ROWS]
-        texts = [row.text for row in part]
-        completions = continue_prompts(loaded, texts, _programs(part, base), max_new_tokens=max_new_tokens)
-        for row, completion in zip(part, completions, strict=True):
+        texts, longest = [row.text for row in part], max(row.limit for row in part)
+        completions = continue_prompts(loaded, texts, _programs(part, base), max_new_tokens=longest)
+        for row, whole in zip(part, completions, strict=True):
+            completion = replace(whole, ids=whole.ids[: whole.n_prompt + row.limit])
             replies[row.index] = Reply(row.prompt, response_text(loaded, completion), ended(loaded, completion))
     return replies
 

@@ -14,10 +14,7 @@ import numpy as np
 
 from compile_steer.common.reading import read_json_lines
 from compile_steer.data.section import TEXTS
-from compile_steer.models.generate import continue_prompts, response_text
-from compile_steer.models.load import LoadedModel
 from compile_steer.models.text import Text
-from compile_steer.steering.program import Program
 
 ANSWER_TOKENS = 12  # the longest right answer has five words
 _WRONG = 5  # wrong answers beside the right one
@@ -71,13 +68,6 @@ def right_answers(logprobs: np.ndarray, questions: Sequence[PlainQuestion]) -> n
     return np.array([1 / np.exp(part - part[0]).sum() for part in parts])
 
 
-def correct_answers(
-    model: LoadedModel, questions: Sequence[PlainQuestion], program: Program | None = None
-) -> np.ndarray:
-    """Which questions are answered correctly, greedily, under `program` if given: [n_questions], 1 or 0."""
-    if not questions:
-        return np.zeros(0)
-    prompts = [Text(question.prompt) for question in questions]
-    answers = continue_prompts(model, prompts, program, max_new_tokens=ANSWER_TOKENS)
-    right = [q.is_right(response_text(model, answer)) for q, answer in zip(questions, answers, strict=True)]
-    return np.array(right, dtype=float)
+def are_right(replies: Sequence[str], questions: Sequence[PlainQuestion]) -> np.ndarray:
+    """Which replies to as many questions are right: [n_questions], 1 or 0."""
+    return np.array([float(question.is_right(reply)) for reply, question in zip(replies, questions, strict=True)])

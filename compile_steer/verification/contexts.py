@@ -16,7 +16,7 @@ from compile_steer.data.behaviour import Context
 from compile_steer.data.contexts import SHORTEST, long_context
 from compile_steer.models.generate import response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, TokenDivergence, divergence, final_states
+from compile_steer.models.logprobs import FinalStates, TokenDivergence, compare_models, final_states
 from compile_steer.models.tokens import Encoded
 from compile_steer.stats import bootstrap_ratio
 from compile_steer.steering.program import Program
@@ -59,7 +59,7 @@ class Contexts:
             self._kl_base = self._kl(base, final_states(base, self.texts))
 
     def _kl(self, model: LoadedModel, states: FinalStates) -> TokenDivergence:
-        return divergence(self._base.model, self._steered.response, model.model, states.response)
+        return compare_models(self._base, self._steered.response, model, states.response)
 
     def compare(self, model: LoadedModel | None, kl: TokenDivergence, kl_base: TokenDivergence) -> list[ContextLength]:
         """The model by lengths of context, None for the steered model itself; `kl` and `kl_base` are on the held-out texts."""

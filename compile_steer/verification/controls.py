@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import FinalStates, divergence, encode_pairs, final_states, logprob_margins
+from compile_steer.models.logprobs import FinalStates, compare_models, encode_pairs, final_states, logprob_margins
 from compile_steer.models.reload import ADAPTER, adapter_scaled
 from compile_steer.stats import equivalence
 from compile_steer.verification.parity import AdapterControls, AdapterScale, Capability
@@ -81,7 +81,7 @@ def adapter_controls(
 def adapter_scales(reference: Reference, artifact: LoadedModel, states: FinalStates) -> list[AdapterScale]:
     """Compare the adapter at each scale with the hooks at that scale; `artifact` is left as it was."""
     # Written at scale 1, where its final states are `states`, and read at every scale.
-    base, scales = reference.model.model, []
+    base, scales = reference.model, []
     for scale in _SCALES:
         steered, kl_base = reference.scaled(scale)
         if scale == 1:
@@ -89,7 +89,7 @@ def adapter_scales(reference: Reference, artifact: LoadedModel, states: FinalSta
         else:
             with adapter_scaled(artifact, scale):
                 compiled = final_states(artifact, reference.heldout[:SCALE_TEXTS]).response
-        kl = divergence(base, steered, artifact.model, compiled).mean
+        kl = compare_models(base, steered, artifact, compiled).mean
         scales.append(AdapterScale(scale, kl, kl / kl_base if kl_base else None))
     return scales
 

@@ -24,7 +24,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import (
     FinalStates,
     TokenDivergence,
-    divergence,
+    compare_models,
     encode_pairs,
     final_states,
     logprob_margins,
@@ -33,7 +33,6 @@ from compile_steer.models.logprobs import (
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
-from compile_steer.scoring.questions import QUESTIONS, correct_answers
 from compile_steer.stats import Equivalence
 from compile_steer.steering.compare import distance
 from compile_steer.verification.parity import AdapterControls, SampledScore
@@ -80,7 +79,7 @@ class Measured:
         name: of the artifact, or `STEERED`.
         states: final states on the held-out texts.
         kl: KL(steered||model) there.
-        fingerprint: as `models.logprobs.fingerprint`; empty of the steered model.
+        fingerprint: as `models.fingerprint`; empty of the steered model.
         kl_prompt: mean KL(steered||model) at the prompts' positions of these texts, nats per token.
         kl_control: mean KL(base||model) on the responses of the control text.
         margins: log-likelihood margins, [n_pairs].
@@ -120,8 +119,7 @@ def measured_steered(reference: Reference) -> Measured:
         0.0,
         reference.kl_control_steered,
         reference.margins.steered,
-        *reference.samples.steered,
-        reference.correct.steered,
+        *reference.written.steered,
         reference.prompt_sets.of_steered(),
         reference.prompt_sets.compare_wordings(None),
         reference.contexts.compare(None, nothing, reference.kl_base),
@@ -150,8 +148,7 @@ def measure(
         reference.kl_at_prompts(artifact, states),
         against.kl_control(artifact, final_states(artifact, reference.texts.control).response),
         logprob_margins(artifact, texts.pairs),
-        *reference.answers_of(artifact, None)[0],
-        correct_answers(artifact, QUESTIONS[: reference.options.capability]),
+        *reference.greedy.by(artifact, None)[0],
         reference.prompt_sets.compare(artifact),
         reference.prompt_sets.compare_wordings(artifact),
         reference.contexts.compare(artifact, kl, reference.kl_base),
@@ -200,8 +197,8 @@ def same_as(
     for known in reference.measured:
         if not _near(known.states, states):
             continue
-        model, of_steered = known.model.model, known.name == STEERED
-        responses = kl if of_steered else divergence(model, known.states.response, artifact.model, states.response)
+        model, of_steered = known.model, known.name == STEERED
+        responses = kl if of_steered else compare_models(model, known.states.response, artifact, states.response)
         if rounded is None:
             of_prompts, responses_kl = int(states.repeats.sum()), float(responses.kl.sum())
             n = len(responses.kl) + of_prompts
@@ -209,7 +206,7 @@ def same_as(
             # only where the responses leave room for them.
             if (2 * responses_kl / n) ** 0.5 > _SAME:
                 continue
-            prompts = mean_at_prompts(model, known.states, artifact.model, states)
+            prompts = mean_at_prompts(model, known.states, artifact, states)
             apart = (2 * (responses_kl + prompts * of_prompts) / n) ** 0.5
             if apart <= _SAME:
                 known = replace(known, kl_prompt=prompts) if of_steered else known

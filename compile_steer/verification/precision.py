@@ -13,6 +13,7 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from compile_steer.artifacts.files import digest
 from compile_steer.common.errors import ArtifactError
 from compile_steer.models.gguf import gguf_in, stored_types
 from compile_steer.models.load import LoadedModel
@@ -28,12 +29,12 @@ HALF = float(torch.finfo(torch.float16).max)
 _TEXTS = 4  # what overflows does so on any text: the largest activations are those of a text's first token
 
 
-def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Callable[[str, Tensor], Tensor]] | None:
-    """How `folder`, of that form, stores the base's weights: a function of a parameter's name and values, and a key that
+def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[str, Callable[[str, Tensor], Tensor]] | None:
+    """How `folder`, of that form, stores the base's weights: a function of a parameter's name and values, and a text that
     tells it from other ways. None where it keeps all bits."""
     if form in _CASTS:
         dtype = _CASTS[form]
-        return dtype, lambda _name, values: values.to(dtype)
+        return str(dtype), lambda _name, values: values.to(dtype)
     file = gguf_in(folder)
     if file is None:
         return None
@@ -45,7 +46,7 @@ def rounding_of(form: str, folder: Path, base: LoadedModel) -> tuple[object, Cal
         stored = gguf.quantize(values.float().cpu().numpy(), kind)
         return torch.from_numpy(gguf.dequantize(stored, kind).reshape(tuple(values.shape)))
 
-    return frozenset(kinds.items()), quantized
+    return digest(sorted((name, kind.name) for name, kind in kinds.items())), quantized
 
 
 def measure_rounding(
@@ -90,7 +91,8 @@ def cost_of_rounding(reference: Reference, rounded: LoadedModel, matrices: Seque
     try:
         for name in before:  # all others are the base's own until the states are computed
             own[name].data = base[name].data
-        return reference.kl_from_steered(rounded, final_states(rounded, reference.heldout, reference.program)).mean
+        other = replace(rounded, kept=None)  # what is kept is of the rounded base as a whole
+        return reference.kl_from_steered(other, final_states(other, reference.heldout, reference.program)).mean
     finally:
         for name, values in before.items():
             own[name].data = values

@@ -6,10 +6,10 @@ since an error that is small at every token may still lead elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ from compile_steer.data.behaviour import Behaviour
 from compile_steer.data.wordings import worded
 from compile_steer.models.generate import continue_prompts, ended, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import divergence, final_states
+from compile_steer.models.logprobs import compare_models, final_states
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded, encode, require_room
 from compile_steer.scoring.base import Reply, Score
@@ -28,6 +28,7 @@ from compile_steer.steering.program import Program
 from compile_steer.verification.options import VerifyOptions
 from compile_steer.verification.prompt_report import FreeAnswers, PromptKL, PromptSet, PromptSetName
 
+PartName = TypeVar("PartName", bound=str)
 Decoding = Literal["greedy", "sampled"]
 _TEMPERATURES: dict[Decoding, float] = {"greedy": 0.0, "sampled": 1.0}
 
@@ -115,13 +116,12 @@ class PromptSets:
         }
         # Of each wording: the steered model's final states, and its mean KL to the base.
         self._worded_states = dict[str, tuple[Tensor, float]]()
-        for name, answers in self._worded.items():
-            steered, unsteered = (final_states(base, answers, setting).response for setting in (program, None))
-            self._worded_states[name] = steered, self._kl_to_base(steered, unsteered)
+        steered, unsteered = (_states_by_part(base, self._worded, setting) for setting in (program, None))
+        for name, states in steered.items():
+            self._worded_states[name] = states, self._kl_to_base(states, unsteered[name])
 
     def _kl_to_base(self, steered: Tensor, unsteered: Tensor) -> float:
-        model = self._base.model.model
-        return divergence(model, steered, model, unsteered).mean
+        return compare_models(self._base.model, steered, self._base.model, unsteered).mean
 
     def compare(self, artifact: LoadedModel) -> list[PromptSet]:
         """The artifact on every set."""
@@ -134,10 +134,10 @@ class PromptSets:
     def compare_wordings(self, artifact: LoadedModel | None) -> list[PromptKL]:
         """The artifact, None for the steered model itself, on held-out prompts in every wording."""
         base, results = self._steered.model, []
+        own = None if artifact is None else _states_by_part(artifact, self._worded)
         for name, answers in self._worded.items():
             steered, kl_base = self._worded_states[name]
-            own = steered if artifact is None else final_states(artifact, answers).response
-            kl = divergence(base.model, steered, (artifact or base).model, own)
+            kl = compare_models(base, steered, artifact or base, steered if own is None else own[name])
             remaining, longest = kl.mean / kl_base if kl_base else None, max(text.n_prompt for text in answers)
             results.append(PromptKL(name, len(answers), len(kl.kl), longest, kl.mean, remaining, kl.top1_agreement))
         return results
@@ -145,7 +145,7 @@ class PromptSets:
     def _compared(self, compiled: _Run) -> list[PromptSet]:
         base, steered, results = self._base, self._steered, []
         for name, part in self._parts.items():
-            kl = divergence(steered.model.model, steered.states[name], compiled.model.model, compiled.states[name])
+            kl = compare_models(steered.model, steered.states[name], compiled.model, compiled.states[name])
             kl_base = self._kl_base[name]
             results.append(
                 PromptSet(
@@ -175,7 +175,7 @@ class PromptSets:
         answers = {decoding: list(islice(written, len(prompts))) for decoding in _TEMPERATURES}
         # Sampled answers are read, because greedy ones are where a model is most certain.
         texts = (self._steered.answers if program is None else answers)["sampled"]
-        states = {name: final_states(model, texts[part], program).response for name, part in self._parts.items()}
+        states = _states_by_part(model, {name: texts[part] for name, part in self._parts.items()}, program)
         scores = {}
         if self._score is not None:
             for decoding, own in answers.items():
@@ -184,6 +184,21 @@ class PromptSets:
                     [Reply(plain, response_text(model, text), ended(model, text)) for plain, text in replies]
                 )
         return _Run(model, answers, states, scores)
+
+
+def _states_by_part(
+    model: LoadedModel, parts: Mapping[PartName, Sequence[Encoded]], program: Program | None = None
+) -> dict[PartName, Tensor]:
+    """Final states [n, d_model] that predict the responses of each part's texts; all are read together."""
+    if not parts:
+        return {}
+    states = final_states(model, [text for texts in parts.values() for text in texts], program)
+    own, start = dict[PartName, Tensor](), 0
+    for name, texts in parts.items():
+        chosen = (states.texts >= start) & (states.texts < start + len(texts))
+        own[name] = states.response[chosen.to(states.response.device)]
+        start += len(texts)
+    return own
 
 
 def _free_answers(compiled: _Run, steered: _Run, base: _Run, decoding: Decoding, part: slice) -> FreeAnswers:

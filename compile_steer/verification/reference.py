@@ -21,7 +21,7 @@ from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import (
     FinalStates,
     TokenDivergence,
-    divergence,
+    compare_models,
     encode_pairs,
     final_states,
     logprob_margins,
@@ -31,9 +31,9 @@ from compile_steer.models.reload import shallow_copy
 from compile_steer.models.shared_blocks import SharedBlocks
 from compile_steer.models.text import Text
 from compile_steer.models.tokens import Encoded
-from compile_steer.scoring.answers import Answers, Request, answer
+from compile_steer.scoring.answers import Answers
 from compile_steer.scoring.base import ScorerBase
-from compile_steer.scoring.questions import QUESTIONS, correct_answers
+from compile_steer.scoring.questions import QUESTIONS
 from compile_steer.stats import Equivalence, Measure
 from compile_steer.steering.program import Program
 from compile_steer.verification.contexts import Contexts
@@ -45,6 +45,7 @@ from compile_steer.verification.planned import planned_tests
 from compile_steer.verification.precision import rounding_of
 from compile_steer.verification.prompt_sets import PromptSets
 from compile_steer.verification.sampled_score import SampledScores
+from compile_steer.verification.written import GreedyAnswers, Written
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class Reference:
     heldout: list[Encoded]  # held-out prompts with the steered model's own sampled continuations, as the base's tokens
     texts: VerifierTexts  # as the base's tokens
     measured: list[Measured]  # the steered model, then the artifacts that were measured
+    greedy: GreedyAnswers
     by_files: dict[str, Parity]  # what was measured of artifacts, by what lies in their files
 
     def __init__(
@@ -75,13 +77,14 @@ class Reference:
         scorer: ScorerBase,
         ask: str,
         exact: Reference | None = None,
+        rounding: str = "",
     ) -> None:
         """Write the texts and measure base and steered model, unless another reference has the texts.
 
         Args:
             scorer: the recipe's `validate.score`.
             ask: the prompt of the sample answer.
-            exact: the reference of the base as it is, where this one's is rounded.
+            exact: the reference of the base as it is, where this one's is rounded as `rounding` says.
 
         Raises:
             RecipeError: fewer than two test pairs.
@@ -89,28 +92,29 @@ class Reference:
         """
         # What is measured here runs the blocks below the program once, artifacts included that leave them alone.
         below = SharedBlocks(context.model, program.first_layer) if program.first_layer > 0 else None
-        # They are run once for all runs of this user, too; but a rounded base has the name of the one that it was made from.
-        kept = KeptPasses(context.model, program) if exact is None else None
+        kept = KeptPasses(context.model, program, rounding)  # and once for all runs of this user
         self.model = replace(context.model, below=below, kept=kept)
         self.context, self.program, self.options, self.ask = replace(context, model=self.model), program, options, ask
         self._data, self._scorer = context.data, scorer
         self.by_files = {}
-        self._quantized: tuple[object, Reference] | None = None
-        self._scaled: dict[float, tuple[Tensor, float]] = {}
-        self._exact = exact
+        self._quantized: tuple[str, Reference] | None = None
+        self._scaled, self._exact = dict[float, tuple[Tensor, float]](), exact
         if exact is not None:
             self.heldout, self.texts = exact.heldout, exact.texts
+            self.greedy = replace(exact.greedy, prompts=())  # no artifact's answers are compared with these
             return
         if (pairs := len(self._data.test)) < 2:
             raise RecipeError(f"data.test has {pairs} pairs; needed: two or more, to test for equivalence.")
         self._score = scorer.bind(self.model, self._data)  # a scorer that these data cannot have fails before the work
+        plain, limit = QUESTIONS[: options.capability], options.max_new_tokens
+        self.greedy = GreedyAnswers(self.prompts, ask, plain, self._score, limit, self._data.questions)
         with context.progress.phase("reference: base and steered model", 4) as advance:
             self.texts = VerifierTexts.of(self.model, self._data, options)
             self.heldout = continue_prompts(
                 self.model,
                 self.texts.heldout,
                 program,
-                max_new_tokens=options.max_new_tokens,
+                max_new_tokens=limit,
                 temperature=1.0,
                 seed=context.seed + 1,
             )
@@ -122,7 +126,7 @@ class Reference:
                 )
             advance(1)
             # Read here so that all of the reference is measured under this bar, before any artifact is reloaded.
-            _ = self.control_states, self.correct, self.answers, self.margins
+            _ = self.control_states, self.written, self.margins
             advance(1)
             score = self._score if scorer.needs_no_labels else None  # these prompts are not in the data
             self.prompt_sets = PromptSets(self.model, program, self._data, options, context.seed + 2, score)
@@ -131,7 +135,7 @@ class Reference:
             self.measured = [measured_steered(self)]
             self.keep()
             advance(1)
-            if kept and kept.found:
+            if kept.found:
                 context.progress.remark(f"Base and steered model were run earlier; what they gave is in {kept.path}")
         # What the tests can show is noted before any artifact is seen.
         for plan in planned_tests(self):
@@ -139,6 +143,8 @@ class Reference:
 
     def keep(self) -> None:
         """Keep what base and steered model wrote and computed for the next run."""
+        if self._quantized:
+            self._quantized[1].keep()
         if self.model.kept and (reason := self.model.kept.save()):
             self.context.progress.remark(f"Passes of base and steered model are not kept for the next run: {reason}")
 
@@ -166,13 +172,15 @@ class Reference:
         self.model.require_resident(f"verifying {form}")
         key, rounding = stored
         if self._quantized is None or self._quantized[0] != key:  # made once for all artifacts of a form
+            self.keep()
             self._quantized = None  # it is a model's size: freed before the next is made
             rounded = shallow_copy(self.model)
             with torch.no_grad():
                 for name, parameter in rounded.model.named_parameters():
                     parameter.data = rounding(name, parameter).to(parameter, copy=False)
             context = replace(self.context, model=rounded)
-            self._quantized = key, Reference(context, self.program, self.options, self._scorer, self.ask, self)
+            settings = self.options, self._scorer, self.ask, self, key
+            self._quantized = key, Reference(context, self.program, *settings)
         return self._quantized[1]
 
     def _both(self, measure: Callable[[Program | None], T]) -> Both[T]:
@@ -185,22 +193,22 @@ class Reference:
 
     def kl_from_steered(self, other: LoadedModel, states: FinalStates) -> TokenDivergence:
         """KL(steered||other) at the positions that predict the held-out responses."""
-        return divergence(self.model.model, self.states.steered.response, other.model, states.response)
+        return compare_models(self.model, self.states.steered.response, other, states.response)
 
     def kl_at_prompts(self, other: LoadedModel, states: FinalStates) -> float:
         """Mean KL(steered||other) at the prompts' positions of the held-out texts."""
-        return mean_at_prompts(self.model.model, self.states.steered, other.model, states)
+        return mean_at_prompts(self.model, self.states.steered, other, states)
 
     def scaled(self, scale: float) -> tuple[Tensor, float]:
         """Final hidden states that predict the first held-out responses, with the program at `scale`, without hooks at 0;
         and the mean KL from there to the base."""
         if scale not in self._scaled:
-            model, base = self.model.model, self.states.base.first(SCALE_TEXTS)
+            base = self.states.base.first(SCALE_TEXTS)
             if scale in (0.0, 1.0):
                 states = self.states.steered.first(SCALE_TEXTS) if scale else base
             else:
                 states = final_states(self.model, self.heldout[:SCALE_TEXTS], self.program.scaled(scale)).response
-            self._scaled[scale] = states, divergence(model, states, model, base).mean if scale else 0.0
+            self._scaled[scale] = states, compare_models(self.model, states, self.model, base).mean if scale else 0.0
         return self._scaled[scale]
 
     @cached_property
@@ -213,8 +221,8 @@ class Reference:
         """KL of base and steered model in full precision from those of this reference, which is of the rounded base."""
         assert self._exact is not None
         both = zip(self._exact.states, self.states, strict=True)
-        model, rounded = self._exact.model.model, self.model.model
-        return Both(*(divergence(model, one.response, rounded, other.response) for one, other in both))
+        model = self._exact.model
+        return Both(*(compare_models(model, one.response, self.model, other.response) for one, other in both))
 
     @cached_property
     def control_states(self) -> Both[Tensor]:
@@ -223,7 +231,7 @@ class Reference:
 
     def kl_control(self, other: LoadedModel, states: Tensor) -> float:
         """Mean KL(base||other) there, where `states` are the other's."""
-        return divergence(self.model.model, self.control_states.base, other.model, states).mean
+        return compare_models(self.model, self.control_states.base, other, states).mean
 
     @cached_property
     def kl_control_steered(self) -> float:
@@ -250,28 +258,20 @@ class Reference:
         """The test prompts that are answered in full."""
         return [pair.prompt for pair in self._data.test[: self.options.prompts]]
 
-    def answers_of(self, model: LoadedModel, *programs: Program | None) -> list[tuple[Answers, str]]:
-        """Greedy scored answers to the test prompts, and the answer to `ask`, under each program; all in one batch."""
-        requests = [Request(self.prompts, program) for program in programs]
-        requests += [Request([self.ask], program, scored=False) for program in programs]
-        answers = answer(model, requests, self._score, self.options.max_new_tokens, self._data.questions)
-        samples = [sample.texts[0] for sample in answers[len(programs) :]]
-        return list(zip(answers[: len(programs)], samples, strict=True))
-
     @cached_property
-    def samples(self) -> Both[tuple[Answers, str]]:
-        """Answers to the test prompts, and to `ask`."""
-        return Both(*self.answers_of(self.model, None, self.program))
+    def written(self) -> Both[Written]:
+        """What both write greedily."""
+        return Both(*self.greedy.by(self.model, None, self.program))
 
     @property
     def answers(self) -> Both[Answers]:
         """Answers to the test prompts."""
-        return Both(*(answers for answers, _sample in self.samples))
+        return Both(*(written.answers for written in self.written))
 
-    @cached_property
+    @property
     def correct(self) -> Both[np.ndarray]:
         """Which capability questions are answered correctly, [n] 1 or 0."""
-        return self._both(lambda program: correct_answers(self.model, QUESTIONS[: self.options.capability], program))
+        return Both(*(written.correct for written in self.written))
 
     @cached_property
     def equivalence_margins(self) -> dict[Measure, float]:

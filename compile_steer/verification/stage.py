@@ -15,8 +15,9 @@ import torch
 from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
+from compile_steer.models.fingerprint import fingerprint
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import final_states, fingerprint
+from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
@@ -39,7 +40,7 @@ class _Artifact(NamedTuple):
     origin: Provenance
     loaded: LoadedModel
     texts: VerifierTexts
-    fingerprint: Sequence[float]  # as `models.logprobs.fingerprint`
+    fingerprint: Sequence[float]  # as `models.fingerprint`
 
 
 def verify_artifact(

@@ -20,9 +20,9 @@ from compile_steer.common.errors import ArtifactError
 from compile_steer.export.adapter import PATCH_FILE, read_patch, write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.formats.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from compile_steer.models.fingerprint import REFERENCE_TEXTS
 from compile_steer.models.libraries import quiet
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import REFERENCE_TEXTS
 from compile_steer.report.card import model_card
 from compile_steer.steering.low_rank import LowRank
 from compile_steer.steering.patch import WeightPatch, with_patch

@@ -18,7 +18,6 @@ from compile_steer.scoring.questions import (
     QUESTIONS,
     PlainQuestion,
     answer_texts,
-    correct_answers,
     right_answers,
 )
 from compile_steer.verification.controls import capability_retention
@@ -101,7 +100,8 @@ def test_questions_are_answered_greedily_as_a_user_asks_them(case: VerifierCase)
         answers = continue_prompts(case.base, [Text(QUESTIONS[at].prompt)], program, max_new_tokens=ANSWER_TOKENS)
         word = response_text(case.base, answers[0]).split()[-1]
         items = tuple(replace(one, answers=(word,), choices=()) if n == at else one for n, one in enumerate(QUESTIONS))
-        result = correct_answers(case.base, items[:3], program)
+        greedy = replace(case.reference.greedy, plain=items[:3])
+        (result,) = (written.correct for written in greedy.by(case.base, program))
         assert result.shape == (3,) and result[at] == 1.0 and set(result) <= {0.0, 1.0}
 
 

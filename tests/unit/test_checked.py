@@ -17,8 +17,8 @@ from compile_steer.common.errors import CompileSteerError
 from compile_steer.export.adapter import write_patch
 from compile_steer.export.merged import merged_model
 from compile_steer.formats.lora import ADAPTER_WEIGHTS
+from compile_steer.models.fingerprint import reference_logprobs
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.logprobs import reference_logprobs
 from compile_steer.models.reload import fresh_copy, reload
 from tests.contract.test_adapters import origin
 from tests.helpers.tiny import FAMILIES, build, chat_tokenizer, random_patch

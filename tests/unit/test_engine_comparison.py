@@ -23,8 +23,8 @@ from compile_steer.cli.app import app
 from compile_steer.common.errors import ArtifactError, EngineError
 from compile_steer.common.progress import Progress
 from compile_steer.export.adapter import write_patch
+from compile_steer.models.fingerprint import REFERENCE_TEXTS, reference_logprobs
 from compile_steer.models.load import load
-from compile_steer.models.logprobs import REFERENCE_TEXTS, reference_logprobs
 from compile_steer.models.reload import reload
 from compile_steer.report.card import update_card
 from compile_steer.steering.hooks import steered

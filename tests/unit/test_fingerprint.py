@@ -13,7 +13,7 @@ from benchmarks.faults import OF_THE_FILE
 from compile_steer.artifacts.provenance import Provenance
 from compile_steer.export.adapter import read_patch
 from compile_steer.export.merged import write_merged
-from compile_steer.models.logprobs import REFERENCE_TEXTS, fingerprint, reference_logprobs, reference_tokens
+from compile_steer.models.fingerprint import REFERENCE_TEXTS, fingerprint, reference_logprobs, reference_tokens
 from compile_steer.models.reload import fresh_copy
 from tests.helpers import planted
 from tests.helpers.tiny import loaded

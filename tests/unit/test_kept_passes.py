@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compile_steer.models import generate, kept_passes, shared_blocks
+from compile_steer.models import generate, kept_passes, logprobs, shared_blocks
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload
 from compile_steer.verification.parity import Parity
@@ -31,7 +31,7 @@ def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def count(case: VerifierCase, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many batches were run or continued since this was asked last."""
+    """How many batches were run or continued, and models compared, since this was asked last."""
     generate._traits(case.base)  # measured once for a model
     calls: list[str] = []
 
@@ -46,6 +46,7 @@ def count(case: VerifierCase, monkeypatch: pytest.MonkeyPatch) -> Callable[[], i
 
     counted(shared_blocks, "_run")
     counted(generate, "_generate")
+    counted(logprobs, "divergence")
 
     def since() -> int:
         n = len(calls)
@@ -107,9 +108,13 @@ def test_another_program_model_or_code_has_a_file_of_its_own(
     assert unknown.path is None and unknown.save() == ""
 
 
-def test_weights_that_were_edited_in_memory_are_run(case: VerifierCase, passes: Path, count: Callable[[], int]) -> None:
+@pytest.mark.parametrize("where", ["module", "head"])
+def test_weights_that_were_edited_in_memory_are_run(
+    case: VerifierCase, passes: Path, count: Callable[[], int], where: str
+) -> None:
     kl = reference_of(case).kl_base.mean
-    whole, weight = count(), case.base.model.get_submodule(case.module).weight
+    whole, head = count(), case.base.model.get_output_embeddings()
+    weight = head.weight if where == "head" else case.base.model.get_submodule(case.module).weight
     with torch.no_grad():
         weight.mul_(1.01)
     try:

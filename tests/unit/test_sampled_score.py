@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from compile_steer.data.behaviour import Question
+from compile_steer.models.fingerprint import reference_logprobs
 from compile_steer.models.generate import continue_prompts, response_text
 from compile_steer.models.load import LoadedModel
-from compile_steer.models.logprobs import answer_logprobs, final_states, reference_logprobs
+from compile_steer.models.logprobs import answer_logprobs, final_states
 from compile_steer.models.reload import reload
 from compile_steer.models.tokens import Encoded
 from compile_steer.report.terminal import details

@@ -21,8 +21,8 @@ from compile_steer.common.progress import Progress
 from compile_steer.export.engine_support import PLUGIN
 from compile_steer.export.gguf import write_gguf_file
 from compile_steer.formats.lora import ADAPTER_CONFIG, AdapterConfig, LoraConfig, read_lora
+from compile_steer.models.fingerprint import reference_logprobs, reference_tokens
 from compile_steer.models.load import LoadedModel, load
-from compile_steer.models.logprobs import reference_logprobs, reference_tokens
 from compile_steer.models.reload import reload, require_own_files
 from compile_steer.models.source import folder_of
 from compile_steer.report.card import update_card
