@@ -35,7 +35,7 @@ from compile_steer.models.tokens import Encoded, encode
 from compile_steer.scoring.answers import Answers
 from compile_steer.stats import Equivalence
 from compile_steer.steering.compare import distance
-from compile_steer.verification.parity import AdapterControls, SampledScore
+from compile_steer.verification.parity import SampledScore
 from compile_steer.verification.prompt_report import ContextLength, PromptKL, PromptSet
 from compile_steer.verification.same_weights import have_same_weights
 
@@ -86,7 +86,6 @@ class Measured:
         sample: the answer to the recipe's `ask`.
         correct: which capability questions are answered correctly, [n] 1 or 0.
         score: what `SampledScores.compare` returns.
-        controls: of an adapter.
     """
 
     name: str
@@ -104,7 +103,6 @@ class Measured:
     wordings: list[PromptKL]
     contexts: list[ContextLength]
     score: tuple[SampledScore | None, Equivalence | None]
-    controls: AdapterControls | None = None
 
 
 def measured_steered(reference: Reference) -> Measured:
@@ -135,7 +133,7 @@ def measure(
     states: FinalStates,
     kl: TokenDivergence,
 ) -> Measured:
-    """Measure `artifact`, whose `states` and `kl` are of the held-out texts; without a name, its fingerprint and its controls.
+    """Measure `artifact`, whose `states` and `kl` are of the held-out texts; without a name and its fingerprint.
 
     Of the control text the base is that of `against`, see `stage.measure_divergence`.
     """

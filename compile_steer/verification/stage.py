@@ -117,6 +117,9 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
+    controls = None
+    if origin.form == "adapter":
+        controls = adapter_controls(reference, artifact, measured.states, measured.margins)
     file_error, unmeasured = _measure_file(read, rounded=quantized is not None)
     if not origin.files_sha256:
         unmeasured["files"] = (
@@ -137,7 +140,7 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
         wordings=measured.wordings,
         contexts=measured.contexts,
         capability=capability,
-        adapter=measured.controls if origin.form == "adapter" else None,
+        adapter=controls,
         rounding=measure_rounding(reference, quantized, artifact, measured.states, quantising=against is quantized)
         if quantized
         else None,
@@ -173,10 +176,7 @@ def _measured_once(
         measured = alike[0] if alike else measure(reference, against, artifact, texts, states, kl)
         inherited = f"behaviour, control text and capability are those of {measured.name}: {alike[1]}" if alike else ""
         measured = replace(measured, name=f"{origin.backend} {origin.form}", model=artifact, states=states, kl=kl)
-        measured = replace(measured, fingerprint=log_p, controls=None)
-    if origin.form == "adapter" and measured.controls is None:
-        controls = adapter_controls(reference, artifact, measured.states, measured.margins)
-        measured = replace(measured, controls=controls)
+        measured = replace(measured, fingerprint=log_p)
     if not same and origin.has_all_bits:  # of others many weights are their own: kept, each would be a model in memory
         reference.measured.append(measured)
     return measured, inherited

@@ -167,7 +167,7 @@ def test_rounding_is_measured_where_it_can_matter(case: VerifierCase, adapter: P
     assert verified(case, folder).inherited == ""
 
 
-def test_an_adapter_that_computes_what_another_does_takes_over_all(
+def test_an_adapter_that_computes_what_another_does_takes_over_all_but_its_own_controls(
     case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = rewritten(case.adapter("of-another-backend"), 1)
@@ -176,7 +176,7 @@ def test_an_adapter_that_computes_what_another_does_takes_over_all(
     other = verified(case, folder)
     assert "are those of closed_form adapter: it computes the same" in other.inherited
     assert other.behaviour == adapter.behaviour and other.wordings == adapter.wordings
-    assert other.adapter == adapter.adapter
+    assert other.adapter == adapter.adapter, "measured by itself, with the same outcome"
 
 
 def test_an_adapter_with_an_edit_of_a_token_that_no_text_has_is_measured(case: VerifierCase, adapter: Parity) -> None:
