@@ -155,49 +155,40 @@ def measure(
 
 
 def same_weights(
-    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, fingerprint: Sequence[float]
+    reference: Reference, artifact: LoadedModel, fingerprint: Sequence[float]
 ) -> tuple[Measured, str] | None:
     """What was measured of an artifact with the same weights, and how far the two are apart; None without one.
 
     Args:
-        texts: the verifier's, as the artifact's tokens.
-        fingerprint: the artifact's; without one nothing is found.
+        artifact: one that `reads_alike`. fingerprint: its own; without one nothing is found.
     """
     for known in reference.measured:
         if not fingerprint or len(known.fingerprint) != len(fingerprint):
             continue
         apart = float(np.abs(np.subtract(known.fingerprint, fingerprint)).max())
-        if apart <= _SAME and have_same_weights(artifact, known.model) and _reads_alike(reference, artifact, texts):
+        if apart <= _SAME and have_same_weights(artifact, known.model):
             how = f"with equal weights, and log p within {apart:.0e} nats a token on {len(fingerprint)} other texts"
             return known, f"it computes the same, {how}"
     return None
 
 
 def same_as(
-    reference: Reference,
-    artifact: LoadedModel,
-    texts: VerifierTexts,
-    states: FinalStates,
-    kl: TokenDivergence,
-    origin: Provenance,
-    rounded: LoadedModel | None,
+    reference: Reference, artifact: LoadedModel, states: FinalStates, kl: TokenDivergence, *, rounded: bool
 ) -> tuple[Measured, str] | None:
     """What was measured of a model that `artifact` computes the same as, and how far the two are apart; None without one.
 
     Args:
-        texts: the verifier's, as the artifact's tokens.
-        states: the artifact's, on the held-out texts.
+        artifact: one that `reads_alike`.
+        states: its own on the held-out texts.
         kl: KL(steered||artifact) there.
-        rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
+        rounded: whether its weights have fewer bits than those that it was made from.
     """
-    if origin.form not in _FORMS or not _reads_alike(reference, artifact, texts, rounded):
-        return None
     for known in reference.measured:
         if not _near(known.states, states):
             continue
         model, of_steered = known.model, known.name == STEERED
         responses = kl if of_steered else compare_models(model, known.states.response, artifact, states.response)
-        if rounded is None:
+        if not rounded:
             of_prompts, responses_kl = int(states.repeats.sum()), float(responses.kl.sum())
             n = len(responses.kl) + of_prompts
             # A small KL is half the variance of the difference of log p. The prompts' positions, which are most, are compared
@@ -223,10 +214,18 @@ def _near(known: FinalStates, states: FinalStates) -> bool:
     return distance(states.response, known.response) <= 0.1
 
 
-def _reads_alike(
-    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, rounded: LoadedModel | None = None
+def reads_alike(
+    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, origin: Provenance, rounded: LoadedModel | None
 ) -> bool:
-    """Whether all is equal that the texts of the verifier cannot show, `texts` being these as the artifact's tokens."""
+    """Whether all that the texts of the verifier cannot show is as the base has it: only of such models something is taken over,
+    and only by them.
+
+    Args:
+        texts: the verifier's, as the artifact's tokens.
+        rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
+    """
+    if origin.form not in _FORMS:
+        return False
     base = reference.model
     same_settings = settings_of(artifact.model) == settings_of(base.model)
     same_model = same_settings and _same_tables(artifact, rounded or base)

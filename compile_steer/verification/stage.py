@@ -22,7 +22,7 @@ from compile_steer.models.reload import reload, share_equal
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
-from compile_steer.verification.measured import Measured, VerifierTexts, measure, same_as, same_weights
+from compile_steer.verification.measured import Measured, VerifierTexts, measure, reads_alike, same_as, same_weights
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
 from compile_steer.verification.reference import Reference
@@ -65,7 +65,12 @@ def verify_artifact(
     with unchanged(folder, without=REPORTS) as hashes:
         origin = Provenance.read_unedited(folder, (base.id, base.revision), program_sha256, hashes)
         loaded_sha256 = weights_sha256(folder, hashes)
-        parity = _measure_files_once(reference, folder, origin, loaded_sha256)
+        # All that a report says of an artifact beside its names.
+        recorded = [origin.form, origin.fingerprint, origin.chat, bool(origin.files_sha256)]
+        key = digest([loaded_sha256, _is_exact(origin), *recorded])
+        known = reference.by_files.get(key)
+        parity = _with_names_of(origin, known) if known else _measure(reference, folder, origin)
+    reference.by_files.setdefault(key, parity)  # now that nothing was written there meanwhile
     settings = {
         "verify": options.model_dump(mode="json"),
         "seed": reference.context.seed,
@@ -83,14 +88,8 @@ def verify_artifact(
     return judged(parity, options.gates)
 
 
-def _measure_files_once(reference: Reference, folder: Path, origin: Provenance, sha256: str) -> Parity:
-    """Measure the artifact, unless one of the same files was; `sha256` is of all that is loaded."""
-    # All that a report says of the artifact beside its names.
-    recorded = [origin.form, origin.fingerprint, origin.chat, bool(origin.files_sha256)]
-    key = digest([sha256, _is_exact(origin), *recorded])
-    if (known := reference.by_files.get(key)) is None:
-        known = reference.by_files[key] = _measure(reference, folder, origin)
-        return known
+def _with_names_of(origin: Provenance, known: Parity) -> Parity:
+    """What was measured of another artifact with the same files."""
     inherited = f"measurements are those of {known.backend} {known.form}: the files are the same"
     return replace(known, backend=origin.backend, compile_seconds=origin.seconds, inherited=inherited)
 
@@ -163,7 +162,8 @@ def _measured_once(
     `against` as in `measure_divergence`; `quantized` is the reference of the base rounded as the artifact is.
     """
     folder, origin, artifact, texts, log_p = read
-    if same := same_weights(reference, artifact, texts, log_p):
+    alike = reads_alike(reference, artifact, texts, origin, quantized.model if quantized else None)
+    if same := same_weights(reference, artifact, log_p) if alike else None:
         measured, reason = same
         inherited = f"KL, behaviour, control text and capability are those of {measured.name}: {reason}"
     else:
@@ -172,12 +172,13 @@ def _measured_once(
         if origin.form == "merged-fp16":
             require_half_range(folder, artifact, reference.heldout)
         kl = reference.kl_from_steered(artifact, states)
-        alike = same_as(reference, artifact, texts, states, kl, origin, quantized.model if quantized else None)
-        measured = alike[0] if alike else measure(reference, against, artifact, texts, states, kl)
-        inherited = f"behaviour, control text and capability are those of {measured.name}: {alike[1]}" if alike else ""
+        near = same_as(reference, artifact, states, kl, rounded=quantized is not None) if alike else None
+        measured = near[0] if near else measure(reference, against, artifact, texts, states, kl)
+        inherited = f"behaviour, control text and capability are those of {measured.name}: {near[1]}" if near else ""
         measured = replace(measured, name=f"{origin.backend} {origin.form}", model=artifact, states=states, kl=kl)
         measured = replace(measured, fingerprint=log_p)
-    if not same and origin.has_all_bits:  # of others many weights are their own: kept, each would be a model in memory
+    # Of the forms with fewer bits many weights are their own: kept, each would be a model in memory.
+    if alike and not same and origin.has_all_bits:
         reference.measured.append(measured)
     return measured, inherited
 

@@ -130,6 +130,16 @@ def test_one_that_may_not_do_the_same_is_measured(case: VerifierCase, adapter: P
     assert verified(case, folder).inherited == ""
 
 
+@pytest.mark.parametrize("what", ["end of an answer", "configuration", "names of tokens"])
+def test_of_one_that_reads_otherwise_nothing_is_taken_over(case: VerifierCase, what: str) -> None:
+    """Its weights are the same, and what it computes of the verifier's texts; but it was measured first."""
+    faulty, sound = case.merged_adapter(f"{what.replace(' ', '-')}-first"), case.merged_adapter("sound-after")
+    spoil(faulty, what)
+    reference = unknown(case)
+    assert verified(case, faulty, reference).inherited == ""
+    assert verified(case, sound, reference).inherited == ""
+
+
 def test_each_text_is_encoded_once_for_an_artifact_that_takes_over(
     case: VerifierCase, adapter: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
