@@ -125,7 +125,7 @@ def kept_or_compared(compared: Sequence[tuple[LoadedModel, Tensor]], make: Calla
         raw = states.cpu().contiguous().view(torch.uint8).numpy().data
         parts += [str(loaded.kept.path), hashlib.sha256(raw).hexdigest()]
     assert first is not None
-    return first.get(digest(parts), make)
+    return first.get(distributed.first(lambda: digest(parts)), make)  # `make` may need all processes, or none of them
 
 
 def _probe(loaded: LoadedModel, program: Program) -> Tensor:
@@ -155,11 +155,8 @@ def _place(loaded: LoadedModel, program: Program, rounding: str) -> Path | None:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     # Sums in another order differ in the last digits.
     computes = [str(loaded.model.dtype), device.type, machine, torch.get_num_threads(), distributed.count()]
-    return (
-        folder
-        / "passes"
-        / f"{digest([identity, rounding, _content(program), computes, versions(), _code()])}.safetensors"
-    )
+    name = digest([identity, rounding, _content(program), computes, versions(), _code()])
+    return folder / "passes" / f"{name}.safetensors"
 
 
 @cache

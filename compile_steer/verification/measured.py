@@ -4,7 +4,7 @@ An artifact computes what another model does if their distributions agree on the
 texts cannot show is equal: what makes tokens of text and text of tokens, the tokens that end an answer, the configuration,
 and the embeddings, which alone have weights that only some tokens or positions reach. Where all weights are equal, an
 adapter's counted in, a few texts are enough. Then what was measured of the other is true of it. Every artifact is loaded from
-its own files and compared in the verifier's own process: without that nothing is taken over.
+its own files and compared in the verifier's own process: without that nothing is taken over, but where the files are the same.
 """
 
 from __future__ import annotations
