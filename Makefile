@@ -42,7 +42,10 @@ $(VENV)/.browser: pyproject.toml constraints.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	touch $@
 
-check: lint types imports docs test
+# What needs no test runs side by side.
+check: $(VENV)/.ready
+	$(MAKE) --jobs=2 --output-sync=target lint types imports docs
+	$(MAKE) test
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -144,6 +144,6 @@ def opened(finished: FinishedRun) -> Run:
 
 @pytest.fixture(scope="session")
 def without_extras(opened: Run) -> Run:
-    """The same, to be verified without long prompts and questions: the other gates must do."""
-    verify = opened.recipe.verify.model_copy(update={"long": 0, "capability": 0})
+    """The same, to be verified without long prompts: the other gates must do. What the run's models wrote is kept for it."""
+    verify = opened.recipe.verify.model_copy(update={"long": 0})
     return Run(opened.recipe.model_copy(update={"verify": verify}), opened.paths, opened.context)

@@ -31,19 +31,22 @@ FIELDS = {
 }  # fmt: skip
 ARTIFACTS = ["adapters/ocean-closed_form", "merged/ocean-bias-fp32", "merged/ocean-closed_form-fp32"]
 
-# Loads an artifact as a stranger would: compile_steer cannot be imported there.
+# Loads artifacts as a stranger would: compile_steer cannot be imported there.
 PLAIN_LOADER = """
 import sys, torch
 sys.modules["compile_steer"] = None
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
-kind, base, folder, ids, result = sys.argv[1:]
-if kind == "adapter":
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-else:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-with torch.no_grad():
-    torch.save(model(input_ids=torch.load(ids, weights_only=True)).logits, result)
+base, ids, result, *folders = sys.argv[1:]
+logits = []
+for folder in folders:
+    if "adapters" in folder:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits.append(model(input_ids=torch.load(ids, weights_only=True)).logits)
+torch.save(logits, result)
 """
 
 
@@ -72,20 +75,12 @@ def test_bias_is_exact_and_closed_form_is_close(finished: FinishedRun) -> None:
     assert 1e-6 < near["kl_remaining"]["value"] < 0.02
 
 
-def _plain_logits(kind: str, base: str, folder: Path, ids: torch.Tensor, tmp_path: Path) -> torch.Tensor:
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = [
-        sys.executable,
-        "-c",
-        PLAIN_LOADER,
-        kind,
-        base,
-        str(folder),
-        str(tmp_path / "ids.pt"),
-        str(tmp_path / "out.pt"),
-    ]
+def _plain_logits(base: str, folders: list[Path], ids: torch.Tensor, tmp_path: Path) -> list[torch.Tensor]:
+    given, result = tmp_path / "ids.pt", tmp_path / "out.pt"
+    torch.save(ids, given)
+    arguments = [sys.executable, "-c", PLAIN_LOADER, base, *map(str, (given, result, *folders))]
     subprocess.run(arguments, check=True, capture_output=True)
-    logits: torch.Tensor = torch.load(tmp_path / "out.pt", weights_only=True)
+    logits: list[torch.Tensor] = torch.load(result, weights_only=True)
     return logits
 
 
@@ -97,11 +92,9 @@ def test_transformers_and_peft_load_the_artifacts_without_compile_steer(
         base = opened.model.model(input_ids=batch.input_ids).logits
         with steered(opened.model.model, opened.program, roles=batch.roles):
             wanted = opened.model.model(input_ids=batch.input_ids).logits
-    source = opened.model.source
-    exact = _plain_logits("merged", source, finished.out / "merged/ocean-bias-fp32", batch.input_ids, tmp_path)
+    folders = [finished.out / name for name in ARTIFACTS]
+    adapter, exact, merged = _plain_logits(opened.model.source, folders, batch.input_ids, tmp_path)
     assert torch.allclose(exact, wanted, atol=1e-3)
-    adapter = _plain_logits("adapter", source, finished.out / "adapters/ocean-closed_form", batch.input_ids, tmp_path)
-    merged = _plain_logits("merged", source, finished.out / "merged/ocean-closed_form-fp32", batch.input_ids, tmp_path)
     assert torch.allclose(adapter, merged, atol=1e-3)
     assert (adapter - wanted).norm() < 0.2 * (base - wanted).norm()
 
