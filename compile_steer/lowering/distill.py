@@ -64,11 +64,14 @@ def lower(lowering: Lowering) -> WeightPatch:
         if not random_start:
             _ = lowering.regression_texts
         shard_blocks(lowering.loaded)
-    if not random_start and (exact := _exact_closed_form(lowering)):
+    if random_start:
+        start = random_patch(layout, first, options.rank, lowering.seed)
+    elif exact := _exact_closed_form(lowering):
         return exact
-    start = random_patch(layout, first, options.rank, lowering.seed) if random_start else fit_blocks(lowering)
-    if not random_start and _is_exact(lowering, _PASS):
-        return start
+    else:
+        start = fit_blocks(lowering)
+        if _is_exact(lowering, _PASS):
+            return start
     texts = lowering.training_texts
     with lowering.progress.phase(f"distill: {options.objective}", options.epochs * len(texts)) as advance:
         return train_end_to_end(lowering, texts, start, advance)

@@ -49,6 +49,11 @@ def _own_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> list[np.nda
     return values
 
 
+def fingerprints_apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference between two fingerprints of as many texts, in nats a token."""
+    return float(np.abs(np.subtract(one, other)).max())
+
+
 def fingerprint(model: Any, base: LoadedModel) -> list[float]:
     """Mean log-probability of each reference text under `model`, in nats a token, as the tokenizer of `base` splits it.
 

@@ -130,8 +130,8 @@ def settings_of(model: nn.Module) -> dict[str, object]:
 
 def code_of(model: nn.Module) -> object:
     """What tells models that run the same code in the same way, whatever their weights: base, artifacts, rounded copies."""
-    inner, layout = Layout.of(model).model, Layout.of(model)
-    settings = json.dumps(settings_of(model), sort_keys=True, default=str)
+    layout, settings = Layout.of(model), json.dumps(settings_of(model), sort_keys=True, default=str)
+    inner = layout.model
     return type(inner), settings, inner.config._attn_implementation, inner.dtype, str(layout.device)
 
 

@@ -217,7 +217,11 @@ class FinalStates:
 
     def first(self, count: int) -> Tensor:
         """`response` of the first `count` texts."""
-        return self.response[(self.texts < count).to(self.response.device)]
+        return self.of_texts(0, count)
+
+    def of_texts(self, start: int, stop: int) -> Tensor:
+        """`response` of the texts `start` to `stop` - 1."""
+        return self.response[((self.texts >= start) & (self.texts < stop)).to(self.response.device)]
 
 
 def final_states(loaded: LoadedModel, encoded: Sequence[Encoded], program: Program | None = None) -> FinalStates:
@@ -276,7 +280,7 @@ def answer_logprobs(model: nn.Module, encoded: Sequence[Encoded], states: FinalS
     with torch.no_grad():
         for row, text in distributed.share(list(enumerate(encoded))):
             targets = torch.tensor(text.ids[text.n_prompt :], device=states.response.device)
-            of_text = states.response[(states.texts == row).to(states.response.device)]
+            of_text = states.of_texts(row, row + 1)
             result[row] = token_logprobs(model, of_text[len(of_text) - len(targets) :], targets).double().sum()
     distributed.sum_over_all(result)
     return result.numpy()

@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from compile_steer.models.fingerprint import fingerprints_apart
 from compile_steer.models.forward import settings_of
 from compile_steer.models.generate import end_tokens
 from compile_steer.models.load import LoadedModel
@@ -69,6 +70,19 @@ class VerifierTexts(NamedTuple):
         parts = data.heldout[: options.heldout], data.neutral[: options.neutral], prompts
         heldout, control, more = ([encode(loaded.tokenizer, text) for text in texts] for texts in parts)
         return VerifierTexts(heldout, control, encode_pairs(loaded, data.test[: options.pairs]), more)
+
+
+class ReadArtifact(NamedTuple):
+    """An artifact as it was loaded; `texts` are the verifier's as its tokens."""
+
+    origin: Provenance
+    loaded: LoadedModel
+    texts: VerifierTexts
+    fingerprint: Sequence[float]  # as `models.fingerprint`
+
+    @property
+    def name(self) -> str:
+        return f"{self.origin.backend} {self.origin.form}"
 
 
 @dataclass(frozen=True)
@@ -126,26 +140,22 @@ def measured_steered(reference: Reference) -> Measured:
 
 
 def measure(
-    reference: Reference,
-    against: Reference,
-    artifact: LoadedModel,
-    texts: VerifierTexts,
-    states: FinalStates,
-    kl: TokenDivergence,
+    reference: Reference, against: Reference, read: ReadArtifact, states: FinalStates, kl: TokenDivergence
 ) -> Measured:
-    """Measure `artifact`, whose `states` and `kl` are of the held-out texts; without a name and its fingerprint.
+    """Measure an artifact, whose `states` and `kl` are of the held-out texts.
 
     Of the control text the base is that of `against`, see `stage.measure_divergence`.
     """
+    artifact = read.loaded
     return Measured(
-        "",
+        read.name,
         artifact,
         states,
         kl,
-        (),
+        read.fingerprint,
         reference.kl_at_prompts(artifact, states),
         against.kl_control(artifact, final_states(artifact, reference.texts.control).response),
-        logprob_margins(artifact, texts.pairs),
+        logprob_margins(artifact, read.texts.pairs),
         *reference.greedy.by(artifact, None)[0],
         reference.prompt_sets.compare(artifact),
         reference.prompt_sets.compare_wordings(artifact),
@@ -154,20 +164,16 @@ def measure(
     )
 
 
-def same_weights(
-    reference: Reference, artifact: LoadedModel, fingerprint: Sequence[float]
-) -> tuple[Measured, str] | None:
+def same_weights(reference: Reference, read: ReadArtifact) -> tuple[Measured, str] | None:
     """What was measured of an artifact with the same weights, and how far the two are apart; None without one.
 
-    Args:
-        artifact: one that `reads_alike`. fingerprint: its own; without one nothing is found.
+    `read` is one that `reads_alike`; without a fingerprint nothing is found.
     """
-    for known in reference.measured:
-        if not fingerprint or len(known.fingerprint) != len(fingerprint):
-            continue
-        apart = float(np.abs(np.subtract(known.fingerprint, fingerprint)).max())
-        if apart <= _SAME and have_same_weights(artifact, known.model):
-            how = f"with equal weights, and log p within {apart:.0e} nats a token on {len(fingerprint)} other texts"
+    n = len(read.fingerprint)
+    for known in (one for one in reference.measured if n and len(one.fingerprint) == n):
+        apart = fingerprints_apart(known.fingerprint, read.fingerprint)
+        if apart <= _SAME and have_same_weights(read.loaded, known.model):
+            how = f"with equal weights, and log p within {apart:.0e} nats a token on {n} other texts"
             return known, f"it computes the same, {how}"
     return None
 
@@ -214,22 +220,18 @@ def _near(known: FinalStates, states: FinalStates) -> bool:
     return distance(states.response, known.response) <= 0.1
 
 
-def reads_alike(
-    reference: Reference, artifact: LoadedModel, texts: VerifierTexts, origin: Provenance, rounded: LoadedModel | None
-) -> bool:
+def reads_alike(reference: Reference, read: ReadArtifact, rounded: LoadedModel | None) -> bool:
     """Whether all that the texts of the verifier cannot show is as the base has it: only of such models something is taken over,
     and only by them.
 
-    Args:
-        texts: the verifier's, as the artifact's tokens.
-        rounded: the base with its weights rounded as the artifact's are; None if it has all bits.
+    `rounded` is the base with its weights rounded as the artifact's are; None if it has all bits.
     """
-    if origin.form not in _FORMS:
+    if read.origin.form not in _FORMS:
         return False
-    base = reference.model
+    base, artifact = reference.model, read.loaded
     same_settings = settings_of(artifact.model) == settings_of(base.model)
     same_model = same_settings and _same_tables(artifact, rounded or base)
-    return same_model and texts == reference.texts and _writes_alike(reference, artifact)
+    return same_model and read.texts == reference.texts and _writes_alike(reference, artifact)
 
 
 def _same_tables(artifact: LoadedModel, own: LoadedModel) -> bool:

@@ -195,8 +195,7 @@ def _states_by_part(
     states = final_states(model, [text for texts in parts.values() for text in texts], program)
     own, start = dict[PartName, Tensor](), 0
     for name, texts in parts.items():
-        chosen = (states.texts >= start) & (states.texts < start + len(texts))
-        own[name] = states.response[chosen.to(states.response.device)]
+        own[name] = states.of_texts(start, start + len(texts))
         start += len(texts)
     return own
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from compile_steer.artifacts.contents import unchanged
 from compile_steer.artifacts.files import digest
 from compile_steer.artifacts.provenance import REPORTS, Provenance, weights_sha256
-from compile_steer.models.fingerprint import fingerprint
+from compile_steer.models.fingerprint import fingerprint, fingerprints_apart
 from compile_steer.models.load import LoadedModel
 from compile_steer.models.logprobs import final_states
 from compile_steer.models.reload import reload, share_equal
 from compile_steer.stats import Interval, bootstrap_effect_retained, bootstrap_ratio, equivalence
 from compile_steer.verification.controls import adapter_controls, capability_retention
 from compile_steer.verification.gates import judged
-from compile_steer.verification.measured import Measured, VerifierTexts, measure, reads_alike, same_as, same_weights
+from compile_steer.verification.measured import Measured, ReadArtifact, measure, reads_alike, same_as, same_weights
 from compile_steer.verification.parity import BehaviourMatch, Divergence, Parity
 from compile_steer.verification.precision import measure_rounding, require_finite, require_half_range
 from compile_steer.verification.reference import Reference
@@ -31,16 +29,6 @@ _EXACT_BACKENDS = frozenset({"bias", "orthogonalise", "retarget"})
 _SHOWN = 8  # answered test prompts that a report keeps
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
-
-
-class _Artifact(NamedTuple):
-    """An artifact as loaded from `folder`; `texts` are the verifier's as its tokens."""
-
-    folder: Path
-    origin: Provenance
-    loaded: LoadedModel
-    texts: VerifierTexts
-    fingerprint: Sequence[float]  # as `models.fingerprint`
 
 
 def verify_artifact(
@@ -111,8 +99,8 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
     artifact = replace(artifact, below=(quantized or reference).model.below)
     against = quantized if quantized and origin.form.startswith("gguf-") else reference
     log_p = [] if quantized else fingerprint(artifact.model, base)
-    read = _Artifact(folder, origin, artifact, reference.texts_of(artifact), log_p)
-    measured, inherited = _measured_once(reference, against, read, quantized)
+    read = ReadArtifact(origin, artifact, reference.texts_of(artifact), log_p)
+    measured, inherited = _measured_once(reference, against, folder, read, quantized)
     capability = None
     if options.capability:
         capability = capability_retention(*against.correct, measured.correct, options.gates.score_margin)
@@ -155,15 +143,15 @@ def _measure(reference: Reference, folder: Path, origin: Provenance) -> Parity:
 
 
 def _measured_once(
-    reference: Reference, against: Reference, read: _Artifact, quantized: Reference | None
+    reference: Reference, against: Reference, folder: Path, read: ReadArtifact, quantized: Reference | None
 ) -> tuple[Measured, str]:
     """What the artifact does, and of which other model that was measured, '' if of none.
 
     `against` as in `measure_divergence`; `quantized` is the reference of the base rounded as the artifact is.
     """
-    folder, origin, artifact, texts, log_p = read
-    alike = reads_alike(reference, artifact, texts, origin, quantized.model if quantized else None)
-    if same := same_weights(reference, artifact, log_p) if alike else None:
+    origin, artifact = read.origin, read.loaded
+    alike = reads_alike(reference, read, quantized.model if quantized else None)
+    if same := same_weights(reference, read) if alike else None:
         measured, reason = same
         inherited = f"KL, behaviour, control text and capability are those of {measured.name}: {reason}"
     else:
@@ -173,10 +161,13 @@ def _measured_once(
             require_half_range(folder, artifact, reference.heldout)
         kl = reference.kl_from_steered(artifact, states)
         near = same_as(reference, artifact, states, kl, rounded=quantized is not None) if alike else None
-        measured = near[0] if near else measure(reference, against, artifact, texts, states, kl)
-        inherited = f"behaviour, control text and capability are those of {measured.name}: {near[1]}" if near else ""
-        measured = replace(measured, name=f"{origin.backend} {origin.form}", model=artifact, states=states, kl=kl)
-        measured = replace(measured, fingerprint=log_p)
+        if near:
+            known, reason = near
+            inherited = f"behaviour, control text and capability are those of {known.name}: {reason}"
+            log_p = read.fingerprint
+            measured = replace(known, name=read.name, model=artifact, states=states, kl=kl, fingerprint=log_p)
+        else:
+            inherited, measured = "", measure(reference, against, read, states, kl)
     # Of the forms with fewer bits many weights are their own: kept, each would be a model in memory.
     if alike and not same and origin.has_all_bits:
         reference.measured.append(measured)
@@ -190,7 +181,7 @@ def _other_prompts(base: LoadedModel, origin: Provenance) -> list[str]:
     return [f"compiled with the chat template's settings {origin.chat}, verified with {asdict(base.chat)}"]
 
 
-def _measure_file(read: _Artifact, *, rounded: bool) -> tuple[float | None, dict[str, str]]:
+def _measure_file(read: ReadArtifact, *, rounded: bool) -> tuple[float | None, dict[str, str]]:
     """How far the file is from the weights that the compiler had in memory; None, and why, where that cannot be measured."""
     origin, recorded, on_disk, dtype = read.origin, read.origin.fingerprint, read.fingerprint, read.loaded.model.dtype
     if rounded:
@@ -203,7 +194,7 @@ def _measure_file(read: _Artifact, *, rounded: bool) -> tuple[float | None, dict
         )
     else:
         if len(on_disk) == len(recorded):
-            return float(np.abs(np.subtract(on_disk, recorded)).max()), {}
+            return fingerprints_apart(on_disk, recorded), {}
         reason = f"the compiler recorded log p of {len(recorded)} texts, this version reads {len(on_disk)}"
     return None, {"on disk": reason}
 
